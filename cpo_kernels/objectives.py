@@ -1,0 +1,250 @@
+"""Objectives, the value R(y) of a response under conditions, and the condition tags that stand in a prompt.
+
+Controllable Preference Optimization (Guo et al. 2024, arXiv 2402.19085) rates a response on several objectives
+(helpfulness, honesty, ...). A condition asks for one level of an objective; a rated response is then worth more the
+closer it comes to that level. Where nothing is asked, more of the objective is better.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_NAME = r"[^\W\d]\w*(?:[ -]\w+)*"  # a letter first; words joined by single spaces or hyphens
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One rated quality of a response.
+
+    `low` and `high` are the ends of the rating scale: they validate ratings in tags and serve samplers, and never
+    rescale a rating. `weight` is omega >= 0 and `strength` is lambda >= 0 of `value`.
+    """
+
+    name: str
+    low: float
+    high: float
+    weight: float = 1.0
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(_NAME, self.name):
+            raise ValueError(
+                f"objective name {self.name!r} cannot stand in a tag: use letters, digits, '_', and single inner "
+                "spaces or hyphens, a letter or '_' first"
+            )
+        for key in ("low", "high", "weight", "strength"):
+            number = getattr(self, key)
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+                raise ValueError(f"objective {self.name!r}: {key} must be a finite number, got {number!r}")
+        if not self.low < self.high:
+            raise ValueError(
+                f"objective {self.name!r}: low must be below high, got {self.low} and {self.high}"
+            )
+        for key in ("weight", "strength"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"objective {self.name!r}: {key} must be >= 0, got {getattr(self, key)}")
+
+
+def objectives_tensor(objectives: Sequence[Objective] | Tensor) -> Tensor:
+    """The weights omega (row 0) and strengths lambda (row 1) of K objectives: float64 `[2, K]`."""
+    if isinstance(objectives, Tensor):
+        return objectives.to(torch.float64)
+    names = [objective.name for objective in objectives]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"objective {name!r} is given {names.count(name)} times; names must differ")
+    rows = [[o.weight for o in objectives], [o.strength for o in objectives]]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def value(
+    scores: Tensor | Sequence, conditions: Tensor | Sequence | None, objectives: Sequence[Objective] | Tensor
+) -> Tensor:
+    """R(y) = sum_i w_i g_i(y) / sum_i w_i over the objectives that y is rated on.
+
+    g_i = -lambda_i |P_i(y) - c_i| where objective i is conditioned, g_i = P_i(y) where it is not
+    (Guo et al. 2024, section 3.3).
+
+    Args:
+        scores: ratings P `[..., K]`; NaN = not rated, which leaves the objective out of both sums. 0 is a rating.
+        conditions: c `[..., K]`, broadcast against `scores`; NaN = not conditioned; None = nothing is.
+        objectives: K `Objective`s (or their `[2, K]` tensor of weights and strengths).
+
+    Returns:
+        float64 `[...]`; NaN where no objective of positive weight is rated.
+
+    >>> helpful, honest = Objective("helpfulness", 1, 5), Objective("honesty", 1, 5)
+    >>> value([4, 2], [5, float("nan")], [helpful, honest])
+    tensor(0.5000, dtype=torch.float64)
+    """
+    scores, conditions, weight, strength = _prepare(scores, conditions, objectives)
+    return _weighted_mean(_gains(scores, conditions, strength), weight, ~scores.isnan())
+
+
+def value_gap(
+    scores_a: Tensor | Sequence,
+    scores_b: Tensor | Sequence,
+    conditions: Tensor | Sequence | None,
+    objectives: Sequence[Objective] | Tensor,
+) -> Tensor:
+    """Delta R = R(a) - R(b) over the objectives rated on both sides: float64 `[...]`, NaN where there is none.
+
+    A rating missing on either side leaves its objective out for both, so a response is never preferred for being
+    rated on an objective with a larger scale. Arguments as for `value`.
+    """
+    scores_a, conditions, weight, strength = _prepare(scores_a, conditions, objectives)
+    scores_b = torch.as_tensor(scores_b, dtype=torch.float64, device=scores_a.device)
+    _check_width("scores_b", scores_b, weight)
+    difference = _gains(scores_a, conditions, strength) - _gains(scores_b, conditions, strength)
+    return _weighted_mean(difference, weight, ~(scores_a.isnan() | scores_b.isnan()))
+
+
+def _prepare(scores, conditions, objectives) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores = torch.as_tensor(scores, dtype=torch.float64)
+    weight, strength = objectives_tensor(objectives).to(scores.device)  # [K], [K]
+    if conditions is None:
+        conditions = scores.new_full(weight.shape, math.nan)
+    conditions = torch.as_tensor(conditions, dtype=torch.float64, device=scores.device)
+    _check_width("scores", scores, weight)
+    _check_width("conditions", conditions, weight)
+    return scores, conditions, weight, strength
+
+
+def _check_width(name: str, tensor: Tensor, weight: Tensor) -> None:
+    if tensor.dim() == 0 or tensor.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"{name} must be [..., {weight.shape[0]}] (one column an objective), got {[*tensor.shape]}"
+        )
+
+
+def _gains(scores: Tensor, conditions: Tensor, strength: Tensor) -> Tensor:
+    return torch.where(conditions.isnan(), scores, -strength * (scores - conditions).abs())
+
+
+def _weighted_mean(gains: Tensor, weight: Tensor, rated: Tensor) -> Tensor:
+    """sum(w g) / sum(w) over the rated objectives; 0 / 0 = NaN where none is rated."""
+    weight = torch.where(rated, weight, 0.0)
+    return torch.where(weight > 0, weight * gains, 0.0).sum(-1) / weight.sum(-1)
+
+
+@dataclass(frozen=True)
+class TagTemplate:
+    """Condition tags as ordinary text before a prompt: `<helpfulness: 5> <honesty: 3> `.
+
+    `pattern` is one tag with `{name}` and `{value}`, its trailing separator included; the paper's figure has
+    `"< {name}: {value} > "`. Whatever `render` writes, `parse` reads back exactly: whole numbers are written without
+    ".0", others with `repr`. A pattern for which that cannot hold is refused here.
+
+    >>> tags = TagTemplate([Objective("helpfulness", 1, 5), Objective("honesty", 1, 5)])
+    >>> tags.render({"honesty": 3, "helpfulness": 5}) + "Who was Ada?"
+    '<helpfulness: 5> <honesty: 3> Who was Ada?'
+    >>> tags.parse("<honesty: 2.5> Who was Ada?")
+    ({'honesty': 2.5}, 'Who was Ada?')
+    """
+
+    objectives: Sequence[Objective]
+    pattern: str = "<{name}: {value}> "
+    _by_name: dict[str, Objective] = field(init=False, repr=False, compare=False)
+    _tag: re.Pattern[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        objectives_tensor(self.objectives)  # names differ
+        object.__setattr__(self, "objectives", tuple(self.objectives))
+        object.__setattr__(self, "_by_name", {o.name: o for o in self.objectives})
+        object.__setattr__(self, "_tag", _compile(self.pattern, self._by_name))
+        for pick in ("low", "high"):
+            conditions = {o.name: getattr(o, pick) for o in self.objectives}
+            try:
+                parsed = self.parse(self.render(conditions))
+            except ValueError as error:
+                raise ValueError(f"tag pattern {self.pattern!r} cannot be parsed back: {error}") from error
+            if parsed != (conditions, ""):
+                raise ValueError(
+                    f"tag pattern {self.pattern!r} cannot be parsed back: {conditions} became {parsed[0]} and text "
+                    f"{parsed[1]!r}"
+                )
+
+    def render(self, conditions: Mapping[str, float | None]) -> str:
+        """The tags of `conditions` in the order of `objectives`; '' for none. None and NaN = not conditioned."""
+        for name in conditions:
+            self._objective(name)
+        text = ""
+        for name in self._by_name:
+            level = conditions.get(name)
+            if level is None or level != level:
+                continue
+            text += self.pattern.format(name=name, value=format_number(self._in_range(name, level)))
+        return text
+
+    def parse(self, text: str) -> tuple[dict[str, float], str]:
+        """The conditions that `text` starts with, and the text after them.
+
+        Raises ValueError on an objective that is not in `objectives`, on a level outside [low, high], on a level
+        that is no number, and on one objective tagged twice. A prompt that itself starts with something of the form
+        of a tag cannot be told from a tag.
+        """
+        conditions: dict[str, float] = {}
+        position = 0
+        while match := self._tag.match(text, position):
+            name, level = match["name"], match["value"]
+            if name not in self._by_name and not re.fullmatch(_NUMBER, level):
+                break  # text that merely looks like a tag
+            self._objective(name)
+            if not re.fullmatch(_NUMBER, level):
+                raise ValueError(f"tag {match[0]!r}: the level {level!r} is not a number")
+            if name in conditions:
+                raise ValueError(f"tag {match[0]!r}: objective {name!r} is conditioned twice")
+            conditions[name] = self._in_range(name, float(level))
+            position = match.end()
+        return conditions, text[position:]
+
+    def _objective(self, name: str) -> Objective:
+        if name not in self._by_name:
+            raise ValueError(f"unknown objective {name!r}; known: {', '.join(self._by_name) or 'none'}")
+        return self._by_name[name]
+
+    def _in_range(self, name: str, level: float) -> float:
+        objective = self._objective(name)
+        if isinstance(level, (bool, str)):
+            raise ValueError(f"condition {name}: the level must be a number, got {level!r}")
+        if not objective.low <= level <= objective.high:
+            raise ValueError(f"condition {name}: {level} is outside [{objective.low}, {objective.high}]")
+        return float(level)
+
+
+def format_number(number: float) -> str:
+    """Shortest text that `float` reads back exactly: '5' for 5.0, '2.5' for 2.5, '1e+22' for 1e22."""
+    number = float(number)
+    return str(int(number)) if number.is_integer() and abs(number) < 2**53 else repr(number)
+
+
+def _compile(pattern: str, known: Mapping[str, Objective]) -> re.Pattern[str]:
+    try:
+        pieces = list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise ValueError(f"tag pattern {pattern!r} is not a format string: {error}") from error
+    fields = [name for _, name, _, _ in pieces if name is not None]
+    if sorted(fields) != ["name", "value"] or any(spec or conversion for _, _, spec, conversion in pieces):
+        raise ValueError(
+            f"tag pattern {pattern!r} must hold {{name}} and {{value}} once each, without formats"
+        )
+    following = {
+        name: after for (_, name, _, _), (after, *_) in zip(pieces, [*pieces[1:], ("",)], strict=True)
+    }
+    if re.match(r"[\d.+\-eE]|$", following["value"]) or re.match(r"\w|$", following["name"]):
+        raise ValueError(
+            f"tag pattern {pattern!r} cannot be parsed back: {{value}} must be followed by a character that no number "
+            "has, {name} by one that no word has"
+        )
+    names = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True))
+    groups = {"name": f"(?P<name>{names}|{_NAME})" if names else f"(?P<name>{_NAME})"}
+    groups["value"] = rf"(?P<value>{_NUMBER}|[^\s<>]+?)"
+    return re.compile("".join(re.escape(text) + groups.get(name or "", "") for text, name, _, _ in pieces))
