@@ -1,8 +1,8 @@
 """Objectives, the value R(y) of a response under conditions, and the condition tags that stand in a prompt.
 
-Controllable Preference Optimization (Guo et al. 2024, arXiv 2402.19085) rates a response on several objectives
-(helpfulness, honesty, ...). A condition asks for one level of an objective; a rated response is then worth more the
-closer it comes to that level. Where nothing is asked, more of the objective is better.
+Controllable Preference Optimization (Guo et al. 2024, arXiv 2402.19085) rates a response on several
+objectives (helpfulness, honesty, ...). A condition asks for one level of an objective; a rated response is
+then worth more the closer it comes to that level. Where nothing is asked, more of the objective is better.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 class Objective:
     """One rated quality of a response.
 
-    `low` and `high` are the ends of the rating scale: they validate ratings in tags and serve samplers, and never
-    rescale a rating. `weight` is omega >= 0 and `strength` is lambda >= 0 of `value`.
+    `low` and `high` are the ends of the rating scale: they validate ratings in tags and serve samplers, and
+    never rescale a rating. `weight` is omega >= 0 and `strength` is lambda >= 0 of `value`.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(_NAME, self.name):
             raise ValueError(
-                f"objective name {self.name!r} cannot stand in a tag: use letters, digits, '_', and single inner "
-                "spaces or hyphens, a letter or '_' first"
+                f"objective name {self.name!r} cannot stand in a tag: use letters, digits, '_', and single "
+                "inner spaces or hyphens, a letter or '_' first"
             )
         for key in ("low", "high", "weight", "strength"):
             number = getattr(self, key)
@@ -71,10 +71,10 @@ def value(
     """R(y) = sum_i w_i g_i(y) / sum_i w_i over the objectives that y is rated on.
 
     g_i = -lambda_i |P_i(y) - c_i| where objective i is conditioned, g_i = P_i(y) where it is not
-    (Guo et al. 2024, section 3.3).
+    (Guo et al. 2024).
 
     Args:
-        scores: ratings P `[..., K]`; NaN = not rated, which leaves the objective out of both sums. 0 is a rating.
+        scores: ratings P `[..., K]`; NaN = not rated: the objective is left out of both sums. 0 is a rating.
         conditions: c `[..., K]`, broadcast against `scores`; NaN = not conditioned; None = nothing is.
         objectives: K `Objective`s (or their `[2, K]` tensor of weights and strengths).
 
@@ -95,10 +95,10 @@ def value_gap(
     conditions: Tensor | Sequence | None,
     objectives: Sequence[Objective] | Tensor,
 ) -> Tensor:
-    """Delta R = R(a) - R(b) over the objectives rated on both sides: float64 `[...]`, NaN where there is none.
+    """Delta R = R(a) - R(b) over the objectives rated on both sides: float64 `[...]`, NaN where none is.
 
-    A rating missing on either side leaves its objective out for both, so a response is never preferred for being
-    rated on an objective with a larger scale. Arguments as for `value`.
+    A rating missing on either side leaves its objective out for both, so a response is never preferred for
+    being rated on an objective with a larger scale. Arguments as for `value`.
     """
     scores_a, conditions, weight, strength = _prepare(scores_a, conditions, objectives)
     scores_b = torch.as_tensor(scores_b, dtype=torch.float64, device=scores_a.device)
@@ -140,8 +140,8 @@ class TagTemplate:
     """Condition tags as ordinary text before a prompt: `<helpfulness: 5> <honesty: 3> `.
 
     `pattern` is one tag with `{name}` and `{value}`, its trailing separator included; the paper's figure has
-    `"< {name}: {value} > "`. Whatever `render` writes, `parse` reads back exactly: whole numbers are written without
-    ".0", others with `repr`. A pattern for which that cannot hold is refused here.
+    `"< {name}: {value} > "`. Whatever `render` writes, `parse` reads back exactly: whole numbers are written
+    without ".0", others with `repr`. A pattern for which that cannot hold is refused here.
 
     >>> tags = TagTemplate([Objective("helpfulness", 1, 5), Objective("honesty", 1, 5)])
     >>> tags.render({"honesty": 3, "helpfulness": 5}) + "Who was Ada?"
@@ -168,12 +168,12 @@ class TagTemplate:
                 raise ValueError(f"tag pattern {self.pattern!r} cannot be parsed back: {error}") from error
             if parsed != (conditions, ""):
                 raise ValueError(
-                    f"tag pattern {self.pattern!r} cannot be parsed back: {conditions} became {parsed[0]} and text "
-                    f"{parsed[1]!r}"
+                    f"tag pattern {self.pattern!r} cannot be parsed back: {conditions} became "
+                    f"{parsed[0]} and text {parsed[1]!r}"
                 )
 
     def render(self, conditions: Mapping[str, float | None]) -> str:
-        """The tags of `conditions` in the order of `objectives`; '' for none. None and NaN = not conditioned."""
+        """The tags of `conditions` in the order of `objectives`; None and NaN are not conditioned."""
         for name in conditions:
             self._objective(name)
         text = ""
@@ -187,9 +187,9 @@ class TagTemplate:
     def parse(self, text: str) -> tuple[dict[str, float], str]:
         """The conditions that `text` starts with, and the text after them.
 
-        Raises ValueError on an objective that is not in `objectives`, on a level outside [low, high], on a level
-        that is no number, and on one objective tagged twice. A prompt that itself starts with something of the form
-        of a tag cannot be told from a tag.
+        Raises ValueError on an objective that is not in `objectives`, on a level outside [low, high], on a
+        level that is no number, and on one objective tagged twice. A prompt that itself starts with something
+        of the form of a tag cannot be told from a tag.
         """
         conditions: dict[str, float] = {}
         position = 0
@@ -236,13 +236,12 @@ def _compile(pattern: str, known: Mapping[str, Objective]) -> re.Pattern[str]:
         raise ValueError(
             f"tag pattern {pattern!r} must hold {{name}} and {{value}} once each, without formats"
         )
-    following = {
-        name: after for (_, name, _, _), (after, *_) in zip(pieces, [*pieces[1:], ("",)], strict=True)
-    }
-    if re.match(r"[\d.+\-eE]|$", following["value"]) or re.match(r"\w|$", following["name"]):
+    texts = [text for text, *_ in pieces[1:]] + [""]
+    after = {field: text for (_, field, _, _), text in zip(pieces, texts, strict=True)}
+    if re.match(r"[\d.+\-eE]|$", after["value"]) or re.match(r"\w|$", after["name"]):
         raise ValueError(
-            f"tag pattern {pattern!r} cannot be parsed back: {{value}} must be followed by a character that no number "
-            "has, {name} by one that no word has"
+            f"tag pattern {pattern!r} cannot be parsed back: {{value}} must be followed by a character that "
+            "no number has, {name} by one that no word has"
         )
     names = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True))
     groups = {"name": f"(?P<name>{names}|{_NAME})" if names else f"(?P<name>{_NAME})"}

@@ -1,10 +1,12 @@
 """The oracle: every op and every loss in plain PyTorch, any floating dtype, differentiable by autograd.
 
-Read top-down: 1 token log-probs, 2 sequence log-probs and token weights, 3 the loss types (`LOSS_TYPES`: formula,
-source and the options each honours), 4 the preference op, 5 KTO. It is the only place allowed to be slow.
+Read top-down: 1 token log-probs, 2 sequence log-probs and token weights, 3 the loss types (`LOSS_TYPES`:
+formula, source and the options each honours), 4 the preference op, 5 KTO. It is the only place allowed to be
+slow.
 
-The functions named as in `ops.py` (`token_logps_fwd`, `token_logps_bwd_`, `token_logps_fused_`, `sequence_sum`,
-`preference`) have the kernels' signatures: tensors that are absent have 0 elements, results are not differentiable.
+The functions named as in `ops.py` (`token_logps_fwd`, `token_logps_bwd_`, `token_logps_fused_`,
+`sequence_sum`, `preference`) have the kernels' signatures: tensors that are absent have 0 elements, results
+are not differentiable.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ def token_logps(
 ) -> Tensor:
     """logp_t = z_{t,y_t} - logsumexp_v z_{t,v} with z = softcap * tanh(scale * logits / softcap).
 
-    logits `[..., V]`, labels `[...]` -> `[...]` in float32 (float64 for float64 logits). A label `ignore_index` gives
-    exactly 0 and no gradient. Columns from `vocab_size` on do not count (padded vocabulary). Raises ValueError for a
-    label outside [0, vocab_size).
+    logits `[..., V]`, labels `[...]` -> `[...]` in float32 (float64 for float64 logits). A label
+    `ignore_index` gives exactly 0 and no gradient. Columns from `vocab_size` on do not count (padded
+    vocabulary). Raises ValueError for a label outside [0, vocab_size).
     """
     rows, row_labels, keep = _labelled_rows(logits, labels, ignore_index, vocab_size)
     z = _z(rows, scale, softcap or 0.0, vocab_size)  # [M, V]
@@ -50,7 +52,7 @@ def token_extras(
     scale: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """`[4, ...]`: entropy, log sum_v p_v^2, mean of z over the vocabulary, 1.0 where the label has the largest z.
+    """`[4, ...]`: entropy, log sum_v p_v^2, mean of z over the vocabulary, 1.0 where the label has the top z.
 
     Not differentiable; 0 at ignored positions. Arguments as for `token_logps`.
     """
@@ -76,7 +78,7 @@ def linear_token_logps(
     scale: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """`token_logps` of logits = hidden @ weight.T + bias, the product in float32 (float64 for float64 hidden).
+    """`token_logps` of logits = hidden @ weight.T + bias, in float32 (float64 for float64 hidden).
 
     hidden `[..., H]`, weight `[V, H]`, bias `[V]`, labels `[...]` -> `[...]`.
     """
@@ -94,7 +96,7 @@ def token_logps_fwd(
     vocab_size: int,
     extras: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits `[N, V]`, labels `[N]` -> logp `[N]`, lse `[N]`, extras `[4, N]` (or `[0]`); all 0 at ignored rows."""
+    """logits `[N, V]`, labels `[N]` -> logp `[N]`, lse `[N]`, extras `[4, N]` or `[0]`; 0 at ignored rows."""
     options = (ignore_index, softcap, scale, vocab_size)
     logits = logits.detach()
     logp = token_logps(logits, labels, *options)
@@ -166,9 +168,10 @@ def _labelled_rows(
     wrong = (keep & ((labels < 0) | (labels >= vocab_size))).nonzero()
     if len(wrong):
         position = tuple(wrong[0].tolist())
+        where = position[0] if len(position) == 1 else position
         raise ValueError(
-            f"label {labels[position].item()} at position {position[0] if len(position) == 1 else position} is "
-            f"outside [0, {vocab_size}) and is not ignore_index ({ignore_index})"
+            f"label {labels[position].item()} at position {where} is outside [0, {vocab_size}) and "
+            f"is not ignore_index ({ignore_index})"
         )
     keep = keep.reshape(-1)
     return logits.reshape(-1, logits.shape[-1])[keep], labels.reshape(-1)[keep], keep
@@ -182,8 +185,8 @@ def sequence_logps(
 ) -> Tensor:
     """L_s = sum_{t in s} m_t logp_t, summed in float64, in the dtype of `token_logps`; differentiable.
 
-    token_logps `[N]`, cu_seqlens `[S + 1]` (sequence s is `[cu[s], cu[s + 1])`), token_weights m `[N]` -> `[S]`.
-    `average` divides by the number of tokens; a sequence without tokens gives 0.
+    token_logps `[N]`, cu_seqlens `[S + 1]` (sequence s is `[cu[s], cu[s + 1])`), token_weights m `[N]` ->
+    `[S]`. `average` divides by the number of tokens; a sequence without tokens gives 0.
     """
     weighted = (
         token_logps.double() if token_weights is None else token_logps.double() * token_weights.double()
@@ -207,8 +210,9 @@ def ld_token_weights(
 ) -> Tensor:
     """LD-DPO's token weights `[N]`: 1 up to the length of the pair's shorter response, `ld_alpha` after it.
 
-    Liu et al. 2024 (arXiv 2409.06411), as TRL's `ld_alpha`. The weights belong to a pair; a response that stands in
-    pairs with different shared lengths would need several, which raises. A response in no pair keeps weight 1.
+    Liu et al. 2024 (arXiv 2409.06411), as TRL's `ld_alpha`. The weights belong to a pair; a response that
+    stands in pairs with different shared lengths would need several, which raises. A response
+    in no pair keeps weight 1.
     """
     lengths = cu_seqlens.diff()
     shared = lengths.clone()
@@ -217,8 +221,8 @@ def ld_token_weights(
     if bool((shared[pairs] != shortest).any()):
         pair = int((shared[pairs] != shortest).any(1).nonzero()[0])
         raise ValueError(
-            f"ld_alpha: pair {pair} {pairs[pair].tolist()} shares a response with a pair of another shared length; "
-            "ld_alpha needs every response to have one shared length"
+            f"ld_alpha: pair {pair} {pairs[pair].tolist()} shares a response with a pair of another shared "
+            "length; ld_alpha needs every response to have one shared length"
         )
     position = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     position = position - torch.repeat_interleave(cu_seqlens[:-1], lengths)
@@ -257,7 +261,8 @@ OPTION_DEFAULTS: dict[str, float] = {
 }
 OPTIONS = tuple(OPTION_DEFAULTS)
 
-# exp(80) is finite in float32: exponents of forward_kl, alpha_divergence and alphapo stop here, gradient 0 beyond.
+# exp(80) is finite in float32: exponents of forward_kl, alpha_divergence and alphapo stop here, gradient 0
+# beyond.
 MAX_EXPONENT = 80.0
 # orpo's mean log-prob is kept below 0, where the odds are finite (a response without tokens has mean 0).
 MAX_ORPO_LOGP = -1e-12
@@ -279,6 +284,10 @@ class Pairs:
     chosen_margin: Tensor | float = 0.0  # MODPO's w_{-k} . m(y)
     rejected_margin: Tensor | float = 0.0
     nll_scale: Tensor | float | None = None  # number of pairs / number of chosen tokens
+
+    def set_lengths(self, chosen: Tensor, rejected: Tensor, num_pairs: float) -> None:
+        self.chosen_length, self.rejected_length = chosen.clamp(min=1), rejected.clamp(min=1)
+        self.nll_scale = num_pairs / chosen.sum().clamp(min=1)
 
     @property
     def chosen_ratio(self) -> Tensor:
@@ -317,8 +326,8 @@ class Pairs:
     def soft_logistic(self, u: Tensor) -> Tensor:
         """-q log sigmoid(v) - (1 - q) log sigmoid(-v) with v = u - margin |gap|.
 
-        q = sigmoid(|gap| / tau), or 1 - label_smoothing without tau. The margin is ODPO's offset (Amini et al. 2024,
-        arXiv 2402.10571); label smoothing is conservative DPO's (Mitchell 2023).
+        q = sigmoid(|gap| / tau), or 1 - label_smoothing without tau. The margin is ODPO's offset (Amini
+        et al. 2024, arXiv 2402.10571); label smoothing is conservative DPO's (Mitchell 2023).
         """
         v = u - self.offset()
         tau = self.options["tau"]
@@ -331,10 +340,11 @@ class Pairs:
 
 
 def f_score(ratio: Tensor, f_divergence: float, alpha: float) -> Tensor:
-    """f'(e^ratio) up to constants that cancel in a pair, ratio = log pi - log pi_ref (Wang et al. 2023, 2309.16240).
+    """f'(e^ratio) up to constants that cancel in a pair, ratio = log pi - log pi_ref.
 
     reverse_kl: ratio;  forward_kl: 1 - e^-ratio;  js_divergence: log 2 + log sigmoid(ratio);
     alpha_divergence: (e^((alpha - 1) ratio) - 1) / (alpha - 1), which is `ratio` at alpha = 1.
+    f-DPO, Wang et al. 2023 (arXiv 2309.16240).
     """
     name = F_DIVERGENCES[int(f_divergence)]
     if name == "forward_kl":
@@ -347,20 +357,27 @@ def f_score(ratio: Tensor, f_divergence: float, alpha: float) -> Tensor:
 
 
 def _sigmoid(p: Pairs) -> Tensor:
-    """-log sigmoid(beta delta), delta = s(r_w) - s(r_l), r = L - ref, s = `f_score`; see `Pairs.soft_logistic`.
+    """-log sigmoid(beta delta), delta = s(r_w) - s(r_l), r = L - ref, s = `f_score`.
 
-    DPO, Rafailov et al. 2023 (arXiv 2305.18290) eq. 7. Under conditions it is the CDPO loss of Guo et al. 2024.
+    DPO, Rafailov et al. 2023 (arXiv 2305.18290) eq. 7; under conditions the CDPO loss of Guo et al. 2024.
+    Soft targets and margin: `Pairs.soft_logistic`.
     """
     return p.soft_logistic(p.beta * p.delta)
 
 
 def _hinge(p: Pairs) -> Tensor:
-    """relu(1 - (beta delta - margin |gap|)). SLiC-HF, Zhao et al. 2023 (2305.10425), on DPO's rewards as in RSO."""
+    """relu(1 - (beta delta - margin |gap|)).
+
+    SLiC-HF's loss, Zhao et al. 2023 (arXiv 2305.10425), on DPO's rewards.
+    """
     return torch.relu(1 - (p.beta * p.delta - p.offset()))
 
 
 def _ipo(p: Pairs) -> Tensor:
-    """(s_w / n_w - s_l / n_l - 1 / (2 beta))^2. IPO, Azar et al. 2023 (2310.12036) eq. 17, per token as in TRL."""
+    """(s_w / n_w - s_l / n_l - 1 / (2 beta))^2.
+
+    IPO, Azar et al. 2023 (arXiv 2310.12036) eq. 17, with scores per token as in TRL.
+    """
     chosen, rejected = p.per_token(p.chosen_score, p.rejected_score)
     return (chosen - rejected - 1 / (2 * p.beta)) ** 2
 
@@ -377,7 +394,10 @@ def _exo_pair(p: Pairs) -> Tensor:
 
 
 def _nca_pair(p: Pairs) -> Tensor:
-    """-log sigmoid(beta r_w) - (log sigmoid(-beta r_w) + log sigmoid(-beta r_l)) / 2. Chen et al. 2024 (2402.05369)."""
+    """-log sigmoid(beta r_w) - (log sigmoid(-beta r_w) + log sigmoid(-beta r_l)) / 2.
+
+    NCA, Chen et al. 2024 (arXiv 2402.05369).
+    """
     chosen, rejected = p.beta * p.chosen_ratio, p.beta * p.rejected_ratio
     return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
 
@@ -392,12 +412,18 @@ def _robust(p: Pairs) -> Tensor:
 
 
 def _bco_pair(p: Pairs) -> Tensor:
-    """-log sigmoid(beta r_w) - log sigmoid(-beta r_l). BCO, Jung et al. 2024 (2404.04656), without its shift."""
+    """-log sigmoid(beta r_w) - log sigmoid(-beta r_l).
+
+    BCO, Jung et al. 2024 (arXiv 2404.04656), without its reward shift.
+    """
     return -F.logsigmoid(p.beta * p.chosen_ratio) - F.logsigmoid(-p.beta * p.rejected_ratio)
 
 
 def _sppo_hard(p: Pairs) -> Tensor:
-    """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2. SPPO, Wu et al. 2024 (2405.00675) eq. 4.7, hard labels."""
+    """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2.
+
+    SPPO, Wu et al. 2024 (arXiv 2405.00675) eq. 4.7, hard labels.
+    """
     return (p.chosen_ratio - 0.5 / p.beta) ** 2 + (p.rejected_ratio + 0.5 / p.beta) ** 2
 
 
@@ -406,10 +432,10 @@ def _smoothed(u: Tensor, eps: float) -> Tensor:
 
 
 def _aot(p: Pairs) -> Tensor:
-    """-log sigmoid(beta d_k), d = sort(L_w - L_l) - sort(ref_w - ref_l) over the batch, smoothed by label_smoothing.
+    """-log sigmoid(beta d_k), d = sort(L_w - L_l) - sort(ref_w - ref_l) over the batch.
 
-    AOT, Melnyk et al. 2024 (arXiv 2406.05882), paired. The k-th loss stands at the pair that holds the k-th smallest
-    policy ratio; equal ratios keep their order.
+    Smoothed by label_smoothing. AOT, Melnyk et al. 2024 (arXiv 2406.05882), paired. The k-th loss stands
+    at the pair that holds the k-th smallest policy ratio; equal ratios keep their order.
     """
     policy, order = (p.chosen - p.rejected).sort(stable=True)
     ref = (p.chosen_ref - p.rejected_ref).sort(stable=True).values
@@ -418,10 +444,10 @@ def _aot(p: Pairs) -> Tensor:
 
 
 def _aot_unpaired(p: Pairs) -> Tensor:
-    """-log sigmoid(beta d_k), d = sort(r_w) - sort(r_l) over the batch, smoothed by label_smoothing.
+    """-log sigmoid(beta d_k), d = sort(r_w) - sort(r_l) over the batch.
 
-    AOT, Melnyk et al. 2024 (arXiv 2406.05882), unpaired. The k-th loss stands at the pair that holds the k-th
-    smallest chosen ratio; equal ratios keep their order.
+    Smoothed by label_smoothing. AOT, Melnyk et al. 2024 (arXiv 2406.05882), unpaired. The k-th loss
+    stands at the pair that holds the k-th smallest chosen ratio; equal ratios keep their order.
     """
     chosen, order = p.chosen_ratio.sort(stable=True)
     rejected = p.rejected_ratio.sort(stable=True).values
@@ -430,12 +456,18 @@ def _aot_unpaired(p: Pairs) -> Tensor:
 
 
 def _apo_zero(p: Pairs) -> Tensor:
-    """1 - sigmoid(beta r_w) + sigmoid(beta r_l). APO, D'Oosterlinck et al. 2024 (2408.06266) eq. 7."""
+    """1 - sigmoid(beta r_w) + sigmoid(beta r_l).
+
+    APO-zero, D'Oosterlinck et al. 2024 (arXiv 2408.06266) eq. 7.
+    """
     return torch.sigmoid(-p.beta * p.chosen_ratio) + torch.sigmoid(p.beta * p.rejected_ratio)
 
 
 def _apo_down(p: Pairs) -> Tensor:
-    """sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l)). APO, D'Oosterlinck et al. 2024 (2408.06266) eq. 8."""
+    """sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l)).
+
+    APO-down, D'Oosterlinck et al. 2024 (arXiv 2408.06266) eq. 8.
+    """
     return torch.sigmoid(p.beta * p.chosen_ratio) + torch.sigmoid(
         -p.beta * (p.chosen_ratio - p.rejected_ratio)
     )
@@ -444,7 +476,8 @@ def _apo_down(p: Pairs) -> Tensor:
 def _discopop(p: Pairs) -> Tensor:
     """-(1 - m) log sigmoid(u) + m e^-u, u = beta delta, m = sigmoid(u / discopop_tau).
 
-    DiscoPOP, Lu et al. 2024 (arXiv 2406.08414) eq. 5; m e^-u is formed as one exponential, which stays finite.
+    DiscoPOP, Lu et al. 2024 (arXiv 2406.08414) eq. 5; m e^-u is formed as one exponential, which stays
+    finite.
     """
     u = p.beta * p.delta
     v = u / p.options["discopop_tau"]
@@ -452,26 +485,33 @@ def _discopop(p: Pairs) -> Tensor:
 
 
 def _sft(p: Pairs) -> Tensor:
-    """-L_w (number of pairs) / (number of chosen tokens): its mean over pairs is the mean NLL of a chosen token."""
+    """-L_w (number of pairs) / (number of chosen tokens): the mean over pairs is the NLL per chosen token."""
     return p.nll()
 
 
 def _sigmoid_norm(p: Pairs) -> Tensor:
-    """-log sigmoid(beta (s_w / n_w - s_l / n_l)): DPO per token (Tulu 3, Lambert et al. 2024, 2411.15124, sec. 5)."""
+    """-log sigmoid(beta (s_w / n_w - s_l / n_l)).
+
+    Length-normalised DPO, Lambert et al. 2024 (Tulu 3, arXiv 2411.15124).
+    """
     chosen, rejected = p.per_token(p.chosen_score, p.rejected_score)
     return p.soft_logistic(p.beta * (chosen - rejected))
 
 
 def _simpo(p: Pairs) -> Tensor:
-    """-log sigmoid(beta (L_w / n_w - L_l / n_l) - simpo_gamma). SimPO, Meng et al. 2024 (2405.14734) eq. 6."""
+    """-log sigmoid(beta (L_w / n_w - L_l / n_l) - simpo_gamma).
+
+    SimPO, Meng et al. 2024 (arXiv 2405.14734) eq. 6.
+    """
     chosen, rejected = p.per_token(p.chosen, p.rejected)
     return p.soft_logistic(p.beta * (chosen - rejected) - p.options["simpo_gamma"])
 
 
 def _orpo(p: Pairs) -> Tensor:
-    """-beta log sigmoid(log odds_w - log odds_l) + nll_alpha NLL(y_w), log odds = a - log(1 - e^a), a = L / n.
+    """-beta log sigmoid(o_w - o_l) + nll_alpha NLL(y_w), log odds o = a - log(1 - e^a), a = L / n.
 
-    ORPO, Hong et al. 2024 (arXiv 2403.07691) eqs. 4-7. The NLL is of the response alone (TRL adds the prompt's).
+    ORPO, Hong et al. 2024 (arXiv 2403.07691) eqs. 4-7. The NLL is of the response alone (TRL adds the
+    prompt's).
     """
     chosen, rejected = (a.clamp(max=MAX_ORPO_LOGP) for a in p.per_token(p.chosen, p.rejected))
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
@@ -489,14 +529,17 @@ def _weighted_nll(p: Pairs) -> Tensor | float:
 
 
 def _contrastive_cpo(p: Pairs) -> Tensor:
-    """-log sigmoid(beta (L_w - L_l)) + nll_alpha NLL(y_w). *Contrastive* PO, Xu et al. 2024 (arXiv 2401.08417)."""
+    """-log sigmoid(beta (L_w - L_l)) + nll_alpha NLL(y_w).
+
+    *Contrastive* Preference Optimization, Xu et al. 2024 (arXiv 2401.08417).
+    """
     return p.soft_logistic(p.beta * (p.chosen - p.rejected)) + _weighted_nll(p)
 
 
 def _alphapo(p: Pairs) -> Tensor:
-    """-log sigmoid(beta (r_w - r_l) - simpo_gamma), r = (1 - e^(-a L / n)) / a, a = alphapo_alpha (0: r = L / n).
+    """-log sigmoid(beta (r_w - r_l) - simpo_gamma), r = (1 - e^(-a L / n)) / a.
 
-    AlphaPO, Gupta et al. 2025 (arXiv 2501.03884).
+    a = alphapo_alpha; at 0, r = L / n. AlphaPO, Gupta et al. 2025 (arXiv 2501.03884).
     """
     alpha = p.options["alphapo_alpha"]
     chosen, rejected = p.per_token(p.chosen, p.rejected)
@@ -508,9 +551,9 @@ def _alphapo(p: Pairs) -> Tensor:
 
 
 def _modpo(p: Pairs) -> Tensor:
-    """-log sigmoid((beta (r_w - r_l) - (m_w - m_l)) / modpo_weight), m(y) the weighted rewards of other objectives.
+    """-log sigmoid((beta (r_w - r_l) - (m_w - m_l)) / modpo_weight).
 
-    MODPO, Zhou et al. 2023 (arXiv 2310.03708) eq. 9.
+    m(y) = the weighted rewards of the other objectives. MODPO, Zhou et al. 2023 (arXiv 2310.03708).
     """
     margin = p.chosen_margin - p.rejected_margin
     return -F.logsigmoid((p.beta * (p.chosen_ratio - p.rejected_ratio) - margin) / p.options["modpo_weight"])
@@ -564,7 +607,8 @@ LOSS_TYPES: dict[str, LossType] = {
     "modpo": LossType(_modpo, _PAIRWISE | {"modpo_weight", "margins"}),
 }
 
-# Options that shape the preference term: every type of a list must honour them, `sft` (which has none) excepted.
+# Options that shape the preference term: every type of a list must honour them, `sft` (which has none)
+# excepted.
 _TERM_OPTIONS = frozenset({"tau", "margin", "f_divergence", "pair_betas"})
 # Options that change the log-probs or the weight of a pair: every type of a list must honour them.
 _PAIR_OPTIONS = frozenset({"pair_weights", "use_weighting", "ld_alpha"})
@@ -573,9 +617,9 @@ _PAIR_OPTIONS = frozenset({"pair_weights", "use_weighting", "ld_alpha"})
 def check_options(loss_types: Sequence[str], given: Iterable[str], label_smoothing: float = 0.0) -> None:
     """Raises ValueError for an option that `loss_types` would ignore, or that they need and did not get.
 
-    given: names of the options that the caller sets to something other than "off". An option of one type alone
-    (simpo_gamma, nll_alpha, ...) and label_smoothing must be honoured by at least one type of the list, an option that
-    concerns every pair by all of them.
+    given: names of the options that the caller sets to other than "off". An option of one type alone
+    (simpo_gamma, nll_alpha, ...) and label_smoothing must be honoured by at least one type of the list, an
+    option that concerns every pair by all of them.
     """
     given = set(given)
     for name in loss_types:
@@ -593,7 +637,8 @@ def check_options(loss_types: Sequence[str], given: Iterable[str], label_smoothi
         if deaf and (option in _TERM_OPTIONS | _PAIR_OPTIONS or len(deaf) == len(loss_types)):
             able = [name for name, loss in LOSS_TYPES.items() if option in loss.honours]
             raise ValueError(
-                f"{option} has no meaning for loss_type {', '.join(map(repr, deaf))}; it works with {', '.join(able)}"
+                f"{option} has no meaning for loss_type {', '.join(map(repr, deaf))}; "
+                f"it works with {', '.join(able)}"
             )
     if {"tau", "label_smoothing"} <= given:
         raise ValueError("tau and label_smoothing both set the soft target: give one of them")
@@ -623,23 +668,19 @@ def pair_loss(
     options are those of `OPTIONS` (f_divergence as its index). See `LOSS_TYPES[loss_type].formula`.
     """
     zero = torch.zeros_like(chosen_logps)
-    has_lengths = chosen_lengths is not None and rejected_lengths is not None
     pairs = Pairs(
         chosen=chosen_logps,
         rejected=rejected_logps,
         chosen_ref=zero if ref_chosen_logps is None else ref_chosen_logps,
         rejected_ref=zero if ref_rejected_logps is None else ref_rejected_logps,
-        beta=torch.as_tensor(beta, dtype=chosen_logps.dtype, device=chosen_logps.device).expand_as(
-            chosen_logps
-        ),
+        beta=zero + beta,
         gap=zero + math.inf if gap is None else gap,
         options={**OPTION_DEFAULTS, **options},
-        chosen_length=chosen_lengths.clamp(min=1) if has_lengths else None,
-        rejected_length=rejected_lengths.clamp(min=1) if has_lengths else None,
         chosen_margin=chosen_margins,
         rejected_margin=rejected_margins,
-        nll_scale=len(chosen_logps) / chosen_lengths.sum().clamp(min=1) if has_lengths else None,
     )
+    if chosen_lengths is not None and rejected_lengths is not None:
+        pairs.set_lengths(chosen_lengths, rejected_lengths, len(chosen_logps))
     return LOSS_TYPES[loss_type].losses(pairs)
 
 
@@ -668,15 +709,15 @@ def preference(
         loss = sum_p w_p sum_j loss_weights[j] l_j(p) / num_pairs   over the pairs that are no tie
 
     seq_logps L `[S]`, ref_logps `[S]`, lengths `[S]`, pairs `[P, 2]`, scores `[S, K]`, conditions `[P, K]`,
-    objectives `[2, K]` (weights, strengths), pair_weights and pair_betas `[P]`, margins `[S]`; only seq_logps and pairs
-    must have elements. loss_types are indices into LOSS_TYPES, options the values of OPTIONS.
-    A pair is a tie unless |Delta R| > tie_margin; without scores the first of each pair is chosen. num_pairs < 0: the
-    number of non-ties here. chosen_tokens < 0: the tokens of the chosen responses here.
+    objectives `[2, K]` (weights, strengths), pair_weights and pair_betas `[P]`, margins `[S]`; only seq_logps
+    and pairs must have elements. loss_types are indices into LOSS_TYPES, options the values of OPTIONS.
+    A pair is a tie unless |Delta R| > tie_margin; without scores the first of each pair is chosen. num_pairs
+    < 0: the number of non-ties here. chosen_tokens < 0: the tokens of the chosen responses here.
 
-    Returns loss `[]`, losses `[P]`, grad `[S]` = d loss / d seq_logps, chosen_rewards `[P]`, rejected_rewards `[P]`,
-    value_gap `[P]` (NaN: unrated, inf: no scores), order `[P]` int8 (+1 first chosen, -1 second, 0 tie), counts `[3]`
-    int64 (non-ties, ties with the unrated, unrated). Rewards are beta (L - ref), or beta L (beta L / n if a type is
-    `averaged`) where no type needs a reference; a tie reports its first response as chosen.
+    Returns loss `[]`, losses `[P]`, grad `[S]` = d loss / d seq_logps, chosen_rewards and rejected_rewards
+    `[P]`, value_gap `[P]` (NaN: unrated, inf: no scores), order `[P]` int8 (+1 first chosen, -1 second, 0 tie),
+    counts `[3]` int64 (non-ties, ties with the unrated, unrated). Rewards are beta (L - ref), or beta L (beta
+    L / n if a type is `averaged`) where no type needs a reference; a tie reports its first response as chosen.
     """
     types = [list(LOSS_TYPES.values())[index] for index in loss_types]
     option = dict(zip(OPTIONS, options, strict=True))
@@ -686,9 +727,7 @@ def preference(
     live = decided.nonzero().squeeze(1)  # [n]
     winner, loser = torch.where((order < 0)[:, None], pairs.flip(1), pairs).unbind(1)  # [P], [P]
     beta = pair_betas.double() if pair_betas.numel() else torch.full_like(gap, option["beta"])
-    divisor = (
-        max(float(num_pairs if num_pairs >= 0 else len(live)), 1.0) if num_pairs <= 0 else float(num_pairs)
-    )
+    divisor = (num_pairs if num_pairs >= 0 else len(live)) or 1.0  # no pairs: loss and gradient are 0
 
     def at(values: Tensor, index: Tensor, missing: float = 0.0) -> Tensor:
         return values.double()[index] if values.numel() else torch.full_like(gap[: len(index)], missing)
@@ -708,12 +747,13 @@ def preference(
             rejected_margin=at(margins, lost),
         )
         if lengths.numel():
-            batch.chosen_length, batch.rejected_length = lengths[won].clamp(min=1), lengths[lost].clamp(min=1)
-            batch.nll_scale = divisor / max(float(lengths[won].sum()), 1.0)
+            batch.set_lengths(lengths[won], lengths[lost], divisor)
         if chosen_tokens >= 0:
             batch.nll_scale = divisor / max(chosen_tokens, 1.0)
-        per_pair = sum(weight * kind.losses(batch) for kind, weight in zip(types, loss_weights, strict=True))
-        per_pair = per_pair * (pair_weights.double()[live] if pair_weights.numel() else 1.0)
+        per_pair = torch.zeros_like(batch.gap)
+        for kind, weight in zip(types, loss_weights, strict=True):
+            per_pair = per_pair + weight * kind.losses(batch)
+        per_pair = per_pair * at(pair_weights, live, missing=1.0)
         (grad,) = torch.autograd.grad(per_pair.sum() / divisor, logps)
     losses = torch.zeros_like(gap).index_put((live,), per_pair.detach())
 
@@ -753,12 +793,13 @@ def kto_loss(
         desirable_weight   (1 - sigmoid(beta (r - kl)))   where `desirable`
         undesirable_weight (1 - sigmoid(beta (kl - r)))   elsewhere
 
-    Ethayarajh et al. 2024 (arXiv 2402.01306) eq. 7. seq_logps, ref_logps `[S]`, desirable bool `[S]`, kl from `kto_kl`.
+    Ethayarajh et al. 2024 (arXiv 2402.01306) eq. 7. seq_logps, ref_logps `[S]`, desirable bool `[S]`, kl from
+    `kto_kl`.
     """
     u = beta * (seq_logps - ref_logps - kl)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-u), undesirable_weight * torch.sigmoid(u))
 
 
 def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
-    """KTO's reference point: max(0, mean(L - ref)) over mismatched (prompt, response) pairs, without gradient."""
+    """KTO's reference point: max(0, mean(L - ref)) over mismatched prompts and responses, no gradient."""
     return (kl_logps - ref_kl_logps).detach().mean().clamp(min=0)
