@@ -1,0 +1,31 @@
+"""Fused log-prob and preference-loss kernels for Controllable Preference Optimization and every DPO-type loss."""
+
+from cpo_kernels.linear import linear_nll, linear_token_logps
+from cpo_kernels.loss import CPOLoss, FusedLinearCPOLoss, LossOptions, PreferenceOutput, preference_loss
+from cpo_kernels.objectives import Objective, TagTemplate, value
+from cpo_kernels.ops import TokenExtras, sequence_logps, token_logps
+from cpo_kernels.planner import Plan, explain
+from cpo_kernels.reference import LOSS_TYPES, kto_kl, kto_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LOSS_TYPES",
+    "CPOLoss",
+    "FusedLinearCPOLoss",
+    "LossOptions",
+    "Objective",
+    "Plan",
+    "PreferenceOutput",
+    "TagTemplate",
+    "TokenExtras",
+    "explain",
+    "kto_kl",
+    "kto_loss",
+    "linear_nll",
+    "linear_token_logps",
+    "preference_loss",
+    "sequence_logps",
+    "token_logps",
+    "value",
+]

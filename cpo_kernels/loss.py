@@ -1,0 +1,525 @@
+"""Preference losses over sequence log-probs, and fused with the head.
+
+`preference_loss`, `CPOLoss` and `FusedLinearCPOLoss` take the same options (`LossOptions`); the table of loss types and
+of the options that each honours is `LOSS_TYPES`. CPO here is Controllable Preference Optimization (Guo et al. 2024,
+arXiv 2402.19085); Contrastive Preference Optimization (Xu et al. 2024) is loss type "contrastive_cpo".
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cpo_kernels import ops
+from cpo_kernels.linear import HeadInputs, head_inputs, token_logps_of
+from cpo_kernels.linear_preference import linear_preference
+from cpo_kernels.objectives import Objective
+from cpo_kernels.reference import F_DIVERGENCES, LOSS_TYPES, OPTIONS, check_options, ld_token_weights
+
+
+class PreferenceOutput(NamedTuple):
+    """What a preference loss returns. Everything but `loss` is detached."""
+
+    loss: Tensor  # [], sum of weight * loss over the pairs that are no ties / num_pairs
+    losses: Tensor  # [P], 0 for ties
+    seq_logps: Tensor  # [S]
+    chosen_rewards: Tensor  # [P], beta * (L - ref) of the response that the loss preferred
+    rejected_rewards: Tensor  # [P]
+    accuracy: Tensor  # [], share of non-tie pairs whose chosen reward is the higher
+    margin: Tensor  # [], mean of chosen - rejected reward over the non-tie pairs
+    value_gap: Tensor  # [P], R(first) - R(second); NaN where no objective is rated on both sides, inf without scores
+    order: Tensor  # [P] int8, +1 the first of the pair is chosen, -1 the second, 0 a tie
+    num_pairs: Tensor  # [] int64, pairs that are no ties
+    num_ties: Tensor  # [] int64, ties, unrated pairs among them
+    num_unrated: Tensor  # [] int64, pairs without an objective that is rated on both sides
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Options of the preference losses. A combination that a loss type would ignore raises ValueError.
+
+    objectives: the objectives that `scores` rate; needed with scores.
+    beta: inverse temperature; tau of IPO.
+    loss_type: a name of `LOSS_TYPES`, or several, weighted by `loss_weights` (1 each by default).
+    label_smoothing: probability that a label is flipped (conservative DPO; robust, exo_pair, aot).
+    tau: soft targets q = sigmoid(|dR| / tau); None for hard ones.
+    margin: gamma of the margin gamma * |dR| (ODPO).
+    tie_margin: pairs with |dR| at most this are ties: no loss, no gradient, counted.
+    f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence with coefficient f_alpha.
+    ld_alpha: weight of the tokens past the pair's shorter length (LD-DPO); None for 1. Needs disjoint pairs.
+    use_weighting: WPO weights, the product of both responses' mean aligned probabilities.
+    """
+
+    objectives: tuple[Objective, ...] | None = None
+    beta: float = 0.1
+    loss_type: str | tuple[str, ...] = "sigmoid"
+    loss_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    tau: float | None = None
+    margin: float = 0.0
+    tie_margin: float = 1e-6
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    alphapo_alpha: float = 0.25
+    nll_alpha: float = 1.0
+    modpo_weight: float = 1.0
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+
+    def __post_init__(self) -> None:
+        types = (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+        object.__setattr__(self, "loss_type", types)
+        weights = (1.0,) * len(types) if self.loss_weights is None else tuple(map(float, self.loss_weights))
+        object.__setattr__(self, "loss_weights", weights)
+        if self.objectives is not None:
+            object.__setattr__(self, "objectives", tuple(self.objectives))
+        if len(weights) != len(types):
+            raise ValueError(f"loss_weights {weights} must have one number per loss type {types}")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        for name in ("tau", "modpo_weight", "discopop_tau"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.tie_margin < 0 or self.margin < 0:
+            raise ValueError(f"tie_margin and margin must be >= 0, got {self.tie_margin} and {self.margin}")
+        if self.f_divergence not in F_DIVERGENCES:
+            raise ValueError(f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, got {self.f_divergence!r}")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must lie in [0, 1], got {self.ld_alpha}")
+        defaults = {f.name: f.default for f in fields(self)}
+        always = {"objectives", "beta", "loss_type", "loss_weights", "tie_margin"}
+        given = {n for n in defaults if n not in always and getattr(self, n) != defaults[n]}
+        if "f_alpha" in given:
+            given.remove("f_alpha")
+            if self.f_divergence != "alpha_divergence":
+                raise ValueError(f"f_alpha has a meaning with f_divergence='alpha_divergence' only, got {self.f_alpha}")
+        check_options(types, given, self.label_smoothing)
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "LossOptions":
+        """Options by name; an unknown name is an error that offers the nearest."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(known)}"
+                raise TypeError(f"unknown option {name!r}{hint}")
+        return cls(**options)
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return tuple(self.loss_type)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(LOSS_TYPES[t].needs_reference for t in self.types)
+
+    @property
+    def couples_pairs(self) -> bool:
+        return any(LOSS_TYPES[t].couples_batch for t in self.types)
+
+    def numbers(self) -> tuple[list[int], list[float], list[float]]:
+        """(loss type ids, weights, options) as the kernels take them."""
+        names = list(LOSS_TYPES)
+        values = {name: getattr(self, name) for name in OPTIONS}
+        values["f_divergence"] = F_DIVERGENCES.index(self.f_divergence)
+        values["tau"] = self.tau or 0.0
+        options = [float(values[name]) for name in OPTIONS]
+        return [names.index(t) for t in self.types], list(self.loss_weights or ()), options
+
+
+class PairInputs(NamedTuple):
+    """What a call of a loss takes beside the log-probs; all optional. See `preference_loss`."""
+
+    pairs: Tensor | None = None
+    ref_logps: Tensor | None = None
+    scores: Tensor | None = None
+    conditions: Tensor | None = None
+    pair_weights: Tensor | None = None
+    pair_betas: Tensor | None = None
+    margins: Tensor | None = None
+    num_pairs: float | None = None
+
+
+def kernel_args(
+    options: LossOptions, given: PairInputs, num_sequences: int, lengths: Tensor | None, like: Tensor
+) -> tuple[Any, ...]:
+    """Check what the caller gave and lay it out as the `preference` kernel takes it; `like` has dtype and device."""
+    device = like.device
+    pairs = default_pairs(num_sequences, device) if given.pairs is None else given.pairs
+    if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs must be int64 of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
+    if pairs.device != device:
+        raise ValueError(f"pairs are on {pairs.device} and the log-probs on {device}: move one of them")
+    num_pairs, num_objectives = pairs.shape[0], len(options.objectives or ())
+    empty, empty64 = like.new_empty(0), like.new_empty(0, dtype=torch.float64)
+
+    def sized(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        if value is None:
+            return empty64
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+        return value.detach().to(device, torch.float64)
+
+    if options.needs_reference and given.ref_logps is None:
+        raise ValueError(
+            f"loss_type {', '.join(options.types)} needs ref_logps (or ref_hidden); reference-free types are "
+            f"{', '.join(t for t, row in LOSS_TYPES.items() if not row.needs_reference)}"
+        )
+    if not options.needs_reference and given.ref_logps is not None:
+        raise ValueError(f"loss_type {', '.join(options.types)} has no reference: leave ref_logps out")
+    ref_logps = empty
+    if given.ref_logps is not None:
+        ref_logps = sized("ref_logps", given.ref_logps, (num_sequences,)).to(like.dtype)
+
+    if (given.scores is None) != (options.objectives is None):
+        missing = "scores" if given.scores is None else "objectives"
+        raise ValueError(f"scores and objectives go together: {missing} are missing")
+    if given.scores is None and given.conditions is not None:
+        raise ValueError("conditions have a meaning with scores only: give scores")
+    scores = sized("scores", given.scores, (num_sequences, num_objectives))
+    conditions = pair_conditions(given.conditions, pairs, num_sequences, num_objectives, device)
+    objectives = empty64
+    if options.objectives is not None:
+        rows = [[o.weight for o in options.objectives], [o.strength for o in options.objectives]]
+        objectives = torch.tensor(rows, dtype=torch.float64, device=device)
+
+    for name, value in (("pair_weights", given.pair_weights), ("pair_betas", given.pair_betas)):
+        if value is not None:
+            check_options(options.types, {name}, options.label_smoothing or 1e-3)
+    if given.margins is not None or "modpo" in options.types:
+        if given.margins is None:
+            raise ValueError("loss_type 'modpo' needs margins [S], the weighted other rewards of each response")
+        check_options(options.types, {"margins"}, options.label_smoothing or 1e-3)
+    if lengths is None and any(LOSS_TYPES[t].needs_lengths for t in options.types):
+        needy = [t for t in options.types if LOSS_TYPES[t].needs_lengths]
+        raise ValueError(f"loss_type {', '.join(needy)} needs lengths [S], the labelled tokens of each sequence")
+    if given.num_pairs is not None and not given.num_pairs > 0:
+        raise ValueError(f"num_pairs must be positive, got {given.num_pairs}: leave it out to count the pairs")
+    return (
+        ref_logps,
+        pairs.new_empty(0) if lengths is None else lengths,
+        pairs.contiguous(),
+        scores.contiguous(),
+        conditions.contiguous(),
+        objectives,
+        sized("pair_weights", given.pair_weights, (num_pairs,)),
+        sized("pair_betas", given.pair_betas, (num_pairs,)),
+        sized("margins", given.margins, (num_sequences,)),
+        *options.numbers(),
+        -1.0 if given.num_pairs is None else float(given.num_pairs),
+        -1.0,
+    )
+
+
+def default_pairs(num_sequences: int, device: torch.device) -> Tensor:
+    """[P, 2]: sequence p of the first half with sequence p of the second, as TRL and Liger lay them out."""
+    if num_sequences % 2:
+        raise ValueError(
+            f"without pairs the first half of the sequences is paired with the second half: {num_sequences} "
+            "sequences are an odd number, give pairs [P, 2]"
+        )
+    first = torch.arange(num_sequences // 2, device=device)
+    return torch.stack([first, first + num_sequences // 2], 1)
+
+
+def pair_conditions(
+    conditions: Tensor | None, pairs: Tensor, num_sequences: int, num_objectives: int, device: torch.device
+) -> Tensor:
+    """[P, K] conditions of the pairs. [S, K] conditions of sequences must agree within a pair; P == S means [P, K]."""
+    if conditions is None:
+        return torch.empty(0, dtype=torch.float64, device=device)
+    conditions = conditions.detach().to(device, torch.float64)
+    shapes = [[pairs.shape[0], num_objectives], [num_sequences, num_objectives]]
+    if list(conditions.shape) == shapes[0]:
+        return conditions
+    if list(conditions.shape) != shapes[1]:
+        raise ValueError(f"conditions must have shape {shapes[0]} or {shapes[1]}, got {list(conditions.shape)}")
+    first, second = conditions[pairs[:, 0]], conditions[pairs[:, 1]]
+    if not torch.compiler.is_compiling() and (device.type == "cpu" or ops.checks_enabled()):
+        same = (first == second) | (first.isnan() & second.isnan())
+        if not bool(same.all()):
+            p = int((~same).any(1).nonzero()[0])
+            raise ValueError(
+                f"the responses of pair {p} {pairs[p].tolist()} have different conditions {first[p].tolist()} and "
+                f"{second[p].tolist()}: a pair shares one prompt and one condition"
+            )
+    return first
+
+
+def output(loss: Tensor, losses: Tensor, seq_logps: Tensor, metrics: Sequence[Tensor]) -> PreferenceOutput:
+    """`metrics` are chosen_rewards, rejected_rewards, value_gap, order, counts."""
+    chosen, rejected, gap, order, counts = metrics
+    counted = (order != 0).to(chosen.dtype)
+    num = counted.sum().clamp(min=1)
+    accuracy = ((chosen > rejected) * counted).sum() / num
+    margin = (torch.where(order != 0, chosen - rejected, 0.0)).sum() / num
+    return PreferenceOutput(
+        loss, losses, seq_logps.detach(), chosen, rejected, accuracy, margin, gap, order, *counts.unbind(0)
+    )
+
+
+class CPOLoss(nn.Module):
+    """`preference_loss` with its options fixed: `CPOLoss(objectives, beta=0.1)(seq_logps, ...)`."""
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective] | None = None,
+        beta: float = 0.1,
+        loss_type: str | Sequence[str] = "sigmoid",
+        impl: str = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.options = LossOptions.of({"objectives": objectives, "beta": beta, "loss_type": loss_type, **options})
+        ops.resolve_impl(impl, torch.device("cpu") if impl == "cpu" else torch.device("meta"))
+        self.impl = impl
+
+    def forward(
+        self,
+        seq_logps: Tensor,
+        pairs: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        scores: Tensor | None = None,
+        conditions: Tensor | None = None,
+        lengths: Tensor | None = None,
+        pair_weights: Tensor | None = None,
+        pair_betas: Tensor | None = None,
+        margins: Tensor | None = None,
+        num_pairs: float | None = None,
+    ) -> PreferenceOutput:
+        """See `preference_loss`."""
+        if seq_logps.dim() != 1 or seq_logps.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                "seq_logps must be float32 or float64 of shape [S] (a 16-bit sum is off by whole nats), got "
+                f"{seq_logps.dtype} {tuple(seq_logps.shape)}"
+            )
+        for option in ("ld_alpha", "use_weighting"):
+            if getattr(self.options, option):
+                raise ValueError(
+                    f"{option} works on token log-probs: use FusedLinearCPOLoss, or fold it into seq_logps "
+                    "(ld_alpha) or pair_weights (WPO) yourself"
+                )
+        if lengths is not None and (lengths.dtype != torch.int64 or lengths.shape != seq_logps.shape):
+            raise ValueError(
+                f"lengths must be int64 of shape {list(seq_logps.shape)}, got {lengths.dtype} {list(lengths.shape)}"
+            )
+        given = PairInputs(pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, num_pairs)
+        args = kernel_args(self.options, given, seq_logps.shape[0], lengths, seq_logps)
+        loss, losses, *metrics = ops.preference(seq_logps.contiguous(), args, self.impl)
+        return output(loss, losses, seq_logps, metrics)
+
+
+def preference_loss(
+    seq_logps: Tensor,
+    pairs: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    scores: Tensor | None = None,
+    conditions: Tensor | None = None,
+    objectives: Sequence[Objective] | None = None,
+    beta: float = 0.1,
+    loss_type: str | Sequence[str] = "sigmoid",
+    lengths: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    pair_betas: Tensor | None = None,
+    margins: Tensor | None = None,
+    num_pairs: float | None = None,
+    impl: str = "auto",
+    **options: Any,
+) -> PreferenceOutput:
+    """Multi-objective conditioned preference loss over sequence log-probs, gradient made in the same pass.
+
+    For each pair the response with the higher value R under the pair's condition is chosen, with
+    R(y) = sum_i w_i g_i(y) / sum_i w_i, g_i = -strength_i |P_i(y) - c_i| where c_i is given, else P_i(y); the default
+    loss is -log sigmoid(beta * ((L_w - ref_w) - (L_l - ref_l))). Without ratings the first of each pair is chosen.
+
+    Args:
+        seq_logps: [S] float32 or float64.
+        pairs: [P, 2] int64 into the sequences; one response may stand in many pairs. None pairs the first half of the
+            sequences with the second.
+        ref_logps: [S], of the reference model under the same (prompt, condition).
+        scores: [S, K] ratings, NaN where missing: an objective that is not rated on both sides leaves the pair.
+        conditions: [P, K], or [S, K] where both responses of a pair agree; NaN where not conditioned.
+        objectives: the K objectives.
+        lengths: [S] int64 labelled tokens, for the types that average or count tokens.
+        pair_weights, pair_betas: [P].
+        margins: [S], MODPO's weighted other rewards of each response.
+        num_pairs: divisor of the loss instead of the number of non-tie pairs here: the global count under gradient
+            accumulation or several processes.
+        **options: see `LossOptions`.
+
+    Raises:
+        TypeError, ValueError: wrong shape, dtype, device or option, an option that a loss type would ignore.
+        RuntimeError: a home asked for by name that is not there; double backward.
+
+    Source: Guo et al. 2024 (arXiv 2402.19085); each type's own in `LOSS_TYPES[name].formula`.
+    """
+    loss_fn = CPOLoss(objectives, beta, loss_type, impl, **options)
+    return loss_fn(
+        seq_logps, pairs, ref_logps, scores, conditions, lengths, pair_weights, pair_betas, margins, num_pairs
+    )
+
+
+@ops.functional_op("ld_token_weights")
+def _ld_weights_op(labels: Tensor, lengths: Tensor, pairs: Tensor, ld_alpha: float, ignore_index: int) -> Tensor:
+    """LD-DPO's token weights [M] over the full layout, 1 at ignored positions."""
+    weights = torch.ones(labels.shape, dtype=torch.float64, device=labels.device)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    weights[labels != ignore_index] = ld_token_weights(offsets, pairs, ld_alpha, torch.float64)
+    return weights
+
+
+@_ld_weights_op.register_fake
+def _(labels, lengths, pairs, ld_alpha, ignore_index):
+    return labels.new_empty(labels.shape, dtype=torch.float64)
+
+
+class FusedLinearCPOLoss(nn.Module):
+    """`preference_loss` from hidden states: the head's log-probs, the loss and all gradients, logits never stored.
+
+    With a trainable head 3 matrix products where a group of linked pairs fits the memory budget (else 4), with a frozen
+    one 2, without gradients 1; on labelled rows alone. See `explain` for the plan of a shape.
+
+    Args:
+        objectives, beta, loss_type, **options: see `preference_loss` and `LossOptions`.
+        ignore_index, softcap, scale, vocab_size, memory_budget, impl: see `linear_token_logps`.
+
+    Example:
+        >>> loss_fn = FusedLinearCPOLoss(beta=0.1)
+        >>> hidden, weight = torch.randn(2, 3, 8), torch.randn(16, 8, requires_grad=True)
+        >>> out = loss_fn(hidden, weight, torch.randint(16, (2, 3)), ref_logps=torch.zeros(2))
+        >>> out.loss.backward()
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective] | None = None,
+        beta: float = 0.1,
+        loss_type: str | Sequence[str] = "sigmoid",
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        scale: float = 1.0,
+        vocab_size: int | None = None,
+        memory_budget: int | None = None,
+        impl: str = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.options = LossOptions.of({"objectives": objectives, "beta": beta, "loss_type": loss_type, **options})
+        self.head = (ignore_index, softcap, scale, vocab_size, memory_budget)
+        self.impl = impl
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        pairs: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        scores: Tensor | None = None,
+        conditions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        pair_weights: Tensor | None = None,
+        pair_betas: Tensor | None = None,
+        margins: Tensor | None = None,
+        num_pairs: float | None = None,
+    ) -> PreferenceOutput:
+        """hidden [S, T, H] with labels [S, T], or packed [N, H] and [N] with cu_seqlens [S + 1]; both already shifted.
+
+        ref_hidden has the layout of `hidden` and goes through `ref_weight` (`weight` if None) and `ref_bias` (`bias` if
+        both are None). The rest: see `preference_loss`.
+        """
+        inputs = head_inputs(hidden, weight, labels, bias, *self.head)
+        ops.resolve_impl(self.impl, hidden.device)
+        cu_seqlens = sequence_offsets(hidden, labels, cu_seqlens)
+        lengths = labelled_lengths(inputs, cu_seqlens)
+        num_sequences = lengths.shape[0]
+        if pairs is None:
+            pairs = default_pairs(num_sequences, hidden.device)
+        token_weights = inputs.hidden.new_empty(0, dtype=ops.acc_dtype(inputs.hidden.dtype))
+        if self.options.ld_alpha is not None:
+            token_weights = _ld_weights_op(
+                inputs.labels, lengths, pairs, self.options.ld_alpha, inputs.options.ignore_index
+            ).to(token_weights.dtype)
+        if ref_hidden is not None:
+            if ref_logps is not None:
+                raise ValueError("give ref_logps or ref_hidden, not both")
+            if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+                raise ValueError(
+                    f"ref_hidden must have shape {list(hidden.shape[:-1])} + [H], got {list(ref_hidden.shape)}"
+                )
+            own = ref_weight is None
+            with torch.no_grad():
+                ref = head_inputs(
+                    ref_hidden, weight if own else ref_weight, labels, bias if own else ref_bias, *self.head
+                )
+                ref_token_logps, _ = token_logps_of(ref, False, self.impl)
+                weights = token_weights.to(ref_token_logps.dtype)
+                ref_logps = ops.sequence_logps_op(ref_token_logps, cu_seqlens, weights, False, self.impl)
+        elif ref_weight is not None or ref_bias is not None:
+            raise ValueError("ref_weight and ref_bias have a meaning with ref_hidden only")
+        given = PairInputs(pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, num_pairs)
+        args = kernel_args(self.options, given, num_sequences, lengths, token_weights)
+        if inputs.train_head:
+            loss, losses, seq_logps, *metrics = linear_preference(
+                inputs,
+                cu_seqlens,
+                token_weights,
+                args,
+                self.options.use_weighting,
+                self.options.couples_pairs,
+                self.impl,
+            )
+            return output(loss, losses, seq_logps, metrics)
+        return self.from_token_logps(inputs, cu_seqlens, lengths, token_weights, args)
+
+    def from_token_logps(
+        self,
+        inputs: HeadInputs,
+        cu_seqlens: Tensor,
+        lengths: Tensor,
+        token_weights: Tensor,
+        args: tuple[Any, ...],
+    ) -> PreferenceOutput:
+        """Strategies `frozen` and `forward`: dX is kept per token, so any loss may follow."""
+        weighted = self.options.use_weighting
+        logp, extra = token_logps_of(inputs, weighted, self.impl)
+        seq_logps = ops._SequenceLogps.apply(logp, cu_seqlens, token_weights, False, self.impl)
+        if weighted:
+            aligned = (logp - extra[1]).detach()
+            sums = ops.sequence_logps_op(aligned, cu_seqlens, aligned.new_empty(0), False, self.impl).double()
+            wpo = (sums / lengths.clamp(min=1)).exp()[args[2]].prod(1)
+            args = (*args[:6], args[6] * wpo if args[6].numel() else wpo, *args[7:])
+        loss, losses, *metrics = ops.preference(seq_logps, args, self.impl)
+        return output(loss, losses, seq_logps, metrics)
+
+
+def sequence_offsets(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[S + 1] offsets of the sequences in the flattened rows: given for packed input, multiples of T for padded."""
+    if labels.dim() == 2 and cu_seqlens is None:
+        num_sequences, length = labels.shape
+        return torch.arange(num_sequences + 1, device=hidden.device) * length
+    if labels.dim() == 1 and cu_seqlens is not None:
+        ops.check_cu_seqlens(cu_seqlens, labels.shape[0])
+        return cu_seqlens.to(hidden.device)
+    raise ValueError(
+        "give padded hidden [S, T, H] with labels [S, T], or packed hidden [N, H] with labels [N] and cu_seqlens "
+        f"[S + 1]; got labels {list(labels.shape)} {'without' if cu_seqlens is None else 'with'} cu_seqlens"
+    )
+
+
+def labelled_lengths(inputs: HeadInputs, cu_seqlens: Tensor) -> Tensor:
+    """[S] labelled rows of each sequence."""
+    labelled = (inputs.labels != inputs.options.ignore_index).long()
+    before = torch.cat([labelled.new_zeros(1), labelled.cumsum(0)])
+    return before[cu_seqlens].diff()

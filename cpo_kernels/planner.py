@@ -1,0 +1,120 @@
+"""The planner: which strategy a head of a given shape runs, in how many chunks, with how many products and bytes.
+
+In products of N*H*V multiply-adds, N labelled rows:
+
+    forward    1  no gradient wanted
+    frozen     2  weight and bias need no gradient: dX unscaled is made while the chunk is there
+    pairs      3  loss known, chunks are whole groups of linked pairs: dX and dW are made in the forward pass
+    nll        3  loss known and separable by token (linear_nll), any chunks
+    two_pass   4  loss known, but a group does not fit the budget or the loss couples all pairs
+    recompute  4  trainable head under a loss that is not known yet
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# Default size of one chunk of logits. On the CPU a chunk beyond the caches gains nothing but fewer accumulations of dW.
+DEFAULT_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
+PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "two_pass": 4, "recompute": 4}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a head of this shape runs: what `explain` returns and the ops follow."""
+
+    strategy: str
+    num_tokens: int  # labelled rows
+    chunk_rows: int
+    num_chunks: int
+    products: int
+    logits_bytes: int  # one chunk
+    extra_bytes: int  # chunk, dX and the float32 accumulator of dW: beyond inputs and gradients
+
+    def __str__(self) -> str:
+        return (
+            f"{self.strategy}: {self.products} products of {self.num_tokens} labelled rows in {self.num_chunks} "
+            f"chunk(s) of at most {self.chunk_rows} rows; logits {self.logits_bytes / 2**20:.0f} MiB, "
+            f"in all {self.extra_bytes / 2**20:.0f} MiB beyond inputs and gradients"
+        )
+
+
+def budget_rows(width: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None) -> int:
+    """Rows of logits that fit the budget: at least 1, and a multiple of 16 where there are that many."""
+    if memory_budget is None:
+        memory_budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"])
+    if memory_budget < 1:
+        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    rows = max(1, memory_budget // (width * dtype.itemsize))
+    return rows if rows < 16 else rows // 16 * 16
+
+
+def even_rows(num_tokens: int, limit: int) -> int:
+    """Chunk size of at most `limit` rows that leaves no small rest."""
+    chunks = max(1, -(-num_tokens // limit))
+    return max(1, -(-num_tokens // chunks))
+
+
+def chunks(num_rows: int, step: int) -> list[tuple[int, int]]:
+    return [(low, min(low + step, num_rows)) for low in range(0, num_rows, step)]
+
+
+def explain(
+    num_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    train_hidden: bool = True,
+    train_head: bool = True,
+    loss: str = "preference",
+    group_tokens: int | None = None,
+    couples_pairs: bool = False,
+    memory_budget: int | None = None,
+) -> Plan:
+    """The plan for a head of this shape: strategy, chunks, products and bytes.
+
+    Args:
+        num_tokens: labelled positions; prompts and padding do not count.
+        train_hidden, train_head: whether the hidden states, and weight or bias, need a gradient.
+        loss: "preference" (FusedLinearCPOLoss), "nll" (linear_nll) or "unknown" (linear_token_logps).
+        group_tokens: labelled positions of the largest group of linked pairs, num_tokens if None.
+        couples_pairs: the loss couples all pairs (aot, aot_unpaired).
+        memory_budget: bytes of logits held at a time; the default depends on the device.
+
+    Example:
+        >>> explain(512, 896, 151936).strategy
+        'pairs'
+    """
+    if loss not in ("preference", "nll", "unknown"):
+        raise ValueError(f"loss must be 'preference', 'nll' or 'unknown', got {loss!r}")
+    limit = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)
+    group = num_tokens if group_tokens is None else group_tokens
+    if not (train_hidden or train_head):
+        strategy = "forward"
+    elif not train_head:
+        strategy = "frozen"
+    elif loss == "unknown":
+        strategy = "recompute"
+    elif loss == "nll":
+        strategy = "nll"
+    else:
+        strategy = preference_strategy(num_tokens, group, couples_pairs, limit)
+    return _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, train_hidden, train_head)
+
+
+def preference_strategy(num_tokens: int, group_tokens: int, couples_pairs: bool, limit: int) -> str:
+    """`pairs` where whole groups fit the budget; a loss that couples all pairs has one group."""
+    return "pairs" if (num_tokens if couples_pairs else group_tokens) <= limit else "two_pass"
+
+
+def _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, train_hidden, train_head) -> Plan:
+    rows = min(num_tokens, limit) if strategy == "pairs" else even_rows(num_tokens, limit)
+    chunks = max(1, -(-num_tokens // max(rows, 1)))
+    logits = rows * vocab_size * dtype.itemsize
+    accumulator = 0
+    if train_head and chunks > 1:
+        accumulator = vocab_size * hidden_size * torch.promote_types(dtype, torch.float32).itemsize
+    dx = num_tokens * hidden_size * dtype.itemsize if train_hidden else 0
+    extra = logits + dx + accumulator
+    return Plan(strategy, num_tokens, rows, chunks, PRODUCTS[strategy], logits, extra)
