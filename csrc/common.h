@@ -1,0 +1,99 @@
+// Checks and small helpers over the stable ABI that every op uses.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace cpo {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws with a message made of `parts`; it reaches Python as a RuntimeError.
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::runtime_error(message.str());
+}
+
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << ']';
+  return out.str();
+}
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Char: return "int8";
+    default: return "another dtype";
+  }
+}
+
+inline void check_dtype(const char* name, const Tensor& t, ScalarType type) {
+  check(t.scalar_type() == type, name, " must be ", name_of(type), ", got ", name_of(t.scalar_type()));
+}
+
+// One dimension of `size` elements.
+inline void check_vector(const char* name, const Tensor& t, int64_t size) {
+  check(t.dim() == 1 && t.size(0) == size, name, " must have shape [", size, "], got ", shape_of(t));
+}
+
+inline void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must have shape [", rows, ", ", columns,
+        "], got ", shape_of(t));
+}
+
+// A 0-element tensor stands for "not given".
+inline bool given(const Tensor& t) { return t.numel() > 0; }
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+template <typename T>
+const T* data_of(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+T* mutable_data_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Tensor new_vector(const Tensor& like, int64_t size, ScalarType type) {
+  return torch::stable::new_empty(like, {size}, type);
+}
+
+// The ops (CPU). Shapes and formulas: cpo_kernels/ops.py.
+std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
+                                                   double softcap, int64_t vocab_size, bool extras);
+void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int64_t ignore_index, double scale,
+                      double softcap, int64_t vocab_size);
+std::tuple<Tensor, Tensor, Tensor> token_logps_fused_(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
+                                                      double softcap, int64_t vocab_size, bool extras);
+Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference(
+    Tensor seq_logps, Tensor ref_logps, Tensor lengths, Tensor pairs, Tensor scores, Tensor conditions,
+    Tensor objectives, Tensor pair_weights, Tensor pair_betas, Tensor margins, std::vector<int64_t> loss_types,
+    std::vector<double> loss_weights, std::vector<double> options, double num_pairs, double chosen_tokens);
+
+}  // namespace cpo

@@ -1,0 +1,361 @@
+// token_logps_fwd, token_logps_bwd_, token_logps_fused_ on the CPU: checks, choice of instruction set, threads, and the
+// arithmetic of one row that is not per column (in float64). The sweeps over columns are in token_logps_rows.h.
+#include "token_logps.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "../common.h"
+
+namespace cpo {
+namespace {
+#include "scalar16.h"
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+// Rows are split over the columns when threads would starve otherwise: pieces of 16384 columns take about 5 us.
+constexpr int64_t kPiece = 16384;
+
+const IsaKernels* choose_kernels() {
+  const char* wanted = std::getenv("CPO_KERNELS_CPU_ISA");
+  const std::string name = wanted ? wanted : "";
+  if (name == "portable") return kernels_portable();
+#ifdef CPO_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (name == "avx512" || name.empty()) {
+    if (avx512) return __builtin_cpu_supports("avx512bf16") ? kernels_avx512bf16() : kernels_avx512();
+    check(name.empty(), "CPO_KERNELS_CPU_ISA=avx512, but this processor has no AVX-512 (F, BW, DQ, VL)");
+  }
+  if (name == "avx2" || name.empty()) {
+    if (avx2) return kernels_avx2();
+    check(name.empty(), "CPO_KERNELS_CPU_ISA=avx2, but this processor has no AVX2 with FMA and F16C");
+  }
+#endif
+  check(name.empty(), "CPO_KERNELS_CPU_ISA must be portable, avx2 or avx512 (this build and processor permitting), got '",
+        name, "'");
+  return kernels_portable();
+}
+
+const RowKernels& kernels_for(ElementType type) {
+  static const IsaKernels* chosen = choose_kernels();
+  return chosen->rows[type];
+}
+
+double load_element(ElementType type, const void* p) {
+  switch (type) {
+    case kFloat32: return *static_cast<const float*>(p);
+    case kFloat64: return *static_cast<const double*>(p);
+    case kBFloat16: return to_float(*static_cast<const BFloat16*>(p));
+    default: return to_float(*static_cast<const Half*>(p));
+  }
+}
+
+void store_element(ElementType type, void* p, double x) {
+  switch (type) {
+    case kFloat32: *static_cast<float*>(p) = float(x); break;
+    case kFloat64: *static_cast<double*>(p) = x; break;
+    case kBFloat16: from_float(*static_cast<BFloat16*>(p), float(x)); break;
+    default: from_float(*static_cast<Half*>(p), float(x));
+  }
+}
+
+// The problem as every row sees it.
+struct Rows {
+  ElementType type;
+  int64_t element_size;
+  int64_t count;    // rows
+  int64_t width;    // columns in memory
+  int64_t columns;  // columns that belong to the vocabulary
+  int64_t stride;   // bytes from row to row
+  char* logits;
+  Tensor labels_tensor;
+  const int64_t* labels;
+  int64_t ignore_index;
+  double scale;
+  RowMap map;
+  const RowKernels* kernels;
+  int64_t threads;
+
+  char* row(int64_t i) const { return logits + i * stride; }
+  bool ignored(int64_t i) const { return labels[i] == ignore_index; }
+  ScalarType acc() const { return type == kFloat64 ? ScalarType::Double : ScalarType::Float; }
+  // Rows per task of parallel_for: about 32768 elements pay for a thread.
+  int64_t grain() const { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
+  bool split_columns() const { return count < 4 * threads && columns >= 2 * kPiece && threads > 1; }
+  int64_t pieces() const { return (columns + kPiece - 1) / kPiece; }
+};
+
+Rows describe(const char* op, const Tensor& logits, const Tensor& labels, int64_t ignore_index, double scale,
+              double softcap, int64_t vocab_size) {
+  check(logits.dim() == 2, op, ": logits must have shape [N, V], got ", shape_of(logits));
+  check(logits.is_cpu() && labels.is_cpu(), op, ": logits and labels must be CPU tensors");
+  Rows rows{};
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: rows.type = kFloat32; break;
+    case ScalarType::Double: rows.type = kFloat64; break;
+    case ScalarType::BFloat16: rows.type = kBFloat16; break;
+    case ScalarType::Half: rows.type = kFloat16; break;
+    default: fail(op, ": logits must be float32, bfloat16, float16 or float64, got ", name_of(logits.scalar_type()));
+  }
+  rows.element_size = rows.type == kFloat64 ? 8 : rows.type == kFloat32 ? 4 : 2;
+  rows.count = logits.size(0);
+  rows.width = logits.size(1);
+  rows.columns = vocab_size;
+  check(vocab_size >= 1 && vocab_size <= rows.width, op, ": vocab_size must be in [1, ", rows.width,
+        "] (the columns of logits), got ", vocab_size);
+  check(rows.width == 1 || logits.stride(1) == 1, op, ": logits must have unit stride over the vocabulary, got stride ",
+        logits.stride(1), "; call .contiguous() first");
+  check(logits.stride(0) >= 0, op, ": logits must have a non-negative row stride, got ", logits.stride(0));
+  rows.stride = logits.stride(0) * rows.element_size;
+  check_dtype("labels", labels, ScalarType::Long);
+  check_vector("labels", labels, rows.count);
+  check(scale > 0 && std::isfinite(scale), op, ": scale must be a positive number, got ", scale);
+  check(softcap >= 0 && std::isfinite(softcap), op, ": softcap must be positive, or 0 for none, got ", softcap);
+  rows.logits = static_cast<char*>(logits.data_ptr());
+  rows.labels_tensor = dense(labels);
+  rows.labels = data_of<int64_t>(rows.labels_tensor);
+  rows.ignore_index = ignore_index;
+  rows.scale = scale;
+  rows.map.softcap = softcap > 0;
+  rows.map.nat = softcap > 0 ? softcap : scale;
+  rows.map.c = rows.type == kFloat64 ? rows.map.nat : double(float(rows.map.nat * kLog2E));
+  rows.map.inner = softcap > 0 ? scale / softcap : 0.0;
+  rows.kernels = &kernels_for(rows.type);
+  rows.threads = torch::stable::get_num_threads();
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t label = rows.labels[i];
+    check(label == ignore_index || (label >= 0 && label < vocab_size), op, ": label ", label, " at row ", i,
+          " is out of range: it must be in [0, ", vocab_size, ") or equal ignore_index = ", ignore_index);
+  }
+  return rows;
+}
+
+void check_writable(const char* op, const Tensor& logits) {
+  check(logits.size(0) <= 1 || logits.stride(0) >= logits.size(1), op,
+        ": logits are overwritten, so their rows must not overlap; got row stride ", logits.stride(0), " for ",
+        logits.size(1), " columns");
+}
+
+// Adds the sums of b to those of a.
+void combine(const Rows& rows, Partial& a, const Partial& b) {
+  Partial low = a, high = b;
+  if (a.max_y > b.max_y) std::swap(low, high);
+  // Columns of -inf alone have sums of 0 whatever their shift is (NaN where they held one).
+  const double step = std::isinf(low.max_y) ? 0.0 : low.shift - high.shift;
+  const double f = rows.type == kFloat64 ? std::exp(step) : std::exp2(step);
+  a.shift = high.shift;
+  a.max_y = high.max_y;
+  a.sum_t = high.sum_t + f * (low.sum_t + step * low.sum);
+  a.sum = high.sum + f * low.sum;
+  a.sum_sq = high.sum_sq + f * f * low.sum_sq;
+  a.sum_y = high.sum_y + low.sum_y;
+}
+
+struct RowResult {
+  double logp, lse;
+  double shift, inverse_sum;  // softmax = E^(c y - shift) * inverse_sum
+};
+
+// Everything about a row that follows from its sums. y_shift is the y that stands at t = 0.
+RowResult finish(const Rows& rows, int64_t i, const Partial& sums, double* extra) {
+  const double y_shift = sums.shift / rows.map.c;
+  const double log_sum = std::log(sums.sum);
+  const double y_label = rows.kernels->y_of(rows.row(i) + rows.labels[i] * rows.element_size, rows.map);
+  RowResult r;
+  r.logp = rows.map.nat * (y_label - y_shift) - log_sum;
+  r.lse = rows.map.nat * y_shift + log_sum;
+  r.shift = sums.shift;
+  r.inverse_sum = 1.0 / sums.sum;
+  if (extra) {
+    const double unit = rows.type == kFloat64 ? 1.0 : kLn2;
+    extra[0] = log_sum - unit * sums.sum_t / sums.sum;      // entropy
+    extra[1] = std::log(sums.sum_sq) - 2 * log_sum;         // log sum p^2
+    extra[2] = rows.map.nat * sums.sum_y / rows.columns;    // mean z
+    extra[3] = y_label == sums.max_y && !std::isnan(sums.sum) ? 1.0 : 0.0;
+  }
+  return r;
+}
+
+// d z / d logit of one logit: scale * (1 - tanh^2), with 1 - tanh^2 = 1 / cosh^2.
+double slope_at(const Rows& rows, double logit) {
+  if (!rows.map.softcap) return rows.scale;
+  const double inverse = 1.0 / std::cosh(rows.map.inner * logit);
+  return rows.scale * inverse * inverse;
+}
+
+// What one row's gradient needs, known before its logits are overwritten.
+struct RowGradient {
+  double shift, factor;  // column v: E^(c y - shift) * factor (* 1 - tanh^2)
+  double at_label;       // the label's column, 1 - softmax without cancellation
+};
+
+RowGradient plan_gradient(const Rows& rows, int64_t i, double shift, double inverse_sum, double logp, double grad) {
+  const double logit = load_element(rows.type, rows.row(i) + rows.labels[i] * rows.element_size);
+  return {shift, -grad * rows.scale * inverse_sum, -std::expm1(logp) * grad * slope_at(rows, logit)};
+}
+
+void clear(const Rows& rows, int64_t i, int64_t from) {
+  std::memset(rows.row(i) + from * rows.element_size, 0, size_t((rows.width - from) * rows.element_size));
+}
+
+void write_gradient(const Rows& rows, int64_t i, const RowGradient& g, int64_t begin, int64_t end) {
+  char* row = rows.row(i);
+  char* next = i + 1 < rows.count ? row + rows.stride : row;  // prefetched meanwhile
+  const int64_t offset = begin * rows.element_size;
+  rows.kernels->gradient(row + offset, end - begin, rows.map, g.shift, g.factor, next + offset);
+  const int64_t label = rows.labels[i];
+  if (label >= begin && label < end) {
+    store_element(rows.type, row + label * rows.element_size, g.at_label);
+  }
+  if (end == rows.columns) clear(rows, i, rows.columns);
+}
+
+// plan(i) -> RowGradient of row i, called once; then the row is written.
+template <typename Plan>
+void write_rows(const Rows& rows, const Plan& plan) {
+  if (!rows.split_columns()) {
+    torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        rows.ignored(i) ? clear(rows, i, 0) : write_gradient(rows, i, plan(i), 0, rows.columns);
+      }
+    });
+    return;
+  }
+  std::vector<RowGradient> plans(rows.count);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (!rows.ignored(i)) plans[i] = plan(i);
+  }
+  torch::stable::parallel_for(0, rows.count * rows.pieces(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task / rows.pieces(), first = task % rows.pieces() * kPiece;
+      const int64_t last = std::min(first + kPiece, rows.columns);
+      if (!rows.ignored(i)) {
+        write_gradient(rows, i, plans[i], first, last);
+      } else if (first == 0) {
+        clear(rows, i, 0);
+      }
+    }
+  });
+}
+
+// The sums of every row, pieces of columns spread over the threads and added in column order.
+std::vector<Partial> scan_pieces(const Rows& rows, bool extras) {
+  const int64_t pieces = rows.pieces();
+  std::vector<Partial> partials(rows.count * pieces);
+  torch::stable::parallel_for(0, rows.count * pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task / pieces, first = task % pieces * kPiece;
+      if (rows.ignored(i)) continue;
+      partials[task] = rows.kernels->scan(rows.row(i) + first * rows.element_size,
+                                          std::min(kPiece, rows.columns - first), rows.map, extras);
+    }
+  });
+  std::vector<Partial> totals(rows.count);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    totals[i] = partials[i * pieces];
+    for (int64_t k = 1; k < pieces; ++k) combine(rows, totals[i], partials[i * pieces + k]);
+  }
+  return totals;
+}
+
+template <typename Acc>
+void store_row(const Rows& rows, int64_t i, const RowResult* r, const double* extra, Acc* logp, Acc* lse, Acc* extra_out) {
+  logp[i] = r ? Acc(r->logp) : Acc(0);
+  lse[i] = r ? Acc(r->lse) : Acc(0);
+  if (!extra_out) return;
+  for (int k = 0; k < 4; ++k) extra_out[k * rows.count + i] = r ? Acc(extra[k]) : Acc(0);
+}
+
+// fwd, and with kOverwrite also the gradient of the sum of the log-probs in place of the logits.
+template <typename Acc, bool kOverwrite>
+void run(const Rows& rows, bool extras, Acc* logp, Acc* lse, Acc* extra_out) {
+  const bool split = rows.split_columns();
+  const std::vector<Partial> totals = split ? scan_pieces(rows, extras) : std::vector<Partial>();
+  const auto forward = [&](int64_t i) {
+    const Partial sums = split ? totals[i] : rows.kernels->scan(rows.row(i), rows.columns, rows.map, extras);
+    double extra[4];
+    const RowResult r = finish(rows, i, sums, extras ? extra : nullptr);
+    store_row(rows, i, &r, extra, logp, lse, extra_out);
+    return r;
+  };
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (rows.ignored(i)) store_row<Acc>(rows, i, nullptr, nullptr, logp, lse, extra_out);
+  }
+  if (kOverwrite) {
+    write_rows(rows, [&](int64_t i) {
+      const RowResult r = forward(i);
+      return plan_gradient(rows, i, r.shift, r.inverse_sum, r.logp, 1.0);
+    });
+  } else {
+    torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (!rows.ignored(i)) forward(i);
+      }
+    });
+  }
+}
+
+template <bool kOverwrite>
+std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits, const Tensor& labels,
+                                           int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                                           bool extras) {
+  const Rows rows = describe(op, logits, labels, ignore_index, scale, softcap, vocab_size);
+  if (kOverwrite) check_writable(op, logits);
+  Tensor logp = new_vector(logits, rows.count, rows.acc());
+  Tensor lse = new_vector(logits, rows.count, rows.acc());
+  Tensor extra = extras ? torch::stable::new_empty(logits, {4, rows.count}, rows.acc())
+                        : new_vector(logits, 0, rows.acc());
+  if (rows.type == kFloat64) {
+    run<double, kOverwrite>(rows, extras, mutable_data_of<double>(logp), mutable_data_of<double>(lse),
+                            extras ? mutable_data_of<double>(extra) : nullptr);
+  } else {
+    run<float, kOverwrite>(rows, extras, mutable_data_of<float>(logp), mutable_data_of<float>(lse),
+                           extras ? mutable_data_of<float>(extra) : nullptr);
+  }
+  return {logp, lse, extra};
+}
+
+template <typename Acc>
+void backward(const Rows& rows, const Acc* lse, const Acc* grad) {
+  write_rows(rows, [&](int64_t i) {
+    // The shift nearest to lse that the accumulation type holds; the rest goes into the factor.
+    const double exact = double(lse[i]) / rows.map.nat * rows.map.c;
+    const double shift = double(Acc(exact));
+    const double rest = rows.type == kFloat64 ? std::exp(shift - exact) : std::exp2(shift - exact);
+    const double y_label = rows.kernels->y_of(rows.row(i) + rows.labels[i] * rows.element_size, rows.map);
+    return plan_gradient(rows, i, shift, rest, rows.map.nat * y_label - double(lse[i]), grad[i]);
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
+                                                   double softcap, int64_t vocab_size, bool extras) {
+  return forward<false>("token_logps_fwd", logits, labels, ignore_index, scale, softcap, vocab_size, extras);
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_logps_fused_(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
+                                                      double softcap, int64_t vocab_size, bool extras) {
+  return forward<true>("token_logps_fused_", logits, labels, ignore_index, scale, softcap, vocab_size, extras);
+}
+
+void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int64_t ignore_index, double scale,
+                      double softcap, int64_t vocab_size) {
+  const Rows rows = describe("token_logps_bwd_", logits, labels, ignore_index, scale, softcap, vocab_size);
+  check_writable("token_logps_bwd_", logits);
+  check_dtype("lse", lse, rows.acc());
+  check_dtype("grad", grad, rows.acc());
+  check_vector("lse", lse, rows.count);
+  check_vector("grad", grad, rows.count);
+  lse = dense(lse);
+  grad = dense(grad);
+  rows.type == kFloat64 ? backward(rows, data_of<double>(lse), data_of<double>(grad))
+                        : backward(rows, data_of<float>(lse), data_of<float>(grad));
+}
+
+}  // namespace cpo

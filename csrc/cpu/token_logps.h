@@ -1,0 +1,59 @@
+// What the row kernels of every instruction set share with the code that calls them. Plain data only: the kernel
+// files are compiled with other processor flags than the rest, so nothing inline may be shared with them.
+#pragma once
+
+#include <cstdint>
+
+namespace cpo {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// z = nat * y with y = tanh(inner * logit) under a softcap and y = logit without: nat = softcap or scale,
+// inner = scale / softcap. The kernels work with t = c * y - shift, in units of log 2 for float32 accumulation
+// (c = nat * log2(e) rounded to float32) and of 1 for float64 (c = nat), so that e^(z - ...) = E^t with E = 2 or e.
+struct RowMap {
+  double nat;
+  double c;
+  double inner;
+  bool softcap;
+};
+
+// Sums over some columns of a row, relative to E^shift, where shift is c * max_y rounded.
+struct Partial {
+  double shift;
+  double max_y;
+  double sum;     // sum of E^t
+  double sum_t;   // sum of t * E^t            (extras)
+  double sum_sq;  // sum of E^(2t)             (extras)
+  double sum_y;   // sum of y                  (extras)
+};
+
+// One set per instruction set and element type.
+struct RowKernels {
+  // Sums over x[0..n).
+  Partial (*scan)(const void* x, int64_t n, const RowMap& map, bool extras);
+  // x[i] <- E^t * factor, times 1 - tanh^2 under a softcap, for i in [0, n). `next` is read into the cache meanwhile.
+  void (*gradient)(void* x, int64_t n, const RowMap& map, double shift, double factor, const void* next);
+  // y of one logit with the bits that scan sees.
+  double (*y_of)(const void* x, const RowMap& map);
+};
+
+enum ElementType { kFloat32, kBFloat16, kFloat16, kFloat64, kElementTypes };
+
+struct IsaKernels {
+  RowKernels rows[kElementTypes];
+};
+
+const IsaKernels* kernels_portable();
+#ifdef CPO_X86
+const IsaKernels* kernels_avx2();
+const IsaKernels* kernels_avx512();
+const IsaKernels* kernels_avx512bf16();
+#endif
+
+}  // namespace cpo

@@ -1,0 +1,17 @@
+// The row kernels for AVX-512 F, BW, DQ and VL; setup.py gives this file its processor flags.
+#include "token_logps.h"
+
+#include <immintrin.h>
+namespace cpo {
+namespace {
+#include "scalar16.h"
+#include "vec_avx512.h"
+#include "token_logps_rows.h"
+
+const IsaKernels kKernels = {
+    {row_kernels<float>(), row_kernels<BFloat16>(), row_kernels<Half>(), row_kernels<double>()}};
+}  // namespace
+
+const IsaKernels* kernels_avx512() { return &kKernels; }
+
+}  // namespace cpo

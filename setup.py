@@ -1,0 +1,125 @@
+"""Builds the extensions; everything else about the package is in pyproject.toml.
+
+cpo_kernels._C       CPU kernels, always. Each instruction set is a source file with its own processor flags.
+cpo_kernels._C_cuda  CUDA kernels, where torch has CUDA, nvcc is found and csrc/cuda has sources.
+
+Both use LibTorch's stable ABI and CPython's limited API: one abi3 wheel for torch >= 2.10 and Python >= 3.10.
+CPO_KERNELS_CUDA=0 leaves the CUDA extension out; TORCH_CUDA_ARCH_LIST (e.g. "8.0 9.0") chooses its targets.
+"""
+
+import glob
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from torch.utils import cpp_extension
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]  # gcc 12 warns about its own intrinsics
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+ISA_FLAGS = {
+    "csrc/cpu/token_logps_avx2.cpp": AVX2,
+    "csrc/cpu/token_logps_avx512.cpp": AVX512,
+    "csrc/cpu/token_logps_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+}
+HEADERS = glob.glob("csrc/**/*.h", recursive=True)
+
+
+def cpu_extension() -> Extension:
+    sources = ["csrc/module.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+    return Extension(
+        "cpo_kernels._C",
+        [source for source in sources if X86 or source not in ISA_FLAGS],
+        include_dirs=cpp_extension.include_paths(),
+        library_dirs=cpp_extension.library_paths(),
+        libraries=["torch_cpu"],
+        define_macros=MACROS + ([("CPO_X86", "1")] if X86 else []),
+        depends=HEADERS,
+        py_limited_api=True,
+        language="c++",
+    )
+
+
+def cuda_extension() -> Extension | None:
+    sources = sorted(glob.glob("csrc/cuda/*.cu"))
+    if not sources or os.environ.get("CPO_KERNELS_CUDA") == "0":
+        return None
+    if torch.version.cuda is None or find_nvcc() is None:
+        return None
+    return Extension(
+        "cpo_kernels._C_cuda",
+        ["csrc/module_cuda.cpp", *sources],
+        include_dirs=cpp_extension.include_paths("cuda"),
+        library_dirs=cpp_extension.library_paths("cuda"),
+        libraries=["torch_cpu", "torch_cuda", "cudart"],
+        define_macros=[*MACROS, ("USE_CUDA", "1")],
+        depends=HEADERS,
+        py_limited_api=True,
+        language="c++",
+    )
+
+
+def find_nvcc() -> str | None:
+    home = cpp_extension.CUDA_HOME
+    beside = os.path.join(home, "bin", "nvcc") if home else ""
+    return beside if os.path.exists(beside) else shutil.which("nvcc")
+
+
+def nvcc_targets() -> list[str]:
+    """-gencode flags of TORCH_CUDA_ARCH_LIST; without it sm_80, sm_90 and PTX of the last for what is newer."""
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX").replace(";", " ").split()
+    flags = []
+    for name in names:
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class BuildExtensions(build_ext):
+    """Compiles the files of an extension side by side, each with its own flags, and skips what is up to date."""
+
+    def build_extension(self, ext: Extension) -> None:
+        os.makedirs(self.build_temp, exist_ok=True)
+        newest_header = max(os.path.getmtime(path) for path in [*ext.depends, __file__])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: self.compile(ext, source, newest_header), ext.sources))
+        target = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        self.compiler.link_shared_object(
+            objects, target, libraries=ext.libraries, library_dirs=ext.library_dirs, target_lang="c++"
+        )
+
+    def compile(self, ext: Extension, source: str, newest_header: float) -> str:
+        name = f"{ext.name}-{os.path.basename(source)}.o"
+        target = os.path.abspath(os.path.join(self.build_temp, name))
+        newest = max(newest_header, os.path.getmtime(source))
+        if not self.force and os.path.exists(target) and os.path.getmtime(target) > newest:
+            return target
+        defines = [f"-D{macro}={value}" for macro, value in ext.define_macros]
+        python = [path for path in self.compiler.include_dirs if path]
+        includes = [f"-I{path}" for path in python] + [f"-isystem{path}" for path in ext.include_dirs]
+        if source.endswith(".cu"):
+            command = [find_nvcc() or "nvcc", "-std=c++17", "-O3", "--compiler-options=-fPIC", *nvcc_targets()]
+        else:
+            compiler = os.environ.get("CXX", "c++").split()
+            command = [*compiler, "-fPIC", *CXX_FLAGS, *ISA_FLAGS.get(source, [])]
+        subprocess.check_call([*command, *defines, *includes, "-c", source, "-o", target])
+        return target
+
+
+extensions = [cpu_extension(), cuda_extension()]
+setup(
+    ext_modules=[extension for extension in extensions if extension],
+    cmdclass={"build_ext": BuildExtensions},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
