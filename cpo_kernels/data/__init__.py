@@ -1,0 +1,1 @@
+"""From JSONL to batches: `records`, `sources` (field maps), `conditions` (samplers), `template`, `packing`."""

@@ -1,0 +1,198 @@
+"""Token sequences to batches: groups of responses, the plan of an epoch, and micro-batches under a token budget.
+
+Only labelled positions go to the head: `rows` points at the hidden states that predict a response's tokens, packed
+one response after another (`cu_seqlens`). With `share_prompt` a prompt runs once for all its responses, which see
+the prompt and themselves alone:
+
+    row        p p p p a a b b b      positions   0 1 2 3 4 5 4 5 6
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.data.conditions import Draws, Group, ratings_row
+from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A Group in tokens and numbers."""
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]  # each ends with the end token unless it was cut
+    pairs: tuple[tuple[int, int], ...]
+    scores: tuple[list[float], ...]  # per response, NaN where unrated
+    condition: list[float]  # NaN where not conditioned
+    ref_logps: tuple[float, ...] = ()
+
+    def rows(self, share_prompt: bool) -> list[int]:
+        """Lengths of the rows this group takes in a batch (the last token of a response is never an input)."""
+        inputs = [len(r) - 1 for r in self.responses]
+        return [len(self.prompt) + sum(inputs)] if share_prompt else [len(self.prompt) + n for n in inputs]
+
+    @property
+    def labels(self) -> int:
+        return sum(map(len, self.responses))
+
+
+@dataclass
+class Batch:
+    """One forward pass. B rows of T tokens; N labels of S sequences; P pairs; K objectives."""
+
+    input_ids: Tensor  # [B, T], right-padded
+    position_ids: Tensor  # [B, T]
+    attention_mask: Tensor | None  # [B, 1, T, T] bool with a shared prompt; None: causal, padding comes last
+    rows: Tensor  # [N] into B*T: the position that predicts each label
+    labels: Tensor  # [N]
+    cu_seqlens: Tensor  # [S+1], on the CPU
+    pairs: Tensor  # [P, 2]
+    scores: Tensor  # [S, K] float64
+    conditions: Tensor  # [P, K] float64
+    ref_logps: Tensor | None  # [S]
+    tokens: int  # that are no padding
+
+    def to(self, device: torch.device) -> Batch:
+        tensors = {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
+        del tensors["cu_seqlens"]  # a host value
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+
+
+def encode(
+    draws: Draws,
+    template: PromptTemplate,
+    objectives: Sequence[Objective],
+    max_prompt_tokens: int,
+    max_tokens: int,
+) -> list[tuple[Encoded, ...]]:
+    """Units in tokens. Groups with a prompt that is too long are left out, responses cut; both are counted."""
+    prompts: dict[tuple, tuple[int, ...]] = {}
+    responses: dict[str, tuple[int, ...]] = {}
+    counts = draws.counts
+    counts.update(long_prompts=0, cut_responses=0)
+    units = []
+    for unit in draws.units:
+        encoded = []
+        for group in unit:
+            key = (group.prompt, *group.tags.items())
+            if key not in prompts:
+                prompts[key] = tuple(template.prompt_ids(group.prompt, group.tags))
+            room = max_tokens - len(prompts[key])
+            if len(prompts[key]) > max_prompt_tokens or room < 1:
+                counts["long_prompts"] += 1
+                continue
+            for response in group.responses:
+                if response.text not in responses:
+                    responses[response.text] = tuple(template.response_ids(response.text))
+                counts["cut_responses"] += len(responses[response.text]) > room
+            encoded.append(_encoded(group, prompts[key], responses, room, objectives))
+        if encoded:
+            units.append(tuple(encoded))
+    if not units:
+        raise ValueError(f"every prompt is longer than data.max_prompt_tokens {max_prompt_tokens} or fills max_tokens")
+    return units
+
+
+def _encoded(
+    group: Group,
+    prompt: tuple[int, ...],
+    responses: dict[str, tuple[int, ...]],
+    room: int,
+    objectives: Sequence[Objective],
+) -> Encoded:
+    return Encoded(
+        prompt,
+        tuple(responses[r.text][:room] for r in group.responses),
+        group.pairs,
+        tuple(ratings_row(r.ratings, objectives) for r in group.responses),
+        ratings_row(group.condition, objectives),
+    )
+
+
+def epoch_steps(units: Sequence[tuple[Encoded, ...]], batch_size: int, window: int, seed: int) -> list[list[Encoded]]:
+    """The groups of every optimizer step of one epoch: shuffled, sorted by length inside windows of `window` steps,
+    steps shuffled again. A unit is never split over steps; the last step may be smaller."""
+    rng = random.Random(seed)
+    order = rng.sample(range(len(units)), len(units))
+    size = batch_size * max(1, window)
+    steps = []
+    for start in range(0, len(order), size):
+        part = sorted(order[start : start + size], key=lambda i: max(max(g.rows(False)) for g in units[i]))
+        steps += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    rng.shuffle(steps)
+    return [[group for i in step for group in units[i]] for step in steps]
+
+
+def microbatches(groups: Sequence[Encoded], budget: int, share_prompt: bool) -> Iterator[list[Encoded]]:
+    """Groups sorted by length, at most `budget` padded tokens together; a larger group goes alone, never split."""
+    batch: list[Encoded] = []
+    rows = 0
+    for group in sorted(groups, key=lambda g: max(g.rows(share_prompt)), reverse=True):
+        lengths = group.rows(share_prompt)
+        longest = max((batch or [group])[0].rows(share_prompt))
+        if batch and (rows + len(lengths)) * longest > budget:
+            yield batch
+            batch, rows = [], 0
+        batch.append(group)
+        rows += len(lengths)
+    if batch:
+        yield batch
+
+
+def collate(groups: Sequence[Encoded], share_prompt: bool) -> Batch:
+    """Shapes as in `Batch`; the padding token is 0, since no label looks at it."""
+    share_prompt = share_prompt and any(len(g.responses) > 1 for g in groups)
+    lengths = [n for g in groups for n in g.rows(share_prompt)]
+    B, T = len(lengths), max(lengths)
+    input_ids = torch.zeros(B, T, dtype=torch.long)
+    position_ids = torch.arange(T).repeat(B, 1)
+    segment = torch.full((B, T), -1)  # -1 padding, 0 prompt, 1.. the responses
+    rows, labels, pairs, seqlens = [], [], [], []
+    row = 0
+    for g in groups:
+        pairs += [(len(seqlens) + first, len(seqlens) + second) for first, second in g.pairs]
+        P, end = len(g.prompt), len(g.prompt)
+        for number, response in enumerate(g.responses, 1):
+            n = len(response) - 1
+            if number == 1 or not share_prompt:
+                input_ids[row, :P] = torch.tensor(g.prompt)
+                segment[row, :P] = 0
+                end = P
+            input_ids[row, end : end + n] = torch.tensor(response[:-1])
+            position_ids[row, end : end + n] = torch.arange(P, P + n)
+            segment[row, end : end + n] = number
+            rows += [row * T + P - 1, *range(row * T + end, row * T + end + n)]
+            labels += response
+            seqlens.append(len(response))
+            end += n
+            row += not share_prompt
+        row += share_prompt
+    references = [ref for g in groups for ref in g.ref_logps]
+    return Batch(
+        input_ids,
+        position_ids,
+        _tree_mask(segment) if share_prompt else None,
+        torch.tensor(rows),
+        torch.tensor(labels),
+        torch.tensor([0, *accumulate(seqlens)]),
+        torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
+        torch.tensor([s for g in groups for s in g.scores], dtype=torch.float64),
+        torch.tensor([g.condition for g in groups for _ in g.pairs], dtype=torch.float64),
+        torch.tensor(references) if references else None,
+        sum(lengths),
+    )
+
+
+def _tree_mask(segment: Tensor) -> Tensor:
+    """[B, 1, T, T]: a token sees the prompt and its own response up to itself; padding sees itself."""
+    T = segment.shape[1]
+    same = segment[:, :, None] == segment[:, None, :]
+    prompt = (segment == 0)[:, None, :]
+    return (torch.ones(T, T, dtype=torch.bool).tril() & (same | prompt))[:, None]

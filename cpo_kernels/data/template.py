@@ -1,0 +1,46 @@
+"""Prompt, tags and response as text and tokens: one place for training and evaluation."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpo_kernels.objectives import Objective, TagTemplate
+from cpo_kernels.training.config import TemplateConfig
+
+
+class PromptTemplate:
+    """Token ids of (prompt, condition) and of a response, which ends with the tokenizer's end token.
+
+    Prompt and response are encoded apart, so the boundary between them is the one that generation sees.
+    """
+
+    def __init__(self, tokenizer: Any, config: TemplateConfig, objectives: Sequence[Objective]):
+        self.tokenizer, self.config = tokenizer, config
+        self.tags = TagTemplate(objectives, config.tags)
+        fields = [field for _, field, _, _ in string.Formatter().parse(config.prompt) if field is not None]
+        if config.prompt != "chat" and sorted(fields) != ["prompt", "tags"]:
+            raise ValueError(f"template.prompt must hold {{tags}} and {{prompt}} once each, got {config.prompt!r}")
+        if config.prompt == "chat" and not tokenizer.chat_template:
+            raise ValueError("template.prompt: chat needs a tokenizer with a chat template; this one has none")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token (eos_token_id); responses could not end")
+
+    def text(self, prompt: str, condition: Mapping[str, float] | None = None) -> str:
+        """The prompt's text with the condition's tags; no condition, no tags (which means best on everything)."""
+        tags = self.tags.render(condition or {})
+        if self.config.prompt != "chat":
+            return self.config.prompt.format(tags=tags, prompt=prompt)
+        system = [{"role": "system", "content": self.config.system}] if self.config.system else []
+        messages = [*system, {"role": "user", "content": tags + prompt}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def prompt_ids(self, prompt: str, condition: Mapping[str, float] | None = None) -> list[int]:
+        special = self.config.prompt != "chat"  # a chat template writes its own special tokens
+        return self.tokenizer(self.text(prompt, condition), add_special_tokens=special)["input_ids"]
+
+    def response_ids(self, response: str) -> list[int]:
+        text = self.config.answer_prefix + response
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id]

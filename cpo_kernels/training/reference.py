@@ -1,0 +1,76 @@
+"""Reference log-probs, computed once and kept on disk.
+
+One JSON file a reference model (named by the hash of its weights and the precision), one entry a sequence: the key
+hashes the tokens of (prompt with its condition's tags, response), so the tokenizer and the template are part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
+from cpo_kernels.training.checkpoints import atomic_json
+
+Unit = tuple[Encoded, ...]
+CHUNK = 8  # responses of one prompt scored together
+SAVE_EVERY = 200  # micro-batches between writes of the cache
+
+
+def sequence_key(prompt: Sequence[int], response: Sequence[int]) -> str:
+    return blake2b(array("q", [len(prompt), *prompt, *response]).tobytes(), digest_size=16).hexdigest()
+
+
+def with_reference(
+    sets: Sequence[Sequence[Unit]],
+    seq_logps: Callable[[Batch], Tensor],
+    cache: Path | None,
+    accelerator: Accelerator,
+    budget: int,
+    share_prompt: bool,
+    progress: bool,
+) -> tuple[list[list[Unit]], dict[str, int]]:
+    """The sets of units with `ref_logps` filled in, and how many sequences were scored and how many were cached.
+    `seq_logps` scores a batch; `cache` is the JSON file of this reference model."""
+    known: dict[str, float] = json.loads(cache.read_text()) if cache and cache.exists() else {}
+    accelerator.wait_for_everyone()  # before the main process writes
+    found, missing = set(), {}  # type: ignore[var-annotated]
+    for group in (group for units in sets for unit in units for group in unit):
+        for response in group.responses:
+            key = sequence_key(group.prompt, response)
+            if key in known:
+                found.add(key)
+            else:
+                missing.setdefault(group.prompt, {})[key] = response
+    todo = []
+    for prompt, responses in missing.items():
+        texts = list(responses.values())
+        todo += [Encoded(prompt, tuple(texts[i : i + CHUNK]), (), (), []) for i in range(0, len(texts), CHUNK)]
+    batches = list(microbatches(todo, budget, share_prompt))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    fresh: dict[str, float] = {}
+    for number, groups in enumerate(tqdm(batches[rank::world], "reference", disable=not progress or not batches), 1):
+        logps = iter(seq_logps(collate(groups, share_prompt).to(accelerator.device)).tolist())
+        fresh |= {sequence_key(g.prompt, r): next(logps) for g in groups for r in g.responses}
+        if cache and world == 1 and number % SAVE_EVERY == 0:
+            atomic_json(known | fresh, cache)
+    for part in gather_object([fresh]):
+        known |= part
+    if cache and missing and accelerator.is_main_process:
+        atomic_json(known, cache)
+    filled = [[tuple(_fill(group, known) for group in unit) for unit in units] for units in sets]
+    return filled, {"scored": sum(map(len, missing.values())), "cached": len(found)}
+
+
+def _fill(group: Encoded, known: dict[str, Any]) -> Encoded:
+    return replace(group, ref_logps=tuple(known[sequence_key(group.prompt, r)] for r in group.responses))
