@@ -45,9 +45,7 @@ class Objective:
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
                 raise ValueError(f"objective {self.name!r}: {key} must be a finite number, got {number!r}")
         if not self.low < self.high:
-            raise ValueError(
-                f"objective {self.name!r}: low must be below high, got {self.low} and {self.high}"
-            )
+            raise ValueError(f"objective {self.name!r}: low must be below high, got {self.low} and {self.high}")
         for key in ("weight", "strength"):
             if getattr(self, key) < 0:
                 raise ValueError(f"objective {self.name!r}: {key} must be >= 0, got {getattr(self, key)}")
@@ -120,9 +118,7 @@ def _prepare(scores, conditions, objectives) -> tuple[Tensor, Tensor, Tensor, Te
 
 def _check_width(name: str, tensor: Tensor, weight: Tensor) -> None:
     if tensor.dim() == 0 or tensor.shape[-1] != weight.shape[0]:
-        raise ValueError(
-            f"{name} must be [..., {weight.shape[0]}] (one column an objective), got {[*tensor.shape]}"
-        )
+        raise ValueError(f"{name} must be [..., {weight.shape[0]}] (one column an objective), got {[*tensor.shape]}")
 
 
 def _gains(scores: Tensor, conditions: Tensor, strength: Tensor) -> Tensor:
@@ -233,12 +229,10 @@ def _compile(pattern: str, known: Mapping[str, Objective]) -> re.Pattern[str]:
         raise ValueError(f"tag pattern {pattern!r} is not a format string: {error}") from error
     fields = [name for _, name, _, _ in pieces if name is not None]
     if sorted(fields) != ["name", "value"] or any(spec or conversion for _, _, spec, conversion in pieces):
-        raise ValueError(
-            f"tag pattern {pattern!r} must hold {{name}} and {{value}} once each, without formats"
-        )
+        raise ValueError(f"tag pattern {pattern!r} must hold {{name}} and {{value}} once each, without formats")
     texts = [text for text, *_ in pieces[1:]] + [""]
     after = {field: text for (_, field, _, _), text in zip(pieces, texts, strict=True)}
-    if re.match(r"[\d.+\-eE]|$", after["value"]) or re.match(r"\w|$", after["name"]):
+    if re.match(r"[\d.+\-eE]|\Z", after["value"]) or re.match(r"\w|\Z", after["name"]):
         raise ValueError(
             f"tag pattern {pattern!r} cannot be parsed back: {{value}} must be followed by a character that "
             "no number has, {name} by one that no word has"

@@ -117,15 +117,29 @@ def token_logps_bwd_(
 ) -> None:
     """Overwrites logits `[N, V]` with grad_t * (onehot - softmax) * scale * (1 - tanh^2), rounded once.
 
-    Rows that are ignored and columns from `vocab_size` on become 0.
+    Rows that are ignored and columns from `vocab_size` on become 0. softmax = exp(z - lse) is as exact as lse is:
+    to |lse| eps, relatively.
     """
-    z = _z(logits.detach(), scale, softcap, vocab_size)
+    softmax = torch.exp(_z(logits.detach(), scale, softcap, vocab_size) - lse[:, None])
+    _write_grad_(logits, labels, softmax, grad, ignore_index, scale, softcap)
+
+
+def _write_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    softmax: Tensor,
+    grad: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> None:
+    vocab_size = softmax.shape[1]
     ignored = labels == ignore_index
-    dz = -torch.exp(z - lse[:, None])
+    dz = -softmax
     dz.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], torch.ones_like(dz[:, :1]))
     dz *= grad[:, None] * scale
     if softcap:
-        dz *= 1 - (z / softcap) ** 2
+        dz *= 1 - (_z(logits.detach(), scale, softcap, vocab_size) / softcap) ** 2
     dz.masked_fill_(ignored[:, None], 0.0)
     with torch.no_grad():
         logits[:, vocab_size:] = 0
@@ -141,9 +155,10 @@ def token_logps_fused_(
     vocab_size: int,
     extras: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`token_logps_fwd`, and logits overwritten as by `token_logps_bwd_` with grad = 1."""
+    """`token_logps_fwd`, and logits overwritten with (onehot - softmax) * scale * (1 - tanh^2)."""
     logp, lse, extra = token_logps_fwd(logits, labels, ignore_index, scale, softcap, vocab_size, extras)
-    token_logps_bwd_(logits, labels, lse, torch.ones_like(lse), ignore_index, scale, softcap, vocab_size)
+    softmax = torch.softmax(_z(logits.detach(), scale, softcap, vocab_size), -1)
+    _write_grad_(logits, labels, softmax, torch.ones_like(lse), ignore_index, scale, softcap)
     return logp, lse, extra
 
 
@@ -188,9 +203,7 @@ def sequence_logps(
     token_logps `[N]`, cu_seqlens `[S + 1]` (sequence s is `[cu[s], cu[s + 1])`), token_weights m `[N]` ->
     `[S]`. `average` divides by the number of tokens; a sequence without tokens gives 0.
     """
-    weighted = (
-        token_logps.double() if token_weights is None else token_logps.double() * token_weights.double()
-    )
+    weighted = token_logps.double() if token_weights is None else token_logps.double() * token_weights.double()
     lengths = cu_seqlens.diff().to(weighted.device)
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=weighted.device), lengths)  # [N]
     total = weighted.new_zeros(len(lengths)).index_add(0, sequence, weighted)
@@ -205,9 +218,7 @@ def sequence_sum(token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor,
     return sequence_logps(token_logps.detach(), cu_seqlens, weights, average)
 
 
-def ld_token_weights(
-    cu_seqlens: Tensor, pairs: Tensor, ld_alpha: float, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def ld_token_weights(cu_seqlens: Tensor, pairs: Tensor, ld_alpha: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """LD-DPO's token weights `[N]`: 1 up to the length of the pair's shorter response, `ld_alpha` after it.
 
     Liu et al. 2024 (arXiv 2409.06411), as TRL's `ld_alpha`. The weights belong to a pair; a response that
@@ -311,16 +322,12 @@ class Pairs:
 
     def per_token(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         if self.chosen_length is None or self.rejected_length is None:
-            raise ValueError(
-                "this loss type divides by the number of tokens: give the lengths of the sequences"
-            )
+            raise ValueError("this loss type divides by the number of tokens: give the lengths of the sequences")
         return chosen / self.chosen_length, rejected / self.rejected_length
 
     def nll(self) -> Tensor:
         if self.nll_scale is None:
-            raise ValueError(
-                "the NLL term divides by the number of chosen tokens: give the lengths of the sequences"
-            )
+            raise ValueError("the NLL term divides by the number of chosen tokens: give the lengths of the sequences")
         return -self.chosen * self.nll_scale
 
     def soft_logistic(self, u: Tensor) -> Tensor:
@@ -468,9 +475,7 @@ def _apo_down(p: Pairs) -> Tensor:
 
     APO-down, D'Oosterlinck et al. 2024 (arXiv 2408.06266) eq. 8.
     """
-    return torch.sigmoid(p.beta * p.chosen_ratio) + torch.sigmoid(
-        -p.beta * (p.chosen_ratio - p.rejected_ratio)
-    )
+    return torch.sigmoid(p.beta * p.chosen_ratio) + torch.sigmoid(-p.beta * (p.chosen_ratio - p.rejected_ratio))
 
 
 def _discopop(p: Pairs) -> Tensor:
@@ -637,8 +642,7 @@ def check_options(loss_types: Sequence[str], given: Iterable[str], label_smoothi
         if deaf and (option in _TERM_OPTIONS | _PAIR_OPTIONS or len(deaf) == len(loss_types)):
             able = [name for name, loss in LOSS_TYPES.items() if option in loss.honours]
             raise ValueError(
-                f"{option} has no meaning for loss_type {', '.join(map(repr, deaf))}; "
-                f"it works with {', '.join(able)}"
+                f"{option} has no meaning for loss_type {', '.join(map(repr, deaf))}; it works with {', '.join(able)}"
             )
     if {"tau", "label_smoothing"} <= given:
         raise ValueError("tau and label_smoothing both set the soft target: give one of them")
@@ -715,9 +719,10 @@ def preference(
     < 0: the number of non-ties here. chosen_tokens < 0: the tokens of the chosen responses here.
 
     Returns loss `[]`, losses `[P]`, grad `[S]` = d loss / d seq_logps, chosen_rewards and rejected_rewards
-    `[P]`, value_gap `[P]` (NaN: unrated, inf: no scores), order `[P]` int8 (+1 first chosen, -1 second, 0 tie),
-    counts `[3]` int64 (non-ties, ties with the unrated, unrated). Rewards are beta (L - ref), or beta L (beta
-    L / n if a type is `averaged`) where no type needs a reference; a tie reports its first response as chosen.
+    `[P]`, value_gap `[P]` (NaN: unrated, inf: no scores), order `[P]` int8 (+1 first chosen, -1 second, 0 a
+    tie), counts `[3]` int64 (non-ties, ties with the unrated, unrated). Rewards are beta (L - ref), or beta L
+    (beta L / n if a type is `averaged`) where no type needs a reference; a tie reports its first response as
+    chosen.
     """
     types = [list(LOSS_TYPES.values())[index] for index in loss_types]
     option = dict(zip(OPTIONS, options, strict=True))
@@ -746,7 +751,7 @@ def preference(
             chosen_margin=at(margins, won),
             rejected_margin=at(margins, lost),
         )
-        if lengths.numel():
+        if lengths.numel() or not len(live):
             batch.set_lengths(lengths[won], lengths[lost], divisor)
         if chosen_tokens >= 0:
             batch.nll_scale = divisor / max(chosen_tokens, 1.0)
