@@ -104,7 +104,7 @@ class Sampler:
 
     def sft(self) -> Draws:
         """No tags: the best responses of every prompt by the unconditioned R, or all."""
-        units = []
+        units: list[tuple[Group, ...]] = []
         for record in self.records:
             kept = self._best(record.responses, {}) if self.config.sft_responses == "best" else record.responses
             units += [(Group(record.prompt, {}, {}, (response,)),) for response in kept]

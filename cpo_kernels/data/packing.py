@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,9 @@ class Encoded:
         return sum(map(len, self.responses))
 
 
+Unit = tuple[Encoded, ...]  # groups that stay in one step: all conditions of a drawn prompt
+
+
 @dataclass
 class Batch:
     """One forward pass. B rows of T tokens; N labels of S sequences; P pairs; K objectives."""
@@ -62,7 +66,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         tensors = {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
         del tensors["cu_seqlens"]  # a host value
-        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+        moved: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+        return replace(self, **moved)
 
 
 def encode(
@@ -71,7 +76,7 @@ def encode(
     objectives: Sequence[Objective],
     max_prompt_tokens: int,
     max_tokens: int,
-) -> list[tuple[Encoded, ...]]:
+) -> list[Unit]:
     """Units in tokens. Groups with a prompt that is too long are left out, responses cut; both are counted."""
     prompts: dict[tuple, tuple[int, ...]] = {}
     responses: dict[str, tuple[int, ...]] = {}
@@ -116,7 +121,7 @@ def _encoded(
     )
 
 
-def epoch_steps(units: Sequence[tuple[Encoded, ...]], batch_size: int, window: int, seed: int) -> list[list[Encoded]]:
+def epoch_steps(units: Sequence[Unit], batch_size: int, window: int, seed: int) -> list[list[Encoded]]:
     """The groups of every optimizer step of one epoch: shuffled, sorted by length inside windows of `window` steps,
     steps shuffled again. A unit is never split over steps; the last step may be smaller."""
     rng = random.Random(seed)
@@ -154,7 +159,10 @@ def collate(groups: Sequence[Encoded], share_prompt: bool) -> Batch:
     input_ids = torch.zeros(B, T, dtype=torch.long)
     position_ids = torch.arange(T).repeat(B, 1)
     segment = torch.full((B, T), -1)  # -1 padding, 0 prompt, 1.. the responses
-    rows, labels, pairs, seqlens = [], [], [], []
+    rows: list[int] = []
+    labels: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    seqlens: list[int] = []
     row = 0
     for g in groups:
         pairs += [(len(seqlens) + first, len(seqlens) + second) for first, second in g.pairs]

@@ -197,7 +197,7 @@ def write_config(config: Config, path: Path) -> None:
 def config_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted name, default, help) of every key."""
     for f in dataclasses.fields(cls):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+        default = f.default_factory() if callable(f.default_factory) else f.default
         if dataclasses.is_dataclass(default):
             yield from config_keys(type(default), f"{prefix}{f.name}.")
         else:

@@ -19,10 +19,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
+from cpo_kernels.data.packing import Batch, Encoded, Unit, collate, microbatches
 from cpo_kernels.training.checkpoints import atomic_json
 
-Unit = tuple[Encoded, ...]
 CHUNK = 8  # responses of one prompt scored together
 SAVE_EVERY = 200  # micro-batches between writes of the cache
 
@@ -38,13 +37,14 @@ def with_reference(
     accelerator: Accelerator,
     budget: int,
     share_prompt: bool,
-    progress: bool,
+    quiet: bool,
 ) -> tuple[list[list[Unit]], dict[str, int]]:
     """The sets of units with `ref_logps` filled in, and how many sequences were scored and how many were cached.
     `seq_logps` scores a batch; `cache` is the JSON file of this reference model."""
     known: dict[str, float] = json.loads(cache.read_text()) if cache and cache.exists() else {}
     accelerator.wait_for_everyone()  # before the main process writes
-    found, missing = set(), {}  # type: ignore[var-annotated]
+    found: set[str] = set()
+    missing: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
     for group in (group for units in sets for unit in units for group in unit):
         for response in group.responses:
             key = sequence_key(group.prompt, response)
@@ -59,7 +59,7 @@ def with_reference(
     batches = list(microbatches(todo, budget, share_prompt))
     rank, world = accelerator.process_index, accelerator.num_processes
     fresh: dict[str, float] = {}
-    for number, groups in enumerate(tqdm(batches[rank::world], "reference", disable=not progress or not batches), 1):
+    for number, groups in enumerate(tqdm(batches[rank::world], "reference", disable=quiet or not batches), 1):
         logps = iter(seq_logps(collate(groups, share_prompt).to(accelerator.device)).tolist())
         fresh |= {sequence_key(g.prompt, r): next(logps) for g in groups for r in g.responses}
         if cache and world == 1 and number % SAVE_EVERY == 0:

@@ -10,12 +10,14 @@ import importlib.metadata
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from cpo_kernels.data.records import Record, write_records
 from cpo_kernels.training.config import Config, config_keys, write_config
 
 # keys that may change between a run and its continuation
@@ -36,25 +38,24 @@ class RunDir:
             if config.training.resume or config.training.checkpoint_every:
                 raise ValueError("training.resume and training.checkpoint_every need a run_dir")
             return
-        if config.training.resume and (self.path / "config.yaml").exists():
+        if config.training.resume and (self.folder / "config.yaml").exists():
             self._check_same(config)
-        elif (self.path / "config.yaml").exists() and is_main:
+        elif (self.folder / "config.yaml").exists() and is_main:
             if not config.training.overwrite:
                 raise ValueError(
                     f"run_dir {self.path} holds a run: set training.resume or training.overwrite, or another run_dir"
                 )
             for name in ("metrics.jsonl", "data.json", "eval_records.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
+                (self.folder / name).unlink(missing_ok=True)
             for name in ("checkpoints", "model"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
             write_config(config, self.path / "config.yaml")
             self.json("versions.json", versions())
 
     def _check_same(self, config: Config) -> None:
-        assert self.path is not None
-        old = yaml.safe_load((self.path / "config.yaml").read_text())
+        old = yaml.safe_load((self.folder / "config.yaml").read_text())
         new = dataclasses.asdict(config)
         for name, _, _ in config_keys():
             before, now = old, new
@@ -63,22 +64,30 @@ class RunDir:
             if before != now and name not in FREE:
                 raise ValueError(f"cannot resume {self.path}: {name} was {before!r} and is {now!r} now")
 
+    @property
+    def folder(self) -> Path:
+        assert self.path is not None, "this run has no run_dir"
+        return self.path
+
+    def save_data(self, report: dict[str, Any], eval_records: Sequence[Record]) -> None:
+        """What the data held and what was left out; the held-out records, for the evaluation."""
+        self.json("data.json", report)
+        if self.writes:
+            write_records(eval_records, self.folder / "eval_records.jsonl")
+
     def json(self, name: str, value: Any) -> None:
         if self.writes:
-            assert self.path is not None
-            (self.path / name).write_text(json.dumps(value, indent=2) + "\n")
+            (self.folder / name).write_text(json.dumps(value, indent=2) + "\n")
 
     def log(self, row: dict[str, Any]) -> None:
         self.metrics.append(row)
         if self.writes:
-            assert self.path is not None
-            with open(self.path / "metrics.jsonl", "a") as file:
+            with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
         """Forget the metrics after `step`: the run goes on from there."""
-        assert self.path is not None
-        file = self.path / "metrics.jsonl"
+        file = self.folder / "metrics.jsonl"
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         self.metrics = [row for row in rows if row["step"] <= step]
         if self.writes:

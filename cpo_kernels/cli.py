@@ -1,0 +1,109 @@
+"""`cpo-kernels train | eval | demo`.
+
+    cpo-kernels train recipes/truthfulqa.yaml --training.lr 1e-4 conditions.per_prompt=3
+    cpo-kernels eval --help
+    cpo-kernels demo --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# command -> (module whose main(argv) runs it, help)
+COMMANDS = {
+    "eval": ("cpo_kernels.evaluation.run", "how well a trained model follows conditions"),
+    "demo": ("cpo_kernels.demo.run", "the whole method on a small generated world, in minutes on a CPU"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 on an error in what the user gave, which is printed without a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="cpo-kernels", description="Controllable Preference Optimization.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", help="train one stage as a YAML recipe says", add_help=False)
+    for name, (_, help) in COMMANDS.items():
+        commands.add_parser(name, help=help, add_help=False)
+    args, rest = parser.parse_args(argv[:1]), argv[1:]
+    try:
+        if args.command == "train":
+            return train(rest)
+        return importlib.import_module(COMMANDS[args.command][0]).main(rest) or 0
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if "--traceback" in argv:
+            raise
+        print(f"cpo-kernels {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+def train(argv: Sequence[str]) -> int:
+    from cpo_kernels.training.config import config_keys
+
+    parser = argparse.ArgumentParser(
+        prog="cpo-kernels train",
+        description="Train one stage. Every key of the config can be overridden: --training.lr 1e-4 or training.lr=1e-4.",
+    )
+    parser.add_argument("config", nargs="?", help="YAML recipe; `--keys` lists what it may hold")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe; values are YAML")
+    parser.add_argument("--on-bad-line", choices=("error", "skip"), help="same as --data.on_bad_line")
+    parser.add_argument("--resume", action="store_true", help="same as --training.resume true")
+    parser.add_argument("--overwrite", action="store_true", help="same as --training.overwrite true")
+    parser.add_argument("--keys", action="store_true", help="list every key with its default, and stop")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    plain, overrides = split_overrides(argv)
+    args = parser.parse_intermixed_args(plain)
+    if args.keys:
+        for name, default, help in config_keys():
+            print(f"{name:32} {default!s:14} {help}")
+        return 0
+    if args.config is None:
+        parser.error("name a YAML recipe")
+    overrides = [*args.overrides, *overrides]
+    if args.on_bad_line:
+        overrides.append(f"data.on_bad_line={args.on_bad_line}")
+    overrides += [f"training.{name}=true" for name in ("resume", "overwrite") if getattr(args, name)]
+
+    from cpo_kernels.training.loop import train
+
+    result = train(args.config, overrides=overrides)
+    print(summary(result))
+    return 0
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(other arguments, key=value of every `--section.key value`, `--section.key=value` and `--seed 1`)."""
+    from cpo_kernels.training.config import Config
+
+    plain, overrides = [], []
+    left = list(argv)
+    while left:
+        arg = left.pop(0)
+        name = arg[2:].partition("=")[0]
+        if not arg.startswith("--") or not ("." in name or name in Config.__annotations__):
+            plain.append(arg)
+        elif "=" in arg:
+            overrides.append(arg[2:])
+        elif left:
+            overrides.append(f"{arg[2:]}={left.pop(0)}")
+        else:
+            raise ValueError(f"{arg} needs a value")
+    return plain, overrides
+
+
+def summary(result: Any) -> str:
+    """What the data held and left out, and the last metrics."""
+    report = result.report
+    lines = []
+    for split in ("train", "eval", "reference"):
+        if split in report:
+            lines.append(f"{split}: " + ", ".join(f"{name} {count}" for name, count in report[split].items()))
+    if report.get("bad_lines"):
+        lines.append(f"bad lines skipped: {report['bad_lines']}")
+        lines += [f"  {reason}" for reason in report["bad_line_reasons"][:5]]
+    for row in result.metrics[-2:]:
+        lines.append(", ".join(f"{name} {x:.4g}" for name, x in row.items()))
+    return "\n".join(lines)

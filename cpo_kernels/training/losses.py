@@ -1,0 +1,110 @@
+"""From a batch to its loss: the backbone's hidden states at labelled positions, then the fused head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cpo_kernels as cpo
+from cpo_kernels.data.packing import Batch, Encoded
+from cpo_kernels.objectives import Objective
+from cpo_kernels.training.config import Config
+from cpo_kernels.training.models import head_of
+
+METRICS = ("loss", "chosen_rewards", "rejected_rewards", "accuracy", "margin")  # cpsft and sft: the first alone
+WHOLE_STEP = {"aot", "aot_unpaired", "sft", "orpo", "contrastive_cpo"}  # sort over pairs, or average chosen tokens
+
+
+@dataclass(frozen=True)
+class StepTotal:
+    """What all micro-batches of a step hold together, on all processes: the divisors of its loss."""
+
+    tokens: int  # with a label
+    pairs: int
+
+    @staticmethod
+    def of(groups: Sequence[Encoded]) -> StepTotal:
+        return StepTotal(sum(g.labels for g in groups), sum(len(g.pairs) for g in groups))
+
+
+class StageLoss:
+    """The loss of a stage: mean NLL of the labels (cpsft, sft), or the preference loss of the pairs (cdpo, dpo)."""
+
+    def __init__(self, model: Any, config: Config, objectives: Sequence[Objective], device: torch.device):
+        self.model, self.head, self.device = model, head_of(model), device
+        self.bf16 = config.training.precision == "bf16"
+        self.has_pairs = config.stage in ("cdpo", "dpo")
+        self.metrics = METRICS if self.has_pairs else METRICS[:1]
+        self.whole_step = self.has_pairs and not WHOLE_STEP.isdisjoint(config.loss.type)
+        if self.has_pairs:
+            loss = config.loss
+            self.loss_fn = cpo.FusedLinearCPOLoss(
+                objectives,
+                loss.beta,
+                loss.type,
+                softcap=self.head.softcap,
+                scale=self.head.scale,
+                loss_weights=loss.weights,
+                **loss.options,
+            )
+        self.needs_reference = self.has_pairs and self.loss_fn.options.needs_reference
+
+    def autocast(self) -> AbstractContextManager:
+        """Matrix products in bfloat16; parameters, residual stream, log-probs and loss stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[N, H]: the last hidden state at each position that predicts a label."""
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, batch.rows)
+
+    def seq_logps(self, batch: Batch) -> Tensor:
+        """[S] log-probs of the responses, without gradients."""
+        head = self.head
+        with torch.no_grad(), self.autocast():
+            logps = cpo.linear_token_logps(
+                self.hidden(batch), head.weight, batch.labels, head.bias, softcap=head.softcap, scale=head.scale
+            )
+            return cpo.sequence_logps(logps, batch.cu_seqlens.to(logps.device))
+
+    def __call__(self, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
+        """(loss of this batch divided by what the step holds, its part of the step's metrics as float64)."""
+        head = self.head
+        with self.autocast():
+            hidden = self.hidden(batch)
+            if not self.has_pairs:
+                loss = cpo.linear_nll(
+                    hidden,
+                    head.weight,
+                    batch.labels,
+                    head.bias,
+                    softcap=head.softcap,
+                    scale=head.scale,
+                    num_tokens=total.tokens,
+                )
+                return loss, loss.detach().double().reshape(1)
+            out = self.loss_fn(
+                hidden,
+                head.weight,
+                batch.labels,
+                bias=head.bias,
+                pairs=batch.pairs,
+                ref_logps=batch.ref_logps,
+                scores=batch.scores,
+                conditions=batch.conditions,
+                cu_seqlens=batch.cu_seqlens,
+                num_pairs=total.pairs,
+            )
+        means = torch.stack([out.chosen_rewards.mean(), out.rejected_rewards.mean(), out.accuracy, out.margin])
+        part = len(batch.pairs) / total.pairs
+        return out.loss, torch.cat([out.loss.detach().reshape(1), part * means]).double()

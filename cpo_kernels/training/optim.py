@@ -1,0 +1,48 @@
+"""AdamW, the learning rate of a step, and the step itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from torch import nn
+
+from cpo_kernels.training.config import TrainingConfig
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def make_optimizer(named: Named, training: TrainingConfig) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices only."""
+    matrices = {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": training.weight_decay}
+    vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
+    betas = (training.betas[0], training.betas[1])
+    return torch.optim.AdamW([g for g in (matrices, vectors) if g["params"]], lr=training.lr, betas=betas, fused=True)
+
+
+def schedule(step: int, total: int, training: TrainingConfig) -> float:
+    """Factor on the peak learning rate at `step` of 0 .. total - 1: a linear warm-up, then the decay towards 0."""
+    warmup = round(training.warmup if training.warmup >= 1 else training.warmup * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (total - step) / (total - warmup)
+    if training.schedule == "cosine":
+        return 0.5 - 0.5 * math.cos(math.pi * left)
+    return left if training.schedule == "linear" else 1.0
+
+
+def update(named: Named, optimizer: torch.optim.Optimizer, lr: float, clip: float, accelerator: Accelerator) -> float:
+    """One optimizer step on the gradients summed over processes; returns their norm before clipping."""
+    parameters = [p for _, p in named]
+    if accelerator.num_processes > 1:
+        for p in parameters:
+            p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(norm)
