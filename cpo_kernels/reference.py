@@ -298,7 +298,7 @@ class Pairs:
 
     def set_lengths(self, chosen: Tensor, rejected: Tensor, num_pairs: float) -> None:
         self.chosen_length, self.rejected_length = chosen.clamp(min=1), rejected.clamp(min=1)
-        self.nll_scale = num_pairs / chosen.sum().clamp(min=1)
+        self.nll_scale = num_pairs / float(chosen.sum().clamp(min=1))
 
     @property
     def chosen_ratio(self) -> Tensor:
