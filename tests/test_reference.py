@@ -307,6 +307,17 @@ def test_modpo_by_hand():
     assert losses.item() == pytest.approx(-logsig((0.5 * (1.0 + 0.5) - 0.2) / 0.4), rel=1e-6)
 
 
+def test_aot_reports_at_the_pair_that_holds_the_value():
+    chosen, rejected = torch.tensor([-1.0, -5.0, -2.0]), torch.tensor([-4.0, -4.0, -4.0])  # ratios 3, -1, 2
+    ref_chosen, ref_rejected = torch.tensor([-3.0, -3.0, -3.0]), torch.tensor([-3.5, -4.0, -3.0])  # 0.5, 1, 0
+    losses = pair_loss("aot", chosen, rejected, ref_chosen, ref_rejected, beta=0.5)
+    # sorted: policy -1, 2, 3 (pairs 1, 2, 0) against reference 0, 0.5, 1
+    torch.testing.assert_close(losses, torch.tensor([-logsig(0.5 * x) for x in (3 - 1, -1 - 0, 2 - 0.5)]))
+    # chosen ratios 2, -2, 1 (sorted: pairs 1, 2, 0), rejected ratios -0.5, 0, -1
+    losses = pair_loss("aot_unpaired", chosen, rejected, ref_chosen, ref_rejected, beta=0.5)
+    torch.testing.assert_close(losses, torch.tensor([-logsig(0.5 * x) for x in (2 - 0, -2 + 1, 1 + 0.5)]))
+
+
 @pytest.mark.parametrize("name", [n for n, loss in LOSS_TYPES.items() if {"tau", "margin"} <= loss.honours])
 def test_soft_targets_and_margin(name):
     """q logsig(v) + (1 - q) logsig(-v), where v is read off the hard loss without margin."""
