@@ -228,8 +228,8 @@ def _fake_grads(hidden: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, ne
 
 
 def _restore(value: Tensor, factor: Tensor) -> Tensor:
-    """value * factor without the pass over V*H where the factor is 1: known for free on the CPU, or not float16."""
-    if value.numel() == 0 or (factor.device.type == "cpu" and float(factor) == 1.0):
+    """value * factor without the pass over V*H where the factor is 1: free to know on the CPU."""
+    if not torch.compiler.is_compiling() and factor.device.type == "cpu" and float(factor) == 1.0:
         return value
     return (value * factor.to(ops.acc_dtype(value.dtype))).to(value.dtype)
 

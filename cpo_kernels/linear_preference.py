@@ -208,7 +208,8 @@ def linear_preference_op(
         outputs, seq_logps, coef = run.two_pass(head, even_rows(rows.x.shape[0], row_limit))
     loss, losses, _, *metrics = outputs
     dx = rows.scatter(run.dx, hidden.shape[0]) if need_dx else run.dx
-    return loss, losses, seq_logps, *metrics, dx, rows.scatter(coef, hidden.shape[0]), *run.sums.result()
+    coef = rows.scatter(coef, hidden.shape[0])
+    return loss, losses, seq_logps, *metrics, dx, coef, *run.sums.result()  # type: ignore[return-value]
 
 
 class _Pass:

@@ -157,6 +157,11 @@ def kernel_args(
         raise ValueError(f"pairs must be int64 of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
     if pairs.device != device:
         raise ValueError(f"pairs are on {pairs.device} and the log-probs on {device}: move one of them")
+    if not torch.compiler.is_compiling() and (device.type == "cpu" or ops.checks_enabled()):
+        wrong = ((pairs < 0) | (pairs >= num_sequences)).any(1) | (pairs[:, 0] == pairs[:, 1])
+        if bool(wrong.any()):
+            p = int(wrong.nonzero()[0])
+            raise ValueError(f"pair {p} is {pairs[p].tolist()}: give two different sequences in [0, {num_sequences})")
     num_pairs, num_objectives = pairs.shape[0], len(options.objectives or ())
     empty, empty64 = like.new_empty(0), like.new_empty(0, dtype=torch.float64)
 
@@ -458,10 +463,10 @@ class FusedLinearCPOLoss(nn.Module):
                 raise ValueError(
                     f"ref_hidden must have shape {list(hidden.shape[:-1])} + [H], got {list(ref_hidden.shape)}"
                 )
-            own = ref_weight is None
+            own_bias = bias if ref_weight is None and ref_bias is None else ref_bias
             with torch.no_grad():
                 ref = head_inputs(
-                    ref_hidden, weight if own else ref_weight, labels, bias if own else ref_bias, *self.head
+                    ref_hidden, ref_weight if ref_weight is not None else weight, labels, own_bias, *self.head
                 )
                 ref_token_logps, _ = token_logps_of(ref, False, self.impl)
                 weights = token_weights.to(ref_token_logps.dtype)

@@ -237,7 +237,8 @@ def ld_token_weights(cu_seqlens: Tensor, pairs: Tensor, ld_alpha: float, dtype: 
         )
     position = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     position = position - torch.repeat_interleave(cu_seqlens[:-1], lengths)
-    return torch.where(position < torch.repeat_interleave(shared, lengths), 1.0, ld_alpha).to(dtype)
+    one = torch.ones((), dtype=dtype, device=cu_seqlens.device)
+    return torch.where(position < torch.repeat_interleave(shared, lengths), one, ld_alpha)
 
 
 def wpo_pair_weights(token_logps: Tensor, log_sum_sq: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""Batches of hidden states and the float64 truth of the head, shared by the tests of ops, linear and loss."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import reference
+
+HOMES = ("reference", "cpu")
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Batch:
+    hidden: Tensor  # [S, T, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    labels: Tensor  # [S, T]
+    ref_logps: Tensor  # [S]
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return (self.hidden, self.weight) if self.bias is None else (self.hidden, self.weight, self.bias)
+
+    def to(self, dtype: torch.dtype) -> "Batch":
+        hidden, weight, *bias = (t.detach().to(dtype).requires_grad_() for t in self.leaves)
+        acc = torch.promote_types(dtype, torch.float32)
+        return Batch(hidden, weight, bias[0] if bias else None, self.labels, self.ref_logps.to(acc))
+
+    def lengths(self) -> Tensor:
+        return (self.labels != -100).sum(1)
+
+
+def make_batch(
+    sequences: int = 4,
+    length: int = 9,
+    hidden: int = 24,
+    vocab: int = 101,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = True,
+    seed: int = 0,
+) -> Batch:
+    """Random values that every dtype represents exactly; prompts of different lengths are masked."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int, spread: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=g) * spread).bfloat16().half().double()
+
+    labels = torch.randint(vocab, (sequences, length), generator=g)
+    prompt = torch.randint(0, max(length // 2, 1), (sequences, 1), generator=g)
+    labels[torch.arange(length) < prompt] = -100
+    batch = Batch(
+        rand(sequences, length, hidden),
+        rand(vocab, hidden, spread=0.3),
+        rand(vocab) if bias else None,
+        labels,
+        -3 * length * torch.rand(sequences, generator=g, dtype=torch.float64),
+    )
+    return batch.to(dtype)
+
+
+def true_seq_logps(batch: Batch, token_weights: Tensor | None = None, **head: float) -> Tensor:
+    """Differentiable sequence log-probs [S] of the oracle."""
+    logps = reference.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias, **head)
+    return (logps if token_weights is None else logps * token_weights).sum(1)
+
+
+def relative_error(seen: Tensor, truth: Tensor) -> float:
+    """max |seen - truth| over max |truth|, in float64."""
+    if truth.numel() == 0:
+        return 0.0
+    seen, truth = seen.detach().double(), truth.detach().double()
+    return float((seen - truth).abs().max() / truth.abs().max().clamp(min=1e-300))

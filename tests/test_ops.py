@@ -1,0 +1,202 @@
+"""The op table: torch.library's own checks, logits-level autograd, torch.compile and the choice of a home."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+from heads import HOMES, make_batch, relative_error
+from torch.library import opcheck
+
+import cpo_kernels as cpo
+from cpo_kernels import linear, linear_preference, ops, reference
+
+
+def linear_args(batch):
+    bias = batch.weight.new_empty(0) if batch.bias is None else batch.bias
+    hidden = batch.hidden.detach().reshape(-1, batch.hidden.shape[-1])
+    return hidden, batch.weight.detach(), bias.detach(), batch.labels.reshape(-1)
+
+
+def preference_args(batch, dtype):
+    lengths, empty64 = batch.lengths(), torch.empty(0, dtype=torch.float64)
+    pairs = torch.tensor([[0, 2], [1, 3]])
+    options = [float(v) for v in reference.OPTION_DEFAULTS.values()]
+    return (
+        batch.ref_logps.to(dtype), lengths, pairs, empty64, empty64, empty64, empty64, empty64, empty64,
+        [0, 13], [1.0, 0.5], options, -1.0, -1.0,
+    )  # fmt: skip
+
+
+def op_samples(impl):
+    """(op, args) of every functional op."""
+    batch = make_batch(dtype=torch.float32)
+    hidden, weight, bias, labels = linear_args(batch)
+    logits, head = hidden @ weight.t(), (-100, 1.0, 0.0, 101)
+    logp, lse, _ = ops.token_logps_op(logits, labels, *head, False, impl)
+    cu_seqlens = torch.arange(5) * 9
+    empty = logp.new_empty(0)
+    yield ops.token_logps_op, (logits, labels, *head, True, impl)
+    yield ops.token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), *head, impl)
+    yield ops.sequence_logps_op, (logp, cu_seqlens, empty, True, impl)
+    yield ops.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
+    yield linear.linear_token_logps_op, (hidden, weight, bias, labels, *head, True, True, 16, impl)
+    yield (
+        linear.linear_token_logps_backward_op,
+        (hidden, weight, bias, labels, lse, torch.randn_like(lse), *head, True, True, True, 16, impl),
+    )
+    yield linear.linear_nll_op, (hidden, weight, bias, labels, empty, *head, -1.0, True, True, True, 16, impl)
+    for limit in (1000, 4):
+        yield (
+            linear_preference.linear_preference_op,
+            (
+                hidden, weight, bias, labels, cu_seqlens, empty, *preference_args(batch, torch.float32), *head,
+                True, False, True, True, True, limit, impl,
+            ),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", HOMES)
+@pytest.mark.parametrize("index", range(9))
+def test_opcheck(index, impl):
+    op, args = list(op_samples(impl))[index]
+    opcheck(op, args)
+
+
+def test_every_home_has_the_five_kernels():
+    for name in ops.SCHEMAS:
+        assert callable(getattr(reference, name)) and callable(getattr(torch.ops.cpo_kernels, name))
+
+
+@pytest.mark.parametrize("impl", HOMES)
+@pytest.mark.parametrize("shape", [(3, 5), (7,), (0,), (2, 0, 3)])
+def test_token_logps_of_any_leading_shape(impl, shape):
+    logits = torch.randn(*shape, 33, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(33, shape)
+    upstream = torch.randn(shape, dtype=torch.float64)
+    seen = cpo.token_logps(logits, labels, softcap=2.0, scale=0.5, impl=impl)
+    want = reference.token_logps(logits, labels, softcap=2.0, scale=0.5)
+    assert seen.shape == shape and relative_error(seen, want) < 1e-12
+    (got,), (truth,) = (torch.autograd.grad(x, logits, upstream) for x in (seen, want))
+    assert relative_error(got, truth) < 1e-12
+
+
+@pytest.mark.parametrize("impl", HOMES)
+def test_token_logps_gradcheck_and_saved_logits(impl):
+    logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, -100, 8, 3])
+    torch.autograd.gradcheck(lambda x: cpo.token_logps(x, labels, vocab_size=None, softcap=3.0, impl=impl), logits)
+    before = logits.detach().clone()
+    logps = cpo.token_logps(logits, labels, impl=impl)
+    logps.sum().backward(retain_graph=True)
+    first = logits.grad.clone()
+    logps.sum().backward()
+    assert torch.equal(logits.detach(), before) and torch.equal(logits.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(cpo.token_logps(logits, labels, impl=impl).sum(), logits, create_graph=True)
+
+
+def test_transposed_logits():
+    logits = torch.randn(50, 6).t().requires_grad_()
+    labels = torch.randint(50, (6,))
+    want = torch.log_softmax(logits, -1).gather(1, labels[:, None]).squeeze(1)
+    assert relative_error(cpo.token_logps(logits, labels), want) < 1e-6
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_compile_without_graph_breaks_or_recompiles(train_head):
+    """aot_eager traces what inductor would; lengths change from call to call."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    objectives = [cpo.Objective("helpfulness", 1, 5)]
+    loss_fn = cpo.FusedLinearCPOLoss(objectives, loss_type=["sigmoid", "sft"])
+
+    def run(hidden, weight, labels, ref_logps, scores):
+        out = loss_fn(hidden, weight, labels, ref_logps=ref_logps, scores=scores)
+        return out.loss + cpo.linear_nll(hidden, weight, labels), out.margin
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
+    for length in (9, 12, 17):
+        batch = make_batch(4, length, dtype=torch.float32, bias=False)
+        weight = batch.weight if train_head else batch.weight.detach()
+        leaves = batch.leaves if train_head else batch.leaves[:1]
+        args = (batch.hidden, weight, batch.labels, batch.ref_logps, torch.rand(4, 1))
+        (seen, margin), (want, want_margin) = compiled(*args), run(*args)
+        assert torch.equal(seen, want) and torch.equal(margin, want_margin)
+        grads = [torch.autograd.grad(x * -1.3, leaves) for x in (seen, want)]
+        assert all(torch.equal(g, w) for g, w in zip(*grads, strict=True))
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[-1]
+
+
+def test_a_home_by_name_never_falls_back():
+    logits, labels = torch.randn(2, 5), torch.tensor([1, 2])
+    for impl in ("triton", "cuda"):
+        with pytest.raises(RuntimeError, match=f"impl='{impl}' is not available"):
+            cpo.token_logps(logits, labels, impl=impl)
+    with pytest.raises(ValueError, match="got 'quick'"):
+        cpo.token_logps(logits, labels, impl="quick")
+    with pytest.raises(ValueError, match="takes CPU tensors, got a tensor on meta"):
+        cpo.token_logps(logits.to("meta"), labels.to("meta"), impl="cpu")
+
+
+def test_without_the_extension_the_reference_takes_over_and_says_so_once():
+    script = """
+import sys, warnings
+sys.modules["cpo_kernels._C"] = None
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import cpo_kernels as cpo, torch
+    logps = cpo.token_logps(torch.zeros(1, 4), torch.tensor([1]))
+assert [w.category for w in seen if "cpo_kernels runs on" in str(w.message)] == [RuntimeWarning], seen
+assert abs(logps.item() + 1.3862944) < 1e-6
+try:
+    cpo.token_logps(torch.zeros(1, 4), torch.tensor([1]), impl="cpu")
+except RuntimeError as error:
+    assert "impl='cpu' is not available" in str(error)
+else:
+    raise SystemExit("impl='cpu' fell back")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_import_needs_torch_alone():
+    script = """
+import sys
+import cpo_kernels
+extra = {"transformers", "accelerate", "triton", "matplotlib", "yaml", "trl", "datasets"} & set(sys.modules)
+raise SystemExit(f"import cpo_kernels loads {extra}" if extra else 0)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"labels": torch.tensor([1, 5])}, "5"),
+        ({"labels": torch.tensor([1, -1])}, "-1"),
+        ({"labels": torch.tensor([1, 2], dtype=torch.int32)}, "labels must be int64, got torch.int32"),
+        ({"labels": torch.tensor([1])}, r"shape \(2,\) to match logits, got \(1,\)"),
+        ({"logits": torch.zeros(2, 5).int()}, "logits must be float32.*got torch.int32"),
+        ({"logits": torch.zeros(2, 0)}, r"V >= 1, got \(2, 0\)"),
+    ],
+)
+@pytest.mark.parametrize("impl", HOMES)
+def test_misuse_names_the_value(kwargs, message, impl):
+    args = {"logits": torch.zeros(2, 5), "labels": torch.tensor([1, 2]), "impl": impl, **kwargs}
+    with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
+        cpo.token_logps(**args)
+
+
+def test_cu_seqlens_are_checked():
+    for offsets, message in (
+        ([0, 2], "number of tokens, 3"),
+        ([1, 3], "rise from 0"),
+        ([0, 3, 2, 3], r"\[0, 3, 2, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpo.sequence_logps(torch.zeros(3), torch.tensor(offsets))
+    with pytest.raises(ValueError, match="got torch.float16"):
+        cpo.sequence_logps(torch.zeros(3).half(), torch.tensor([0, 3]))
