@@ -1,0 +1,52 @@
+# make demo    the main job on embedded defaults: a tiny model learns to follow requested scores (two cores, minutes)
+# make test    the unit tests
+# make bench   the head against naive PyTorch and the peers; writes benchmarks/results/cpu.json
+# make lint    ruff and mypy
+# Each creates .venv and what it needs. Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test bench lint wheel clean
+
+# torch first: the extension is built against it, without build isolation.
+.venv/torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("cpo-kernels needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+	$(PIP) torch 'setuptools>=77' wheel ninja numpy
+	touch $@
+
+.venv/train: .venv/torch $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[train,plot]'
+	touch $@
+
+.venv/test: .venv/train
+	$(PIP) --no-build-isolation -e '.[test]'
+	touch $@
+
+# The peers without what they pull in: torch is there, and their CUDA parts are not needed.
+.venv/bench: .venv/test
+	$(PIP) --no-deps triton liger-kernel cut-cross-entropy
+	touch $@
+
+demo: .venv/train
+	$(BIN)/cpo-kernels demo $(ARGS)
+
+test: .venv/test
+	$(BIN)/python -m pytest tests $(ARGS)
+
+bench: .venv/bench
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: .venv/torch
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf .venv build dist cpo_kernels/*.so *.egg-info
