@@ -150,6 +150,7 @@ void combine(const Rows& rows, Partial& a, const Partial& b) {
   const double f = rows.type == kFloat64 ? std::exp(step) : std::exp2(step);
   a.shift = high.shift;
   a.max_y = high.max_y;
+  a.top = high.top;
   a.sum_t = high.sum_t + f * (low.sum_t + step * low.sum);
   a.sum = high.sum + f * low.sum;
   a.sum_sq = high.sum_sq + f * f * low.sum_sq;
@@ -161,21 +162,23 @@ struct RowResult {
   double shift, inverse_sum;  // softmax = E^(c y - shift) * inverse_sum
 };
 
-// Everything about a row that follows from its sums. y_shift is the y that stands at t = 0.
+// Everything about a row that follows from its sums. Sums are taken relative to their largest term, as it was rounded:
+// where that term is all there is, its logarithm is 0 exactly.
 RowResult finish(const Rows& rows, int64_t i, const Partial& sums, double* extra) {
-  const double y_shift = sums.shift / rows.map.c;
-  const double log_sum = std::log(sums.sum);
   const double y_label = rows.kernels->y_of(rows.row(i) + rows.labels[i] * rows.element_size, rows.map);
+  const bool all_masked = sums.max_y == -INFINITY;
+  const double log_sum = all_masked ? std::log(sums.sum) : std::log(sums.sum / sums.top);
   RowResult r;
-  r.logp = rows.map.nat * (y_label - y_shift) - log_sum;
-  r.lse = rows.map.nat * y_shift + log_sum;
+  r.logp = rows.map.nat * (y_label - sums.max_y) - log_sum;
+  r.lse = rows.map.nat * sums.max_y + log_sum;
   r.shift = sums.shift;
   r.inverse_sum = 1.0 / sums.sum;
   if (extra) {
     const double unit = rows.type == kFloat64 ? 1.0 : kLn2;
-    extra[0] = log_sum - unit * sums.sum_t / sums.sum;      // entropy
-    extra[1] = std::log(sums.sum_sq) - 2 * log_sum;         // log sum p^2
-    extra[2] = rows.map.nat * sums.sum_y / rows.columns;    // mean z
+    const double top_t = rows.map.c * sums.max_y - sums.shift;
+    extra[0] = log_sum - unit * (sums.sum_t / sums.sum - top_t);              // entropy
+    extra[1] = std::log(sums.sum_sq / (sums.top * sums.top)) - 2 * log_sum;  // log sum p^2
+    extra[2] = rows.map.nat * sums.sum_y / rows.columns;                      // mean z
     extra[3] = y_label == sums.max_y && !std::isnan(sums.sum) ? 1.0 : 0.0;
   }
   return r;

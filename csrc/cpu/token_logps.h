@@ -27,6 +27,7 @@ struct RowMap {
 struct Partial {
   double shift;
   double max_y;
+  double top;     // E^t at max_y with the rounding that it has in the sums
   double sum;     // sum of E^t
   double sum_t;   // sum of t * E^t            (extras)
   double sum_sq;  // sum of E^(2t)             (extras)

@@ -99,6 +99,9 @@ inline VecD zero_below(VecD a, VecD x, VecD limit) {
   return {_mm256_and_pd(a.v, _mm256_cmp_pd(x.v, limit.v, _CMP_NLT_UQ))};
 }
 
+inline VecF fma_exact(VecF a, VecF b, VecF c) { return fma(a, b, c); }
+inline VecD fma_exact(VecD a, VecD b, VecD c) { return fma(a, b, c); }
+
 inline void load2(const float* p, VecF& a, VecF& b) {
   a.v = _mm256_loadu_ps(p);
   b.v = _mm256_loadu_ps(p + 8);

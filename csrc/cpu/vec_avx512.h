@@ -70,6 +70,9 @@ inline VecD zero_below(VecD a, VecD x, VecD limit) {
   return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, limit.v, _CMP_NLT_UQ), a.v)};
 }
 
+inline VecF fma_exact(VecF a, VecF b, VecF c) { return fma(a, b, c); }
+inline VecD fma_exact(VecD a, VecD b, VecD c) { return fma(a, b, c); }
+
 inline void load2(const float* p, VecF& a, VecF& b) {
   a.v = _mm512_loadu_ps(p);
   b.v = _mm512_loadu_ps(p + 16);

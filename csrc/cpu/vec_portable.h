@@ -66,6 +66,16 @@ struct VecD {
 CPO_PORTABLE_VEC(VecF, float, uint32_t, int32_t, 12582912.0f, 23, 127.0f)
 CPO_PORTABLE_VEC(VecD, double, uint64_t, int64_t, 6755399441055744.0, 52, 1023.0)
 #undef CPO_PORTABLE_VEC
+
+// a * b + c with one rounding: c cancels most of the product.
+inline VecF fma_exact(VecF a, VecF b, VecF c) {
+#ifdef __FP_FAST_FMAF
+  CPO_LANES(VecF, __builtin_fmaf(a.v[i], b.v[i], c.v[i]));
+#else
+  CPO_LANES(VecF, float(double(a.v[i]) * b.v[i] + c.v[i]));
+#endif
+}
+inline VecD fma_exact(VecD a, VecD b, VecD c) { return fma(a, b, c); }
 #undef CPO_LANES
 
 // load2/store2 move 2 * kLanes elements between memory and two vectors. The order of elements over the two

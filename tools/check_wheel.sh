@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Does the wheel that is built here work with another torch?
+#
+#   tools/check_wheel.sh TORCH_VERSION [WORK_DIR]        e.g.  tools/check_wheel.sh 2.10.0
+#
+# Builds the abi3 wheel with the torch of $PYTHON (default: python3), lists the symbols that it takes from libtorch,
+# installs it into a new virtual environment with torch TORCH_VERSION, and runs there, away from the source tree, a
+# smoke test of every kernel against the reference and the kernel tests. Needs pip with an index (about 200 MB for a
+# CPU build of torch; set PIP_EXTRA_INDEX_URL or PIP_INDEX_URL for one) and binutils. WORK_DIR is kept, a default
+# one is removed.
+set -euo pipefail
+
+torch_version=${1:?usage: tools/check_wheel.sh TORCH_VERSION [WORK_DIR]}
+python=${PYTHON:-python3}
+root=$(cd "$(dirname "$0")/.." && pwd)
+if [ $# -ge 2 ]; then
+  work=$2
+  mkdir -p "$work"
+else
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+fi
+
+echo "== wheel, built with torch $("$python" -c 'import torch; print(torch.__version__)')"
+rm -rf "$work/dist" "$work/unpacked"
+"$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work/dist" "$root"
+wheel=$(ls "$work"/dist/*.whl)
+basename "$wheel"
+case $wheel in
+  *-cp310-abi3-*) ;;
+  *) echo "not an abi3 wheel for CPython 3.10" >&2; exit 1 ;;
+esac
+
+echo "== symbols that the extensions take from libtorch and libpython"
+"$python" -m zipfile -e "$wheel" "$work/unpacked"
+for library in "$work"/unpacked/cpo_kernels/*.so; do
+  basename "$library"
+  symbols=$(nm -D --undefined-only "$library" | awk '{print $NF}')
+  grep -E '^(torch_|aoti_torch_|Py|_Py)' <<<"$symbols" | sed 's/^/  /'
+  # The stable ABI is C: a mangled name of at::, c10:: or torch:: ties the wheel to one torch.
+  if grep -E '^_ZN?K?(2at|3c10|5torch)' <<<"$symbols"; then
+    echo "$(basename "$library") uses C++ symbols of libtorch" >&2
+    exit 1
+  fi
+done
+
+echo "== new environment with torch $torch_version"
+[ -x "$work/venv/bin/python" ] || "$python" -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet "torch==$torch_version" numpy pytest
+"$work/venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
+
+cd "$work"
+"$work/venv/bin/python" - <<'PYTHON'
+import torch
+import cpo_kernels
+from cpo_kernels import ops, reference
+
+print(f"torch {torch.__version__}, cpo_kernels from {cpo_kernels.__file__}")
+assert not ops.missing("cpu"), ops.missing("cpu")
+logits, labels = torch.randn(5, 1000), torch.tensor([1, 2, -100, 3, 999])
+options = (labels, -100, 1.0, 0.0, 1000, True)
+for got, want in zip(
+    torch.ops.cpo_kernels.token_logps_fwd(logits, *options), reference.token_logps_fwd(logits.double(), *options)
+):
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+try:
+    torch.ops.cpo_kernels.token_logps_fwd(logits, labels + 1000, *options[1:])
+except RuntimeError as error:
+    assert "out of range" in str(error), error
+else:
+    raise AssertionError("a label out of range went through")
+print("smoke test passed")
+PYTHON
+cp "$root/tests/test_kernels.py" "$work/test_kernels.py"
+"$work/venv/bin/python" -m pytest -q -p no:cacheprovider "$work/test_kernels.py"
+echo "== the wheel works with torch $torch_version"
