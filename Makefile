@@ -35,7 +35,7 @@ demo: .venv/train
 	$(BIN)/cpo-kernels demo $(ARGS)
 
 test: .venv/test
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests benchmarks $(ARGS)
 
 bench: .venv/bench
 	$(BIN)/python -m benchmarks.run $(ARGS)

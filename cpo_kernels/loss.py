@@ -186,8 +186,10 @@ def kernel_args(
     if (given.scores is None) != (options.objectives is None):
         missing = "scores" if given.scores is None else "objectives"
         raise ValueError(f"scores and objectives go together: {missing} are missing")
-    if given.scores is None and given.conditions is not None:
-        raise ValueError("conditions have a meaning with scores only: give scores")
+    if given.scores is None:
+        for name, value in (("conditions", given.conditions), ("tau", options.tau), ("margin", options.margin or None)):
+            if value is not None:
+                raise ValueError(f"{name} has a meaning with scores only: give scores and objectives")
     scores = sized("scores", given.scores, (num_sequences, num_objectives))
     conditions = pair_conditions(given.conditions, pairs, num_sequences, num_objectives, device)
     objectives = empty64

@@ -296,7 +296,7 @@ def test_options_that_would_be_ignored_raise(options, message):
         ({"ref_logps": None}, "needs ref_logps"),
         ({"ref_logps": torch.zeros(3)}, r"ref_logps must have shape \[4\], got \[3\]"),
         ({"scores": torch.ones(4, 2)}, "scores and objectives go together: objectives are missing"),
-        ({"conditions": torch.ones(2, 2)}, "conditions have a meaning with scores only"),
+        ({"conditions": torch.ones(2, 2)}, "conditions has a meaning with scores only"),
         ({"pairs": torch.zeros(2, 3, dtype=torch.int64)}, r"int64 of shape \[P, 2\]"),
         ({"pairs": torch.tensor([[0, 1], [0, 4]])}, r"pair 1 is \[0, 4\].*in \[0, 4\)"),
         ({"pairs": torch.tensor([[2, 2]])}, r"pair 0 is \[2, 2\]"),
@@ -313,6 +313,12 @@ def test_misuse_names_the_value(change, message):
     kwargs = {"ref_logps": batch.ref_logps, **change}
     with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
         cpo.FusedLinearCPOLoss()(batch.hidden, batch.weight, batch.labels, **kwargs)
+
+
+def test_value_gap_options_need_ratings():
+    for options in ({"tau": 1.0}, {"margin": 0.5}):
+        with pytest.raises(ValueError, match="has a meaning with scores only"):
+            cpo.preference_loss(torch.zeros(2), ref_logps=torch.zeros(2), **options)
 
 
 def test_pairs_with_two_conditions_are_refused():
