@@ -34,10 +34,10 @@ def table(report: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if name != "cpo-kernels")
     lines += [
         "",
-        f"Head {first['head']} ({first['hidden']} × {first['vocab']}), {first['pairs']} pairs of {first['length']} tokens of "
-        f"which {first['prompt']} are prompt, forward and backward: time as a multiple of the bare products ({floors}), "
-        f"then peak memory beyond inputs, gradients included. {env['cpu']}, {env['threads']} threads, Python "
-        f"{env['python']}, {versions}; {env['date']}, commit {env['commit']}.",
+        f"Head {first['head']} ({first['hidden']} × {first['vocab']}), {first['pairs']} pairs of {first['length']} tokens "
+        f"of which {first['prompt']} are prompt, forward and backward: time as a multiple of the bare products "
+        f"({floors}), then peak memory beyond inputs, gradients included. {env['cpu']}, {env['threads']} threads, "
+        f"Python {env['python']}, {versions}; {env['date']}, commit {env['commit']}.",
     ]
     return "\n".join(lines)
 
