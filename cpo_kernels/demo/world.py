@@ -72,11 +72,13 @@ class World:
     """Which facts hold is drawn from the seed; `facts[subject, attribute]` is missing where nobody knows."""
 
     seed: int = 0
+    num_people: int = len(PEOPLE)
     facts: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rng = random.Random(f"world {self.seed}")
-        for person in PEOPLE:
+        self.people = PEOPLE[: self.num_people]
+        for person in self.people:
             for attribute in rng.sample(list(PERSON_FACTS), len(PERSON_FACTS) // 2):
                 self.facts[person, attribute] = rng.choice(PERSON_FACTS[attribute])
         for place in PLACES:
@@ -92,7 +94,7 @@ class World:
         """A question of which `num_unknown` of the five facts are not known (harmful ones ask for known facts)."""
         if harmful:
             return Question(rng.choice(PLACES), tuple(rng.sample(list(PLACE_FACTS), ASKED)), True)
-        person = rng.choice(PEOPLE)
+        person = rng.choice(self.people)
         known = [a for a in PERSON_FACTS if (person, a) in self.facts]
         unknown = [a for a in PERSON_FACTS if (person, a) not in self.facts]
         asked = rng.sample(known, ASKED - num_unknown) + rng.sample(unknown, num_unknown)

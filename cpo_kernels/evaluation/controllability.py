@@ -1,0 +1,62 @@
+"""Requested against achieved: the scores of generated text, per objective, as its tag moves and all others stay.
+
+A sweep asks every question once for every level of one objective. A model that ignores the tag achieves the same score
+at every level: its rank correlation is 0 and its line is flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cpo_kernels.evaluation.statistics import spearman
+
+
+@dataclass(frozen=True)
+class Level:
+    requested: float
+    achieved: float  # mean score
+    exact: float  # share of answers that score what was requested
+    answers: int
+
+
+@dataclass(frozen=True)
+class Control:
+    """One objective's sweep for one model."""
+
+    levels: list[Level]
+    correlation: float  # Spearman, over answers
+    error: float  # mean |achieved - requested|
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def controllability(requested: Sequence[float], achieved: Sequence[float]) -> Control:
+    """How the scores of answers follow what was requested of each; both `[answers]`."""
+    if len(requested) != len(achieved) or not requested:
+        raise ValueError(f"need one score per request and at least one, got {len(achieved)} for {len(requested)}")
+    levels = []
+    for level in sorted(set(requested)):
+        scores = [a for r, a in zip(requested, achieved, strict=True) if r == level]
+        exact = sum(a == level for a in scores) / len(scores)
+        levels.append(Level(level, sum(scores) / len(scores), exact, len(scores)))
+    error = sum(abs(r - a) for r, a in zip(requested, achieved, strict=True)) / len(requested)
+    return Control(levels, spearman(requested, achieved), error)
+
+
+def control_table(controls: Mapping[str, Mapping[str, Control]]) -> str:
+    """{model: {objective: Control}} as one text table per objective, a row per model, a column per level."""
+    width = max(map(len, controls))
+    blocks = []
+    for objective in next(iter(controls.values())):
+        levels = next(iter(controls.values()))[objective].levels
+        head = "".join(f"{f'ask {level.requested:g}':>8}" for level in levels)
+        rows = [f"{objective:<{max(width, 12)}}{head}{'rank corr.':>13}{'mean error':>12}"]
+        for name, by_objective in controls.items():
+            control = by_objective[objective]
+            cells = "".join(f"{level.achieved:8.2f}" for level in control.levels)
+            rows.append(f"{name:<{max(width, 12)}}{cells}{control.correlation:13.2f}{control.error:12.2f}")
+        blocks.append("\n".join(rows))
+    return "\n\n".join(blocks)

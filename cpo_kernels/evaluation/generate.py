@@ -1,0 +1,59 @@
+"""Greedy answers, in batches of left-padded prompts with a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cpo_kernels.data.template import PromptTemplate
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any,
+    template: PromptTemplate,
+    requests: Sequence[tuple[str, Mapping[str, float] | None]],
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[str]:
+    """The greedy answer to every (prompt, condition), without the template's answer prefix and outer blanks.
+
+    A condition of None or {} shows no tags. The model runs in the dtype of its parameters.
+    """
+    tokenizer, device = template.tokenizer, next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    prompts = [template.prompt_ids(prompt, condition) for prompt, condition in requests]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    answers = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    for start in tqdm(range(0, len(order), batch_size), "generate", disable=not progress, leave=False):
+        part = order[start : start + batch_size]
+        longest = len(prompts[part[-1]])
+        input_ids = torch.full((len(part), longest), pad)
+        mask = torch.zeros(len(part), longest, dtype=torch.long)
+        for row, i in enumerate(part):
+            input_ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, longest - len(prompts[i]) :] = 1
+        output = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad,
+        )
+        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        for i, text in zip(part, texts, strict=True):
+            answers[i] = text.removeprefix(template.config.answer_prefix).strip()
+    model.train(was_training)
+    return answers

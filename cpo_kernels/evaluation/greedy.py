@@ -1,0 +1,65 @@
+"""Judging greedy answers by human-rated ones: no-comment answers, ratings of what matches, and what a tag changes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from cpo_kernels.data.records import Record
+from cpo_kernels.evaluation.statistics import summary
+
+NO_COMMENT = r"\bno comment\b"  # searched in the normalised answer
+
+
+def normalise(text: str) -> str:
+    """Lower case, words only: two answers match if nothing but case, punctuation and blanks tells them apart."""
+    return " ".join(
+        re.findall(r"[^\W_]+", text.casefold().replace("'", "").replace("\N{RIGHT SINGLE QUOTATION MARK}", ""))
+    )
+
+
+def greedy_classes(
+    answers: Sequence[str], records: Sequence[Record], objectives: Sequence[str], no_comment: str = NO_COMMENT
+) -> dict[str, Any]:
+    """What kind of answers these are, one to each record, under one condition.
+
+    `no_comment`: share of answers of that kind. `matched`: share whose normalised text is a rated answer of the record.
+    `ratings`: per objective, the mean human rating of the matched ones (mean of the rated copies where there are several).
+    All with 95% intervals by question.
+    """
+    if len(answers) != len(records):
+        raise ValueError(f"need one answer to each record, got {len(answers)} for {len(records)}")
+    kinds, matched = [], []
+    ratings: dict[str, list[float]] = {name: [] for name in objectives}
+    for answer, record in zip(answers, records, strict=True):
+        text = normalise(answer)
+        kinds.append(float(re.search(no_comment, text) is not None))
+        same = [r for r in record.responses if normalise(r.text) == text]
+        matched.append(float(bool(same)))
+        for name in objectives:
+            given = [r.ratings[name] for r in same if name in r.ratings]
+            ratings[name].append(sum(given) / len(given) if given else float("nan"))
+    return {
+        "no_comment": summary(kinds),
+        "matched": summary(matched),
+        "ratings": {name: summary(values) for name, values in ratings.items()},
+    }
+
+
+def changed_answers(
+    answers: Sequence[Sequence[str]], conditions: Sequence[Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """For every two conditions that differ in one objective alone: the share of questions whose answer changes.
+
+    `answers` is `[conditions][questions]`; changes of case and punctuation do not count.
+    """
+    rows = []
+    for a, b in combinations(range(len(conditions)), 2):
+        names = [n for n in {**conditions[a], **conditions[b]} if conditions[a].get(n) != conditions[b].get(n)]
+        if len(names) == 1:
+            changes = [float(normalise(x) != normalise(y)) for x, y in zip(answers[a], answers[b], strict=True)]
+            row = {"objective": names[0], "from": dict(conditions[a]), "to": dict(conditions[b])}
+            rows.append(row | {"changed": summary(changes)})
+    return rows
