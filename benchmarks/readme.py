@@ -34,8 +34,8 @@ def table(report: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if name != "cpo-kernels")
     lines += [
         "",
-        f"Head {first['head']} ({first['hidden']} × {first['vocab']}), {first['pairs']} pairs of {first['length']} tokens "
-        f"of which {first['prompt']} are prompt, forward and backward: time as a multiple of the bare products "
+        f"Head {first['head']} ({first['hidden']} × {first['vocab']}), {first['pairs']} pairs of {first['length']} "
+        f"tokens of which {first['prompt']} are prompt, forward and backward: time as a multiple of the bare products "
         f"({floors}), then peak memory beyond inputs, gradients included. {env['cpu']}, {env['threads']} threads, "
         f"Python {env['python']}, {versions}; {env['date']}, commit {env['commit']}.",
     ]
