@@ -15,7 +15,7 @@ from cpo_kernels.evaluation.generate import greedy_answers
 BEST = {o.name: float(o.high) for o in OBJECTIVES}
 NAMES = list(BEST)
 # asked of questions to which nobody knows the answer: all that can be had, and at last what cannot
-TRADE_OFF = [(1, 5), (2, 3), (3, 2), (4, 1), (5, 5)]
+TRADE_OFF = [(1, 5), (2, 3), (3, 2), (4, 1), (5, 1), (5, 5)]
 MAX_NEW_TOKENS = 3 * ASKED + 3
 
 

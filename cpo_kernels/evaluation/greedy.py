@@ -26,7 +26,7 @@ def greedy_classes(
     """What kind of answers these are, one to each record, under one condition.
 
     `no_comment`: share of answers of that kind. `matched`: share whose normalised text is a rated answer of the record.
-    `ratings`: per objective, the mean human rating of the matched ones (mean of the rated copies where there are several).
+    `ratings`: per objective, the mean human rating of the matched ones (over the rated copies where there are several).
     All with 95% intervals by question.
     """
     if len(answers) != len(records):

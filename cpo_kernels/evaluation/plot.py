@@ -7,12 +7,12 @@ from pathlib import Path
 
 from cpo_kernels.evaluation.controllability import Control
 
-INK, FAINT = "#30343b", "#c9ccd1"
+INK, FAINT, OURS = "#30343b", "#c9ccd1", "#1f5fa8"
 STYLES = [  # by position: the last model is the one to look at
     {"color": "#8a8f98", "marker": "s", "linewidth": 1.6, "linestyle": (0, (4, 2)), "markersize": 5},
     {"color": "#e07b39", "marker": "D", "linewidth": 1.8, "markersize": 5},
     {"color": "#8fb8de", "marker": "o", "linewidth": 1.8, "markersize": 5},
-    {"color": "#1f5fa8", "marker": "o", "linewidth": 2.6, "markersize": 7},
+    {"color": OURS, "marker": "o", "linewidth": 2.6, "markersize": 7},
 ]
 
 
@@ -34,44 +34,55 @@ def plot_controllability(
 
     styles = dict(zip(controls, STYLES[-len(controls) :], strict=True))
     objectives = list(next(iter(controls.values())))
-    figure, axes = plt.subplots(1, len(objectives) + 1, figsize=(4.1 * (len(objectives) + 1), 4.6))
+    columns = (len(objectives) + 2) // 2
+    figure, grid = plt.subplots(2, columns, figsize=(4.9 * columns, 9.2))
+    axes = list(grid.flat)
     for axis, objective in zip(axes, objectives, strict=False):
-        for name, by_objective in controls.items():
-            control = by_objective[objective]
-            x = [level.requested for level in control.levels]
-            label = f"{name}  \N{GREEK SMALL LETTER RHO} = {control.correlation:.2f}"
-            axis.plot(x, [level.achieved for level in control.levels], label=label, clip_on=False, **styles[name])
-        ends = [x[0], x[-1]]
-        axis.plot(ends, ends, color=FAINT, linewidth=6, solid_capstyle="round", zorder=0)
-        margin = 0.06 * (ends[1] - ends[0])
-        axis.set(
-            xticks=x, yticks=x, xlim=(ends[0] - margin, ends[1] + margin), ylim=(ends[0] - margin, ends[1] + margin)
-        )
-        axis.set(xlabel=f"{objective} requested", ylabel=f"{objective} achieved")
-        axis.set_title(objective, color=INK, fontweight="bold", loc="left")
-        axis.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.17), handlelength=2.4)
-    _trade_off(axes[-1], trade_off, axes_of_trade_off, styles)
-    for axis in axes:
+        _requested_achieved(axis, objective, {name: c[objective] for name, c in controls.items()}, styles)
+    _trade_off(axes[len(objectives)], trade_off, axes_of_trade_off, styles)
+    for axis in axes[len(objectives) + 1 :]:
+        axis.remove()
+    for axis in axes[: len(objectives) + 1]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(FAINT)
         axis.tick_params(color=FAINT, labelcolor=INK)
+        axis.xaxis.label.set_color(INK)
+        axis.yaxis.label.set_color(INK)
         axis.grid(color="#eef0f2")
         axis.set_axisbelow(True)
-    if title:
-        figure.suptitle(title, color=INK, x=0.012, ha="left", fontsize=13)
-    figure.tight_layout(w_pad=2.2)
-    figure.savefig(path, dpi=130, facecolor="white")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=11, labelcolor=INK)
+    figure.suptitle(title, color=INK, x=0.02, ha="left", fontsize=14, fontweight="bold")
+    figure.tight_layout(rect=(0, 0.05, 1, 1), h_pad=2.5, w_pad=2.5)
+    figure.savefig(path, dpi=120, facecolor="white")
     plt.close(figure)
+
+
+def _requested_achieved(axis, objective: str, controls: Mapping[str, Control], styles) -> None:
+    for name, control in controls.items():
+        x = [level.requested for level in control.levels]
+        axis.plot(x, [level.achieved for level in control.levels], label=name, clip_on=False, **styles[name])
+    ends = [x[0], x[-1]]
+    axis.plot(ends, ends, color="#e3e6ea", linewidth=9, solid_capstyle="round", zorder=0)
+    limits = (ends[0] - 0.07 * (ends[1] - ends[0]), ends[1] + 0.07 * (ends[1] - ends[0]))
+    axis.set(xticks=x, yticks=x, xlim=limits, ylim=limits, xlabel="requested", ylabel="achieved")
+    last, ours = list(controls.items())[-1]
+    _title(axis, objective, f"rank correlation of {last} {ours.correlation:.2f}")
 
 
 def _trade_off(axis, trade_off, names, styles) -> None:
     for name, points in trade_off.items():
-        x, y = [p[1] for p in points], [p[2] for p in points]
-        style = dict(styles[name]) if len(points) > 1 else dict(styles[name], markersize=10)
-        axis.plot(x, y, label=name, clip_on=False, **style)
+        style = dict(styles[name])
+        if len(points) == 1:
+            style["markersize"] = 11
+        axis.plot([p[1] for p in points], [p[2] for p in points], clip_on=False, **style)
     for label, x, y in list(trade_off.values())[-1]:
-        axis.annotate(label, (x, y), xytext=(7, 6), textcoords="offset points", fontsize=8.5, color="#1f5fa8")
-    axis.set(xlabel=f"{names[0]} achieved", ylabel=f"{names[1]} achieved", xlim=(0.75, 5.25), ylim=(0.75, 5.4))
+        axis.annotate(label, (x, y), xytext=(9, 6), textcoords="offset points", fontsize=9.5, color=OURS)
+    axis.set(xlabel=f"{names[0]} achieved", ylabel=f"{names[1]} achieved", xlim=(0.7, 5.3), ylim=(0.7, 5.3))
     axis.set(xticks=range(1, 6), yticks=range(1, 6))
-    axis.set_title("where nobody knows the answer", color=INK, fontweight="bold", loc="left")
-    axis.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+    _title(axis, "where nobody knows the answer", f"at the points: {names[0]}, {names[1]} requested")
+
+
+def _title(axis, title: str, below: str) -> None:
+    axis.set_title(title, color=INK, fontweight="bold", loc="left", pad=22)
+    axis.text(0, 1.03, below, transform=axis.transAxes, color="#6b7280", fontsize=9.5)

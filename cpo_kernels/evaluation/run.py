@@ -1,7 +1,7 @@
 """`cpo-kernels eval RUN...`: judge trained models on held-out questions with human-rated answers.
 
-For every run: relative accuracy of each condition by likelihood (float32, 95% intervals by question), and greedy answers:
-the share of no-comment answers, human ratings of the answers that match a rated one, and what one tag alone changes.
+For every run: relative accuracy of each condition by likelihood (float32, 95% intervals by question); and of greedy
+answers the share of no-comment ones, the human ratings of those that match a rated one, and what one tag alone changes.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _percent(value: Mapping[str, float] | None) -> str:
 
 
 def read_run(path: Path, base: bool) -> tuple[Config, ModelConfig, Path | None, Path]:
-    """(config, where the model is, checkpoint to lay over it, run directory) of a run directory or a checkpoint in it."""
+    """(config, where the model is, checkpoint to lay over it, run directory) of a run or a checkpoint in one."""
     checkpoint = path if (path / "state.json").exists() else None
     folder = path.parent.parent if checkpoint else path
     if not (folder / "config.yaml").exists():
@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
         "--condition",
         action="append",
         metavar="honesty=5,helpfulness=1",
-        help="a condition to judge (again for more); default: every combination of ratings that at least 3%% of the answers have",
+        help="to judge (again for more); default: every combination of ratings that 3%% of the answers have",
     )
     parser.add_argument("--questions", type=int, help="judge the first so many questions only")
     parser.add_argument("--max-new-tokens", type=int, default=50, help="length of greedy answers (default 50)")
