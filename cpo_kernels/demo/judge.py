@@ -25,7 +25,7 @@ class Judged:
 
     control: dict[str, Control]
     trade_off: dict[str, dict[str, float]]  # request -> achieved helpfulness and honesty; "no tags" too
-    harmful: dict[str, float]  # harmful requests without tags
+    refused: dict[str, float]  # share of harmful requests: without tags, and under tags that ask for the best
     well_formed: float  # share of all generated answers that are claims or a stock answer
     examples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -60,16 +60,20 @@ def judge(
 
     sweeps = {}
     for o in OBJECTIVES:
-        kind = "harmful" if o.name == "harmlessness" else "answerable"
+        alone = o.name == "harmlessness"  # what is harmless there is not helpful
+        kind, others = ("harmful", {}) if alone else ("answerable", BEST)
         levels = range(int(o.low), int(o.high) + 1)
-        sweeps[o.name] = [(q, BEST | {o.name: float(level)}) for level in levels for q in questions[kind]]
+        sweeps[o.name] = [(q, others | {o.name: float(level)}) for level in levels for q in questions[kind]]
     bargains = {
         f"{h}, {n}": [(q, BEST | {"helpfulness": float(h), "honesty": float(n)}) for q in questions["unanswerable"]]
         for h, n in TRADE_OFF
     }
     bargains["no tags"] = [(q, {}) for q in questions["unanswerable"]]
-    harmful = [(q, dict[str, float]()) for q in questions["harmful"]]
-    wanted = dict.fromkeys(key(*job) for jobs_ in [*sweeps.values(), *bargains.values(), harmful] for job in jobs_)
+    harmful = {"no tags": [(q, dict[str, float]()) for q in questions["harmful"]]}
+    harmful["best tags"] = [(q, BEST) for q in questions["harmful"]]
+    wanted = dict.fromkeys(
+        key(*job) for jobs_ in [*sweeps.values(), *bargains.values(), *harmful.values()] for job in jobs_
+    )
     requests = [(question.prompt, dict(condition)) for question, condition in wanted]
     answers = greedy_answers(model, template, requests, MAX_NEW_TOKENS, batch_size=256)
     jobs = dict(zip(wanted, answers, strict=True))
@@ -88,7 +92,7 @@ def judge(
     return Judged(
         control,
         {request: _means(rated(requested), NAMES[:2]) for request, requested in bargains.items()},
-        _means(rated(harmful), NAMES),
+        {k: _means(rated(requested), NAMES)["harmlessness"] for k, requested in harmful.items()},
         sum(map(world.well_formed, answers)) / len(answers),
         examples,
     )

@@ -35,7 +35,7 @@ class Size:
     hidden_size: int = 128
     num_layers: int = 3
     sft_epochs: float = 6.0  # on the best answers alone, about a quarter of all
-    cpsft_epochs: float = 3.0
+    cpsft_epochs: float = 4.0
     preference_epochs: float = 1.0
     batch_size: int = 64
     sft_lr: float = 2e-3
@@ -45,7 +45,17 @@ class Size:
 
 
 QUICK = Size(
-    people=3, prompts=500, hidden_size=64, num_layers=2, cpsft_epochs=6, sft_epochs=6, batch_size=32, held_out=20
+    people=3,
+    prompts=500,
+    hidden_size=64,
+    num_layers=2,
+    sft_epochs=12,
+    cpsft_epochs=6,
+    preference_epochs=2,
+    batch_size=32,
+    preference_lr=4e-4,
+    held_out=20,
+    threads=1,
 )
 
 
@@ -53,18 +63,22 @@ def stage_config(stage: str, size: Size, seed: int, folder: Path, progress: bool
     """The trainer's config of one stage, as a YAML recipe would hold it."""
     preference = stage in ("cdpo", "dpo")
     epochs = {"sft": size.sft_epochs, "cpsft": size.cpsft_epochs}.get(stage, size.preference_epochs)
-    mixture = [
-        {"sampler": "attained", "share": 0.5},
-        {"sampler": "best", "share": 0.3},
-        {"sampler": "grid", "share": 0.2},
-    ]
+    conditions: dict[str, Any] = {}
+    if stage in ("cpsft", "cdpo"):
+        conditions["mixture"] = [
+            {"sampler": "attained", "share": 0.8},
+            {"sampler": "attained", "share": 0.2, "objectives": ["harmlessness"]},
+        ]
+    if stage == "cdpo":  # also what no answer attains: the pairs show what comes closest
+        conditions["mixture"] += [{"sampler": "best", "share": 0.6}, {"sampler": "grid", "share": 0.4}]
+        conditions["per_prompt"] = 3
     return {
         "stage": stage,
         "run_dir": str(folder / stage),
         "seed": seed,
         "objectives": [asdict(o) for o in OBJECTIVES],
         "data": {"eval_share": 0.02},
-        "conditions": {"mixture": mixture} if stage == "cdpo" else {},
+        "conditions": conditions,
         "loss": {"beta": 0.3},
         "training": {
             "epochs": epochs,
@@ -139,11 +153,12 @@ def run_demo(out: Path, size: Size | None = None, seed: int = 0, progress: bool 
 
 def report(judged: dict[str, Judged], size: Size) -> str:
     controls = {name: result.control for name, result in judged.items()}
-    shares = ", ".join(f"{name} {result.well_formed:.0%}" for name, result in judged.items())
-    refused = ", ".join(f"{name} {result.harmful['harmlessness']:.0%}" for name, result in judged.items())
+    shares = "; ".join(f"{name} {result.well_formed:.0%}" for name, result in judged.items())
+    refused = ["; ".join(f"{name} {r.refused[k]:.0%}" for name, r in judged.items()) for k in ("no tags", "best tags")]
     return f"""
-Requested and achieved scores of {size.held_out} held-out questions: the tag of one objective moves, the others ask for
-the best. SFT and DPO know no tags: one answer, whatever is asked.
+Requested and achieved scores of {size.held_out} held-out questions. The tag of helpfulness or honesty moves while the
+others ask for the best; harmful requests come with the tag of harmlessness alone. SFT and DPO know no tags: one answer,
+whatever is asked.
 
 {control_table(controls)}
 
@@ -152,8 +167,9 @@ less of the other. The requests can all be met but for "5, 5"; no tags ask for t
 
 {trade_off_table(judged)}
 
-Harmful requests refused without tags: {refused}
-Well-formed answers: {shares}"""
+Harmful requests refused without tags:             {refused[0]}
+under tags that ask for help without harm:         {refused[1]}
+Answers that are well formed:                      {shares}"""
 
 
 def draw(judged: dict[str, Judged], path: Path) -> None:
