@@ -1,8 +1,8 @@
 """`cpo-kernels train | eval | demo`.
 
-    cpo-kernels train recipes/truthfulqa.yaml --training.lr 1e-4 conditions.per_prompt=3
-    cpo-kernels eval --help
-    cpo-kernels demo --help
+cpo-kernels train recipes/truthfulqa.yaml --training.lr 1e-4 conditions.per_prompt=3
+cpo-kernels eval --help
+cpo-kernels demo --help
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def train(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="cpo-kernels train",
-        description="Train one stage. Every key of the config can be overridden: --training.lr 1e-4 or training.lr=1e-4.",
+        description="Train one stage. Any key of the config can be overridden: --training.lr 1e-4, training.lr=1e-4.",
     )
     parser.add_argument("config", nargs="?", help="YAML recipe; `--keys` lists what it may hold")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe; values are YAML")

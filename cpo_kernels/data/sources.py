@@ -93,14 +93,14 @@ def _converter(data: DataConfig, objectives: Sequence[Objective]) -> Callable[[d
 
     if data.layout == "answers":
         text = fields.response or "response"
-        return lambda row: Record(_text(row, fields.prompt), (Response(_text(row, text), ratings(row)),))
+        return lambda row: Record(_prompt(row, fields.prompt), (Response(_text(row, text), ratings(row)),))
 
     def record(row: dict) -> Record:
         responses = _get(row, fields.responses)
         if not isinstance(responses, list) or not all(isinstance(r, dict) for r in responses) or not responses:
             raise ValueError(f"field {fields.responses!r} must be a list of objects, got {_short(responses)}")
         text = fields.response or "text"
-        return Record(_text(row, fields.prompt), tuple(Response(_text(r, text), ratings(r)) for r in responses))
+        return Record(_prompt(row, fields.prompt), tuple(Response(_text(r, text), ratings(r)) for r in responses))
 
     return record
 
@@ -118,7 +118,7 @@ def _pair(row: dict, fields: FieldMap, name: str, scale: dict[str, Objective]) -
         )
     pairs = ((fields.chosen, chosen), (fields.rejected, rejected))
     responses = (Response(_text(row, f), {} if score is None else {name: score}) for f, score in pairs)
-    return Record(_text(row, fields.prompt), tuple(responses))
+    return Record(_prompt(row, fields.prompt), tuple(responses))
 
 
 def _rule(name: str, rule: Any) -> Callable[[dict], Any]:
@@ -178,9 +178,16 @@ def _get(row: dict, path: str) -> Any:
 
 def _text(row: dict, path: str) -> str:
     value = _get(row, path)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"field {path!r} must be a text that is not empty, got {_short(value)}")
+    if not isinstance(value, str):
+        raise ValueError(f"field {path!r} must be a text, got {_short(value)}")
     return value
+
+
+def _prompt(row: dict, path: str) -> str:
+    text = _text(row, path)
+    if not text.strip():
+        raise ValueError(f"field {path!r} is empty: a prompt needs a text (a response may be empty)")
+    return text
 
 
 def _short(value: Any) -> str:

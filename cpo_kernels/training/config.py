@@ -119,8 +119,8 @@ class TrainingConfig:
     epochs: float = key(1.0, "passes over the prepared data")
     max_steps: int | None = key(None, "optimizer steps; overrides epochs")
     batch_size: int = key(16, "per optimizer step: responses (cpsft, sft), prompts with all their groups (cdpo, dpo)")
-    tokens_per_microbatch: int = key(4096, "padded tokens of one forward pass; the rest is gradient accumulation")
-    window: int = key(8, "steps whose examples are sorted by length together, against padding")
+    tokens_per_microbatch: int = key(2048, "padded tokens of one forward pass; the rest is gradient accumulation")
+    window: int = key(1, "steps whose examples are sorted by length together: less padding, less random steps")
     share_prompt: bool = key(True, "cdpo, dpo: run a prompt once for all its responses (needs sdpa or eager attention)")
     lr: float = key(1e-5, "peak learning rate")
     schedule: str = key("linear", "decay to zero after warm-up: linear | cosine | constant (none)")
@@ -130,6 +130,7 @@ class TrainingConfig:
     clip: float = key(1.0, "largest gradient norm; 0: no clipping")
     precision: str = key("bf16", "bf16 (autocast, parameters stay float32) | fp32")
     eval_every: int = key(0, "steps between evaluations; 0: at the start and the end")
+    eval_size: int = key(128, "held-out responses (cpsft, sft) or prompts (cdpo, dpo) of an evaluation; 0: all")
     checkpoint_every: int = key(0, "steps between checkpoints; 0: none")
     keep: int = key(2, "checkpoints kept")
     resume: bool = key(False, "continue from the newest checkpoint in run_dir")
@@ -228,12 +229,12 @@ def _set(tree: dict, name: str, value: Any) -> None:
 
 
 def _unknown(name: str, cls: type, prefix: str) -> str:
-    near = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(cls)], n=1, cutoff=0.5)
-    if near:
-        return f"unknown key {prefix}{name}; did you mean {prefix}{near[0]}?"
-    last = [full for full, _, _ in config_keys() if full.rpartition(".")[2] == name]
-    every = last or difflib.get_close_matches(prefix + name, [full for full, _, _ in config_keys()], n=1, cutoff=0)
-    return f"unknown key {prefix}{name}; did you mean {every[0]}?"
+    every = [full for full, _, _ in config_keys()]
+    near = [full for full in every if full.rpartition(".")[2] == name]  # the right name in the wrong place
+    here = [prefix + f.name for f in dataclasses.fields(cls)]
+    near = near or difflib.get_close_matches(prefix + name, here, n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(prefix + name, every, n=1, cutoff=0)
+    return f"unknown key {prefix}{name}; did you mean {near[0]}?"
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:

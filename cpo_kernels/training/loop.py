@@ -13,6 +13,7 @@ step holds (labelled tokens or pairs): gradient accumulation and several process
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,8 +119,10 @@ def units_of(
     """Conditions, responses and pairs drawn, in tokens; what was left out is counted in report[split]."""
     tie_margin = config.loss.options.get("tie_margin", 1e-6)
     draws = prepare(config.stage, records, objectives, config.conditions, config.seed, tie_margin)
+    if split == "eval" and 0 < config.training.eval_size < len(draws.units):
+        draws.units = random.Random(config.seed).sample(draws.units, config.training.eval_size)
     units = encode(draws, template, objectives, config.data.max_prompt_tokens, config.data.max_tokens)
-    report[split] = {"prompts": len({record.prompt for record in records})} | draws.counts
+    report[split] = {"prompts": len({record.prompt for record in records}), "units": len(units)} | draws.counts
     return units
 
 

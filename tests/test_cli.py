@@ -1,0 +1,127 @@
+"""Config files, overrides, and the command."""
+
+import json
+
+import pytest
+import tiny
+from tiny import one_thread  # noqa: F401
+
+from cpo_kernels.cli import main, split_overrides
+from cpo_kernels.data.records import write_records
+from cpo_kernels.training.config import Config, config_keys, read_config, write_config
+
+
+def test_every_key_has_a_line_of_help():
+    keys = list(config_keys())
+    assert len(keys) > 50 and all(help and "\n" not in help for _, _, help in keys)
+    assert ("training.lr", 1e-5) in [key[:2] for key in keys]
+
+
+def test_config_is_read_as_it_was_written(tmp_path):
+    config = read_config(tiny.config("cpsft", conditions={"mixture": [{"sampler": "grid", "share": 0.5}]}))
+    write_config(config, tmp_path / "c.yaml")
+    assert read_config(tmp_path / "c.yaml") == config == read_config(config)
+    assert config.conditions.mixture[0].share == 0.5 and config.objectives[0].strength == 1.0
+
+
+def test_overrides(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: some/model\ntraining: {lr: 1e-5}\n")  # YAML reads 1e-5 as a text
+    overrides = ["training.lr=2e-4", "data.train=[a.jsonl, b.jsonl]", "model.gguf_file=m.gguf", "run_dir=null"]
+    config = read_config(tmp_path / "c.yaml", [*overrides, "loss.type=ipo", "training.resume=true", "data.eval=c"])
+    assert config.training.lr == 2e-4 and config.data.train == ["a.jsonl", "b.jsonl"]
+    assert (config.model.name, config.model.gguf_file) == ("some/model", "m.gguf")
+    assert config.loss.type == ["ipo"] and config.data.eval == ["c"] and config.run_dir is None
+    given = ["c.yaml", "--training.lr", "1e-4", "--data.eval=x", "loss.beta=1", "--seed", "3", "--resume"]
+    plain, found = split_overrides(given)
+    assert plain == ["c.yaml", "loss.beta=1", "--resume"] and found == ["training.lr=1e-4", "data.eval=x", "seed=3"]
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ("training.learning_rate=1", "unknown key training.learning_rate; did you mean training."),
+        ("training.batchsize=1", "unknown key training.batchsize; did you mean training.batch_size?"),
+        ("trainin.lr=1", "unknown key trainin; did you mean training?"),
+        ("beta=1", "unknown key beta; did you mean loss.beta?"),
+        ("data.fields.prompts=q", "unknown key data.fields.prompts; did you mean data.fields.prompt?"),
+        ("objectives=[{nam: x}]", r"unknown key objectives\[0\].nam; did you mean objectives\[0\].name?"),
+        ("stage=cdp", "stage: 'cdp' is none of cpsft, cdpo, sft, dpo"),
+        ("training.lr", "write section.key=value"),
+    ],
+)
+def test_unknown_keys_offer_the_nearest(override, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_config({}, [override])
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ("training.batch_size=1.5", "training.batch_size: expected int, got 1.5"),
+        ("training.resume=1", "training.resume: expected bool, got 1"),
+        ("training.lr=fast", "training.lr: expected float, got 'fast'"),
+        ("training.epochs=true", "training.epochs: expected float, got True"),
+        ("model.config=[1]", r"model.config: expected dict, got \[1\]"),
+        ("training=3", "training: expected a mapping of keys, got 3"),
+    ],
+)
+def test_wrong_types_are_named(override, reason):
+    with pytest.raises(TypeError, match=reason):
+        read_config({}, [override])
+
+
+def test_recipes_are_valid():
+    from pathlib import Path
+
+    recipes = list((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        assert isinstance(read_config(recipe), Config)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    write_records(tiny.records(), tmp_path / "data.jsonl")
+    keys = {"data": {"train": [str(tmp_path / "data.jsonl")]}, "run_dir": str(tmp_path / "run")}
+    config = read_config(tiny.config("cdpo", **keys))
+    config.model.tokenizer = str(tmp_path / "tokenizer")
+    write_config(config, tmp_path / "recipe.yaml")
+    return tmp_path / "recipe.yaml"
+
+
+def test_train_from_a_file(recipe, tmp_path, capsys):
+    assert main(["train", str(recipe), "--training.max_steps", "2", "training.checkpoint_every=1", "--seed=4"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    assert "train: prompts 10" in capsys.readouterr().out
+    assert read_config(tmp_path / "run/config.yaml").seed == 4
+    # stage two goes on from the model that stage one saved
+    second = ["train", str(recipe), f"--model={tmp_path}/run/model", f"run_dir={tmp_path}/second", "stage=dpo"]
+    assert main(second) == 0 and (tmp_path / "second/model/model.safetensors").exists()
+    again = ["train", str(recipe), "--seed=4", "--training.checkpoint_every=1", "--training.max_steps=2", "--resume"]
+    assert main(again) == 0
+
+
+def test_errors_are_printed_without_a_traceback(recipe, tmp_path, capsys):
+    assert main(["train", str(recipe), "--training.lrr", "1"]) == 2
+    assert "ValueError: unknown key training.lrr; did you mean training.lr?" in capsys.readouterr().err
+    with open(tmp_path / "data.jsonl", "a") as file:
+        file.write("{broken\n")
+    assert main(["train", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert f"DataError: {tmp_path}/data.jsonl:13: Expecting property name" in error and "Traceback" not in error
+    with pytest.raises(ValueError):
+        main(["train", str(recipe), "--traceback"])
+    assert main(["train", str(recipe), "--on-bad-line", "skip", "--overwrite"]) == 0
+    assert f"bad lines skipped: 1\n  {tmp_path}/data.jsonl:13:" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/data.json").read_text())["bad_lines"] == 1
+
+
+def test_keys_and_usage(capsys):
+    assert main(["train", "--keys"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("training.lr", "conditions.strip_best", "data.fields.ratings"))
+    for wrong in (["train"], ["fly"], []):
+        with pytest.raises(SystemExit):
+            main(wrong)

@@ -1,0 +1,339 @@
+"""The loop: what it optimises, that it can stop and go on, what it writes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from cpo_kernels.data.packing import collate
+from cpo_kernels.training import loop as loop_module
+from cpo_kernels.training.checkpoints import atomic_folder, checkpoints
+from cpo_kernels.training.config import read_config
+from cpo_kernels.training.loop import load_data, train, units_of
+from cpo_kernels.training.losses import StageLoss, StepTotal
+from cpo_kernels.training.models import fingerprint, head_of, load_model, select_trainable
+from cpo_kernels.training.optim import schedule
+
+RECORDS = tiny.records()
+TIMES = ("seconds", "tokens_per_second")
+
+
+def run(stage="cdpo", **sections):
+    return train(tiny.config(stage, **sections), tokenizer=tiny.tokenizer(), records=RECORDS)
+
+
+def curve(result):
+    return [{name: x for name, x in row.items() if name not in TIMES} for row in result.metrics]
+
+
+def values(result, name):
+    return [row[name] for row in result.metrics if name in row]
+
+
+# -------------------------------------------------------------------- what is optimised
+
+
+def loss_and_groups(stage, **sections):
+    config = read_config(tiny.config(stage, **sections))
+    model, tokenizer = load_model(config.model, None, tiny.tokenizer())
+    records, _, objectives = load_data(config, RECORDS, None, {})
+    template = loop_module.PromptTemplate(tokenizer, config.template, objectives)
+    groups = [g for unit in units_of("train", config, records, objectives, template, {}) for g in unit]
+    return model, StageLoss(model, config, objectives, torch.device("cpu")), groups
+
+
+def naive_seq_logps(model, group):
+    """One response at a time, through the model's own forward."""
+    found = []
+    for response in group.responses:
+        ids = torch.tensor([[*group.prompt, *response]])
+        logps = model(ids).logits[0, :-1].double().log_softmax(-1)
+        found.append(logps[len(group.prompt) - 1 :].gather(1, torch.tensor(response)[:, None]).sum())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_log_probs_are_those_of_each_response_alone(share_prompt):
+    model, loss, groups = loss_and_groups("cdpo")
+    with torch.no_grad():
+        expected = torch.cat([naive_seq_logps(model, g) for g in groups[:3]])
+    batch = collate(groups[:3], share_prompt)
+    torch.testing.assert_close(loss.seq_logps(batch).double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_cdpo_loss_is_the_papers():
+    """-log sigmoid(beta d) of the response that is closer to the condition, mean over non-tie pairs; gradients too."""
+    model, loss, groups = loss_and_groups("cdpo")
+    groups = groups[:3]
+    references = [torch.randn(len(g.responses)).tolist() for g in groups]
+    groups = [replace(g, ref_logps=tuple(r)) for g, r in zip(groups, references, strict=True)]
+    terms = []
+    for g, reference in zip(groups, references, strict=True):
+        ratios = naive_seq_logps(model, g) - torch.tensor(reference)
+        distance = (torch.tensor(g.scores) - torch.tensor(g.condition)).abs().sum(1)
+        for a, b in g.pairs:
+            won, lost = (a, b) if distance[a] < distance[b] else (b, a)
+            terms.append(-torch.nn.functional.logsigmoid(0.1 * (ratios[won] - ratios[lost])))
+    expected = torch.stack(terms).mean()
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    got, metrics = loss(collate(groups, True), StepTotal.of(groups))
+    got.backward()
+    assert got.item() == pytest.approx(expected.item(), abs=1e-5) == metrics[0].item()
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_cpsft_loss_is_the_mean_nll_of_the_responses():
+    model, loss, groups = loss_and_groups("cpsft")
+    groups = groups[:5]
+    total = -sum(naive_seq_logps(model, g).sum() for g in groups) / sum(len(g.responses[0]) for g in groups)
+    assert loss(collate(groups, False), StepTotal.of(groups))[0].item() == pytest.approx(total.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["cpsft", "cdpo", "sft", "dpo"])
+def test_every_stage_learns(stage):
+    preferring = stage in ("cdpo", "dpo")
+    result = run(stage, training={"max_steps": 30, "lr": 3e-3 if preferring else 1e-2, "batch_size": 8})
+    losses = values(result, "loss")
+    if preferring:
+        assert losses[0] == pytest.approx(math.log(2)) and values(result, "margin")[0] == 0
+        assert losses[-1] < 0.62 and values(result, "accuracy")[-1] > 0.6
+        assert values(result, "chosen_rewards")[-1] - values(result, "rejected_rewards")[-1] == pytest.approx(
+            values(result, "margin")[-1], abs=1e-6
+        )
+    else:
+        assert losses[-1] < losses[0] - 1
+    assert [row["step"] for row in result.metrics if "eval_loss" in row] == [0, 30]
+    if stage == "cdpo":  # ten prompts teach nothing but this about the two held out
+        assert values(result, "eval_loss")[1] < math.log(2)
+
+
+@pytest.mark.parametrize("stage", ["cpsft", "cdpo"])
+def test_accumulation_equals_one_big_batch(stage):
+    settings = {"max_steps": 2, "lr": 1e-2, "batch_size": 6, "warmup": 0}
+    one = run(stage, training={**settings, "tokens_per_microbatch": 10**6})
+    many = run(stage, training={**settings, "tokens_per_microbatch": 1})
+    for name in ("loss", "grad_norm"):
+        assert values(one, name) == pytest.approx(values(many, name), rel=1e-4)
+    assert values(one, "padding")[0] > values(many, "padding")[0]
+
+
+def test_seed_decides_the_run():
+    first, again, other = run(), run(), run(seed=1)
+    assert curve(first) == curve(again) != curve(other)
+    assert fingerprint(first.model) == fingerprint(again.model) != fingerprint(other.model)
+
+
+def test_last_k_trains_the_last_layers_and_the_norm_alone():
+    config = read_config(tiny.config("cdpo", training={"train": "last_k", "k": 1}))
+    model, tokenizer = load_model(config.model, None, tiny.tokenizer())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    names = {name for name, _ in select_trainable(model, config.training)}
+    assert names == {n for n in before if n.startswith("model.layers.1.") or n == "model.norm.weight"}
+    train(config, model=model, tokenizer=tokenizer, records=RECORDS)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == names
+    config.training.k = 3
+    with pytest.raises(ValueError, match=r"k must be in \[1, 2\].*got 3"):
+        train(config, model=model, tokenizer=tokenizer, records=RECORDS)
+
+
+def test_bf16_keeps_float32_parameters():
+    result = run(training={"precision": "bf16"})
+    assert {p.dtype for p in result.model.parameters()} == {torch.float32}
+    assert values(result, "loss")[0] == pytest.approx(math.log(2), abs=0.02)
+    with pytest.raises(TypeError, match="must be float32; .* is torch.bfloat16"):
+        half = load_model(read_config(tiny.config()).model, None, tiny.tokenizer())[0].bfloat16()
+        train(tiny.config(), model=half, tokenizer=tiny.tokenizer(), records=RECORDS)
+
+
+def test_loss_types_and_what_they_need():
+    mixed = run(loss={"type": ["sigmoid", "sft"], "weights": [1.0, 0.5]}, training={"max_steps": 1})
+    assert values(mixed, "loss")[0] > 1.5  # log 2 and half the NLL of an untrained model
+    free = run(loss={"type": "simpo", "beta": 2.0}, training={"max_steps": 1})
+    assert "reference" not in free.report
+    with pytest.raises(ValueError, match="sft needs a step in one micro-batch"):
+        run(loss={"type": ["sigmoid", "sft"]}, training={"tokens_per_microbatch": 50})
+    with pytest.raises(TypeError, match="did you mean 'label_smoothing'"):
+        run(loss={"options": {"label_smooth": 0.1}})
+
+
+def test_softcap_scale_and_bias_of_the_head_are_honoured():
+    model = load_model(read_config(tiny.config()).model, None, tiny.tokenizer())[0]
+    model.config.final_logit_softcapping, model.config.logits_scaling = 5.0, 4.0
+    head = head_of(model)
+    assert (head.softcap, head.scale, head.bias) == (5.0, 0.25, None) and head.weight.shape == (102, 32)
+
+
+def test_shared_prompt_refuses_models_it_would_change():
+    config = tiny.config("cdpo")
+    model = load_model(read_config(config).model, None, tiny.tokenizer())[0]
+    model.config._attn_implementation = "eager"
+    with pytest.raises(ValueError, match="'eager'.*set training.share_prompt: false"):
+        train(config, model=model, tokenizer=tiny.tokenizer(), records=RECORDS)
+
+
+def test_schedule():
+    def lrs(**keys):
+        training = read_config({"training": keys}).training
+        return [round(schedule(step, 10, training), 4) for step in range(10)]
+
+    assert lrs(warmup=2) == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert lrs(warmup=0.2) == lrs(warmup=2)
+    assert lrs(warmup=0, schedule="constant") == [1.0] * 10
+    cosine = lrs(warmup=0, schedule="cosine")
+    assert cosine[0] == 1 and cosine[5] == 0.5 and cosine[9] == pytest.approx(0.0245, abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(FloatingPointError, match=r"at step \d: lower training.lr \(now"):
+        run("cpsft", training={"lr": 1e30, "clip": 0, "warmup": 0})
+
+
+# -------------------------------------------------------------------- stop and go on
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["cpsft", "cdpo"])
+def test_resumed_run_has_the_curve_of_an_unbroken_one(tmp_path, monkeypatch, stage):
+    def settings(name, **keys):
+        training = {"max_steps": 9, "checkpoint_every": 3, "eval_every": 4, "batch_size": 6, **keys}
+        return {"run_dir": str(tmp_path / name), "training": training}
+
+    whole = run(stage, **settings("whole"))
+    update = loop_module.update
+    calls = iter(range(100))
+
+    def stopping(*args):
+        if next(calls) == 7:
+            raise Stop
+        return update(*args)
+
+    monkeypatch.setattr(loop_module, "update", stopping)
+    with pytest.raises(Stop):
+        run(stage, **settings("broken"))
+    monkeypatch.setattr(loop_module, "update", update)
+    assert [p.name for p in checkpoints(tmp_path / "broken/checkpoints")] == ["step-000003", "step-000006"]
+    (tmp_path / "broken/checkpoints/step-000009.tmp").mkdir()  # what a crash while saving leaves
+    resumed = run(stage, **settings("broken", resume=True))
+    assert curve(resumed) == curve(whole) and len(resumed.metrics) == 9 + 4
+    assert fingerprint(resumed.model) == fingerprint(whole.model)
+    rows = [json.loads(line) for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
+    assert rows == resumed.metrics
+    with pytest.raises(ValueError, match=r"cannot resume .*: training.lr was 0.003 and is 0.1 now"):
+        run(stage, **settings("broken", resume=True, lr=0.1))
+    with pytest.raises(ValueError, match="holds a run: set training.resume or training.overwrite"):
+        run(stage, **settings("broken"))
+
+
+def test_resume_refuses_another_model(tmp_path):
+    settings = {"run_dir": str(tmp_path / "run"), "training": {"checkpoint_every": 2, "max_steps": 2}}
+    run(**settings)
+    settings["training"]["resume"] = True
+    other = load_model(read_config(tiny.config()).model, None, tiny.tokenizer(), seed=9)[0]
+    with pytest.raises(ValueError, match="initial_model was .* continue with the same one"):
+        train(tiny.config(**settings), model=other, tokenizer=tiny.tokenizer(), records=RECORDS)
+
+
+def test_atomic_folder_is_whole_or_absent(tmp_path):
+    with pytest.raises(Stop), atomic_folder(tmp_path / "x") as temporary:
+        (temporary / "half").write_text("1")
+        raise Stop
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_directory(tmp_path):
+    result = run("cdpo", run_dir=str(tmp_path / "run"), training={"checkpoint_every": 1, "keep": 2})
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.yaml",
+        "versions.json",
+        "data.json",
+        "metrics.jsonl",
+        "eval_records.jsonl",
+        "checkpoints",
+        "reference",
+        "model",
+    }
+    assert [p.name for p in checkpoints(folder / "checkpoints")] == ["step-000003", "step-000004"]
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors"}  # nothing that unpickles
+    assert json.loads((folder / "data.json").read_text())["train"]["pairs"] > 0
+    assert json.loads((folder / "versions.json").read_text())["torch"].startswith(torch.__version__.split("+")[0])
+    overrides = ["run_dir=null", "training.checkpoint_every=0"]
+    again = train(folder / "config.yaml", tokenizer=tiny.tokenizer(), records=RECORDS, overrides=overrides)
+    assert curve(again) == curve(result)  # the config written is the config run ...
+    loaded, _ = load_model(read_config({"model": str(folder / "model")}).model)
+    assert fingerprint(loaded) == fingerprint(result.model)  # ... and the model saved is the model trained
+    held_out = {r.prompt for r in result.eval_records}
+    lines = (folder / "eval_records.jsonl").read_text().splitlines()
+    assert {json.loads(line)["prompt"] for line in lines} == held_out and len(held_out) == round(0.2 * len(RECORDS))
+
+
+# -------------------------------------------------------------------- reference log-probs
+
+
+def test_reference_is_computed_once_and_kept(tmp_path):
+    settings = {"cache_dir": str(tmp_path), "training": {"max_steps": 1}}
+    first = run(**settings)
+    assert first.report["reference"]["cached"] == 0 < first.report["reference"]["scored"]
+    again = run(**settings)
+    assert again.report["reference"] == {"scored": 0, "cached": first.report["reference"]["scored"]}
+    assert curve(first) == curve(again) and len(list(tmp_path.iterdir())) == 1
+    other = run(seed=3, **settings)  # other weights: another file
+    assert other.report["reference"]["cached"] == 0 and len(list(tmp_path.iterdir())) == 2
+    model = load_model(read_config(tiny.config()).model, None, tiny.tokenizer())[0]
+    tags = tiny.config(**settings, template={"tags": "[{name}={value}] "})
+    retagged = train(tags, model=model, tokenizer=tiny.tokenizer(), records=RECORDS)
+    assert retagged.report["reference"]["scored"] > 0  # the same weights and responses, but other tags in the prompt
+
+
+def test_reference_stays_what_the_model_was_at_the_start(tmp_path):
+    model, loss, _ = loss_and_groups("cdpo")
+    result = run(cache_dir=str(tmp_path), training={"max_steps": 3})
+    (cache,) = tmp_path.iterdir()
+    assert cache.name.startswith(fingerprint(model)) and fingerprint(result.model) != fingerprint(model)
+    assert values(result, "eval_loss")[0] == pytest.approx(math.log(2))
+
+
+# -------------------------------------------------------------------- several processes
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import tiny
+from cpo_kernels.training.loop import train
+from tiny import one_thread  # noqa: F401
+config = tiny.config("cdpo", training={"max_steps": 2, "batch_size": 6, "tokens_per_microbatch": 300})
+result = train({**config, "run_dir": sys.argv[2]}, tokenizer=tiny.tokenizer(), records=tiny.records())
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    here = Path(__file__).parent
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(script), str(here), str(tmp_path / "run")]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    one = run(training={"max_steps": 2, "batch_size": 6, "tokens_per_microbatch": 300})
+    assert [set(row) for row in rows] == [set(row) for row in one.metrics]
+    for row, expected in zip(rows, one.metrics, strict=True):
+        for name in set(row) - set(TIMES):
+            assert row[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
