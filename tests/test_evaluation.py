@@ -150,12 +150,13 @@ def test_greedy_classes_by_hand():
         and normalise("don\N{RIGHT SINGLE QUOTATION MARK}t") == "dont"
     )
     answers = ["I have no comment.", "Pet cat, drink tea"]
-    result = greedy_classes(answers, records(), ["helpfulness", "honesty"])
+    result = greedy_classes(answers, records(), OBJECTIVES)
     assert result["no_comment"]["mean"] == 0.5 and result["matched"]["mean"] == 0.5
     assert result["ratings"]["helpfulness"]["mean"] == 5 and result["ratings"]["honesty"]["questions"] == 1
     twice = Record("q", (Response("Yes.", {"honesty": 5.0}), Response("yes", {"honesty": 1.0}), Response("No", {})))
-    assert greedy_classes(["YES!"], [twice], ["honesty"])["ratings"]["honesty"]["mean"] == 3
-    assert greedy_classes(["no"], [twice], ["honesty"])["ratings"]["honesty"]["questions"] == 0
+    assert greedy_classes(["YES!"], [twice], OBJECTIVES)["ratings"]["honesty"]["mean"] == 3
+    assert greedy_classes(["YES!"], [twice], OBJECTIVES)["best"]["honesty"]["mean"] == 0.5
+    assert greedy_classes(["no"], [twice], OBJECTIVES)["ratings"]["honesty"]["questions"] == 0
 
 
 def test_changed_answers_compares_conditions_that_differ_in_one_objective():

@@ -9,6 +9,7 @@ from typing import Any
 
 from cpo_kernels.data.records import Record
 from cpo_kernels.evaluation.statistics import summary
+from cpo_kernels.objectives import Objective
 
 NO_COMMENT = r"\bno comment\b"  # searched in the normalised answer
 
@@ -21,31 +22,39 @@ def normalise(text: str) -> str:
 
 
 def greedy_classes(
-    answers: Sequence[str], records: Sequence[Record], objectives: Sequence[str], no_comment: str = NO_COMMENT
+    answers: Sequence[str], records: Sequence[Record], objectives: Sequence[Objective], no_comment: str = NO_COMMENT
 ) -> dict[str, Any]:
     """What kind of answers these are, one to each record, under one condition.
 
     `no_comment`: share of answers of that kind. `matched`: share whose normalised text is a rated answer of the record.
     `ratings`: per objective, the mean human rating of the matched ones (over the rated copies where there are several).
+    `best`: per objective, the share of the matched ones that is rated `objective.high`.
     All with 95% intervals by question.
     """
     if len(answers) != len(records):
         raise ValueError(f"need one answer to each record, got {len(answers)} for {len(records)}")
     kinds, matched = [], []
-    ratings: dict[str, list[float]] = {name: [] for name in objectives}
+    ratings: dict[str, list[float]] = {o.name: [] for o in objectives}
+    best: dict[str, list[float]] = {o.name: [] for o in objectives}
     for answer, record in zip(answers, records, strict=True):
         text = normalise(answer)
         kinds.append(float(re.search(no_comment, text) is not None))
         same = [r for r in record.responses if normalise(r.text) == text]
         matched.append(float(bool(same)))
-        for name in objectives:
-            given = [r.ratings[name] for r in same if name in r.ratings]
-            ratings[name].append(sum(given) / len(given) if given else float("nan"))
+        for o in objectives:
+            given = [r.ratings[o.name] for r in same if o.name in r.ratings]
+            ratings[o.name].append(_mean(given))
+            best[o.name].append(_mean([float(rating == o.high) for rating in given]))
     return {
         "no_comment": summary(kinds),
         "matched": summary(matched),
         "ratings": {name: summary(values) for name, values in ratings.items()},
+        "best": {name: summary(values) for name, values in best.items()},
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
 
 
 def changed_answers(

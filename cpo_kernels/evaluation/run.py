@@ -39,7 +39,6 @@ def evaluate(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Both judgements of one model, as JSON-ready numbers; `conditions` in the order of the results."""
-    names = [o.name for o in template.tags.objectives]
     fit = fitted(records, conditions)
     scores = score_answers(model, template, records, conditions, share_prompt=share_prompt)
     relative = relative_accuracy(scores, fit, len(conditions))
@@ -53,7 +52,7 @@ def evaluate(
         if generate:
             requests = [(record.prompt, condition) for record in records]
             answers.append(greedy_answers(model, template, requests, max_new_tokens, progress=progress))
-            entry |= greedy_classes(answers[-1], records, names, no_comment)
+            entry |= greedy_classes(answers[-1], records, template.tags.objectives, no_comment)
             entry["answers"] = answers[-1]
         result["conditions"].append(entry)
     if generate:
@@ -62,41 +61,34 @@ def evaluate(
 
 
 def table(results: Mapping[str, Mapping[str, Any]], objectives: Sequence[Objective]) -> str:
-    """One row per model and condition; percentages, with 95% intervals by question in brackets."""
-    share = {o.name: (o.low, o.high) for o in objectives}
-    width = max(map(len, results))
-    head = (
-        f"{'model':<{width}}  {'condition':<{_condition_width(results)}}  {'relative accuracy':>18}  {'no comment':>15}"
-    )
-    head += f"  {'matched':>7}" + "".join(f"  {name + ' of matched':>{len(name) + 11}}" for name in share)
-    lines = [head]
-    for name, result in results.items():
+    """One row per model and condition; percentages, with 95% intervals by question in brackets.
+
+    `n`: questions that hold a pair to compare. `best NAME`: share of the matched answers rated highest on it.
+    """
+    names = [o.name for o in objectives]
+    width = max(5, *map(len, results))
+    asked = max(len(_short(entry["condition"])) for r in results.values() for entry in r["conditions"])
+    lines = [f"{'model':<{width}}  {'condition':<{asked}}  {'relative accuracy':>17}  {'n':>4}  {'no comment':>16}"]
+    lines[0] += "  matched" + "".join(f"  {'best ' + name:>{len(name) + 5}}" for name in names)
+    for model, result in results.items():
         for entry in result["conditions"]:
-            line = f"{name:<{width}}  {_short(entry['condition']):<{_condition_width(results)}}"
-            line += f"  {_percent(entry.get('relative_accuracy')):>18}  {_percent(entry.get('no_comment')):>15}"
+            relative = entry.get("relative_accuracy")
+            line = f"{model:<{width}}  {_short(entry['condition']):<{asked}}  {_percent(relative):>17}"
+            line += f"  {relative['questions'] if relative else '-':>4}  {_percent(entry.get('no_comment')):>16}"
             if "matched" in entry:
+                shares = {name: entry["best"][name]["mean"] for name in names}
                 line += f"  {entry['matched']['mean']:>7.0%}"
-                for key, rating in entry["ratings"].items():
-                    line += f"  {_level(rating['mean']):>{len(key) + 11}}"
+                line += "".join(f"  {'-' if x != x else f'{x:.0%}':>{len(n) + 5}}" for n, x in shares.items())
             lines.append(line)
+    for model, result in results.items():
         for row in result.get("changed", ()):
-            change = f"{_short(row['from'])} -> {_short(row['to'])}"
-            lines.append(
-                f"{name:<{width}}  {row['objective']} alone, {change}: answer changes for {_percent(row['changed'])}"
-            )
+            change = f"{row['objective']} alone, {_short(row['from'])} -> {_short(row['to'])}"
+            lines.append(f"{model:<{width}}  {change}: changes {_percent(row['changed'])} of the answers")
     return "\n".join(lines)
-
-
-def _condition_width(results: Mapping[str, Mapping[str, Any]]) -> int:
-    return max(len(_short(entry["condition"])) for r in results.values() for entry in r["conditions"])
 
 
 def _short(condition: Mapping[str, float]) -> str:
     return " ".join(f"{name} {level:g}" for name, level in condition.items()) or "no tags"
-
-
-def _level(mean: float) -> str:
-    return "-" if mean != mean else f"{mean:.2f}"
 
 
 def _percent(value: Mapping[str, float] | None) -> str:
