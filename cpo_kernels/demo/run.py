@@ -105,8 +105,11 @@ def make_data(world: World, size: Size, seed: int) -> tuple[list[Record], frozen
 def run_demo(out: Path, size: Size | None = None, seed: int = 0, progress: bool = True) -> dict[str, Any]:
     """Train the four models, judge them, and write results.json, controllability.png and a run folder per stage."""
     import torch
+    from transformers.utils import logging
 
     from cpo_kernels.training.loop import train
+
+    logging.disable_progress_bar()  # of saving a small file
 
     size = size or Size()
     torch.set_num_threads(min(size.threads, os.cpu_count() or 1))
