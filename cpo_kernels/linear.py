@@ -462,7 +462,7 @@ def linear_token_logps(
         labels: [...] int64; positions equal to `ignore_index` give exactly 0, no gradient and cost nothing.
         bias: [V] or None.
         softcap, scale, vocab_size, extras, impl: see `token_logps`.
-        memory_budget: bytes of logits held at a time, 256 MiB on a CPU and 1 GiB on a GPU by default.
+        memory_budget: bytes of logits held at a time, 320 MiB on a CPU and 1 GiB on a GPU by default.
 
     Returns:
         [...] float32 (float64 for float64 input), or a pair of it and `TokenExtras`.

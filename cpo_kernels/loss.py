@@ -124,6 +124,11 @@ class LossOptions:
     def couples_pairs(self) -> bool:
         return any(LOSS_TYPES[t].couples_batch for t in self.types)
 
+    @property
+    def averages_tokens(self) -> bool:
+        """Whether a term is a mean over the tokens of all chosen responses."""
+        return not {"sft", "orpo", "contrastive_cpo"}.isdisjoint(self.types)
+
     def numbers(self) -> tuple[list[int], list[float], list[float]]:
         """(loss type ids, weights, options) as the kernels take them."""
         names = list(LOSS_TYPES)
@@ -145,6 +150,7 @@ class PairInputs(NamedTuple):
     pair_betas: Tensor | None = None
     margins: Tensor | None = None
     num_pairs: float | None = None
+    chosen_tokens: float | None = None
 
 
 def kernel_args(
@@ -207,8 +213,11 @@ def kernel_args(
     if lengths is None and any(LOSS_TYPES[t].needs_lengths for t in options.types):
         needy = [t for t in options.types if LOSS_TYPES[t].needs_lengths]
         raise ValueError(f"loss_type {', '.join(needy)} needs lengths [S], the labelled tokens of each sequence")
-    if given.num_pairs is not None and not given.num_pairs > 0:
-        raise ValueError(f"num_pairs must be positive, got {given.num_pairs}: leave it out to count the pairs")
+    for name, value in (("num_pairs", given.num_pairs), ("chosen_tokens", given.chosen_tokens)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}: leave it out to count what is here")
+    if given.chosen_tokens is not None and not options.averages_tokens:
+        raise ValueError(f"chosen_tokens has no meaning for loss_type {', '.join(options.types)}")
     return (
         ref_logps,
         pairs.new_empty(0) if lengths is None else lengths,
@@ -221,7 +230,7 @@ def kernel_args(
         sized("margins", given.margins, (num_sequences,)),
         *options.numbers(),
         -1.0 if given.num_pairs is None else float(given.num_pairs),
-        -1.0,
+        -1.0 if given.chosen_tokens is None else float(given.chosen_tokens),
     )
 
 
@@ -300,6 +309,7 @@ class CPOLoss(nn.Module):
         pair_betas: Tensor | None = None,
         margins: Tensor | None = None,
         num_pairs: float | None = None,
+        chosen_tokens: float | None = None,
     ) -> PreferenceOutput:
         """See `preference_loss`."""
         if seq_logps.dim() != 1 or seq_logps.dtype not in (torch.float32, torch.float64):
@@ -317,7 +327,8 @@ class CPOLoss(nn.Module):
             raise ValueError(
                 f"lengths must be int64 of shape {list(seq_logps.shape)}, got {lengths.dtype} {list(lengths.shape)}"
             )
-        given = PairInputs(pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, num_pairs)
+        divisors = num_pairs, chosen_tokens
+        given = PairInputs(pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, *divisors)
         args = kernel_args(self.options, given, seq_logps.shape[0], lengths, seq_logps)
         loss, losses, *metrics = ops.preference(seq_logps.contiguous(), args, self.impl)
         return output(loss, losses, seq_logps, metrics)
@@ -337,6 +348,7 @@ def preference_loss(
     pair_betas: Tensor | None = None,
     margins: Tensor | None = None,
     num_pairs: float | None = None,
+    chosen_tokens: float | None = None,
     impl: str = "auto",
     **options: Any,
 ) -> PreferenceOutput:
@@ -359,6 +371,8 @@ def preference_loss(
         margins: [S], MODPO's weighted other rewards of each response.
         num_pairs: divisor of the loss instead of the number of non-tie pairs here: the global count under gradient
             accumulation or several processes.
+        chosen_tokens: the same for the terms that average over the tokens of all chosen responses (sft, and the NLL of
+            orpo and contrastive_cpo).
         **options: see `LossOptions`.
 
     Raises:
@@ -368,9 +382,8 @@ def preference_loss(
     Source: Guo et al. 2024 (arXiv 2402.19085); each type's own in `LOSS_TYPES[name].formula`.
     """
     loss_fn = CPOLoss(objectives, beta, loss_type, impl, **options)
-    return loss_fn(
-        seq_logps, pairs, ref_logps, scores, conditions, lengths, pair_weights, pair_betas, margins, num_pairs
-    )
+    tensors = (pairs, ref_logps, scores, conditions, lengths, pair_weights, pair_betas, margins)
+    return loss_fn(seq_logps, *tensors, num_pairs, chosen_tokens)
 
 
 @ops.functional_op("ld_token_weights")
@@ -440,6 +453,7 @@ class FusedLinearCPOLoss(nn.Module):
         pair_betas: Tensor | None = None,
         margins: Tensor | None = None,
         num_pairs: float | None = None,
+        chosen_tokens: float | None = None,
     ) -> PreferenceOutput:
         """hidden [S, T, H] with labels [S, T], or packed [N, H] and [N] with cu_seqlens [S + 1]; both already shifted.
 
@@ -475,7 +489,8 @@ class FusedLinearCPOLoss(nn.Module):
                 ref_logps = ops.sequence_logps_op(ref_token_logps, cu_seqlens, weights, False, self.impl)
         elif ref_weight is not None or ref_bias is not None:
             raise ValueError("ref_weight and ref_bias have a meaning with ref_hidden only")
-        given = PairInputs(pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, num_pairs)
+        divisors = num_pairs, chosen_tokens
+        given = PairInputs(pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, *divisors)
         args = kernel_args(self.options, given, num_sequences, lengths, token_weights)
         if inputs.train_head:
             loss, losses, seq_logps, *metrics = linear_preference(

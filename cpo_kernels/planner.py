@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 # Default size of one chunk of logits. On the CPU a chunk beyond the caches gains nothing but fewer accumulations of dW.
-DEFAULT_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
+DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "two_pass": 4, "recompute": 4}
 
 

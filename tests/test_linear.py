@@ -356,6 +356,6 @@ def test_explain_follows_the_budget():
     assert cpo.explain(5000, 896, 151936, group_tokens=5000).strategy == "two_pass"
     assert cpo.explain(5000, 896, 151936, group_tokens=500, couples_pairs=True).strategy == "two_pass"
     assert cpo.explain(5000, 896, 151936, loss="unknown").strategy == "recompute"
-    assert cpo.explain(10**6, 896, 151936, loss="nll").logits_bytes <= 256 << 20
+    assert cpo.explain(10**6, 896, 151936, loss="nll").logits_bytes <= 320 << 20
     with pytest.raises(ValueError, match="'preference', 'nll' or 'unknown', got 'mse'"):
         cpo.explain(1, 1, 1, loss="mse")

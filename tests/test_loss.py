@@ -213,20 +213,26 @@ def test_ld_alpha_and_wpo_weighting(train_head, budget):
         assert relative_error(g, w) < 1e-12
 
 
-def test_accumulated_micro_batches_equal_one_batch():
-    """`num_pairs` is the global count; float32 parameters under bfloat16-free accumulation."""
+@pytest.mark.parametrize("loss_type", ["sigmoid", "orpo", ["sigmoid", "sft"]])
+def test_accumulated_micro_batches_equal_one_batch(loss_type):
+    """`num_pairs` and `chosen_tokens` are the global counts."""
     batch = make_batch(8)
     tensors = ratings(8)
-    loss_fn = cpo.FusedLinearCPOLoss(OBJECTIVES)
+    loss_fn = cpo.FusedLinearCPOLoss(OBJECTIVES, loss_type=loss_type)
+    if loss_type == "orpo":
+        batch.ref_logps = None
     whole = loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, ref_logps=batch.ref_logps, **tensors)
     want = torch.autograd.grad(whole.loss, batch.leaves[1:])
-    total = 0.0
+    total, ref_logps, scores = 0.0, batch.ref_logps, tensors["scores"]
+    won = torch.where(whole.order > 0, torch.arange(4), torch.arange(4, 8))[whole.order != 0]
+    chosen_tokens = None if loss_type == "sigmoid" else float(batch.lengths()[won].sum())
     for half in range(2):
         rows = torch.tensor([2 * half, 2 * half + 1, 2 * half + 4, 2 * half + 5])
         out = loss_fn(
-            batch.hidden[rows], batch.weight, batch.labels[rows], batch.bias, ref_logps=batch.ref_logps[rows],
-            scores=tensors["scores"][rows], conditions=tensors["conditions"][2 * half : 2 * half + 2],
-            num_pairs=float(whole.num_pairs),
+            batch.hidden[rows], batch.weight, batch.labels[rows], batch.bias,
+            ref_logps=None if ref_logps is None else ref_logps[rows],
+            scores=scores[rows], conditions=tensors["conditions"][2 * half : 2 * half + 2],
+            num_pairs=float(whole.num_pairs), chosen_tokens=chosen_tokens,
         )  # fmt: skip
         out.loss.backward()
         total += out.loss.item()
@@ -302,6 +308,7 @@ def test_options_that_would_be_ignored_raise(options, message):
         ({"pairs": torch.tensor([[2, 2]])}, r"pair 0 is \[2, 2\]"),
         ({"pair_weights": torch.ones(3)}, r"pair_weights must have shape \[2\], got \[3\]"),
         ({"num_pairs": 0.0}, "num_pairs must be positive, got 0.0"),
+        ({"chosen_tokens": 5.0}, "chosen_tokens has no meaning for loss_type sigmoid"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "packed hidden"),
         ({"ref_hidden": torch.zeros(4, 9, 24)}, "ref_logps or ref_hidden, not both"),
         ({"ref_weight": torch.zeros(101, 24)}, "have a meaning with ref_hidden only"),
