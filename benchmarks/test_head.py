@@ -3,7 +3,11 @@
 Figures that are quoted come from `python -m benchmarks.run`: there the subjects take turns in processes of their own.
 """
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,3 +37,18 @@ def test_head(benchmark, name, dtype, frozen):
         tolerance = 1e-4 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(loss.float(), want.float(), rtol=tolerance, atol=tolerance)
         assert (dx.float() - want_dx).norm() < tolerance * want_dx.norm()
+
+
+def test_run_writes_a_results_file(tmp_path):
+    """The command behind the quoted figures, on the small head with 4 labelled rows a pair."""
+    out = tmp_path / "cpu.json"
+    sizes = ["--head", "smollm2-135m", "--pairs", "1", "--length", "4", "--prompt", "2", "--rounds", "2"]
+    subjects = ["--subjects", "ours", "naive_unmasked", "--dtypes", "float32", "--out", str(out)]
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-m", "benchmarks.run", *sizes, *subjects], cwd=root, check=True)
+    report = json.loads(out.read_text())
+    assert [w["frozen"] for w in report["workloads"]] == [False, True] and report["environment"]["versions"]["torch"]
+    for workload in report["workloads"]:
+        assert workload["labelled"] == 4 and list(workload["subjects"]) == ["products", "ours", "naive_unmasked"]
+        for row in workload["subjects"].values():
+            assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"] and row["peak_bytes"] > 0

@@ -1,0 +1,52 @@
+"""README: its table is what the results file says, and its Python lines run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from heads import make_batch, relative_error
+
+import cpo_kernels as cpo
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_table_equals_the_results():
+    subprocess.run([sys.executable, "-m", "benchmarks.readme", "--check"], cwd=ROOT, check=True)
+
+
+def test_explain_prints_what_the_readme_shows():
+    shown = re.search(r">>> print\((cpo\.explain\(.*\))\)\n(.*)\n", TEXT)
+    assert str(eval(shown[1], {"cpo": cpo})) == shown[2]
+
+
+def test_the_two_lines_compute_what_the_four_do():
+    batch = make_batch(dtype=torch.float32, bias=False)
+    four, two = re.findall(r"```python\n(logits = .*?|hidden = .*?)```", TEXT, re.S)
+    names = {"F": F, "cpo": cpo, "beta": 0.3, "labels": batch.labels, "ref_logps": batch.ref_logps, "batch": {}}
+    pad = torch.nn.functional.pad(batch.hidden, (0, 0, 0, 1))  # the last position predicts nothing
+
+    class Out:
+        logits, last_hidden_state = pad @ batch.weight.t(), pad
+
+    class Model:
+        lm_head = type("Head", (), {"weight": batch.weight})
+
+        def __call__(self, **kwargs):
+            return Out
+
+        def model(self, **kwargs):
+            return Out
+
+    losses = []
+    for lines in (four, two):
+        scope = dict(names, model=Model())
+        exec(lines, scope)
+        losses.append(scope["loss"])
+    assert relative_error(losses[1], losses[0]) < 1e-5
+    for seen, want in zip(*(torch.autograd.grad(x, batch.leaves) for x in losses[::-1]), strict=True):
+        assert relative_error(seen, want) < 1e-4
