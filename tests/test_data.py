@@ -1,5 +1,6 @@
 """Records, field maps, condition samplers, batches."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -9,7 +10,7 @@ import tiny
 import torch
 
 from cpo_kernels.data.conditions import prepare
-from cpo_kernels.data.packing import collate, encode, epoch_steps, microbatches
+from cpo_kernels.data.packing import collate, encode, epoch_steps, fill_rows, microbatches
 from cpo_kernels.data.records import DataError, Record, Response, write_records
 from cpo_kernels.data.sources import load_records, overall_objective, split_by_prompt
 from cpo_kernels.data.template import PromptTemplate
@@ -343,7 +344,7 @@ def units(stage="cdpo", limits=(512, 1024), **keys):
 def test_batch_points_at_the_position_before_each_label(share_prompt):
     groups = [g for unit in units(per_prompt=2, responses=3)[0][:4] for g in unit]
     batch = collate(groups, share_prompt)
-    assert batch.input_ids.shape[0] == (len(groups) if share_prompt else 3 * len(groups))
+    assert batch.input_ids.shape[0] == (sum(g.rows(True)[0] for g in groups) // 256 if share_prompt else 24)
     flat, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
     sequence = 0
     for group in groups:
@@ -360,10 +361,17 @@ def test_batch_points_at_the_position_before_each_label(share_prompt):
     assert torch.equal(batch.scores[0], torch.tensor(groups[0].scores[0], dtype=torch.float64))
     assert batch.conditions.shape == (len(batch.pairs), 2)
     assert batch.tokens == sum(sum(g.rows(share_prompt)) for g in groups)
-    if share_prompt:
-        mask, row = batch.attention_mask[0, 0], groups[0]
-        P, n = len(row.prompt), len(row.responses[0]) - 1
-        assert mask[P + n, :P].all() and not mask[P + n, P : P + n].any() and not mask.triu(1).any()
+    real = batch.input_ids.count_nonzero()  # the token 0 is padding alone here
+    assert real == batch.tokens
+    if not share_prompt:
+        assert batch.attention_mask is None
+        return
+    for g, (row, start) in zip(groups, fill_rows([g.rows(True)[0] for g in groups]), strict=True):
+        mask, P, n = batch.attention_mask[row, 0], len(g.prompt), len(g.responses[0]) - 1
+        second = mask[start + P + n]  # what the second response's first input sees: its prompt and itself
+        expected = torch.zeros_like(second)
+        expected[start : start + P] = expected[start + P + n] = True
+        assert torch.equal(second, expected) and not mask.triu(1).any()
 
 
 def test_microbatches_keep_groups_whole_and_the_budget():
@@ -372,8 +380,28 @@ def test_microbatches_keep_groups_whole_and_the_budget():
         for budget in (1, 500, 2000):
             parts = list(microbatches(groups, budget, share_prompt))
             assert Counter(id(g) for part in parts for g in part) == Counter(map(id, groups))
-            assert all(len(p) == 1 or collate(p, share_prompt).input_ids.numel() <= budget for p in parts)
+            size = max(sum(g.rows(share_prompt)) for g in groups)
+            slack = size if share_prompt else 0
+            for part in parts:
+                batch = collate(part, share_prompt)
+                cost = batch.tokens if share_prompt else batch.input_ids.numel()
+                assert len(part) == 1 or cost <= budget + slack
+                assert batch.tokens > 0.8 * batch.input_ids.numel() or not share_prompt
     assert len(list(microbatches(groups, 10**9, True))) == 1
+
+
+def test_rows_are_filled_evenly():
+    lengths = [37, 90, 12, 55, 300, 41, 128, 60, 33, 200, 80]
+    places = fill_rows(lengths)
+    used = [
+        sorted((start, start + n) for (r, start), n in zip(places, lengths, strict=True) if r == row)
+        for row in range(3)
+    ]
+    assert [spans[0][0] for spans in used] == [0, 0, 0]
+    for spans in used:  # end to end
+        assert all(end == start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert max(spans[-1][1] for spans in used) < 1.1 * sum(lengths) / 3
+    assert fill_rows([5]) == [(0, 0)]
 
 
 def test_epoch_is_a_shuffled_partition_by_units():

@@ -1,14 +1,16 @@
 """Token sequences to batches: groups of responses, the plan of an epoch, and micro-batches under a token budget.
 
 Only labelled positions go to the head: `rows` points at the hidden states that predict a response's tokens, packed
-one response after another (`cu_seqlens`). With `share_prompt` a prompt runs once for all its responses, which see
-the prompt and themselves alone:
+one response after another (`cu_seqlens`). With `share_prompt` a prompt runs once for all its responses, which see the
+prompt and themselves alone, and a row is filled up with further prompts:
 
-    row        p p p p a a b b b      positions   0 1 2 3 4 5 4 5 6
+    tokens     p p p p a a b b b q q c        responses a, b of prompt p, response c of prompt q
+    positions  0 1 2 3 4 5 4 5 6 0 1 2
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +46,7 @@ class Encoded:
         return sum(map(len, self.responses))
 
 
+ROW_TOKENS = 256  # of a row with shared prompts: longer rows cost attention, shorter ones padding
 Unit = tuple[Encoded, ...]  # groups that stay in one step: all conditions of a drawn prompt
 
 
@@ -53,7 +56,7 @@ class Batch:
 
     input_ids: Tensor  # [B, T], right-padded
     position_ids: Tensor  # [B, T]
-    attention_mask: Tensor | None  # [B, 1, T, T] bool with a shared prompt; None: causal, padding comes last
+    attention_mask: Tensor | None  # [B, 1, T, T] bool with shared prompts; None: causal, padding comes last
     rows: Tensor  # [N] into B*T: the position that predicts each label
     labels: Tensor  # [N]
     cu_seqlens: Tensor  # [S+1], on the CPU
@@ -136,57 +139,75 @@ def epoch_steps(units: Sequence[Unit], batch_size: int, window: int, seed: int) 
 
 
 def microbatches(groups: Sequence[Encoded], budget: int, share_prompt: bool) -> Iterator[list[Encoded]]:
-    """Groups sorted by length, at most `budget` padded tokens together; a larger group goes alone, never split."""
+    """Groups sorted by length, in even parts of at most about `budget` tokens (with padding where rows are not filled
+    up). A group is never split, one beyond the budget goes alone."""
+    if share_prompt:
+        total = sum(sum(g.rows(True)) for g in groups)
+        budget = math.ceil(total / max(1, math.ceil(total / budget)))
     batch: list[Encoded] = []
-    rows = 0
+    cost = 0
     for group in sorted(groups, key=lambda g: max(g.rows(share_prompt)), reverse=True):
         lengths = group.rows(share_prompt)
         longest = max((batch or [group])[0].rows(share_prompt))
-        if batch and (rows + len(lengths)) * longest > budget:
+        more = sum(lengths) if share_prompt else len(lengths) * longest
+        if batch and cost + (more // 2 if share_prompt else more) > budget:
             yield batch
-            batch, rows = [], 0
+            batch, cost = [], 0
+            more = sum(lengths) if share_prompt else len(lengths) * max(lengths)
         batch.append(group)
-        rows += len(lengths)
+        cost += more
     if batch:
         yield batch
 
 
+def fill_rows(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(row, offset) of every length, in rows of about ROW_TOKENS: longest first, each into the row that is emptiest."""
+    used = [0] * max(1, sum(lengths) // max(ROW_TOKENS, *lengths))
+    places = [(0, 0)] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = used.index(min(used))
+        places[i] = (row, used[row])
+        used[row] += lengths[i]
+    return places
+
+
 def collate(groups: Sequence[Encoded], share_prompt: bool) -> Batch:
     """Shapes as in `Batch`; the padding token is 0, since no label looks at it."""
-    share_prompt = share_prompt and any(len(g.responses) > 1 for g in groups)
     lengths = [n for g in groups for n in g.rows(share_prompt)]
-    B, T = len(lengths), max(lengths)
+    places = fill_rows(lengths) if share_prompt else [(row, 0) for row in range(len(lengths))]
+    B = 1 + max(row for row, _ in places)
+    T = max(start + n for (_, start), n in zip(places, lengths, strict=True))
     input_ids = torch.zeros(B, T, dtype=torch.long)
     position_ids = torch.arange(T).repeat(B, 1)
-    segment = torch.full((B, T), -1)  # -1 padding, 0 prompt, 1.. the responses
+    tree = torch.full((B, T), -1)  # which (prompt with its responses) a token belongs to; -1 padding
+    branch = torch.zeros(B, T, dtype=torch.long)  # 0 the prompt, 1.. its responses
     rows: list[int] = []
     labels: list[int] = []
     pairs: list[tuple[int, int]] = []
     seqlens: list[int] = []
-    row = 0
+    left = iter(zip(places, lengths, strict=True))
     for g in groups:
         pairs += [(len(seqlens) + first, len(seqlens) + second) for first, second in g.pairs]
-        P, end = len(g.prompt), len(g.prompt)
-        for number, response in enumerate(g.responses, 1):
-            n = len(response) - 1
-            if number == 1 or not share_prompt:
-                input_ids[row, :P] = torch.tensor(g.prompt)
-                segment[row, :P] = 0
-                end = P
-            input_ids[row, end : end + n] = torch.tensor(response[:-1])
-            position_ids[row, end : end + n] = torch.arange(P, P + n)
-            segment[row, end : end + n] = number
-            rows += [row * T + P - 1, *range(row * T + end, row * T + end + n)]
-            labels += response
-            seqlens.append(len(response))
-            end += n
-            row += not share_prompt
-        row += share_prompt
+        P = len(g.prompt)
+        for responses in [g.responses] if share_prompt else [(r,) for r in g.responses]:
+            (row, start), n = next(left)
+            inputs, positions, branches = list(g.prompt), list(range(P)), [0] * P
+            for number, response in enumerate(responses, 1):
+                end = row * T + start + len(inputs)
+                rows += [row * T + start + P - 1, *range(end, end + len(response) - 1)]
+                labels += response
+                seqlens.append(len(response))
+                inputs += response[:-1]
+                positions += range(P, P + len(response) - 1)
+                branches += [number] * (len(response) - 1)
+            place = (row, slice(start, start + n))
+            input_ids[place], position_ids[place] = torch.tensor(inputs), torch.tensor(positions)
+            tree[place], branch[place] = start, torch.tensor(branches)
     references = [ref for g in groups for ref in g.ref_logps]
     return Batch(
         input_ids,
         position_ids,
-        _tree_mask(segment) if share_prompt else None,
+        tree_mask(tree, branch) if share_prompt else None,
         torch.tensor(rows),
         torch.tensor(labels),
         torch.tensor([0, *accumulate(seqlens)]),
@@ -198,9 +219,9 @@ def collate(groups: Sequence[Encoded], share_prompt: bool) -> Batch:
     )
 
 
-def _tree_mask(segment: Tensor) -> Tensor:
-    """[B, 1, T, T]: a token sees the prompt and its own response up to itself; padding sees itself."""
-    T = segment.shape[1]
-    same = segment[:, :, None] == segment[:, None, :]
-    prompt = (segment == 0)[:, None, :]
-    return (torch.ones(T, T, dtype=torch.bool).tril() & (same | prompt))[:, None]
+def tree_mask(tree: Tensor, branch: Tensor) -> Tensor:
+    """[B, 1, T, T]: a token sees its own prompt and its own response up to itself; padding sees padding."""
+    T = tree.shape[1]
+    same_tree = tree[:, :, None] == tree[:, None, :]
+    same_branch = branch[:, :, None] == branch[:, None, :]
+    return (torch.ones(T, T, dtype=torch.bool).tril() & same_tree & (same_branch | (branch == 0)[:, None, :]))[:, None]

@@ -114,14 +114,14 @@ class LossConfig:
 
 @dataclass
 class TrainingConfig:
-    train: str = key("all", "all | last_k (the last k layers and the final norm; the head stays frozen)")
+    train: str = key("all", "all | body (all but embeddings and head) | last_k (the last k layers and the final norm)")
     k: int = key(4, "layers trained with train: last_k")
     epochs: float = key(1.0, "passes over the prepared data")
     max_steps: int | None = key(None, "optimizer steps; overrides epochs")
     batch_size: int = key(16, "per optimizer step: responses (cpsft, sft), prompts with all their groups (cdpo, dpo)")
-    tokens_per_microbatch: int = key(2048, "padded tokens of one forward pass; the rest is gradient accumulation")
+    tokens_per_microbatch: int = key(2048, "tokens of one forward pass; a larger step accumulates gradients")
     window: int = key(1, "steps whose examples are sorted by length together: less padding, less random steps")
-    share_prompt: bool = key(True, "cdpo, dpo: run a prompt once for all its responses (needs sdpa or eager attention)")
+    share_prompt: bool = key(True, "run a prompt once for all its responses, several prompts a row (needs sdpa)")
     lr: float = key(1e-5, "peak learning rate")
     schedule: str = key("linear", "decay to zero after warm-up: linear | cosine | constant (none)")
     warmup: float = key(0.1, "warm-up: steps, or below 1 a share of all steps")
@@ -161,7 +161,7 @@ CHOICES = {
     "data.layout": ("records", "answers", "pairs"),
     "data.on_bad_line": ("error", "skip"),
     "conditions.sft_responses": ("best", "all"),
-    "training.train": ("all", "last_k"),
+    "training.train": ("all", "body", "last_k"),
     "training.schedule": ("linear", "cosine", "constant"),
     "training.precision": ("bf16", "fp32"),
 }

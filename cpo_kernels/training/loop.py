@@ -74,8 +74,8 @@ def train(
     model.to(accelerator.device).eval()
     template = PromptTemplate(tokenizer, config.template, objectives)
     loss = StageLoss(model, config, objectives, accelerator.device)
-    if config.training.share_prompt and loss.has_pairs:
-        check_shared_prompt(model)
+    if config.training.share_prompt:
+        check_shared_prompt(model, config.data.max_tokens)
 
     train_set = units_of("train", config, records, objectives, template, report)
     eval_set = units_of("eval", config, eval_records, objectives, template, report) if eval_records else []
@@ -130,7 +130,7 @@ class Loop:
     def __init__(self, config: Config, accelerator: Accelerator, run: RunDir, model: Any, loss: StageLoss):
         self.config, self.training, self.accelerator = config, config.training, accelerator
         self.run, self.model, self.loss = run, model, loss
-        self.share_prompt = config.training.share_prompt and loss.has_pairs
+        self.share_prompt = config.training.share_prompt
         self.quiet = not (config.training.progress and accelerator.is_main_process)
         self.initial = fingerprint(model)
 

@@ -82,16 +82,20 @@ def head_of(model: Any) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
 
 
-def check_shared_prompt(model: Any) -> None:
-    """A prompt can be shared where attention takes any mask and nothing else carries state along the row."""
+def check_shared_prompt(model: Any, max_tokens: int) -> None:
+    """Rows of several prompts need attention that takes any mask, and nothing else that carries state along a row."""
     config = model.config.get_text_config()
     attention = getattr(config, "_attn_implementation", None)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if attention != "sdpa" or kinds != {"full_attention"} or window:
+    if (
+        attention != "sdpa"
+        or not kinds <= {"full_attention", "sliding_attention"}
+        or (window or max_tokens) < max_tokens
+    ):
         raise ValueError(
-            f"training.share_prompt needs sdpa attention over the full row; this model has {attention!r}, layers "
-            f"{sorted(kinds)}, sliding window {window}: set training.share_prompt: false"
+            f"training.share_prompt needs sdpa attention with a window of at least data.max_tokens {max_tokens}; this "
+            f"model has {attention!r}, layers {sorted(kinds)}, window {window}: set training.share_prompt: false"
         )
 
 
@@ -107,6 +111,10 @@ def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn
         place = next(i for i, child in enumerate(children) if any(m is layers for m in child.modules()))
         for module in [*layers[-training.k :], *children[place + 1 :]]:
             module.requires_grad_(True)
+    elif training.train == "body":
+        model.requires_grad_(True)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False)
     else:
         model.requires_grad_(True)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
