@@ -347,8 +347,8 @@ def head_options(
 ) -> HeadOptions:
     if softcap is not None and not 0.0 < softcap < float("inf"):
         raise ValueError(f"softcap must be a positive number, or None for no cap, got {softcap}")
-    if not abs(scale) < float("inf"):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not 0.0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     if vocab_size is not None and not 1 <= vocab_size <= width:
         raise ValueError(f"vocab_size must lie in [1, {width}], the number of logit columns, got {vocab_size}")
     return HeadOptions(int(ignore_index), float(scale), softcap or 0.0, width if vocab_size is None else vocab_size)

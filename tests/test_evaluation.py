@@ -13,7 +13,7 @@ from cpo_kernels.demo.model import build_model, build_tokenizer
 from cpo_kernels.evaluation.controllability import control_table, controllability
 from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.greedy import changed_answers, greedy_classes, normalise
-from cpo_kernels.evaluation.likelihood import fitted, rating_conditions, relative_accuracy, score_answers
+from cpo_kernels.evaluation.likelihood import fitted, paired_gain, rating_conditions, relative_accuracy, score_answers
 from cpo_kernels.evaluation.run import main
 from cpo_kernels.evaluation.statistics import bootstrap_interval, spearman, summary
 from cpo_kernels.objectives import Objective
@@ -89,6 +89,15 @@ def test_relative_accuracy_of_known_models():
     assert [r["mean"] for r in follows] == [1, 1] and follows[0]["questions"] == 2
     assert [r["mean"] for r in relative_accuracy(likes, fit, 2)] == [0.5, 0.5]
     assert [r["mean"] for r in relative_accuracy([-p for p in preference], fit, 2)] == [0, 0]
+
+
+def test_paired_gain_compares_question_by_question():
+    """Two models that differ by 0.1 on every question: the interval holds the difference alone, not the questions."""
+    before = {"by_question": [0.2, 0.9, float("nan"), 0.5]}
+    after = {"by_question": [0.3, 1.0, float("nan"), 0.6]}
+    gain = paired_gain(after, before)
+    assert gain["questions"] == 3
+    assert [gain[k] for k in ("mean", "low", "high")] == pytest.approx([0.1] * 3)
 
 
 def test_relative_accuracy_averages_pairs_then_conditions_then_questions():

@@ -79,6 +79,9 @@ def relative_accuracy(
     Args:
         scores: per question, log p `[conditions, answers]`.
         fit: per question, the condition that each answer fits, or -1.
+
+    Returns:
+        per condition mean, interval, number of questions with a pair, and the value of every question (else NaN).
     """
     results = []
     for first in range(num_conditions):
@@ -94,8 +97,14 @@ def relative_accuracy(
                 rise = change[y1][:, None] - change[y2][None, :]  # [y1, y2]
                 shares.append(((rise > 0).double() + 0.5 * (rise == 0).double()).mean().item())
             values.append(sum(shares) / len(shares) if shares else math.nan)
-        results.append(summary(values))
+        results.append(summary(values) | {"by_question": values})
     return results
+
+
+def paired_gain(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
+    """How much `after` gains over `before` on the same questions: mean difference, 95% interval by question."""
+    pairs = zip(after["by_question"], before["by_question"], strict=True)
+    return summary([a - b for a, b in pairs])  # NaN where a question has no pair to compare
 
 
 def rating_conditions(records: Sequence[Record], names: Sequence[str], least: float = 0.03) -> list[dict[str, float]]:

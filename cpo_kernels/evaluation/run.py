@@ -19,7 +19,13 @@ from cpo_kernels.data.sources import load_records
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.greedy import NO_COMMENT, changed_answers, greedy_classes
-from cpo_kernels.evaluation.likelihood import fitted, rating_conditions, relative_accuracy, score_answers
+from cpo_kernels.evaluation.likelihood import (
+    fitted,
+    paired_gain,
+    rating_conditions,
+    relative_accuracy,
+    score_answers,
+)
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.config import Config, DataConfig, ModelConfig, read_config
 from cpo_kernels.training.models import load_model
@@ -80,6 +86,12 @@ def table(results: Mapping[str, Mapping[str, Any]], objectives: Sequence[Objecti
                 line += f"  {entry['matched']['mean']:>7.0%}"
                 line += "".join(f"  {'-' if x != x else f'{x:.0%}':>{len(n) + 5}}" for n, x in shares.items())
             lines.append(line)
+    models = list(results)
+    for before, after in zip(models, models[1:], strict=False):
+        for old, new in zip(results[before]["conditions"], results[after]["conditions"], strict=True):
+            if "relative_accuracy" in new:
+                gain = paired_gain(new["relative_accuracy"], old["relative_accuracy"])
+                lines.append(f"{after} over {before}, {_short(new['condition'])}: relative {_points(gain)}")
     for model, result in results.items():
         for row in result.get("changed", ()):
             change = f"{row['objective']} alone, {_short(row['from'])} -> {_short(row['to'])}"
@@ -95,6 +107,10 @@ def _percent(value: Mapping[str, float] | None) -> str:
     if value is None or value["mean"] != value["mean"]:
         return "-"
     return f"{value['mean']:.0%} [{value['low']:.0%}, {value['high']:.0%}]"
+
+
+def _points(value: Mapping[str, float]) -> str:
+    return f"{100 * value['mean']:+.1f} points [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 
 def read_run(path: Path, base: bool) -> tuple[Config, ModelConfig, Path | None, Path]:
