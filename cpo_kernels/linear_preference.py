@@ -101,9 +101,9 @@ class PreferenceArgs:
     def narrow(self, chunk: Chunk, num_pairs: float, chosen_tokens: float) -> "PreferenceArgs":
         """Only this chunk's sequences and pairs, renumbered, under the divisors of the whole batch."""
         device = self.pairs.device
-        sequences = torch.tensor(chunk.sequences, device=device)
-        pairs = torch.tensor(chunk.pairs, device=device)
-        place = self.lengths.new_zeros(self.lengths.shape[0]).index_copy_(0, sequences, torch.arange(len(sequences)))
+        sequences = torch.tensor(chunk.sequences, dtype=torch.int64, device=device)
+        pairs = torch.tensor(chunk.pairs, dtype=torch.int64, device=device)
+        place = torch.empty_like(self.lengths).index_copy_(0, sequences, torch.arange(len(sequences), device=device))
 
         def pick(t: Tensor, index: Tensor) -> Tensor:
             return t.index_select(0, index) if t.numel() else t

@@ -115,6 +115,31 @@ def test_four_responses_give_six_pairs(train_head, budget):
         assert relative_error(g, w) < 1e-12
 
 
+@pytest.mark.parametrize("budget", [None, 20 * ROW, 9 * ROW, 1], ids=["one_chunk", "two", "each", "two_pass"])
+def test_sequences_without_pair_or_label(budget):
+    """Sequences 1 and 4 stand in no pair, 2 holds no label: log-probs of all, gradients of the paired alone."""
+    batch = make_batch(6)
+    batch.labels[2] = -100
+    pairs = torch.tensor([[5, 0], [3, 2]])
+    loss_fn = cpo.FusedLinearCPOLoss(memory_budget=budget)
+    seen = loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, pairs=pairs, ref_logps=batch.ref_logps)
+    truth = true_seq_logps(batch)
+    want = cpo.preference_loss(truth, pairs, batch.ref_logps, impl="reference")
+    assert relative_error(seen.seq_logps, truth) < 1e-12 and seen.seq_logps[2] == 0
+    grads = torch.autograd.grad(seen.loss, batch.leaves)
+    for g, w in zip(grads, torch.autograd.grad(want.loss, batch.leaves), strict=True):
+        assert relative_error(g, w) < 1e-12
+    assert not grads[0][[1, 2, 4]].any()
+
+
+def test_no_pairs_at_all():
+    batch = make_batch(2)
+    pairs = torch.empty(0, 2, dtype=torch.int64)
+    for weight in (batch.weight, batch.weight.detach()):
+        out = cpo.FusedLinearCPOLoss()(batch.hidden, weight, batch.labels, pairs=pairs, ref_logps=batch.ref_logps)
+        assert out.loss.item() == 0 and not torch.autograd.grad(out.loss, batch.hidden)[0].any()
+
+
 def test_the_loss_orients_and_drops_ties_by_hand():
     """R by hand: pair 0 under (5, 1) prefers the second, pair 1 ties, pair 2 is not rated on both sides."""
     seq_logps = torch.tensor([-1.0, -2.0, -3.0, -2.5, -1.0, -4.0], dtype=torch.float64, requires_grad=True)
