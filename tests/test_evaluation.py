@@ -14,7 +14,7 @@ from cpo_kernels.evaluation.controllability import control_table, controllabilit
 from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.greedy import changed_answers, greedy_classes, normalise
 from cpo_kernels.evaluation.likelihood import fitted, paired_gain, rating_conditions, relative_accuracy, score_answers
-from cpo_kernels.evaluation.run import main
+from cpo_kernels.evaluation.run import main, table
 from cpo_kernels.evaluation.statistics import bootstrap_interval, spearman, summary
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.config import TemplateConfig
@@ -246,6 +246,15 @@ def test_eval_command(run, tmp_path, capsys):
     assert trained[conditions.index(HELPFUL)]["ratings"]["helpfulness"]["mean"] == 5
     scores = [[c["relative_accuracy"]["mean"] for c in results[name]["conditions"][:2]] for name in results]
     assert scores[0] != scores[2]
+
+
+def test_eval_without_text_shows_the_same_table(run, tmp_path, capsys):
+    """What a project may publish of a run on data that it may not: numbers, and the table drawn from them again."""
+    out = tmp_path / "numbers.json"
+    main([str(run), "--no-text", "--max-new-tokens", "4", "--out", str(out)])
+    shown, text = capsys.readouterr().out, out.read_text()
+    assert "answers" not in text and "prompts" not in json.loads(text)
+    assert table(json.loads(text)["results"], OBJECTIVES) in shown
 
 
 def test_eval_command_says_what_is_wrong(run, tmp_path):

@@ -160,6 +160,7 @@ def main(argv: Sequence[str]) -> int:
         help="what counts as a no-comment answer (default %(default)s, in lower case without punctuation)",
     )
     parser.add_argument("--no-generate", action="store_true", help="likelihood only")
+    parser.add_argument("--no-text", action="store_true", help="leave prompts and answers out of the results file")
     parser.add_argument("--out", type=Path, help="JSON file of all results; default: eval.json in the last run")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     args = parser.parse_args(argv)
@@ -196,8 +197,13 @@ def main(argv: Sequence[str]) -> int:
     print(table(results, objectives))
     out = args.out or folder / "eval.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    prompts = [record.prompt for record in records]
-    everything = {"versions": versions(), "report": report, "prompts": prompts, "results": results}
+    everything = {"versions": versions(), "report": report, "results": results}
+    if args.no_text:
+        for result in results.values():
+            for entry in result["conditions"]:
+                entry.pop("answers", None)
+    else:
+        everything["prompts"] = [record.prompt for record in records]
     out.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
     print(f"results: {out}")
     return 0
