@@ -1,15 +1,18 @@
 """README: its table is what the results file says, and its Python lines run."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from heads import make_batch, relative_error
 
 import cpo_kernels as cpo
+from cpo_kernels.evaluation.run import table
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -50,3 +53,10 @@ def test_the_two_lines_compute_what_the_four_do():
     assert relative_error(losses[1], losses[0]) < 1e-5
     for seen, want in zip(*(torch.autograd.grad(x, batch.leaves) for x in losses[::-1]), strict=True):
         assert relative_error(seen, want) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["truthfulqa_cpo", "truthfulqa_baselines"])
+def test_results_page_shows_the_results_file(name):
+    objectives = [cpo.Objective("honesty", 1, 5), cpo.Objective("helpfulness", 1, 5)]
+    results = json.loads((ROOT / f"docs/results/{name}.json").read_text())["results"]
+    assert table(results, objectives) in (ROOT / "docs/results.md").read_text()
