@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks.subjects import PEER_PACKAGES
+
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- table: benchmarks/results/cpu.json -->", "<!-- end of table -->"
 NAMES = {
@@ -28,10 +30,13 @@ def table(report: dict) -> str:
     heads = [f"{w['dtype']}, {'frozen' if w['frozen'] else 'trainable'}" for w in loads]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, label in NAMES.items():
+        if name not in loads[0]["subjects"]:
+            continue
         lines.append(f"| {label} | " + " | ".join(cell(w["subjects"][name]) for w in loads) + " |")
     first = loads[0]
+    shown = {"torch", *(package for peer, package in PEER_PACKAGES.items() if peer in first["subjects"])}
     floors = ", ".join(f"{w['subjects']['products']['median_s'] * 1e3:.0f} ms" for w in loads)
-    versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if name != "cpo-kernels")
+    versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if name in shown)
     lines += [
         "",
         f"Head {first['head']} ({first['hidden']} × {first['vocab']}), {first['pairs']} pairs of {first['length']} "

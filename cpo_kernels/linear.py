@@ -65,7 +65,7 @@ class WeightGrad:
         acc = ops.acc_dtype(weight.dtype)
         self.dtype, self.single, self.need_dw, self.need_db = weight.dtype, num_chunks == 1, need_dw, need_db
         dtype = self.dtype if self.single else acc
-        self.dw = ops.large_empty(weight, weight.shape, dtype) if need_dw else weight.new_empty(0)
+        self.dw = weight.new_empty(weight.shape if need_dw else 0, dtype=dtype)
         if num_chunks == 0:
             self.dw.zero_()
         self.db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
@@ -112,7 +112,7 @@ class Head:
     def __init__(self, weight: Tensor, bias: Tensor, options: Sequence[Any], max_rows: int, impl: str) -> None:
         self.weight, self.bias, self.options = weight, bias, tuple(options)
         self.kernels = ops.kernels(impl, weight)
-        self.buffer = ops.large_empty(weight, (max_rows, weight.shape[0]))
+        self.buffer = weight.new_empty(max_rows, weight.shape[0])
 
     def logits(self, x: Tensor) -> Tensor:
         """[n, H] -> [n, V], valid until the next call."""

@@ -47,7 +47,6 @@ SCHEMAS = {
 _library = torch.library.Library("cpo_kernels", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
-_library.define("advise_huge_pages_(Tensor(a!) buffer) -> ()")  # CPU memory, no home of its own
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -146,14 +145,6 @@ def resolve_impl(impl: str, device: torch.device) -> str:
 def kernels(impl: str, tensor: Tensor) -> Any:
     """The namespace that holds the five kernels of a home."""
     return torch.ops.cpo_kernels if resolve_impl(impl, tensor.device) == "cpu" else reference
-
-
-def large_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor that a product will fill: on the CPU in huge pages where the system has them."""
-    out = like.new_empty(shape, dtype=dtype)
-    if out.device.type == "cpu" and not _cpu_missing:
-        torch.ops.cpo_kernels.advise_huge_pages_(out)
-    return out
 
 
 def checks_enabled() -> bool:

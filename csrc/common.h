@@ -96,6 +96,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefe
     Tensor objectives, Tensor pair_weights, Tensor pair_betas, Tensor margins, std::vector<int64_t> loss_types,
     std::vector<double> loss_weights, std::vector<double> options, double num_pairs, double chosen_tokens);
 
-void advise_huge_pages_(Tensor buffer);
-
 }  // namespace cpo

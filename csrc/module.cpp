@@ -9,7 +9,6 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CPU, m) {
   m.impl("token_logps_fused_", TORCH_BOX(&cpo::token_logps_fused_));
   m.impl("sequence_sum", TORCH_BOX(&cpo::sequence_sum));
   m.impl("preference", TORCH_BOX(&cpo::preference));
-  m.impl("advise_huge_pages_", TORCH_BOX(&cpo::advise_huge_pages_));
 }
 
 PyMODINIT_FUNC PyInit__C(void) {
