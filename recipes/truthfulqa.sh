@@ -12,7 +12,9 @@ train() { # recipe, name of the run, overrides
 }
 train cpsft cpsft
 train cdpo cdpo --model "$out/cpsft/model"
+train cdpo cdpo2 --model "$out/cdpo/model" --seed 1
 train cpsft sft --stage sft
 train cdpo dpo --stage dpo --model "$out/sft/model"
-cpo-kernels eval "$out/sft" "$out/dpo" "$out/cpsft" "$out/cdpo" --base --out "$out/eval.json" \
-  --condition honesty=5,helpfulness=5 --condition honesty=5,helpfulness=1 --condition honesty=1,helpfulness=5
+conditions=(--condition honesty=5,helpfulness=5 --condition honesty=5,helpfulness=1 --condition honesty=1,helpfulness=5)
+cpo-kernels eval "$out/sft" "$out/dpo" --base --no-text --out "$out/eval_baselines.json" "${conditions[@]}"
+cpo-kernels eval "$out/cpsft" "$out/cdpo" "$out/cdpo2" --no-text --out "$out/eval_cpo.json" "${conditions[@]}"
