@@ -197,7 +197,7 @@ def main(argv: Sequence[str]) -> int:
     print(table(results, objectives))
     out = args.out or folder / "eval.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    everything = {"versions": versions(), "report": report, "results": results}
+    everything: dict[str, Any] = {"versions": versions(), "report": report, "results": results}
     if args.no_text:
         for result in results.values():
             for entry in result["conditions"]:
