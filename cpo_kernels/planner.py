@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Default bytes of one chunk of logits. CPU: 512 float32 rows of a 151,936-word vocabulary (297 MiB) are one chunk, which
-# needs no accumulator of dW. GPU: about 4096 16-bit rows of 128k, not measured.
+# Default bytes of one chunk of logits. CPU: 512 float32 rows of a 151,936-word vocabulary (297 MiB) make one chunk,
+# which needs no accumulator of dW. GPU: about 4096 16-bit rows of 128k, not measured.
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "two_pass": 4, "recompute": 4}
 
