@@ -1,0 +1,140 @@
+"""Any transformers causal LM: hidden states, head, and token log-probs without logits.
+
+    logps = causal_lm_logps(model, batch)                                    # [S, T - 1]
+
+    loss_fn = FusedLinearCPOLoss(beta=0.1, **lm_head(model).options)         # head, loss and gradients in one pass
+    out = loss_fn(*causal_lm_inputs(model, batch), ref_logps=causal_lm_logps(reference, batch).sum(1))
+
+A model, wrapper or adapter that is not understood is refused, never guessed: see `heads`.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpo_kernels.integrations.heads import HEADS, HeadParts, backbone, causal_lm, head_layer, lm_head
+from cpo_kernels.linear import linear_token_logps
+
+__all__ = [
+    "HEADS",
+    "CausalLMLogps",
+    "HeadParts",
+    "LMInputs",
+    "causal_lm_inputs",
+    "causal_lm_logps",
+    "lm_head",
+    "shift_labels",
+]
+
+# Taken by the attention layers through **kwargs, so no signature names them.
+_ATTENTION_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+class LMInputs(NamedTuple):
+    """The first arguments of `linear_token_logps`, `linear_nll` and `FusedLinearCPOLoss`, in their order."""
+
+    hidden: Tensor  # [S, T, H]
+    weight: Tensor  # [V, H]
+    labels: Tensor  # [S, T], labels[:, t] is the label of position t + 1; the last column is ignored
+    bias: Tensor | None  # [V]
+
+
+def causal_lm_inputs(model: nn.Module, batch: Mapping[str, Any], ignore_index: int = -100) -> LMInputs:
+    """Run the backbone and shift the labels. Arguments as for `causal_lm_logps`; the head's numbers are `lm_head`'s."""
+    base = causal_lm(model)
+    layer = head_layer(base)
+    if "forward" in vars(base):
+        raise ValueError(
+            f"the forward of this {type(base).__name__} was replaced (accelerate's autocast or offloading, a fused "
+            "head): pass accelerator.unwrap_model(model, keep_fp32_wrapper=False) under autocast, or a fresh model"
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise ValueError("the head has forward hooks, which the fused head would not run: remove them")
+    if hasattr(layer.weight, "full_tensor") or hasattr(layer.weight, "ds_id"):
+        raise ValueError(
+            "the head's weight is sharded (FSDP2, tensor parallel or ZeRO-3): use "
+            "cpo_kernels.integrations.trl.FusedDPOTrainer, or shard CausalLMLogps(model) and call that"
+        )
+    batch = dict(batch)
+    labels = _labels(batch, ignore_index)
+    body = backbone(base)
+    known = inspect.signature(body.forward).parameters.keys() | _ATTENTION_KEYS
+    if unknown := batch.keys() - known:
+        raise ValueError(f"batch has {', '.join(sorted(unknown))}, which {type(body).__name__} does not take")
+    hidden = body(**{**batch, "use_cache": False}).last_hidden_state
+    return LMInputs(hidden, layer.weight, shift_labels(labels, ignore_index), layer.bias)
+
+
+def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """[S, T] -> [S, T]: position t gets the label of t + 1, the last one none."""
+    return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+
+
+def _labels(batch: dict[str, Any], ignore_index: int) -> Tensor:
+    """Take labels or completion_mask out of `batch`."""
+    labels, mask = batch.pop("labels", None), batch.pop("completion_mask", None)
+    if (labels is None) == (mask is None):
+        given = "both" if mask is not None else "neither"
+        raise ValueError(f"batch must hold labels or completion_mask, got {given}: say once which tokens count")
+    input_ids = batch.get("input_ids")
+    if labels is None:
+        if input_ids is None:
+            raise ValueError("completion_mask marks tokens of input_ids, which batch does not hold: give labels")
+        labels = input_ids
+    shape = (batch["inputs_embeds"] if input_ids is None else input_ids).shape[:2]
+    for name, tensor in (("labels", labels), ("completion_mask", mask)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must have the shape of input_ids, {list(shape)}, got {list(tensor.shape)}")
+    return labels if mask is None else labels.masked_fill(mask == 0, ignore_index)
+
+
+def causal_lm_logps(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    scale: float | None = None,
+    vocab_size: int | None = None,
+    extras: bool = False,
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> Any:
+    """Token log-probs of a causal LM, its logits never stored: column t is log p(token t + 1 | tokens 0 .. t).
+
+    The same as the model's own logits give, at any padding: positions are what the model makes of them. A router's
+    load-balancing loss (Mixtral and other mixtures of experts) is not computed.
+
+    Args:
+        model: a causal LM of `HEADS`, or a PEFT model around one (its active adapters apply).
+        batch: `input_ids` [S, T] (or `inputs_embeds`), `attention_mask`, and either `labels` [S, T] with `ignore_index`
+            where a token does not count, or `completion_mask` [S, T] with 0 there. The rest goes to the backbone.
+        softcap, scale, vocab_size: see `lm_head`.
+        extras, memory_budget, impl: see `linear_token_logps`.
+
+    Returns:
+        [S, T - 1] float32, 0 where a token does not count; with extras a pair of it and `TokenExtras`.
+
+    Raises:
+        TypeError, ValueError: a model, wrapper, adapter or key of the batch that is not understood.
+    """
+    head = lm_head(model, softcap, scale, vocab_size).options
+    inputs = causal_lm_inputs(model, batch, ignore_index)
+    out = linear_token_logps(*inputs, ignore_index, **head, extras=extras, memory_budget=memory_budget, impl=impl)
+    if not extras:
+        return out[:, :-1]
+    logps, seen = out
+    return logps[:, :-1], type(seen)(*(t[:, :-1] for t in seen))
+
+
+class CausalLMLogps(nn.Module):
+    """`causal_lm_logps` as a module, for wrappers that act in forward: `DistributedDataParallel` around this."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, **batch: Any) -> Any:
+        return causal_lm_logps(self.model, batch, **self.options)
