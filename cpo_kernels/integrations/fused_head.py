@@ -1,0 +1,125 @@
+"""A causal LM whose forward returns token log-probs: TRL's protocol (`add_fused_lm_head`), our head.
+
+    model(..., labels=labels, fused_lm_head=True) -> FusedCausalLMOutput(log_probs [S, T - 1], entropy, ...)
+
+The head runs inside the model's own forward, so whatever acts there (DDP, FSDP, ZeRO, PEFT, accelerate's autocast) acts
+on it too. A sharded weight is gathered as TRL gathers it: ZeRO-3 by TRL's `maybe_gather_lm_head_ctx`, in backward a
+second time; a DTensor once, by `full_tensor()`.
+"""
+
+import functools
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.trainer import utils as trl_utils
+from trl.trainer.utils import FusedCausalLMOutput
+
+from cpo_kernels import ops
+from cpo_kernels.integrations.heads import LogitMap, backbone, head_layer, logit_map
+from cpo_kernels.integrations.transformers import shift_labels
+from cpo_kernels.linear import _LinearTokenLogps, head_inputs
+
+FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def add_fused_head(
+    model: PreTrainedModel,
+    outputs: Sequence[str] = ("log_probs",),
+    softcap: float | None = None,
+    scale: float | None = None,
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> None:
+    """Give `model.forward` the keyword `fused_lm_head`. Without it the forward stays what it was.
+
+    outputs: the fields of `FusedCausalLMOutput` that are wanted, among `FIELDS`; each is [S, T - 1] and 0 where the
+    label is -100 ([S, T] with `shift_labels`). A router's load-balancing loss comes as `aux_loss` where
+    `output_router_logits` asks for it. softcap, scale: see `lm_head`; memory_budget, impl: see `linear_token_logps`.
+    """
+    if unknown := set(outputs) - set(FIELDS):
+        raise ValueError(f"outputs must be among {', '.join(FIELDS)}, got {', '.join(sorted(unknown))}")
+    ops.check_impl(impl)
+    head_layer(model)
+    numbers = logit_map(model, softcap, scale)
+    original = model.forward
+
+    # `generate` reads the signature, inspect.unwrap the original.
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not fused_lm_head:
+            return original(*args, **given, **kwargs)
+        return _forward(self, args, kwargs, labels, shift_labels, outputs, numbers, memory_budget, impl)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _forward(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    labels: Tensor | None,
+    shifted: Tensor | None,
+    outputs: Sequence[str],
+    numbers: LogitMap,
+    memory_budget: int | None,
+    impl: str,
+) -> FusedCausalLMOutput:
+    config = model.config.get_text_config()
+    kwargs["use_cache"] = False
+    if getattr(config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    seen = backbone(model)(*args, **kwargs)
+    end = None
+    if shifted is None:
+        if labels is None:
+            raise ValueError("fused_lm_head=True needs labels (or shift_labels)")
+        shifted, end = shift_labels(labels), -1
+    layer = head_layer(model)
+    weight, bias = _full(layer.weight), _full(layer.bias)
+    hidden = seen.last_hidden_state.to(weight.device)
+    shifted = shifted.to(weight.device)
+    with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
+        # As TRL, a weight of another dtype than the hidden states (a head saved in float32) is cast to theirs.
+        w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))
+        i = head_inputs(hidden, w, shifted, b, -100, *numbers, None, memory_budget)
+        extras = set(outputs) != {"log_probs"}
+        needs = (i.needs[0], i.train_head)
+        logps, extra = _GatheredTokenLogps.apply(
+            i.hidden, i.weight, i.bias, i.labels, i.options, extras, *needs, i.row_limit, impl
+        )
+    fields = {"log_probs": logps.view(shifted.shape)}
+    if extras:
+        e = ops.token_extras(extra, shifted.shape)
+        fields |= {"entropy": e.entropy, "log_sum_sq_probs": e.log_sum_sq_probs}
+        fields |= {"mean_logits": e.mean_logit, "is_top1": e.is_top1}
+    fields = {name: fields[name][:, :end] for name in outputs}
+    aux_loss = _aux_loss(seen, config, kwargs) if kwargs.get("output_router_logits") else None
+    return FusedCausalLMOutput(**fields, label_mask=(shifted != -100)[:, :end], aux_loss=aux_loss)
+
+
+def _full(tensor: Any) -> Any:
+    """FSDP2 and tensor parallelism keep DTensors, the hidden states are a plain tensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class _GatheredTokenLogps(_LinearTokenLogps):
+    """ZeRO-3 takes the weight away after forward; recomputed logits need it once more."""
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        weights = () if ctx.frozen else ctx.saved_tensors[1:3]
+        with trl_utils.maybe_gather_lm_head_ctx(*(w for w in weights if hasattr(w, "ds_id"))):
+            return _LinearTokenLogps.backward(ctx, grad, _)
+
+
+def _aux_loss(seen: Any, config: Any, kwargs: dict[str, Any]) -> Any:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func(
+        seen.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+    )

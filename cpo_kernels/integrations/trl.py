@@ -1,0 +1,231 @@
+"""TRL's DPOTrainer with our fused head, and with conditioned preferences where the data is rated.
+
+    trainer = FusedDPOTrainer(model, ref_model, FusedDPOConfig("out", loss_type="ipo"), train_dataset=data, ...)
+
+Without `objectives` TRL computes loss and metrics as ever, from our token log-probs: 2 matrix products with a frozen
+head (LoRA), 4 with a trainable one, on labelled positions alone. TRL's metrics need every token's log-prob, entropy and
+mean logit, which the 3-product `FusedLinearCPOLoss` does not give.
+
+With `objectives` the dataset holds `chosen_scores` and `rejected_scores`, K ratings each (None: not rated), and
+optionally `condition`, K levels (None: not conditioned). The prompt must carry the condition's tags
+(`cpo_kernels.TagTemplate`). The response with the higher value under the condition is preferred, whichever column it
+stands in; ties give no loss. See `cpo_kernels.preference_loss`.
+
+Written for TRL 1.16.
+"""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import get_config_model_id
+
+from cpo_kernels.integrations.conditioned import RATING_KEYS, conditioned_loss
+from cpo_kernels.integrations.fused_head import add_fused_head
+from cpo_kernels.loss import CPOLoss, LossOptions
+from cpo_kernels.objectives import Objective
+
+RATING_COLUMNS = ("chosen_scores", "rejected_scores", "condition")
+NOT_IN_TRL = {"simpo", "orpo", "contrastive_cpo", "alphapo", "modpo"}
+SMOOTHED_BY_TRL = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+
+@dataclass
+class FusedDPOConfig(trl.DPOConfig):
+    """`DPOConfig` and what ours adds.
+
+    objectives: the rated objectives: `Objective`s, dicts of their fields, or a JSON list of such dicts. Turns on the
+        conditioned loss. `label_smoothing` then reaches every loss type that honours it (TRL's sigmoid ignores it).
+    tau, margin, tie_margin: see `LossOptions`; need objectives.
+    head_softcap, head_scale: what the model does to x W^T + b, for a model class that is not in `heads.HEADS`.
+    memory_budget, impl: see `linear_token_logps`.
+    """
+
+    objectives: list[dict[str, Any]] | str | None = field(
+        default=None, metadata={"help": "Rated objectives as a JSON list of {name, low, high, weight, strength}."}
+    )
+    tau: float | None = field(default=None, metadata={"help": "Soft targets sigmoid(|dR| / tau)."})
+    margin: float = field(default=0.0, metadata={"help": "gamma of the margin gamma * |dR|."})
+    tie_margin: float = field(default=1e-6, metadata={"help": "Pairs with |dR| at most this are ties."})
+    head_softcap: float | None = field(default=None, metadata={"help": "Softcap of the logits of an unknown model."})
+    head_scale: float | None = field(default=None, metadata={"help": "Scale of the logits of an unknown model."})
+    memory_budget: int | None = field(default=None, metadata={"help": "Bytes of logits held at a time."})
+    impl: str = field(default="auto", metadata={"help": "Home of the kernels: auto, reference, cpu, triton, cuda."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.objectives, str):
+            self.objectives = json.loads(self.objectives)
+        if self.objectives is not None:
+            given: list[Any] = list(self.objectives)
+            self.objectives = [asdict(o) if isinstance(o, Objective) else o for o in given]
+        super().__post_init__()
+        loss_options(self)
+
+
+OWN_FIELDS = tuple(f for f in fields(FusedDPOConfig) if f.name not in {g.name for g in fields(trl.DPOConfig)})
+
+
+def own(args: Any, name: str) -> Any:
+    """A field that `FusedDPOConfig` adds; its default where `args` is a plain `DPOConfig`."""
+    return getattr(args, name, next(f.default for f in OWN_FIELDS if f.name == name))
+
+
+def loss_options(args: Any) -> LossOptions:
+    """The options of the loss, checked: what a loss type would ignore raises."""
+    types = args.loss_type
+    if alone := NOT_IN_TRL & set(types):
+        raise ValueError(f"loss_type {', '.join(sorted(alone))} is not a DPO loss of TRL: use FusedLinearCPOLoss")
+    if args.padding_free:
+        raise ValueError("padding_free is ignored by TRL 1.16: leave it False; padding costs the head nothing here")
+    objectives = own(args, "objectives")
+    options = LossOptions.of(
+        {
+            "objectives": None if objectives is None else tuple(Objective(**o) for o in objectives),
+            "beta": args.beta,
+            "loss_type": tuple(types),
+            "loss_weights": None if args.loss_weights is None else tuple(args.loss_weights),
+            "label_smoothing": args.label_smoothing,
+            "f_divergence": args.f_divergence_type,
+            "f_alpha": args.f_alpha_divergence_coef,
+            "discopop_tau": args.discopop_tau,
+            "ld_alpha": args.ld_alpha,
+            "use_weighting": args.use_weighting,
+            **{name: own(args, name) for name in ("tau", "margin", "tie_margin")},
+        }
+    )
+    if objectives is None:
+        for name in ("tau", "margin", "tie_margin"):
+            if own(args, name) != next(f.default for f in OWN_FIELDS if f.name == name):
+                raise ValueError(f"{name} has a meaning for rated pairs only: give objectives")
+        if args.label_smoothing and not SMOOTHED_BY_TRL & set(types):
+            raise ValueError(
+                f"label_smoothing is ignored by TRL for loss_type {', '.join(types)}: set it to 0, or use robust"
+            )
+        if args.use_weighting and "hinge" in types:
+            raise ValueError("use_weighting with loss_type hinge fails in TRL's backward: use another loss_type")
+    return options
+
+
+@dataclass
+class RatedPreferences:
+    """A collator that adds `scores` [2P, K] (the chosen column first) and `conditions` [P, K]; NaN where None."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    objectives: tuple[Objective, ...]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        chosen, rejected, conditions = (
+            [self.row(example.get(column), column) for example in examples] for column in RATING_COLUMNS
+        )
+        batch = dict(self.collator(examples))
+        batch["scores"] = torch.tensor(chosen + rejected, dtype=torch.float64)
+        batch["conditions"] = torch.tensor(conditions, dtype=torch.float64)
+        return batch
+
+    def row(self, values: list[float | None] | None, column: str) -> list[float]:
+        if values is None and column == "condition":
+            return [math.nan] * len(self.objectives)
+        names = ", ".join(o.name for o in self.objectives)
+        if values is None or len(values) != len(self.objectives):
+            raise ValueError(f"{column} must hold one number (or None) for each of {names}, got {values}")
+        row = [math.nan if value is None else float(value) for value in values]
+        for o, value in zip(self.objectives, row, strict=True):
+            if not (math.isnan(value) or o.low <= value <= o.high):
+                raise ValueError(f"{column}: {o.name} is {value}, outside [{o.low}, {o.high}]")
+        return row
+
+
+class FusedDPOTrainer(trl.DPOTrainer):
+    """`trl.DPOTrainer` with the same arguments; `args` may be a `FusedDPOConfig`. See the module's docstring.
+
+    Raises ValueError, naming the option and the fix, for whatever it or TRL would not honour.
+    """
+
+    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = FusedDPOConfig(f"{name.split('/')[-1]}-DPO")
+        self.rated = loss_options(args)
+        head = {
+            "softcap": own(args, "head_softcap"),
+            "scale": own(args, "head_scale"),
+            "memory_budget": own(args, "memory_budget"),
+            "impl": own(args, "impl"),
+        }
+        with _head_installer(partial(add_fused_head, **head)):
+            super().__init__(model, ref_model, args, *rest, **kwargs)
+        self.cpo_loss: CPOLoss | None = None
+        if self.rated.objectives is None:
+            return
+        if self._is_vision_dataset:
+            raise ValueError("objectives with a dataset of images are not supported: leave objectives out")
+        # ld_alpha and WPO's weights act on tokens, before the loss.
+        names = {f.name for f in fields(LossOptions)} - {"ld_alpha", "use_weighting"}
+        self.cpo_loss = CPOLoss(impl=own(args, "impl"), **{name: getattr(self.rated, name) for name in names})
+        self.data_collator = RatedPreferences(self.data_collator, self.rated.objectives)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        columns = next(iter(dataset)).keys() & set(RATING_COLUMNS)
+        if self.rated.objectives is None and columns:
+            raise ValueError(
+                f"the {dataset_name} dataset has {', '.join(sorted(columns))}, which need objectives in "
+                "FusedDPOConfig: give them, or remove the columns"
+            )
+        if self.rated.objectives is not None and (missing := {*RATING_COLUMNS[:2]} - columns):
+            raise ValueError(
+                f"objectives need the ratings of both responses: the {dataset_name} dataset has no column "
+                f"{', '.join(sorted(missing))}"
+            )
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        first = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if first and self.rated.objectives is not None:
+            columns: Any = self._signature_columns
+            columns.extend(RATING_COLUMNS)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        inputs = {key: value for key, value in inputs.items() if key not in RATING_KEYS}
+        return super().compute_ref_log_probs(model, inputs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self.cpo_loss is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        return conditioned_loss(self, model, inputs, return_outputs)
+
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def _head_installer(install: Callable[..., None]) -> Iterator[None]:
+    """DPOTrainer's constructor gives its models their head through a name of its module: that name is ours meanwhile.
+
+    Later would be too late: by then the reference log-probs are computed and accelerate has wrapped the forward.
+    """
+    installed = []
+
+    def replacement(model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+        install(model, outputs=outputs)
+        installed.append(model)
+
+    with _LOCK:
+        module: Any = dpo_trainer
+        theirs = module.add_fused_lm_head
+        module.add_fused_lm_head = replacement
+        try:
+            yield
+        finally:
+            module.add_fused_lm_head = theirs
+    if not installed:
+        raise RuntimeError(f"trl {trl.__version__} does not call add_fused_lm_head: FusedDPOTrainer is for trl 1.16")
