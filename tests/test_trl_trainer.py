@@ -230,6 +230,13 @@ def test_bfloat16_autocast(tmp_path):
     assert 1e-4 < error[True] <= error[False] + 1e-3
 
 
+def test_torch_compile(tmp_path):
+    theirs = run(False, tmp_path, {})
+    ours = run(True, tmp_path, {"torch_compile": True, "torch_compile_backend": "eager"})
+    assert_same_run(theirs, ours)
+    torch._dynamo.reset()
+
+
 def test_reference_from_the_models_own_files(tmp_path):
     make().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")

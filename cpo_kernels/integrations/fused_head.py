@@ -89,7 +89,8 @@ def _forward(
         i = head_inputs(hidden, w, shifted, b, -100, *numbers, None, memory_budget)
         extras = set(outputs) != {"log_probs"}
         needs = (i.needs[0], i.train_head)
-        logps, extra = _GatheredTokenLogps.apply(
+        function = _GatheredTokenLogps if hasattr(weight, "ds_id") else _LinearTokenLogps
+        logps, extra = function.apply(
             i.hidden, i.weight, i.bias, i.labels, i.options, extras, *needs, i.row_limit, impl
         )
     fields = {"log_probs": logps.view(shifted.shape)}
