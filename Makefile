@@ -28,7 +28,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 # The peers without what they pull in: torch is there, and their CUDA parts are not needed.
 .venv/bench: .venv/test
-	$(PIP) --no-deps triton liger-kernel cut-cross-entropy
+	$(PIP) --no-deps liger-kernel cut-cross-entropy
 	touch $@
 
 demo: .venv/train

@@ -294,7 +294,7 @@ class CPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.options = LossOptions.of({"objectives": objectives, "beta": beta, "loss_type": loss_type, **options})
-        ops.resolve_impl(impl, torch.device("cpu") if impl == "cpu" else torch.device("meta"))
+        ops.check_impl(impl)
         self.impl = impl
 
     def forward(
@@ -433,6 +433,7 @@ class FusedLinearCPOLoss(nn.Module):
         super().__init__()
         self.options = LossOptions.of({"objectives": objectives, "beta": beta, "loss_type": loss_type, **options})
         self.head = (ignore_index, softcap, scale, vocab_size, memory_budget)
+        ops.check_impl(impl)
         self.impl = impl
 
     def forward(

@@ -1,0 +1,72 @@
+"""What a result was measured on: hardware, versions, date and commit, for the files of `check` and `bench`."""
+
+import datetime
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def installed(package: str) -> str:
+    """Its version; '' where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def output_of(*command: str, cwd: Path | None = None) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=cwd).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def commit() -> str:
+    """Short hash where the package runs from its repository, with + where files differ from it; else ''."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=root)
+    return output_of("git", "rev-parse", "--short", "HEAD", cwd=root) + ("+" if changed else "")
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "processors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": getattr(properties, "L2_cache_size", 0),
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[:1],
+    }
+
+
+def describe(device: torch.device, packages: Sequence[str] = (), threads: int | None = None) -> dict[str, Any]:
+    names = ("torch", "triton", "cpo-kernels", *packages)
+    described = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit() or "unknown",
+        "device": device.type,
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads or torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda or "",
+        "versions": {name: installed(name) or "not installed" for name in names},
+    }
+    return described | (gpu(device) if device.type == "cuda" else {})

@@ -1,0 +1,512 @@
+"""Token log-probs over logits [N, V] in Triton: scan a row once, and write its gradient in place.
+
+y is the logit, or tanh(scale * logit / softcap) under a softcap, and z = nat * y. A row is swept in tiles [LANES, VEC]
+of 16-byte vectors. Each lane keeps its own running maximum and sums, raised once per vector of VEC columns (1.1 exp2 a
+column instead of 2: at 16 exp2 a cycle a second one would cost an H100 more time than the 16-bit logits). Lanes, and
+the programs that share a row, meet once, in a fixed order: same bits every time.
+
+Rows need no alignment: the columns before the first 16-byte boundary and after the last are the edges, each fewer than
+VEC.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cpo_kernels import ops
+from cpo_kernels.kernels import tuning
+from cpo_kernels.kernels.tuning import Variant
+
+ACC_TYPES = {"fp32": tl.float32, "fp64": tl.float64}
+LOG2E = math.log2(math.e)
+MAX_PIECES = tl.constexpr(tuning.MAX_PIECES)
+STATS = tl.constexpr(6)  # of a piece of a row: max y, sum, sum_y, sum of squares, sum e (y - max), label's y
+
+
+# ------------------------------------------------------------------------------------------------- one column at a time
+
+
+@triton.jit
+def _cap(x, inner):
+    """tanh(u), 1 - tanh(u)^2 of u = inner * x, from t = e^-2|u|; an odd polynomial below 1/4, where 1 - t cancels."""
+    u = x * inner
+    t = tl.exp2(tl.abs(u) * -2.8853900817779268)
+    r = 1.0 / (1.0 + t)
+    y = (1.0 - t) * r
+    y = tl.where(u < 0, -y, y)
+    if u.dtype != tl.float64:  # which has digits to spare
+        s = u * u
+        p = 0.021869488536155203 + s * -0.008863235529902197  # 62/2835, -1382/155925
+        p = 0.13333333333333333 + s * (-0.05396825396825397 + s * p)
+        y = tl.where(s < 0.0625, u + u * s * (-0.3333333333333333 + s * p), y)
+    return y, 4.0 * t * r * r
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """1 - e^x for x <= 0 without cancellation: the rounding of e^x divides out (Kahan)."""
+    e = tl.exp(x)
+    near = (1.0 - e) * (x / tl.log(e))
+    return tl.where(e == 1.0, -x, tl.where(x < -1.0, 1.0 - e, near))
+
+
+@triton.jit
+def _y_of(x, inner, SOFTCAP: tl.constexpr):
+    if SOFTCAP:
+        x, _ = _cap(x, inner)
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------- the row's layout
+
+
+@triton.jit
+def _row_start(logits, row, stride, width, VEC: tl.constexpr, EDGES: tl.constexpr):
+    """(row pointer, pointer to its first 16-byte boundary, columns before that)."""
+    start = row * stride
+    if not EDGES:
+        return logits + start, logits + tl.multiple_of(start, VEC), 0
+    head = ((VEC - start % VEC) % VEC).to(tl.int32)
+    return logits + start, logits + tl.multiple_of(start + head, VEC), tl.minimum(head, width)
+
+
+@triton.jit
+def _piece(vectors, piece, pieces):
+    """Vectors [low, high) of a row of `vectors` that belong to one of `pieces` programs."""
+    size = (vectors + pieces - 1) // pieces
+    low = tl.minimum(piece * size, vectors)
+    return low, tl.minimum(low + size, vectors)
+
+
+@triton.jit
+def _edge_columns(head, columns, VEC: tl.constexpr):
+    """[2 VEC] columns outside the vectors, and which of the places are used."""
+    i = tl.arange(0, 2 * VEC)
+    rest = head + (columns - head) // VEC * VEC
+    column = tl.where(i < head, i, rest + i - head)
+    return column, column < columns
+
+
+# --------------------------------------------------------------------------------------------------------------- scan
+
+
+@triton.jit
+def _raise(m, s, t, q, top, c, EXTRAS: tl.constexpr):
+    """Sums relative to the maximum m, made relative to `top` >= m."""
+    step = tl.where(m == float("-inf"), 0.0, m - tl.where(top == float("-inf"), 0.0, top))
+    f = tl.exp2(step * c)
+    if EXTRAS:
+        t = f * (t + step * s)
+        q = f * f * q
+    return f * s, t, q
+
+
+@triton.jit
+def _fold(m, s, t, q, u, y, keep, c, EXTRAS: tl.constexpr):
+    """Takes y [LANES, VEC] into the sums [LANES]; where not `keep`, y is -inf."""
+    top = tl.maximum(m, tl.max(y, 1))
+    s, t, q = _raise(m, s, t, q, top, c, EXTRAS)
+    d = y - tl.where(top == float("-inf"), 0.0, top)[:, None]
+    e = tl.exp2(d * c)
+    s += tl.sum(e, 1)
+    if EXTRAS:
+        t += tl.sum(tl.where(e > 0, e * d, 0.0), 1)
+        q += tl.sum(e * e, 1)
+        u += tl.sum(tl.where(keep, y, 0.0), 1)
+    return top, s, t, q, u
+
+
+@triton.jit
+def _meet(m, s, t, q, u, c, EXTRAS: tl.constexpr):
+    """Sums of all lanes relative to their common maximum."""
+    top = tl.max(m, 0)
+    s, t, q = _raise(m, s, t, q, top, c, EXTRAS)
+    return top, tl.sum(s, 0), tl.sum(t, 0), tl.sum(q, 0), tl.sum(u, 0)
+
+
+@triton.jit
+def _scan(
+    row, body, head, columns, piece, pieces, c, inner,
+    ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    EDGES: tl.constexpr, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr,
+):  # fmt: skip
+    """One piece of a row: max y, sum e^{nat (y - max)}, and with EXTRAS sum e (y - max), sum of squares, sum y."""
+    low, high = _piece((columns - head) // VEC, piece, pieces)
+    lane = tl.arange(0, LANES)
+    offsets = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]  # [LANES, VEC]
+    m = tl.full([LANES], float("-inf"), ACC)
+    s = tl.zeros([LANES], ACC)
+    t, q, u = s, s, s
+    for first in range(low, high, LANES):
+        keep = (first + lane < high)[:, None]
+        x = tl.load(body + first * VEC + offsets, mask=keep, other=float("-inf")).to(ACC)
+        y = x
+        if SOFTCAP:
+            y = tl.where(keep, _y_of(x, inner, SOFTCAP), float("-inf"))
+        m, s, t, q, u = _fold(m, s, t, q, u, y, keep, c, EXTRAS)
+    m, s, t, q, u = _meet(m, s, t, q, u, c, EXTRAS)
+    if EDGES:
+        if piece == pieces - 1:
+            column, keep = _edge_columns(head, columns, VEC)
+            x = tl.load(row + column, mask=keep, other=float("-inf")).to(ACC)
+            y = tl.where(keep, _y_of(x, inner, SOFTCAP), float("-inf"))[None, :]
+            one = tl.zeros([1], ACC)
+            m1, s1, t1, q1, u1 = _fold(m + one, s + one, t + one, q + one, u + one, y, keep[None, :], c, EXTRAS)
+            m, s, t, q, u = tl.max(m1, 0), tl.sum(s1, 0), tl.sum(t1, 0), tl.sum(q1, 0), tl.sum(u1, 0)
+    return m, s, t, q, u
+
+
+@triton.jit
+def _label_y(row, label, columns, inner, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
+    """y of the label; NaN where the label is out of range."""
+    inside = (label >= 0) & (label < columns)
+    x = tl.load(row + label, mask=inside, other=float("nan")).to(ACC)
+    return _y_of(x, inner, SOFTCAP)
+
+
+@triton.jit
+def _store_row(
+    logp_out, lse_out, extra_out, i, rows, logp, lse, entropy, log_sum_sq, mean, top1, EXTRAS: tl.constexpr
+):  # fmt: skip
+    tl.store(logp_out + i, logp)
+    tl.store(lse_out + i, lse)
+    if EXTRAS:
+        tl.store(extra_out + i, entropy)
+        tl.store(extra_out + rows + i, log_sum_sq)
+        tl.store(extra_out + 2 * rows + i, mean)
+        tl.store(extra_out + 3 * rows + i, top1)
+
+
+@triton.jit
+def _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS: tl.constexpr):
+    """Stores what follows from a row's sums; returns its log-prob and the factor of its softmax, 1 / sum."""
+    log_sum = tl.log(s)
+    known = y_label == y_label
+    logp = nat * (y_label - m) - log_sum
+    lse = tl.where(known, nat * m + log_sum, float("nan"))
+    top1 = tl.where((y_label == m) & (s == s), 1.0, 0.0)
+    entropy, log_sum_sq = log_sum - nat * (t / s), tl.log(q) - 2.0 * log_sum
+    _store_row(logp_out, lse_out, extra_out, i, rows, logp, lse, entropy, log_sum_sq, nat * u / columns, top1, EXTRAS)
+    return logp, tl.where(known, 1.0 / s, float("nan"))
+
+
+# --------------------------------------------------------------------------------------------------------------- write
+
+
+@triton.jit
+def _gradient(x, column, columns, label, shift, factor, at_label, c, inner, SOFTCAP: tl.constexpr):
+    """factor e^{nat (y - shift)}, times 1 - tanh^2 under a softcap; the label's column is known."""
+    if SOFTCAP:
+        y, slope = _cap(x, inner)
+        g = factor * tl.exp2((y - shift) * c) * slope
+    else:
+        g = factor * tl.exp2((x - shift) * c)
+    g = tl.where(column == label, at_label, g)
+    return tl.where(column < columns, g, 0.0)
+
+
+@triton.jit
+def _write(
+    row, body, head, width, columns, label, piece, pieces, shift, factor, at_label, c, inner,
+    ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    EDGES: tl.constexpr, SOFTCAP: tl.constexpr, CLEAR: tl.constexpr,
+):  # fmt: skip
+    """Overwrites one piece of a row with its gradient (zeros if CLEAR), last column first: what was scanned last is
+    still in the cache."""
+    low, high = _piece((width - head) // VEC, piece, pieces)
+    lane = tl.arange(0, LANES)
+    offsets = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]  # [LANES, VEC]
+    label = label.to(tl.int32)  # one comparison a column; where it is out of range the whole row is NaN
+    OUT: tl.constexpr = row.dtype.element_ty
+    if EDGES:
+        if piece == pieces - 1:
+            edge, inside = _edge_columns(head, width, VEC)
+            ge = tl.zeros([2 * VEC], ACC)
+            if not CLEAR:
+                xe = tl.load(row + edge, mask=inside, other=0.0).to(ACC)
+                ge = _gradient(xe, edge, columns, label, shift, factor, at_label, c, inner, SOFTCAP)
+            tl.store(row + edge, ge.to(OUT), mask=inside)
+    tiles = (high - low + LANES - 1) // LANES
+    for i in range(0, tiles):
+        first = low + (tiles - 1 - i) * LANES
+        keep = (first + lane < high)[:, None]
+        g = tl.zeros([LANES, VEC], ACC)
+        if not CLEAR:
+            x = tl.load(body + first * VEC + offsets, mask=keep, other=0.0).to(ACC)
+            column = head + first * VEC + offsets
+            g = _gradient(x, column, columns, label, shift, factor, at_label, c, inner, SOFTCAP)
+        tl.store(body + first * VEC + offsets, g.to(OUT), mask=keep)
+
+
+@triton.jit
+def _at_label(row, label, columns, logp, grad, inner, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(1 - softmax) of the label's column times grad, and 1 - tanh^2 under a softcap."""
+    g = grad * _one_minus_exp(logp)
+    if SOFTCAP:
+        _, slope = _cap(tl.load(row + label, mask=(label >= 0) & (label < columns), other=0.0).to(ACC), inner)
+        g *= slope
+    return g
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def scan_kernel(
+    logits, labels, logp_out, lse_out, extra_out, stats, stride, rows, width, columns, pieces, ignore_index,
+    nat: "fp64", c: "fp64", inner: "fp64", scale: "fp64",
+    ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, SOFTCAP: tl.constexpr,
+    EXTRAS: tl.constexpr, SPLIT: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """fwd: a row's log-probs. WRITE (fused_): then its gradient in its place. SPLIT: the sums of one piece of it."""
+    i = tl.program_id(0).to(tl.int64)
+    piece = 0
+    if SPLIT:
+        piece = (i % pieces).to(tl.int32)
+        i = i // pieces
+    nat, c, inner = tl.full([], nat, ACC), tl.full([], c, ACC), tl.full([], inner, ACC)
+    label = tl.load(labels + i)
+    row, body, head = _row_start(logits, i, stride, width, VEC, EDGES)
+    if label == ignore_index:
+        if not SPLIT:
+            _store_row(logp_out, lse_out, extra_out, i, rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, EXTRAS)
+        if WRITE:
+            _write(row, body, head, width, columns, label, 0, 1, nat, nat, nat, c, inner,
+                   ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
+    else:
+        y_label = _label_y(row, label, columns, inner, ACC, SOFTCAP)
+        m, s, t, q, u = _scan(row, body, tl.minimum(head, columns), columns, piece, pieces, c, inner,
+                              ACC, LANES, VEC, EDGES, SOFTCAP, EXTRAS)  # fmt: skip
+        if SPLIT:
+            at = stats + (i * pieces + piece) * STATS
+            tl.store(at, m)
+            tl.store(at + 1, s)
+            tl.store(at + 2, t)
+            tl.store(at + 3, q)
+            tl.store(at + 4, u)
+            tl.store(at + 5, y_label)
+        else:
+            logp, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS)
+            if WRITE:
+                grad = tl.full([], scale, ACC)
+                at_label = _at_label(row, label, columns, logp, grad, inner, ACC, SOFTCAP)
+                shift = tl.where(m == float("-inf"), 0.0, m)
+                _write(row, body, head, width, columns, label, 0, 1, shift, -grad * factor, at_label, c, inner,
+                       ACC, LANES, VEC, EDGES, SOFTCAP, False)  # fmt: skip
+
+
+@triton.jit
+def combine_kernel(
+    labels, stats, logp_out, lse_out, extra_out, shifts, rows, columns, pieces, ignore_index,
+    nat: "fp64", c: "fp64", ACC: tl.constexpr, EXTRAS: tl.constexpr,
+):  # fmt: skip
+    """A row's log-probs from the sums of its pieces, and the shift and factor [2, rows] of its softmax."""
+    i = tl.program_id(0).to(tl.int64)
+    nat, c = tl.full([], nat, ACC), tl.full([], c, ACC)
+    if tl.load(labels + i) == ignore_index:
+        _store_row(logp_out, lse_out, extra_out, i, rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, EXTRAS)
+    else:
+        piece = tl.arange(0, MAX_PIECES)
+        keep = piece < pieces
+        at = stats + (i * pieces + piece) * STATS
+        m = tl.load(at, mask=keep, other=float("-inf"))
+        s = tl.load(at + 1, mask=keep, other=0.0)
+        t, q, u = s, s, s
+        if EXTRAS:
+            t = tl.load(at + 2, mask=keep, other=0.0)
+            q = tl.load(at + 3, mask=keep, other=0.0)
+            u = tl.load(at + 4, mask=keep, other=0.0)
+        y_label = tl.load(stats + i * pieces * STATS + 5)
+        m, s, t, q, u = _meet(m, s, t, q, u, c, EXTRAS)
+        _, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS)
+        tl.store(shifts + i, tl.where(m == float("-inf"), 0.0, m))
+        tl.store(shifts + rows + i, factor)
+
+
+@triton.jit
+def write_kernel(
+    logits, labels, lse, grads, logps, shifts, stride, rows, width, columns, pieces, ignore_index,
+    nat: "fp64", c: "fp64", inner: "fp64", scale: "fp64",
+    ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, SOFTCAP: tl.constexpr,
+    FROM_LSE: tl.constexpr,
+):  # fmt: skip
+    """A piece of a row's gradient: bwd_ from lse and incoming gradient, fused_ of split rows from combine_kernel."""
+    i = tl.program_id(0).to(tl.int64)
+    piece = (i % pieces).to(tl.int32)
+    i = i // pieces
+    nat, c, inner, grad = tl.full([], nat, ACC), tl.full([], c, ACC), tl.full([], inner, ACC), tl.full([], scale, ACC)
+    label = tl.load(labels + i)
+    row, body, head = _row_start(logits, i, stride, width, VEC, EDGES)
+    if label == ignore_index:
+        _write(row, body, head, width, columns, label, piece, pieces, nat, nat, nat, c, inner,
+               ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
+    else:
+        # The label's logit: the one thread that uses it reads it before it overwrites it.
+        if FROM_LSE:
+            lse_i = tl.load(lse + i)
+            grad *= tl.load(grads + i)
+            logp = nat * _label_y(row, label, columns, inner, ACC, SOFTCAP) - lse_i
+            shift = lse_i / nat
+            factor = tl.exp(nat * shift - lse_i)  # what the division rounded off
+        else:
+            logp = tl.load(logps + i)
+            shift = tl.load(shifts + i)
+            factor = tl.load(shifts + rows + i)
+        at_label = _at_label(row, label, columns, logp, grad, inner, ACC, SOFTCAP)
+        _write(row, body, head, width, columns, label, piece, pieces, shift, -grad * factor, at_label, c, inner,
+               ACC, LANES, VEC, EDGES, SOFTCAP, False)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
+
+
+class _Rows:
+    """What the launches share: layout, options and flags of logits [N, V]."""
+
+    def __init__(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int
+    ) -> None:
+        self.logits, self.labels = logits, labels.contiguous()
+        self.rows, self.width = logits.shape
+        self.columns, self.ignore_index, self.stride = vocab_size, ignore_index, logits.stride(0)
+        self.vec = 16 // logits.element_size()
+        nat = softcap or scale
+        self.nat, self.scale, self.inner = nat, scale, scale / softcap if softcap else 0.0
+        aligned = logits.data_ptr() % 16 == 0 and self.stride % self.vec == 0
+        self.acc = ops.acc_dtype(logits.dtype)
+        self.flags = {
+            "ACC": ACC_TYPES["fp64" if self.acc == torch.float64 else "fp32"],
+            "VEC": self.vec,
+            "EDGES": not aligned or bool(self.width % self.vec or vocab_size % self.vec),
+            "SOFTCAP": softcap > 0,
+        }
+        if ops.checks_enabled():
+            check_labels(labels, ignore_index, vocab_size)
+
+    def pieces(self, launch: tuning.Launch) -> int:
+        return tuning.splits(self.rows, self.columns // self.vec, launch.vectors, self.logits.device)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.acc, device=self.logits.device)
+
+    def numbers(self, pieces: int) -> tuple:
+        """stride, rows, width, columns, pieces, ignore_index, nat, c, inner, scale."""
+        shape = (self.stride, self.rows, self.width, self.columns, pieces, self.ignore_index)
+        return *shape, self.nat, self.nat * LOG2E, self.inner, self.scale
+
+    def write(self, pieces: int, from_lse: bool, lse: Tensor, grads: Tensor, logps: Tensor, shifts: Tensor) -> None:
+        launch = tuning.WRITE
+        write_kernel[(self.rows * pieces,)](
+            self.logits, self.labels, lse, grads, logps, shifts, *self.numbers(pieces),
+            **self.flags, LANES=launch.vectors, FROM_LSE=from_lse, num_warps=tuning.num_warps(launch),
+        )  # fmt: skip
+
+
+def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Costs a device-to-host copy: under CPO_KERNELS_CHECK=1 alone."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"label {int(labels[row])} at row {row} is outside [0, {vocab_size}) and not ignore_index = {ignore_index}"
+        )
+
+
+def _forward(rows: _Rows, extras: bool, write: bool) -> tuple[Tensor, Tensor, Tensor]:
+    logp, lse = rows.empty(rows.rows), rows.empty(rows.rows)
+    extra = rows.empty(4, rows.rows) if extras else rows.empty(0)
+    if not rows.rows:
+        return logp, lse, extra
+    with torch.cuda.device_of(rows.logits):
+        pieces = rows.pieces(tuning.SCAN)
+        split = pieces > 1
+        launch = tuning.SCAN
+        if write and not split:
+            launch = tuning.fused(rows.columns * rows.logits.element_size())
+        stats = rows.empty(rows.rows * pieces * STATS.value) if split else logp
+        scan_kernel[(rows.rows * pieces,)](
+            rows.logits, rows.labels, logp, lse, extra, stats, *rows.numbers(pieces),
+            **rows.flags, LANES=launch.vectors, EXTRAS=extras, SPLIT=split, WRITE=write and not split,
+            num_warps=tuning.num_warps(launch),
+        )  # fmt: skip
+        if split:
+            shifts = rows.empty(2, rows.rows)
+            combine_kernel[(rows.rows,)](
+                rows.labels, stats, logp, lse, extra, shifts, rows.rows, rows.columns, pieces, rows.ignore_index,
+                rows.nat, rows.nat * LOG2E, ACC=rows.flags["ACC"], EXTRAS=extras,
+                num_warps=tuning.num_warps(tuning.COMBINE),
+            )  # fmt: skip
+            if write:
+                rows.write(pieces, False, lse, lse, logp, shifts)
+    return logp, lse, extra
+
+
+def token_logps_fwd(
+    logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int, extras: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [N, V], labels [N] -> logp [N], lse [N], extra [4, N] or [0]; 0 at ignored rows. See `ops`."""
+    return _forward(_Rows(logits, labels, ignore_index, scale, softcap, vocab_size), extras, False)
+
+
+def token_logps_fused_(
+    logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int, extras: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fwd, and the logits overwritten with (onehot - softmax) * scale * (1 - tanh^2)."""
+    return _forward(_Rows(logits, labels, ignore_index, scale, softcap, vocab_size), extras, True)
+
+
+def token_logps_bwd_(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+) -> None:
+    """Overwrites the logits with grad_t * (onehot - softmax) * scale * (1 - tanh^2), softmax = e^(z - lse)."""
+    rows = _Rows(logits, labels, ignore_index, scale, softcap, vocab_size)
+    if rows.rows:
+        with torch.cuda.device_of(logits):
+            lse = lse.contiguous()
+            rows.write(rows.pieces(tuning.WRITE), True, lse, grad.contiguous(), lse, lse)
+
+
+# ------------------------------------------------------------------------------------- what the compiler is asked for
+
+
+def variants() -> Iterator[Variant]:
+    """Every specialisation that the launches above can reach; what is aligned to 16 is marked as Triton would."""
+    fused = [tuning.fused(row_bytes) for row_bytes in (1 << 16, 1 << 18)]
+    jobs = [("scan", scan_kernel, tuning.SCAN, {"SPLIT": split, "WRITE": False}) for split in (False, True)]
+    jobs += [("fused", scan_kernel, launch, {"SPLIT": False, "WRITE": True}) for launch in fused]
+    jobs += [("write", write_kernel, tuning.WRITE, {"FROM_LSE": from_lse}) for from_lse in (True, False)]
+    jobs += [("combine", combine_kernel, tuning.COMBINE, {})]
+    for name, kernel, launch, fixed in jobs:
+        free = [flag for flag in ("EDGES", "SOFTCAP", "EXTRAS") if flag in kernel.arg_names]
+        for dtype in ("fp32", "fp64") if name == "combine" else ("bf16", "fp16", "fp32", "fp64"):
+            for values in itertools.product((False, True), repeat=len(free)):
+                yield _variant(name, kernel, dtype, launch, {**dict(zip(free, values, strict=True)), **fixed})
+
+
+def _variant(name: str, kernel: Any, dtype: str, launch: tuning.Launch, flags: dict[str, Any]) -> Variant:
+    acc = "fp64" if dtype == "fp64" else "fp32"
+    constexprs = {"ACC": ACC_TYPES[acc], "VEC": 128 // int(dtype[2:]), "LANES": launch.vectors, **flags}
+    types = {"logits": "*" + dtype, "labels": "*i64"} | {n: "fp64" for n in ("nat", "c", "inner", "scale")}
+    types |= {n: "i32" for n in ("stride", "rows", "width", "columns", "pieces", "ignore_index")}
+    signature = {n: "constexpr" if n in constexprs else types.get(n, "*" + acc) for n in kernel.arg_names}
+    aligned = {n for n, t in signature.items() if t[0] == "*"}
+    if not flags.get("EDGES", True):
+        aligned |= {"stride", "width", "columns"}
+    label = " ".join([name, dtype, *(n.lower() for n, on in flags.items() if on is True)])
+    label += f" {launch.warps} warps" if name == "fused" else ""
+    kept = {n: constexprs[n] for n in signature if n in constexprs}
+    plain = dtype != "fp64" and not any(flags.get(n) for n in ("EDGES", "SOFTCAP", "EXTRAS"))
+    return Variant(label, kernel, signature, kept, aligned, launch, wide=True, resident_warps=32 if plain else 16)

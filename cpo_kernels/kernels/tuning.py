@@ -1,0 +1,67 @@
+"""Launch shapes of the token kernels: warps, vectors in flight, and how many programs share a row.
+
+A program sweeps a row in tiles of `vectors` 16-byte vectors. None of the numbers was measured on a GPU yet; each says
+what it is derived from, and `benchmarks/results/compile` holds the registers that they lead to.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    warps: int  # of 32 threads
+    vectors: int  # 16-byte vectors of a tile
+
+
+# Bytes in flight: 4.3 TB/s over 132 multiprocessors at about 0.8 us is 26 kB each. 8 warps with four 16-byte loads a
+# thread are 16 kB a program, and at most 64 registers a thread let four programs share a multiprocessor.
+SCAN = Launch(warps=8, vectors=1024)
+WRITE = Launch(warps=8, vectors=1024)
+
+
+COMBINE = Launch(warps=2, vectors=0)
+
+
+def fused(row_bytes: int) -> Launch:
+    """Few rows at a time, so that the second sweep of a row finds it in the L2 cache (50 MB on an H200).
+
+    At 64 registers a multiprocessor holds 1024 threads: with 8 or 32 warps a program 132 of them hold 528 or 132 rows,
+    35 MB at the row sizes given here (the second: 128,256 columns in 16 bit).
+    """
+    return Launch(warps=8, vectors=1024) if row_bytes <= 64 << 10 else Launch(warps=32, vectors=2048)
+
+
+def num_warps(launch: Launch) -> int:
+    """As Triton counts them: a warp of an AMD GPU of this family has 64 threads."""
+    return max(1, launch.warps // 2) if torch.version.hip else launch.warps
+
+
+MAX_PIECES = 64  # of a row
+PROGRAMS = 8  # programs a multiprocessor that a launch should have before rows are no longer split
+INTERPRETED = 4  # multiprocessors that the interpreter plays
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED
+
+
+def splits(rows: int, vectors: int, tile: int, device: torch.device) -> int:
+    """Programs that share a row of `vectors` vectors: 1 where rows alone fill it; each has a tile at least."""
+    wanted = -(-PROGRAMS * multiprocessors(device) // max(rows, 1))
+    return max(1, min(wanted, vectors // tile, MAX_PIECES))
+
+
+class Variant(NamedTuple):
+    """One specialisation of a kernel, as `triton.compile` takes it without a GPU; see benchmarks/compile_table.py."""
+
+    label: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    aligned: set[str]  # arguments that are multiples of 16
+    launch: Launch
+    wide: bool = False  # its loops must access device memory in 16 bytes alone
+    resident_warps: int = 0  # of 32 threads, that a multiprocessor must have registers for
