@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from heads import HOMES, make_batch, relative_error
+from heads import EVERY_HOME, make_batch, relative_error
 from torch.library import opcheck
 
 import cpo_kernels as cpo
@@ -57,7 +57,7 @@ def op_samples(impl):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", HOMES)
+@pytest.mark.parametrize("impl", EVERY_HOME)
 @pytest.mark.parametrize("index", range(9))
 def test_opcheck(index, impl):
     op, args = list(op_samples(impl))[index]
@@ -69,7 +69,7 @@ def test_every_home_has_the_five_kernels():
         assert callable(getattr(reference, name)) and callable(getattr(torch.ops.cpo_kernels, name))
 
 
-@pytest.mark.parametrize("impl", HOMES)
+@pytest.mark.parametrize("impl", EVERY_HOME)
 @pytest.mark.parametrize("shape", [(3, 5), (7,), (0,), (2, 0, 3)])
 def test_token_logps_of_any_leading_shape(impl, shape):
     logits = torch.randn(*shape, 33, dtype=torch.float64, requires_grad=True)
@@ -82,7 +82,7 @@ def test_token_logps_of_any_leading_shape(impl, shape):
     assert relative_error(got, truth) < 1e-12
 
 
-@pytest.mark.parametrize("impl", HOMES)
+@pytest.mark.parametrize("impl", EVERY_HOME)
 def test_token_logps_gradcheck_and_saved_logits(impl):
     logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, -100, 8, 3])
@@ -131,11 +131,16 @@ def test_compile_without_graph_breaks_or_recompiles(train_head):
     assert frames[0] == frames[-1]
 
 
-def test_a_home_by_name_never_falls_back():
+def test_a_home_by_name_never_falls_back(monkeypatch):
     logits, labels = torch.randn(2, 5), torch.tensor([1, 2])
-    for impl in ("triton", "cuda"):
-        with pytest.raises(RuntimeError, match=f"impl='{impl}' is not available"):
-            cpo.token_logps(logits, labels, impl=impl)
+    with pytest.raises(RuntimeError, match="impl='cuda' is not available: .*no CUDA C\\+\\+ extension"):
+        cpo.token_logps(logits, labels, impl="cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="impl='triton' takes GPU tensors.*got a tensor on cpu"):
+        cpo.token_logps(logits, labels, impl="triton")
+    monkeypatch.setitem(ops._MISSING, "triton", "no such package")
+    with pytest.raises(RuntimeError, match="impl='triton' is not available: no such package"):
+        cpo.token_logps(logits, labels, impl="triton")
     with pytest.raises(ValueError, match="got 'quick'"):
         cpo.token_logps(logits, labels, impl="quick")
     with pytest.raises(ValueError, match="takes CPU tensors, got a tensor on meta"):
@@ -183,11 +188,22 @@ raise SystemExit(f"import cpo_kernels loads {extra}" if extra else 0)
         ({"logits": torch.zeros(2, 0)}, r"V >= 1, got \(2, 0\)"),
     ],
 )
-@pytest.mark.parametrize("impl", HOMES)
-def test_misuse_names_the_value(kwargs, message, impl):
+@pytest.mark.parametrize("impl", EVERY_HOME)
+def test_misuse_names_the_value(kwargs, message, impl, monkeypatch):
+    if impl == "triton":
+        monkeypatch.setenv("CPO_KERNELS_CHECK", "1")  # without it a label out of range gives NaN: the next test
     args = {"logits": torch.zeros(2, 5), "labels": torch.tensor([1, 2]), "impl": impl, **kwargs}
     with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
         cpo.token_logps(**args)
+
+
+def test_a_label_out_of_range_is_nan_without_the_check():
+    logits, labels = torch.randn(3, 5, requires_grad=True), torch.tensor([1, 5, -1])
+    logps = cpo.token_logps(logits, labels, impl="triton")
+    logps.nansum().backward()
+    assert logps.isnan().tolist() == [False, True, True]
+    (want,) = torch.autograd.grad(cpo.token_logps(logits[:1], labels[:1], impl="reference").sum(), logits)
+    assert relative_error(logits.grad[0], want[0]) < 1e-6
 
 
 def test_cu_seqlens_are_checked():

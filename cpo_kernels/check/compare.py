@@ -1,0 +1,142 @@
+"""What every case of `cpo-kernels check` uses: homes, tolerances, and the comparison with the oracle."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import ops
+
+
+class Tolerance(NamedTuple):
+    """Largest relative errors: of log-probs over 1 + |log-prob|, of gradients over |gradient|."""
+
+    logp: float
+    grad: float
+
+
+# 16-bit gradients are rounded once, which costs 2^-9 (bfloat16) or 2^-12 (float16) of a value in [1, 2).
+TOLERANCES = {
+    torch.float64: Tolerance(1e-13, 1e-11),
+    torch.float32: Tolerance(2e-6, 1e-5),
+    torch.bfloat16: Tolerance(2e-6, 2**-8),
+    torch.float16: Tolerance(2e-6, 5e-4),
+}
+GPU_LOGP = 1e-5  # exp2 of a GPU is an approximation
+GPU_HOMES = ("triton", "cuda")
+
+
+class Skip(Exception):
+    """A case that cannot run here; its text says what it needs."""
+
+
+@dataclass
+class Home:
+    """A home on a device."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def kernels(self) -> Any:
+        return ops.kernels(self.name, torch.empty(0, device=self.device))
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def tolerance(self, dtype: torch.dtype) -> Tolerance:
+        known = TOLERANCES[dtype]
+        if self.name in GPU_HOMES and dtype != torch.float64:
+            return known._replace(logp=GPU_LOGP)
+        return known
+
+
+@dataclass
+class Seen:
+    """What one case found: the worst error as a multiple of its tolerance, and everything that is wrong."""
+
+    worst: float = 0.0
+    where: str = ""
+    wrong: list[str] = field(default_factory=list)
+
+    def require(self, what: str, condition: Any) -> None:
+        if not bool(condition):
+            self.wrong.append(what)
+
+    def same(self, what: str, actual: Tensor, expected: Tensor) -> None:
+        """Equal bits; NaN equals NaN."""
+        if actual.shape != expected.shape or actual.dtype != expected.dtype:
+            self.wrong.append(f"{what}: {describe(actual)} instead of {describe(expected)}")
+            return
+        different = (actual != expected) & ~(actual.isnan() & expected.isnan())
+        if bool(different.any()):
+            self.wrong.append(f"{what}: {values_at(different, actual, expected)}")
+
+    def close(self, what: str, actual: Tensor, expected: Tensor, tolerance: float, floor: float | Tensor = 1.0) -> None:
+        """|actual - expected| <= tolerance * (|expected| + floor) per element; NaN and infinities in the same place."""
+        if actual.shape != expected.shape:
+            self.wrong.append(f"{what}: shape {list(actual.shape)} instead of {list(expected.shape)}")
+            return
+        actual, expected = actual.detach().double(), expected.detach().double()
+        odd = (actual.isnan() != expected.isnan()) | ((actual.isinf() | expected.isinf()) & (actual != expected))
+        if bool(odd.any()):
+            self.wrong.append(f"{what}: {values_at(odd, actual, expected)}")
+            return
+        error = (actual - expected).abs() / (expected.abs() + floor)
+        error = torch.where(expected.isfinite(), error, 0.0)
+        if not error.numel():
+            return
+        worst = float(error.max())
+        detail = values_at(error == error.max(), actual, expected) if worst > tolerance else ""
+        self.measured(what, worst, tolerance, detail)
+
+    def measured(self, what: str, error: float, tolerance: float, detail: str = "") -> None:
+        """An error that the case computed itself."""
+        ratio = error / tolerance
+        if not ratio <= self.worst:
+            self.worst, self.where = ratio, what
+        if not ratio <= 1:
+            self.wrong.append(f"{what}: error {error:.2e} exceeds {tolerance:.1e}" + (f", {detail}" if detail else ""))
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def values_at(where: Tensor, actual: Tensor, expected: Tensor) -> str:
+    """The first place where `where` holds, and what stands there."""
+    index = tuple(where.nonzero()[0].tolist())
+    more = int(where.sum()) - 1
+    at = f"at {list(index)} " if index else ""
+    return f"{at}got {float(actual[index]):.9g}, want {float(expected[index]):.9g}" + (
+        f" ({more} more)" if more else ""
+    )
+
+
+@dataclass
+class Case:
+    """`name` is group/what; `run` fills a `Seen` or raises."""
+
+    name: str
+    run: Callable[[Home, Seen], None]
+    quick: bool = False
+
+    @property
+    def group(self) -> str:
+        return self.name.partition("/")[0]
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def relative_error(seen: Tensor, truth: Tensor, norm: float = float("inf")) -> float:
+    """|seen - truth| over |truth| in a vector norm (the largest element by default), in float64; inf where NaN came."""
+    if truth.numel() == 0:
+        return 0.0
+    seen, truth = seen.detach().double(), truth.detach().double()
+    error = torch.linalg.vector_norm(seen - truth, norm) / torch.linalg.vector_norm(truth, norm).clamp(min=1e-300)
+    return float(error.nan_to_num(nan=float("inf")))

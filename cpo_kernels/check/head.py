@@ -1,0 +1,229 @@
+"""Cases of `cpo-kernels check`: the public functions from hidden states, and gradients, against the float64 oracle.
+
+Truth is `reference.linear_token_logps` in float64 under autograd and, for the preference loss, the reference home on
+its sequence log-probs. Upstream gradients are random.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpo_kernels import linear, loss, reference
+from cpo_kernels.check.compare import Case, Home, Seen, relative_error, short
+from cpo_kernels.check.tokens import DTYPES, IGNORE
+from cpo_kernels.objectives import Objective
+
+VOCAB, WIDTH = 509, 48
+# Relative to the largest value of a result; 16 bit is compared with naive PyTorch instead.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+OBJECTIVES = (Objective("helpfulness", 1, 5), Objective("honesty", 1, 5, weight=2.0))
+HEADS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("plain", {}),
+    ("softcap", {"scale": 0.25, "softcap": 5.0}),
+    ("padded-vocab", {"vocab_size": 500}),
+)
+BUDGETS = (("one-chunk", None), ("chunks", 40), ("tiny", 7))  # rows of logits
+TRAIN = {"all": (True, True), "frozen": (True, False), "head-only": (False, True)}
+
+
+@dataclass
+class Batch:
+    """Random values that 16 bit represents; prompts of different lengths are masked, one sequence is all prompt."""
+
+    hidden: Tensor  # [S, T, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None
+    labels: Tensor  # [S, T]
+    ref_logps: Tensor  # [S]
+    scores: Tensor  # [S, K]
+    conditions: Tensor  # [P, K]
+
+    def leaves(self, train: tuple[bool, bool]) -> list[Tensor]:
+        head = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return [self.hidden] * train[0] + head * train[1]
+
+    def to(self, home: Home, dtype: torch.dtype, train: tuple[bool, bool]) -> "Batch":
+        def move(t: Tensor, trains: bool) -> Tensor:
+            return t.to(home.device, dtype, copy=True).requires_grad_(trains)
+
+        bias = None if self.bias is None else move(self.bias, train[1])
+        rest = (t.to(home.device) for t in (self.labels, self.ref_logps, self.scores, self.conditions))
+        return Batch(move(self.hidden, train[0]), move(self.weight, train[1]), bias, *rest)
+
+
+def make_batch(bias: bool, seed: int, sequences: int = 6, length: int = 21, limit: int = 500) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int, spread: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=g) * spread).bfloat16().half().double()
+
+    labels = torch.randint(limit, (sequences, length), generator=g)
+    labels[torch.arange(length) < torch.randint(0, length // 2, (sequences, 1), generator=g)] = IGNORE
+    labels[-1] = IGNORE
+    scores = torch.randint(1, 6, (sequences, 2), generator=g).double()
+    return Batch(
+        rand(sequences, length, WIDTH),
+        rand(VOCAB, WIDTH, spread=0.3),
+        rand(VOCAB) if bias else None,
+        labels,
+        # Near the log-probs of such a head (mean -8.3): no loss is saturated, so no gradient is all rounding.
+        -8.3 * (labels != IGNORE).sum(1) + 4 * torch.randn(sequences, generator=g, dtype=torch.float64),
+        scores,
+        torch.randint(1, 6, (sequences // 2, 2), generator=g).double(),
+    )
+
+
+def naive_token_logps(batch: Batch, scale: float = 1.0, softcap: float = 0.0, vocab_size: int = VOCAB) -> Tensor:
+    """What a user writes: logits of every position in the dtype, log_softmax in float32, gather."""
+    z = F.linear(batch.hidden, batch.weight, batch.bias)[..., :vocab_size] * scale
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    picked = z.float().log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None]).squeeze(-1)
+    return picked * (batch.labels != IGNORE)
+
+
+def true_token_logps(batch: Batch, **head: Any) -> Tensor:
+    return reference.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias, **head)
+
+
+Function = Callable[[Batch], Tensor]
+
+
+def check_function(
+    home: Home,
+    seen: Seen,
+    batch: Batch,
+    dtype: torch.dtype,
+    train: str,
+    ours: Function,
+    truth: Function,
+    naive: Function,
+) -> None:
+    """Values and gradients of `ours` against `truth` in float64; 16 bit: no further from it than `naive`."""
+    exact = batch.to(home, torch.float64, TRAIN[train])
+    want = truth(exact)
+    upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def results(function: Function, b: Batch) -> list[Tensor]:
+        value = function(b)
+        up = upstream.to(value.device, value.dtype)
+        return [value, *torch.autograd.grad(value, b.leaves(TRAIN[train]), up)]
+
+    wanted = results(truth, exact)
+    got = results(ours, batch.to(home, dtype, TRAIN[train]))
+    again = results(ours, batch.to(home, dtype, TRAIN[train]))
+    names = ["value", *(["dX"] * TRAIN[train][0]), *(["dW", "db"] * TRAIN[train][1])]
+    plain = results(naive, batch.to(home, dtype, TRAIN[train])) if dtype not in TOLERANCE else wanted
+    for name, g, a, w, n in zip(names, got, again, wanted, plain, strict=False):
+        seen.require(f"{name} has shape {list(g.shape)}", g.shape == w.shape)
+        seen.same(f"{name} of a second run", a, g)
+        if dtype in TOLERANCE:
+            seen.measured(name, relative_error(g, w), TOLERANCE[dtype])
+        else:  # in the 2-norm: the largest of many rounding errors is a matter of luck
+            seen.measured(name, relative_error(g, w, 2), relative_error(n, w, 2) + 1e-3)
+
+
+def budget_bytes(rows: int | None, dtype: torch.dtype) -> int | None:
+    return None if rows is None else rows * VOCAB * dtype.itemsize
+
+
+def token_cases() -> Iterator[Case]:
+    """linear_token_logps and linear_nll."""
+    for (head_name, head), (budget_name, rows), train, dtype in itertools.product(HEADS, BUDGETS, TRAIN, DTYPES):
+        if head_name != "plain" and (budget_name == "tiny" or train == "head-only"):
+            continue
+
+        def logps(home: Home, seen: Seen, head=head, rows=rows, train=train, dtype=dtype) -> None:
+            options = {**head, "memory_budget": budget_bytes(rows, dtype), "impl": home.name}
+
+            def ours(b: Batch) -> Tensor:
+                return linear.linear_token_logps(b.hidden, b.weight, b.labels, b.bias, **options)
+
+            batch = make_batch(bias=train != "frozen", seed=3)
+            naive = lambda b: naive_token_logps(b, **head)  # noqa: E731
+            check_function(home, seen, batch, dtype, train, ours, lambda b: true_token_logps(b, **head), naive)
+            if train == "all":
+                with torch.no_grad():
+                    low = batch.to(home, dtype, (False, False))
+                    extra = linear.linear_token_logps(
+                        low.hidden, low.weight, low.labels, low.bias, extras=True, **options
+                    )
+                    seen.same("value without gradients", extra[0], ours(low))
+
+        def nll(home: Home, seen: Seen, head=head, rows=rows, train=train, dtype=dtype) -> None:
+            budget = budget_bytes(rows, dtype)
+            batch = make_batch(bias=True, seed=4)
+            weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(5)).to(home.device)
+
+            def ours(b: Batch) -> Tensor:
+                options = {**head, "token_weights": weights, "num_tokens": 37.0, "memory_budget": budget}
+                return linear.linear_nll(b.hidden, b.weight, b.labels, b.bias, impl=home.name, **options)
+
+            truth = lambda b: -(true_token_logps(b, **head) * weights).sum() / 37.0  # noqa: E731
+            naive = lambda b: -(naive_token_logps(b, **head) * weights).sum() / 37.0  # noqa: E731
+            check_function(home, seen, batch, dtype, train, ours, truth, naive)
+
+        quick = head_name == "softcap" and budget_name == "chunks" and dtype in (torch.float32, torch.bfloat16)
+        name = f"{short(dtype)}/{train},{head_name},{budget_name}"
+        yield Case(f"linear_token_logps/{name}", logps, quick)
+        yield Case(f"linear_nll/{name}", nll, quick)
+
+
+def preference_cases() -> Iterator[Case]:
+    """FusedLinearCPOLoss: every loss type, padded and packed, one chunk, several, and two passes."""
+    types = [*reference.LOSS_TYPES]
+    plans: list[tuple[str, Sequence[torch.dtype]]] = [(t, (torch.float32, torch.float64)) for t in types]
+    plans += [("sigmoid", (torch.bfloat16, torch.float16))]
+    for loss_type, dtypes in plans:
+        for dtype, (budget_name, rows), train in itertools.product(dtypes, BUDGETS, ("all", "frozen")):
+
+            def run(home: Home, seen: Seen, loss_type=loss_type, dtype=dtype, rows=rows, train=train) -> None:
+                kind = reference.LOSS_TYPES[loss_type]
+                options: dict[str, Any] = {"objectives": OBJECTIVES, "beta": 0.3, "loss_type": loss_type}
+                if loss_type in ("exo_pair", "robust"):
+                    options["label_smoothing"] = 0.1
+                budget = budget_bytes(rows, dtype)
+                ours = loss.FusedLinearCPOLoss(memory_budget=budget, impl=home.name, **options)
+
+                def tensors(b: Batch) -> dict[str, Any]:
+                    given: dict[str, Any] = {"scores": b.scores, "conditions": b.conditions}
+                    if kind.needs_reference:
+                        given["ref_logps"] = b.ref_logps
+                    if "margins" in kind.honours:
+                        given["margins"] = torch.linspace(-1, 1, len(b.labels), dtype=torch.float64).to(home.device)
+                    return given
+
+                def padded(b: Batch) -> Tensor:
+                    return ours(b.hidden, b.weight, b.labels, b.bias, **tensors(b)).loss
+
+                def packed(b: Batch) -> Tensor:
+                    cu = torch.arange(len(b.labels) + 1, device=home.device) * b.labels.shape[1]
+                    hidden = b.hidden.flatten(0, 1)
+                    return ours(hidden, b.weight, b.labels.flatten(), b.bias, cu_seqlens=cu, **tensors(b)).loss
+
+                def after(token_logps: Callable[[Batch], Tensor]) -> Function:
+                    def value(b: Batch) -> Tensor:
+                        lengths = (b.labels != IGNORE).sum(1)
+                        sums = token_logps(b).sum(1)
+                        return loss.preference_loss(
+                            sums, lengths=lengths, impl="reference", **options, **tensors(b)
+                        ).loss
+
+                    return value
+
+                batch = make_batch(bias=train == "all", seed=6)
+                truth, naive = after(true_token_logps), after(naive_token_logps)
+                for function in (padded, packed):
+                    check_function(home, seen, batch, dtype, train, function, truth, naive)
+
+            quick = loss_type == "sigmoid" and dtype in (torch.float32, torch.bfloat16) and train == "all"
+            yield Case(f"FusedLinearCPOLoss/{short(dtype)}/{loss_type},{train},{budget_name}", run, quick)
+
+
+def head_cases() -> Iterator[Case]:
+    yield from token_cases()
+    yield from preference_cases()

@@ -1,0 +1,207 @@
+"""Cases of `cpo-kernels check`: sequence sums and the preference op of a home against the float64 oracle."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import reference
+from cpo_kernels.check.compare import Case, Home, Seen, short
+
+NAMES = ("loss", "losses", "gradient", "chosen_rewards", "rejected_rewards", "value_gap", "order", "counts")
+TYPES = list(reference.LOSS_TYPES)
+FLOATS = (torch.float32, torch.float64)
+OPTION_SETS: tuple[dict[str, float], ...] = (
+    {},
+    dict(label_smoothing=0.1),
+    dict(tau=0.7, margin=0.2),
+    dict(f_divergence=1),
+    dict(f_divergence=2, beta=0.5),
+    dict(f_divergence=3, f_alpha=0.4),
+    dict(f_divergence=3, f_alpha=1.0),
+    dict(simpo_gamma=1.5, alphapo_alpha=0.0, nll_alpha=0.0, modpo_weight=0.3, discopop_tau=0.5),
+    dict(alphapo_alpha=0.6, nll_alpha=0.2, tie_margin=0.8),
+)
+
+
+def sum_cases() -> Iterator[Case]:
+    for average, weighted, dtype in itertools.product((False, True), (False, True), FLOATS):
+
+        def run(home: Home, seen: Seen, average=average, weighted=weighted, dtype=dtype) -> None:
+            generator = torch.Generator().manual_seed(10)
+            count = 70_003
+            logps = (torch.randn(count, generator=generator, dtype=torch.float64) * 10 - 5).to(dtype)
+            weights = torch.rand(count if weighted else 0, generator=generator, dtype=dtype)
+            many = torch.arange(5001) * 14  # more sequences than processors
+            # Empty, of one token, and long ones; tokens outside count nowhere.
+            for cu in (torch.tensor([3, 3, 4, 1000, 1000, 70_000]), many, torch.tensor([0]), torch.tensor([0, 0])):
+                low, high = int(cu[0]), int(cu[-1])
+                inside = weights[low:high].double()
+                want = reference.sequence_sum(logps[low:high].double(), cu - low, inside, average)
+                scale = reference.sequence_sum(logps[low:high].double().abs(), cu - low, inside, average)
+                got = home.kernels.sequence_sum(*(t.to(home.device) for t in (logps, cu, weights)), average)
+                seen.require(f"sum has dtype {got.dtype} instead of {dtype}", got.dtype == dtype)
+                floor = scale.clamp(min=1e-300).to(home.device)  # sum |L|: what rounding is relative to
+                seen.close("sum", got, want.to(home.device), 2 * torch.finfo(dtype).eps, floor)
+                seen.require("an empty sequence is not 0", not got[(cu.diff() == 0).to(home.device)].any())
+                again = home.kernels.sequence_sum(*(t.to(home.device) for t in (logps, cu, weights)), average)
+                seen.same("sum of a second run", again, got)
+
+        yield Case(f"sequence_sum/{short(dtype)}/average={average},weighted={weighted}", run, average and weighted)
+
+
+def make_batch(
+    seed: int = 0, sequences: int = 7, count: int = 11, objectives: int = 3, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    """Arguments of `preference`: shared, unrated and unconditioned responses, with ties among the pairs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    lengths = torch.randint(1, 30, (sequences,), generator=generator)
+    first = torch.randint(0, sequences, (count,), generator=generator)
+    pairs = torch.stack([first, (first + torch.randint(1, sequences, (count,), generator=generator)) % sequences], 1)
+    scores = torch.randint(1, 6, (sequences, objectives), generator=generator).double()
+    if sequences > 5 and count > 2:
+        scores[0] = math.nan  # pairs with response 0 are unrated
+        scores[1, 0] = math.nan
+        scores[3] = scores[2]
+        pairs[:3] = torch.tensor([[0, 1], [2, 3], [5, 4]])
+    conditions = torch.randint(1, 6, (count, objectives), generator=generator).double()
+    conditions[uniform(count, objectives) < 0.3] = math.nan
+    logps = -lengths * uniform(sequences, low=0.2, high=3.0)
+    return dict(
+        seq_logps=logps.to(dtype),
+        ref_logps=(logps + uniform(sequences, low=-3, high=3)).to(dtype),
+        lengths=lengths,
+        pairs=pairs,
+        scores=scores,
+        conditions=conditions,
+        objectives=torch.stack([uniform(objectives, low=0.5, high=2), uniform(objectives, low=0.5, high=2)]),
+        pair_weights=uniform(count, low=0.2, high=2),
+        pair_betas=uniform(count, low=0.05, high=0.5),
+        margins=uniform(sequences, low=-1, high=1),
+        loss_types=[0],
+        loss_weights=[1.0],
+        options=list(reference.OPTION_DEFAULTS.values()),
+        num_pairs=-1.0,
+        chosen_tokens=-1.0,
+    )
+
+
+def without(batch: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {**batch, **{name: batch[name].new_empty(0) for name in names}}
+
+
+def typed(batch: dict[str, Any], loss_type: str, **options: float) -> dict[str, Any]:
+    """The batch under a loss type, with what that type does not take left out."""
+    if loss_type in ("exo_pair", "robust") and not options.get("label_smoothing"):
+        options = {**options, "label_smoothing": 0.02}
+    values = list({**reference.OPTION_DEFAULTS, **options}.values())
+    batch = {**batch, "options": values, "loss_types": [TYPES.index(loss_type)]}
+    return without(batch, "pair_weights", "pair_betas") if loss_type.startswith("aot") else batch
+
+
+def check_preference(home: Home, seen: Seen, batch: dict[str, Any], tolerance: float, label: str) -> tuple[Tensor, ...]:
+    given = {k: v.to(home.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    exact: dict[str, Any] = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()
+    }
+    want = reference.preference(*exact.values())
+    got = home.kernels.preference(*given.values())
+    again = home.kernels.preference(*given.values())
+    for name, a, b, c in zip(NAMES, got, want, again, strict=True):
+        seen.same(f"{label} {name} of a second run", c, a)
+        if a.is_floating_point():
+            seen.require(f"{label} {name} has dtype {a.dtype}", a.dtype == batch["seq_logps"].dtype)
+            seen.close(f"{label} {name}", a, b.to(home.device), tolerance)
+        else:
+            seen.same(f"{label} {name}", a, b.to(home.device))
+    return got
+
+
+def loss_cases() -> Iterator[Case]:
+    for loss_type, dtype in itertools.product(TYPES, FLOATS):
+
+        def run(home: Home, seen: Seen, loss_type=loss_type, dtype=dtype) -> None:
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+            for seed, options in enumerate(OPTION_SETS):
+                batch = {**typed(make_batch(seed, dtype=dtype), loss_type, **options), "loss_weights": [0.7]}
+                label = ",".join(f"{k}={v}" for k, v in options.items()) or "defaults"
+                got = check_preference(home, seen, batch, tolerance, label)
+                seen.require(f"{label}: no pair counts", got[7][0] > 0 and got[2].any())
+            check_preference(home, seen, {**batch, "num_pairs": 17.0, "chosen_tokens": 400.0}, tolerance, "divisors")
+            # More pairs than one block or tile holds, and more objectives.
+            big = typed(make_batch(50, sequences=900, count=2500, objectives=9, dtype=dtype), loss_type)
+            check_preference(home, seen, big, tolerance, "2500 pairs")
+
+        yield Case(f"loss-types/{short(dtype)}/{loss_type}", run, loss_type in ("sigmoid", "ipo", "aot", "orpo"))
+
+
+def far_cases() -> Iterator[Case]:
+    """Sequence log-probs far from the reference: no overflow, no NaN, the tails of every formula."""
+    for spread, loss_type in itertools.product((60.0, 1000.0), TYPES):
+        if loss_type == "discopop" and spread > 60:
+            continue  # e^-u is astronomically large by definition
+
+        def run(home: Home, seen: Seen, spread=spread, loss_type=loss_type) -> None:
+            batch = make_batch(20)
+            batch["ref_logps"] = batch["seq_logps"] + spread * torch.linspace(-1, 1, 7, dtype=torch.float64)
+            got = check_preference(home, seen, typed(batch, loss_type, label_smoothing=0.05), 1e-9, loss_type)
+            seen.require("the gradient is not finite", got[2].isfinite().all())
+
+        yield Case(f"far/float64/{loss_type},spread={spread:g}", run, loss_type == "sigmoid")
+
+
+def layout_cases() -> Iterator[Case]:
+    """Lists of losses, absent inputs, ties, no pairs."""
+
+    def lists(home: Home, seen: Seen) -> None:
+        for mix in (["sigmoid", "bco_pair", "sft"], ["simpo", "orpo"], ["contrastive_cpo"], ["aot", "hinge"], ["sft"]):
+            weights = [1.0, 0.5, 2.0][: len(mix)]
+            batch = {**make_batch(30), "loss_types": [TYPES.index(n) for n in mix], "loss_weights": weights}
+            bare = without(batch, "pair_betas", "pair_weights")
+            check_preference(home, seen, bare, 1e-11, "+".join(mix))
+            check_preference(
+                home, seen, without(bare, "ref_logps", "margins"), 1e-11, "+".join(mix) + " reference-free"
+            )
+
+    def absent(home: Home, seen: Seen) -> None:
+        batch = without(make_batch(31), "scores", "conditions", "objectives")
+        got = check_preference(home, seen, batch, 1e-11, "no ratings")
+        seen.require("without ratings the first of a pair is not chosen", (got[6] == 1).all())
+        check_preference(home, seen, without(make_batch(32), "conditions"), 1e-11, "no conditions")
+
+    def ties(home: Home, seen: Seen) -> None:
+        batch = without(make_batch(33), "pair_weights", "pair_betas")
+        batch["pairs"] = torch.tensor([[0, 1], [2, 3], [0, 5]])  # unrated, equal, unrated
+        batch["conditions"] = torch.full((3, 3), math.nan, dtype=torch.float64)
+        got = check_preference(home, seen, batch, 1e-11, "ties")
+        seen.require("ties give a loss or a gradient", got[0] == 0 and not got[1].any() and not got[2].any())
+
+    def no_pairs(home: Home, seen: Seen) -> None:
+        batch = without(make_batch(34), "pair_weights", "pair_betas")
+        batch["pairs"] = torch.empty(0, 2, dtype=torch.int64)
+        batch["conditions"] = torch.empty(0, 3, dtype=torch.float64)
+        check_preference(home, seen, batch, 1e-11, "no pairs")
+
+    def equal_ratios(home: Home, seen: Seen) -> None:
+        names = ("scores", "conditions", "objectives", "pair_weights", "pair_betas")
+        batch = without(make_batch(36), *names)
+        batch["seq_logps"] = torch.tensor([-1.0, -2.0, -1.0, -2.0, -3.0, -3.0, -3.0], dtype=torch.float64)
+        batch["ref_logps"] = torch.zeros(7, dtype=torch.float64)
+        batch["pairs"] = torch.tensor([[2, 3], [0, 1], [4, 5], [6, 5], [4, 6]])
+        for name in ("aot", "aot_unpaired"):  # ties in the sort keep the order of the pairs
+            check_preference(home, seen, {**batch, "loss_types": [TYPES.index(name)]}, 1e-11, name)
+
+    for function in (lists, absent, ties, no_pairs, equal_ratios):
+        yield Case(f"pairs/float64/{function.__name__}", function, True)
+
+
+def preference_cases() -> Iterator[Case]:
+    for cases in (sum_cases, loss_cases, far_cases, layout_cases):
+        yield from cases()

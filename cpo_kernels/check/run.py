@@ -1,0 +1,268 @@
+"""`cpo-kernels check`: every kernel and public function on this device against the float64 oracle.
+
+cpo-kernels check                                  # every home of the GPU, or of the CPU where there is none
+cpo-kernels check --impl cuda --only 'sizes/bfloat16*'
+
+One line per group of cases: their number, the worst error as a share of its tolerance, PASS or FAIL. The cases run in
+a process of their own: one that crashes or hangs is reported, and the rest goes on. Exit status 1 where one failed.
+"""
+
+import argparse
+import fnmatch
+import json
+import multiprocessing
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpo_kernels import ops
+from cpo_kernels.check.compare import Case, Home, Seen, Skip
+from cpo_kernels.environment import describe
+
+LIMIT_S = 300  # a case without a result after this time hangs
+HOMES = ("cpu", "triton", "cuda")
+Job = tuple[str, str]  # home, case
+Result = dict[str, Any]
+
+
+def all_cases() -> list[Case]:
+    from cpo_kernels.check import head, limits, preference, tokens
+
+    modules = (tokens.token_cases, limits.limit_cases, preference.preference_cases, head.head_cases)
+    cases = [case for cases in modules for case in cases()]
+    groups = list(dict.fromkeys(case.group for case in cases))
+    return sorted(cases, key=lambda case: groups.index(case.group))
+
+
+# ------------------------------------------------------------------------------------------------------- running cases
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory of new tensors is NaN or the largest integer, so that an output left unwritten shows."""
+    deterministic: Any = torch.utils.deterministic  # its switches are properties that mypy does not see
+    fill, enabled = deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*deterministic.*")
+            warnings.filterwarnings("ignore", module="triton.runtime.interpreter")  # numpy on infinities
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        deterministic.fill_uninitialized_memory = fill
+
+
+def run_case(home: Home, case: Case) -> Result:
+    """Never raises. `fatal`: the GPU takes no more work from this process."""
+    seen, start = Seen(), time.perf_counter()
+    status, reason, fatal = "passed", "", False
+    try:
+        with poisoned():
+            case.run(home, seen)
+            if home.on_gpu:
+                torch.cuda.synchronize(home.device)
+        if seen.wrong:
+            status = "failed"
+    except Skip as skip:
+        status, reason = "skipped", str(skip)
+    except Exception as error:
+        status, reason = "crashed", f"{type(error).__name__}: {error}"
+        seen.wrong.append(traceback.format_exc(limit=-4))
+        fatal = home.on_gpu and device_lost(home)
+    return {
+        "home": home.name,
+        "case": case.name,
+        "status": status,
+        "worst": seen.worst,
+        "where": seen.where,
+        "wrong": seen.wrong,
+        "reason": reason,
+        "seconds": round(time.perf_counter() - start, 4),
+        "fatal": fatal,
+    }
+
+
+def device_lost(home: Home) -> bool:
+    try:
+        torch.cuda.synchronize(home.device)
+    except Exception:
+        return True
+    return False
+
+
+def run_here(jobs: Sequence[Job], device: str, build: Callable[[], list[Case]]) -> Iterator[Result]:
+    cases = {case.name: case for case in build()}
+    for home, name in jobs:
+        yield run_case(Home(home, torch.device(device)), cases[name])
+
+
+def work(connection: Any, jobs: Sequence[Job], device: str, build: Callable[[], list[Case]]) -> None:
+    for result in run_here(jobs, device, build):
+        connection.send(result)
+        if result["fatal"]:
+            os._exit(1)
+
+
+def run_apart(
+    jobs: Sequence[Job], device: str, build: Callable[[], list[Case]], limit_s: float = LIMIT_S
+) -> Iterator[Result]:
+    """The same in a process of their own, begun anew after a case that killed it or hung."""
+    left, context = list(jobs), multiprocessing.get_context("spawn")
+    while left:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(sender, left, device, build), daemon=True)
+        process.start()
+        sender.close()
+        died, done = "", 0
+        while left and not died:
+            if not receiver.poll(limit_s):
+                process.kill()
+                died = f"no result after {limit_s:g} s"
+                break
+            try:
+                result = receiver.recv()
+            except EOFError:
+                process.join()
+                died = f"the process died with status {process.exitcode}"
+                break
+            left.pop(0)
+            done += 1
+            yield result
+            if result["fatal"]:
+                break
+        process.join(10 if not died else None)
+        process.kill()
+        if died:
+            count = (
+                1 if done or len(left) == len(jobs) else len(left)
+            )  # a process that cannot even start is not retried
+            for home, name in left[:count]:
+                yield {
+                    "home": home, "case": name, "status": "crashed", "worst": 0.0, "where": "", "wrong": [],
+                    "reason": died, "seconds": 0.0, "fatal": True,
+                }  # fmt: skip
+            del left[:count]
+
+
+# ------------------------------------------------------------------------------------------------------------ reporting
+
+
+@dataclass
+class Group:
+    """The line of one home and group."""
+
+    home: str
+    name: str
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[Result]:
+        return [r for r in self.results if r["status"] in ("failed", "crashed")]
+
+    def line(self) -> str:
+        ran = [r for r in self.results if r["status"] != "skipped"]
+        worst = max(ran, key=lambda r: r["worst"], default=None)
+        error = f"worst {worst['worst']:.2f} of tolerance" if worst and worst["where"] else ""
+        verdict = "FAIL" if self.failures else "PASS" if ran else "skipped"
+        seconds = sum(r["seconds"] for r in self.results)
+        return f"{self.home:9} {self.name:20} {len(ran):4} cases  {error:28} {seconds:6.1f} s  {verdict}"
+
+    def details(self, device: str) -> list[str]:
+        lines = []
+        for r in self.failures:
+            lines.append(f"  {r['case']}: {r['reason'] or r['wrong'][0]}")
+            if len(r["wrong"]) > 1:
+                lines.append(f"    and {len(r['wrong']) - 1} more")
+            lines.append(f"    again: cpo-kernels check --device {device} --impl {r['home']} --only '{r['case']}'")
+        lines += [f"  {r['case']}: skipped: {r['reason']}" for r in self.results if r["status"] == "skipped"]
+        return lines
+
+
+def report(results: Iterable[Result], device: str) -> list[Result]:
+    """Prints each group as it ends."""
+    seen: list[Result] = []
+    group: Group | None = None
+
+    def finish() -> None:
+        if group:
+            print("\n".join([group.line(), *group.details(device)]), flush=True)
+
+    for result in results:
+        name = result["case"].partition("/")[0]
+        if group is None or (group.home, group.name) != (result["home"], name):
+            finish()
+            group = Group(result["home"], name)
+        group.results.append(result)
+        seen.append(result)
+    finish()
+    return seen
+
+
+def homes_on(device: torch.device) -> list[str]:
+    """Every home that runs on this device; not the reference, which is the oracle."""
+    wanted = ["cpu"] if device.type == "cpu" else ["triton", "cuda"]
+    if device.type == "cpu" and ops.triton_interpreted():
+        wanted.append("triton")
+    found = [name for name in wanted if not ops.missing(name)]
+    if not found:
+        raise ValueError(f"no kernels to check on {device}: " + "; ".join(f"{n}: {ops.missing(n)}" for n in wanted))
+    return found
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="cpo-kernels check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default=default_device(), help="cuda, cuda:1 or cpu; default %(default)s")
+    parser.add_argument("--impl", nargs="+", choices=HOMES, help="homes; default: all that run on the device")
+    parser.add_argument("--quick", action="store_true", help="a part of the cases, in seconds")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="cases by name, with * and ? as in a shell")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument(
+        "--in-process", action="store_true", help="no process of their own: for debuggers and sanitizers"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write every case and the environment as JSON")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no GPU here, use --device cpu")
+    homes = args.impl or homes_on(device)
+    for home in homes:
+        ops.resolve_impl(home, device)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products may differ from run to run
+    names = [c.name for c in all_cases() if (c.quick or not args.quick) and fnmatch.fnmatchcase(c.name, args.only)]
+    if not names:
+        raise ValueError(f"--only {args.only!r} names no case{' of --quick' if args.quick else ''}: see --list")
+    if args.list:
+        print("\n".join(names))
+        return 0
+    start = time.perf_counter()
+    runner = run_here if args.in_process else run_apart
+    results = report(runner([(h, n) for h in homes for n in names], args.device, all_cases), args.device)
+    count = {s: sum(r["status"] == s for r in results) for s in ("passed", "failed", "crashed", "skipped")}
+    print(", ".join(f"{n} {s}" for s, n in count.items() if n) + f" in {time.perf_counter() - start:.0f} s")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        content = {"environment": describe(device), "counts": count, "cases": results}
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"wrote {args.out}")
+    return 1 if count["failed"] or count["crashed"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
