@@ -1,17 +1,19 @@
 // What the kernels need of the machine: threads, barriers, shuffles, clusters, 16-byte accesses, conversions, launches.
-// tests/host_cuda/host_device.h gives the same names on a CPU; no other file here knows the difference.
+//
+// A kernel file takes raw pointers, holds no torch code, and reaches the machine through this file alone. That is what
+// lets tests/host_cuda/host_device.h run the same sources on a CPU, with the same names and CPO_HOST_CUDA defined.
 #pragma once
 
 #include <cstdint>
 
-namespace cpo {
+namespace cpo::cuda {
 
 constexpr int kWarp = 32;
+constexpr int64_t kMaxGrid = 2147483647;  // blocks in x; y and z would stop at 65,535
 
 struct alignas(16) Pack {  // one 16-byte access
   uint32_t word[4];
 };
-
 struct BFloat16 {
   uint16_t bits;
 };
@@ -21,21 +23,19 @@ struct Half {
 
 struct DeviceInfo {
   int multiprocessors;
-  bool clusters;  // thread-block clusters: compute capability 9.0 and up
+  bool clusters;  // blocks can share their shared memory: compute capability 9.0 and up
 };
 
-// Where a kernel runs. `cluster` blocks, a divisor of `grid`, share their shared memory.
+// Where a kernel runs. `cluster` blocks, a divisor of `grid`, are resident together and see each other's shared memory.
 struct LaunchShape {
   int64_t grid;
   int block;
   int cluster;
-  int shared_bytes;
+  int shared_bytes;  // at most 48 KB
   void* stream;
 };
 
-constexpr int64_t kMaxGrid = 2147483647;  // blocks in x; y and z would stop at 65,535
-
-}  // namespace cpo
+}  // namespace cpo::cuda
 
 #ifdef CPO_HOST_CUDA
 #include "host_device.h"
@@ -49,10 +49,10 @@ constexpr int64_t kMaxGrid = 2147483647;  // blocks in x; y and z would stop at 
 #include <stdexcept>
 
 #define CPO_DEVICE __device__ __forceinline__
-// A kernel of up to `threads` threads a block, `blocks` of them at once on a multiprocessor.
+// A kernel of up to `threads` threads a block, with registers for `blocks` blocks on a multiprocessor.
 #define CPO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
-namespace cpo {
+namespace cpo::cuda {
 
 // ---- threads --------------------------------------------------------------------------------------------------------
 
@@ -69,7 +69,19 @@ CPO_DEVICE T* shared() {
   return reinterpret_cast<T*>(cpo_shared_memory);
 }
 
-// ---- clusters -------------------------------------------------------------------------------------------------------
+// The value of lane (lane ^ mask), of any struct of 32-bit words; all 32 lanes of the warp take part.
+template <typename T>
+CPO_DEVICE T shuffle_xor(T value, int mask) {
+  static_assert(sizeof(T) % 4 == 0, "shuffles move 32-bit words");
+  uint32_t word[sizeof(T) / 4];
+  memcpy(word, &value, sizeof(T));
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 4); ++i) word[i] = __shfl_xor_sync(0xffffffffu, word[i], mask);
+  memcpy(&value, word, sizeof(T));
+  return value;
+}
+
+// ---- clusters: a block alone is a cluster of 1 ----------------------------------------------------------------------
 
 CPO_DEVICE int cluster_size() {
 #if __CUDA_ARCH__ >= 900
@@ -96,7 +108,7 @@ CPO_DEVICE void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-// The same address in the shared memory of block `rank` of the cluster.
+// The same place in the shared memory of block `rank` of the cluster.
 template <typename T>
 CPO_DEVICE T* cluster_shared(T* pointer, int rank) {
 #if __CUDA_ARCH__ >= 900
@@ -104,33 +116,6 @@ CPO_DEVICE T* cluster_shared(T* pointer, int rank) {
 #else
   return pointer;
 #endif
-}
-
-// ---- shuffles of any struct of 32-bit words, by whole warps ---------------------------------------------------------
-
-template <typename T, typename Shuffle>
-CPO_DEVICE T shuffle_words(T value, Shuffle&& shuffle) {
-  static_assert(sizeof(T) % 4 == 0, "shuffles move 32-bit words");
-  union Words {
-    T value;
-    uint32_t word[sizeof(T) / 4];
-    CPO_DEVICE Words(T v) : value(v) {}
-  } words(value);
-#pragma unroll
-  for (int i = 0; i < int(sizeof(T) / 4); ++i) words.word[i] = shuffle(words.word[i]);
-  return words.value;
-}
-template <typename T>
-CPO_DEVICE T shuffle_xor(T value, int mask) {
-  return shuffle_words(value, [=](uint32_t w) { return __shfl_xor_sync(0xffffffffu, w, mask); });
-}
-template <typename T>
-CPO_DEVICE T shuffle_up(T value) {
-  return shuffle_words(value, [=](uint32_t w) { return __shfl_up_sync(0xffffffffu, w, 1); });
-}
-template <typename T>
-CPO_DEVICE T shuffle_down(T value) {
-  return shuffle_words(value, [=](uint32_t w) { return __shfl_down_sync(0xffffffffu, w, 1); });
 }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
@@ -156,12 +141,6 @@ CPO_DEVICE float reciprocal_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Products and sums that are never contracted into one fma: combining two partial sums must not depend on their order.
-CPO_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
-CPO_DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
-CPO_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
-CPO_DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }
-
 CPO_DEVICE void unpack_half2(uint32_t w, float& low, float& high) {
   const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&w));
   low = f.x;
@@ -191,14 +170,19 @@ inline void check_cuda(cudaError_t status, const char* op, const char* call) {
   throw std::runtime_error(message.str());
 }
 
-inline DeviceInfo device_info(const char* op, int device) {
+// `kernel`: any of those to be launched. Built for an older target (an architecture list without 9.0) it knows nothing
+// of clusters, even where the device does.
+template <typename Kernel>
+DeviceInfo device_info(const char* op, int device, Kernel kernel) {
   DeviceInfo info{};
   int clusters = 0;
   check_cuda(cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device), op,
              "cudaDeviceGetAttribute(MultiProcessorCount)");
   check_cuda(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device), op,
              "cudaDeviceGetAttribute(ClusterLaunch)");
-  info.clusters = clusters != 0;
+  cudaFuncAttributes built{};
+  check_cuda(cudaFuncGetAttributes(&built, reinterpret_cast<const void*>(kernel)), op, "cudaFuncGetAttributes");
+  info.clusters = clusters != 0 && built.ptxVersion >= 90;
   return info;
 }
 
@@ -228,5 +212,5 @@ void launch(const char* op, const LaunchShape& shape, void (*kernel)(Parameters.
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), op, call.str().c_str());
 }
 
-}  // namespace cpo
+}  // namespace cpo::cuda
 #endif

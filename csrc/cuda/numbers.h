@@ -5,7 +5,7 @@
 
 #include "device.h"
 
-namespace cpo {
+namespace cpo::cuda {
 
 // Acc: float, or double for double. kPer: elements in 16 bytes. kLowest: -inf in every element of a 32-bit word.
 template <typename T>
@@ -103,4 +103,4 @@ CPO_DEVICE Acc soft(Acc x, Acc inner, Acc& slope) {
   return kSoftcap ? tanh_and_slope(x * inner, slope) : x;
 }
 
-}  // namespace cpo
+}  // namespace cpo::cuda
