@@ -316,7 +316,7 @@ CPO_HOST_DEVICE inline LossTerm pair_loss(int type, const LossPair& p, const Los
 // What one objective adds to Delta R * sum(weight): weight (g(a) - g(b)), g = -strength |P - c|, or P where c is NaN.
 CPO_HOST_DEVICE inline double weighted_gain(double a, double b, double condition, double weight, double strength) {
   if (isnan(condition)) return weight * (a - b);
-  return weight * (-strength * fabs(a - condition) + strength * fabs(b - condition));
+  return weight * (strength * (fabs(b - condition) - fabs(a - condition)));
 }
 
 }  // namespace cpo

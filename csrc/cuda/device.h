@@ -141,6 +141,8 @@ CPO_DEVICE float reciprocal_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// A sum that is never contracted with a product into an fma.
+CPO_DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }
 CPO_DEVICE void unpack_half2(uint32_t w, float& low, float& high) {
   const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&w));
   low = f.x;

@@ -169,6 +169,7 @@ inline float exp2_approx(float t) {
   return y < 1.17549435e-38f ? 0.0f : y;
 }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
+inline double add_rn(double a, double b) { return a + b; }
 inline void unpack_half2(uint32_t w, float& low, float& high) {
   low = host::to_float(Half{uint16_t(w)});
   high = host::to_float(Half{uint16_t(w >> 16)});

@@ -1,0 +1,22 @@
+// Sums over the threads of a block in one fixed order.
+#pragma once
+
+#include "device.h"
+
+namespace cpo::cuda {
+
+// The sum of every thread's x, for all of them. `scratch` holds kThreads / kWarp values and is free again afterwards.
+template <int kThreads, typename T>
+CPO_DEVICE T block_sum(T x, T* scratch) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  if (thread_index() % kWarp == 0) scratch[thread_index() / kWarp] = x;
+  sync_block();
+  T total = scratch[0];
+#pragma unroll
+  for (int warp = 1; warp < kThreads / kWarp; ++warp) total += scratch[warp];
+  sync_block();
+  return total;
+}
+
+}  // namespace cpo::cuda
