@@ -54,13 +54,6 @@ void check_losses(const PreferenceInput& in, const std::vector<int64_t>& types, 
   }
 }
 
-Tensor new_ranks(const Tensor& pairs) { return new_vector(pairs, 5 * pairs.size(0), ScalarType::Long); }
-
-AotRanks ranks_in(Tensor& ranks, int64_t num_pairs) {
-  int64_t* const data = mutable_data_of<int64_t>(ranks);
-  return {data, data + 2 * num_pairs, data + 4 * num_pairs};
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference(
@@ -97,11 +90,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefe
   check_losses(in, loss_types, loss_weights);
   set_losses(in, loss_types.data(), loss_weights.data(), loss_types.size());
 
-  Tensor unused = new_vector(pairs, 0, ScalarType::Long);
-  Tensor ranks = lists(in, kAot) ? new_ranks(pairs) : unused;
-  Tensor unpaired_ranks = lists(in, kAotUnpaired) ? new_ranks(pairs) : unused;
-  in.aot = ranks_in(ranks, in.num_pairs);
-  in.aot_unpaired = ranks_in(unpaired_ranks, in.num_pairs);
+  const auto new_ranks = [&](int type) {
+    return new_vector(pairs, lists(in, type) ? 5 * in.num_pairs : 0, ScalarType::Long);
+  };
+  Tensor ranks = new_ranks(kAot), unpaired_ranks = new_ranks(kAotUnpaired);
+  in.aot = ranks_in(mutable_data_of<int64_t>(ranks), in.num_pairs);
+  in.aot_unpaired = ranks_in(mutable_data_of<int64_t>(unpaired_ranks), in.num_pairs);
 
   const ScalarType type = seq_logps.scalar_type();
   Tensor loss = torch::stable::new_empty(seq_logps, {}, type);

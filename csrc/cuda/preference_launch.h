@@ -8,6 +8,11 @@
 
 namespace cpo::cuda {
 
+// Of memory for 5 P integers.
+inline AotRanks ranks_in(int64_t* data, int64_t num_pairs) {
+  return {data, data + 2 * num_pairs, data + 4 * num_pairs};
+}
+
 inline bool lists(const PreferenceInput& in, int type) {
   return std::find(in.loss_types, in.loss_types + in.num_losses, type) != in.loss_types + in.num_losses;
 }
