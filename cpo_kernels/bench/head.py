@@ -1,0 +1,196 @@
+"""The head's workload, its tensors and its truth: a preference loss from hidden states, forward and backward.
+
+Every subject (`head_subjects`, `peers`) computes -mean log sigmoid(beta * d) over the pairs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpo_kernels.bench.subject import Outcome, Step
+
+BETA = 0.1
+# name -> hidden size, vocabulary, cap of the logits
+HEADS = {
+    "smollm2-135m": (576, 49152, None),
+    "qwen2.5-0.5b": (896, 151936, None),
+    "qwen2.5-7b": (3584, 152064, None),
+    "gemma-2-9b": (3584, 256000, 30.0),
+    "llama-3-8b": (4096, 128256, None),
+}
+MODES = ("trainable", "frozen", "forward")
+
+
+@dataclass(frozen=True)
+class Head:
+    """`groups` prompts with `responses` each, all pairs of a group; `prompt` of the `length` tokens are the prompt.
+
+    mode: head `trainable`, `frozen` (LoRA: hidden states alone want a gradient) or `forward` (no gradient).
+    reference: its log-probs are `given`, or `computed` in the step from its hidden states: with a head of its own where
+        the head is trained, else with the same one.
+    """
+
+    head: str
+    hidden: int
+    vocab: int
+    softcap: float | None = None
+    groups: int = 4
+    responses: int = 2
+    length: int = 128
+    prompt: int = 64
+    dtype: str = "bfloat16"
+    mode: str = "trainable"
+    reference: str = "given"
+
+    @property
+    def sequences(self) -> int:
+        return self.groups * self.responses
+
+    @property
+    def pairs(self) -> int:
+        return self.groups * self.responses * (self.responses - 1) // 2
+
+    @property
+    def labelled(self) -> int:
+        return self.sequences * (self.length - self.prompt)
+
+    @property
+    def products(self) -> int:
+        """Matrix products of labelled x hidden x vocab that cannot be avoided."""
+        return {"trainable": 3, "frozen": 2, "forward": 1}[self.mode] + (self.reference == "computed")
+
+    @property
+    def gradient_bytes(self) -> int:
+        """dX on every position, and dW."""
+        size = getattr(torch, self.dtype).itemsize
+        dx = 0 if self.mode == "forward" else self.sequences * self.length * self.hidden
+        return size * (dx + (self.vocab * self.hidden if self.mode == "trainable" else 0))
+
+
+def head(name: str, **keys) -> Head:
+    hidden, vocab, softcap = HEADS[name]
+    return Head(name, hidden, vocab, softcap, **keys)
+
+
+class Batch:
+    """The tensors of a workload. Sequences lie response by response: with two responses chosen first, then rejected."""
+
+    def __init__(self, workload: Head, device: torch.device) -> None:
+        w, self.workload, self.device = workload, workload, device
+        self.dtype = getattr(torch, w.dtype)
+        g = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, device=device)
+
+        self.hidden = normal(w.sequences, w.length, w.hidden).to(self.dtype).requires_grad_(w.mode != "forward")
+        weight = normal(w.vocab, w.hidden).mul_(w.hidden**-0.5).to(self.dtype)
+        self.weight = weight.requires_grad_(w.mode == "trainable")  # [V, H]
+        self.labels = torch.randint(w.vocab, (w.sequences, w.length), generator=g, device=device)  # [S, T]
+        self.labels[:, : w.prompt] = -100
+        self.pairs = torch.tensor(
+            [(a * w.groups + i, b * w.groups + i) for a, b in combinations(range(w.responses), 2)
+             for i in range(w.groups)], device=device,
+        )  # fmt: skip
+        self.ref_hidden: Tensor | None = None
+        self.ref_weight = self.weight
+        # All the same: it cancels in d, so that Liger, which takes no log-probs, computes the same loss.
+        self.ref_logps = torch.full((w.sequences,), -11.0 * (w.length - w.prompt), device=device)
+        if w.reference == "computed":
+            self.ref_hidden = (self.hidden.detach().float() + 0.3 * normal(*self.hidden.shape)).to(self.dtype)
+            if w.mode == "trainable":
+                self.ref_weight = self.weight.detach().clone()
+
+    def outcome(self, loss: Tensor) -> Outcome:
+        """Backward, and the gradients taken off the leaves."""
+        if self.workload.mode == "forward":
+            return {"loss": loss}
+        loss.backward()
+        named = {"loss": loss.detach(), "dx": self.hidden.grad, "dw": self.weight.grad}
+        self.hidden.grad = self.weight.grad = None
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def dpo(self, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
+        """-mean log sigmoid(beta d) from token log-probs [S, T], zero where nothing is labelled."""
+        ref = self.ref_logps if ref_token_logps is None else ref_token_logps.float().sum(1)
+        d = token_logps.float().sum(1) - ref
+        chosen, rejected = d[self.pairs].unbind(1)
+        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+TokenLogps = Callable[[Tensor, Tensor], Tensor]  # hidden [S, T, H], weight [V, H] -> [S, T]
+
+
+def from_token_logps(make: Callable[[Batch], TokenLogps]) -> Callable[[Batch], Step]:
+    """The step of a subject that gives token log-probs: the loss, and the reference where it is computed, by torch."""
+
+    def build(b: Batch) -> Step:
+        logps = make(b)
+
+        def run() -> Outcome:
+            with torch.set_grad_enabled(b.workload.mode != "forward"):
+                ref = None
+                if b.ref_hidden is not None:
+                    with torch.no_grad():
+                        ref = logps(b.ref_hidden, b.ref_weight)
+                loss = b.dpo(logps(b.hidden, b.weight), ref)
+            return b.outcome(loss)
+
+        return Step(run)
+
+    return build
+
+
+def capped(z: Tensor, softcap: float | None) -> Tensor:
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def gathered(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    """log_softmax in the dtype of the logits, then gather: the lightest form that users write."""
+    z = capped(x @ weight.t(), softcap)
+    return z.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- truth
+
+
+def truth(b: Batch) -> Outcome:
+    """The plain formulas in float32 over chunks of rows: log-probs first, then their vector-Jacobian product."""
+    keep, w, step = b.labels != -100, b.workload, 1024
+    labels = b.labels[keep]
+
+    def logps(x: Tensor, weight: Tensor) -> Tensor:
+        """[n] without a graph."""
+        parts = zip(x.split(step), labels.split(step), strict=True)
+        with torch.no_grad():
+            return torch.cat([gathered(rows, weight, y, w.softcap) for rows, y in parts])
+
+    x, weight = b.hidden.detach()[keep].float(), b.weight.detach().float()
+    ref = None
+    if b.ref_hidden is not None:
+        ref = logps(b.ref_hidden[keep].float(), b.ref_weight.detach().float()).view(w.sequences, -1)
+    logp = logps(x, weight).requires_grad_(w.mode != "forward")
+    loss = b.dpo(logp.view(w.sequences, -1), ref)
+    if w.mode == "forward":
+        return {"loss": loss}
+    (coef,) = torch.autograd.grad(loss, logp)
+    weight.requires_grad_(w.mode == "trainable")
+    dx = torch.zeros_like(b.hidden, dtype=torch.float32)
+    grads = []
+    for rows, y, c in zip(x.split(step), labels.split(step), coef.split(step), strict=True):
+        rows = rows.detach().requires_grad_()
+        gathered(rows, weight, y, w.softcap).backward(c)
+        grads.append(rows.grad)
+    dx[keep] = torch.cat([grad for grad in grads if grad is not None])
+    named = {"loss": loss.detach(), "dx": dx, "dw": weight.grad}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def limits(workload: Head) -> dict[str, float]:
+    """16 bit: rounding log-probs to 2^-8 of their size shifts d, and with it every gradient, by some percent."""
+    limit = 1e-3 if workload.dtype == "float32" else 0.1
+    return {"loss": limit, "dx": limit, "dw": limit}

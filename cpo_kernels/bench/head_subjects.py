@@ -1,0 +1,128 @@
+"""The head by us and by naive PyTorch, and the floor: the bare products on the labelled rows, without any loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cpo_kernels as cpo
+from cpo_kernels import ops
+from cpo_kernels.bench.head import BETA, Batch, Head, TokenLogps, from_token_logps, gathered
+from cpo_kernels.bench.subject import Outcome, Step, Subject, gpu_only
+
+FLOOR_ROWS = 4096  # rows of a chunk of `products`: there the products of these heads run at their full rate
+
+
+# ------------------------------------------------------------------------------------------------------------ the floor
+
+
+def products(b: Batch) -> Step:
+    """Z = X W^T, dX = G W and dW = G^T X on the labelled rows, through one buffer of at most FLOOR_ROWS rows.
+
+    dW of several chunks adds up in float32 where a product can (GPU), else in the dtype of the weight.
+    """
+    x, weight = b.hidden.detach()[b.labels != -100], b.weight.detach()
+    ref = None if b.ref_hidden is None else (b.ref_hidden[b.labels != -100], b.ref_weight.detach())
+    several = x.shape[0] > FLOOR_ROWS
+    wide = several and b.device.type == "cuda" and b.dtype != torch.float32
+    mode = b.workload.mode
+
+    def run() -> Outcome:
+        z = x.new_empty(min(x.shape[0], FLOOR_ROWS), weight.shape[0])
+        dx = torch.empty_like(x) if mode != "forward" else None
+        dw = weight.new_empty(weight.shape, dtype=torch.float32 if wide else b.dtype) if mode == "trainable" else None
+        for low in range(0, x.shape[0], FLOOR_ROWS):
+            rows = x[low : low + FLOOR_ROWS]
+            g = z[: rows.shape[0]]
+            torch.mm(rows, weight.t(), out=g)
+            if dx is not None:
+                torch.mm(g, weight, out=dx[low : low + FLOOR_ROWS])
+            if dw is not None:
+                kind: Any = {"out_dtype": torch.float32} if wide else {}
+                if low == 0:
+                    torch.mm(g.t(), rows, out=dw, **kind)
+                else:
+                    torch.addmm(dw, g.t(), rows, out=dw, **kind)
+            if ref is not None:
+                torch.mm(ref[0][low : low + FLOOR_ROWS], ref[1].t(), out=g)
+        return {}
+
+    return Step(run)
+
+
+# ----------------------------------------------------------------------------------------------------------------- ours
+
+
+def fused_loss(impl: str = "auto", half_group: bool = False) -> Callable[[Batch], Step]:
+    """`FusedLinearCPOLoss`; half_group gives it a budget that a group does not fit: strategy two_pass."""
+
+    def build(b: Batch) -> Step:
+        w = b.workload
+        budget = None
+        if half_group:
+            budget = max(1, w.labelled // w.groups // 2) * w.vocab * b.dtype.itemsize
+        loss_fn = cpo.FusedLinearCPOLoss(beta=BETA, softcap=w.softcap, impl=impl, memory_budget=budget)
+        given = {"ref_logps": b.ref_logps} if b.ref_hidden is None else {"ref_hidden": b.ref_hidden}
+        if b.ref_weight is not b.weight:
+            given["ref_weight"] = b.ref_weight
+        pairs = None if w.responses == 2 else b.pairs
+
+        def run() -> Outcome:
+            with torch.set_grad_enabled(w.mode != "forward"):
+                return b.outcome(loss_fn(b.hidden, b.weight, b.labels, pairs=pairs, **given).loss)
+
+        return Step(run)
+
+    return build
+
+
+@from_token_logps
+def our_token_logps(b: Batch) -> TokenLogps:
+    """`linear_token_logps` under a loss that it does not know: strategies recompute, frozen and forward."""
+    return lambda x, weight: cpo.linear_token_logps(x, weight, b.labels, softcap=b.workload.softcap)
+
+
+def needs_home(impl: str) -> Callable[[Head, torch.device], str]:
+    return lambda workload, device: gpu_only(workload, device) or ops.missing(impl)
+
+
+def trainable_alone(workload: Head, device: torch.device) -> str:
+    return "" if workload.mode == "trainable" else "two_pass is for a trainable head"
+
+
+# ---------------------------------------------------------------------------------------------------------------- naive
+
+
+def naive(rows_alone: bool, compiled: bool) -> Callable[[Batch], Step]:
+    """Logits of every position, or of the labelled rows alone."""
+
+    @from_token_logps
+    def make(b: Batch) -> TokenLogps:
+        function = torch.compile(gathered) if compiled else gathered
+        keep, softcap = b.labels != -100, b.workload.softcap
+        labels = b.labels[keep]
+
+        def every_position(x: Tensor, weight: Tensor) -> Tensor:
+            return function(x, weight, b.labels, softcap) * keep
+
+        def labelled(x: Tensor, weight: Tensor) -> Tensor:
+            return function(x[keep], weight, labels, softcap).view(b.labels.shape[0], -1)
+
+        return labelled if rows_alone else every_position
+
+    return make
+
+
+SUBJECTS = {
+    "products": Subject("bare matrix products (the floor)", products),
+    "ours": Subject("**cpo-kernels**", fused_loss()),
+    "ours_triton": Subject("cpo-kernels, Triton", fused_loss("triton"), refuses=needs_home("triton")),
+    "ours_cuda": Subject("cpo-kernels, CUDA C++", fused_loss("cuda"), refuses=needs_home("cuda")),
+    "ours_two_pass": Subject("cpo-kernels, half the budget", fused_loss(half_group=True), refuses=trainable_alone),
+    "ours_token_logps": Subject("cpo-kernels, `linear_token_logps` and a loss in torch", our_token_logps),
+    "naive": Subject("naive PyTorch, every position", naive(False, False)),
+    "naive_unmasked": Subject("naive PyTorch, labelled rows only", naive(True, False)),
+    "naive_compiled": Subject("naive PyTorch, every position, torch.compile", naive(False, True)),
+    "naive_unmasked_compiled": Subject("naive PyTorch, labelled rows only, torch.compile", naive(True, True)),
+}

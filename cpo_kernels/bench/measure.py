@@ -1,0 +1,100 @@
+"""Time, memory and error of one step, in the process of its subject."""
+
+import ctypes
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.bench.subject import Outcome, Step
+
+
+class Clock:
+    """Seconds of a step: on a GPU between two device events, after its L2 cache was filled with something else."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+            self.other = torch.empty(2 * l2, dtype=torch.int8, device=device)
+
+    def time(self, step: Step) -> float:
+        step.prepare()
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            step.run()
+            return (time.perf_counter() - start) / step.repeats
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.other.zero_()
+        begin.record()
+        step.run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / step.repeats
+
+    def turn(self, step: Step, seconds: float) -> float:
+        """Median of as many runs as fill `seconds`; of several the first does not count, it finds cold caches."""
+        times: list[float] = []
+        start = time.perf_counter()
+        least = 2 if self.device.type == "cuda" else 1  # the first allocates what the turn before gave back
+        while len(times) < least or time.perf_counter() - start < seconds:
+            times.append(self.time(step))
+        return statistics.median(times[1:] or times)
+
+
+def resident_kib(key: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(key))
+
+
+def peak_bytes(step: Step, device: torch.device) -> int | None:
+    """Peak memory of one step beyond what is there before it; None where the system does not tell."""
+    step.prepare()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = step.run()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = resident_kib("VmRSS")
+        with open("/proc/self/clear_refs", "w") as refs:
+            refs.write("5")  # reset the high-water mark
+    except OSError:
+        return None
+    result = step.run()
+    peak = resident_kib("VmHWM")
+    del result
+    return (peak - before) * 1024
+
+
+def project(outcome: Outcome) -> dict[str, Tensor]:
+    """On the CPU in float32; a matrix [..., n] as its product with one random vector [n].
+
+    |(A - B) v| estimates |A - B| in the Frobenius norm and vanishes for A = B alone, in 1/n of the memory.
+    """
+    seen = {}
+    for name, tensor in outcome.items():
+        tensor = tensor.detach()
+        if tensor.dim() > 1:
+            v = torch.randn(tensor.shape[-1], generator=torch.Generator().manual_seed(1)).to(tensor.device)
+            rows = tensor.reshape(-1, tensor.shape[-1]).split(4096)
+            tensor = torch.cat([part.float() @ v for part in rows])
+        seen[name] = tensor.float().cpu()
+    return seen
+
+
+def differences(seen: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """|seen - truth| / |truth| in the 2-norm for every name that both have; inf where NaN came."""
+    found = {}
+    for name in seen.keys() & truth.keys():
+        a, b = seen[name].double().flatten(), truth[name].double().flatten()
+        if a.shape != b.shape:
+            raise ValueError(f"{name} has {a.numel()} elements instead of {b.numel()}")
+        error = (a - b).norm() / b.norm().clamp(min=1e-30)
+        found[name] = float(error.nan_to_num(nan=float("inf")))
+    return found

@@ -1,0 +1,105 @@
+"""The head by the peers, each as its project documents it; imported where it runs."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpo_kernels.bench.head import BETA, Batch, Head, TokenLogps, from_token_logps
+from cpo_kernels.bench.subject import Outcome, Step, Subject, gpu_only
+
+TRL_CHUNK = 8192  # vocabulary columns of a tile, as TRL's DPOTrainer runs it
+
+
+def cut_cross_entropy(impl: str, **options: float | None) -> Callable[[Batch], Step]:
+    """Cut Cross Entropy drops the unlabelled rows itself. filter_eps None computes every tile: exact gradients."""
+
+    @from_token_logps
+    def make(b: Batch) -> TokenLogps:
+        from cut_cross_entropy import linear_cross_entropy
+
+        given = dict(softcap=b.workload.softcap, reduction="none", impl=impl, **options)
+        return lambda x, weight: -linear_cross_entropy(x, weight, b.labels, **given)
+
+    return make
+
+
+def trl_head(rows_alone: bool) -> Callable[[Batch], Step]:
+    """TRL's chunked head on every position, as its DPOTrainer runs it, or on the labelled rows."""
+
+    @from_token_logps
+    def make(b: Batch) -> TokenLogps:
+        from trl.kernels import ChunkedLogProbFunction
+
+        keep, labels, softcap = b.labels != -100, b.labels, b.workload.softcap
+
+        def logps(x: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+            return ChunkedLogProbFunction.apply(x, weight, None, targets, 1.0, TRL_CHUNK, softcap, 1.0, ())[0]
+
+        def every_position(x: Tensor, weight: Tensor) -> Tensor:
+            return logps(x.flatten(0, 1), labels.clamp(min=0).flatten(), weight).view(labels.shape) * keep
+
+        def labelled(x: Tensor, weight: Tensor) -> Tensor:
+            return logps(x[keep], labels[keep], weight).view(labels.shape[0], -1)
+
+        return labelled if rows_alone else every_position
+
+    return make
+
+
+@from_token_logps
+def torch_chunked(b: Batch) -> TokenLogps:
+    """F.linear_cross_entropy in chunks, on the labelled rows: on every position it projects the others too."""
+    keep = b.labels != -100
+    labels, options = b.labels[keep], torch.nn.LinearCrossEntropyOptions()
+
+    def logps(x: Tensor, weight: Tensor) -> Tensor:
+        nll = F.linear_cross_entropy(x[keep], weight, labels, reduction="none", options=options)
+        return -nll.view(b.labels.shape[0], -1)
+
+    return logps
+
+
+def liger(b: Batch) -> Step:
+    """Liger's fused linear DPO, compiled as by default. It takes pairs: a response in several is projected as often."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss_fn = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=b.ref_hidden is not None)
+    rows = None if b.workload.responses == 2 else b.pairs.t().flatten()  # chosen of every pair, then rejected
+
+    def paired(x: Tensor) -> Tensor:
+        return x if rows is None else x[rows]
+
+    def run() -> Outcome:
+        ref = {}
+        if b.ref_hidden is not None:
+            ref = {"ref_input": paired(b.ref_hidden), "ref_weight": b.ref_weight.detach()}
+        with torch.set_grad_enabled(b.workload.mode != "forward"):
+            return b.outcome(loss_fn(b.weight, paired(b.hidden), paired(b.labels), **ref)[0])
+
+    return Step(run)
+
+
+def no_softcap(peer: str) -> Callable[[Head, torch.device], str]:
+    return lambda workload, device: f"{peer} has no softcap" if workload.softcap else ""
+
+
+def torch_without_it(workload: Head, device: torch.device) -> str:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has no chunked F.linear_cross_entropy"
+    return no_softcap("F.linear_cross_entropy")(workload, device)
+
+
+CCE = "cut-cross-entropy"
+SUBJECTS = {
+    "torch_chunked": Subject("F.linear_cross_entropy, chunked, labelled rows", torch_chunked, refuses=torch_without_it),
+    "cce": Subject("Cut Cross Entropy, torch_compile form", cut_cross_entropy("torch_compile"), CCE),
+    "cce_exact": Subject(
+        "Cut Cross Entropy, its kernels, exact", cut_cross_entropy("cce", filter_eps=None), CCE, gpu_only
+    ),
+    "cce_filtered": Subject("Cut Cross Entropy, its kernels, filtered", cut_cross_entropy("cce"), CCE, gpu_only),
+    "liger": Subject("Liger fused linear DPO, compiled", liger, "liger-kernel", no_softcap("Liger's DPO")),
+    "trl": Subject("TRL chunked head", trl_head(False), "trl"),
+    "trl_unmasked": Subject("TRL chunked head, labelled rows", trl_head(True), "trl"),
+}

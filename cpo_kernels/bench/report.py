@@ -1,0 +1,92 @@
+"""Results as markdown tables."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from cpo_kernels.bench.families import FAMILIES
+
+Result = dict[str, Any]
+
+
+def duration(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def title(result: Result) -> str:
+    """One line that says what was measured."""
+    r = result
+    if r["family"] == "head":
+        cap = f", softcap {r['softcap']:g}" if r["softcap"] else ""
+        groups = f"{r['groups']} groups of {r['responses']} responses, " if r["responses"] > 2 else ""
+        reference = ", reference computed" if r["reference"] == "computed" else ""
+        return (
+            f"{r['head']} ({r['hidden']} × {r['vocab']}{cap}), {groups}{r['pairs']} pairs of {r['length']} tokens of "
+            f"which {r['prompt']} are prompt, {r['dtype']}, {r['mode']}{reference}"
+        )
+    if r["family"] == "tokens":
+        cap = f", softcap {r['softcap']:g}" if r["softcap"] else ""
+        return f"logits {r['rows']} × {r['vocab']}, {r['dtype']}{cap}"
+    if r["family"] == "preference":
+        return f"preference of {r['pairs']} pairs × {r['objectives']} objectives"
+    return (
+        f"training step of {r['model']}, {r['groups']} prompts with {r['responses']} responses of {r['length']} tokens "
+        f"of which {r['prompt']} are prompt, {r['dtype']}"
+    )
+
+
+def rate(result: Result, name: str, row: Result) -> str:
+    """What a family counts beside time: share of the device's copy rate, or completion tokens a second."""
+    if result["family"] == "tokens":
+        traffic = FAMILIES["tokens"].subjects[name].traffic
+        if not traffic:
+            return ""
+        share = f" ({traffic / 2 / row['ratio']:.0%} of copy)" if "ratio" in row else ""
+        return f"{traffic * result['bytes'] / row['median_s'] / 1e9:.3g} GB/s{share}"
+    if result["family"] == "training_step":
+        return f"{result['completion_tokens'] / row['median_s']:.3g} completion tokens/s"
+    return ""
+
+
+def table(result: Result) -> str:
+    """The rows of one workload."""
+    family = FAMILIES[result["family"]]
+    floor = f"× of {family.floor}" if family.floor else "× of floor"
+    lines = [f"| | median (range) | {floor} (range) | rate | first step | peak memory |", "|---" * 6 + "|"]
+    for name, row in result["subjects"].items():
+        label = family.subjects[name].label
+        if "why" in row:
+            lines.append(f"| {label} | not measured: {row['why']} | | | | |")
+            continue
+        ratio = f"{row['ratio']:.2f} ({' to '.join(f'{x:.2f}' for x in row['ratio_spread'])})" if "ratio" in row else ""
+        peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
+        spread = f"{duration(row['min_s'])} to {duration(row['max_s'])}"
+        lines.append(
+            f"| {label} | {duration(row['median_s'])} ({spread}) | {ratio} | {rate(result, name, row)} | "
+            f"{duration(row['first_s'])} | {peak} |"
+        )
+    return "\n".join(lines)
+
+
+def growth_table(growths: Sequence[Result]) -> str:
+    lines = ["| grows with | subject | time ~ size^ | expected | extra memory ~ size^ | expected |", "|---" * 6 + "|"]
+    for growth in growths:
+        values = ", ".join(str(p[growth["over"]]) for p in growth["points"])
+        for name, seen in growth["seen"].items():
+            label = FAMILIES["head"].subjects[name].label
+            time, memory = ("not measured" if seen[k] is None else f"{seen[k]:.2f}" for k in ("time", "memory"))
+            # A budget binds ours alone; the logits of the others are as many as their rows.
+            expected = f"at most {growth['expected']['memory']:.0f}" if name == "ours" else ""
+            lines.append(f"| {growth['over']} ({values}) | {label} | {time} | 1 | {memory} | {expected} |")
+    return "\n".join(lines)
+
+
+def cold_start_table(cold: Result) -> str:
+    if "why" in cold:
+        return f"not measured: {cold['why']}"
+    lines = ["| | import torch | import cpo_kernels | first loss and backward |", "|---" * 4 + "|"]
+    for name, label in (("first", "nothing cached"), ("again", f"again, median of {cold['runs']}")):
+        lines.append(f"| {label} | " + " | ".join(duration(cold[name][k]) for k in cold[name]) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,144 @@
+"""One workload, its subjects side by side: checked, then timed in turns so that drift hits all of them alike."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpo_kernels.bench.families import FAMILIES
+from cpo_kernels.bench.worker import Failed, Worker
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Bench:
+    """How to measure, and the processes of the family at hand.
+
+    rounds: turns of each subject. turn_s: seconds that a turn fills at least. subject_s: longest wait for one answer.
+    deadline: `time.monotonic()` after which nothing is begun.
+    """
+
+    device: torch.device
+    threads: int
+    rounds: int
+    turn_s: float
+    subject_s: float
+    deadline: float = float("inf")
+    family: str = ""
+    workers: dict[str, Worker] = field(default_factory=dict)
+
+    def limit_s(self) -> float:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise Failed("not measured: the time limit of the run was reached")
+        return min(self.subject_s, left)
+
+    def worker(self, family: str, subject: str) -> Worker:
+        if family != self.family:
+            self.close()
+            self.family = family
+        if subject not in self.workers:
+            self.workers[subject] = Worker(family, subject, str(self.device), self.threads)
+        return self.workers[subject]
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.stop()
+        self.workers = {}
+
+    def measure(self, family: str, workload: Any, names: Sequence[str]) -> dict[str, Row]:
+        """A row for every name: times, memory and differences, or `why` there are none."""
+        known = FAMILIES[family]
+        rows: dict[str, Row] = {n: {} for n in names}
+        for name, row in rows.items():
+            if why := known.subjects[name].why_not(workload, self.device):
+                row["why"] = why
+        able = [n for n in names if "why" not in rows[n]]
+        workers = {n: self.worker(family, n) for n in ("truth", *able)}
+        for worker in workers.values():
+            worker.start()  # their imports overlap
+        with tempfile.TemporaryDirectory() as folder:
+            truth = str(Path(folder) / "truth.pt")
+            try:
+                self.keep_truth(workers.pop("truth"), workload, truth)
+            except Failed as failed:
+                return {n: row or {"why": f"no truth to check it against: {failed}"} for n, row in rows.items()}
+            for name in able:
+                try:
+                    rows[name] |= self.examine(workers[name], workload, truth, known.limits(workload))
+                except Failed as failed:
+                    rows[name]["why"] = str(failed)
+                    workers.pop(name).stop()
+        times = self.take_turns(workers, rows)
+        for worker in workers.values():
+            self.unload(worker)
+        for name, seen in times.items():
+            rows[name] |= summary(seen, times.get(known.floor, []))
+        return rows
+
+    def keep_truth(self, worker: Worker, workload: Any, path: str) -> None:
+        worker.load(workload, self.limit_s())
+        worker.ask("keep", path, limit_s=self.limit_s())
+        self.unload(worker)
+
+    def examine(self, worker: Worker, workload: Any, truth: str, limits: Any) -> Row:
+        """First step, differences from the truth, peak memory. A wrong result is not timed."""
+        worker.load(workload, self.limit_s())
+        row: Row = {"first_s": worker.ask("first", limit_s=self.limit_s())}
+        row["differences"] = worker.ask("check", truth, limit_s=self.limit_s())
+        for name, difference in row["differences"].items():
+            if not difference <= limits[name]:
+                raise Failed(f"wrong result: {name} is off by {difference:.2e} (relative), at most {limits[name]:g}")
+        row["peak_bytes"] = worker.ask("memory", limit_s=self.limit_s())
+        return row
+
+    def take_turns(self, workers: dict[str, Worker], rows: dict[str, Row]) -> dict[str, list[float]]:
+        """Seconds of each round; the order moves on by one every round and turns around every other."""
+        times: dict[str, list[float]] = {n: [] for n in workers}
+        order = list(workers)
+        for r in range(self.rounds):
+            if time.monotonic() > self.deadline and r:
+                break  # whole rounds alone count
+            shift = r % max(len(order), 1)
+            turn = order[shift:] + order[:shift]
+            for name in turn[::-1] if r % 2 else turn:
+                if name not in times:
+                    continue
+                try:
+                    times[name].append(workers[name].ask("turn", self.turn_s, limit_s=self.subject_s))
+                except Failed as failed:
+                    rows[name]["why"] = str(failed)
+                    del times[name]
+                    workers.pop(name).stop()
+        return times
+
+    def unload(self, worker: Worker) -> None:
+        try:
+            worker.ask("unload", limit_s=60)
+        except Failed:
+            worker.stop()
+
+
+def summary(seen: list[float], floor: list[float]) -> Row:
+    """Median and range, and those of the ratio to the floor in the same round."""
+    row: Row = {"rounds": len(seen), "median_s": statistics.median(seen), "min_s": min(seen), "max_s": max(seen)}
+    if floor:
+        ratios = [t / f for t, f in zip(seen, floor, strict=True)]
+        row |= {"ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)]}
+    return row
+
+
+def described(family: str, workload: Any) -> Row:
+    """The workload with what follows from it: what a results file holds beside the rows."""
+    derived = ("pairs", "labelled", "products", "gradient_bytes", "bytes", "completion_tokens")
+    return {
+        "family": family,
+        **asdict(workload),
+        **{name: getattr(workload, name) for name in derived if hasattr(workload, name)},
+    }

@@ -1,0 +1,67 @@
+"""What can be timed: a family of subjects that compute the same thing from the same tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.environment import installed
+
+# Name -> tensor, as many of the truth's names as the subject computes.
+Outcome = dict[str, Tensor]
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a subject, which may hold `repeats` runs of what is timed; `prepare` runs before it, untimed."""
+
+    run: Callable[[], Outcome]
+    prepare: Callable[[], None] = nothing
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`build` makes the step from the family's tensors; `refuses` says why it cannot run a workload, '' if it can.
+
+    traffic: logits that it reads and writes, in multiples of N * V; 0 where the family does not count them.
+    """
+
+    label: str
+    build: Callable[[Any], Step]
+    package: str = ""
+    refuses: Callable[[Any, torch.device], str] = lambda workload, device: ""
+    traffic: float = 0.0
+
+    def why_not(self, workload: Any, device: torch.device) -> str:
+        if self.package and not installed(self.package):
+            return f"{self.package} is not installed"
+        return self.refuses(workload, device)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Subjects and what they share.
+
+    floor: the subject whose time the others are measured against, '' for none.
+    tensors: (workload, device) -> what every subject builds its step from; the same values in every process.
+    truth: the same outcome in float32 or better, by the plainest route that fits in memory.
+    limits: largest relative error of each of the truth's names.
+    """
+
+    workload: type
+    tensors: Callable[[Any, torch.device], Any]
+    subjects: Mapping[str, Subject]
+    floor: str
+    truth: Callable[[Any], Outcome]
+    limits: Callable[[Any], Mapping[str, float]]
+
+
+def gpu_only(workload: Any, device: torch.device) -> str:
+    return "" if device.type == "cuda" else f"needs an NVIDIA GPU, this is {device.type}"

@@ -1,0 +1,128 @@
+"""A process for one subject: it loads one workload after the other and runs a step whenever it is asked to."""
+
+import gc
+import multiprocessing
+import time
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from cpo_kernels.bench.families import FAMILIES
+from cpo_kernels.bench.measure import Clock, differences, peak_bytes, project
+from cpo_kernels.bench.subject import Step
+
+
+class Failed(Exception):
+    """Why a subject gave no result."""
+
+
+class Serving:
+    """What the parent may ask for, in the process of the subject; `truth` as subject is the family's truth."""
+
+    def __init__(self, family: str, subject: str, device: torch.device) -> None:
+        self.family, self.subject, self.device = FAMILIES[family], subject, device
+        self.clock = Clock(device)
+        self.step: Step
+
+    def load(self, workload: dict[str, Any]) -> None:
+        tensors = self.family.tensors(self.family.workload(**workload), self.device)
+        if self.subject == "truth":
+            self.step = Step(lambda: self.family.truth(tensors))
+        else:
+            self.step = self.family.subjects[self.subject].build(tensors)
+
+    def first(self) -> float:
+        """Seconds of the first step, compilation and first touch of memory included."""
+        self.step.prepare()
+        start = time.perf_counter()
+        self.step.run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+    def keep(self, path: str) -> None:
+        torch.save(project(self.step.run()), path)
+
+    def check(self, path: str) -> dict[str, float]:
+        self.step.prepare()
+        return differences(project(self.step.run()), torch.load(path))
+
+    def memory(self) -> int | None:
+        return peak_bytes(self.step, self.device)
+
+    def turn(self, seconds: float) -> float:
+        median = self.clock.turn(self.step, seconds)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the others take turns on the same device
+        return median
+
+    def unload(self) -> None:
+        del self.step
+        torch._dynamo.reset()  # the next workload is not a second shape of this one
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def serve(connection: Any, family: str, subject: str, device: str, threads: int) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    serving = Serving(family, subject, torch.device(device))
+    while True:
+        try:
+            command, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = True, getattr(serving, command)(*arguments)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            answer = False, f"{type(error).__name__}: {lines[0][:300]}"
+        connection.send(answer)
+
+
+class Worker:
+    """The parent's end. `ask` waits at most `limit_s` seconds; a process that hung or died is begun anew next time."""
+
+    def __init__(self, family: str, subject: str, device: str, threads: int) -> None:
+        self.arguments = (family, subject, device, threads)
+        self.process: Any = None
+
+    def start(self) -> None:
+        if self.process is not None and self.process.is_alive():
+            return
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, *self.arguments))
+        self.process.start()
+        theirs.close()
+
+    def ask(self, command: str, *arguments: Any, limit_s: float) -> Any:
+        self.start()
+        try:
+            self.connection.send((command, arguments))
+            if not self.connection.poll(max(limit_s, 0)):
+                self.stop()
+                raise Failed(f"no answer to {command!r} within {limit_s:.0f} s")
+            good, answer = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            code = self.process.exitcode
+            self.stop()
+            raise Failed(f"its process died at {command!r} with status {code}") from None
+        if not good:
+            raise Failed(answer)
+        return answer
+
+    def load(self, workload: Any, limit_s: float) -> None:
+        self.ask("load", asdict(workload), limit_s=limit_s)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.connection.close()  # an idle one ends by itself
+            self.process.join(2)
+            self.process.kill()
+            self.process.join()
+            self.process = None
