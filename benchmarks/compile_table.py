@@ -32,7 +32,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = ("cpo_kernels.kernels.token_logps",)
+MODULES = ("cpo_kernels.kernels.token_logps", "cpo_kernels.kernels.preference")
 COLUMNS = ("kernel", "warps", "registers", "spills", "local_bytes", "shared_bytes", "loop_loads", "loop_stores")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS = (

@@ -6,6 +6,7 @@ between them in place. Rows without a label are dropped before the first product
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,12 +21,16 @@ WEIGHT_SLAB = 8192  # vocabulary rows of dW accumulated at a time when several c
 
 @dataclass
 class Rows:
-    """The labelled rows of a batch, in the order in which the chunks take them."""
+    """The rows of a batch that are projected, in the order in which the chunks take them."""
 
     index: Tensor  # [n] positions in the full layout
     x: Tensor  # [n, H]
     labels: Tensor  # [n]
-    full: bool  # every position is labelled and in order: index is the identity
+    full: bool  # every position is a row, in order: index is the identity
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[M, ...] -> [n, ...]"""
+        return values.contiguous() if self.full else values.index_select(0, self.index)
 
     def scatter(self, values: Tensor, size: int) -> Tensor:
         """[n, ...] -> [size, ...] with zeros at the positions that are not rows."""
@@ -34,12 +39,22 @@ class Rows:
         return values.new_zeros(size, *values.shape[1:]).index_copy_(0, self.index, values)
 
 
-def labelled_rows(hidden: Tensor, labels: Tensor, ignore_index: int, order: Tensor | None = None) -> Rows:
-    """Gather the labelled rows; `order` lists them in another order than the layout's."""
-    index = (labels != ignore_index).nonzero().squeeze(1) if order is None else order
-    if order is None and index.shape[0] == labels.shape[0]:
+def gather_rows(hidden: Tensor, labels: Tensor, index: Tensor, full: bool) -> Rows:
+    if full:
         return Rows(index, hidden.contiguous(), labels, True)
     return Rows(index, hidden.index_select(0, index), labels.index_select(0, index), False)
+
+
+def labelled_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
+    """[count] positions of the labels; their number is known, so the host does not wait for it."""
+    return torch.nonzero_static(labels != ignore_index, size=count).squeeze(1)
+
+
+def labelled_rows(hidden: Tensor, labels: Tensor, ignore_index: int, index: Tensor) -> Rows:
+    """The rows at `index` [n]; where that is [0] the labelled ones, whose number the host waits for."""
+    if not index.numel():
+        index = (labels != ignore_index).nonzero().squeeze(1)
+    return gather_rows(hidden, labels, index, index.shape[0] == labels.shape[0])
 
 
 def power_of_two(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,11 +69,29 @@ def power_of_two(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(top > 0, torch.exp2(torch.floor(torch.log2(top))), one)
 
 
+@cache
+def multiplies_into_float32(device: torch.device) -> bool:
+    """Whether torch.addmm(..., out_dtype=float32) adds a bfloat16 product to a float32 matrix in place here.
+
+    Asked of the device once, with numbers whose sums bfloat16 cannot hold: CUDA has it, the CPU and some ROCm builds
+    raise.
+    """
+    if device.type == "cpu":
+        return False
+    a = torch.full((16, 16), 1.0, device=device, dtype=torch.bfloat16)
+    sums = torch.full((16, 16), 1025.0, device=device)
+    try:
+        torch.addmm(sums, a.t(), a, out_dtype=torch.float32, out=sums)
+        return bool((sums == 1041.0).all() and (torch.mm(a.t(), a, out_dtype=torch.float32) == 16.0).all())
+    except (RuntimeError, TypeError):
+        return False
+
+
 class WeightGrad:
     """dW = sum over chunks of G^T (c * x), db = sum of G^T c, with dW kept divided by `power`.
 
     One chunk is one product in the weight's dtype. Several chunks add up in float32 (float64 for float64): a bfloat16
-    accumulator biases training.
+    accumulator biases training. Where the device multiplies 16 bit into float32 the product itself adds.
     """
 
     def __init__(self, weight: Tensor, num_chunks: int, need_dw: bool, need_db: bool) -> None:
@@ -87,6 +120,11 @@ class WeightGrad:
                 self.power = power
             else:
                 torch.addmm(self.dw, g.t(), scaled, out=self.dw)
+        elif g.dtype == torch.bfloat16 and multiplies_into_float32(g.device):
+            if self.first:
+                torch.mm(g.t(), scaled, out_dtype=torch.float32, out=self.dw)
+            else:
+                torch.addmm(self.dw, g.t(), scaled, out_dtype=torch.float32, out=self.dw)
         else:
             # A slab of the 16-bit product stays in the cache until it is added: 832 x 896 x 151936 in bfloat16 took
             # 208 ms with the addition, 228 ms as one product without it (2 cores, medians of 5 in one run).
@@ -107,7 +145,7 @@ class WeightGrad:
 
 
 class Head:
-    """One head during one op: makes the logits of a chunk in a buffer that all chunks share."""
+    """One head during one op: makes the logits of a chunk in a buffer of `max_rows` that all chunks share."""
 
     def __init__(self, weight: Tensor, bias: Tensor, options: Sequence[Any], max_rows: int, impl: str) -> None:
         self.weight, self.bias, self.options = weight, bias, tuple(options)
@@ -121,10 +159,29 @@ class Head:
             return torch.addmm(self.bias, x, self.weight.t(), out=out)
         return torch.mm(x, self.weight.t(), out=out)
 
-    def fused(self, x: Tensor, labels: Tensor, extras: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(g, logp, lse, extra) with g = (onehot - softmax) * dz/du in the buffer."""
-        g = self.logits(x)
-        return g, *self.kernels.token_logps_fused_(g, labels, *self.options, extras)
+    def with_reference(self, x: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits [n, V] of x, and log-probs [n] of a reference model's rows through the same head ([0] without).
+
+        One product for both where the buffer holds them: few rows do not fill the device, many do by themselves.
+        """
+        n = x.shape[0]
+        if ref is None:
+            return self.logits(x), self.weight.new_empty(0, dtype=ops.acc_dtype(self.weight.dtype))
+        if 2 * n <= self.buffer.shape[0]:
+            both = self.logits(torch.cat([x, ref]))
+            return both[:n], self.kernels.token_logps_fwd(both[n:], labels, *self.options, False)[0]
+        ref_logp = self.kernels.token_logps_fwd(self.logits(ref), labels, *self.options, False)[0]
+        return self.logits(x), ref_logp
+
+    def forward(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(logp, lse, extra, ref_logp)"""
+        z, ref_logp = self.with_reference(x, labels, ref)
+        return *self.kernels.token_logps_fwd(z, labels, *self.options, extras), ref_logp
+
+    def fused(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(g, logp, lse, extra, ref_logp) with g = (onehot - softmax) * dz/du in the buffer."""
+        g, ref_logp = self.with_reference(x, labels, ref)
+        return g, *self.kernels.token_logps_fused_(g, labels, *self.options, extras), ref_logp
 
     def again(self, x: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
         """g from logits made a second time, with the log-sum-exp of the first."""
@@ -133,9 +190,16 @@ class Head:
         return g
 
 
+def multiply(values: Tensor, factor: Tensor) -> Tensor:
+    """values * factor in the dtype of `values`, multiplied in float32 (float64) and rounded once."""
+    if values.device.type == "cpu" or torch.compiler.is_compiling():
+        return (values * factor.to(ops.acc_dtype(values.dtype))).to(values.dtype)
+    return torch.mul(values, factor.view(-1, 1), out=torch.empty_like(values))  # one pass, no float32 copy
+
+
 def scale_rows(dx: Tensor, coef: Tensor) -> Tensor:
-    """Row t of dx times coef_t, multiplied in float32 and rounded once."""
-    return (dx * coef[:, None]).to(dx.dtype)
+    """Row t of dx times coef_t."""
+    return multiply(dx, coef[:, None])
 
 
 # ------------------------------------------------------------------------------- log-probs: forward, frozen, recompute
@@ -147,6 +211,8 @@ def linear_token_logps_op(
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
+    index: Tensor,
+    ref_hidden: Tensor,
     ignore_index: int,
     scale: float,
     softcap: float,
@@ -155,36 +221,47 @@ def linear_token_logps_op(
     want_dx: bool,
     row_limit: int,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden [M, H] -> logp [M], lse [M], extra [4, M] or [0], dx [M, H] or [0] (for an incoming gradient of 1)."""
-    acc, size = ops.acc_dtype(hidden.dtype), hidden.shape[0]
-    rows = labelled_rows(hidden, labels, ignore_index)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """hidden [M, H], labels [M], index [n] of the rows or [0], ref_hidden [M, H] or [0].
+
+    Returns logp [M], lse [M], extra [4, M] or [0], dx [M, H] or [0] (for an incoming gradient of 1) and ref_logp [M]
+    or [0], the log-probs of ref_hidden through the same head.
+    """
+    acc, size, shared = ops.acc_dtype(hidden.dtype), hidden.shape[0], ref_hidden.numel() > 0
+    rows = labelled_rows(hidden, labels, ignore_index, index)
     count = rows.x.shape[0]
     step = even_rows(count, row_limit)
-    head = Head(weight, bias, (ignore_index, scale, softcap, vocab_size), min(step, count), impl)
+    max_rows = min(2 * step, row_limit) if shared and count else min(step, count)
+    head = Head(weight, bias, (ignore_index, scale, softcap, vocab_size), max_rows, impl)
     logp, lse = (rows.x.new_empty(count, dtype=acc) for _ in range(2))
+    ref_x, ref_logp = (rows.gather(ref_hidden) if shared else None), logp.new_empty(count if shared else 0)
     extra = rows.x.new_empty((count, 4) if extras else (0,), dtype=acc)
     dx = torch.empty_like(rows.x) if want_dx else rows.x.new_empty(0)
     for low, high in chunks(count, step):
         part = slice(low, high)
+        inputs = rows.x[part], rows.labels[part], extras, None if ref_x is None else ref_x[part]
         if want_dx:
-            g, logp[part], lse[part], seen = head.fused(rows.x[part], rows.labels[part], extras)
+            g, logp[part], lse[part], seen, ref_part = head.fused(*inputs)
             torch.mm(g, weight, out=dx[part])
         else:
-            z = head.logits(rows.x[part])
-            logp[part], lse[part], seen = head.kernels.token_logps_fwd(z, rows.labels[part], *head.options, extras)
+            logp[part], lse[part], seen, ref_part = head.forward(*inputs)
         if extras:
             extra[part] = seen.t()
+        if shared:
+            ref_logp[part] = ref_part
     extra = rows.scatter(extra, size).t().contiguous() if extras else extra
-    return rows.scatter(logp, size), rows.scatter(lse, size), extra, rows.scatter(dx, size) if want_dx else dx
+    dx = rows.scatter(dx, size) if want_dx else dx
+    ref_logp = rows.scatter(ref_logp, size) if shared else ref_logp
+    return rows.scatter(logp, size), rows.scatter(lse, size), extra, dx, ref_logp
 
 
 @linear_token_logps_op.register_fake
-def _(hidden, weight, bias, labels, i, s, c, v, extras, want_dx, row_limit, impl):
+def _(hidden, weight, bias, labels, index, ref_hidden, i, s, c, v, extras, want_dx, row_limit, impl):
     acc, size = ops.acc_dtype(hidden.dtype), hidden.shape[0]
     extra = hidden.new_empty((4, size) if extras else (0,), dtype=acc)
     dx = hidden.new_empty(hidden.shape if want_dx else (0,))
-    return hidden.new_empty(size, dtype=acc), hidden.new_empty(size, dtype=acc), extra, dx
+    logp, lse = (hidden.new_empty(size, dtype=acc) for _ in range(2))
+    return logp, lse, extra, dx, hidden.new_empty(ref_hidden.shape[0], dtype=acc)
 
 
 @functional_op("linear_token_logps_backward")
@@ -193,6 +270,7 @@ def linear_token_logps_backward_op(
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
+    index: Tensor,
     lse: Tensor,
     grad: Tensor,
     ignore_index: int,
@@ -207,9 +285,9 @@ def linear_token_logps_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The vector-Jacobian product of `linear_token_logps` from recomputed logits."""
     size = hidden.shape[0]
-    rows = labelled_rows(hidden, labels, ignore_index)
+    rows = labelled_rows(hidden, labels, ignore_index, index)
     count = rows.x.shape[0]
-    lse, grad = (t if rows.full else t.index_select(0, rows.index) for t in (lse, grad))
+    lse, grad = rows.gather(lse), rows.gather(grad)
     step = even_rows(count, row_limit)
     head = Head(weight, bias, (ignore_index, scale, softcap, vocab_size), min(step, count), impl)
     sums = WeightGrad(weight, len(chunks(count, step)), need_dw, need_db)
@@ -225,7 +303,7 @@ def linear_token_logps_backward_op(
 
 
 @linear_token_logps_backward_op.register_fake
-def _(hidden, weight, bias, labels, lse, grad, i, s, c, v, need_dx, need_dw, need_db, row_limit, impl):
+def _(hidden, weight, bias, labels, index, lse, grad, i, s, c, v, need_dx, need_dw, need_db, row_limit, impl):
     return _fake_grads(hidden, weight, need_dx, need_dw, need_db)
 
 
@@ -241,34 +319,36 @@ def _restore(value: Tensor, factor: Tensor) -> Tensor:
     """value * factor without the pass over V*H where the factor is 1: free to know on the CPU."""
     if not torch.compiler.is_compiling() and factor.device.type == "cpu" and float(factor) == 1.0:
         return value
-    return (value * factor.to(ops.acc_dtype(value.dtype))).to(value.dtype)
+    return multiply(value, factor)
 
 
 class _LinearTokenLogps(torch.autograd.Function):
     """`frozen` keeps dX for an incoming gradient of 1; `recompute` keeps the log-sum-exp and makes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, head, extras, train_hidden, train_head, row_limit, impl):
+    def forward(
+        ctx, hidden, weight, bias, labels, index, ref_hidden, head, extras, train_hidden, train_head, row_limit, impl
+    ):
         frozen = train_hidden and not train_head
-        logp, lse, extra, dx = linear_token_logps_op(
-            hidden, weight, bias, labels, *head, extras, frozen, row_limit, impl
+        logp, lse, extra, dx, ref_logp = linear_token_logps_op(
+            hidden, weight, bias, labels, index, ref_hidden, *head, extras, frozen, row_limit, impl
         )
         ctx.frozen, ctx.head, ctx.row_limit, ctx.impl = frozen, head, row_limit, impl
-        ctx.save_for_backward(*((dx,) if frozen else (hidden, weight, bias, labels, lse)))
-        ctx.mark_non_differentiable(extra)
-        return logp, extra
+        ctx.save_for_backward(*((dx,) if frozen else (hidden, weight, bias, labels, index, lse)))
+        ctx.mark_non_differentiable(extra, ref_logp)
+        return logp, extra, ref_logp
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         refuse_double_backward()
         if ctx.frozen:
-            return scale_rows(ctx.saved_tensors[0], grad), *(None,) * 9
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
+            return scale_rows(ctx.saved_tensors[0], grad), *(None,) * 11
+        hidden, weight, bias, labels, index, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = linear_token_logps_backward_op(
-            hidden, weight, bias, labels, lse, grad, *ctx.head, *needs, ctx.row_limit, ctx.impl
+            hidden, weight, bias, labels, index, lse, grad, *ctx.head, *needs, ctx.row_limit, ctx.impl
         )
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
 # ------------------------------------------------------------------------------------------------------------- the NLL
@@ -280,6 +360,7 @@ def linear_nll_op(
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
+    index: Tensor,
     token_weights: Tensor,
     ignore_index: int,
     scale: float,
@@ -294,20 +375,21 @@ def linear_nll_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss [], dX unscaled [M, H], its coefficients [M], dW up to a power of two, db in float32, that power []."""
     size = hidden.shape[0]
-    rows = labelled_rows(hidden, labels, ignore_index)
+    rows = labelled_rows(hidden, labels, ignore_index, index)
     count = rows.x.shape[0]
     step = even_rows(count, row_limit)
     head = Head(weight, bias, (ignore_index, scale, softcap, vocab_size), min(step, count), impl)
-    weights = rows.x.new_ones(count, dtype=ops.acc_dtype(hidden.dtype))
+    labelled = rows.labels != ignore_index
+    weights = labelled.to(ops.acc_dtype(hidden.dtype))
     if token_weights.numel():
-        weights *= token_weights if rows.full else token_weights.index_select(0, rows.index)
-    coef = -weights / (num_tokens if num_tokens > 0 else max(count, 1))
+        weights = torch.where(labelled, rows.gather(token_weights), 0.0)
+    coef = -weights / (num_tokens if num_tokens > 0 else labelled.sum().clamp(min=1))
     sums = WeightGrad(weight, len(chunks(count, step)), need_dw, need_db)
     dx = torch.empty_like(rows.x) if need_dx else rows.x.new_empty(0)
     loss = coef.new_zeros((), dtype=torch.float64)
     for low, high in chunks(count, step):
         part = slice(low, high)
-        g, logp, _, _ = head.fused(rows.x[part], rows.labels[part])
+        g, logp, *_ = head.fused(rows.x[part], rows.labels[part])
         loss += torch.dot(coef[part].double(), logp.double())
         if need_dx:
             torch.mm(g, weight, out=dx[part])
@@ -317,7 +399,7 @@ def linear_nll_op(
 
 
 @linear_nll_op.register_fake
-def _(hidden, weight, bias, labels, token_weights, i, s, c, v, n, need_dx, need_dw, need_db, row_limit, impl):
+def _(hidden, weight, bias, labels, index, token_weights, i, s, c, v, n, need_dx, need_dw, need_db, row_limit, impl):
     acc = ops.acc_dtype(hidden.dtype)
     return hidden.new_empty((), dtype=acc), *fake_known_loss(hidden, weight, need_dx, need_dw, need_db)
 
@@ -349,16 +431,16 @@ def known_loss_grads(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor
 
 class _LinearNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, token_weights, head, num_tokens, needs, row_limit, impl):
+    def forward(ctx, hidden, weight, bias, labels, index, token_weights, head, num_tokens, needs, row_limit, impl):
         loss, *saved = linear_nll_op(
-            hidden, weight, bias, labels, token_weights, *head, num_tokens, *needs, row_limit, impl
+            hidden, weight, bias, labels, index, token_weights, *head, num_tokens, *needs, row_limit, impl
         )
         ctx.save_for_backward(*saved)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return *known_loss_grads(ctx, grad_loss), *(None,) * 7
+        return *known_loss_grads(ctx, grad_loss), *(None,) * 8
 
 
 # ---------------------------------------------------------------------------------------------------------- public door
@@ -430,12 +512,28 @@ def head_inputs(
     )
 
 
-def token_logps_of(inputs: HeadInputs, extras: bool, impl: str) -> tuple[Tensor, Tensor]:
-    """Differentiable logp [M] and extra [4, M] (or [0]) of checked inputs."""
+def token_logps_of(
+    inputs: HeadInputs,
+    extras: bool,
+    impl: str,
+    index: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    function: type[_LinearTokenLogps] = _LinearTokenLogps,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable logp [M], extra [4, M] or [0], and ref_logp [M] or [0], of checked inputs."""
     i = inputs
-    return _LinearTokenLogps.apply(
-        i.hidden, i.weight, i.bias, i.labels, i.options, extras, i.needs[0], i.train_head, i.row_limit, impl
-    )
+    index = i.labels.new_empty(0) if index is None else index
+    ref_hidden = i.weight.new_empty(0) if ref_hidden is None else ref_hidden
+    flags = (i.options, extras, i.needs[0], i.train_head, i.row_limit, impl)
+    return function.apply(i.hidden, i.weight, i.bias, i.labels, index, ref_hidden, *flags)
+
+
+def check_index(index: Tensor | None, labels: Tensor) -> None:
+    if index is not None and (index.dtype != torch.int64 or index.dim() != 1 or index.device != labels.device):
+        raise ValueError(
+            f"index must be int64 of shape [n] on {labels.device}, got {index.dtype} {list(index.shape)} on "
+            f"{index.device}"
+        )
 
 
 def linear_token_logps(
@@ -448,6 +546,7 @@ def linear_token_logps(
     scale: float = 1.0,
     vocab_size: int | None = None,
     extras: bool = False,
+    index: Tensor | None = None,
     memory_budget: int | None = None,
     impl: str = "auto",
 ) -> Any:
@@ -462,6 +561,9 @@ def linear_token_logps(
         labels: [...] int64; positions equal to `ignore_index` give exactly 0, no gradient and cost nothing.
         bias: [V] or None.
         softcap, scale, vocab_size, extras, impl: see `token_logps`.
+        index: [n] int64, the positions in `labels.flatten()` that carry a label, in order. A collator knows them; left
+            out, they are looked for, and on a GPU the host waits for their number. Other positions among them are
+            treated as ignored ones, so all positions serve a CUDA graph whose labels change.
         memory_budget: bytes of logits held at a time, 320 MiB on a CPU and 1 GiB on a GPU by default.
 
     Returns:
@@ -473,7 +575,8 @@ def linear_token_logps(
     """
     inputs = head_inputs(hidden, weight, labels, bias, ignore_index, softcap, scale, vocab_size, memory_budget)
     ops.resolve_impl(impl, hidden.device)
-    logp, extra = token_logps_of(inputs, extras, impl)
+    check_index(index, labels)
+    logp, extra, _ = token_logps_of(inputs, extras, impl, index)
     shape = labels.shape
     return (logp.view(shape), ops.token_extras(extra, shape)) if extras else logp.view(shape)
 
@@ -489,6 +592,7 @@ def linear_nll(
     vocab_size: int | None = None,
     token_weights: Tensor | None = None,
     num_tokens: float | None = None,
+    index: Tensor | None = None,
     memory_budget: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -505,6 +609,7 @@ def linear_nll(
     """
     inputs = head_inputs(hidden, weight, labels, bias, ignore_index, softcap, scale, vocab_size, memory_budget)
     ops.resolve_impl(impl, hidden.device)
+    check_index(index, labels)
     if num_tokens is not None and not num_tokens > 0:
         raise ValueError(f"num_tokens must be positive, got {num_tokens}: leave it out to count the labels")
     acc = ops.acc_dtype(inputs.hidden.dtype)
@@ -515,7 +620,7 @@ def linear_nll(
     else:
         weights = token_weights.detach().reshape(-1).to(acc)
     if not inputs.train_head:
-        logp, _ = token_logps_of(inputs, False, impl)
+        logp, *_ = token_logps_of(inputs, False, impl, index)
         counted = (inputs.labels != inputs.options.ignore_index).sum().clamp(min=1)
         total = (logp * weights if token_weights is not None else logp).sum()
         return -total / (counted if num_tokens is None else num_tokens)
@@ -525,6 +630,7 @@ def linear_nll(
         i.weight,
         i.bias,
         i.labels,
+        i.labels.new_empty(0) if index is None else index,
         weights,
         i.options,
         num_tokens or -1.0,

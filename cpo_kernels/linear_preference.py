@@ -6,68 +6,25 @@ the logits (3 products). Where a group does not fit the budget, or the loss coup
 log-probs first and makes the logits again with known coefficients (4 products).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpo_kernels import ops
+from cpo_kernels.batch_plan import Layout, Part, Tables, to_device
 from cpo_kernels.linear import (
     Head,
     HeadInputs,
     Rows,
     WeightGrad,
     fake_known_loss,
+    gather_rows,
     known_loss_grads,
-    labelled_rows,
+    labelled_index,
 )
-from cpo_kernels.planner import chunks, even_rows, preference_strategy
-
-
-@dataclass
-class Chunk:
-    """Sequences that are projected together, and the pairs among them."""
-
-    sequences: list[int]
-    pairs: list[int]
-    num_rows: int = 0
-
-
-def linked_groups(num_sequences: int, pairs: list[list[int]], lengths: list[int]) -> list[Chunk]:
-    """Sequences linked by pairs form a group, a sequence in no pair one of its own; in order of first sequence."""
-    parent = list(range(num_sequences))
-
-    def root(s: int) -> int:
-        while parent[s] != s:
-            parent[s] = parent[parent[s]]
-            s = parent[s]
-        return s
-
-    for a, b in pairs:
-        low, high = sorted((root(a), root(b)))
-        parent[high] = low
-    groups: dict[int, Chunk] = {}
-    for s in range(num_sequences):
-        group = groups.setdefault(root(s), Chunk([], []))
-        group.sequences.append(s)
-        group.num_rows += lengths[s]
-    for p, (a, _) in enumerate(pairs):
-        groups[root(a)].pairs.append(p)
-    return list(groups.values())
-
-
-def pack_groups(groups: list[Chunk], limit: int) -> list[Chunk]:
-    """Fill chunks with whole groups, in order, up to `limit` rows each."""
-    packed: list[Chunk] = []
-    for group in groups:
-        if not packed or packed[-1].num_rows + group.num_rows > limit:
-            packed.append(Chunk([], []))
-        last = packed[-1]
-        last.sequences += group.sequences
-        last.pairs += group.pairs
-        last.num_rows += group.num_rows
-    return packed
 
 
 @dataclass
@@ -98,47 +55,41 @@ class PreferenceArgs:
         numbers = (self.loss_types, self.loss_weights, self.options, self.num_pairs, self.chosen_tokens)
         return kernels.preference(seq_logps, *tensors, pair_weights, self.pair_betas, self.margins, *numbers)
 
-    def narrow(self, chunk: Chunk, num_pairs: float, chosen_tokens: float) -> "PreferenceArgs":
-        """Only this chunk's sequences and pairs, renumbered, under the divisors of the whole batch."""
-        device = self.pairs.device
-        sequences = torch.tensor(chunk.sequences, dtype=torch.int64, device=device)
-        pairs = torch.tensor(chunk.pairs, dtype=torch.int64, device=device)
-        place = torch.empty_like(self.lengths).index_copy_(0, sequences, torch.arange(len(sequences), device=device))
+    def narrow(self, tables: Tables, part: Part) -> "PreferenceArgs":
+        """Only this chunk's sequences and pairs, renumbered."""
+        sequences, pairs = tables.sequences[part.sequences], tables.pair_order[part.pairs]
 
         def pick(t: Tensor, index: Tensor) -> Tensor:
             return t.index_select(0, index) if t.numel() else t
 
-        return PreferenceArgs(
-            pick(self.ref_logps, sequences),
-            pick(self.lengths, sequences),
-            place[self.pairs[pairs]].view(-1, 2),
-            pick(self.scores, sequences),
-            pick(self.conditions, pairs),
-            self.objectives,
-            pick(self.pair_weights, pairs),
-            pick(self.pair_betas, pairs),
-            pick(self.margins, sequences),
-            self.loss_types,
-            self.loss_weights,
-            self.options,
-            num_pairs,
-            chosen_tokens,
-        )
+        by_sequence = {n: pick(getattr(self, n), sequences) for n in ("ref_logps", "lengths", "scores", "margins")}
+        by_pair = {n: pick(getattr(self, n), pairs) for n in ("conditions", "pair_weights", "pair_betas")}
+        return replace(self, pairs=tables.local_pairs[part.pairs], **by_sequence, **by_pair)
 
-    def divisors(self, kernels: Any, dtype: torch.dtype) -> tuple[float, float]:
-        """Pairs that count and labelled tokens of their chosen sides: known from the ratings alone."""
+    def counted(self, kernels: Any, dtype: torch.dtype) -> Tensor:
+        """[2] pairs that are no ties, and labelled tokens of their chosen sides: known from the ratings alone."""
         zeros = self.lengths.new_zeros(self.lengths.shape[0], dtype=dtype)
         order, counts = self.run(kernels, zeros, zeros[:0])[-2:]
         chosen = self.pairs.gather(1, (order < 0).long()[:, None]).squeeze(1)  # [P]
-        tokens = (self.lengths[chosen] * (order != 0)).sum()
-        num_pairs = self.num_pairs if self.num_pairs > 0 else float(counts[0])
-        return max(num_pairs, 1.0), self.chosen_tokens if self.chosen_tokens > 0 else max(float(tokens), 1.0)
+        return torch.stack([counts[0], (self.lengths[chosen] * (order != 0)).sum()])
+
+    @property
+    def needs_counts(self) -> bool:
+        return self.num_pairs < 0 or self.chosen_tokens < 0
+
+    def with_divisors(self, num_pairs: float, chosen_tokens: float = -1.0) -> "PreferenceArgs":
+        """The divisors of the whole batch, where the caller gave none; a negative one stays unknown."""
+        given = {"num_pairs": num_pairs, "chosen_tokens": chosen_tokens}
+        known = {n: max(float(x), 1.0) for n, x in given.items() if x >= 0 and getattr(self, n) < 0}
+        return replace(self, **known)
 
 
-def wpo_weights(logp: Tensor, extra: Tensor, sums: Any, lengths: Tensor, pairs: Tensor) -> Tensor:
-    """WPO weight of each pair, exp of the mean of logp - log sum p^2 over either response (arXiv 2406.11827)."""
-    mean = sums(logp - extra[1]).double() / lengths.clamp(min=1)
-    return mean.exp()[pairs].prod(1)
+def wpo_weights(aligned: Tensor, lengths: Tensor, pairs: Tensor) -> Tensor:
+    """WPO weight of each pair, exp of the mean of logp - log sum p^2 over either response (arXiv 2406.11827).
+
+    aligned [S]: the sum of logp - log sum p^2 of each sequence.
+    """
+    return (aligned.double() / lengths.clamp(min=1)).exp()[pairs].prod(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ the op
@@ -150,8 +101,8 @@ def linear_preference_op(
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
-    cu_seqlens: Tensor,
     token_weights: Tensor,
+    ref_hidden: Tensor,
     ref_logps: Tensor,
     lengths: Tensor,
     pairs: Tensor,
@@ -176,9 +127,15 @@ def linear_preference_op(
     need_dw: bool,
     need_db: bool,
     row_limit: int,
+    plan_host: Tensor,
+    plan_index: Tensor,
+    plan_tables: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden [M, H], labels [M], sequences at cu_seqlens.
+    """hidden [M, H], labels [M] of sequences end to end; lengths [S] labelled rows of each.
+
+    ref_hidden [M, H] goes through the same head, or is [0] where ref_logps are given. The three plan tensors are those
+    of `BatchPlan`, or all [0].
 
     Returns loss [], losses [P], seq_logps [S], chosen_rewards, rejected_rewards, value_gap [P], order [P], counts [3],
     then what backward scales: dX unscaled [M, H], coefficients [M], dW up to a power of two, db in float32, power [].
@@ -187,59 +144,81 @@ def linear_preference_op(
         ref_logps, lengths, pairs, scores, conditions, objectives, pair_weights, pair_betas, margins,
         loss_types, loss_weights, options, num_pairs, chosen_tokens,
     )  # fmt: skip
-    counts = lengths.tolist()
-    groups = linked_groups(len(counts), pairs.tolist(), counts)
-    group_rows = max((g.num_rows for g in groups), default=0)
-    strategy = preference_strategy(sum(counts), group_rows, couples_pairs, row_limit)
-    plan = pack_groups(groups, row_limit if not couples_pairs else sum(counts)) if strategy == "pairs" else []
-
-    order = None  # the layout's own order serves a single chunk
-    if len(plan) > 1:
-        spans = (labels != ignore_index).nonzero().squeeze(1).split(counts)
-        order = torch.cat([spans[s] for chunk in plan for s in chunk.sequences])
-    rows = labelled_rows(hidden, labels, ignore_index, order)
-    run = _Pass(rows, args, use_weighting, token_weights, (need_dx, need_dw, need_db))
-    head_options = (ignore_index, scale, softcap, vocab_size)
-    if strategy == "pairs":
-        head = Head(weight, bias, head_options, max((c.num_rows for c in plan), default=0), impl)
-        outputs, seq_logps, coef = run.pairs(head, plan)
+    if not scores.numel():
+        args = args.with_divisors(pairs.shape[0])  # no ratings, no ties
+    kernels, acc = ops.kernels(impl, weight), ops.acc_dtype(hidden.dtype)
+    if plan_host.numel():
+        layout, index = Layout.unpack(plan_host), plan_index
     else:
-        head = Head(weight, bias, head_options, even_rows(rows.x.shape[0], row_limit), impl)
-        outputs, seq_logps, coef = run.two_pass(head, even_rows(rows.x.shape[0], row_limit))
+        several = args.needs_counts and hidden.shape[0] > row_limit  # several chunks: each divides by the batch's count
+        counts = args.counted(kernels, acc) if several else lengths.new_empty(0)
+        known = torch.cat([counts, lengths, pairs.flatten()]).tolist()  # the host waits here, and nowhere else
+        if several:
+            args, known = args.with_divisors(*known[:2]), known[2:]
+        layout = Layout.of(known[: len(lengths)], known[len(lengths) :], row_limit, couples_pairs)
+        index = labelled_index(labels, ignore_index, layout.num_rows)
+        plan_tables = to_device(layout.tables(), hidden.device)
+    tables = Tables(layout, plan_tables)
+    if len(layout.chunks) > 1:
+        if args.needs_counts:
+            args = args.with_divisors(*args.counted(kernels, acc).tolist())
+        index = index.index_select(0, tables.order)
+    rows = gather_rows(hidden, labels, index, layout.num_rows == hidden.shape[0] and len(layout.chunks) == 1)
+    ref = rows.gather(ref_hidden) if ref_hidden.numel() else None
+    weights = rows.gather(token_weights) if token_weights.numel() else token_weights
+    run = _Pass(rows, ref, weights, args, layout, tables, use_weighting, (need_dx, need_dw, need_db))
+    max_rows = layout.max_rows
+    if ref is not None:
+        max_rows = max(max_rows, min(2 * max_rows, row_limit))
+    head = Head(weight, bias, (ignore_index, scale, softcap, vocab_size), max_rows, impl)
+    outputs, seq_logps, coef = run.pairs(head) if layout.strategy == "pairs" else run.two_pass(head)
     loss, losses, _, *metrics = outputs
     dx = rows.scatter(run.dx, hidden.shape[0]) if need_dx else run.dx
     coef = rows.scatter(coef, hidden.shape[0])
     return loss, losses, seq_logps, *metrics, dx, coef, *run.sums.result()  # type: ignore[return-value]
 
 
+Outputs = tuple[tuple[Tensor, ...], Tensor, Tensor]  # of the preference kernel, seq_logps [s], coefficients of rows [n]
+
+
 class _Pass:
     """One run over the rows: what both strategies share."""
 
     def __init__(
-        self, rows: Rows, args: PreferenceArgs, weighted: bool, token_weights: Tensor, needs: tuple[bool, ...]
+        self,
+        rows: Rows,
+        ref: Tensor | None,
+        token_weights: Tensor,
+        args: PreferenceArgs,
+        layout: Layout,
+        tables: Tables,
+        weighted: bool,
+        needs: tuple[bool, ...],
     ) -> None:
-        self.rows, self.args, self.weighted, self.needs = rows, args, weighted, needs
-        if token_weights.numel() and not rows.full:
-            token_weights = token_weights.index_select(0, rows.index)
-        self.token_weights = token_weights
+        self.rows, self.ref, self.token_weights, self.args = rows, ref, token_weights, args
+        self.layout, self.tables, self.weighted, self.needs = layout, tables, weighted, needs
         self.dx = torch.empty_like(rows.x) if needs[0] else rows.x.new_empty(0)
         self.acc = ops.acc_dtype(rows.x.dtype)
         self.sums: WeightGrad
 
-    def preference(
-        self, head: Head, args: PreferenceArgs, logp: Tensor, extra: Tensor, part: slice
-    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """(outputs of the kernel, seq_logps [s], coefficient of each row [n]) for the rows of `part`."""
-        weights = self.token_weights[part] if self.token_weights.numel() else self.token_weights
-        offsets = torch.cat([args.lengths.new_zeros(1), args.lengths.cumsum(0)])  # [s + 1]
+    def preference(self, head: Head, index: int, logp: Tensor, extra: Tensor, ref_logp: Tensor) -> Outputs:
+        """The loss of chunk `index` from the log-probs of its rows."""
+        part = self.layout.parts[index]
+        args = self.args.narrow(self.tables, part) if len(self.layout.chunks) > 1 else self.args
+        weights = self.token_weights[part.rows] if self.token_weights.numel() else self.token_weights
+        offsets = self.tables.offsets(part, index)
 
-        def total(values: Tensor, by: Tensor = logp[:0]) -> Tensor:
+        def total(values: Tensor, by: Tensor) -> Tensor:
             return head.kernels.sequence_sum(values, offsets, by, False)
 
         seq_logps = total(logp, weights)
-        wpo = wpo_weights(logp, extra, total, args.lengths, args.pairs) if self.weighted else seq_logps[:0].double()
+        if self.ref is not None:
+            args = replace(args, ref_logps=total(ref_logp, weights))
+        wpo = seq_logps.new_empty(0, dtype=torch.float64)
+        if self.weighted:
+            wpo = wpo_weights(total(logp - extra[1], weights[:0]), args.lengths, args.pairs)
         outputs = args.run(head.kernels, seq_logps, wpo)
-        coef = outputs[2].repeat_interleave(args.lengths, output_size=logp.shape[0])
+        coef = outputs[2].index_select(0, self.tables.segments[part.rows])
         return outputs, seq_logps, coef * weights if weights.numel() else coef
 
     def gradients(self, head: Head, g: Tensor, part: slice, coef: Tensor) -> None:
@@ -247,92 +226,83 @@ class _Pass:
             torch.mm(g, head.weight, out=self.dx[part])
         self.sums.add(g, self.rows.x[part], coef)
 
-    def pairs(self, head: Head, plan: list[Chunk]) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        self.sums = WeightGrad(head.weight, len(plan), *self.needs[1:])
-        if len(plan) == 1:
-            g, logp, _, extra = head.fused(self.rows.x, self.rows.labels, self.weighted)
-            outputs, seq_logps, coef = self.preference(head, self.args, logp, extra, slice(None))
-            self.gradients(head, g, slice(None), coef)
-            return outputs, seq_logps, coef
-        divisors = self.args.divisors(head.kernels, self.acc)
-        seen, low, coefs = [], 0, []
-        for chunk in plan:
-            part = slice(low, low + chunk.num_rows)
-            low = part.stop
-            g, logp, _, extra = head.fused(self.rows.x[part], self.rows.labels[part], self.weighted)
-            outputs, seq_logps, coef = self.preference(head, self.args.narrow(chunk, *divisors), logp, extra, part)
-            seen.append((outputs, seq_logps))
-            coefs.append(coef)
-            self.gradients(head, g, part, coef)
-        return *self.merge(plan, seen), torch.cat(coefs)
+    def ref_of(self, part: slice) -> Tensor | None:
+        return None if self.ref is None else self.ref[part]
 
-    def merge(
-        self, plan: list[Chunk], seen: list[tuple[tuple[Tensor, ...], Tensor]]
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    def pairs(self, head: Head) -> Outputs:
+        parts = self.layout.parts
+        self.sums = WeightGrad(head.weight, len(parts), *self.needs[1:])
+        seen: list[Outputs] = []
+        for k, part in enumerate(parts):
+            x, labels = self.rows.x[part.rows], self.rows.labels[part.rows]
+            g, logp, _, extra, ref_logp = head.fused(x, labels, self.weighted, self.ref_of(part.rows))
+            seen.append(self.preference(head, k, logp, extra, ref_logp))
+            self.gradients(head, g, part.rows, seen[-1][2])
+        return seen[0] if len(seen) == 1 else self.merge(seen)
+
+    def merge(self, seen: list[Outputs]) -> Outputs:
         """Chunk results back in the caller's order of pairs and sequences; losses and counts add up."""
-        sequences = torch.tensor([s for c in plan for s in c.sequences])
-        pairs = torch.tensor([p for c in plan for p in c.pairs], dtype=torch.int64)
 
-        def place(parts: list[Tensor], index: Tensor) -> Tensor:
-            values = torch.cat(parts)
-            return torch.empty_like(values).index_copy_(0, index.to(values.device), values)
+        def place(parts: Sequence[Tensor], places: Tensor) -> Tensor:
+            return torch.cat(list(parts)).index_select(0, places)
 
         merged = []
-        for k in range(8):
-            parts = [outputs[k] for outputs, _ in seen]
+        for k, parts in enumerate(zip(*(outputs for outputs, _, _ in seen), strict=True)):
             if k in (0, 7):  # loss, counts
                 merged.append(torch.stack(parts).sum(0))
             else:
-                merged.append(place(parts, sequences if k == 2 else pairs))
-        return tuple(merged), place([s for _, s in seen], sequences)
+                merged.append(place(parts, self.tables.slots if k == 2 else self.tables.pair_places))
+        seq_logps = place([s for _, s, _ in seen], self.tables.slots)
+        return tuple(merged), seq_logps, torch.cat([c for _, _, c in seen])
 
-    def two_pass(self, head: Head, step: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    def two_pass(self, head: Head) -> Outputs:
         x, labels = self.rows.x, self.rows.labels
-        parts = [slice(*c) for c in chunks(x.shape[0], step)]
+        parts = self.layout.row_chunks
         self.sums = WeightGrad(head.weight, len(parts), *self.needs[1:])
-        first = [
-            head.kernels.token_logps_fwd(head.logits(x[p]), labels[p], *head.options, self.weighted) for p in parts
-        ]
-        empty = x.new_empty(0, dtype=self.acc)
-        logp, lse = (torch.cat([f[k] for f in first]) if first else empty for k in range(2))
-        extra = torch.cat([f[2] for f in first], dim=-1) if first else empty
-        outputs, seq_logps, coef = self.preference(head, self.args, logp, extra, slice(None))
+        first = [head.forward(x[p], labels[p], self.weighted, self.ref_of(p)) for p in parts]
+        logp, lse, extra, ref_logp = (torch.cat(columns, dim=-1) for columns in zip(*first, strict=True))
+        outputs = self.preference(head, 0, logp, extra, ref_logp)
         for p in parts:
-            self.gradients(head, head.again(x[p], labels[p], lse[p]), p, coef[p])
-        return outputs, seq_logps, coef
+            self.gradients(head, head.again(x[p], labels[p], lse[p]), p, outputs[2][p])
+        return outputs
 
 
 @linear_preference_op.register_fake
-def _(hidden, weight, bias, labels, cu_seqlens, token_weights, ref_logps, lengths, pairs, *rest):
+def _(hidden, weight, bias, labels, token_weights, ref_hidden, ref_logps, lengths, pairs, *rest):
     acc = ops.acc_dtype(hidden.dtype)
     seq_logps = hidden.new_empty(lengths.shape[0], dtype=acc)
     loss, losses, _, *metrics = ops._fake_preference(seq_logps, pairs)
-    return loss, losses, seq_logps, *metrics, *fake_known_loss(hidden, weight, *rest[-5:-2])
+    return loss, losses, seq_logps, *metrics, *fake_known_loss(hidden, weight, *rest[-8:-5])
 
 
 class _LinearPreference(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, cu_seqlens, token_weights, args, flags, impl):
-        outputs = linear_preference_op(hidden, weight, bias, labels, cu_seqlens, token_weights, *args, *flags, impl)
+    def forward(ctx, hidden, weight, bias, labels, token_weights, ref_hidden, args, flags, plan, impl):
+        outputs = linear_preference_op(
+            hidden, weight, bias, labels, token_weights, ref_hidden, *args, *flags, *plan, impl
+        )
         ctx.save_for_backward(*outputs[8:])
         ctx.mark_non_differentiable(*outputs[1:8])
         return outputs[:8]
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        return *known_loss_grads(ctx, grad_loss), *(None,) * 6
+        return *known_loss_grads(ctx, grad_loss), *(None,) * 7
 
 
 def linear_preference(
     inputs: HeadInputs,
-    cu_seqlens: Tensor,
     token_weights: Tensor,
+    ref_hidden: Tensor,
     args: tuple[Any, ...],
     use_weighting: bool,
     couples_pairs: bool,
+    plan: tuple[Tensor, Tensor, Tensor],
     impl: str,
 ) -> tuple[Tensor, ...]:
     """(loss, losses, seq_logps, chosen_rewards, rejected_rewards, value_gap, order, counts); loss is differentiable."""
     i = inputs
     flags = (*i.options, use_weighting, couples_pairs, *i.needs, i.row_limit)
-    return _LinearPreference.apply(i.hidden, i.weight, i.bias, i.labels, cu_seqlens, token_weights, args, flags, impl)
+    return _LinearPreference.apply(
+        i.hidden, i.weight, i.bias, i.labels, token_weights, ref_hidden, args, flags, plan, impl
+    )

@@ -179,7 +179,8 @@ def test_no_tensor_grows_with_the_logits():
         with torch.no_grad(), watch:
             empty = batch.weight.new_empty(0)
             linear.linear_nll_op._init_fn(
-                batch.hidden.view(-1, 8), batch.weight, empty, batch.labels.view(-1), empty, *head, -1.0,
+                batch.hidden.view(-1, 8), batch.weight, empty, batch.labels.view(-1), batch.labels[:0].view(0), empty,
+                *head, -1.0,
                 True, True, False, 16, "cpu",
             )  # fmt: skip
         return watch.numel

@@ -36,23 +36,23 @@ def op_samples(impl):
     logits, head = hidden @ weight.t(), (-100, 1.0, 0.0, 101)
     logp, lse, _ = ops.token_logps_op(logits, labels, *head, False, impl)
     cu_seqlens = torch.arange(5) * 9
-    empty = logp.new_empty(0)
+    empty, none = logp.new_empty(0), labels.new_empty(0)
     yield ops.token_logps_op, (logits, labels, *head, True, impl)
     yield ops.token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), *head, impl)
     yield ops.sequence_logps_op, (logp, cu_seqlens, empty, True, impl)
     yield ops.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
-    yield linear.linear_token_logps_op, (hidden, weight, bias, labels, *head, True, True, 16, impl)
+    yield linear.linear_token_logps_op, (hidden, weight, bias, labels, none, hidden + 1, *head, True, True, 16, impl)
     yield (
         linear.linear_token_logps_backward_op,
-        (hidden, weight, bias, labels, lse, torch.randn_like(lse), *head, True, True, True, 16, impl),
+        (hidden, weight, bias, labels, none, lse, torch.randn_like(lse), *head, True, True, True, 16, impl),
     )
-    yield linear.linear_nll_op, (hidden, weight, bias, labels, empty, *head, -1.0, True, True, True, 16, impl)
+    yield linear.linear_nll_op, (hidden, weight, bias, labels, none, empty, *head, -1.0, True, True, True, 16, impl)
     for limit in (1000, 4):
         yield (
             linear_preference.linear_preference_op,
             (
-                hidden, weight, bias, labels, cu_seqlens, empty, *preference_args(batch, torch.float32), *head,
-                True, False, True, True, True, limit, impl,
+                hidden, weight, bias, labels, empty, hidden[:0].view(0), *preference_args(batch, torch.float32), *head,
+                True, False, True, True, True, limit, none, none, none, impl,
             ),
         )  # fmt: skip
 

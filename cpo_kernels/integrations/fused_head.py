@@ -20,7 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from cpo_kernels import ops
 from cpo_kernels.integrations.heads import LogitMap, backbone, head_layer, logit_map
 from cpo_kernels.integrations.transformers import shift_labels
-from cpo_kernels.linear import _LinearTokenLogps, head_inputs
+from cpo_kernels.linear import _LinearTokenLogps, head_inputs, token_logps_of
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -88,11 +88,8 @@ def _forward(
         w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))
         i = head_inputs(hidden, w, shifted, b, -100, *numbers, None, memory_budget)
         extras = set(outputs) != {"log_probs"}
-        needs = (i.needs[0], i.train_head)
         function = _GatheredTokenLogps if hasattr(weight, "ds_id") else _LinearTokenLogps
-        logps, extra = function.apply(
-            i.hidden, i.weight, i.bias, i.labels, i.options, extras, *needs, i.row_limit, impl
-        )
+        logps, extra, _ = token_logps_of(i, extras, impl, function=function)
     fields = {"log_probs": logps.view(shifted.shape)}
     if extras:
         e = ops.token_extras(extra, shifted.shape)
@@ -112,10 +109,10 @@ class _GatheredTokenLogps(_LinearTokenLogps):
     """ZeRO-3 takes the weight away after forward; recomputed logits need it once more."""
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         weights = () if ctx.frozen else ctx.saved_tensors[1:3]
         with trl_utils.maybe_gather_lm_head_ctx(*(w for w in weights if hasattr(w, "ds_id"))):
-            return _LinearTokenLogps.backward(ctx, grad, _)
+            return _LinearTokenLogps.backward(ctx, grad, *_)
 
 
 def _aux_loss(seen: Any, config: Any, kwargs: dict[str, Any]) -> Any:

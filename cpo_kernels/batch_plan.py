@@ -1,0 +1,218 @@
+"""What the host knows of a batch: how many rows each sequence has, which sequences are linked by pairs, and the chunks.
+
+A chunk's size, and with it every launch, follows from these numbers. A collator has them on the CPU and puts them into
+a `BatchPlan` (`FusedLinearCPOLoss.plan`); without one the fused loss copies them from the device, which makes the host
+wait there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.planner import chunks, even_rows, preference_strategy
+
+
+@dataclass
+class Group:
+    """Sequences that are projected together, and the pairs among them."""
+
+    sequences: list[int]
+    pairs: list[int]
+    num_rows: int = 0
+
+
+def linked_groups(pairs: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Group]:
+    """Sequences linked by pairs form a group, a sequence in no pair one of its own; in order of first sequence."""
+    parent = list(range(len(lengths)))
+
+    def root(s: int) -> int:
+        while parent[s] != s:
+            parent[s] = parent[parent[s]]
+            s = parent[s]
+        return s
+
+    for a, b in pairs:
+        low, high = sorted((root(a), root(b)))
+        parent[high] = low
+    groups: dict[int, Group] = {}
+    for s, length in enumerate(lengths):
+        group = groups.setdefault(root(s), Group([], []))
+        group.sequences.append(s)
+        group.num_rows += length
+    for p, (a, _) in enumerate(pairs):
+        groups[root(a)].pairs.append(p)
+    return list(groups.values())
+
+
+def pack_groups(groups: Sequence[Group], limit: int) -> list[Group]:
+    """Fill chunks with whole groups, in order, up to `limit` rows each."""
+    packed: list[Group] = []
+    for group in groups:
+        if not packed or packed[-1].num_rows + group.num_rows > limit:
+            packed.append(Group([], []))
+        last = packed[-1]
+        last.sequences += group.sequences
+        last.pairs += group.pairs
+        last.num_rows += group.num_rows
+    return packed
+
+
+@dataclass(frozen=True)
+class Part:
+    """One chunk: slices of the rows, sequences and pairs in the layout's order."""
+
+    rows: slice
+    sequences: slice
+    pairs: slice
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order in which a trainable head takes the rows of a batch, known to the host.
+
+    `pairs`: chunks are whole groups. `two_pass`: one part for the loss, `row_chunks` for the products.
+    """
+
+    lengths: list[int]  # rows of each sequence
+    pairs: list[tuple[int, int]]
+    row_limit: int
+    couples_pairs: bool
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        return linked_groups(self.pairs, self.lengths)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def strategy(self) -> str:
+        largest = max((g.num_rows for g in self.groups), default=0)
+        return preference_strategy(self.num_rows, largest, self.couples_pairs, self.row_limit)
+
+    @cached_property
+    def chunks(self) -> list[Group]:
+        if self.strategy == "pairs" and not self.couples_pairs:
+            packed = pack_groups(self.groups, self.row_limit)
+            if len(packed) > 1:
+                return packed
+        return [Group([*range(len(self.lengths))], [*range(len(self.pairs))], self.num_rows)]
+
+    @property
+    def parts(self) -> list[Part]:
+        parts, row, sequence, pair = [], 0, 0, 0
+        for chunk in self.chunks:
+            ends = row + chunk.num_rows, sequence + len(chunk.sequences), pair + len(chunk.pairs)
+            parts.append(Part(slice(row, ends[0]), slice(sequence, ends[1]), slice(pair, ends[2])))
+            row, sequence, pair = ends
+        return parts
+
+    @property
+    def row_chunks(self) -> list[slice]:
+        """Rows of each product under `two_pass`."""
+        step = even_rows(self.num_rows, self.row_limit)
+        return [slice(low, high) for low, high in chunks(self.num_rows, step)]
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest product."""
+        slices = [p.rows for p in self.parts] if self.strategy == "pairs" else self.row_chunks
+        return max((s.stop - s.start for s in slices), default=0)
+
+    def tables(self) -> Tensor:
+        """What the device looks up, end to end, on the CPU; `Tables` takes it apart."""
+        order = [s for chunk in self.chunks for s in chunk.sequences]
+        pair_order = [p for chunk in self.chunks for p in chunk.pairs]
+        rows = torch.arange(self.num_rows).split(self.lengths)
+        segments, offsets, local_pairs = [], [], []
+        for chunk in self.chunks:
+            lengths = torch.tensor([self.lengths[s] for s in chunk.sequences], dtype=torch.int64)
+            segments.append(torch.arange(len(lengths)).repeat_interleave(lengths))
+            offsets += [torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]
+            place = {s: i for i, s in enumerate(chunk.sequences)}
+            local_pairs += [place[s] for p in chunk.pairs for s in self.pairs[p]]
+        columns = [
+            torch.cat([rows[s] for s in order]) if order else torch.empty(0, dtype=torch.int64),
+            *segments,
+            *offsets,
+            torch.tensor(order, dtype=torch.int64),
+            torch.tensor(order, dtype=torch.int64).argsort(),
+            torch.tensor(pair_order, dtype=torch.int64),
+            torch.tensor(pair_order, dtype=torch.int64).argsort(),
+            torch.tensor(local_pairs, dtype=torch.int64),
+        ]
+        return torch.cat(columns)
+
+    def pack(self) -> Tensor:
+        """The layout as a CPU tensor, which is how it passes through an op."""
+        pairs = [s for pair in self.pairs for s in pair]
+        head = [self.row_limit, int(self.couples_pairs), len(self.lengths)]
+        return torch.tensor([*head, *self.lengths, *pairs], dtype=torch.int64)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Layout:
+        row_limit, couples_pairs, num_sequences, *rest = packed.tolist()
+        return cls.of(rest[:num_sequences], rest[num_sequences:], row_limit, bool(couples_pairs))
+
+    @classmethod
+    def of(cls, lengths: list[int], flat_pairs: list[int], row_limit: int, couples_pairs: bool) -> Layout:
+        pairs = list(zip(flat_pairs[::2], flat_pairs[1::2], strict=True))
+        return cls(lengths, pairs, row_limit, couples_pairs)
+
+
+class Tables:
+    """`Layout.tables` on the device, taken apart. A slot is a sequence's place in the layout's order."""
+
+    def __init__(self, layout: Layout, values: Tensor) -> None:
+        rows, sequences, pairs = layout.num_rows, len(layout.lengths), len(layout.pairs)
+        parts = len(layout.chunks)
+        sizes = [rows, rows, sequences + parts, sequences, sequences, pairs, pairs, 2 * pairs]
+        columns = values.split(sizes)
+        self.order = columns[0]  # [n] row of the layout's order -> row in the batch's order
+        self.segments = columns[1]  # [n] slot of a row within its chunk
+        self._offsets = columns[2]
+        self.sequences, self.slots = columns[3], columns[4]  # [S] slot -> sequence, and back
+        self.pair_order, self.pair_places = columns[5], columns[6]  # [P] likewise
+        self.local_pairs = columns[7].view(-1, 2)  # [P, 2] slots within the chunk
+
+    def offsets(self, part: Part, index: int) -> Tensor:
+        """[s + 1] first rows of the sequences of chunk `index` within it."""
+        low = part.sequences.start + index
+        return self._offsets[low : low + part.sequences.stop - part.sequences.start + 1]
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; from the CPU without waiting for the copy."""
+    if values.device.type != "cpu" or device.type == "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What `FusedLinearCPOLoss` must know of a batch on the host. Made by `FusedLinearCPOLoss.plan`; see there."""
+
+    layout: Layout
+    host: Tensor  # Layout.pack()
+    index: Tensor  # [n] positions of the rows in the flattened labels, in the batch's order
+    tables: Tensor  # Layout.tables()
+    pairs: Tensor  # [P, 2]
+    num_positions: int
+    num_pairs: float | None  # divisors of the loss, where they are known
+    chosen_tokens: float | None
+
+    def to(self, device: str | torch.device) -> BatchPlan:
+        """The plan with its tables on `device`; the copy does not block the host."""
+        device = torch.device(device)
+        moved = {name: to_device(getattr(self, name), device) for name in ("index", "tables", "pairs")}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> BatchPlan:
+        """Called by a DataLoader with pin_memory=True."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in ("index", "tables", "pairs")})
