@@ -1,0 +1,78 @@
+// Where the columns of a row of logits lie, and which of them a thread holds.
+//
+// A row is `head` columns up to its first 16-byte boundary, `vectors` of 16 bytes, and fewer than kPer columns after
+// them. The blocks that share a row count their threads as one: thread `first` of `stride` holds the vectors first,
+// first + stride, ... in chunks of kVectors, and the first few threads hold one of the outer columns each, the edges.
+#pragma once
+
+#include "numbers.h"
+
+namespace cpo::cuda {
+
+constexpr int kVectors = 8;  // of a chunk: 16-byte loads in flight for each thread, and what it can hold in registers
+
+// The problem as every row sees it. z = nat * y, with y = tanh(inner * logit) under a softcap and y = logit without.
+// Exponentials are E^(c y - shift), E = 2 for float (one instruction) and e for double: c = nat / log E.
+template <typename T>
+struct Problem {
+  T* logits;               // [rows, width], `stride` elements from row to row
+  const int64_t* labels;   // [rows]
+  int64_t rows, stride, ignore_index;
+  int width, columns;      // the vocabulary is the first `columns`
+  AccOf<T> nat, c, inner, scale;
+};
+
+template <typename T>
+struct Row {
+  static constexpr int kPer = Number<T>::kPer;
+  T* start;
+  int columns, head, vectors;
+
+  CPO_DEVICE Row(T* start_, int columns_) : start(start_), columns(columns_) {
+    const int to_boundary = int((16 - reinterpret_cast<uintptr_t>(start_) % 16) % 16 / sizeof(T));
+    head = to_boundary < columns_ ? to_boundary : columns_;
+    vectors = (columns_ - head) / kPer;
+  }
+  CPO_DEVICE T* vector(int k) const { return start + head + int64_t(k) * kPer; }
+};
+
+template <int kThreads>
+struct Part {
+  int first, stride;
+
+  CPO_DEVICE Part(int share, int shares) : first(share * kThreads + thread_index()), stride(shares * kThreads) {}
+  template <typename T>
+  CPO_DEVICE int chunks(const Row<T>& row) const {
+    return (row.vectors + stride * kVectors - 1) / (stride * kVectors);
+  }
+  CPO_DEVICE int vector(int chunk, int j) const { return first + (chunk * kVectors + j) * stride; }
+  // The column outside the vectors that this thread holds, or -1.
+  template <typename T>
+  CPO_DEVICE int edge(const Row<T>& row) const {
+    const int column = first < row.head ? first : row.vectors * Row<T>::kPer + first;
+    return first < 2 * Row<T>::kPer && column < row.columns ? column : -1;
+  }
+  template <typename T>
+  CPO_DEVICE bool owns(const Row<T>& row, int column) const {
+    const int k = (column - row.head) / Row<T>::kPer;
+    const bool inside = column >= row.head && k < row.vectors;
+    return inside ? k % stride == first : column >= 0 && column == edge(row);
+  }
+  template <typename T>
+  CPO_DEVICE void load(const Row<T>& row, int chunk, Pack (&v)[kVectors]) const {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      const int k = vector(chunk, j);
+      if (k < row.vectors) v[j] = load16(row.vector(k));
+    }
+  }
+  // Zeros.
+  template <typename T>
+  CPO_DEVICE void clear(const Row<T>& row) const {
+    for (int k = first; k < row.vectors; k += stride) store16(row.vector(k), Pack{});
+    const int column = edge(row);
+    if (column >= 0) row.start[column] = T{};
+  }
+};
+
+}  // namespace cpo::cuda

@@ -1,0 +1,139 @@
+// What a row's log-probs need: its largest y and sums of exponentials, in one sweep (online softmax, Milakov and
+// Gimelshein 2018). Every thread keeps its own maximum and raises its sums once per 16-byte vector, so that a 16-bit
+// column costs 1.1 exponentials. Lanes, warps, blocks of a cluster and pieces of a row then meet in a fixed order.
+#pragma once
+
+#include "row.h"
+
+namespace cpo::cuda {
+
+template <typename Acc>
+struct Sums {
+  Acc top;                     // largest y
+  Acc sum;                     // of e = E^(c y - shift), shift = shift_of(top)
+  Acc sum_t, sum_sq, sum_y;    // extras: of e (c y - shift), e^2, y
+
+  CPO_DEVICE static Sums none() { return {-Acc(INFINITY), 0, 0, 0, 0}; }
+};
+
+// A row of -inf alone has sums of 0, whatever its shift.
+template <typename Acc>
+CPO_DEVICE Acc shift_of(Acc top, Acc c) {
+  return top == -Acc(INFINITY) ? Acc(0) : top * c;
+}
+
+// Makes the sums relative to a larger top; the factor is the caller's to apply to `sum`.
+template <bool kExtras, typename Acc>
+CPO_DEVICE Acc raise(Sums<Acc>& a, Acc top, Acc c) {
+  const Acc step = a.top == -Acc(INFINITY) ? Acc(0) : shift_of(a.top, c) - shift_of(top, c);
+  const Acc factor = exp_unit(step);
+  if (kExtras) {
+    a.sum_t = factor * fma(step, a.sum, a.sum_t);
+    a.sum_sq *= factor * factor;
+  }
+  a.top = top;
+  return factor;
+}
+
+template <bool kSoftcap, typename T>
+CPO_DEVICE AccOf<T> y_of(const Problem<T>& p, AccOf<T> logit) {
+  AccOf<T> slope;
+  return kSoftcap ? tanh_and_slope(logit * p.inner, slope) : logit;
+}
+
+// Takes `n` logits into the sums.
+template <bool kSoftcap, bool kExtras, int n, typename T>
+CPO_DEVICE void fold(Sums<AccOf<T>>& a, AccOf<T> (&x)[n], const Problem<T>& p) {
+  using Acc = AccOf<T>;
+  Acc top = a.top;
+#pragma unroll
+  for (int e = 0; e < n; ++e) {
+    x[e] = y_of<kSoftcap>(p, x[e]);
+    top = fmax(top, x[e]);
+  }
+  const Acc factor = raise<kExtras>(a, top, p.c), shift = shift_of(top, p.c);
+  Acc sum = 0;
+#pragma unroll
+  for (int e = 0; e < n; ++e) {
+    const Acc t = fma(x[e], p.c, -shift), power = exp_unit(t);
+    sum += power;
+    if (kExtras) {
+      if (power > 0) a.sum_t = fma(power, t, a.sum_t);
+      a.sum_sq = fma(power, power, a.sum_sq);
+      a.sum_y += x[e];
+    }
+  }
+  a.sum = fma(a.sum, factor, sum);
+}
+
+// The sums of this thread's part of a row; `v` keeps the last chunk.
+template <bool kSoftcap, bool kExtras, int kThreads, typename T>
+CPO_DEVICE Sums<AccOf<T>> scan(const Row<T>& row, const Part<kThreads>& part, const Problem<T>& p,
+                               Pack (&v)[kVectors]) {
+  Sums<AccOf<T>> a = Sums<AccOf<T>>::none();
+  const int edge = part.edge(row), chunks = part.chunks(row);
+  if (edge >= 0) {
+    AccOf<T> x[1] = {widened(row.start[edge])};
+    fold<kSoftcap, kExtras>(a, x, p);
+  }
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    part.load(row, chunk, v);
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      if (part.vector(chunk, j) >= row.vectors) break;
+      AccOf<T> x[Number<T>::kPer];
+      Number<T>::unpack(v[j], x);
+      fold<kSoftcap, kExtras>(a, x, p);
+    }
+  }
+  return a;
+}
+
+// The sums of the warp, the same bits in every lane.
+template <bool kExtras, typename Acc>
+CPO_DEVICE Sums<Acc> meet(Sums<Acc> a, Acc c) {
+  Acc top = a.top;
+#pragma unroll
+  for (int mask = kWarp / 2; mask; mask /= 2) top = fmax(top, shuffle_xor(top, mask));
+  a.sum *= raise<kExtras>(a, top, c);
+#pragma unroll
+  for (int mask = kWarp / 2; mask; mask /= 2) {
+    a.sum += shuffle_xor(a.sum, mask);
+    if (kExtras) {
+      a.sum_t += shuffle_xor(a.sum_t, mask);
+      a.sum_sq += shuffle_xor(a.sum_sq, mask);
+      a.sum_y += shuffle_xor(a.sum_y, mask);
+    }
+  }
+  return a;
+}
+
+// The sums of all[0 .. count), count <= 32.
+template <bool kExtras, typename Acc>
+CPO_DEVICE Sums<Acc> meet(const Sums<Acc>* all, int count, Acc c) {
+  const int lane = thread_index() % kWarp;
+  return meet<kExtras>(lane < count ? all[lane] : Sums<Acc>::none(), c);
+}
+
+// The sums of the block, in every thread. `slots` are kThreads / kWarp in shared memory.
+template <int kThreads, bool kExtras, typename Acc>
+CPO_DEVICE Sums<Acc> meet_block(Sums<Acc> a, Acc c, Sums<Acc>* slots) {
+  a = meet<kExtras>(a, c);
+  if (thread_index() % kWarp == 0) slots[thread_index() / kWarp] = a;
+  sync_block();
+  return meet<kExtras>(slots, kThreads / kWarp, c);
+}
+
+// The sums of the cluster, in every thread. Each block gives its own to all the others, into `slots` [cluster size] of
+// their shared memory. They must have started (the cluster_arrive at the kernel's beginning); and as no block reads
+// from another, each may leave when it likes.
+template <bool kExtras, typename Acc>
+CPO_DEVICE Sums<Acc> meet_cluster(Sums<Acc> a, Acc c, Sums<Acc>* slots) {
+  cluster_wait();
+  if (thread_index() < cluster_size()) *cluster_shared(slots + cluster_rank(), thread_index()) = a;
+  cluster_arrive();
+  cluster_wait();
+  return meet<kExtras>(slots, cluster_size(), c);
+}
+
+}  // namespace cpo::cuda

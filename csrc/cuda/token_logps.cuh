@@ -1,0 +1,110 @@
+// Token log-probs over logits [rows, width]: the kernels. A row is worth one sweep of reads and, for a gradient, one
+// of writes; nothing else touches device memory.
+//
+//   scan     fwd: sums of a row, or of a piece of it where rows are too few to fill the machine
+//   combine  the pieces of a row meet
+//   write    bwd_ from lse and the incoming gradient, or fused_ from what combine left
+//   fused    scan and write of a row in one kernel, by one block or the blocks of a cluster. The last chunk that a
+//            thread reads stays in its registers: rows of up to `cluster` chunks are read once. In longer ones the
+//            chunks before it are read again, from the L2 cache while it holds them.
+#pragma once
+
+#include "row_gradient.h"
+
+namespace cpo::cuda {
+
+// Registers for 1024 threads on a multiprocessor, 64 each; where the arithmetic needs more, for 512.
+template <typename T>
+constexpr int blocks_for(int threads, bool softcap, bool extras) {
+  return (sizeof(T) == 8 || softcap || extras ? 512 : 1024) / threads;
+}
+
+// pieces = 1: the outputs; else sums [rows, pieces] alone.
+template <typename T, int kThreads, bool kSoftcap, bool kExtras>
+CPO_KERNEL(kThreads, blocks_for<T>(kThreads, kSoftcap, kExtras))
+scan_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, Sums<AccOf<T>>* sums) {
+  using Acc = AccOf<T>;
+  const int64_t i = block_index() / pieces, label = p.labels[i];
+  const int piece = int(block_index() % pieces);
+  if (label == p.ignore_index) {
+    if (pieces == 1 && thread_index() == 0) store_ignored<kExtras>(out, i, p.rows);
+    return;
+  }
+  const Row<T> row(p.logits + i * p.stride, p.columns);
+  const Part<kThreads> part(piece, pieces);
+  const Acc x_label = label_logit(p, row.start, label);
+  Pack v[kVectors];
+  Sums<Acc> a = scan<kSoftcap, kExtras>(row, part, p, v);
+  a = meet_block<kThreads, kExtras>(a, p.c, shared<Sums<Acc>>());
+  if (thread_index() != 0) return;
+  if (pieces > 1) {
+    sums[block_index()] = a;
+  } else {
+    const Acc y_label = y_of<kSoftcap>(p, x_label);
+    store_outputs<kExtras>(out, i, a, softmax_of(a, y_label, p), y_label, p);
+  }
+}
+
+// One warp a row. softmaxes [rows]: for write_kernel, or null.
+template <typename T, bool kSoftcap, bool kExtras>
+CPO_KERNEL(kWarp, 1)
+combine_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, const Sums<AccOf<T>>* sums,
+               Softmax<AccOf<T>>* softmaxes) {
+  using Acc = AccOf<T>;
+  const int64_t i = block_index(), label = p.labels[i];
+  if (label == p.ignore_index) {
+    if (thread_index() == 0) store_ignored<kExtras>(out, i, p.rows);
+    return;
+  }
+  const Acc y_label = y_of<kSoftcap>(p, label_logit(p, p.logits + i * p.stride, label));
+  const Sums<Acc> a = meet<kExtras>(sums + i * pieces, pieces, p.c);
+  if (thread_index() != 0) return;
+  const Softmax<Acc> s = softmax_of(a, y_label, p);
+  store_outputs<kExtras>(out, i, a, s, y_label, p);
+  if (softmaxes) softmaxes[i] = s;
+}
+
+// softmaxes [rows] with grad = 1, or, where they are null, lse and grads [rows].
+template <typename T, int kThreads, bool kSoftcap>
+CPO_KERNEL(kThreads, blocks_for<T>(kThreads, kSoftcap, false))
+write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const AccOf<T>* lse,
+             const AccOf<T>* grads) {
+  using Acc = AccOf<T>;
+  const int64_t i = block_index() / pieces, label = p.labels[i];
+  const Row<T> row(p.logits + i * p.stride, p.columns);
+  const Part<kThreads> part(int(block_index() % pieces), pieces);
+  if (label == p.ignore_index) return part.clear(Row<T>(row.start, p.width));
+  const bool mine = in_range(p, label) && part.owns(row, int(label));
+  const Acc x_label = mine ? widened(row.start[label]) : Acc(0);
+  Softmax<Acc> s = softmaxes ? softmaxes[i] : softmax_of_lse(lse[i], p);
+  if (!in_range(p, label)) s.factor = Acc(NAN);
+  Pack v[kVectors];
+  write<kSoftcap>(row, part, p, label, x_label, s, softmaxes ? Acc(1) : grads[i], v, false);
+}
+
+template <typename T, int kThreads, bool kSoftcap, bool kExtras>
+CPO_KERNEL(kThreads, blocks_for<T>(kThreads, kSoftcap, kExtras))
+fused_kernel(Problem<T> p, Outputs<AccOf<T>> out) {
+  using Acc = AccOf<T>;
+  const int blocks = cluster_size();
+  const int64_t i = block_index() / blocks, label = p.labels[i];
+  const Row<T> row(p.logits + i * p.stride, p.columns);
+  const Part<kThreads> part(cluster_rank(), blocks);
+  if (label == p.ignore_index) {
+    if (part.first == 0) store_ignored<kExtras>(out, i, p.rows);
+    return part.clear(Row<T>(row.start, p.width));
+  }
+  if (blocks > 1) cluster_arrive();
+  const Acc x_label = label_logit(p, row.start, label);
+  Pack v[kVectors];
+  Sums<Acc> a = scan<kSoftcap, kExtras>(row, part, p, v);
+  Sums<Acc>* slots = shared<Sums<Acc>>();
+  a = meet_block<kThreads, kExtras>(a, p.c, slots);
+  if (blocks > 1) a = meet_cluster<kExtras>(a, p.c, slots + kThreads / kWarp);
+  const Acc y_label = y_of<kSoftcap>(p, x_label);
+  const Softmax<Acc> s = softmax_of(a, y_label, p);
+  if (part.first == 0) store_outputs<kExtras>(out, i, a, s, y_label, p);
+  write<kSoftcap>(row, part, p, label, x_label, s, Acc(1), v, true);
+}
+
+}  // namespace cpo::cuda

@@ -1,0 +1,53 @@
+"""Builds programs from the CUDA kernel sources as plain C++ (tests/host_cuda), and runs them under the sanitizers."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpo_kernels.check.compare import Home
+
+ROOT = Path(__file__).parent.parent
+COMPILER = shutil.which("g++")
+FLAGS = ("-std=c++17", "-DCPO_HOST_CUDA", "-Itests/host_cuda", "-pthread", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+# Fibers are switched by longjmp between stacks, which fortified C libraries refuse.
+LIBRARY_FLAGS = ("-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE")
+
+
+def compile_host(source: str, target: Path, *flags: str, root: Path = ROOT) -> Path:
+    subprocess.run([COMPILER, *FLAGS, *flags, source, "-o", target], cwd=root, check=True)
+    return target
+
+
+def run_sanitized(source: str, target: Path, sanitizer: str, root: Path = ROOT) -> subprocess.CompletedProcess:
+    """Builds a program of real threads with thread or address,undefined, and runs it."""
+    flags = ("-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DCPO_HOST_THREADS")
+    program = compile_host(source, target, *flags, root=root)
+    return subprocess.run([program], capture_output=True, text=True, timeout=300)
+
+
+def bites(source: str, folder: Path, sanitizer: str, file: str, there: str, instead: str) -> bool:
+    """Whether the program fails under the sanitizer once `there` is replaced in a copy of csrc/cuda/<file>."""
+    for part in ("csrc", "tests/host_cuda"):
+        shutil.copytree(ROOT / part, folder / part)
+    changed = folder / "csrc" / "cuda" / file
+    text = changed.read_text()
+    assert there in text, f"{file} has no {there!r}"
+    changed.write_text(text.replace(there, instead))
+    done = run_sanitized(source, folder / "main", sanitizer, root=folder)
+    return done.returncode != 0 and bool(re.search("ThreadSanitizer|AddressSanitizer|runtime error", done.stderr))
+
+
+class HostHome(Home):
+    """A home of `cpo-kernels check` whose kernels are those of the twin: the rules of a GPU on CPU tensors."""
+
+    def __init__(self, kernels: Any) -> None:
+        super().__init__("cuda", torch.device("cpu"))
+        self._kernels = kernels
+
+    @property
+    def kernels(self) -> Any:
+        return self._kernels
