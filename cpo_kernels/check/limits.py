@@ -55,7 +55,7 @@ def repeat_cases() -> Iterator[Case]:
     for dtype in DTYPES:
 
         def run(home: Home, seen: Seen, dtype=dtype) -> None:
-            for count, width in ((33, 4_001), (2, 50_001)):
+            for count, width in ((33, 4_001), (33, 4_000), (2, 50_001)):
                 same_bits(home, seen, make_rows(home, count, width, dtype, seed=7))
 
         yield Case(f"same-bits/{short(dtype)}/token_logps", run, dtype == torch.bfloat16)
@@ -75,6 +75,8 @@ def same_bits(home: Home, seen: Seen, rows: Rows) -> None:
     names = ("logp", "lse", "extras", "gradient", "bwd_", "fwd logp", "fwd lse", "fwd extras")
     for name, a, b in zip(names, second, first, strict=True):
         seen.same(f"{name} of a second run", a, b)
+    if home.name in GPU_HOMES and rows.width * rows.storage.element_size() % 16:
+        return  # their lanes start at a row's first 16-byte boundary
     flipped = home.kernels.token_logps_fwd(rows.logits.flip(0).contiguous(), rows.labels.flip(0), *options, False)
     seen.same("logp with the rows in another order", flipped[0].flip(0), first[5])
 
