@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "../common.h"
+#include "../token_logps_checks.h"
 
 namespace cpo {
 namespace {
@@ -92,30 +93,20 @@ struct Rows {
 
 Rows describe(const char* op, const Tensor& logits, const Tensor& labels, int64_t ignore_index, double scale,
               double softcap, int64_t vocab_size) {
-  check(logits.dim() == 2, op, ": logits must have shape [N, V], got ", shape_of(logits));
+  check_token_arguments(op, logits, labels, scale, softcap, vocab_size);
   check(logits.is_cpu() && labels.is_cpu(), op, ": logits and labels must be CPU tensors");
   Rows rows{};
   switch (logits.scalar_type()) {
     case ScalarType::Float: rows.type = kFloat32; break;
     case ScalarType::Double: rows.type = kFloat64; break;
     case ScalarType::BFloat16: rows.type = kBFloat16; break;
-    case ScalarType::Half: rows.type = kFloat16; break;
-    default: fail(op, ": logits must be float32, bfloat16, float16 or float64, got ", name_of(logits.scalar_type()));
+    default: rows.type = kFloat16;
   }
   rows.element_size = rows.type == kFloat64 ? 8 : rows.type == kFloat32 ? 4 : 2;
   rows.count = logits.size(0);
   rows.width = logits.size(1);
   rows.columns = vocab_size;
-  check(vocab_size >= 1 && vocab_size <= rows.width, op, ": vocab_size must be in [1, ", rows.width,
-        "] (the columns of logits), got ", vocab_size);
-  check(rows.width == 1 || logits.stride(1) == 1, op, ": logits must have unit stride over the vocabulary, got stride ",
-        logits.stride(1), "; call .contiguous() first");
-  check(logits.stride(0) >= 0, op, ": logits must have a non-negative row stride, got ", logits.stride(0));
   rows.stride = logits.stride(0) * rows.element_size;
-  check_dtype("labels", labels, ScalarType::Long);
-  check_vector("labels", labels, rows.count);
-  check(scale > 0 && std::isfinite(scale), op, ": scale must be a positive number, got ", scale);
-  check(softcap >= 0 && std::isfinite(softcap), op, ": softcap must be positive, or 0 for none, got ", softcap);
   rows.logits = static_cast<char*>(logits.data_ptr());
   rows.labels_tensor = dense(labels);
   rows.labels = data_of<int64_t>(rows.labels_tensor);
@@ -127,18 +118,8 @@ Rows describe(const char* op, const Tensor& logits, const Tensor& labels, int64_
   rows.map.inner = softcap > 0 ? scale / softcap : 0.0;
   rows.kernels = &kernels_for(rows.type);
   rows.threads = torch::stable::get_num_threads();
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const int64_t label = rows.labels[i];
-    check(label == ignore_index || (label >= 0 && label < vocab_size), op, ": label ", label, " at row ", i,
-          " is out of range: it must be in [0, ", vocab_size, ") or equal ignore_index = ", ignore_index);
-  }
+  check_labels(op, rows.labels, rows.count, ignore_index, vocab_size);
   return rows;
-}
-
-void check_writable(const char* op, const Tensor& logits) {
-  check(logits.size(0) <= 1 || logits.stride(0) >= logits.size(1), op,
-        ": logits are overwritten, so their rows must not overlap; got row stride ", logits.stride(0), " for ",
-        logits.size(1), " columns");
 }
 
 // Adds the sums of b to those of a.
@@ -351,10 +332,7 @@ void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int
                       double softcap, int64_t vocab_size) {
   const Rows rows = describe("token_logps_bwd_", logits, labels, ignore_index, scale, softcap, vocab_size);
   check_writable("token_logps_bwd_", logits);
-  check_dtype("lse", lse, rows.acc());
-  check_dtype("grad", grad, rows.acc());
-  check_vector("lse", lse, rows.count);
-  check_vector("grad", grad, rows.count);
+  check_row_values(lse, grad, rows.count, rows.acc());
   lse = dense(lse);
   grad = dense(grad);
   rows.type == kFloat64 ? backward(rows, data_of<double>(lse), data_of<double>(grad))
