@@ -1,10 +1,11 @@
 """Builds the extensions; everything else about the package is in pyproject.toml.
 
 cpo_kernels._C       CPU kernels, always. Each instruction set is a source file with its own processor flags.
-cpo_kernels._C_cuda  CUDA kernels, where torch has CUDA, nvcc is found and csrc/cuda has sources.
+cpo_kernels._C_cuda  CUDA kernels, where torch has CUDA and nvcc is found.
 
 Both use LibTorch's stable ABI and CPython's limited API: one abi3 wheel for torch >= 2.10 and Python >= 3.10.
-CPO_KERNELS_CUDA=0 leaves the CUDA extension out; TORCH_CUDA_ARCH_LIST (e.g. "8.0 9.0") chooses its targets.
+CPO_KERNELS_CUDA=0 leaves the CUDA extension out, 1 builds it with a torch without CUDA too, for one that has it.
+TORCH_CUDA_ARCH_LIST (e.g. "8.0 9.0") chooses its targets.
 """
 
 import glob
@@ -37,7 +38,9 @@ ISA_FLAGS = {
     "csrc/cpu/token_logps_avx512.cpp": AVX512,
     "csrc/cpu/token_logps_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
-HEADERS = glob.glob("csrc/**/*.h", recursive=True)
+HEADERS = glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)
+CUDA_ARCH_LIST = "8.0;8.6;8.9;9.0;10.0+PTX"
+NVCC_FLAGS = ["-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"]
 
 
 def cpu_extension() -> Extension:
@@ -56,17 +59,17 @@ def cpu_extension() -> Extension:
 
 
 def cuda_extension() -> Extension | None:
-    sources = sorted(glob.glob("csrc/cuda/*.cu"))
-    if not sources or os.environ.get("CPO_KERNELS_CUDA") == "0":
+    wanted = os.environ.get("CPO_KERNELS_CUDA", "")
+    if wanted == "0" or (wanted != "1" and not (torch.version.cuda and find_nvcc())):
         return None
-    if torch.version.cuda is None or find_nvcc() is None:
-        return None
+    if not find_nvcc():
+        raise SystemExit("CPO_KERNELS_CUDA=1 needs nvcc, of the CUDA toolkit, on PATH or under CUDA_HOME")
     return Extension(
         "cpo_kernels._C_cuda",
-        ["csrc/module_cuda.cpp", *sources],
-        include_dirs=cpp_extension.include_paths("cuda"),
-        library_dirs=cpp_extension.library_paths("cuda"),
-        libraries=["torch_cpu", "torch_cuda", "cudart"],
+        ["csrc/module_cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
+        include_dirs=cpp_extension.include_paths(),
+        library_dirs=cpp_extension.library_paths(),
+        libraries=["torch_cpu", "torch_cuda"],
         define_macros=[*MACROS, ("USE_CUDA", "1")],
         depends=HEADERS,
         py_limited_api=True,
@@ -81,8 +84,8 @@ def find_nvcc() -> str | None:
 
 
 def nvcc_targets() -> list[str]:
-    """-gencode flags of TORCH_CUDA_ARCH_LIST; without it sm_80, sm_90 and PTX of the last for what is newer."""
-    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX").replace(";", " ").split()
+    """-gencode flags of TORCH_CUDA_ARCH_LIST: machine code, and with +PTX what newer GPUs compile when they load it."""
+    names = (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCH_LIST).replace(";", " ").split()
     flags = []
     for name in names:
         number = name.removesuffix("+PTX").replace(".", "")
@@ -102,9 +105,27 @@ class BuildExtensions(build_ext):
             objects = list(pool.map(lambda source: self.compile(ext, source, newest_header), ext.sources))
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
+        if ext.name.endswith("_C_cuda"):
+            self.link_cuda(ext, objects, target)
+            return
         self.compiler.link_shared_object(
             objects, target, libraries=ext.libraries, library_dirs=ext.library_dirs, target_lang="c++"
         )
+
+    def link_cuda(self, ext: Extension, objects: list[str], target: str) -> None:
+        """By nvcc, with its static runtime: the wheel asks for no library of the CUDA toolkit."""
+        folders = list(ext.library_dirs)
+        if not torch.version.cuda:  # an empty stand-in under the name that is looked for when the extension is loaded
+            folders.append(os.path.join(self.build_temp, "stub"))
+            os.makedirs(folders[-1], exist_ok=True)
+            stub = os.path.join(folders[-1], "libtorch_cuda.so")
+            compiler = os.environ.get("CXX", "c++").split()
+            subprocess.check_call(
+                [*compiler, "-shared", "-Wl,-soname,libtorch_cuda.so", "-xc++", os.devnull, "-o", stub]
+            )
+        options = ["-Xlinker", "--no-as-needed", "-Xlinker", "--exclude-libs,ALL"]
+        options += [f"-L{folder}" for folder in folders] + [f"-l{name}" for name in ext.libraries]
+        subprocess.check_call([find_nvcc() or "nvcc", "-shared", "-o", target, *objects, *options])
 
     def compile(self, ext: Extension, source: str, newest_header: float) -> str:
         name = f"{ext.name}-{os.path.basename(source)}.o"
@@ -114,9 +135,9 @@ class BuildExtensions(build_ext):
             return target
         defines = [f"-D{macro}={value}" for macro, value in ext.define_macros]
         python = [path for path in self.compiler.include_dirs if path]
-        includes = [f"-I{path}" for path in python] + [f"-isystem{path}" for path in ext.include_dirs]
+        includes = [f"-I{path}" for path in python] + [part for path in ext.include_dirs for part in ("-isystem", path)]
         if source.endswith(".cu"):
-            command = [find_nvcc() or "nvcc", "-std=c++17", "-O3", "--compiler-options=-fPIC", *nvcc_targets()]
+            command = [find_nvcc() or "nvcc", *NVCC_FLAGS, *nvcc_targets()]
         else:
             compiler = os.environ.get("CXX", "c++").split()
             command = [*compiler, "-fPIC", *CXX_FLAGS, *ISA_FLAGS.get(source, [])]

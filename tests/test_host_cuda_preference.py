@@ -3,30 +3,17 @@ the cases of `cpo-kernels check` and of test_kernels.py, and a program under the
 """
 
 import ctypes
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import test_kernels
 import torch
+from host_twin import COMPILER, LIBRARY_FLAGS, HostHome, bites, compile_host, run_sanitized
 
 from cpo_kernels import reference
-from cpo_kernels.check.compare import Home
 from cpo_kernels.check.preference import preference_cases
 from cpo_kernels.check.run import run_case
 
-ROOT = Path(__file__).parent.parent
-COMPILER = shutil.which("g++")
-FLAGS = ("-std=c++17", "-DCPO_HOST_CUDA", "-Itests/host_cuda", "-pthread", "-Wall", "-Werror", "-Wno-unknown-pragmas")
-
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
-
-
-def compile_host(source: str, target: Path, *flags: str, root: Path = ROOT) -> Path:
-    subprocess.run([COMPILER, *FLAGS, *flags, source, "-o", target], cwd=root, check=True)
-    return target
 
 
 def address(tensor):
@@ -80,20 +67,10 @@ class HostKernels:
         return *results, order, counts
 
 
-class HostHome(Home):
-    def __init__(self, kernels):
-        super().__init__("cuda", torch.device("cpu"))
-        self._kernels = kernels
-
-    @property
-    def kernels(self):
-        return self._kernels
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     target = tmp_path_factory.mktemp("host_cuda") / "preference_ops.so"
-    return ctypes.CDLL(compile_host("tests/host_cuda/preference_ops.cpp", target, "-O2", "-fPIC", "-shared"))
+    return ctypes.CDLL(compile_host("tests/host_cuda/preference_ops.cpp", target, *LIBRARY_FLAGS))
 
 
 @pytest.fixture(autouse=True)
@@ -198,15 +175,12 @@ def test_offsets_outside_the_tokens_give_nan(library):
 # ------------------------------------------------------------------------------------------------------- sanitizers
 
 
-def run_sanitized(target: Path, sanitizer: str, root: Path = ROOT) -> subprocess.CompletedProcess:
-    flags = ("-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DCPO_HOST_THREADS")
-    program = compile_host("tests/host_cuda/preference_main.cpp", target, *flags, root=root)
-    return subprocess.run([program], capture_output=True, text=True, timeout=300)
+PROGRAM = "tests/host_cuda/preference_main.cpp"
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_sanitizers(sanitizer, tmp_path):
-    done = run_sanitized(tmp_path / "main", sanitizer)
+    done = run_sanitized(PROGRAM, tmp_path / "main", sanitizer)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -220,11 +194,4 @@ def test_sanitizers(sanitizer, tmp_path):
     ],
 )  # fmt: skip
 def test_sanitizers_bite(sanitizer, file, there, instead, tmp_path):
-    for folder in ("csrc", "tests/host_cuda"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    source = tmp_path / "csrc" / "cuda" / file
-    text = source.read_text()
-    assert there in text
-    source.write_text(text.replace(there, instead))
-    done = run_sanitized(tmp_path / "main", sanitizer, root=tmp_path)
-    assert done.returncode != 0 and re.search(r"WARNING: ThreadSanitizer|ERROR: AddressSanitizer", done.stderr)
+    assert bites(PROGRAM, tmp_path, sanitizer, file, there, instead)
