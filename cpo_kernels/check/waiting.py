@@ -1,0 +1,121 @@
+"""Cases of `cpo-kernels check` for a GPU: with a batch plan the host never waits, and a CUDA graph replays the loss."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import linear
+from cpo_kernels.check.compare import Case, Home, Seen, Skip, short
+from cpo_kernels.check.head import OBJECTIVES, TRAIN, VOCAB, Batch, budget_bytes, make_batch
+from cpo_kernels.loss import FusedLinearCPOLoss
+
+DTYPES = (torch.bfloat16, torch.float32)
+ROW_BUDGETS = (("one-chunk", None), ("chunks", 48), ("two-pass", 7))
+BETA = 0.3
+
+
+def need_gpu(home: Home) -> None:
+    if not home.on_gpu:
+        raise Skip("needs a GPU")
+
+
+def step_of(
+    home: Home, dtype: torch.dtype, rows: int | None, train: str, all_positions: bool
+) -> tuple[Batch, Callable]:
+    """A batch on the device, and a function that runs the loss under a plan and returns the loss and its gradients."""
+    cpu = make_batch(bias=False, seed=11)
+    loss_fn = FusedLinearCPOLoss(OBJECTIVES, BETA, memory_budget=budget_bytes(rows, dtype), impl=home.name)
+    scored = {} if all_positions else {"scores": cpu.scores, "conditions": cpu.conditions}
+    plan = loss_fn.plan(cpu.labels, VOCAB, dtype, device=home.device, all_positions=all_positions, **scored)
+    plan, batch = plan.to(home.device), cpu.to(home, dtype, TRAIN[train])
+    num_pairs = 3.0 if all_positions else None  # a graph's chunks take their divisor from the caller
+
+    def step() -> list[Tensor]:
+        out = loss_fn(
+            batch.hidden, batch.weight, batch.labels, ref_logps=batch.ref_logps, scores=batch.scores,
+            conditions=batch.conditions, num_pairs=num_pairs, plan=plan,
+        )  # fmt: skip
+        return [out.loss, out.seq_logps, out.chosen_rewards, *torch.autograd.grad(out.loss, batch.leaves(TRAIN[train]))]
+
+    return batch, step
+
+
+def waiting_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for name, rows in ROW_BUDGETS:
+            for train in TRAIN:
+
+                def loss(home: Home, seen: Seen, dtype=dtype, rows=rows, train=train) -> None:
+                    need_gpu(home)
+                    _, step = step_of(home, dtype, rows, train, False)
+                    want = step()  # compiles
+                    torch.cuda.synchronize(home.device)
+                    torch.cuda.set_sync_debug_mode("error")
+                    try:
+                        got = step()
+                    finally:
+                        torch.cuda.set_sync_debug_mode("default")
+                    for k, (a, b) in enumerate(zip(got, want, strict=True)):
+                        seen.same(f"result {k}", a, b)
+
+                yield Case(f"no-wait/{short(dtype)}/FusedLinearCPOLoss,{train},{name}", loss, train == "all")
+
+        def supervised(home: Home, seen: Seen, dtype=dtype) -> None:
+            need_gpu(home)
+            batch = make_batch(bias=False, seed=12)
+            index = (batch.labels.flatten() != -100).nonzero().squeeze(1).to(home.device)
+            batch = batch.to(home, dtype, TRAIN["all"])
+
+            def step() -> Tensor:
+                return linear.linear_nll(batch.hidden, batch.weight, batch.labels, index=index, impl=home.name)
+
+            want = torch.autograd.grad(step(), batch.leaves(TRAIN["all"]))
+            torch.cuda.synchronize(home.device)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                got = torch.autograd.grad(step(), batch.leaves(TRAIN["all"]))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            seen.same("dX", got[0], want[0])
+            seen.same("dW", got[1], want[1])
+
+        yield Case(f"no-wait/{short(dtype)}/linear_nll", supervised, True)
+
+
+def graph_cases() -> Iterator[Case]:
+    """A graph captured over one batch, replayed over others whose labelled positions and ratings differ."""
+    for dtype in DTYPES:
+        for name, rows in ROW_BUDGETS:
+            for train in ("all", "frozen"):
+
+                def run(home: Home, seen: Seen, dtype=dtype, rows=rows, train=train) -> None:
+                    need_gpu(home)
+                    batch, step = step_of(home, dtype, rows, train, True)
+                    side = torch.cuda.Stream(home.device)
+                    side.wait_stream(torch.cuda.current_stream(home.device))
+                    with torch.cuda.stream(side):
+                        for _ in range(3):
+                            step()
+                    torch.cuda.current_stream(home.device).wait_stream(side)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        captured = step()
+                    for seed in (21, 22):
+                        fresh = make_batch(bias=False, seed=seed).to(home, dtype, (False, False))
+                        with torch.no_grad():
+                            for mine, other in zip(vars(batch).values(), vars(fresh).values(), strict=True):
+                                if mine is not None:
+                                    mine.copy_(other)
+                        graph.replay()
+                        got = [t.clone() for t in captured]
+                        tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5  # of a product of another algorithm
+                        for k, (a, b) in enumerate(zip(got, step(), strict=True)):
+                            seen.close(f"result {k} of batch {seed}", a, b, tolerance, b.double().abs().max())
+
+                yield Case(f"cuda-graph/{short(dtype)}/{train},{name}", run, name == "one-chunk")
+
+
+def gpu_cases() -> Iterator[Case]:
+    yield from waiting_cases()
+    yield from graph_cases()
