@@ -1,6 +1,7 @@
 # make demo    the main job on embedded defaults: a tiny model learns to follow requested scores (two cores, minutes)
 # make test    the unit tests
-# make bench   the head against naive PyTorch and the peers; writes benchmarks/results/cpu.json
+# make bench   ours against naive PyTorch and the peers; writes benchmarks/results/cpu.json (ARGS="--set ci": seconds)
+# make gpu-bench  the same on a GPU, within 8 minutes; writes benchmarks/results/gpu.json
 # make lint    ruff and mypy
 # Each creates .venv and what it needs. Python: make demo PYTHON=python3.12
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench lint wheel clean
+.PHONY: demo test bench gpu-bench lint wheel clean
 
 # torch first: the extension is built against it, without build isolation.
 .venv/torch: constraints.txt
@@ -38,7 +39,10 @@ test: .venv/test
 	$(BIN)/python -m pytest tests benchmarks $(ARGS)
 
 bench: .venv/bench
-	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/cpo-kernels bench --device cpu --set default --out benchmarks/results/cpu.json $(ARGS)
+
+gpu-bench: .venv/bench
+	$(BIN)/cpo-kernels bench --set gpu --out benchmarks/results/gpu.json $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
-"""`cpo-kernels train | eval | demo`.
+"""`cpo-kernels train | eval | demo | bench`.
 
 cpo-kernels train recipes/truthfulqa.yaml --training.lr 1e-4 conditions.per_prompt=3
 cpo-kernels eval --help
 cpo-kernels demo --help
+cpo-kernels bench --help
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 COMMANDS = {
     "eval": ("cpo_kernels.evaluation.run", "how well a trained model follows conditions"),
     "demo": ("cpo_kernels.demo.run", "the whole method on a small generated world, in minutes on a CPU"),
+    "bench": ("cpo_kernels.bench.run", "ours, naive PyTorch and the peers side by side on this machine"),
 }
 
 
@@ -107,3 +109,7 @@ def summary(result: Any) -> str:
     for row in result.metrics[-2:]:
         lines.append(", ".join(f"{name} {x:.4g}" for name, x in row.items()))
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -19,7 +19,7 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 def test_table_equals_the_results():
-    subprocess.run([sys.executable, "-m", "benchmarks.readme", "--check"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.plot", "--check"], cwd=ROOT, check=True)
 
 
 def test_explain_prints_what_the_readme_shows():

@@ -55,7 +55,7 @@ def products(b: Batch) -> Step:
 
 
 def fused_loss(impl: str = "auto", half_group: bool = False) -> Callable[[Batch], Step]:
-    """`FusedLinearCPOLoss`; half_group gives it a budget that a group does not fit: strategy two_pass."""
+    """`FusedLinearCPOLoss` with a plan as a collator makes it; half_group: a budget that a group exceeds, two_pass."""
 
     def build(b: Batch) -> Step:
         w = b.workload
@@ -63,14 +63,15 @@ def fused_loss(impl: str = "auto", half_group: bool = False) -> Callable[[Batch]
         if half_group:
             budget = max(1, w.labelled // w.groups // 2) * w.vocab * b.dtype.itemsize
         loss_fn = cpo.FusedLinearCPOLoss(beta=BETA, softcap=w.softcap, impl=impl, memory_budget=budget)
-        given = {"ref_logps": b.ref_logps} if b.ref_hidden is None else {"ref_hidden": b.ref_hidden}
+        given: dict[str, Any] = {"ref_logps": b.ref_logps} if b.ref_hidden is None else {"ref_hidden": b.ref_hidden}
         if b.ref_weight is not b.weight:
             given["ref_weight"] = b.ref_weight
-        pairs = None if w.responses == 2 else b.pairs
+        pairs = None if w.responses == 2 else b.pairs.cpu()
+        plan = loss_fn.plan(b.labels.cpu(), w.vocab, b.dtype, pairs, device=b.device).to(b.device)
 
         def run() -> Outcome:
             with torch.set_grad_enabled(w.mode != "forward"):
-                return b.outcome(loss_fn(b.hidden, b.weight, b.labels, pairs=pairs, **given).loss)
+                return b.outcome(loss_fn(b.hidden, b.weight, b.labels, plan=plan, **given).loss)
 
         return Step(run)
 

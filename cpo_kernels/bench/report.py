@@ -46,8 +46,17 @@ def rate(result: Result, name: str, row: Result) -> str:
         share = f" ({traffic / 2 / row['ratio']:.0%} of copy)" if "ratio" in row else ""
         return f"{traffic * result['bytes'] / row['median_s'] / 1e9:.3g} GB/s{share}"
     if result["family"] == "training_step":
-        return f"{result['completion_tokens'] / row['median_s']:.3g} completion tokens/s"
+        return f"{result['completion_tokens'] / row['median_s']:,.0f} completion tokens/s"
     return ""
+
+
+def memory(result: Result, row: Result) -> str:
+    if row["peak_bytes"] is None:
+        return "not measured"
+    beyond = ""
+    if "gradient_bytes" in result:
+        beyond = f" ({(row['peak_bytes'] - result['gradient_bytes']) / 2**20:.0f} beyond gradients)"
+    return f"{row['peak_bytes'] / 2**20:.0f} MiB{beyond}"
 
 
 def table(result: Result) -> str:
@@ -61,7 +70,7 @@ def table(result: Result) -> str:
             lines.append(f"| {label} | not measured: {row['why']} | | | | |")
             continue
         ratio = f"{row['ratio']:.2f} ({' to '.join(f'{x:.2f}' for x in row['ratio_spread'])})" if "ratio" in row else ""
-        peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
+        peak = memory(result, row)
         spread = f"{duration(row['min_s'])} to {duration(row['max_s'])}"
         lines.append(
             f"| {label} | {duration(row['median_s'])} ({spread}) | {ratio} | {rate(result, name, row)} | "

@@ -128,6 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cold_start": {},
     }
     try:
+        if "cold_start" in args.only and not args.workload:
+            content["cold_start"] = cold_start.measure(args.device, known.cold_starts, bench.limit_s())
+            print(f"cold start\n{report.cold_start_table(content['cold_start'])}", flush=True)
+            write(args.out, content)
         for run in runs:
             result = described(run.family, run.workload)
             result["subjects"] = bench.measure(run.family, run.workload, run.subjects)
@@ -141,10 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{report.growth_table(content['growth'])}", flush=True)
     finally:
         bench.close()
-    if "cold_start" in args.only and not args.workload:
-        content["cold_start"] = cold_start.measure(args.device, known.cold_starts, known.subject_s)
-        print(f"\ncold start\n{report.cold_start_table(content['cold_start'])}")
-        write(args.out, content)
     if args.out:
         print(f"\nwrote {args.out}")
     wrong = wrong_results(content["workloads"])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cpo_kernels.bench import tokens
 from cpo_kernels.bench.growth import Growth
 from cpo_kernels.bench.head import Head, head
 from cpo_kernels.bench.preference import Preference
@@ -47,6 +48,8 @@ EAGER = (
 )  # fmt: skip
 CLOSEST = ("products", "ours", "ours_two_pass", "naive_unmasked", "torch_chunked", "cce", "liger", "trl_unmasked")
 
+OPS = tuple(name for name in tokens.SUBJECTS if not name.startswith("compiled"))
+
 # ---------------------------------------------------------------------- ci: tiny and odd, every kind of workload
 
 TINY = Head("tiny", hidden=48, vocab=1999, groups=2, length=17, prompt=8, dtype="float32")
@@ -55,7 +58,7 @@ CI = Set(
         *(replace(run, subjects=EAGER) for run in modes(TINY, *ALL)),
         Run("head", replace(TINY, dtype="bfloat16", responses=4, reference="computed"), EAGER),
         Run("head", replace(TINY, softcap=5.0, mode="frozen", reference="computed"), EAGER),
-        Run("tokens", Tokens(rows=37, vocab=1999, softcap=5.0, dtype="float32")),
+        Run("tokens", Tokens(rows=37, vocab=1999, softcap=5.0, dtype="float32"), OPS),
         Run("preference", Preference(pairs=16)),
         Run("training_step", TrainingStep(dtype="float32")),
     ),
@@ -112,12 +115,14 @@ FULL = replace(
 
 # ----------------------------------------------------------------- gpu: one call within 8 minutes on an H100, H200
 
+LEADING = (*CLOSEST, "ours_cuda", "ours_token_logps", "cce_exact", "cce_filtered")
 LLAMA = head("llama-3-8b", groups=8, length=1024, prompt=512)  # 8192 labelled tokens
 GPU = Set(
     runs=(
         Run("tokens", Tokens(rows=4096, vocab=128256)),
         Run("preference", Preference()),
-        *modes(LLAMA, *ALL),
+        *modes(LLAMA, "trainable"),
+        *(replace(run, subjects=LEADING) for run in modes(LLAMA, "frozen", "forward")),
         Run("tokens", Tokens(rows=8, vocab=262144)),
         Run("tokens", Tokens(rows=4096, vocab=32000, dtype="float32")),
         Run("head", replace(LLAMA, groups=4, responses=4), CLOSEST),

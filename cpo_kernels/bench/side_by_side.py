@@ -36,7 +36,7 @@ class Bench:
     def limit_s(self) -> float:
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise Failed("not measured: the time limit of the run was reached")
+            raise Failed("the time limit of the run was reached")
         return min(self.subject_s, left)
 
     def worker(self, family: str, subject: str) -> Worker:
@@ -49,7 +49,9 @@ class Bench:
 
     def close(self) -> None:
         for worker in self.workers.values():
-            worker.stop()
+            worker.dismiss()
+        for worker in self.workers.values():
+            worker.stop(10)
         self.workers = {}
 
     def measure(self, family: str, workload: Any, names: Sequence[str]) -> dict[str, Row]:
@@ -60,6 +62,8 @@ class Bench:
             if why := known.subjects[name].why_not(workload, self.device):
                 row["why"] = why
         able = [n for n in names if "why" not in rows[n]]
+        if time.monotonic() > self.deadline:
+            return {n: row or {"why": "the time limit of the run was reached"} for n, row in rows.items()}
         workers = {n: self.worker(family, n) for n in ("truth", *able)}
         for worker in workers.values():
             worker.start()  # their imports overlap

@@ -60,6 +60,7 @@ class Batch:
         from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
         w, self.workload, self.device = workload, workload, device
+        self.folder = tempfile.TemporaryDirectory()  # of the trainers' files
         torch.manual_seed(0)
         if w.model in MODELS:
             sizes = MODELS[w.model]
@@ -83,8 +84,7 @@ class Batch:
         return self.model.get_output_embeddings().weight
 
     def autocast(self) -> torch.autocast:
-        dtype = getattr(torch, self.workload.dtype)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.workload.dtype == "bfloat16")
 
     def step(self, loss_and_backward: Callable[[], Tensor], optimizer: Any) -> Step:
         def run() -> Outcome:
@@ -103,13 +103,14 @@ def adamw(model: Any) -> torch.optim.Optimizer:
 def loop(b: Batch) -> Step:
     """The backbone, then `FusedLinearCPOLoss`: every response once, 3 products on the completions."""
     loss_fn = cpo.FusedLinearCPOLoss(beta=BETA)
-    backbone = b.model.base_model
-    pairs = None if b.workload.responses == 2 else b.pairs
+    backbone, dtype = b.model.base_model, getattr(torch, b.workload.dtype)
+    labels = b.labels[:, 1:]
+    plan = loss_fn.plan(labels.cpu(), b.head.shape[0], dtype, b.pairs.cpu(), device=b.device).to(b.device)
 
     def loss_and_backward() -> Tensor:
         with b.autocast():
             hidden = backbone(input_ids=b.input_ids, use_cache=False).last_hidden_state[:, :-1]
-            loss = loss_fn(hidden, b.head, b.labels[:, 1:], pairs=pairs, ref_logps=b.ref_logps).loss
+            loss = loss_fn(hidden, b.head, labels, ref_logps=b.ref_logps, plan=plan).loss
         loss.backward()
         return loss
 
@@ -137,7 +138,7 @@ def trainer(fused: bool) -> Callable[[Batch], Step]:
         datasets.disable_progress_bars()
         w = b.workload
         args = (FusedDPOConfig if fused else trl.DPOConfig)(
-            tempfile.mkdtemp(), beta=BETA, precompute_ref_log_probs=True, bf16=w.dtype == "bfloat16",
+            b.folder.name, beta=BETA, precompute_ref_log_probs=True, bf16=w.dtype == "bfloat16",
             use_cpu=b.device.type == "cpu", gradient_checkpointing=False, report_to="none", disable_tqdm=True,
         )  # fmt: skip
         data = datasets.Dataset.from_dict({"prompt": ["a ", "b "], "chosen": ["a", "b"], "rejected": ["b", "a"]})

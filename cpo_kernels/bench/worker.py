@@ -2,6 +2,8 @@
 
 import gc
 import multiprocessing
+import os
+import sys
 import time
 import warnings
 from dataclasses import asdict
@@ -44,30 +46,40 @@ class Serving:
 
     def keep(self, path: str) -> None:
         torch.save(project(self.step.run()), path)
+        self.release()
 
     def check(self, path: str) -> dict[str, float]:
         self.step.prepare()
-        return differences(project(self.step.run()), torch.load(path))
+        found = differences(project(self.step.run()), torch.load(path))
+        self.release()
+        return found
 
     def memory(self) -> int | None:
-        return peak_bytes(self.step, self.device)
+        peak = peak_bytes(self.step, self.device)
+        self.release()
+        return peak
 
     def turn(self, seconds: float) -> float:
         median = self.clock.turn(self.step, seconds)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the others take turns on the same device
+        self.release()
         return median
 
     def unload(self) -> None:
         del self.step
-        torch._dynamo.reset()  # the next workload is not a second shape of this one
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # the next workload is not a second shape of this one
         gc.collect()
+        self.release()
+
+    def release(self) -> None:
+        """Cached memory goes back: the others run on the same device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def serve(connection: Any, family: str, subject: str, device: str, threads: int) -> None:
     warnings.simplefilter("ignore")
+    os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(threads)
     serving = Serving(family, subject, torch.device(device))
     while True:
@@ -119,10 +131,16 @@ class Worker:
     def load(self, workload: Any, limit_s: float) -> None:
         self.ask("load", asdict(workload), limit_s=limit_s)
 
-    def stop(self) -> None:
+    def dismiss(self) -> None:
+        """An idle process ends by itself."""
         if self.process is not None:
-            self.connection.close()  # an idle one ends by itself
-            self.process.join(2)
+            self.connection.close()
+
+    def stop(self, limit_s: float = 0) -> None:
+        """Dismiss it; what is not gone after `limit_s` seconds is killed."""
+        if self.process is not None:
+            self.dismiss()
+            self.process.join(limit_s)
             self.process.kill()
             self.process.join()
             self.process = None

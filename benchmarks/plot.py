@@ -1,0 +1,203 @@
+"""README's table, docs/performance.md and their pictures, from the results files: `python -m benchmarks.plot`.
+
+With --check it only compares the texts with the results, and fails where they differ.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import roofline
+from cpo_kernels.bench import report
+from cpo_kernels.bench.families import HEAD_SUBJECTS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README_ROWS = (
+    "products", "ours", "cce", "naive_unmasked", "naive_unmasked_compiled", "torch_chunked", "naive", "liger",
+    "trl_unmasked", "trl",
+)  # fmt: skip
+INK, FAINT, OURS, THEIRS = "#30343b", "#c9ccd1", "#1f5fa8", "#a9b4c2"
+Result = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def head_results(content: Result) -> list[Result]:
+    return [r for r in content["workloads"] if r["family"] == "head"]
+
+
+def headline(content: Result) -> list[Result]:
+    """Workloads that differ from the first in dtype and mode alone: README's columns."""
+    loads = head_results(content)
+    keys = ("head", "groups", "responses", "length", "prompt", "reference", "softcap")
+    return [r for r in loads if all(r[k] == loads[0][k] for k in keys) and r["mode"] != "forward"]
+
+
+def cell(row: Result) -> str:
+    if "why" in row:
+        return "not measured"
+    memory = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
+    return f"{row['ratio']:.2f}× · {memory}"
+
+
+def readme_table(content: Result) -> str:
+    loads, env = headline(content), content["environment"]
+    heads = [f"{r['dtype']}, {r['mode']}" for r in loads]
+    names = [n for n in README_ROWS if n in loads[0]["subjects"]]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name in names:
+        lines.append(f"| {HEAD_SUBJECTS[name].label} | " + " | ".join(cell(r["subjects"][name]) for r in loads) + " |")
+    first = loads[0]
+    shown = {"torch", *(HEAD_SUBJECTS[n].package for n in names)}
+    floors = ", ".join(f"{r['subjects']['products']['median_s'] * 1e3:.0f} ms" for r in loads)
+    versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if name in shown)
+    lines += [
+        "",
+        f"Head {first['head']} ({first['hidden']} × {first['vocab']}), {first['pairs']} pairs of {first['length']} "
+        f"tokens of which {first['prompt']} are prompt, forward and backward: time as a multiple of the bare products "
+        f"({floors}), then peak memory beyond inputs, gradients included. {env['cpu']}, {env['threads']} threads, "
+        f"Python {env['python']}, {versions}; {env['date'][:10]}, commit {env['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
+def setting(content: Result) -> str:
+    """What it was measured on."""
+    env = content["environment"]
+    versions = ", ".join(f"{n} {v}" for n, v in env["versions"].items() if v != "not installed")
+    card = f"{env['gpu']}, " if "gpu" in env else ""
+    return (
+        f"{card}{env['cpu']}, {env['threads']} threads, Python {env['python']}, {versions}; {env['date'][:10]}, commit "
+        f"{env['commit']}; `{content['command']}`."
+    )
+
+
+def families_table(content: Result, families: Sequence[str]) -> str:
+    """Every workload of these families, under its title."""
+    parts = [f"**{report.title(r)}**\n\n{report.table(r)}" for r in content["workloads"] if r["family"] in families]
+    return "\n\n".join([setting(content), *parts]) if parts else "not measured"
+
+
+def sections() -> dict[str, str]:
+    """Name of a table in docs/performance.md -> its text."""
+    cpu, gpu = (roofline.read(RESULTS / f"{name}.json") for name in ("cpu", "gpu"))
+    made = {"roofline": roofline.tables(gpu)}
+    for device, content in (("cpu", cpu), ("gpu", gpu)):
+        for name, families in (("head", ["head"]), ("kernels", ["tokens", "preference"]), ("step", ["training_step"])):
+            made[f"{device} {name}"] = families_table(content, families) if content else "not measured"
+        made[f"{device} growth"] = report.growth_table(content["growth"]) if content.get("growth") else "not measured"
+        cold = content.get("cold_start")
+        made[f"{device} cold start"] = report.cold_start_table(cold) if cold else "not measured"
+    return made
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """`text` with `table` between the marks of that name."""
+    marks = rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end of table -->)"
+    filled, count = re.subn(marks, lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
+    if count != 1:
+        raise ValueError(f"{count} tables are marked {name!r}, want one")
+    return filled
+
+
+def texts() -> dict[Path, str]:
+    """File -> what it should hold."""
+    readme, performance = ROOT / "README.md", ROOT / "docs" / "performance.md"
+    made = {
+        readme: fill(
+            readme.read_text(), "benchmarks/results/cpu.json", readme_table(roofline.read(RESULTS / "cpu.json"))
+        )
+    }
+    page = performance.read_text()
+    for name, table in sections().items():
+        page = fill(page, name, table)
+    made[performance] = page
+    return made
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def finished(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(FAINT)
+        axis.tick_params(color=FAINT, labelcolor=INK)
+        axis.set_axisbelow(True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, facecolor="white")
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def draw_head(content: Result, path: Path) -> None:
+    """Time and peak memory of every subject in the first workload."""
+    from matplotlib import pyplot as plt
+
+    first = head_results(content)[0]
+    rows = {n: r for n, r in first["subjects"].items() if "ratio" in r}
+    names = sorted(rows, key=lambda n: -rows[n]["ratio"])
+    labels = [HEAD_SUBJECTS[n].label.replace("*", "").replace("`", "") for n in names]
+    colours = [OURS if n == "ours" else INK if n == "products" else THEIRS for n in names]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 1.2 + 0.36 * len(names)), sharey=True)
+    errors = [[abs(rows[n]["ratio"] - rows[n]["ratio_spread"][side]) for n in names] for side in (0, 1)]
+    left.barh(labels, [rows[n]["ratio"] for n in names], color=colours, xerr=errors, ecolor=FAINT)
+    left.set_xlabel("time, × the bare matrix products", color=INK)
+    right.barh(labels, [(rows[n]["peak_bytes"] or 0) / 2**20 for n in names], color=colours)
+    right.set_xlabel("peak memory beyond inputs, MiB", color=INK)
+    figure.suptitle(report.title(first), color=INK, fontsize=11)
+    finished(figure, path)
+
+
+def draw_growth(growths: Sequence[Result], path: Path) -> None:
+    """Time against size on logarithmic axes, a panel for each size."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(growths), figsize=(4.2 * len(growths), 3.6), squeeze=False)
+    for axis, growth in zip(axes.flat, growths, strict=True):
+        for name, colour in zip(growth["seen"], (INK, OURS, THEIRS), strict=True):
+            points = [p for p in growth["points"] if "median_s" in p["subjects"][name]]
+            times = [p["subjects"][name]["median_s"] for p in points]
+            label = HEAD_SUBJECTS[name].label.replace("*", "")
+            axis.loglog([p[growth["over"]] for p in points], times, marker="o", color=colour, label=label)
+        axis.set(xlabel=growth["over"], ylabel="seconds")
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    finished(figure, path)
+
+
+def draw(content: Result, device: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    draw_head(content, ROOT / "docs" / f"benchmark_{device}.png")
+    if content.get("growth"):
+        draw_growth(content["growth"], ROOT / "docs" / f"growth_{device}.png")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a text differs")
+    check = parser.parse_args().check
+    different = {path: text for path, text in texts().items() if path.read_text() != text}
+    if check:
+        for path in different:
+            print(f"{path.relative_to(ROOT)} differs from the results: run python -m benchmarks.plot", file=sys.stderr)
+        return 1 if different else 0
+    for path, text in different.items():
+        path.write_text(text)
+        print(f"wrote {path}")
+    for device in ("cpu", "gpu"):
+        if content := roofline.read(RESULTS / f"{device}.json"):
+            draw(content, device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

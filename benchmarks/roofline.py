@@ -1,0 +1,164 @@
+"""What each kernel and head strategy must move and compute, the floor on a GPU, and what was measured of it.
+
+python -m benchmarks.roofline [--results benchmarks/results/gpu.json]
+
+The floor of a kernel is its bytes over the device's copy rate; the small ones take the few µs of a launch instead. The
+floor of the head is its products at the device's rate; between them our kernels pass over the logits, which gives the
+ratio to expect without any overlap.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "gpu.json"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates measured with torch: device-to-device copy, bytes read and written; bfloat16 product of random data."""
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float
+
+
+DEVICES = (Device("H200", 4.3e12, 790e12), Device("H100", 3.0e12, 798e12))
+ROWS, VOCAB, ITEM = 4096, 128256, 2  # of the kernels: one chunk of Llama-3's head in bfloat16
+TOKENS, HIDDEN = 8192, 4096  # of the head
+PAIRS, OBJECTIVES = 256, 4
+
+# kernel -> (bytes, floating-point operations, subject of the family and its name there)
+LOGITS = ROWS * VOCAB
+KERNELS = {
+    # An online softmax: maximum, subtraction, exponential, sum.
+    "token_logps_fwd": (LOGITS * ITEM, 4 * LOGITS, ("tokens", "forward_{impl}")),
+    # Subtraction, exponential, one product by the upstream gradient; read and written.
+    "token_logps_bwd_": (2 * LOGITS * ITEM, 3 * LOGITS, ("tokens", "backward_{impl}")),
+    # Both; the second read of a row is meant to come from the L2 cache.
+    "token_logps_fused_": (2 * LOGITS * ITEM, 7 * LOGITS, ("tokens", "fused_{impl}")),
+    # Float32 in, float64 sums: one number a sequence out.
+    "sequence_sum": (4 * TOKENS, TOKENS, None),
+    # Two responses a pair, each with its log-probs, K ratings and K conditions in float64; some ten numbers out.
+    "preference": (
+        PAIRS * (2 * (8 + 8 * OBJECTIVES) + 8 * OBJECTIVES + 40),
+        PAIRS * (2 * 4 * OBJECTIVES + 50),
+        ("preference", "preference_{impl}"),
+    ),
+}
+
+# strategy -> (products, passes over the logits by our kernels: reads and writes, mode, subject)
+STRATEGIES = {
+    "forward": (1, 1, "forward", "ours"),
+    "frozen": (2, 2, "frozen", "ours"),
+    "pairs": (3, 2, "trainable", "ours"),
+    "two_pass": (4, 3, "trainable", "ours_two_pass"),
+    "recompute": (4, 3, "trainable", "ours_token_logps"),
+}
+
+
+def kernel_floor(name: str, device: Device) -> float:
+    """Seconds."""
+    return KERNELS[name][0] / device.bytes_per_s
+
+
+def head_floor(name: str, device: Device) -> tuple[float, float]:
+    """(seconds of the products that the strategy does, seconds of our passes over the logits)."""
+    products, passes, *_ = STRATEGIES[name]
+    flops = 2 * products * TOKENS * HIDDEN * VOCAB
+    return flops / device.flops_per_s, passes * TOKENS * VOCAB * ITEM / device.bytes_per_s
+
+
+def least_products(mode: str) -> int:
+    return min(products for products, _, m, _ in STRATEGIES.values() if m == mode)
+
+
+def find(report: dict[str, Any], family: str, subject: str, **keys: Any) -> dict[str, Any]:
+    """The row of a subject in the first workload with these keys; {} where there is none or it was not measured."""
+    for result in report.get("workloads", ()):
+        if result["family"] == family and all(result[k] == v for k, v in keys.items()):
+            row = result["subjects"].get(subject, {})
+            return row if "median_s" in row else {}
+    return {}
+
+
+def measured_kernel(report: dict[str, Any], name: str) -> str:
+    """Share of the copy rate of the same run, or time, for each home that was measured."""
+    where = KERNELS[name][2]
+    if where is None:
+        return "not measured"
+    family, pattern = where
+    keys = {"rows": ROWS, "vocab": VOCAB, "dtype": "bfloat16"} if family == "tokens" else {"pairs": PAIRS}
+    seen = []
+    for impl in ("triton", "cuda"):
+        row = find(report, family, pattern.format(impl=impl), **keys)
+        if row and "ratio" in row:
+            copied = 2 * LOGITS * ITEM
+            seen.append(f"{impl} {KERNELS[name][0] / copied / row['ratio']:.0%} of the copy rate")
+        elif row:
+            seen.append(f"{impl} {row['median_s'] * 1e6:.1f} µs")
+    return ", ".join(seen) or "not measured"
+
+
+def measured_head(report: dict[str, Any], name: str) -> str:
+    *_, mode, subject = STRATEGIES[name]
+    keys = {"labelled": TOKENS, "hidden": HIDDEN, "vocab": VOCAB, "mode": mode, "reference": "given", "responses": 2}
+    row = find(report, "head", subject, **keys)
+    if "ratio" not in row:
+        return "not measured"
+    low, high = row["ratio_spread"]
+    return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def tables(report: dict[str, Any]) -> str:
+    names = [d.name for d in DEVICES]
+    card = report.get("environment", {}).get("gpu", "")
+    measured = f"measured on {card}" if card else "measured"
+    heads = " | ".join(f"floor {n}" for n in names)
+    lines = [
+        f"Kernels: {ROWS} × {VOCAB} bfloat16; preference of {PAIRS} pairs × {OBJECTIVES} objectives. The floor is "
+        "bytes over the copy rate; the small ones take the few µs of a launch instead.",
+        "",
+        f"| kernel | MB | GFLOP | {heads} | {measured} |",
+        "|---" * (4 + len(names)) + "|",
+    ]
+    for name, (size, flops, _) in KERNELS.items():
+        floors = " | ".join(f"{kernel_floor(name, d) * 1e6:.3g} µs" for d in DEVICES)
+        lines.append(
+            f"| `{name}` | {size / 1e6:.3g} | {flops / 1e9:.3g} | {floors} | {measured_kernel(report, name)} |"
+        )
+    heads = " | ".join(f"products {n} | kernels {n} | expected ratio {n}" for n in names)
+    lines += [
+        "",
+        f"Head: {TOKENS} labelled tokens, {HIDDEN} × {VOCAB}, bfloat16. Ratios are to the least number of products "
+        "that the mode needs: 1 forward, 2 frozen, 3 trainable.",
+        "",
+        f"| strategy | products | TFLOP | {heads} | {measured} |",
+        "|---" * (4 + 3 * len(names)) + "|",
+    ]
+    for name, (products, _, mode, _) in STRATEGIES.items():
+        cells = []
+        for device in DEVICES:
+            product, kernels = head_floor(name, device)
+            least = product / products * least_products(mode)
+            cells += [f"{product * 1e3:.1f} ms", f"{kernels * 1e3:.2f} ms", f"{(product + kernels) / least:.2f}"]
+        tflop = 2 * products * TOKENS * HIDDEN * VOCAB / 1e12
+        lines.append(f"| `{name}` | {products} | {tflop:.1f} | {' | '.join(cells)} | {measured_head(report, name)} |")
+    return "\n".join(lines)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """{} where nothing was measured yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a file of `cpo-kernels bench`")
+    print(tables(read(parser.parse_args().results)))
+
+
+if __name__ == "__main__":
+    main()

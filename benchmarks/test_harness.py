@@ -1,0 +1,249 @@
+"""The run in which subjects take turns, its results file, and what is made of it."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import compare, plot, roofline
+from cpo_kernels.bench import report, run, side_by_side
+from cpo_kernels.bench.families import FAMILIES
+from cpo_kernels.bench.growth import exponent
+from cpo_kernels.bench.head import Head
+from cpo_kernels.bench.sets import SETS
+from cpo_kernels.bench.side_by_side import Bench, described, summary
+from cpo_kernels.bench.subject import Family, Step, Subject
+from cpo_kernels.bench.worker import Failed, Serving, Worker
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The command itself on tiny sizes, as a user runs it."""
+    out = tmp_path_factory.mktemp("bench") / "results.json"
+    command = [sys.executable, "-m", "cpo_kernels.cli", "bench", "--set", "ci", "--device", "cpu", "--threads", "1"]
+    subjects = ["--subjects", "ours", "ours_two_pass", "naive_unmasked", "ours_cuda", "forward_cpu", "preference_cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    parts = ["--only", "head", "tokens", "preference", "growth", "cold_start"]
+    subprocess.run([*command, *parts, *subjects, "--out", str(out)], cwd=ROOT, check=True, env=environment)
+    return json.loads(out.read_text())
+
+
+def test_results_file(results):
+    env = results["environment"]
+    assert env["versions"]["torch"] and env["commit"] and env["date"] and "--set ci" in results["command"]
+    loads = results["workloads"]
+    assert {r["family"] for r in loads} == {"head", "tokens", "preference"}
+    timed = 0
+    for result in loads:
+        for name, row in result["subjects"].items():
+            if name == "ours_cuda":
+                assert row["why"] == "needs an NVIDIA GPU, this is cpu"
+            if "why" in row:
+                continue
+            timed += 1
+            assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"] and row["first_s"] > 0
+            assert row["rounds"] == 2 and (row["differences"] or name == FAMILIES[result["family"]].floor)
+            assert "ratio" in row or result["family"] == "preference"
+    assert timed >= 15
+    assert {r["mode"] for r in loads if r["family"] == "head"} == {"trainable", "frozen", "forward"}
+    assert [len(g["points"]) for g in results["growth"]] == [2] and results["growth"][0]["seen"]["ours"]["time"]
+    assert results["cold_start"]["first"]["first_s"] > 0
+
+
+def test_tables_and_pictures(results, tmp_path):
+    for result in results["workloads"]:
+        assert report.table(result).count("\n") == 1 + len(result["subjects"])
+    assert "not measured: needs an NVIDIA GPU" in report.table(results["workloads"][0])
+    assert plot.readme_table(results).count("× ·") == 2 * 3  # trainable and frozen; floor, ours, naive
+    assert report.growth_table(results["growth"]).count("groups (2, 4)") == 3
+    assert "%" in report.table(next(r for r in results["workloads"] if r["family"] == "tokens"))
+    plot.draw_head(results, tmp_path / "head.png")
+    plot.draw_growth(results["growth"], tmp_path / "growth.png")
+    assert (tmp_path / "head.png").stat().st_size > 10_000 and (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_texts_are_checked_against_results():
+    text = "a\n<!-- table: x -->\nold\n<!-- end of table -->\nb\n"
+    assert plot.fill(text, "x", "new") == text.replace("old", "new")
+    with pytest.raises(ValueError, match="0 tables are marked 'y'"):
+        plot.fill(text, "y", "new")
+
+
+def test_compare_sees_what_is_beyond_noise(results):
+    assert compare.changes(results, results)[0] == []
+    slower = copy.deepcopy(results)
+    first = slower["workloads"][0]["subjects"]
+    row = first["ours"]
+    for key in ("ratio", "ratio_spread"):
+        row[key] = [10 * max(row["ratio_spread"])] * 2 if key == "ratio_spread" else 10 * max(row["ratio_spread"])
+    found, compared = compare.changes(results, slower)
+    assert [(c.subject, c.factor > 1) for c in found] == [("ours", True)] and compared > 10
+    back, _ = compare.changes(slower, results)
+    assert [(c.subject, c.factor < 1) for c in back] == [("ours", True)]
+    # Another machine: times say nothing, ratios do.
+    slower["environment"]["cpu"] = "another"
+    elsewhere, fewer = compare.changes(results, slower)
+    assert [c.subject for c in elsewhere] == ["ours"] and fewer < compared
+
+
+def test_roofline_shows_floor_and_measurement():
+    text = roofline.tables({})
+    assert "| `token_logps_fwd` | 1.05e+03 | 2.1 | 244 µs | 350 µs | not measured |" in text
+    assert "| `pairs` | 3 | 25.8 | 32.7 ms |" in text
+    row = {"median_s": 1.0, "ratio": 0.55, "ratio_spread": [0.5, 0.6]}
+    tokens = {"family": "tokens", "rows": 4096, "vocab": 128256, "dtype": "bfloat16", "subjects": {"forward_cuda": row}}
+    keys = {"labelled": 8192, "hidden": 4096, "vocab": 128256, "reference": "given", "responses": 2}
+    head = {"family": "head", **keys, "mode": "frozen", "subjects": {"ours": {**row, "ratio": 1.07}}}
+    text = roofline.tables({"environment": {"gpu": "X"}, "workloads": [tokens, head]})
+    assert "cuda 91% of the copy rate" in text and "1.07 (0.50 to 0.60)" in text and "measured on X" in text
+
+
+def test_exponent():
+    assert exponent([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
+    assert exponent([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
+    assert exponent([1], [2]) is None and exponent([1, 2], [0, 2]) is None
+
+
+def test_summary_is_of_the_same_rounds():
+    row = summary([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])
+    assert row["ratio"] == 2.0 and row["ratio_spread"] == [1.0, 3.0] and row["median_s"] == 4.0
+    assert "ratio" not in summary([1.0], [])
+
+
+# ------------------------------------------------------------------------------------------- a run of a family of toys
+
+
+class Here(Worker):
+    """A worker without a process, which notes the turns."""
+
+    turns: list[str] = []
+
+    def start(self):
+        self.serving = Serving(self.arguments[0], self.arguments[1], CPU)
+
+    def ask(self, command, *arguments, limit_s):
+        if not hasattr(self, "serving"):
+            self.start()
+        if command == "turn":
+            self.turns.append(self.arguments[1])
+        try:
+            return getattr(self.serving, command)(*arguments)
+        except Exception as error:
+            raise Failed(f"{type(error).__name__}: {error}") from error
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Subjects that are right, wrong, NaN, raise, and refuse."""
+
+    def answers(value):
+        return lambda tensors: Step(lambda: {"y": torch.full((3, 4), value)})
+
+    def raises(tensors):
+        raise RuntimeError("out of something")
+
+    subjects = {
+        "floor": Subject("floor", lambda tensors: Step(lambda: {})),
+        "right": Subject("right", answers(2.0)),
+        "wrong": Subject("wrong", answers(2.1)),
+        "nan": Subject("nan", answers(float("nan"))),
+        "raising": Subject("raising", raises),
+        "absent": Subject("absent", raises, package="no-such-package"),
+        "refusing": Subject("refusing", raises, refuses=lambda workload, device: "not on a Tuesday"),
+    }
+    truth = lambda tensors: {"y": torch.full((3, 4), 2.0)}  # noqa: E731
+    family = Family(Head, lambda workload, device: None, subjects, "floor", truth, lambda workload: {"y": 1e-3})
+    monkeypatch.setitem(FAMILIES, "toys", family)
+    monkeypatch.setattr(side_by_side, "Worker", Here)
+    Here.turns = []
+    return list(subjects)
+
+
+def bench(**keys):
+    return Bench(CPU, 1, **{"rounds": 3, "turn_s": 0.0, "subject_s": 10, **keys})
+
+
+def test_only_right_results_are_timed_and_nothing_is_dropped(toys):
+    workload = Head("tiny", 4, 8)
+    rows = bench().measure("toys", workload, toys)
+    assert list(rows) == toys
+    assert {n for n, r in rows.items() if "median_s" in r} == {"floor", "right"}
+    assert rows["wrong"]["why"].startswith("wrong result: y is off by 5.00e-02")
+    assert rows["nan"]["why"].startswith("wrong result: y is off by inf")
+    assert rows["raising"]["why"] == "RuntimeError: out of something"
+    assert rows["absent"]["why"] == "no-such-package is not installed"
+    assert rows["refusing"]["why"] == "not on a Tuesday"
+    result = described("toys", workload) | {"family": "head", "subjects": {"ours": rows["wrong"], "trl": rows["wrong"]}}
+    assert len(run.wrong_results([result])) == 1  # ours fails the run, a peer does not
+
+
+def test_subjects_take_turns_in_changing_order(toys):
+    bench().measure("toys", Head("tiny", 4, 8), ["floor", "right"])
+    assert Here.turns == ["floor", "right", "floor", "right", "floor", "right"]  # round 1 is moved on and turned around
+    Here.turns = []
+    bench(rounds=2).measure("toys", Head("tiny", 4, 8), ["right", "floor"])
+    assert Here.turns == ["right", "floor", "right", "floor"]
+
+
+def test_after_the_time_limit_nothing_begins(toys):
+    rows = bench(deadline=time.monotonic() - 1).measure("toys", Head("tiny", 4, 8), toys)
+    assert rows["right"] == {"why": "the time limit of the run was reached"} and "no-such" in rows["absent"]["why"]
+
+
+def test_a_process_that_hangs_or_dies_is_reported():
+    worker = Worker("preference", "reference", "cpu", 1)
+    try:
+        with pytest.raises(Failed, match="no answer to 'first' within 0 s"):
+            worker.ask("first", limit_s=0)
+        worker.start()
+        worker.process.kill()
+        worker.process.join()
+        worker.start = lambda: None  # as if it died while asked
+        with pytest.raises(Failed, match="its process died at 'first' with status -9"):
+            worker.ask("first", limit_s=5)
+    finally:
+        worker.stop()
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_sets_name_what_exists(name, capsys):
+    for one in SETS[name].runs:
+        assert set(one.subjects) <= set(FAMILIES[one.family].subjects)
+        assert FAMILIES[one.family].floor in (*one.subjects, "") or not one.subjects
+    assert run.main(["--set", name, "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 * len(SETS[name].runs)
+
+
+def test_gpu_set_has_the_sizes_of_the_floors():
+    results = [described(r.family, r.workload) for r in SETS["gpu"].runs]
+    heads = [r for r in results if r.get("labelled") == roofline.TOKENS and r["vocab"] == roofline.VOCAB]
+    assert {r["mode"] for r in heads if r["reference"] == "given" and r["responses"] == 2} == {
+        "trainable", "frozen", "forward",
+    }  # fmt: skip
+    assert any(r.get("rows") == roofline.ROWS and r["vocab"] == roofline.VOCAB for r in results)
+    assert any(r["family"] == "preference" and r["pairs"] == roofline.PAIRS for r in results)
+
+
+def test_workload_from_the_command_line():
+    made = run.parse_workload("head=gemma-2-9b,groups=3,mode=frozen,length=40,prompt=10,softcap=20")
+    assert (made.vocab, made.groups, made.mode, made.labelled, made.softcap) == (256000, 3, "frozen", 180, 20.0)
+    for text, error in (
+        ("head=gpt", "head must be one of"),
+        ("group=3", "unknown key 'group'"),
+        ("mode=fast", "no such workload"),
+        ("length=8,prompt=8", "prompt 8 must be shorter than length 8"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            run.parse_workload(text)

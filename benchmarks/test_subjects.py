@@ -1,0 +1,93 @@
+"""Every subject computes what its family's truth does: `pytest benchmarks --benchmark-enable` also times them, roughly.
+
+Figures that are quoted come from `cpo-kernels bench`: there the subjects take turns in processes of their own.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cpo_kernels.bench.families import FAMILIES
+from cpo_kernels.bench.head import Head
+from cpo_kernels.bench.measure import Clock, differences, peak_bytes, project
+from cpo_kernels.bench.preference import Preference
+from cpo_kernels.bench.tokens import Tokens
+from cpo_kernels.bench.training_step import TrainingStep
+
+CPU = torch.device("cpu")
+# All sizes odd: no tile, vector or chunk divides them.
+HEAD = Head("tiny", hidden=47, vocab=1999, groups=3, length=17, prompt=8, dtype="float32")
+WORKLOADS = {
+    "pairs": HEAD,
+    "bfloat16": replace(HEAD, dtype="bfloat16"),
+    "frozen": replace(HEAD, mode="frozen", softcap=3.0),
+    "forward": replace(HEAD, mode="forward"),
+    "groups": replace(HEAD, responses=4),
+    "reference": replace(HEAD, reference="computed", responses=3),
+    "shared_reference": replace(HEAD, reference="computed", mode="frozen"),
+    "tokens": Tokens(rows=13, vocab=1999, softcap=3.0, dtype="float32"),
+    "preference": Preference(pairs=16),
+    "training_step": TrainingStep(dtype="float32"),
+    "training_step_groups": TrainingStep(dtype="float32", responses=3),
+}
+COMPILED = {"naive_compiled", "naive_unmasked_compiled", "cce", "liger", "compiled", "compiled_forward"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads cost more than they bring at this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def family_of(workload):
+    return next(name for name, family in FAMILIES.items() if isinstance(workload, family.workload))
+
+
+CASES = [(case, name) for case, w in WORKLOADS.items() for name in FAMILIES[family_of(w)].subjects]
+
+
+@pytest.mark.parametrize("case, name", CASES, ids=lambda x: x)
+def test_subject_equals_the_truth(benchmark, case, name):
+    workload = WORKLOADS[case]
+    family = FAMILIES[family_of(workload)]
+    if why := family.subjects[name].why_not(workload, CPU):
+        pytest.skip(why)
+    if name in COMPILED and case not in ("groups", "tokens"):
+        pytest.skip("compiles for seconds: once is enough")
+    step = family.subjects[name].build(family.tensors(workload, CPU))
+    step.prepare()
+    outcome = benchmark.pedantic(step.run, setup=step.prepare, rounds=3, warmup_rounds=1)
+    if name == family.floor and not outcome:
+        return
+    truth = project(family.truth(family.tensors(workload, CPU)))
+    found, limits = differences(project(outcome), truth), family.limits(workload)
+    assert found, "it computes nothing that can be checked"
+    assert all(difference <= limits[key] for key, difference in found.items()), found
+    if getattr(workload, "mode", "") == "trainable":
+        assert {"loss", "dx", "dw"} <= found.keys()
+
+
+def test_a_wrong_gradient_shows_in_the_projection():
+    truth = {"dw": torch.randn(50, 40)}
+    wrong = truth["dw"].clone()
+    wrong[7, 3] += 1
+    error = differences(project({"dw": wrong}), project(truth))["dw"]
+    assert 1e-4 < error and differences(project(truth), project(truth))["dw"] == 0
+    wrong[7, 3] = float("nan")
+    assert differences(project({"dw": wrong}), project(truth))["dw"] == float("inf")
+    with pytest.raises(ValueError, match="dw has 50 elements instead of 49"):
+        differences(project({"dw": wrong}), project({"dw": truth["dw"][1:]}))
+
+
+def test_clock_and_memory():
+    from cpo_kernels.bench.subject import Step
+
+    kept = []
+    step = Step(lambda: kept.append(torch.ones(4 << 20)) or {}, kept.clear, repeats=4)  # 16 MiB
+    assert 0 < Clock(CPU).turn(step, 0.01) < 1
+    peak = peak_bytes(step, CPU)
+    assert peak is None or 15 << 20 < peak < 40 << 20
