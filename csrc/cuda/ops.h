@@ -12,7 +12,7 @@ namespace cpo::cuda {
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
   }
   int device() const { return device_; }
   void* stream() const { return stream_; }
