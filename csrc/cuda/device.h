@@ -98,14 +98,21 @@ CPO_DEVICE int cluster_rank() {
 #endif
 }
 // Every thread of the cluster arrives once and waits once; what was written before an arrival is seen after the wait.
+// Not the `.aligned` forms: those want whole warps that have not diverged.
 CPO_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+// An arrival that says only that this thread has come here, and waits for no store.
+CPO_DEVICE void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 CPO_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 // The same place in the shared memory of block `rank` of the cluster.
@@ -124,8 +131,11 @@ CPO_DEVICE Pack load16(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
 }
+// In PTX: nvcc 13.0 splits an assignment through uint4* into four stores of 4 bytes.
 CPO_DEVICE void store16(void* p, const Pack& v) {
-  *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 }
 
 // ---- numbers --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,10 @@
 
 namespace cpo::cuda {
 
-constexpr int kVectors = 8;  // of a chunk: 16-byte loads in flight for each thread, and what it can hold in registers
+// Vectors of a chunk: the 16-byte loads that a thread has in flight. kHeld is also what it can keep in registers between
+// two sweeps; one sweep alone has enough in flight with kStreamed, and spills at 64 registers with more.
+constexpr int kHeld = 8;
+constexpr int kStreamed = 4;
 
 // The problem as every row sees it. z = nat * y, with y = tanh(inner * logit) under a softcap and y = logit without.
 // Exponentials are E^(c y - shift), E = 2 for float (one instruction) and e for double: c = nat / log E.
@@ -36,7 +39,7 @@ struct Row {
   CPO_DEVICE T* vector(int k) const { return start + head + int64_t(k) * kPer; }
 };
 
-template <int kThreads>
+template <int kThreads, int kVectors>
 struct Part {
   int first, stride;
 

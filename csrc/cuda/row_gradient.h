@@ -81,13 +81,20 @@ CPO_DEVICE AccOf<T> gradient_of(AccOf<T> logit, const Softmax<AccOf<T>>& s, AccO
   return kSoftcap ? g * slope : g;
 }
 
-// Overwrites this thread's part of row i with its gradient, last chunk first: what was read last is still in the cache,
-// or, if `held`, in `v`. x_label: the label's logit, which another thread may have overwritten already.
-template <bool kSoftcap, int kThreads, typename T>
-CPO_DEVICE void write(const Row<T>& row, const Part<kThreads>& part, const Problem<T>& p, int64_t label,
+// Overwrites this thread's part of a row with its gradient, last chunk first: what was read last is still in the cache,
+// or, if `held`, in `v`. x_label: the label's logit, which only its owner may read once the writing has begun.
+template <bool kSoftcap, int kThreads, int kVectors, typename T>
+CPO_DEVICE void write(const Row<T>& row, const Part<kThreads, kVectors>& part, const Problem<T>& p, int64_t label,
                       AccOf<T> x_label, const Softmax<AccOf<T>>& s, AccOf<T> grad, Pack (&v)[kVectors], bool held) {
   using Acc = AccOf<T>;
   const Acc scaled = grad * p.scale, factor = -scaled * s.factor;
+  const bool mine = in_range(p, label) && part.owns(row, int(label));
+  T at_label{};
+  if (mine) {
+    Acc slope = 1;
+    const Acc y = kSoftcap ? tanh_and_slope(x_label * p.inner, slope) : x_label;
+    at_label = rounded<T>(-expm1(p.nat * (y - s.top) - s.log_sum) * scaled * slope);
+  }
   const int chunks = part.chunks(row), edge = part.edge(row);
   for (int chunk = chunks - 1; chunk >= 0; --chunk) {
     if (!held || chunk < chunks - 1) part.load(row, chunk, v);
@@ -103,11 +110,7 @@ CPO_DEVICE void write(const Row<T>& row, const Part<kThreads>& part, const Probl
     }
   }
   if (edge >= 0) row.start[edge] = rounded<T>(gradient_of<kSoftcap>(widened(row.start[edge]), s, factor, p));
-  if (in_range(p, label) && part.owns(row, int(label))) {
-    Acc slope = 1;
-    const Acc y = kSoftcap ? tanh_and_slope(x_label * p.inner, slope) : x_label;
-    row.start[label] = rounded<T>(-expm1(p.nat * (y - s.top) - s.log_sum) * scaled * slope);
-  }
+  if (mine) row.start[int(label)] = at_label;
   part.clear(Row<T>(row.start + p.columns, p.width - p.columns));
 }
 

@@ -67,8 +67,8 @@ CPO_DEVICE void fold(Sums<AccOf<T>>& a, AccOf<T> (&x)[n], const Problem<T>& p) {
 }
 
 // The sums of this thread's part of a row; `v` keeps the last chunk.
-template <bool kSoftcap, bool kExtras, int kThreads, typename T>
-CPO_DEVICE Sums<AccOf<T>> scan(const Row<T>& row, const Part<kThreads>& part, const Problem<T>& p,
+template <bool kSoftcap, bool kExtras, int kThreads, int kVectors, typename T>
+CPO_DEVICE Sums<AccOf<T>> scan(const Row<T>& row, const Part<kThreads, kVectors>& part, const Problem<T>& p,
                                Pack (&v)[kVectors]) {
   Sums<AccOf<T>> a = Sums<AccOf<T>>::none();
   const int edge = part.edge(row), chunks = part.chunks(row);
@@ -125,8 +125,8 @@ CPO_DEVICE Sums<Acc> meet_block(Sums<Acc> a, Acc c, Sums<Acc>* slots) {
 }
 
 // The sums of the cluster, in every thread. Each block gives its own to all the others, into `slots` [cluster size] of
-// their shared memory. They must have started (the cluster_arrive at the kernel's beginning); and as no block reads
-// from another, each may leave when it likes.
+// their shared memory. They must have started (the kernel begins with cluster_arrive_relaxed); and as no block
+// reads from another, each may leave when it likes.
 template <bool kExtras, typename Acc>
 CPO_DEVICE Sums<Acc> meet_cluster(Sums<Acc> a, Acc c, Sums<Acc>* slots) {
   cluster_wait();

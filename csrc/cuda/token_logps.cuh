@@ -31,9 +31,9 @@ scan_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, Sums<AccOf<T>>* sum
     return;
   }
   const Row<T> row(p.logits + i * p.stride, p.columns);
-  const Part<kThreads> part(piece, pieces);
+  const Part<kThreads, kStreamed> part(piece, pieces);
   const Acc x_label = label_logit(p, row.start, label);
-  Pack v[kVectors];
+  Pack v[kStreamed];
   Sums<Acc> a = scan<kSoftcap, kExtras>(row, part, p, v);
   a = meet_block<kThreads, kExtras>(a, p.c, shared<Sums<Acc>>());
   if (thread_index() != 0) return;
@@ -72,13 +72,13 @@ write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const
   using Acc = AccOf<T>;
   const int64_t i = block_index() / pieces, label = p.labels[i];
   const Row<T> row(p.logits + i * p.stride, p.columns);
-  const Part<kThreads> part(int(block_index() % pieces), pieces);
+  const Part<kThreads, kStreamed> part(int(block_index() % pieces), pieces);
   if (label == p.ignore_index) return part.clear(Row<T>(row.start, p.width));
   const bool mine = in_range(p, label) && part.owns(row, int(label));
   const Acc x_label = mine ? widened(row.start[label]) : Acc(0);
   Softmax<Acc> s = softmaxes ? softmaxes[i] : softmax_of_lse(lse[i], p);
   if (!in_range(p, label)) s.factor = Acc(NAN);
-  Pack v[kVectors];
+  Pack v[kStreamed];
   write<kSoftcap>(row, part, p, label, x_label, s, softmaxes ? Acc(1) : grads[i], v, false);
 }
 
@@ -89,14 +89,14 @@ fused_kernel(Problem<T> p, Outputs<AccOf<T>> out) {
   const int blocks = cluster_size();
   const int64_t i = block_index() / blocks, label = p.labels[i];
   const Row<T> row(p.logits + i * p.stride, p.columns);
-  const Part<kThreads> part(cluster_rank(), blocks);
+  const Part<kThreads, kHeld> part(cluster_rank(), blocks);
   if (label == p.ignore_index) {
     if (part.first == 0) store_ignored<kExtras>(out, i, p.rows);
     return part.clear(Row<T>(row.start, p.width));
   }
-  if (blocks > 1) cluster_arrive();
+  if (blocks > 1) cluster_arrive_relaxed();
   const Acc x_label = label_logit(p, row.start, label);
-  Pack v[kVectors];
+  Pack v[kHeld];
   Sums<Acc> a = scan<kSoftcap, kExtras>(row, part, p, v);
   Sums<Acc>* slots = shared<Sums<Acc>>();
   a = meet_block<kThreads, kExtras>(a, p.c, slots);

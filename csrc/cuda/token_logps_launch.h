@@ -38,9 +38,10 @@ int pieces_of(int64_t rows, int64_t vectors, const DeviceInfo& device) {
 
 template <int kThreads>
 Plan plan_of(int64_t rows, int64_t vectors, const DeviceInfo& device) {
-  const int64_t chunk = kThreads * kVectors;
+  const int64_t chunk = kThreads * kHeld;
   const int pieces = pieces_of<kThreads>(rows, vectors, device);
-  const int cluster = device.clusters ? int(std::clamp<int64_t>((vectors + chunk - 1) / chunk, 1, kMaxCluster)) : 1;
+  int cluster = 1;
+  while (device.clusters && cluster < kMaxCluster && cluster * chunk < vectors) cluster *= 2;
   const bool fills = rows * cluster >= device.multiprocessors || cluster >= pieces;
   return {pieces, fills ? cluster : 0};
 }
@@ -53,7 +54,8 @@ Plan plan_of(const Problem<T>& p, const DeviceInfo& device) {
 // Numbers of the accumulation type that the launches below want in device memory.
 template <typename T>
 int64_t scratch_size(const Problem<T>& p, const Plan& plan, bool overwrite) {
-  constexpr int64_t sums = sizeof(Sums<AccOf<T>>) / sizeof(AccOf<T>), softmax = sizeof(Softmax<AccOf<T>>) / sizeof(AccOf<T>);
+  using Acc = AccOf<T>;
+  constexpr int64_t sums = sizeof(Sums<Acc>) / sizeof(Acc), softmax = sizeof(Softmax<Acc>) / sizeof(Acc);
   const bool split = overwrite ? plan.cluster == 0 : plan.pieces > 1;
   return split ? p.rows * (plan.pieces * sums + softmax) : 0;
 }

@@ -129,6 +129,7 @@ inline void cluster_arrive() {
   if (self().cluster_ticket >= 0) host_fail("cluster_arrive twice without cluster_wait");
   self().cluster_ticket = self().block->cluster->barrier.arrive();
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   if (self().cluster_ticket < 0) host_fail("cluster_wait without cluster_arrive");
   self().block->cluster->barrier.wait(self().cluster_ticket);

@@ -1,0 +1,53 @@
+// The CUDA token kernels with 64 real threads a block, for the sanitizers: each form of launch, rows at odd addresses in
+// a heap block that ends with the last row, labels out of range.
+#include "../../csrc/cuda/token_logps_launch.h"
+
+using namespace cpo::cuda;
+
+namespace {
+
+constexpr int kSmall = 64;
+
+template <typename T>
+void run(int64_t rows, int64_t width, int64_t columns, const DeviceInfo& device, double softcap, bool extras) {
+  using Acc = AccOf<T>;
+  const int64_t stride = width + 3, first = 1;
+  std::mt19937_64 random(width);
+  std::unique_ptr<T[]> logits(new T[first + (rows - 1) * stride + width]);
+  std::unique_ptr<int64_t[]> labels(new int64_t[rows]);
+  for (int64_t i = 0; i < rows; ++i) {
+    labels[i] = int64_t(random() % columns);
+    for (int64_t v = 0; v < width; ++v) logits[first + i * stride + v] = rounded<T>(Acc(random() % 9) - 4);
+  }
+  labels[0] = columns - 1;
+  labels[1] = -100;
+  labels[2] = -1;  // out of range, and so is the last: one column behind the heap block
+  labels[rows - 1] = width;
+  const Problem<T> p =
+      problem_of(logits.get() + first, labels.get(), rows, stride, width, columns, -100, 1.0, softcap);
+  const Plan plan = plan_of<kSmall>(p, device);
+  std::unique_ptr<Acc[]> logp(new Acc[rows]), lse(new Acc[rows]), extra(new Acc[extras ? 4 * rows : 0]);
+  for (const bool overwrite : {false, true}) {
+    std::unique_ptr<Acc[]> scratch(new Acc[scratch_size(p, plan, overwrite)]);
+    token_logps_forward<kSmall>("", p, {logp.get(), lse.get(), extra.get()}, overwrite, softcap > 0, extras, plan,
+                                scratch.get(), nullptr);
+    if (!(logp[0] < 0) || logp[1] != 0 || !std::isnan(logp[2])) host_fail("wrong log-probs");
+  }
+  token_logps_backward<kSmall>("", p, lse.get(), logp.get(), softcap > 0, plan, nullptr);
+}
+
+template <typename T>
+void run_forms(double softcap, bool extras) {
+  const DeviceInfo pieces{64, false}, loops{1, false}, clusters{1, true};
+  for (const DeviceInfo& device : {pieces, loops, clusters}) {
+    run<T>(4, 5003, 4999, device, softcap, extras);  // bfloat16: 2 blocks of 4096 columns, or 9 pieces
+    run<T>(4, 21, 21, device, softcap, extras);
+  }
+}
+
+}  // namespace
+
+int main() {
+  run_forms<float>(5.0, true);
+  run_forms<BFloat16>(0.0, false);
+}
