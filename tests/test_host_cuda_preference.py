@@ -46,7 +46,7 @@ class HostKernels:
         results = [seq_logps.new_empty(shape) for shape in ((), count, sequences, count, count, count)]
         order, counts = pairs.new_empty(count, dtype=torch.int8), pairs.new_empty(3)
         sizes = (count, sequences, scores.shape[1] if scores.dim() == 2 else 0, len(loss_types))
-        ranks = torch.full((10 * count,), 2**62)
+        orders = torch.full((12 * count,), 2**62)
         self.library.preference(
             self.threads,
             (ctypes.c_void_p * 8)(*map(address, floats)),
@@ -62,7 +62,7 @@ class HostKernels:
             (ctypes.c_void_p * 6)(*(t.data_ptr() for t in results)),
             ctypes.c_void_p(order.data_ptr()),
             ctypes.c_void_p(counts.data_ptr()),
-            ctypes.c_void_p(address(ranks)),
+            ctypes.c_void_p(address(orders)),
         )
         return *results, order, counts
 

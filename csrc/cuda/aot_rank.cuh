@@ -16,43 +16,57 @@ CPO_DEVICE int64_t sort_key(double x) {
   return bits < 0 ? bits ^ INT64_MAX : bits;
 }
 
-struct AotKeys {
-  int64_t high, low;
+// The two values of a pair that are sorted, each against its like. aot: L_w - L_l and ref_w - ref_l; aot_unpaired: r_w
+// and r_l.
+struct AotValues {
+  double high, low;
 };
-CPO_DEVICE AotKeys aot_keys(const PreferenceInput& in, int64_t p, bool unpaired) {
+CPO_DEVICE AotValues aot_values(const PreferenceInput& in, const Oriented& who, bool unpaired) {
+  const double chosen = of_sequence(in, in.seq_logps, who.chosen), rejected = of_sequence(in, in.seq_logps, who.rejected);
+  const double chosen_ref = of_sequence(in, in.ref_logps, who.chosen);
+  const double rejected_ref = of_sequence(in, in.ref_logps, who.rejected);
+  if (unpaired) return {chosen - chosen_ref, rejected - rejected_ref};
+  return {chosen - rejected, chosen_ref - rejected_ref};
+}
+
+struct AotPair {
+  AotValues values;
+  int64_t high, low;  // their keys
+};
+CPO_DEVICE AotPair aot_pair(const PreferenceInput& in, int64_t p, bool unpaired) {
+  if (p >= in.num_pairs) return {{0.0, 0.0}, kTieKey, kTieKey};
   const Oriented who = orient(in, p);
-  if (who.sign == 0) return {kTieKey, kTieKey};
   const AotValues values = aot_values(in, who, unpaired);
-  return {sort_key(values.high), sort_key(values.low)};
+  if (who.sign == 0) return {values, kTieKey, kTieKey};
+  return {values, sort_key(values.high), sort_key(values.low)};
 }
 
 // A block ranks the pairs of one tile, a pair for each thread, against all pairs, tile by tile.
 template <int kThreads>
 CPO_KERNEL(kThreads, 1)
 aot_rank_kernel(const PreferenceInput in, bool unpaired) {
-  AotKeys* tile = shared<AotKeys>();  // [kThreads]
-  const AotRanks& out = unpaired ? in.aot_unpaired : in.aot;
-  const int64_t p = block_index() * kThreads + thread_index();
-  const AotKeys own = p < in.num_pairs ? aot_keys(in, p, unpaired) : AotKeys{kTieKey, kTieKey};
+  AotPair* tile = shared<AotPair>();  // [kThreads]
+  const AotOrder& out = unpaired ? in.aot_unpaired : in.aot;
+  const int64_t p = block_index() * kThreads + thread_index(), all = in.num_pairs;
+  const AotPair own = aot_pair(in, p, unpaired);
   int64_t high = 0, low = 0, live = 0;
-  for (int64_t begin = 0; begin < in.num_pairs; begin += kThreads) {
-    const int64_t q = begin + thread_index();
-    tile[thread_index()] = q < in.num_pairs ? aot_keys(in, q, unpaired) : AotKeys{kTieKey, kTieKey};
+  for (int64_t begin = 0; begin < all; begin += kThreads) {
+    tile[thread_index()] = aot_pair(in, begin + thread_index(), unpaired);
     sync_block();
     for (int i = 0; i < kThreads; ++i) {
-      const AotKeys other = tile[i];
       const bool before = begin + i < p;
-      high += other.high < own.high || (other.high == own.high && before);
-      low += other.low < own.low || (other.low == own.low && before);
-      live += other.high != kTieKey && before;
+      high += tile[i].high < own.high || (tile[i].high == own.high && before);
+      low += tile[i].low < own.low || (tile[i].low == own.low && before);
+      live += tile[i].high != kTieKey && before;
     }
     sync_block();
   }
   if (own.high == kTieKey) return;
   out.rank[p] = high;
-  out.rank[in.num_pairs + p] = low;
-  out.at[high] = p;
-  out.at[in.num_pairs + low] = p;
+  out.rank[all + p] = low;
+  out.sorted[high] = own.values.high;
+  out.sorted[all + low] = own.values.low;
+  out.upper[high] = p;
   out.live[live] = p;
 }
 

@@ -90,12 +90,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefe
   check_losses(in, loss_types, loss_weights);
   set_losses(in, loss_types.data(), loss_weights.data(), loss_types.size());
 
-  const auto new_ranks = [&](int type) {
-    return new_vector(pairs, lists(in, type) ? 5 * in.num_pairs : 0, ScalarType::Long);
+  const auto new_order = [&](int type) {
+    return new_vector(pairs, lists(in, type) ? kOrderWords * in.num_pairs : 0, ScalarType::Long);
   };
-  Tensor ranks = new_ranks(kAot), unpaired_ranks = new_ranks(kAotUnpaired);
-  in.aot = ranks_in(mutable_data_of<int64_t>(ranks), in.num_pairs);
-  in.aot_unpaired = ranks_in(mutable_data_of<int64_t>(unpaired_ranks), in.num_pairs);
+  Tensor paired_order = new_order(kAot), unpaired_order = new_order(kAotUnpaired);
+  in.aot = order_in(mutable_data_of<int64_t>(paired_order), in.num_pairs);
+  in.aot_unpaired = order_in(mutable_data_of<int64_t>(unpaired_order), in.num_pairs);
 
   const ScalarType type = seq_logps.scalar_type();
   Tensor loss = torch::stable::new_empty(seq_logps, {}, type);

@@ -20,10 +20,11 @@ namespace cpo::cuda {
 enum class Reward { kRatio, kSum, kMean };
 
 // The order of the n pairs that are no tie, for one loss type. Null where it is not asked for.
-struct AotRanks {
-  int64_t* rank;  // [2, P]: at which rank the upper, the lower value of a pair stands
-  int64_t* at;    // [2, P]: the pair whose upper, lower value stands at a rank
-  int64_t* live;  // [P]: the first n are the pairs that are no tie
+struct AotOrder {
+  int64_t* rank;   // [2, P]: at which rank the upper, the lower value of a pair stands
+  double* sorted;  // [2, P]: the upper, the lower value that stands at a rank
+  int64_t* upper;  // [P]: the pair of the upper value at a rank
+  int64_t* live;   // [P]: the first n are the pairs that are no tie
 };
 
 struct PreferenceInput {
@@ -41,7 +42,7 @@ struct PreferenceInput {
   int loss_types[kNumLossTypes];
   double loss_weights[kNumLossTypes];
   Reward reward;
-  AotRanks aot, aot_unpaired;
+  AotOrder aot, aot_unpaired;
 };
 
 struct PreferenceOutput {
@@ -119,34 +120,20 @@ CPO_DEVICE Oriented orient(const PreferenceInput& in, int64_t p) {
 
 // ---- aot ------------------------------------------------------------------------------------------------------------
 
-// The two values of a pair that are sorted, each against its like. aot: L_w - L_l and ref_w - ref_l; aot_unpaired: r_w
-// and r_l.
-struct AotValues {
-  double high, low;
-};
-CPO_DEVICE AotValues aot_values(const PreferenceInput& in, const Oriented& who, bool unpaired) {
-  const double chosen = of_sequence(in, in.seq_logps, who.chosen), rejected = of_sequence(in, in.seq_logps, who.rejected);
-  const double chosen_ref = of_sequence(in, in.ref_logps, who.chosen);
-  const double rejected_ref = of_sequence(in, in.ref_logps, who.rejected);
-  if (unpaired) return {chosen - chosen_ref, rejected - rejected_ref};
-  return {chosen - rejected, chosen_ref - rejected_ref};
-}
-
 // The k-th loss compares the k-th upper with the k-th lower value; it stands at the pair of the upper one.
-CPO_DEVICE ValueAndSlope aot_at(const PreferenceInput& in, const AotRanks& ranks, bool unpaired, int64_t k) {
-  const int64_t high = ranks.at[k], low = ranks.at[in.num_pairs + k];
-  const double upper = aot_values(in, orient(in, high), unpaired).high;
-  const double lower = aot_values(in, orient(in, low), unpaired).low;
-  const ValueAndSlope term = aot_loss(upper, lower, beta_of(in, ranks.live[k]), in.options);
-  const double weight = weight_of(in, high);
+CPO_DEVICE ValueAndSlope aot_at(const PreferenceInput& in, const AotOrder& order, int64_t k) {
+  const double upper = order.sorted[k], lower = order.sorted[in.num_pairs + k];
+  const ValueAndSlope term = aot_loss(upper, lower, beta_of(in, order.live[k]), in.options);
+  const double weight = weight_of(in, order.upper[k]);
   return {weight * term.value, weight * term.slope};
 }
 
-// The loss at pair p; the gradient goes to the responses that hold the two sorted values.
-CPO_DEVICE LossTerm aot_term(const PreferenceInput& in, const AotRanks& ranks, bool unpaired, int64_t p) {
-  const ValueAndSlope upper = aot_at(in, ranks, unpaired, ranks.rank[p]);
-  if (!unpaired) return {upper.value, upper.slope, -upper.slope};
-  return {upper.value, upper.slope, -aot_at(in, ranks, unpaired, ranks.rank[in.num_pairs + p]).slope};
+// The loss at pair p; the gradient goes to the responses that hold the two sorted values: in aot the pair of the upper
+// one holds both.
+CPO_DEVICE LossTerm aot_term(const PreferenceInput& in, const AotOrder& order, bool unpaired, int64_t p) {
+  const ValueAndSlope upper = aot_at(in, order, order.rank[p]);
+  const double lower_slope = unpaired ? aot_at(in, order, order.rank[in.num_pairs + p]).slope : upper.slope;
+  return {upper.value, upper.slope, -lower_slope};
 }
 
 // ---- the loss of a pair ---------------------------------------------------------------------------------------------

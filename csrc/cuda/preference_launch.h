@@ -8,9 +8,9 @@
 
 namespace cpo::cuda {
 
-// Of memory for 5 P integers.
-inline AotRanks ranks_in(int64_t* data, int64_t num_pairs) {
-  return {data, data + 2 * num_pairs, data + 4 * num_pairs};
+constexpr int64_t kOrderWords = 6;  // 64-bit words of an AotOrder for each pair
+inline AotOrder order_in(int64_t* words, int64_t num_pairs) {
+  return {words, reinterpret_cast<double*>(words + 2 * num_pairs), words + 4 * num_pairs, words + 5 * num_pairs};
 }
 
 inline bool lists(const PreferenceInput& in, int type) {
@@ -43,7 +43,7 @@ void launch_preference(const PreferenceInput& in, const PreferenceOutput& out, v
   const int64_t tiles = (in.num_pairs + kThreads - 1) / kThreads;
   for (int type : {kAot, kAotUnpaired}) {
     if (tiles == 0 || !lists(in, type)) continue;
-    const LaunchShape shape{tiles, kThreads, 1, kThreads * int(sizeof(AotKeys)), stream};
+    const LaunchShape shape{tiles, kThreads, 1, kThreads * int(sizeof(AotPair)), stream};
     launch("preference", shape, aot_rank_kernel<kThreads>, in, type == kAotUnpaired);
   }
   constexpr int kFewRows = kThreads / kParts;

@@ -22,7 +22,7 @@ std::vector<double> numbers(int64_t count, uint64_t seed) {
 void run_preference(int64_t pairs, int64_t sequences, bool scored) {
   constexpr int64_t kObjectives = 5;
   std::mt19937_64 random(1);
-  std::vector<int64_t> index(2 * pairs), lengths(sequences), ranks(10 * pairs), counts(3);
+  std::vector<int64_t> index(2 * pairs), lengths(sequences), orders(2 * kOrderWords * pairs), counts(3);
   for (int64_t& s : index) s = int64_t(random() % uint64_t(sequences + 2)) - 1;  // -1 and `sequences` do not exist
   for (int64_t& n : lengths) n = int64_t(random() % 30);
   auto logps = numbers(sequences, 2), ref = numbers(sequences, 3), scores = numbers(sequences * kObjectives, 4);
@@ -47,8 +47,8 @@ void run_preference(int64_t pairs, int64_t sequences, bool scored) {
   in.num_objectives = scored ? kObjectives : 0;
   std::memcpy(&in.options, options.data(), sizeof(in.options));
   in.divisor = in.chosen_tokens = -1.0;
-  in.aot = ranks_in(ranks.data(), pairs);
-  in.aot_unpaired = ranks_in(ranks.data() + 5 * pairs, pairs);
+  in.aot = order_in(orders.data(), pairs);
+  in.aot_unpaired = order_in(orders.data() + kOrderWords * pairs, pairs);
   std::vector<int64_t> types(kNumLossTypes);
   std::iota(types.begin(), types.end(), 0);
   const std::vector<double> type_weights(kNumLossTypes, 0.5);

@@ -20,11 +20,11 @@ void sequence_sum(bool is_double, const void* logps, const int64_t* cu, const vo
 }
 
 // floats: seq_logps, ref_logps, scores, conditions, objectives, pair_weights, pair_betas, margins, null where absent.
-// sizes: P, S, K, number of losses. outputs: loss, losses, grad, chosen rewards, rejected rewards, gap. ranks: [10 P].
+// sizes: P, S, K, number of losses. outputs: loss, losses, grad, chosen rewards, rejected rewards, gap. orders: [12 P].
 void preference(int threads, const void* const* floats, const bool* is_double, const int64_t* lengths,
                 const int64_t* pairs, const int64_t* sizes, const int64_t* types, const double* weights,
                 const double* options, double num_pairs, double chosen_tokens, void* const* outputs, int8_t* order,
-                int64_t* counts, int64_t* ranks) {
+                int64_t* counts, int64_t* orders) {
   PreferenceInput in{};
   FloatArray* const arrays[] = {&in.seq_logps,  &in.ref_logps,    &in.scores,     &in.conditions,
                                 &in.objectives, &in.pair_weights, &in.pair_betas, &in.margins};
@@ -37,8 +37,8 @@ void preference(int threads, const void* const* floats, const bool* is_double, c
   std::memcpy(&in.options, options, sizeof(in.options));
   in.divisor = num_pairs;
   in.chosen_tokens = chosen_tokens;
-  in.aot = ranks_in(ranks, in.num_pairs);
-  in.aot_unpaired = ranks_in(ranks + 5 * in.num_pairs, in.num_pairs);
+  in.aot = order_in(orders, in.num_pairs);
+  in.aot_unpaired = order_in(orders + kOrderWords * in.num_pairs, in.num_pairs);
   set_losses(in, types, weights, size_t(sizes[3]));
   const auto to = [&](int i) { return FloatOutput{outputs[i], is_double[0]}; };
   const PreferenceOutput out{to(0), to(1), to(2), to(3), to(4), to(5), order, counts};
