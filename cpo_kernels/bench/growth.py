@@ -63,7 +63,9 @@ def fitted(over: str, points: Sequence[Row]) -> dict[str, Row]:
 def measure(bench: Bench, growth: Growth) -> Row:
     points = []
     for workload in growth.workloads():
-        points.append(described("head", workload) | {"subjects": bench.measure("head", workload, SUBJECTS)})
+        points.append(
+            described("head", workload, bench.device) | {"subjects": bench.measure("head", workload, SUBJECTS)}
+        )
     return {
         "over": growth.over,
         "expected": EXPECTED[growth.over],

@@ -6,11 +6,13 @@ Every subject (`head_subjects`, `peers`) computes -mean log sigmoid(beta * d) ov
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cpo_kernels as cpo
 from cpo_kernels.bench.subject import Outcome, Step
 
 BETA = 0.1
@@ -74,6 +76,14 @@ class Head:
 def head(name: str, **keys) -> Head:
     hidden, vocab, softcap = HEADS[name]
     return Head(name, hidden, vocab, softcap, **keys)
+
+
+def plan(w: Head, device: torch.device) -> str:
+    """What `FusedLinearCPOLoss` does with it."""
+    group, trains = w.labelled // w.groups, w.mode == "trainable"
+    dtype, wants_dx = getattr(torch, w.dtype), w.mode != "forward"
+    keys: dict[str, Any] = dict(train_hidden=wants_dx, train_head=trains, group_tokens=group)
+    return str(cpo.explain(w.labelled, w.hidden, w.vocab, dtype, device, **keys))
 
 
 class Batch:

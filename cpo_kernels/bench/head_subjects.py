@@ -54,14 +54,12 @@ def products(b: Batch) -> Step:
 # ----------------------------------------------------------------------------------------------------------------- ours
 
 
-def fused_loss(impl: str = "auto", half_group: bool = False) -> Callable[[Batch], Step]:
-    """`FusedLinearCPOLoss` with a plan as a collator makes it; half_group: a budget that a group exceeds, two_pass."""
+def fused_loss(impl: str = "auto", two_pass: bool = False) -> Callable[[Batch], Step]:
+    """`FusedLinearCPOLoss` with a plan as a collator makes it; two_pass: a budget one row short of a group's."""
 
     def build(b: Batch) -> Step:
         w = b.workload
-        budget = None
-        if half_group:
-            budget = max(1, w.labelled // w.groups // 2) * w.vocab * b.dtype.itemsize
+        budget = (w.labelled // w.groups - 1) * w.vocab * b.dtype.itemsize if two_pass else None
         loss_fn = cpo.FusedLinearCPOLoss(beta=BETA, softcap=w.softcap, impl=impl, memory_budget=budget)
         given: dict[str, Any] = {"ref_logps": b.ref_logps} if b.ref_hidden is None else {"ref_hidden": b.ref_hidden}
         if b.ref_weight is not b.weight:
@@ -120,7 +118,9 @@ SUBJECTS = {
     "ours": Subject("**cpo-kernels**", fused_loss()),
     "ours_triton": Subject("cpo-kernels, Triton", fused_loss("triton"), refuses=needs_home("triton")),
     "ours_cuda": Subject("cpo-kernels, CUDA C++", fused_loss("cuda"), refuses=needs_home("cuda")),
-    "ours_two_pass": Subject("cpo-kernels, half the budget", fused_loss(half_group=True), refuses=trainable_alone),
+    "ours_two_pass": Subject(
+        "cpo-kernels, two_pass: a group exceeds the budget", fused_loss(two_pass=True), refuses=trainable_alone
+    ),
     "ours_token_logps": Subject("cpo-kernels, `linear_token_logps` and a loss in torch", our_token_logps),
     "naive": Subject("naive PyTorch, every position", naive(False, False)),
     "naive_unmasked": Subject("naive PyTorch, labelled rows only", naive(True, False)),

@@ -63,7 +63,8 @@ def table(result: Result) -> str:
     """The rows of one workload."""
     family = FAMILIES[result["family"]]
     floor = f"× of {family.floor}" if family.floor else "× of floor"
-    lines = [f"| | median (range) | {floor} (range) | rate | first step | peak memory |", "|---" * 6 + "|"]
+    plan = [f"Ours: {result['plan']}.", ""] if "plan" in result else []
+    lines = [*plan, f"| | median (range) | {floor} (range) | rate | first step | peak memory |", "|---" * 6 + "|"]
     for name, row in result["subjects"].items():
         label = family.subjects[name].label
         if "why" in row:

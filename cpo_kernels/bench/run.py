@@ -108,15 +108,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(given)
     known = SETS[args.set]
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no GPU here, use --device cpu")
     runs = chosen_runs(args, known)
     growths = known.growth if "growth" in args.only and not args.workload else ()
     if args.list:
         for run in runs:
-            print(f"{report.title(described(run.family, run.workload))}\n  {' '.join(run.subjects)}")
+            print(f"{report.title(described(run.family, run.workload, device))}\n  {' '.join(run.subjects)}")
         return 0
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch sees no GPU here, use --device cpu")
     deadline = time.monotonic() + (args.time_limit or known.limit_s)
     bench = Bench(device, args.threads, args.rounds or known.rounds, known.turn_s, known.subject_s, deadline)
     content: dict[str, Any] = {
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"cold start\n{report.cold_start_table(content['cold_start'])}", flush=True)
             write(args.out, content)
         for run in runs:
-            result = described(run.family, run.workload)
+            result = described(run.family, run.workload, device)
             result["subjects"] = bench.measure(run.family, run.workload, run.subjects)
             content["workloads"].append(result)
             print(f"\n{report.title(result)}\n{report.table(result)}", flush=True)

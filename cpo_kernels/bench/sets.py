@@ -66,7 +66,7 @@ CI = Set(
     cold_starts=1, rounds=2, turn_s=0.0, subject_s=120, limit_s=600,
 )  # fmt: skip
 
-# ----------------------------------------------------- default: minutes on two cores; README's table is its start
+# ----------------------------------------------------- default: for a CPU; README's table is its start
 
 QWEN, SMOL = head("qwen2.5-0.5b"), head("smollm2-135m", length=256, prompt=128)
 LONG = head("smollm2-135m", groups=4, length=128, prompt=64)
@@ -74,7 +74,7 @@ STEP = TrainingStep("smollm2-135m", groups=2, length=384, prompt=192)
 DEFAULT = Set(
     runs=(
         *dtypes(QWEN, *BOTH),
-        *dtypes(SMOL, *BOTH),
+        *(replace(run, subjects=CLOSEST) for run in dtypes(SMOL, *BOTH)),
         *modes(QWEN, "forward"),
         Run("head", replace(QWEN, groups=2, responses=4), CLOSEST),
         Run("head", replace(QWEN, reference="computed"), CLOSEST),
@@ -92,7 +92,7 @@ DEFAULT = Set(
         Growth(replace(LONG, groups=8), "vocab", (16384, 49152, 147456)),
         Growth(replace(LONG, groups=8), "hidden", (288, 576, 1152, 2304)),
     ),
-    cold_starts=3, rounds=7, turn_s=0.3, subject_s=300, limit_s=7200,
+    cold_starts=3, rounds=5, turn_s=0.3, subject_s=300, limit_s=7200,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------- full: every head, to 32k tokens: hours
@@ -120,17 +120,17 @@ LLAMA = head("llama-3-8b", groups=8, length=1024, prompt=512)  # 8192 labelled t
 GPU = Set(
     runs=(
         Run("tokens", Tokens(rows=4096, vocab=128256)),
+        Run("tokens", Tokens(rows=8, vocab=262144), OPS),  # fewer rows than multiprocessors
+        Run("tokens", Tokens(rows=4096, vocab=32000, dtype="float32"), OPS),
         Run("preference", Preference()),
         *modes(LLAMA, "trainable"),
         *(replace(run, subjects=LEADING) for run in modes(LLAMA, "frozen", "forward")),
-        Run("tokens", Tokens(rows=8, vocab=262144)),
-        Run("tokens", Tokens(rows=4096, vocab=32000, dtype="float32")),
         Run("head", replace(LLAMA, groups=4, responses=4), CLOSEST),
         Run("head", replace(LLAMA, reference="computed"), CLOSEST),
         Run("head", head("gemma-2-9b", groups=4, length=1024, prompt=512), CLOSEST),
         Run("head", head("qwen2.5-0.5b", groups=8, length=1024, prompt=512), CLOSEST),
-        Run("training_step", replace(STEP, groups=8, length=1024, prompt=512)),
         Run("head", head("qwen2.5-7b", groups=8, length=1024, prompt=512, mode="frozen"), CLOSEST),
+        Run("training_step", replace(STEP, groups=8, length=1024, prompt=512)),
     ),
     growth=(Growth(replace(LLAMA, groups=2), "groups", (2, 8, 32)),),
     cold_starts=2, rounds=5, turn_s=0.2, subject_s=90, limit_s=450,

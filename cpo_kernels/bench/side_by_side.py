@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cpo_kernels.bench import head
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.worker import Failed, Worker
 
@@ -138,11 +139,12 @@ def summary(seen: list[float], floor: list[float]) -> Row:
     return row
 
 
-def described(family: str, workload: Any) -> Row:
+def described(family: str, workload: Any, device: torch.device) -> Row:
     """The workload with what follows from it: what a results file holds beside the rows."""
     derived = ("pairs", "labelled", "products", "gradient_bytes", "bytes", "completion_tokens")
     return {
         "family": family,
         **asdict(workload),
         **{name: getattr(workload, name) for name in derived if hasattr(workload, name)},
+        **({"plan": head.plan(workload, device)} if family == "head" else {}),
     }
