@@ -125,7 +125,7 @@ class BuildExtensions(build_ext):
             )
         options = ["-Xlinker", "--no-as-needed", "-Xlinker", "--exclude-libs,ALL"]
         options += [f"-L{folder}" for folder in folders] + [f"-l{name}" for name in ext.libraries]
-        subprocess.check_call([find_nvcc() or "nvcc", "-shared", "-o", target, *objects, *options])
+        subprocess.check_call([find_nvcc() or "nvcc", "-shared", "-nodlink", "-o", target, *objects, *options])
 
     def compile(self, ext: Extension, source: str, newest_header: float) -> str:
         name = f"{ext.name}-{os.path.basename(source)}.o"

@@ -9,8 +9,11 @@
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define CPO_HOST_DEVICE __host__ __device__
+// One copy of what many formulas call: the sm_90 kernel has 5,700 instructions instead of 21,600, sm_100 does not spill.
+#define CPO_NOINLINE __noinline__
 #else
 #define CPO_HOST_DEVICE
+#define CPO_NOINLINE
 #endif
 
 namespace cpo {
@@ -77,11 +80,13 @@ CPO_HOST_DEVICE inline bool has_nll(int type, const LossOptions& o) {
   return type == kSft || ((type == kOrpo || type == kContrastiveCpo) && o.nll_alpha != 0.0);
 }
 
-CPO_HOST_DEVICE inline double sigmoid(double x) {
+CPO_HOST_DEVICE CPO_NOINLINE inline double sigmoid(double x) {
   const double e = exp(-fabs(x));
   return x >= 0.0 ? 1.0 / (1.0 + e) : e / (1.0 + e);
 }
-CPO_HOST_DEVICE inline double log_sigmoid(double x) { return (x < 0.0 ? x : 0.0) - log1p(exp(-fabs(x))); }
+CPO_HOST_DEVICE CPO_NOINLINE inline double log_sigmoid(double x) {
+  return (x < 0.0 ? x : 0.0) - log1p(exp(-fabs(x)));
+}
 
 struct ValueAndSlope {
   double value, slope;
@@ -89,14 +94,14 @@ struct ValueAndSlope {
 
 // f'(e^r) up to constants that cancel in a pair. reverse_kl: r; forward_kl: 1 - e^-r; js: log 2 + log sigmoid(r);
 // alpha: (e^((alpha - 1) r) - 1) / (alpha - 1), which is r at alpha = 1.
-CPO_HOST_DEVICE inline ValueAndSlope f_score(double r, const LossOptions& o) {
-  const int kind = static_cast<int>(o.f_divergence);
+CPO_HOST_DEVICE CPO_NOINLINE inline ValueAndSlope f_score(double r, double f_divergence, double alpha) {
+  const int kind = static_cast<int>(f_divergence);
   if (kind == 1) {
     const double x = -r > kMaxExponent ? kMaxExponent : -r;
     return {-expm1(x), -r > kMaxExponent ? 0.0 : exp(x)};
   }
   if (kind == 2) return {log(2.0) + log_sigmoid(r), sigmoid(-r)};
-  const double a = o.f_alpha - 1.0;
+  const double a = alpha - 1.0;
   if (kind == 3 && fabs(a) >= 1e-6) {
     const double x = a * r > kMaxExponent ? kMaxExponent : a * r;
     return {expm1(x) / a, a * r > kMaxExponent ? 0.0 : exp(x)};
@@ -110,7 +115,7 @@ CPO_HOST_DEVICE inline LossTerm chain(ValueAndSlope l, double du_chosen, double 
 }
 
 // -q log sigmoid(u) - (1 - q) log sigmoid(-u)
-CPO_HOST_DEVICE inline ValueAndSlope logistic(double u, double q) {
+CPO_HOST_DEVICE CPO_NOINLINE inline ValueAndSlope logistic(double u, double q) {
   double value = -q * log_sigmoid(u);
   if (q != 1.0) value -= (1.0 - q) * log_sigmoid(-u);
   return {value, (1.0 - q) * sigmoid(u) - q * sigmoid(-u)};
@@ -133,7 +138,8 @@ struct ScaledDelta {
 };
 CPO_HOST_DEVICE inline ScaledDelta scaled_delta(const LossPair& p, const LossOptions& o, double n_chosen,
                                                 double n_rejected) {
-  const ValueAndSlope w = f_score(p.chosen - p.chosen_ref, o), l = f_score(p.rejected - p.rejected_ref, o);
+  const ValueAndSlope w = f_score(p.chosen - p.chosen_ref, o.f_divergence, o.f_alpha);
+  const ValueAndSlope l = f_score(p.rejected - p.rejected_ref, o.f_divergence, o.f_alpha);
   return {p.beta * (w.value / n_chosen - l.value / n_rejected), p.beta * w.slope / n_chosen,
           -p.beta * l.slope / n_rejected};
 }
@@ -153,7 +159,8 @@ CPO_HOST_DEVICE inline LossTerm hinge_loss(const LossPair& p, const LossOptions&
 
 // (s_w / n_w - s_l / n_l - 1 / (2 beta))^2
 CPO_HOST_DEVICE inline LossTerm ipo_loss(const LossPair& p, const LossOptions& o) {
-  const ValueAndSlope w = f_score(p.chosen - p.chosen_ref, o), l = f_score(p.rejected - p.rejected_ref, o);
+  const ValueAndSlope w = f_score(p.chosen - p.chosen_ref, o.f_divergence, o.f_alpha);
+  const ValueAndSlope l = f_score(p.rejected - p.rejected_ref, o.f_divergence, o.f_alpha);
   const double x = w.value / p.chosen_length - l.value / p.rejected_length - 1.0 / (2.0 * p.beta);
   return chain({x * x, 2.0 * x}, w.slope / p.chosen_length, -l.slope / p.rejected_length);
 }
@@ -241,7 +248,7 @@ CPO_HOST_DEVICE inline LossTerm simpo_loss(const LossPair& p, const LossOptions&
 }
 
 // log odds a - log(1 - e^a) of a = L / n < 0, with its slope in L: 1 / (n (1 - e^a)).
-CPO_HOST_DEVICE inline ValueAndSlope log_odds(double logp, double n) {
+CPO_HOST_DEVICE CPO_NOINLINE inline ValueAndSlope log_odds(double logp, double n) {
   const double mean = logp / n, a = mean > kMaxOrpoLogp ? kMaxOrpoLogp : mean;
   const double log1mexp = a > -0.6931471805599453 ? log(-expm1(a)) : log1p(-exp(a));
   return {a - log1mexp, mean > kMaxOrpoLogp ? 0.0 : -1.0 / (n * expm1(a))};
@@ -260,7 +267,7 @@ CPO_HOST_DEVICE inline LossTerm contrastive_cpo_loss(const LossPair& p, const Lo
 }
 
 // (1 - e^(-a L / n)) / a, and L / n at a = 0, with its slope in L.
-CPO_HOST_DEVICE inline ValueAndSlope alpha_reward(double logp, double n, double a) {
+CPO_HOST_DEVICE CPO_NOINLINE inline ValueAndSlope alpha_reward(double logp, double n, double a) {
   if (a == 0.0) return {logp / n, 1.0 / n};
   const double exponent = -a * logp / n, x = exponent > kMaxExponent ? kMaxExponent : exponent;
   return {-expm1(x) / a, exponent > kMaxExponent ? 0.0 : exp(x) / n};

@@ -22,7 +22,8 @@ struct AotValues {
   double high, low;
 };
 CPO_DEVICE AotValues aot_values(const PreferenceInput& in, const Oriented& who, bool unpaired) {
-  const double chosen = of_sequence(in, in.seq_logps, who.chosen), rejected = of_sequence(in, in.seq_logps, who.rejected);
+  const double chosen = of_sequence(in, in.seq_logps, who.chosen);
+  const double rejected = of_sequence(in, in.seq_logps, who.rejected);
   const double chosen_ref = of_sequence(in, in.ref_logps, who.chosen);
   const double rejected_ref = of_sequence(in, in.ref_logps, who.rejected);
   if (unpaired) return {chosen - chosen_ref, rejected - rejected_ref};

@@ -1,9 +1,9 @@
 // preference: who is chosen, the loss of every pair and its gradient, in one launch.
 //
-// A block owns a tile of pairs, one for each thread, and `rows` sequences. It writes the losses and metrics of its
-// pairs and the gradient of its sequences; block 0 adds up the loss. Whatever else it needs it computes itself: it looks
-// at all pairs, and computes the loss terms of a tile where one of its pairs touches the block's sequences. So nothing
-// is handed from block to block, every sum has a fixed order, and the launch does not depend on the data.
+// A block owns a tile of pairs, one for each thread, and `rows` sequences. It writes the losses and metrics of its pairs
+// and the gradient of its sequences; block 0 adds up the loss. Whatever else it needs it computes itself: it looks at all
+// pairs, and computes the loss of those that touch its sequences. So nothing is handed from block to block, every sum
+// has a fixed order, and the launch does not depend on the data.
 //
 // aot and aot_unpaired sort over the batch: one launch before this one ranks the pairs (aot_rank.cuh).
 #pragma once
@@ -214,7 +214,7 @@ CPO_DEVICE Divisors divisors(const PreferenceInput& in, double* scratch) {
   return {pairs, pairs / (tokens > 1.0 ? tokens : 1.0)};
 }
 
-// sums[row] += what the pairs of a tile give to row, for all rows of the block. kParts neighbouring threads share a row.
+// sums[row] += what the pairs of a tile give to row, for all rows of the block; kParts neighbouring threads share a row.
 template <int kThreads>
 CPO_DEVICE void add_to_rows(PreferenceShared<kThreads>& tile, int rows) {
   const int part = thread_index() % kParts;

@@ -50,7 +50,8 @@ void launch_preference(const PreferenceInput& in, const PreferenceOutput& out, v
   const int rows = in.num_sequences <= kManySequences ? kFewRows : 32 * kFewRows;
   const int64_t grid = std::max({int64_t(1), tiles, (in.num_sequences + rows - 1) / rows});
   const int shared_bytes = int(sizeof(PreferenceShared<kThreads>)) + (rows - 1) * int(sizeof(double));
-  launch("preference", LaunchShape{grid, kThreads, 1, shared_bytes, stream}, preference_kernel<kThreads>, in, out, rows);
+  const LaunchShape shape{grid, kThreads, 1, shared_bytes, stream};
+  launch("preference", shape, preference_kernel<kThreads>, in, out, rows);
 }
 
 }  // namespace cpo::cuda

@@ -1,5 +1,5 @@
-// The CUDA kernels of sequence_sum and preference with 64 real threads a block, for the sanitizers. Every array is a heap
-// block of its exact size; some pairs name sequences that do not exist.
+// The CUDA kernels of sequence_sum and preference with 64 real threads a block, for the sanitizers. Every array is a
+// heap block of its exact size; some pairs name sequences that do not exist.
 #include <cstdio>
 
 #include "../../csrc/cuda/preference_launch.h"
