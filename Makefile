@@ -1,8 +1,10 @@
 # make demo    the main job on embedded defaults: a tiny model learns to follow requested scores (two cores, minutes)
 # make test    the unit tests
 # make bench   ours against naive PyTorch and the peers; writes benchmarks/results/cpu.json (ARGS="--set ci": seconds)
-# make gpu-bench  the same on a GPU, within 8 minutes; writes benchmarks/results/gpu.json
+# make gpu-check  every kernel on a GPU against the float64 oracle; writes benchmarks/results/check-gpu.json
+# make gpu-bench  make bench on a GPU, within 8 minutes; writes benchmarks/results/gpu.json
 # make lint    ruff and mypy
+# make compile-check  every GPU kernel compiled without a GPU, its machine code compared with benchmarks/results/compile
 # Each creates .venv and what it needs. Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -10,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu-bench lint wheel clean
+.PHONY: demo test bench gpu-check gpu-bench compile-check lint wheel clean
 
 # torch first: the extension is built against it, without build isolation.
 .venv/torch: constraints.txt
@@ -41,8 +43,15 @@ test: .venv/test
 bench: .venv/bench
 	$(BIN)/cpo-kernels bench --device cpu --set default --out benchmarks/results/cpu.json $(ARGS)
 
+gpu-check: .venv/test
+	$(BIN)/cpo-kernels check --device cuda --out benchmarks/results/check-gpu.json $(ARGS)
+
 gpu-bench: .venv/bench
 	$(BIN)/cpo-kernels bench --set gpu --out benchmarks/results/gpu.json $(ARGS)
+
+compile-check: .venv/test
+	$(BIN)/python -W ignore -m benchmarks.compile_table --check $(ARGS)
+	$(BIN)/python -m benchmarks.compile_table_cuda --check $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
-"""`cpo-kernels train | eval | demo | bench`.
+"""`cpo-kernels train | eval | demo | check | bench`.
 
 cpo-kernels train recipes/truthfulqa.yaml --training.lr 1e-4 conditions.per_prompt=3
 cpo-kernels eval --help
 cpo-kernels demo --help
+cpo-kernels check --help
 cpo-kernels bench --help
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 COMMANDS = {
     "eval": ("cpo_kernels.evaluation.run", "how well a trained model follows conditions"),
     "demo": ("cpo_kernels.demo.run", "the whole method on a small generated world, in minutes on a CPU"),
+    "check": ("cpo_kernels.check.run", "every kernel on this device against the float64 oracle"),
     "bench": ("cpo_kernels.bench.run", "ours, naive PyTorch and the peers side by side on this machine"),
 }
 

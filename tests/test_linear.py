@@ -359,5 +359,8 @@ def test_explain_follows_the_budget():
     assert cpo.explain(5000, 896, 151936, group_tokens=500, couples_pairs=True).strategy == "two_pass"
     assert cpo.explain(5000, 896, 151936, loss="unknown").strategy == "recompute"
     assert cpo.explain(10**6, 896, 151936, loss="nll").logits_bytes <= 320 << 20
+    rows = {v: cpo.explain(10**7, 4096, v, device="cuda", loss="nll") for v in (49_152, 128_256, 256_000)}
+    assert [p.chunk_rows for p in rows.values()] == [8191, 4175, 2096]  # even shares of 8192, 4176 and 2096
+    assert cpo.explain(8192, 4096, 128_256, device="cuda", group_tokens=1024).logits_bytes <= 1 << 30
     with pytest.raises(ValueError, match="'preference', 'nll' or 'unknown', got 'mse'"):
         cpo.explain(1, 1, 1, loss="mse")
