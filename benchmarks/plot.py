@@ -90,6 +90,10 @@ def sections() -> dict[str, str]:
     for device, content in (("cpu", cpu), ("gpu", gpu)):
         for name, families in (("head", ["head"]), ("kernels", ["tokens", "preference"]), ("step", ["training_step"])):
             made[f"{device} {name}"] = families_table(content, families) if content else "not measured"
+        if content:
+            made[f"{device} head"] = (
+                f"![the first of these workloads](benchmark_{device}.png)\n\n{made[f'{device} head']}"
+            )
         made[f"{device} growth"] = report.growth_table(content["growth"]) if content.get("growth") else "not measured"
         cold = content.get("cold_start")
         made[f"{device} cold start"] = report.cold_start_table(cold) if cold else "not measured"

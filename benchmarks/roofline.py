@@ -102,14 +102,35 @@ def measured_kernel(report: dict[str, Any], name: str) -> str:
     return ", ".join(seen) or "not measured"
 
 
+def measured_gains(report: dict[str, Any]) -> str:
+    """How many times faster than naive PyTorch and than torch.compile: the kernels, and `cpo.token_logps`."""
+
+    def seconds(subject: str) -> float | None:
+        return find(report, "tokens", subject, rows=ROWS, vocab=VOCAB, dtype="bfloat16").get("median_s")
+
+    naive, compiled = seconds("naive"), seconds("compiled")
+    times = {impl: (seconds(f"forward_{impl}"), seconds(f"backward_{impl}")) for impl in ("triton", "cuda")}
+    ours = {impl: forward + backward for impl, (forward, backward) in times.items() if forward and backward}
+    if whole := seconds("ours"):
+        ours["cpo.token_logps"] = whole
+    if not (naive and compiled and ours):
+        return "not measured"
+    return ", ".join(f"{n} {naive / t:.1f}× naive and {compiled / t:.1f}× torch.compile" for n, t in ours.items())
+
+
 def measured_head(report: dict[str, Any], name: str) -> str:
+    """Ratio to the products, and memory beyond inputs, gradients and one float32 dW."""
     *_, mode, subject = STRATEGIES[name]
     keys = {"labelled": TOKENS, "hidden": HIDDEN, "vocab": VOCAB, "mode": mode, "reference": "given", "responses": 2}
     row = find(report, "head", subject, **keys)
     if "ratio" not in row:
         return "not measured"
-    low, high = row["ratio_spread"]
-    return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    (low, high), extra = row["ratio_spread"], ""
+    if row["peak_bytes"] is not None:
+        dx, dw = ITEM * 2 * TOKENS * HIDDEN, (ITEM + 4) * HIDDEN * VOCAB  # half of the positions are prompt
+        known = {"forward": 0, "frozen": dx, "trainable": dx + dw}[mode]
+        extra = f", {(row['peak_bytes'] - known) / 2**30:.2f} GiB"
+    return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f}){extra}"
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -129,11 +150,17 @@ def tables(report: dict[str, Any]) -> str:
         lines.append(
             f"| `{name}` | {size / 1e6:.3g} | {flops / 1e9:.3g} | {floors} | {measured_kernel(report, name)} |"
         )
+    both = 3 * LOGITS * ITEM
+    floors = " | ".join(f"{both / d.bytes_per_s * 1e6:.3g} µs" for d in DEVICES)
+    lines.append(
+        f"| forward, then gradient | {both / 1e6:.3g} | {7 * LOGITS / 1e9:.3g} | {floors} | {measured_gains(report)} |"
+    )
     heads = " | ".join(f"products {n} | kernels {n} | expected ratio {n}" for n in names)
     lines += [
         "",
         f"Head: {TOKENS} labelled tokens, {HIDDEN} × {VOCAB}, bfloat16. Ratios are to the least number of products "
-        "that the mode needs: 1 forward, 2 frozen, 3 trainable.",
+        "that the mode needs: 1 forward, 2 frozen, 3 trainable. Measured is the ratio, then peak memory beyond inputs, "
+        "gradients and one float32 dW.",
         "",
         f"| strategy | products | TFLOP | {heads} | {measured} |",
         "|---" * (4 + 3 * len(names)) + "|",

@@ -133,9 +133,13 @@ def test_roofline_shows_floor_and_measurement():
     row = {"median_s": 1.0, "ratio": 0.55, "ratio_spread": [0.5, 0.6]}
     tokens = {"family": "tokens", "rows": 4096, "vocab": 128256, "dtype": "bfloat16", "subjects": {"forward_cuda": row}}
     keys = {"labelled": 8192, "hidden": 4096, "vocab": 128256, "reference": "given", "responses": 2}
-    head = {"family": "head", **keys, "mode": "frozen", "subjects": {"ours": {**row, "ratio": 1.07}}}
+    ours = {**row, "ratio": 1.07, "peak_bytes": 2 * 2 * 8192 * 4096 + (1 << 30)}
+    head = {"family": "head", **keys, "mode": "frozen", "subjects": {"ours": ours}}
+    for name, seconds in (("backward_cuda", 2.0), ("naive", 18.0), ("compiled", 4.5), ("ours", 6.0)):
+        tokens["subjects"][name] = {"median_s": seconds}
     text = roofline.tables({"environment": {"gpu": "X"}, "workloads": [tokens, head]})
-    assert "cuda 91% of the copy rate" in text and "1.07 (0.50 to 0.60)" in text and "measured on X" in text
+    assert "cuda 91% of the copy rate" in text and "1.07 (0.50 to 0.60), 1.00 GiB" in text and "measured on X" in text
+    assert "cuda 6.0× naive and 1.5× torch.compile, cpo.token_logps 3.0× naive and 0.8× torch.compile" in text
 
 
 def test_exponent():
