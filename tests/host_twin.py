@@ -29,15 +29,20 @@ def run_sanitized(source: str, target: Path, sanitizer: str, root: Path = ROOT) 
     return subprocess.run([program], capture_output=True, text=True, timeout=300)
 
 
-def bites(source: str, folder: Path, sanitizer: str, file: str, there: str, instead: str) -> bool:
-    """Whether the program fails under the sanitizer once `there` is replaced in a copy of csrc/cuda/<file>."""
+def broken_copy(folder: Path, file: str, there: str, instead: str) -> Path:
+    """A copy of the sources in which csrc/cuda/<file> has `instead` for `there`."""
     for part in ("csrc", "tests/host_cuda"):
         shutil.copytree(ROOT / part, folder / part)
     changed = folder / "csrc" / "cuda" / file
     text = changed.read_text()
     assert there in text, f"{file} has no {there!r}"
     changed.write_text(text.replace(there, instead))
-    done = run_sanitized(source, folder / "main", sanitizer, root=folder)
+    return folder
+
+
+def bites(source: str, folder: Path, sanitizer: str, file: str, there: str, instead: str) -> bool:
+    """Whether the program of a broken copy fails under the sanitizer."""
+    done = run_sanitized(source, folder / "main", sanitizer, root=broken_copy(folder, file, there, instead))
     return done.returncode != 0 and bool(re.search("ThreadSanitizer|AddressSanitizer|runtime error", done.stderr))
 
 

@@ -6,9 +6,10 @@ import ctypes
 
 import pytest
 import torch
-from host_twin import COMPILER, LIBRARY_FLAGS, HostHome, bites, compile_host, run_sanitized
+from host_twin import COMPILER, LIBRARY_FLAGS, HostHome, bites, broken_copy, compile_host, run_sanitized
 
 from cpo_kernels import ops
+from cpo_kernels.check.compare import Home
 from cpo_kernels.check.limits import limit_cases
 from cpo_kernels.check.run import run_case
 from cpo_kernels.check.tokens import IGNORE, make_rows, token_cases
@@ -76,10 +77,13 @@ class HostKernels:
             self.library.host_backward(ctypes.byref(self.machine), self.call(logits, labels, *head), *pointers)
 
 
+OPS = "tests/host_cuda/token_logps_ops.cpp"
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     target = tmp_path_factory.mktemp("host_cuda") / "token_logps_ops.so"
-    return ctypes.CDLL(compile_host("tests/host_cuda/token_logps_ops.cpp", target, *LIBRARY_FLAGS))
+    return ctypes.CDLL(compile_host(OPS, target, *LIBRARY_FLAGS))
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +105,7 @@ def test_check_cases(name, machine, library):
 def test_every_order_of_threads_gives_the_same_bits(dtype, library):
     runs = []
     for seed in range(3):
-        rows = make_rows(HostHome(None), 4, 9001, dtype, seed=5)
+        rows = make_rows(Home("cuda", torch.device("cpu")), 4, 9001, dtype, seed=5)
         kernels = HostKernels(library, 64, 1, 1, seed)
         results = kernels.token_logps_fused_(rows.logits, rows.labels, IGNORE, 1.0, 0.0, 8999, True)
         runs.append((*results, rows.logits))
@@ -109,28 +113,38 @@ def test_every_order_of_threads_gives_the_same_bits(dtype, library):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+def test_a_missing_barrier_changes_what_fibers_compute(tmp_path):
+    root = broken_copy(tmp_path, "row_sums.h", "  sync_block();\n", "")
+    broken = ctypes.CDLL(compile_host(OPS, tmp_path / "ops.so", *LIBRARY_FLAGS, root=root))
+    rows = make_rows(Home("cuda", torch.device("cpu")), 3, 700, torch.float32)
+    logps = [
+        HostKernels(broken, 64, 1, 1, seed).token_logps_fwd(rows.logits, rows.labels, IGNORE, 1.0, 0.0, 700, False)[0]
+        for seed in range(4)
+    ]
+    assert torch.stack(logps).isnan().any()  # shared memory that was not written yet
+
+
 @pytest.mark.parametrize(
-    "rows, columns, element_size, clusters, pieces, cluster",
+    "rows, columns, element_size, held, clusters, pieces, cluster",
     [
-        (4096, 128256, 2, 1, 1, 4),  # Llama 3: 251 KB a row, 64 KB a block
-        (4096, 151936, 2, 1, 1, 8),
-        (4096, 151936, 2, 0, 1, 1),
-        (4096, 128256, 4, 1, 1, 8),
-        (4096, 32000, 2, 1, 1, 1),
-        (4096, 262144, 4, 1, 1, 8),  # two chunks a thread
-        (8, 262144, 2, 1, 32, 0),  # 256 blocks on 132 multiprocessors
-        (8, 262144, 2, 0, 32, 0),
-        (20, 262144, 2, 1, 14, 8),
-        (1, 1, 2, 1, 1, 1),
-        (132, 128256, 2, 0, 2, 1),
+        (4096, 128256, 2, 8, 1, 1, 4),  # Llama 3: 251 KB a row, 64 KB a block
+        (4096, 151936, 2, 8, 1, 1, 8),
+        (4096, 151936, 2, 5, 1, 1, 8),  # with extras: still one chunk a thread
+        (4096, 151936, 2, 8, 0, 1, 1),
+        (4096, 128256, 4, 8, 1, 1, 8),
+        (4096, 32000, 2, 8, 1, 1, 1),
+        (4096, 262144, 4, 8, 1, 1, 8),  # two chunks a thread
+        (8, 262144, 2, 8, 1, 32, 0),  # 256 blocks on 132 multiprocessors
+        (8, 262144, 2, 8, 0, 32, 0),
+        (20, 262144, 2, 8, 1, 14, 8),
+        (1, 1, 2, 8, 1, 1, 1),
+        (132, 128256, 2, 8, 0, 2, 1),
     ],
 )
-def test_plan(rows, columns, element_size, clusters, pieces, cluster, library):
+def test_plan(rows, columns, element_size, held, clusters, pieces, cluster, library):
     got = (ctypes.c_int64(), ctypes.c_int64())
-    vectors = ctypes.c_int64(columns * element_size // 16)
-    library.host_plan(
-        ctypes.byref(Machine(512, 132, clusters, 0)), ctypes.c_int64(rows), vectors, *map(ctypes.byref, got)
-    )
+    machine, vectors = Machine(512, 132, clusters, 0), ctypes.c_int64(columns * element_size // 16)
+    library.host_plan(ctypes.byref(machine), ctypes.c_int64(rows), vectors, held, *map(ctypes.byref, got))
     assert (got[0].value, got[1].value) == (pieces, cluster)
 
 

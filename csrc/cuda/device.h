@@ -218,10 +218,12 @@ void launch(const char* op, const LaunchShape& shape, void (*kernel)(Parameters.
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (status == cudaSuccess) return;
   std::ostringstream call;
   call << "launch (grid " << shape.grid << ", block " << shape.block << ", cluster " << shape.cluster
        << ", shared memory " << shape.shared_bytes << ")";
-  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), op, call.str().c_str());
+  check_cuda(status, op, call.str().c_str());
 }
 
 }  // namespace cpo::cuda

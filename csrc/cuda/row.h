@@ -9,10 +9,11 @@
 
 namespace cpo::cuda {
 
-// Vectors of a chunk: the 16-byte loads that a thread has in flight. kHeld is also what it can keep in registers between
-// two sweeps; one sweep alone has enough in flight with kStreamed, and spills at 64 registers with more.
-constexpr int kHeld = 8;
+// Vectors of a chunk: the 16-byte loads that a thread has in flight. kStreamed is enough for a single sweep; what a
+// thread of the fused kernel loads last it also holds in registers, as much as 64 of them allow without spills (seen
+// with nvcc 13.0 for every target: 8 plain vectors, 5 beside a softcap or the extras).
 constexpr int kStreamed = 4;
+constexpr int kHeldPlain = 8, kHeldBeside = 5;
 
 // The problem as every row sees it. z = nat * y, with y = tanh(inner * logit) under a softcap and y = logit without.
 // Exponentials are E^(c y - shift), E = 2 for float (one instruction) and e for double: c = nat / log E.

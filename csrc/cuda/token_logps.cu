@@ -40,8 +40,8 @@ Problem<T> problem_in(const Tensor& logits, const Tensor& labels, const Head& he
 }
 
 template <typename T>
-Plan plan_on(const char* op, const Problem<T>& p, const OnDeviceOf& on) {
-  return plan_of<kThreads>(p, device_info(op, on.device(), fused_kernel<T, kThreads, false, false>));
+Plan plan_on(const char* op, const Problem<T>& p, bool softcap, bool extras, const OnDeviceOf& on) {
+  return plan_of<kThreads>(p, softcap, extras, device_info(op, on.device(), fused_kernel<T, kThreads, false, false>));
 }
 
 template <typename T>
@@ -51,7 +51,7 @@ void forward_typed(const char* op, const Tensor& logits, const Tensor& labels, c
   // A const read of the pointer in fwd: it must not split a copy-on-write tensor.
   void* data = overwrite ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
   const Problem<T> p = problem_in<T>(logits, labels, head, data);
-  const Plan plan = plan_on(op, p, on);
+  const Plan plan = plan_on(op, p, head.softcap > 0, extras, on);
   Tensor scratch = new_vector(logp, scratch_size(p, plan, overwrite), logp.scalar_type());
   const Outputs<Acc> out{mutable_data_of<Acc>(logp), mutable_data_of<Acc>(lse),
                          extras ? mutable_data_of<Acc>(extra) : nullptr};
@@ -88,8 +88,8 @@ void backward_typed(const char* op, const Tensor& logits, const Tensor& labels, 
                     const Tensor& grad, const OnDeviceOf& on) {
   using Acc = AccOf<T>;
   const Problem<T> p = problem_in<T>(logits, labels, head, logits.mutable_data_ptr());
-  token_logps_backward<kThreads>(op, p, data_of<Acc>(lse), data_of<Acc>(grad), head.softcap > 0, plan_on(op, p, on),
-                                 on.stream());
+  token_logps_backward<kThreads>(op, p, data_of<Acc>(lse), data_of<Acc>(grad), head.softcap > 0,
+                                 plan_on(op, p, head.softcap > 0, false, on), on.stream());
 }
 
 }  // namespace

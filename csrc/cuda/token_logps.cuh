@@ -13,15 +13,15 @@
 
 namespace cpo::cuda {
 
-// Registers for 1024 threads on a multiprocessor, 64 each; where the arithmetic needs more, for 512.
+// Registers for 1024 threads on a multiprocessor, 64 each; float64 has 128.
 template <typename T>
-constexpr int blocks_for(int threads, bool softcap, bool extras) {
-  return (sizeof(T) == 8 || softcap || extras ? 512 : 1024) / threads;
+constexpr int blocks_for(int threads) {
+  return (sizeof(T) == 8 ? 512 : 1024) / threads;
 }
 
 // pieces = 1: the outputs; else sums [rows, pieces] alone.
 template <typename T, int kThreads, bool kSoftcap, bool kExtras>
-CPO_KERNEL(kThreads, blocks_for<T>(kThreads, kSoftcap, kExtras))
+CPO_KERNEL(kThreads, blocks_for<T>(kThreads))
 scan_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, Sums<AccOf<T>>* sums) {
   using Acc = AccOf<T>;
   const int64_t i = block_index() / pieces, label = p.labels[i];
@@ -66,7 +66,7 @@ combine_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, const Sums<AccOf
 
 // softmaxes [rows] with grad = 1, or, where they are null, lse and grads [rows].
 template <typename T, int kThreads, bool kSoftcap>
-CPO_KERNEL(kThreads, blocks_for<T>(kThreads, kSoftcap, false))
+CPO_KERNEL(kThreads, blocks_for<T>(kThreads))
 write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const AccOf<T>* lse,
              const AccOf<T>* grads) {
   using Acc = AccOf<T>;
@@ -83,12 +83,13 @@ write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const
 }
 
 template <typename T, int kThreads, bool kSoftcap, bool kExtras>
-CPO_KERNEL(kThreads, blocks_for<T>(kThreads, kSoftcap, kExtras))
+CPO_KERNEL(kThreads, blocks_for<T>(kThreads))
 fused_kernel(Problem<T> p, Outputs<AccOf<T>> out) {
   using Acc = AccOf<T>;
   const int blocks = cluster_size();
   const int64_t i = block_index() / blocks, label = p.labels[i];
   const Row<T> row(p.logits + i * p.stride, p.columns);
+  constexpr int kHeld = kSoftcap || kExtras ? kHeldBeside : kHeldPlain;
   const Part<kThreads, kHeld> part(cluster_rank(), blocks);
   if (label == p.ignore_index) {
     if (part.first == 0) store_ignored<kExtras>(out, i, p.rows);

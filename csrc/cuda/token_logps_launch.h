@@ -37,8 +37,8 @@ int pieces_of(int64_t rows, int64_t vectors, const DeviceInfo& device) {
 }
 
 template <int kThreads>
-Plan plan_of(int64_t rows, int64_t vectors, const DeviceInfo& device) {
-  const int64_t chunk = kThreads * kHeld;
+Plan plan_of(int64_t rows, int64_t vectors, int held, const DeviceInfo& device) {
+  const int64_t chunk = kThreads * held;
   const int pieces = pieces_of<kThreads>(rows, vectors, device);
   int cluster = 1;
   while (device.clusters && cluster < kMaxCluster && cluster * chunk < vectors) cluster *= 2;
@@ -47,8 +47,9 @@ Plan plan_of(int64_t rows, int64_t vectors, const DeviceInfo& device) {
 }
 
 template <int kThreads, typename T>
-Plan plan_of(const Problem<T>& p, const DeviceInfo& device) {
-  return plan_of<kThreads>(p.rows, p.columns / Number<T>::kPer, device);
+Plan plan_of(const Problem<T>& p, bool softcap, bool extras, const DeviceInfo& device) {
+  const int held = softcap || extras ? kHeldBeside : kHeldPlain;
+  return plan_of<kThreads>(p.rows, p.columns / Number<T>::kPer, held, device);
 }
 
 // Numbers of the accumulation type that the launches below want in device memory.

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kSmall = 64;
 
-template <typename T>
-void run(int64_t rows, int64_t width, int64_t columns, const DeviceInfo& device, double softcap, bool extras) {
+template <typename T, bool kSoftcap, bool kExtras>
+void run(int64_t rows, int64_t width, int64_t columns, const DeviceInfo& device) {
   using Acc = AccOf<T>;
   const int64_t stride = width + 3, first = 1;
   std::mt19937_64 random(width);
@@ -24,30 +24,30 @@ void run(int64_t rows, int64_t width, int64_t columns, const DeviceInfo& device,
   labels[2] = -1;  // out of range, and so is the last: one column behind the heap block
   labels[rows - 1] = width;
   const Problem<T> p =
-      problem_of(logits.get() + first, labels.get(), rows, stride, width, columns, -100, 1.0, softcap);
-  const Plan plan = plan_of<kSmall>(p, device);
-  std::unique_ptr<Acc[]> logp(new Acc[rows]), lse(new Acc[rows]), extra(new Acc[extras ? 4 * rows : 0]);
+      problem_of(logits.get() + first, labels.get(), rows, stride, width, columns, -100, 1.0, kSoftcap ? 5.0 : 0.0);
+  const Plan plan = plan_of<kSmall>(p, kSoftcap, kExtras, device);
+  std::unique_ptr<Acc[]> logp(new Acc[rows]), lse(new Acc[rows]), extra(new Acc[kExtras ? 4 * rows : 0]);
   for (const bool overwrite : {false, true}) {
     std::unique_ptr<Acc[]> scratch(new Acc[scratch_size(p, plan, overwrite)]);
-    token_logps_forward<kSmall>("", p, {logp.get(), lse.get(), extra.get()}, overwrite, softcap > 0, extras, plan,
-                                scratch.get(), nullptr);
+    launch_forward<T, kSmall, kSoftcap, kExtras>("", p, {logp.get(), lse.get(), extra.get()}, overwrite, plan,
+                                                 scratch.get(), nullptr);
     if (!(logp[0] < 0) || logp[1] != 0 || !std::isnan(logp[2])) host_fail("wrong log-probs");
   }
-  token_logps_backward<kSmall>("", p, lse.get(), logp.get(), softcap > 0, plan, nullptr);
+  token_logps_backward<kSmall>("", p, lse.get(), logp.get(), kSoftcap, plan, nullptr);
 }
 
-template <typename T>
-void run_forms(double softcap, bool extras) {
-  const DeviceInfo pieces{64, false}, loops{1, false}, clusters{1, true};
+template <typename T, bool kSoftcap, bool kExtras>
+void run_forms() {
+  const DeviceInfo pieces{8, false}, loops{1, false}, clusters{1, true};
   for (const DeviceInfo& device : {pieces, loops, clusters}) {
-    run<T>(4, 5003, 4999, device, softcap, extras);  // bfloat16: 2 blocks of 4096 columns, or 9 pieces
-    run<T>(4, 21, 21, device, softcap, extras);
+    run<T, kSoftcap, kExtras>(4, 5003, 4999, device);  // bfloat16: 2 blocks of 4096 columns, or 4 pieces
+    run<T, kSoftcap, kExtras>(4, 21, 21, device);
   }
 }
 
 }  // namespace
 
 int main() {
-  run_forms<float>(5.0, true);
-  run_forms<BFloat16>(0.0, false);
+  run_forms<float, true, true>();
+  run_forms<BFloat16, false, false>();
 }
