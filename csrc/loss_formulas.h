@@ -9,7 +9,7 @@
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define CPO_HOST_DEVICE __host__ __device__
-// One copy of what many formulas call: the sm_90 kernel has 5,700 instructions instead of 21,600, sm_100 does not spill.
+// One copy of what many formulas call: 5,700 instructions instead of 21,600 on sm_90, and none spilled on sm_100.
 #define CPO_NOINLINE __noinline__
 #else
 #define CPO_HOST_DEVICE

@@ -12,13 +12,15 @@ constexpr const char* kOp = "preference";
 
 // The tensors whose memory the launches read.
 struct Inputs {
-  const Tensor& like;  // seq_logps
-  std::vector<Tensor> kept;
+  std::vector<std::pair<const char*, Tensor>> kept;
 
   const Tensor& keep(const char* name, const Tensor& tensor) {
-    check_device(name, tensor, "seq_logps", like);
-    kept.push_back(dense(tensor));
-    return kept.back();
+    kept.emplace_back(name, dense(tensor));
+    return kept.back().second;
+  }
+  void check_devices() const {
+    check(kept[0].second.is_cuda(), kOp, ": ", kept[0].first, " must be a CUDA tensor");
+    for (const auto& [name, tensor] : kept) check_device(name, tensor, kept[0].first, kept[0].second);
   }
   FloatArray floats(const char* name, const Tensor& tensor) {
     const ScalarType type = tensor.scalar_type();
@@ -62,8 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefe
     std::vector<double> loss_weights, std::vector<double> options, double num_pairs, double chosen_tokens) {
   check(seq_logps.dim() == 1, kOp, ": seq_logps must have shape [S], got ", shape_of(seq_logps));
   check(options.size() == kNumOptions, kOp, ": options must have ", kNumOptions, " values, got ", options.size());
-  const OnDeviceOf on(seq_logps);
-  Inputs inputs{seq_logps, {}};
+  Inputs inputs;
   PreferenceInput in{};
   in.seq_logps = inputs.floats("seq_logps", seq_logps);
   in.pairs = inputs.integers("pairs", pairs);
@@ -88,6 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefe
   in.divisor = num_pairs;
   in.chosen_tokens = chosen_tokens;
   check_losses(in, loss_types, loss_weights);
+  inputs.check_devices();
+  const OnDeviceOf on(seq_logps);
   set_losses(in, loss_types.data(), loss_weights.data(), loss_types.size());
 
   const auto new_order = [&](int type) {

@@ -1,9 +1,9 @@
 // preference: who is chosen, the loss of every pair and its gradient, in one launch.
 //
-// A block owns a tile of pairs, one for each thread, and `rows` sequences. It writes the losses and metrics of its pairs
-// and the gradient of its sequences; block 0 adds up the loss. Whatever else it needs it computes itself: it looks at all
-// pairs, and computes the loss of those that touch its sequences. So nothing is handed from block to block, every sum
-// has a fixed order, and the launch does not depend on the data.
+// A block owns a tile of pairs, one for each thread, and `rows` sequences. It writes the losses and metrics of its
+// pairs and the gradient of its sequences; block 0 adds up the loss. Whatever else it needs it computes itself: it
+// looks at all pairs, and computes the loss of those that touch its sequences. So nothing is handed from block to
+// block, every sum has a fixed order, and the launch does not depend on the data.
 //
 // aot and aot_unpaired sort over the batch: one launch before this one ranks the pairs (aot_rank.cuh).
 #pragma once
@@ -28,13 +28,13 @@ struct AotOrder {
 };
 
 struct PreferenceInput {
-  FloatArray seq_logps, ref_logps;  // [S]
-  const int64_t* lengths;           // [S]
-  const int64_t* pairs;             // [P, 2]
-  FloatArray scores, conditions;    // [S, K], [P, K]
-  FloatArray objectives;            // [2, K]: weights, strengths
-  FloatArray pair_weights, pair_betas;  // [P]
-  FloatArray margins;                   // [S]
+  FloatArray seq_logps, ref_logps;                   // [S]
+  const int64_t* lengths;                            // [S]
+  const int64_t* pairs;                              // [P, 2]
+  FloatArray scores, conditions;                     // [S, K], [P, K]
+  FloatArray objectives;                             // [2, K]: weights, strengths
+  FloatArray pair_weights, pair_betas;               // [P]
+  FloatArray margins;                                // [S]
   int64_t num_pairs, num_sequences, num_objectives;  // P, S, K
   LossOptions options;
   double divisor, chosen_tokens;  // below 0: counted here
@@ -46,10 +46,10 @@ struct PreferenceInput {
 };
 
 struct PreferenceOutput {
-  FloatOutput loss, losses, grad;                    // [], [P], [S]
+  FloatOutput loss, losses, grad;                     // [], [P], [S]
   FloatOutput chosen_rewards, rejected_rewards, gap;  // [P]
-  int8_t* order;                                     // [P]
-  int64_t* counts;                                   // [3]
+  int8_t* order;                                      // [P]
+  int64_t* counts;                                    // [3]
 };
 
 // ---- one sequence, one pair -----------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ CPO_DEVICE Divisors divisors(const PreferenceInput& in, double* scratch) {
   return {pairs, pairs / (tokens > 1.0 ? tokens : 1.0)};
 }
 
-// sums[row] += what the pairs of a tile give to row, for all rows of the block; kParts neighbouring threads share a row.
+// sums[row] += what the pairs of a tile give to row, for the rows of the block. kParts threads in turn share a row.
 template <int kThreads>
 CPO_DEVICE void add_to_rows(PreferenceShared<kThreads>& tile, int rows) {
   const int part = thread_index() % kParts;

@@ -25,13 +25,14 @@ Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights,
   check_dtype("cu_seqlens", cu_seqlens, ScalarType::Long);
   check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, kOp, ": cu_seqlens must have shape [S + 1], got ",
         shape_of(cu_seqlens));
-  check_device("cu_seqlens", cu_seqlens, "token_logps", token_logps);
   check(cu_seqlens.size(0) - 1 <= kMaxGrid, kOp, ": at most ", kMaxGrid, " sequences, got ", cu_seqlens.size(0) - 1);
   if (given(token_weights)) {
     check_dtype("token_weights", token_weights, type);
     check_vector("token_weights", token_weights, token_logps.size(0));
-    check_device("token_weights", token_weights, "token_logps", token_logps);
   }
+  check(token_logps.is_cuda(), kOp, ": token_logps must be a CUDA tensor");
+  check_device("cu_seqlens", cu_seqlens, "token_logps", token_logps);
+  if (given(token_weights)) check_device("token_weights", token_weights, "token_logps", token_logps);
   const OnDeviceOf on(token_logps);
   token_logps = dense(token_logps);
   cu_seqlens = dense(cu_seqlens);
