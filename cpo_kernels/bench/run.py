@@ -11,6 +11,7 @@ after every workload. Ratios are medians over rounds of the ratio to the floor i
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -98,6 +99,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def load() -> float:
+    """Processes that run or wait on this machine, over the last minute."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return 0.0
+
+
 def write(out: Path | None, content: dict[str, Any]) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -122,11 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     content: dict[str, Any] = {
         "command": "cpo-kernels bench " + " ".join(given),
         "set": args.set,
-        "environment": describe(device, PACKAGES, args.threads),
+        "environment": describe(device, PACKAGES, args.threads) | {"load": load()},
         "workloads": [],
         "growth": [],
         "cold_start": {},
     }
+    if content["environment"]["load"] > 0.5:
+        print(f"load {content['environment']['load']}: other work runs here, times will suffer", file=sys.stderr)
     try:
         if "cold_start" in args.only and not args.workload:
             content["cold_start"] = cold_start.measure(args.device, known.cold_starts, bench.limit_s())

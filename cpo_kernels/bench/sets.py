@@ -133,7 +133,7 @@ GPU = Set(
         Run("training_step", replace(STEP, groups=8, length=1024, prompt=512)),
     ),
     growth=(Growth(replace(LLAMA, groups=2), "groups", (2, 8, 32)),),
-    cold_starts=2, rounds=5, turn_s=0.2, subject_s=90, limit_s=450,
+    cold_starts=2, rounds=5, turn_s=0.1, subject_s=90, limit_s=480,
 )  # fmt: skip
 
 SETS = {"ci": CI, "default": DEFAULT, "full": FULL, "gpu": GPU}
