@@ -35,9 +35,8 @@ TARGETS = {
 MODULES = ("cpo_kernels.kernels.token_logps", "cpo_kernels.kernels.preference")
 COLUMNS = ("kernel", "warps", "registers", "spills", "local_bytes", "shared_bytes", "loop_loads", "loop_stores")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REGISTERS = (
-    65536  # 32-bit registers of a multiprocessor; AMD's 512 vector registers a lane are as many for 4 x 32 lanes
-)
+# 32-bit registers of a multiprocessor; AMD: 512 vector registers for each of 64 lanes of 4 units.
+REGISTERS = {"cuda": 65536, "hip": 131072}
 
 
 def variants() -> list:
@@ -128,7 +127,7 @@ def read_amd(compiled) -> dict[str, object]:
     access = r"\b(?:global|buffer|flat)_{}_(dwordx\d|dword|u?short(?:_d16_hi)?|u?byte)\b"
     return {
         "registers": field("vgpr_count"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "spills": field("vgpr_spill_count"),  # scalar registers spill into lanes of vector registers, not into memory
         "local_bytes": field("private_segment_fixed_size"),
         "shared_bytes": field("group_segment_fixed_size"),
         "loop_loads": widths(accesses(code, access.format("load"), bits)),
@@ -152,7 +151,7 @@ def compile_row(job: tuple[str, int]) -> tuple[str, dict[str, object], list[str]
     read = read_nvidia(compiled) if target.backend == "cuda" else read_amd(compiled)
     row = {"kernel": variant.label, "warps": warps, **read}
     wrong = [f"{row[key]} {key}" for key in ("spills", "local_bytes") if row[key]]
-    limit = REGISTERS // (32 * max(variant.resident_warps, variant.launch.warps))
+    limit = REGISTERS[target.backend] // (32 * max(variant.resident_warps, variant.launch.warps))
     if variant.resident_warps and row["registers"] > limit:
         wrong.append(f"{row['registers']} registers, {limit} for {variant.resident_warps} resident warps")
     narrow = [w for w in f"{row['loop_loads']} {row['loop_stores']}".split() if not w.startswith("128x")]

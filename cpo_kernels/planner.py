@@ -23,8 +23,8 @@ import torch
 #     rows        8,192    8,192     4,176     3,520     2,096
 #     dW's sum       3%       3%        6%        7%       12%
 #
-# Twice the rows would save half of that for another GiB. Our kernels between the products (4 bytes a logit) cost 122 / H
-# of them, 3% at H = 4096, whatever the chunk is.
+# Twice the rows would save half of that for another GiB. Our kernels between the products (4 bytes a logit) cost
+# 122 / H of them, 3% at H = 4096, whatever the chunk is.
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
 PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "two_pass": 4, "recompute": 4}

@@ -1,5 +1,6 @@
 """The preference losses through every door against the oracle: fused with a trainable or frozen head, and alone."""
 
+import itertools
 import math
 
 import pytest
@@ -51,10 +52,24 @@ def true_loss(case, batch, rated, token_weights=None):
     return cpo.preference_loss(seq_logps, lengths=batch.lengths(), impl="reference", **tensors, **options)
 
 
+BUDGETS = pytest.mark.parametrize("budget", [None, 34 * ROW, 3 * ROW], ids=["one_chunk", "chunks", "two_pass"])
+
+
 @pytest.mark.parametrize("impl", HOMES)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
-@pytest.mark.parametrize("budget", [None, 12 * ROW, 3 * ROW], ids=["one_chunk", "chunks", "two_pass"])
+@BUDGETS
 def test_fused_loss_and_gradients(case, budget, impl):
+    check_loss_and_gradients(case, budget, impl)
+
+
+@pytest.mark.parametrize("case", [CASES[0], {"loss_type": "aot"}, {"loss_type": ["simpo", "sft"]}], ids=str)
+@BUDGETS
+def test_fused_loss_and_gradients_in_triton(case, budget):
+    """The kernels' own tests go through every type and option; here each strategy, seconds in the interpreter."""
+    check_loss_and_gradients(case, budget, "triton")
+
+
+def check_loss_and_gradients(case, budget, impl):
     batch = make_batch(8)
     options, tensors = call_args(case, batch, rated=True)
     want = true_loss(case, batch, rated=True)
@@ -76,8 +91,9 @@ def test_fused_loss_and_gradients(case, budget, impl):
             assert relative_error(g, w) < 1e-10
 
 
-@pytest.mark.parametrize("impl", HOMES)
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sft", "aot"])
+@pytest.mark.parametrize(
+    "loss_type, impl", [*itertools.product(["sigmoid", "ipo", "sft", "aot"], HOMES), ("sigmoid", "triton")]
+)
 def test_gradcheck(loss_type, impl):
     batch = make_batch(4, 3, 4, 7, seed=2)
     loss_fn = cpo.FusedLinearCPOLoss(loss_type=loss_type, impl=impl)

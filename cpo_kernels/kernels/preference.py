@@ -160,8 +160,8 @@ def load_pair_value(values, pair, P, otherwise):
 
 PAIR_BLOCK = 256  # one pair a thread: the float64 functions are chains of dependent instructions
 PAIR = tuning.Launch(warps=8, vectors=0)
-SEQUENCE_BLOCK = 32
-MANY_SEQUENCES = 4096  # 128 programs, one for nearly every multiprocessor; beyond, a program takes 1024 sequences
+SEQUENCE_BLOCK = 16  # float64 sums of one pair with each of them stand in registers: 32 spill
+MANY_SEQUENCES = 2048  # 128 programs, one for nearly every multiprocessor; beyond, a program takes 512 sequences
 MAX_LOSSES = 8  # weights are run-time arguments, so their number is fixed
 _NLL_TYPES = {"sft", "orpo", "contrastive_cpo"}
 

@@ -26,7 +26,7 @@ from cpo_kernels.kernels.tuning import Variant
 ACC_TYPES = {"fp32": tl.float32, "fp64": tl.float64}
 LOG2E = math.log2(math.e)
 MAX_PIECES = tl.constexpr(tuning.MAX_PIECES)
-STATS = tl.constexpr(6)  # of a piece of a row: max y, sum, sum_y, sum of squares, sum e (y - max), label's y
+STATS = tl.constexpr(5)  # of a piece of a row: as _scan returns them
 
 
 # ------------------------------------------------------------------------------------------------- one column at a time
@@ -280,18 +280,18 @@ def scan_kernel(
             _write(row, body, head, width, columns, label, 0, 1, nat, nat, nat, c, inner,
                    ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
     else:
-        y_label = _label_y(row, label, columns, inner, ACC, SOFTCAP)
         m, s, t, q, u = _scan(row, body, tl.minimum(head, columns), columns, piece, pieces, c, inner,
                               ACC, LANES, VEC, EDGES, SOFTCAP, EXTRAS)  # fmt: skip
         if SPLIT:
-            at = stats + (i * pieces + piece) * STATS
+            at = stats + tl.program_id(0).to(tl.int64) * STATS
             tl.store(at, m)
             tl.store(at + 1, s)
-            tl.store(at + 2, t)
-            tl.store(at + 3, q)
-            tl.store(at + 4, u)
-            tl.store(at + 5, y_label)
+            if EXTRAS:
+                tl.store(at + 2, t)
+                tl.store(at + 3, q)
+                tl.store(at + 4, u)
         else:
+            y_label = _label_y(row, label, columns, inner, ACC, SOFTCAP)  # after the loop: one register less in it
             logp, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS)
             if WRITE:
                 grad = tl.full([], scale, ACC)
@@ -303,13 +303,14 @@ def scan_kernel(
 
 @triton.jit
 def combine_kernel(
-    labels, stats, logp_out, lse_out, extra_out, shifts, rows, columns, pieces, ignore_index,
-    nat: "fp64", c: "fp64", ACC: tl.constexpr, EXTRAS: tl.constexpr,
+    logits, labels, stats, logp_out, lse_out, extra_out, shifts, stride, rows, columns, pieces, ignore_index,
+    nat: "fp64", c: "fp64", inner: "fp64", ACC: tl.constexpr, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """A row's log-probs from the sums of its pieces, and the shift and factor [2, rows] of its softmax."""
     i = tl.program_id(0).to(tl.int64)
-    nat, c = tl.full([], nat, ACC), tl.full([], c, ACC)
-    if tl.load(labels + i) == ignore_index:
+    nat, c, inner = tl.full([], nat, ACC), tl.full([], c, ACC), tl.full([], inner, ACC)
+    label = tl.load(labels + i)
+    if label == ignore_index:
         _store_row(logp_out, lse_out, extra_out, i, rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, EXTRAS)
     else:
         piece = tl.arange(0, MAX_PIECES)
@@ -322,7 +323,7 @@ def combine_kernel(
             t = tl.load(at + 2, mask=keep, other=0.0)
             q = tl.load(at + 3, mask=keep, other=0.0)
             u = tl.load(at + 4, mask=keep, other=0.0)
-        y_label = tl.load(stats + i * pieces * STATS + 5)
+        y_label = _label_y(logits + i * stride, label, columns, inner, ACC, SOFTCAP)
         m, s, t, q, u = _meet(m, s, t, q, u, c, EXTRAS)
         _, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS)
         tl.store(shifts + i, tl.where(m == float("-inf"), 0.0, m))
@@ -389,6 +390,10 @@ class _Rows:
         if ops.checks_enabled():
             check_labels(labels, ignore_index, vocab_size)
 
+    @property
+    def lean(self) -> bool:
+        return not self.flags["SOFTCAP"] and self.acc != torch.float64
+
     def pieces(self, launch: tuning.Launch) -> int:
         return tuning.splits(self.rows, self.columns // self.vec, launch.vectors, self.logits.device)
 
@@ -428,7 +433,7 @@ def _forward(rows: _Rows, extras: bool, write: bool) -> tuple[Tensor, Tensor, Te
         split = pieces > 1
         launch = tuning.SCAN
         if write and not split:
-            launch = tuning.fused(rows.columns * rows.logits.element_size())
+            launch = tuning.fused(rows.columns * rows.logits.element_size(), rows.lean and not extras)
         stats = rows.empty(rows.rows * pieces * STATS.value) if split else logp
         scan_kernel[(rows.rows * pieces,)](
             rows.logits, rows.labels, logp, lse, extra, stats, *rows.numbers(pieces),
@@ -438,9 +443,9 @@ def _forward(rows: _Rows, extras: bool, write: bool) -> tuple[Tensor, Tensor, Te
         if split:
             shifts = rows.empty(2, rows.rows)
             combine_kernel[(rows.rows,)](
-                rows.labels, stats, logp, lse, extra, shifts, rows.rows, rows.columns, pieces, rows.ignore_index,
-                rows.nat, rows.nat * LOG2E, ACC=rows.flags["ACC"], EXTRAS=extras,
-                num_warps=tuning.num_warps(tuning.COMBINE),
+                rows.logits, rows.labels, stats, logp, lse, extra, shifts, rows.stride, rows.rows, rows.columns, pieces,
+                rows.ignore_index, rows.nat, rows.nat * LOG2E, rows.inner, ACC=rows.flags["ACC"],
+                SOFTCAP=rows.flags["SOFTCAP"], EXTRAS=extras, num_warps=tuning.num_warps(tuning.COMBINE),
             )  # fmt: skip
             if write:
                 rows.write(pieces, False, lse, lse, logp, shifts)
@@ -484,16 +489,19 @@ def token_logps_bwd_(
 
 def variants() -> Iterator[Variant]:
     """Every specialisation that the launches above can reach; what is aligned to 16 is marked as Triton would."""
-    fused = [tuning.fused(row_bytes) for row_bytes in (1 << 16, 1 << 18)]
     jobs = [("scan", scan_kernel, tuning.SCAN, {"SPLIT": split, "WRITE": False}) for split in (False, True)]
-    jobs += [("fused", scan_kernel, launch, {"SPLIT": False, "WRITE": True}) for launch in fused]
+    jobs += [("fused", scan_kernel, row_bytes, {"SPLIT": False, "WRITE": True}) for row_bytes in (1 << 16, 1 << 18)]
     jobs += [("write", write_kernel, tuning.WRITE, {"FROM_LSE": from_lse}) for from_lse in (True, False)]
     jobs += [("combine", combine_kernel, tuning.COMBINE, {})]
     for name, kernel, launch, fixed in jobs:
         free = [flag for flag in ("EDGES", "SOFTCAP", "EXTRAS") if flag in kernel.arg_names]
-        for dtype in ("fp32", "fp64") if name == "combine" else ("bf16", "fp16", "fp32", "fp64"):
+        for dtype in ("bf16", "fp16", "fp32", "fp64"):
             for values in itertools.product((False, True), repeat=len(free)):
-                yield _variant(name, kernel, dtype, launch, {**dict(zip(free, values, strict=True)), **fixed})
+                flags = {**dict(zip(free, values, strict=True)), **fixed}
+                shape = launch
+                if isinstance(launch, int):  # bytes of a row
+                    shape = tuning.fused(launch, dtype != "fp64" and not flags["SOFTCAP"] and not flags["EXTRAS"])
+                yield _variant(name, kernel, dtype, shape, flags)
 
 
 def _variant(name: str, kernel: Any, dtype: str, launch: tuning.Launch, flags: dict[str, Any]) -> Variant:
@@ -508,5 +516,8 @@ def _variant(name: str, kernel: Any, dtype: str, launch: tuning.Launch, flags: d
     label = " ".join([name, dtype, *(n.lower() for n, on in flags.items() if on is True)])
     label += f" {launch.warps} warps" if name == "fused" else ""
     kept = {n: constexprs[n] for n in signature if n in constexprs}
-    plain = dtype != "fp64" and not any(flags.get(n) for n in ("EDGES", "SOFTCAP", "EXTRAS"))
-    return Variant(label, kernel, signature, kept, aligned, launch, wide=True, resident_warps=32 if plain else 16)
+    plain = not any(flags.get(n) for n in ("EDGES", "SOFTCAP", "EXTRAS"))
+    resident = 32 if plain else 16
+    if dtype == "fp64":  # for gradient checks, not for speed
+        resident = 8
+    return Variant(label, kernel, signature, kept, aligned, launch, name != "combine", resident)

@@ -15,22 +15,24 @@ class Launch(NamedTuple):
     vectors: int  # 16-byte vectors of a tile
 
 
-# Bytes in flight: 4.3 TB/s over 132 multiprocessors at about 0.8 us is 26 kB each. 8 warps with four 16-byte loads a
-# thread are 16 kB a program, and at most 64 registers a thread let four programs share a multiprocessor.
+# Bytes in flight: 4.3 TB/s over 132 multiprocessors at about 0.8 us is 26 kB each. At 64 registers a thread four
+# programs of 8 warps share a multiprocessor: four 16-byte loads a thread are 64 kB in flight, two 32 kB.
+# What writes a row also holds its gradient, and keeps to 64 registers with two.
 SCAN = Launch(warps=8, vectors=1024)
-WRITE = Launch(warps=8, vectors=1024)
-
-
+WRITE = Launch(warps=8, vectors=512)
 COMBINE = Launch(warps=2, vectors=0)
 
 
-def fused(row_bytes: int) -> Launch:
+def fused(row_bytes: int, lean: bool) -> Launch:
     """Few rows at a time, so that the second sweep of a row finds it in the L2 cache (50 MB on an H200).
 
     At 64 registers a multiprocessor holds 1024 threads: with 8 or 32 warps a program 132 of them hold 528 or 132 rows,
-    35 MB at the row sizes given here (the second: 128,256 columns in 16 bit).
+    35 MB at the row sizes given here (the second: 128,256 columns in 16 bit). What is not `lean` (a softcap, extras,
+    float64) needs up to 128 registers: half the threads.
     """
-    return Launch(warps=8, vectors=1024) if row_bytes <= 64 << 10 else Launch(warps=32, vectors=2048)
+    if row_bytes <= 64 << 10:
+        return Launch(warps=8, vectors=512)
+    return Launch(warps=32, vectors=2048) if lean else Launch(warps=16, vectors=1024)
 
 
 def num_warps(launch: Launch) -> int:
