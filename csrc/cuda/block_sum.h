@@ -5,16 +5,18 @@
 
 namespace cpo::cuda {
 
-// The sum of every thread's x, for all of them. `scratch` holds kThreads / kWarp values and is free again afterwards.
+// The sum of every thread's x, for all of them. `scratch`, shared memory for kThreads / kWarp values, is free again
+// afterwards.
 template <int kThreads, typename T>
-CPO_DEVICE T block_sum(T x, T* scratch) {
+CPO_DEVICE T block_sum(T x, void* scratch) {
+  T* const sums = static_cast<T*>(scratch);
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  if (thread_index() % kWarp == 0) scratch[thread_index() / kWarp] = x;
+  if (thread_index() % kWarp == 0) sums[thread_index() / kWarp] = x;
   sync_block();
-  T total = scratch[0];
+  T total = sums[0];
 #pragma unroll
-  for (int warp = 1; warp < kThreads / kWarp; ++warp) total += scratch[warp];
+  for (int warp = 1; warp < kThreads / kWarp; ++warp) total += sums[warp];
   sync_block();
   return total;
 }

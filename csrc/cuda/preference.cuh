@@ -196,7 +196,7 @@ struct Divisors {
 
 // Pairs that are no tie and tokens of their chosen responses, where they are not given: every block counts them.
 template <int kThreads>
-CPO_DEVICE Divisors divisors(const PreferenceInput& in, double* scratch) {
+CPO_DEVICE Divisors divisors(const PreferenceInput& in, void* scratch) {
   double pairs = in.divisor, tokens = in.chosen_tokens;
   if (pairs < 0.0 || tokens < 0.0) {
     int64_t live = 0, chosen = 0;
@@ -205,8 +205,8 @@ CPO_DEVICE Divisors divisors(const PreferenceInput& in, double* scratch) {
       live += who.sign != 0;
       chosen += who.sign != 0 ? tokens_of(in, who.chosen) : 0;
     }
-    live = block_sum<kThreads>(live, reinterpret_cast<int64_t*>(scratch));
-    chosen = block_sum<kThreads>(chosen, reinterpret_cast<int64_t*>(scratch));
+    live = block_sum<kThreads>(live, scratch);
+    chosen = block_sum<kThreads>(chosen, scratch);
     if (pairs < 0.0) pairs = double(live);
     if (tokens < 0.0) tokens = double(chosen);
   }
@@ -214,7 +214,12 @@ CPO_DEVICE Divisors divisors(const PreferenceInput& in, double* scratch) {
   return {pairs, pairs / (tokens > 1.0 ? tokens : 1.0)};
 }
 
-// sums[row] += what the pairs of a tile give to row, for the rows of the block. kParts threads in turn share a row.
+// The row of a block that a sequence is, counted from its first sequence; -1 for another block's.
+CPO_DEVICE int row_of(int64_t sequence, int64_t base, int rows) {
+  return sequence >= base && sequence < base + rows ? int(sequence - base) : -1;
+}
+
+// sums[row] += what the pairs of a tile give to row. kParts neighbouring threads share a row.
 template <int kThreads>
 CPO_DEVICE void add_to_rows(PreferenceShared<kThreads>& tile, int rows) {
   const int part = thread_index() % kParts;
@@ -244,9 +249,10 @@ preference_kernel(const PreferenceInput in, const PreferenceOutput out, int rows
   for (int64_t index = 0; index * kThreads < in.num_pairs; ++index) {
     const int64_t p = index * kThreads + thread;
     const bool is_pair = p < in.num_pairs;
-    const int64_t first = is_pair ? in.pairs[2 * p] - base : -1, second = is_pair ? in.pairs[2 * p + 1] - base : -1;
-    const bool touches = (first >= 0 && first < rows) || (second >= 0 && second < rows);
-    const bool any_touches = block_sum<kThreads>(int(touches), reinterpret_cast<int*>(tile.scratch)) > 0;
+    const int first = is_pair ? row_of(in.pairs[2 * p], base, rows) : -1;
+    const int second = is_pair ? row_of(in.pairs[2 * p + 1], base, rows) : -1;
+    const bool touches = first >= 0 || second >= 0;
+    const bool any_touches = block_sum<kThreads>(int(touches), tile.scratch) > 0;
     if (!any_touches && index != block && block != 0) continue;
 
     LossTerm term{0.0, 0.0, 0.0};
@@ -268,8 +274,8 @@ preference_kernel(const PreferenceInput in, const PreferenceOutput out, int rows
       }
     }
     if (!any_touches) continue;
-    tile.first[thread] = first >= 0 && first < rows ? int(first) : -1;
-    tile.second[thread] = second >= 0 && second < rows ? int(second) : -1;
+    tile.first[thread] = first;
+    tile.second[thread] = second;
     tile.to_first[thread] = sign < 0 ? term.rejected : term.chosen;
     tile.to_second[thread] = sign < 0 ? term.chosen : term.rejected;
     sync_block();
@@ -283,8 +289,8 @@ preference_kernel(const PreferenceInput in, const PreferenceOutput out, int rows
   }
   if (block != 0) return;
   loss = block_sum<kThreads>(loss, tile.scratch);
-  live = block_sum<kThreads>(live, reinterpret_cast<int64_t*>(tile.scratch));
-  unrated = block_sum<kThreads>(unrated, reinterpret_cast<int64_t*>(tile.scratch));
+  live = block_sum<kThreads>(live, tile.scratch);
+  unrated = block_sum<kThreads>(unrated, tile.scratch);
   if (thread == 0) {
     out.loss.set(0, loss / divisor.pairs);
     out.counts[0] = live;

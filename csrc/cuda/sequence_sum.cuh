@@ -30,7 +30,7 @@ sequence_sum_kernel(const T* logps, const int64_t* cu, const T* weights, bool av
 #pragma unroll
     for (int i = 0; i < kTokensInFlight; ++i) total += double(x[i]) * double(m[i]);
   }
-  total = block_sum<kThreads>(total, shared<double>());
+  total = block_sum<kThreads>(total, shared<void>());
   if (average) total /= end > begin ? double(end - begin) : 1.0;
   if (thread_index() == 0) out[sequence] = T(total);
 }

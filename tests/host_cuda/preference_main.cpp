@@ -24,6 +24,7 @@ void run_preference(int64_t pairs, int64_t sequences, bool scored) {
   std::mt19937_64 random(1);
   std::vector<int64_t> index(2 * pairs), lengths(sequences), orders(2 * kOrderWords * pairs), counts(3);
   for (int64_t& s : index) s = int64_t(random() % uint64_t(sequences + 2)) - 1;  // -1 and `sequences` do not exist
+  if (pairs > 2) index[0] = INT64_MIN, index[5] = INT64_MAX;
   for (int64_t& n : lengths) n = int64_t(random() % 30);
   auto logps = numbers(sequences, 2), ref = numbers(sequences, 3), scores = numbers(sequences * kObjectives, 4);
   auto conditions = numbers(pairs * kObjectives, 5), weights = numbers(pairs, 6);
