@@ -132,15 +132,18 @@ def test_cases_of_test_kernels(library, monkeypatch, name):
         test() if spread is None else test(spread)
 
 
-def test_objectives_that_cancel_leave_a_tie_without_a_margin(library):
-    """Gains of w x and -w x add up to 0 exactly, whatever x: no fma may see one of them unrounded."""
-    batch = test_kernels.with_options(test_kernels.make_batch(5, objectives=2), tie_margin=0.0)
-    batch["scores"] = torch.tensor([[0.1, 0.7], [0.7, 0.1]], dtype=torch.float64).repeat(4, 1)[:7]
-    batch["pairs"] = torch.tensor([[0, 1], [2, 3], [4, 5]] * 4)[:11]
-    batch["conditions"] = torch.full((11, 2), 0.3, dtype=torch.float64)
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs an x86 fma")
+def test_objectives_that_cancel_leave_a_tie_without_a_margin(tmp_path):
+    """Gains of w x and -w x add up to exactly 0 under a compiler that makes fmas of products and sums, as nvcc does."""
+    flags = (*LIBRARY_FLAGS, "-mfma", "-ffp-contract=fast")
+    library = ctypes.CDLL(compile_host("tests/host_cuda/preference_ops.cpp", tmp_path / "fma.so", *flags))
+    batch = test_kernels.with_options(test_kernels.make_batch(5, objectives=2, sequences=40, count=20), tie_margin=0.0)
+    scores = torch.rand(20, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    batch["scores"] = torch.cat([scores, scores.flip(1)])
+    batch["pairs"] = torch.stack([torch.arange(20), torch.arange(20, 40)], 1)
+    batch["conditions"] = torch.full((20, 2), 0.3, dtype=torch.float64)
     batch["objectives"] = torch.tensor([[0.9, 0.9], [1.3, 1.3]], dtype=torch.float64)
-    got = HostKernels(library, 64).preference(*batch.values())
-    assert got[7].tolist() == [0, 11, 0]
+    assert HostKernels(library, 64).preference(*batch.values())[7].tolist() == [0, 20, 0]
 
 
 def test_sequences_that_do_not_exist_give_nan(library):
