@@ -255,7 +255,7 @@ def linear_token_logps_op(
     return rows.scatter(logp, size), rows.scatter(lse, size), extra, dx, ref_logp
 
 
-@linear_token_logps_op.register_fake
+@torch.library.register_fake("cpo_kernels::linear_token_logps")
 def _(hidden, weight, bias, labels, index, ref_hidden, i, s, c, v, extras, want_dx, row_limit, impl):
     acc, size = ops.acc_dtype(hidden.dtype), hidden.shape[0]
     extra = hidden.new_empty((4, size) if extras else (0,), dtype=acc)
@@ -302,7 +302,7 @@ def linear_token_logps_backward_op(
     return rows.scatter(dx, size) if need_dx else dx, _restore(dw, power), db.to(weight.dtype)
 
 
-@linear_token_logps_backward_op.register_fake
+@torch.library.register_fake("cpo_kernels::linear_token_logps_backward")
 def _(hidden, weight, bias, labels, index, lse, grad, i, s, c, v, need_dx, need_dw, need_db, row_limit, impl):
     return _fake_grads(hidden, weight, need_dx, need_dw, need_db)
 
@@ -398,7 +398,7 @@ def linear_nll_op(
     return loss.to(coef.dtype), dx, rows.scatter(coef, size), *sums.result()
 
 
-@linear_nll_op.register_fake
+@torch.library.register_fake("cpo_kernels::linear_nll")
 def _(hidden, weight, bias, labels, index, token_weights, i, s, c, v, n, need_dx, need_dw, need_db, row_limit, impl):
     acc = ops.acc_dtype(hidden.dtype)
     return hidden.new_empty((), dtype=acc), *fake_known_loss(hidden, weight, need_dx, need_dw, need_db)

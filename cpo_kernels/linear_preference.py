@@ -267,7 +267,7 @@ class _Pass:
         return outputs
 
 
-@linear_preference_op.register_fake
+@torch.library.register_fake("cpo_kernels::linear_preference")
 def _(hidden, weight, bias, labels, token_weights, ref_hidden, ref_logps, lengths, pairs, *rest):
     acc = ops.acc_dtype(hidden.dtype)
     seq_logps = hidden.new_empty(lengths.shape[0], dtype=acc)

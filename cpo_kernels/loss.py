@@ -410,7 +410,7 @@ def _ld_weights_op(
     return torch.where(labelled & (rank > last), ld_alpha, torch.ones_like(rank, dtype=torch.float64))
 
 
-@_ld_weights_op.register_fake
+@torch.library.register_fake("cpo_kernels::ld_token_weights")
 def _(labels, cu_seqlens, lengths, pairs, ld_alpha, ignore_index):
     return labels.new_empty(labels.shape, dtype=torch.float64)
 
