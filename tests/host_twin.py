@@ -12,9 +12,18 @@ from cpo_kernels.check.compare import Home
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("g++")
-FLAGS = ("-std=c++17", "-DCPO_HOST_CUDA", "-Itests/host_cuda", "-pthread", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = (
+    "-std=c++17",
+    "-DCPO_HOST_CUDA",
+    "-Itests/host_cuda",
+    "-pthread",
+    "-Wall",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+)
 # Fibers are switched by longjmp between stacks, which fortified C libraries refuse.
-LIBRARY_FLAGS = ("-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE")
+LIBRARY_FLAGS = ("-O2", "-fPIC", "-shared", "-U_FORTIFY_SOURCE")
 
 
 def compile_host(source: str, target: Path, *flags: str, root: Path = ROOT) -> Path:

@@ -153,6 +153,9 @@ CPO_DEVICE float reciprocal_approx(float x) {
 }
 // A sum that is never contracted with a product into an fma.
 CPO_DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }
+// A product that is rounded before anything is added to it: never the inside of an fma.
+CPO_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+CPO_DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 CPO_DEVICE void unpack_half2(uint32_t w, float& low, float& high) {
   const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&w));
   low = f.x;

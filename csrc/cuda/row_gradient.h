@@ -22,15 +22,16 @@ struct Softmax {
   Acc shift, factor, top, log_sum;
 };
 
+// The column of a label; -1 where it is out of range.
 template <typename T>
-CPO_DEVICE bool in_range(const Problem<T>& p, int64_t label) {
-  return label >= 0 && label < p.columns;
+CPO_DEVICE int column_of(const Problem<T>& p, int64_t label) {
+  return label >= 0 && label < p.columns ? int(label) : -1;
 }
 
 // The label's logit; NaN where the label is out of range.
 template <typename T>
-CPO_DEVICE AccOf<T> label_logit(const Problem<T>& p, const T* row, int64_t label) {
-  return in_range(p, label) ? widened(row[label]) : AccOf<T>(NAN);
+CPO_DEVICE AccOf<T> label_logit(const T* row, int column) {
+  return column >= 0 ? widened(row[column]) : AccOf<T>(NAN);
 }
 
 // Sums are taken relative to their largest term as it was rounded: where it is all there is, its logarithm is 0.
@@ -47,7 +48,7 @@ CPO_DEVICE Softmax<AccOf<T>> softmax_of(const Sums<AccOf<T>>& a, AccOf<T> y_labe
 template <typename T>
 CPO_DEVICE Softmax<AccOf<T>> softmax_of_lse(AccOf<T> lse, const Problem<T>& p) {
   using Acc = AccOf<T>;
-  const Acc y = lse / p.nat, shift = y * p.c;
+  const Acc y = lse / p.nat, shift = mul_rn(y, p.c);
   const Acc rest = fma(p.nat, y, -lse) - kLogE<Acc> * fma(y, p.c, -shift);
   return {shift, exp(rest), Acc(0), lse};
 }
@@ -56,8 +57,8 @@ template <bool kExtras, typename T>
 CPO_DEVICE void store_outputs(const Outputs<AccOf<T>>& out, int64_t i, const Sums<AccOf<T>>& a,
                               const Softmax<AccOf<T>>& s, AccOf<T> y_label, const Problem<T>& p) {
   using Acc = AccOf<T>;
-  out.logp[i] = p.nat * (y_label - a.top) - s.log_sum;
-  out.lse[i] = isnan(y_label) ? y_label : p.nat * a.top + s.log_sum;
+  out.logp[i] = fma(p.nat, y_label - a.top, -s.log_sum);  // explicit: the same bits with and without extras
+  out.lse[i] = isnan(y_label) ? y_label : fma(p.nat, a.top, s.log_sum);
   if (!kExtras) return;
   const Acc largest = fma(a.top, p.c, -s.shift);
   out.extra[i] = s.log_sum - kLogE<Acc> * (a.sum_t / a.sum - largest);
@@ -84,18 +85,19 @@ CPO_DEVICE AccOf<T> gradient_of(AccOf<T> logit, const Softmax<AccOf<T>>& s, AccO
 // Overwrites this thread's part of a row with its gradient, last chunk first: what was read last is still in the cache,
 // or, if `held`, in `v`. x_label: the label's logit, which only its owner may read once the writing has begun.
 template <bool kSoftcap, int kThreads, int kVectors, typename T>
-CPO_DEVICE void write(const Row<T>& row, const Part<kThreads, kVectors>& part, const Problem<T>& p, int64_t label,
+CPO_DEVICE void write(const Row<T>& row, const Part<kThreads, kVectors>& part, const Problem<T>& p, int label,
                       AccOf<T> x_label, const Softmax<AccOf<T>>& s, AccOf<T> grad, Pack (&v)[kVectors], bool held) {
   using Acc = AccOf<T>;
   const Acc scaled = grad * p.scale, factor = -scaled * s.factor;
-  const bool mine = in_range(p, label) && part.owns(row, int(label));
+  const int own_label = part.owns(row, label) ? label : -1;
   T at_label{};
-  if (mine) {
+  if (own_label >= 0) {
     Acc slope = 1;
     const Acc y = kSoftcap ? tanh_and_slope(x_label * p.inner, slope) : x_label;
-    at_label = rounded<T>(-expm1(p.nat * (y - s.top) - s.log_sum) * scaled * slope);
+    at_label = rounded<T>(-expm1(fma(p.nat, y - s.top, -s.log_sum)) * scaled * slope);
   }
   const int chunks = part.chunks(row), edge = part.edge(row);
+  if (edge >= 0) row.start[edge] = rounded<T>(gradient_of<kSoftcap>(widened(row.start[edge]), s, factor, p));
   for (int chunk = chunks - 1; chunk >= 0; --chunk) {
     if (!held || chunk < chunks - 1) part.load(row, chunk, v);
 #pragma unroll
@@ -109,8 +111,7 @@ CPO_DEVICE void write(const Row<T>& row, const Part<kThreads, kVectors>& part, c
       store16(row.vector(k), Number<T>::pack(x));
     }
   }
-  if (edge >= 0) row.start[edge] = rounded<T>(gradient_of<kSoftcap>(widened(row.start[edge]), s, factor, p));
-  if (mine) row.start[int(label)] = at_label;
+  if (own_label >= 0) row.start[own_label] = at_label;
   part.clear(Row<T>(row.start + p.columns, p.width - p.columns));
 }
 

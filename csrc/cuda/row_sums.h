@@ -16,10 +16,11 @@ struct Sums {
   CPO_DEVICE static Sums none() { return {-Acc(INFINITY), 0, 0, 0, 0}; }
 };
 
-// A row of -inf alone has sums of 0, whatever its shift.
+// Rounded to one number, so that all exponentials of a row are relative to the same. A row of -inf alone has sums of 0,
+// whatever its shift.
 template <typename Acc>
 CPO_DEVICE Acc shift_of(Acc top, Acc c) {
-  return top == -Acc(INFINITY) ? Acc(0) : top * c;
+  return top == -Acc(INFINITY) ? Acc(0) : mul_rn(top, c);
 }
 
 // Makes the sums relative to a larger top; the factor is the caller's to apply to `sum`.
@@ -71,11 +72,7 @@ template <bool kSoftcap, bool kExtras, int kThreads, int kVectors, typename T>
 CPO_DEVICE Sums<AccOf<T>> scan(const Row<T>& row, const Part<kThreads, kVectors>& part, const Problem<T>& p,
                                Pack (&v)[kVectors]) {
   Sums<AccOf<T>> a = Sums<AccOf<T>>::none();
-  const int edge = part.edge(row), chunks = part.chunks(row);
-  if (edge >= 0) {
-    AccOf<T> x[1] = {widened(row.start[edge])};
-    fold<kSoftcap, kExtras>(a, x, p);
-  }
+  const int chunks = part.chunks(row);
   for (int chunk = 0; chunk < chunks; ++chunk) {
     part.load(row, chunk, v);
 #pragma unroll
@@ -85,6 +82,11 @@ CPO_DEVICE Sums<AccOf<T>> scan(const Row<T>& row, const Part<kThreads, kVectors>
       Number<T>::unpack(v[j], x);
       fold<kSoftcap, kExtras>(a, x, p);
     }
+  }
+  const int edge = part.edge(row);
+  if (edge >= 0) {
+    AccOf<T> x[1] = {widened(row.start[edge])};
+    fold<kSoftcap, kExtras>(a, x, p);
   }
   return a;
 }

@@ -32,7 +32,7 @@ scan_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, Sums<AccOf<T>>* sum
   }
   const Row<T> row(p.logits + i * p.stride, p.columns);
   const Part<kThreads, kStreamed> part(piece, pieces);
-  const Acc x_label = label_logit(p, row.start, label);
+  const Acc x_label = label_logit(row.start, column_of(p, label));
   Pack v[kStreamed];
   Sums<Acc> a = scan<kSoftcap, kExtras>(row, part, p, v);
   a = meet_block<kThreads, kExtras>(a, p.c, shared<Sums<Acc>>());
@@ -56,7 +56,7 @@ combine_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, const Sums<AccOf
     if (thread_index() == 0) store_ignored<kExtras>(out, i, p.rows);
     return;
   }
-  const Acc y_label = y_of<kSoftcap>(p, label_logit(p, p.logits + i * p.stride, label));
+  const Acc y_label = y_of<kSoftcap>(p, label_logit(p.logits + i * p.stride, column_of(p, label)));
   const Sums<Acc> a = meet<kExtras>(sums + i * pieces, pieces, p.c);
   if (thread_index() != 0) return;
   const Softmax<Acc> s = softmax_of(a, y_label, p);
@@ -74,12 +74,12 @@ write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const
   const Row<T> row(p.logits + i * p.stride, p.columns);
   const Part<kThreads, kStreamed> part(int(block_index() % pieces), pieces);
   if (label == p.ignore_index) return part.clear(Row<T>(row.start, p.width));
-  const bool mine = in_range(p, label) && part.owns(row, int(label));
-  const Acc x_label = mine ? widened(row.start[label]) : Acc(0);
+  const int column = column_of(p, label);
+  const Acc x_label = part.owns(row, column) ? widened(row.start[column]) : Acc(0);
   Softmax<Acc> s = softmaxes ? softmaxes[i] : softmax_of_lse(lse[i], p);
-  if (!in_range(p, label)) s.factor = Acc(NAN);
+  if (column < 0) s.factor = Acc(NAN);
   Pack v[kStreamed];
-  write<kSoftcap>(row, part, p, label, x_label, s, softmaxes ? Acc(1) : grads[i], v, false);
+  write<kSoftcap>(row, part, p, column, x_label, s, softmaxes ? Acc(1) : grads[i], v, false);
 }
 
 template <typename T, int kThreads, bool kSoftcap, bool kExtras>
@@ -96,7 +96,8 @@ fused_kernel(Problem<T> p, Outputs<AccOf<T>> out) {
     return part.clear(Row<T>(row.start, p.width));
   }
   if (blocks > 1) cluster_arrive_relaxed();
-  const Acc x_label = label_logit(p, row.start, label);
+  const int column = column_of(p, label);
+  const Acc x_label = label_logit(row.start, column);
   Pack v[kHeld];
   Sums<Acc> a = scan<kSoftcap, kExtras>(row, part, p, v);
   Sums<Acc>* slots = shared<Sums<Acc>>();
@@ -105,7 +106,7 @@ fused_kernel(Problem<T> p, Outputs<AccOf<T>> out) {
   const Acc y_label = y_of<kSoftcap>(p, x_label);
   const Softmax<Acc> s = softmax_of(a, y_label, p);
   if (part.first == 0) store_outputs<kExtras>(out, i, a, s, y_label, p);
-  write<kSoftcap>(row, part, p, label, x_label, s, Acc(1), v, true);
+  write<kSoftcap>(row, part, p, column, x_label, s, Acc(1), v, true);
 }
 
 }  // namespace cpo::cuda

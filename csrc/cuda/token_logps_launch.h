@@ -74,21 +74,23 @@ void launch_forward(const char* op, const Problem<T>& p, const Outputs<AccOf<T>>
   }
   auto* sums = reinterpret_cast<Sums<Acc>*>(scratch);
   auto* softmaxes = reinterpret_cast<Softmax<Acc>*>(sums + p.rows * plan.pieces);
-  launch(op, shape(p.rows * plan.pieces, 1), scan_kernel<T, kThreads, kSoftcap, kExtras>, p, out, plan.pieces, sums);
+  const LaunchShape split = shape(p.rows * plan.pieces, 1);
+  launch(op, split, scan_kernel<T, kThreads, kSoftcap, kExtras>, p, out, plan.pieces, sums);
   if (plan.pieces == 1) return;
   launch(op, {p.rows, kWarp, 1, 0, stream}, combine_kernel<T, kSoftcap, kExtras>, p, out, plan.pieces, sums,
          overwrite ? softmaxes : nullptr);
   if (!overwrite) return;
   const Acc* none = nullptr;
-  launch(op, shape(p.rows * plan.pieces, 1), write_kernel<T, kThreads, kSoftcap>, p, plan.pieces, softmaxes, none, none);
+  launch(op, split, write_kernel<T, kThreads, kSoftcap>, p, plan.pieces, softmaxes, none, none);
 }
 
 // token_logps_fwd, and token_logps_fused_ with `overwrite`.
 template <int kThreads, typename T>
-void token_logps_forward(const char* op, const Problem<T>& p, const Outputs<AccOf<T>>& out, bool overwrite, bool softcap,
-                         bool extras, const Plan& plan, AccOf<T>* scratch, void* stream) {
-  const auto run = softcap ? extras ? launch_forward<T, kThreads, true, true> : launch_forward<T, kThreads, true, false>
-                           : extras ? launch_forward<T, kThreads, false, true> : launch_forward<T, kThreads, false, false>;
+void token_logps_forward(const char* op, const Problem<T>& p, const Outputs<AccOf<T>>& out, bool overwrite,
+                         bool softcap, bool extras, const Plan& plan, AccOf<T>* scratch, void* stream) {
+  const auto plain = extras ? launch_forward<T, kThreads, false, true> : launch_forward<T, kThreads, false, false>;
+  const auto capped = extras ? launch_forward<T, kThreads, true, true> : launch_forward<T, kThreads, true, false>;
+  const auto run = softcap ? capped : plain;
   run(op, p, out, overwrite, plan, scratch, stream);
 }
 

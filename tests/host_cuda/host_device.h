@@ -1,5 +1,5 @@
 // The host twin of csrc/cuda/device.h: the same names on a CPU, so that the kernel sources run where there is no GPU.
-// Define CPO_HOST_CUDA and include this folder. One of two engines runs the threads of a cluster (one block, if alone):
+// Define CPO_HOST_CUDA and include this folder. One of two engines runs the threads of a cluster (or lone block):
 //
 //   fibers (default)         one OS thread; between two barriers the fibers run in an order drawn from `host_seed`.
 //   CPO_HOST_THREADS         real threads, for ThreadSanitizer and AddressSanitizer; small blocks, it is slow.
@@ -8,7 +8,7 @@
 // out of bounds (AddressSanitizer; shared memory is a heap block of exactly its size), misaligned 16-byte accesses,
 // shared memory read before it is written (it starts as NaN), threads that wait at different barriers (deadlock).
 // Not seen: a missing __syncwarp or wrong shuffle mask (a shuffle here is a barrier of the warp), weak memory order
-// (a cluster barrier here orders everything), registers, and what ptxas makes of the code. compute-sanitizer sees those.
+// (a cluster barrier here orders everything), registers, and what ptxas makes of it. compute-sanitizer sees those.
 #pragma once
 
 #include <cmath>
@@ -170,7 +170,12 @@ inline float exp2_approx(float t) {
   return y < 1.17549435e-38f ? 0.0f : y;
 }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
-inline double add_rn(double a, double b) { return a + b; }
+inline double add_rn(double a, double b) {
+  asm("" : "+m"(a), "+m"(b));  // where the compiler cannot see that one is a product
+  return a + b;
+}
+inline float mul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off
+inline double mul_rn(double a, double b) { return a * b; }
 inline void unpack_half2(uint32_t w, float& low, float& high) {
   low = host::to_float(Half{uint16_t(w)});
   high = host::to_float(Half{uint16_t(w >> 16)});

@@ -1,5 +1,5 @@
-// Threads of a cluster as fibers of one OS thread. A sweep visits the fibers of half of the warps, in an order drawn anew
-// each time like the warps; a fiber runs until it must wait. A sweep of all in which nothing moved is a deadlock.
+// Threads of a cluster as fibers of one OS thread. A sweep visits the fibers of half of the warps, in random order; a
+// fiber runs until it must wait. A sweep of all in which nothing moved is a deadlock.
 #pragma once
 
 #include <csetjmp>

@@ -1,5 +1,5 @@
-// The CUDA token kernels with 64 real threads a block, for the sanitizers: each form of launch, rows at odd addresses in
-// a heap block that ends with the last row, labels out of range.
+// The CUDA token kernels with 64 real threads a block, for the sanitizers: each form of launch, rows at odd addresses
+// in a heap block that ends with the last row, labels out of range.
 #include "../../csrc/cuda/token_logps_launch.h"
 
 using namespace cpo::cuda;

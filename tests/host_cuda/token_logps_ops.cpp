@@ -8,6 +8,8 @@ namespace {
 
 struct Machine {
   int64_t block, multiprocessors, clusters, seed;
+
+  DeviceInfo info() const { return {int(multiprocessors), clusters != 0}; }
 };
 struct Call {
   int64_t dtype, rows, stride, width, columns, ignore_index;
@@ -33,11 +35,12 @@ Problem<T> problem_in(const Call& c) {
 }
 
 template <int kThreads, typename T>
-void forward(const Machine& machine, const Call& call, bool overwrite, bool extras, void* logp, void* lse, void* extra) {
+void forward(const Machine& machine, const Call& call, bool overwrite, bool extras, void* logp, void* lse,
+             void* extra) {
   using Acc = AccOf<T>;
   const Problem<T> p = problem_in<T>(call);
-  const Plan plan = plan_of<kThreads>(p, call.softcap > 0, extras, {int(machine.multiprocessors), machine.clusters != 0});
-  const std::unique_ptr<Acc[]> scratch(new Acc[scratch_size(p, plan, overwrite)]);  // no more: AddressSanitizer looks
+  const Plan plan = plan_of<kThreads>(p, call.softcap > 0, extras, machine.info());
+  const std::unique_ptr<Acc[]> scratch(new Acc[scratch_size(p, plan, overwrite)]);
   token_logps_forward<kThreads>("", p, {static_cast<Acc*>(logp), static_cast<Acc*>(lse), static_cast<Acc*>(extra)},
                                 overwrite, call.softcap > 0, extras, plan, scratch.get(), nullptr);
 }
@@ -46,7 +49,7 @@ template <int kThreads, typename T>
 void backward(const Machine& machine, const Call& call, const void* lse, const void* grads) {
   using Acc = AccOf<T>;
   const Problem<T> p = problem_in<T>(call);
-  const Plan plan = plan_of<kThreads>(p, call.softcap > 0, false, {int(machine.multiprocessors), machine.clusters != 0});
+  const Plan plan = plan_of<kThreads>(p, call.softcap > 0, false, machine.info());
   token_logps_backward<kThreads>("", p, static_cast<const Acc*>(lse), static_cast<const Acc*>(grads), call.softcap > 0,
                                  plan, nullptr);
 }
@@ -75,7 +78,7 @@ void host_backward(const Machine* machine, const Call* call, const void* lse, co
 }
 
 void host_plan(const Machine* machine, int64_t rows, int64_t vectors, int held, int64_t* pieces, int64_t* cluster) {
-  const Plan plan = plan_of<kThreads>(rows, vectors, held, {int(machine->multiprocessors), machine->clusters != 0});
+  const Plan plan = plan_of<kThreads>(rows, vectors, held, machine->info());
   *pieces = plan.pieces;
   *cluster = plan.cluster;
 }
