@@ -41,7 +41,8 @@ Problem<T> problem_in(const Tensor& logits, const Tensor& labels, const Head& he
 
 template <typename T>
 Plan plan_on(const char* op, const Problem<T>& p, bool softcap, bool extras, const OnDeviceOf& on) {
-  return plan_of<kThreads>(p, softcap, extras, device_info(op, on.device(), fused_kernel<T, kThreads, false, false>));
+  const DeviceInfo info = device_info(op, on.device(), fused_kernel<T, kTokenThreads, false, false>);
+  return plan_of<kTokenThreads>(p, softcap, extras, info);
 }
 
 template <typename T>
@@ -55,8 +56,8 @@ void forward_typed(const char* op, const Tensor& logits, const Tensor& labels, c
   Tensor scratch = new_vector(logp, scratch_size(p, plan, overwrite), logp.scalar_type());
   const Outputs<Acc> out{mutable_data_of<Acc>(logp), mutable_data_of<Acc>(lse),
                          extras ? mutable_data_of<Acc>(extra) : nullptr};
-  token_logps_forward<kThreads>(op, p, out, overwrite, head.softcap > 0, extras, plan, mutable_data_of<Acc>(scratch),
-                                on.stream());
+  token_logps_forward<kTokenThreads>(op, p, out, overwrite, head.softcap > 0, extras, plan,
+                                     mutable_data_of<Acc>(scratch), on.stream());
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits, Tensor labels, const Head& head,
@@ -88,8 +89,9 @@ void backward_typed(const char* op, const Tensor& logits, const Tensor& labels, 
                     const Tensor& grad, const OnDeviceOf& on) {
   using Acc = AccOf<T>;
   const Problem<T> p = problem_in<T>(logits, labels, head, logits.mutable_data_ptr());
-  token_logps_backward<kThreads>(op, p, data_of<Acc>(lse), data_of<Acc>(grad), head.softcap > 0,
-                                 plan_on(op, p, head.softcap > 0, false, on), on.stream());
+  const Plan plan = plan_on(op, p, head.softcap > 0, false, on);
+  token_logps_backward<kTokenThreads>(op, p, data_of<Acc>(lse), data_of<Acc>(grad), head.softcap > 0, plan,
+                                      on.stream());
 }
 
 }  // namespace

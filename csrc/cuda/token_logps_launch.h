@@ -9,8 +9,8 @@ namespace cpo::cuda {
 
 // Two blocks of 512 threads a multiprocessor hold 128 KB of logits in registers. To copy at full rate about 26 KB must
 // be in flight there (4.3 TB/s over 132 multiprocessors at 0.8 us), so one may wait at a barrier while the other reads.
-constexpr int kThreads = 512;
-constexpr int kResident = 2;      // blocks a multiprocessor that a launch should have before rows are no longer split
+constexpr int kTokenThreads = 512;
+constexpr int kResident = 2;       // blocks a multiprocessor that a launch should have before rows are no longer split
 constexpr int kMaxPieces = kWarp;  // one warp combines them
 constexpr int kMaxCluster = 8;     // blocks that every device with clusters can place
 

@@ -63,7 +63,7 @@ void host_forward(const Machine* machine, const Call* call, int overwrite, int e
   host_seed = machine->seed;
   with_dtype(*call, [&](auto zero) {
     using T = decltype(zero);
-    const auto run = machine->block == 64 ? forward<64, T> : forward<kThreads, T>;
+    const auto run = machine->block == 64 ? forward<64, T> : forward<kTokenThreads, T>;
     run(*machine, *call, overwrite, extras, logp, lse, extra);
   });
 }
@@ -72,13 +72,13 @@ void host_backward(const Machine* machine, const Call* call, const void* lse, co
   host_seed = machine->seed;
   with_dtype(*call, [&](auto zero) {
     using T = decltype(zero);
-    const auto run = machine->block == 64 ? backward<64, T> : backward<kThreads, T>;
+    const auto run = machine->block == 64 ? backward<64, T> : backward<kTokenThreads, T>;
     run(*machine, *call, lse, grads);
   });
 }
 
 void host_plan(const Machine* machine, int64_t rows, int64_t vectors, int held, int64_t* pieces, int64_t* cluster) {
-  const Plan plan = plan_of<kThreads>(rows, vectors, held, machine->info());
+  const Plan plan = plan_of<kTokenThreads>(rows, vectors, held, machine->info());
   *pieces = plan.pieces;
   *cluster = plan.cluster;
 }
