@@ -82,26 +82,31 @@ def parse(text: str, label: str, instruction: str) -> list[tuple[str, str]]:
     return code
 
 
+def nvidia_width(access: re.Match) -> str:
+    return next((bits for bits in ("128", "64", "16", "8") if re.search(rf"\.[US]?{bits}\b", access[0])), "32")
+
+
+def read_nvidia_kernel(usage: str, sass: str) -> dict[str, object]:
+    """The columns of one kernel: its line of cuobjdump --dump-resource-usage, and its code from nvdisasm -c."""
+    registers, stack, shared, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups()
+    code = parse(sass, r"^(\.L_x_\d+):", r"/\*[0-9a-f]{4,}\*/\s+\S")
+    return {
+        "registers": int(registers),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "local_bytes": int(stack) + int(local),
+        "shared_bytes": int(shared),
+        "loop_loads": widths(accesses(code, r"\bLDG[.\w]*", nvidia_width)),
+        "loop_stores": widths(accesses(code, r"\bSTG[.\w]*", nvidia_width)),
+    }
+
+
 def read_nvidia(compiled) -> dict[str, object]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = run("cuobjdump", "--dump-resource-usage", file.name)
         sass = run("nvdisasm", "-c", file.name)
-    registers, stack, shared, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups()
-    code = parse(sass, r"^(\.L_x_\d+):", r"/\*[0-9a-f]{4,}\*/\s+\S")
-
-    def bits(match) -> str:
-        return next((b for b in ("128", "64", "16", "8") if re.search(rf"\.[US]?{b}\b", match[0])), "32")
-
-    return {
-        "registers": int(registers),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "local_bytes": int(stack) + int(local),
-        "shared_bytes": int(shared),
-        "loop_loads": widths(accesses(code, r"\bLDG[.\w]*", bits)),
-        "loop_stores": widths(accesses(code, r"\bSTG[.\w]*", bits)),
-    }
+    return read_nvidia_kernel(usage, sass)
 
 
 def read_amd(compiled) -> dict[str, object]:

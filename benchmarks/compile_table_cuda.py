@@ -20,12 +20,11 @@ import tempfile
 from distutils.core import run_setup  # setuptools' own copy, like what setup.py runs
 from pathlib import Path
 
-from benchmarks.compile_table import TABLES, TOOLS, accesses, differences, parse, run, widths
+from benchmarks.compile_table import TABLES, TOOLS, differences, read_nvidia_kernel, run
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = ("kernel", "registers", "spills", "local_bytes", "loop_loads", "loop_stores")
+COLUMNS = ("kernel", "registers", "spills", "local_bytes", "shared_bytes", "loop_loads", "loop_stores")
 WIDE = re.compile(r"(scan|write|fused)_kernel<")  # their loops go over logits
-USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
 def build(folder: Path) -> Path:
@@ -52,28 +51,11 @@ def machine_code(library: Path, folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def width_of(instruction: re.Match) -> str:
-    return next((bits for bits in ("128", "64", "16", "8") if re.search(rf"\.[US]?{bits}\b", instruction[0])), "32")
-
-
 def read(file: Path) -> list[dict[str, object]]:
-    usage = {name: numbers for name, *numbers in USAGE.findall(run("cuobjdump", "--dump-resource-usage", str(file)))}
+    usage = dict(re.findall(r"Function (\S+):\s+(.*)", run("cuobjdump", "--dump-resource-usage", str(file))))
     sections = re.split(r"^//-+ \.text\.(\S+) -+$", run("nvdisasm", "-c", str(file)), flags=re.MULTILINE)[1:]
-    rows = []
-    for name, sass in zip(sections[::2], sections[1::2], strict=True):
-        registers, stack, local = map(int, usage[name])
-        code = parse(sass, r"^(\.L_x_\d+):", r"/\*[0-9a-f]{4,}\*/\s+\S")
-        rows.append(
-            {
-                "kernel": name,
-                "registers": registers,
-                "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-                "local_bytes": stack + local,
-                "loop_loads": widths(accesses(code, r"\bLDG[.\w]*", width_of)),
-                "loop_stores": widths(accesses(code, r"\bSTG[.\w]*", width_of)),
-            }
-        )
-    return rows
+    kernels = zip(sections[::2], sections[1::2], strict=True)
+    return [{"kernel": name, **read_nvidia_kernel(usage[name], sass)} for name, sass in kernels]
 
 
 def readable(rows: list[dict[str, object]]) -> list[dict[str, object]]:
