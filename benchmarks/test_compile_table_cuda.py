@@ -23,8 +23,8 @@ template __global__ void scan_kernel<float4>(const float4*, float*, int);
 
 __global__ void local_kernel(const int* at, float* out) {
   float values[64];
-  for (int i = 0; i < 64; ++i) values[i] = out[i];
-  out[0] = values[at[0]] + values[at[1]];
+  for (int i = 0; i < 64; ++i) values[at[i]] = out[i];
+  for (int i = 0; i < 64; ++i) out[i] = values[i];
 }
 """
 
