@@ -8,7 +8,7 @@ from tiny import one_thread  # noqa: F401
 
 from cpo_kernels.cli import main, split_overrides
 from cpo_kernels.data.records import write_records
-from cpo_kernels.training.config import Config, config_keys, read_config, write_config
+from cpo_kernels.training.config import Config, SourceConfig, config_keys, read_config, write_config
 
 
 def test_every_key_has_a_line_of_help():
@@ -28,9 +28,9 @@ def test_overrides(tmp_path):
     (tmp_path / "c.yaml").write_text("model: some/model\ntraining: {lr: 1e-5}\n")  # YAML reads 1e-5 as a text
     overrides = ["training.lr=2e-4", "data.train=[a.jsonl, b.jsonl]", "model.gguf_file=m.gguf", "run_dir=null"]
     config = read_config(tmp_path / "c.yaml", [*overrides, "loss.type=ipo", "training.resume=true", "data.eval=c"])
-    assert config.training.lr == 2e-4 and config.data.train == ["a.jsonl", "b.jsonl"]
+    assert config.training.lr == 2e-4 and [source.path for source in config.data.train] == ["a.jsonl", "b.jsonl"]
     assert (config.model.name, config.model.gguf_file) == ("some/model", "m.gguf")
-    assert config.loss.type == ["ipo"] and config.data.eval == ["c"] and config.run_dir is None
+    assert config.loss.type == ["ipo"] and config.data.eval == [SourceConfig("c")] and config.run_dir is None
     given = ["c.yaml", "--training.lr", "1e-4", "--data.eval=x", "loss.beta=1", "--seed", "3", "--resume"]
     plain, found = split_overrides(given)
     assert plain == ["c.yaml", "loss.beta=1", "--resume"] and found == ["training.lr=1e-4", "data.eval=x", "seed=3"]

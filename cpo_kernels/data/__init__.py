@@ -1,1 +1,1 @@
-"""From JSONL to batches: `records`, `sources` (field maps), `conditions` (samplers), `template`, `packing`."""
+"""Sources to batches: `rows`, `layouts` and `schemas`, `records`, `conditions`, `template`, `packing`."""

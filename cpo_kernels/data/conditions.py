@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.data.records import Record, Response
+from cpo_kernels.data.records import Prompt, Record, Response
 from cpo_kernels.objectives import Objective, value, value_gap
 from cpo_kernels.training.config import ConditionsConfig, MixConfig
 
@@ -32,7 +32,7 @@ Condition = dict[str, float]
 class Group:
     """One prompt under one condition: the responses that are run once each, and the non-tie pairs among them."""
 
-    prompt: str
+    prompt: Prompt
     tags: Condition  # what the prompt shows; empty for a best-on-everything condition whose tags are stripped
     condition: Condition  # what R judges by
     responses: tuple[Response, ...]

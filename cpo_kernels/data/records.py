@@ -1,6 +1,9 @@
 """A record: one prompt and its responses, each with a dict of ratings. JSONL in and out.
 
 {"prompt": "Who was Ada?", "responses": [{"text": "A mathematician.", "ratings": {"honesty": 5}}, ...]}
+
+A prompt is a text, or the messages of a conversation that ends with the user's:
+{"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, ...], "responses": ...}
 """
 
 from __future__ import annotations
@@ -11,9 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+Message = tuple[str, str]  # role (system, user or assistant) and text
+Prompt = str | tuple[Message, ...]
+ROLES = ("system", "user", "assistant")
+
 
 class DataError(ValueError):
-    """A line that cannot be read: file, line number and reason."""
+    """A row that cannot be read: file, line or row number, and reason."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +31,17 @@ class Response:
 
 @dataclass(frozen=True)
 class Record:
-    prompt: str
+    prompt: Prompt
     responses: tuple[Response, ...]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The prompt on its own, for people and for sorting."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{role}: {text}" for role, text in prompt)
+
+
+def prompt_json(prompt: Prompt) -> Any:
+    return prompt if isinstance(prompt, str) else [{"role": role, "content": text} for role, text in prompt]
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
@@ -48,4 +64,5 @@ def write_records(records: Sequence[Record], path: str | Path) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
             responses = [{"text": r.text, "ratings": r.ratings} for r in record.responses]
-            file.write(json.dumps({"prompt": record.prompt, "responses": responses}, ensure_ascii=False) + "\n")
+            row = {"prompt": prompt_json(record.prompt), "responses": responses}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

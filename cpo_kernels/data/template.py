@@ -6,6 +6,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cpo_kernels.data.records import Prompt, prompt_json
 from cpo_kernels.objectives import Objective, TagTemplate
 from cpo_kernels.training.config import TemplateConfig
 
@@ -27,16 +28,21 @@ class PromptTemplate:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token (eos_token_id); responses could not end")
 
-    def text(self, prompt: str, condition: Mapping[str, float] | None = None) -> str:
-        """The prompt's text with the condition's tags; no condition, no tags (which means best on everything)."""
+    def text(self, prompt: Prompt, condition: Mapping[str, float] | None = None) -> str:
+        """The prompt's text with the condition's tags; no condition, no tags (which means best on everything). In a
+        conversation the tags stand before the user's last message, the one to be answered."""
         tags = self.tags.render(condition or {})
+        messages = prompt_json((("user", prompt),) if isinstance(prompt, str) else prompt)
         if self.config.prompt != "chat":
-            return self.config.prompt.format(tags=tags, prompt=prompt)
-        system = [{"role": "system", "content": self.config.system}] if self.config.system else []
-        messages = [*system, {"role": "user", "content": tags + prompt}]
+            if len(messages) > 1:
+                raise ValueError(f"template.prompt {self.config.prompt!r} has no place for earlier messages: use chat")
+            return self.config.prompt.format(tags=tags, prompt=messages[-1]["content"])
+        messages[-1]["content"] = tags + messages[-1]["content"]
+        if self.config.system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.config.system})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def prompt_ids(self, prompt: str, condition: Mapping[str, float] | None = None) -> list[int]:
+    def prompt_ids(self, prompt: Prompt, condition: Mapping[str, float] | None = None) -> list[int]:
         special = self.config.prompt != "chat"  # a chat template writes its own special tokens
         return self.tokenizer(self.text(prompt, condition), add_special_tokens=special)["input_ids"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cpo_kernels.data.records import Prompt
 from cpo_kernels.data.template import PromptTemplate
 
 
@@ -15,7 +16,7 @@ from cpo_kernels.data.template import PromptTemplate
 def greedy_answers(
     model: Any,
     template: PromptTemplate,
-    requests: Sequence[tuple[str, Mapping[str, float] | None]],
+    requests: Sequence[tuple[Prompt, Mapping[str, float] | None]],
     max_new_tokens: int = 64,
     batch_size: int = 64,
     progress: bool = False,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.data.records import Record
+from cpo_kernels.data.records import Prompt, Record, prompt_json
 from cpo_kernels.data.sources import load_records
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.generate import greedy_answers
@@ -56,7 +56,7 @@ def evaluate(
         if number < len(conditions):
             entry["relative_accuracy"] = relative[number]
         if generate:
-            requests = [(record.prompt, condition) for record in records]
+            requests: list[tuple[Prompt, Mapping[str, float]]] = [(record.prompt, condition) for record in records]
             answers.append(greedy_answers(model, template, requests, max_new_tokens, progress=progress))
             entry |= greedy_classes(answers[-1], records, template.tags.objectives, no_comment)
             entry["answers"] = answers[-1]
@@ -203,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
             for entry in result["conditions"]:
                 entry.pop("answers", None)
     else:
-        everything["prompts"] = [record.prompt for record in records]
+        everything["prompts"] = [prompt_json(record.prompt) for record in records]
     out.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
     print(f"results: {out}")
     return 0

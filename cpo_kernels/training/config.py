@@ -54,12 +54,26 @@ class FieldMap:
 
 
 @dataclass
+class SourceConfig:
+    path: str = key("", "file (.jsonl, .json, .parquet, .csv; * for several), folder, or hub name")
+    layout: str | None = key(None, "how its rows read; default: data.layout")
+    split: str = key("train", "split of a folder or hub name, such as train[:1000]")
+    subset: str | None = key(None, "configuration of a hub name")
+    streaming: bool = key(False, "read while it downloads and keep nothing on disk")
+    rows: int | None = key(None, "only so many rows from its start")
+
+
+@dataclass
 class DataConfig:
-    train: list[str] = key([], "JSONL files")
-    eval: list[str] = key([], "JSONL files held out; empty: eval_share of the training prompts")
+    train: list[SourceConfig] = key([], "sources: paths or hub names, or {path, layout, split, ...}")
+    eval: list[SourceConfig] = key([], "sources held out; empty: eval_share of the training prompts")
     eval_share: float = key(0.05, "share of the prompts held out for evaluation (a prompt is never on both sides)")
     split_seed: int = key(0, "seed of that split, apart from `seed` so that runs can share a split")
-    layout: str = key("records", "records (responses in a list) | answers (one a row) | pairs (chosen, rejected)")
+    layout: str = key(
+        "records",
+        "records (responses in a list) | answers (one a row) | pairs (chosen, rejected: TRL's format), or a published "
+        "schema: ultrafeedback | ultrasafety | helpsteer | pku_saferlhf | hh_rlhf",
+    )
     fields: FieldMap = key(FieldMap, "field names of the files")
     on_bad_line: str = key("error", "error | skip (skip counts and reports)")
     max_prompt_tokens: int = key(512, "a longer prompt is left out and counted (cutting could lose its tags)")
@@ -158,14 +172,13 @@ class Config:
 
 CHOICES = {
     "stage": STAGES,
-    "data.layout": ("records", "answers", "pairs"),
     "data.on_bad_line": ("error", "skip"),
     "conditions.sft_responses": ("best", "all"),
     "training.train": ("all", "body", "last_k"),
     "training.schedule": ("linear", "cosine", "constant"),
     "training.precision": ("bf16", "fp32"),
 }
-SHORTHAND = {ModelConfig: "name"}  # `model: NAME` means `model: {name: NAME}`
+SHORTHAND = {ModelConfig: "name", SourceConfig: "path"}  # `model: NAME` means `model: {name: NAME}`
 
 
 def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] = ()) -> Config:

@@ -69,7 +69,8 @@ def train(
     accelerator = Accelerator()
     run = RunDir(config, accelerator.is_main_process)
     report: dict[str, Any] = {}
-    records, eval_records, objectives = load_data(config, records, eval_records, report)
+    quiet = not (config.training.progress and accelerator.is_main_process)
+    records, eval_records, objectives = load_data(config, records, eval_records, report, quiet)
     model, tokenizer = load_model(config.model, model, tokenizer, config.seed)
     model.to(accelerator.device).eval()
     template = PromptTemplate(tokenizer, config.template, objectives)
@@ -90,18 +91,23 @@ def train(
 
 
 def load_data(
-    config: Config, records: Sequence[Record] | None, eval_records: Sequence[Record] | None, report: dict[str, Any]
+    config: Config,
+    records: Sequence[Record] | None,
+    eval_records: Sequence[Record] | None,
+    report: dict[str, Any],
+    quiet: bool = True,
 ) -> tuple[Sequence[Record], Sequence[Record], list[Objective]]:
     """(records to train on, held-out records, objectives)."""
     data = config.data
     objectives = [Objective(o.name, o.low, o.high, o.weight, o.strength) for o in config.objectives]
     if records is None:
-        records = load_records(data.train, data, objectives, report)
+        records = load_records(data.train, data, objectives, report, quiet)
     if eval_records is None and data.eval:
-        eval_records = load_records(data.eval, data, objectives, report)
+        eval_records = load_records(data.eval, data, objectives, report, quiet)
     elif eval_records is None:
         records, eval_records = split_by_prompt(records, data.eval_share, data.split_seed)
-    if not objectives and data.layout == "pairs":
+    layouts = {source.layout or data.layout for source in [*data.train, *data.eval]} or {data.layout}
+    if not objectives and layouts <= {"pairs", "hh_rlhf"}:
         objectives = [overall_objective([*records, *eval_records])]
     elif not objectives and config.stage != "sft":
         raise ValueError(f"objectives: stage {config.stage} needs at least one, with name, low and high")
