@@ -280,6 +280,10 @@ def scan_kernel(
             _write(row, body, head, width, columns, label, 0, 1, nat, nat, nat, c, inner,
                    ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
     else:
+        # Before the scan: its barrier holds back the warps that will overwrite it. Of split rows combine_kernel reads it.
+        y_label = nat
+        if not SPLIT:
+            y_label = _label_y(row, label, columns, inner, ACC, SOFTCAP)
         m, s, t, q, u = _scan(row, body, tl.minimum(head, columns), columns, piece, pieces, c, inner,
                               ACC, LANES, VEC, EDGES, SOFTCAP, EXTRAS)  # fmt: skip
         if SPLIT:
@@ -291,7 +295,6 @@ def scan_kernel(
                 tl.store(at + 3, q)
                 tl.store(at + 4, u)
         else:
-            y_label = _label_y(row, label, columns, inner, ACC, SOFTCAP)  # after the loop: one register less in it
             logp, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS)
             if WRITE:
                 grad = tl.full([], scale, ACC)
