@@ -280,7 +280,7 @@ def scan_kernel(
             _write(row, body, head, width, columns, label, 0, 1, nat, nat, nat, c, inner,
                    ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
     else:
-        # Before the scan: its barrier holds back the warps that will overwrite it. Of split rows combine_kernel reads it.
+        # Before the scan, whose barrier holds back the warps that will overwrite it. Of split rows combine_kernel does.
         y_label = nat
         if not SPLIT:
             y_label = _label_y(row, label, columns, inner, ACC, SOFTCAP)
