@@ -6,6 +6,7 @@ from cpo_kernels.objectives import Objective, TagTemplate, value
 from cpo_kernels.ops import TokenExtras, sequence_logps, token_logps
 from cpo_kernels.planner import Plan, explain
 from cpo_kernels.reference import LOSS_TYPES, kto_kl, kto_loss
+from cpo_kernels.sharded import VocabShards
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "PreferenceOutput",
     "TagTemplate",
     "TokenExtras",
+    "VocabShards",
     "explain",
     "kto_kl",
     "kto_loss",

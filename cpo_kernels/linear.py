@@ -15,6 +15,7 @@ from torch import Tensor
 from cpo_kernels import ops
 from cpo_kernels.ops import functional_op, refuse_double_backward
 from cpo_kernels.planner import budget_rows, chunks, even_rows
+from cpo_kernels.sharded import VocabShards, local_head
 
 WEIGHT_SLAB = 8192  # vocabulary rows of dW accumulated at a time when several chunks add up in 16 bit
 
@@ -451,11 +452,17 @@ class HeadInputs:
     """Checked inputs of the head, flattened to rows, and what of them wants a gradient."""
 
     hidden: Tensor  # [M, H]
-    weight: Tensor  # [V, H]
+    weight: Tensor  # [V, H], with shards this rank's rows of it
     bias: Tensor  # [V] or [0]
     labels: Tensor  # [M]
     options: ops.HeadOptions
     row_limit: int
+    width: int  # columns of logits for which row_limit was made: V, or the largest shard's
+    shards: VocabShards | None
+
+    def home(self, impl: str) -> str:
+        """Where the kernels of this head are."""
+        return impl if self.shards is None else self.shards.home(impl)
 
     @property
     def needs(self) -> tuple[bool, bool, bool]:
@@ -477,9 +484,11 @@ def head_inputs(
     scale: float,
     vocab_size: int | None,
     memory_budget: int | None,
+    vocab_shards: VocabShards | None = None,
 ) -> HeadInputs:
     """Check once, at the door; under autocast cast as F.linear would."""
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    hidden, weight, bias, shards = local_head(hidden, weight, bias, vocab_shards)
+    if weight.dim() != 2 or (weight.shape[0] == 0 and shards is None):
         raise ValueError(f"weight must have shape [V, H] with V >= 1, got {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -502,13 +511,16 @@ def head_inputs(
         dtypes = ", ".join(f"{n} {t.dtype}" for n, t in named.items())
         raise TypeError(f"hidden, weight and bias must share one dtype, got {dtypes}: cast them or use autocast")
     weight = named["weight"]
+    width = weight.shape[0] if shards is None else max(shards.rows)
     return HeadInputs(
         named["hidden"].reshape(-1, weight.shape[1]),
         weight,
         named.get("bias", weight.new_empty(0)),
         labels.reshape(-1),
-        ops.head_options(weight.shape[0], ignore_index, softcap, scale, vocab_size),
-        budget_rows(weight.shape[0], weight.dtype, weight.device, memory_budget),
+        ops.head_options(shards.vocab_size if shards else width, ignore_index, softcap, scale, vocab_size),
+        budget_rows(width, weight.dtype, weight.device, memory_budget),
+        width,
+        shards,
     )
 
 
@@ -524,7 +536,7 @@ def token_logps_of(
     i = inputs
     index = i.labels.new_empty(0) if index is None else index
     ref_hidden = i.weight.new_empty(0) if ref_hidden is None else ref_hidden
-    flags = (i.options, extras, i.needs[0], i.train_head, i.row_limit, impl)
+    flags = (i.options, extras, i.needs[0], i.train_head, i.row_limit, i.home(impl))
     return function.apply(i.hidden, i.weight, i.bias, i.labels, index, ref_hidden, *flags)
 
 
@@ -549,6 +561,7 @@ def linear_token_logps(
     index: Tensor | None = None,
     memory_budget: int | None = None,
     impl: str = "auto",
+    vocab_shards: VocabShards | None = None,
 ) -> Any:
     """Token log-probs from hidden states: logp_t = z_{t,y_t} - logsumexp_v z_{t,v}, z = softcap(scale * (x W^T + b)).
 
@@ -565,6 +578,10 @@ def linear_token_logps(
             out, they are looked for, and on a GPU the host waits for their number. Other positions among them are
             treated as ignored ones, so all positions serve a CUDA graph whose labels change.
         memory_budget: bytes of logits held at a time, 320 MiB on a CPU and 1 GiB on a GPU by default.
+        vocab_shards: weight [V_r, H] and bias [V_r] are this rank's rows, hidden and labels are the same on every rank
+            of the group, and so is the result. DTensors say this themselves: hidden Replicate, or Shard over tokens
+            (sequence parallel), with weight Shard(0) on the same mesh; labels are whole. A DTensor weight under plain
+            hidden states is gathered, once, and its gradient averaged over the mesh, as FSDP2 does.
 
     Returns:
         [...] float32 (float64 for float64 input), or a pair of it and `TokenExtras`.
@@ -573,7 +590,8 @@ def linear_token_logps(
         TypeError, ValueError: wrong dtype, shape, device or option; on the CPU also a label outside [0, vocab_size).
         RuntimeError: a home asked for by name that is not there; double backward.
     """
-    inputs = head_inputs(hidden, weight, labels, bias, ignore_index, softcap, scale, vocab_size, memory_budget)
+    head = (ignore_index, softcap, scale, vocab_size, memory_budget)
+    inputs = head_inputs(hidden, weight, labels, bias, *head, vocab_shards)
     ops.resolve_impl(impl, hidden.device)
     check_index(index, labels)
     logp, extra, _ = token_logps_of(inputs, extras, impl, index)
@@ -595,6 +613,7 @@ def linear_nll(
     index: Tensor | None = None,
     memory_budget: int | None = None,
     impl: str = "auto",
+    vocab_shards: VocabShards | None = None,
 ) -> Tensor:
     """Mean negative log-likelihood of the labels, -sum_t m_t logp_t / num_tokens: the loss of CPSFT, in 3 products.
 
@@ -607,7 +626,8 @@ def linear_nll(
     Returns:
         A scalar, float32 (float64 for float64 input); 0 where nothing is labelled.
     """
-    inputs = head_inputs(hidden, weight, labels, bias, ignore_index, softcap, scale, vocab_size, memory_budget)
+    head = (ignore_index, softcap, scale, vocab_size, memory_budget)
+    inputs = head_inputs(hidden, weight, labels, bias, *head, vocab_shards)
     ops.resolve_impl(impl, hidden.device)
     check_index(index, labels)
     if num_tokens is not None and not num_tokens > 0:
@@ -636,5 +656,5 @@ def linear_nll(
         num_tokens or -1.0,
         i.needs,
         i.row_limit,
-        impl,
+        i.home(impl),
     )

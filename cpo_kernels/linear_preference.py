@@ -304,5 +304,5 @@ def linear_preference(
     i = inputs
     flags = (*i.options, use_weighting, couples_pairs, *i.needs, i.row_limit)
     return _LinearPreference.apply(
-        i.hidden, i.weight, i.bias, i.labels, token_weights, ref_hidden, args, flags, plan, impl
+        i.hidden, i.weight, i.bias, i.labels, token_weights, ref_hidden, args, flags, plan, i.home(impl)
     )

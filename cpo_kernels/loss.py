@@ -20,6 +20,7 @@ from cpo_kernels.linear_preference import linear_preference, wpo_weights
 from cpo_kernels.objectives import Objective
 from cpo_kernels.planner import budget_rows
 from cpo_kernels.reference import F_DIVERGENCES, LOSS_TYPES, OPTIONS, check_options, ld_token_weights
+from cpo_kernels.sharded import VocabShards
 
 
 class PreferenceOutput(NamedTuple):
@@ -471,14 +472,16 @@ class FusedLinearCPOLoss(nn.Module):
         num_pairs: float | None = None,
         chosen_tokens: float | None = None,
         plan: BatchPlan | None = None,
+        vocab_shards: VocabShards | None = None,
     ) -> PreferenceOutput:
         """hidden [S, T, H] with labels [S, T], or packed [N, H] and [N] with cu_seqlens [S + 1]; both already shifted.
 
         ref_hidden has the layout of `hidden` and goes through `ref_weight` (`weight` if None) and `ref_bias` (`bias` if
         both are None); where that is the policy's own head, one product serves both. `plan` comes from the method of
-        that name, holds the pairs, and keeps the host from waiting for a GPU. The rest: see `preference_loss`.
+        that name, holds the pairs, and keeps the host from waiting for a GPU. DTensors, and vocab_shards (of weight and
+        ref_weight): see `linear_token_logps`. The rest: see `preference_loss`.
         """
-        inputs = head_inputs(hidden, weight, labels, bias, *self.head)
+        inputs = head_inputs(hidden, weight, labels, bias, *self.head, vocab_shards)
         ops.resolve_impl(self.impl, hidden.device)
         cu_seqlens = sequence_offsets(hidden, labels, cu_seqlens)
         lengths = labelled_lengths(inputs, cu_seqlens)
@@ -511,7 +514,8 @@ class FusedLinearCPOLoss(nn.Module):
             if shared:  # already in the dtype of the products
                 own_weight, own_bias = inputs.weight, inputs.bias if inputs.bias.numel() else None
             with torch.no_grad():
-                ref = head_inputs(ref_hidden, own_weight, labels, own_bias, *self.head)
+                shards = inputs.shards if shared else vocab_shards
+                ref = head_inputs(ref_hidden, own_weight, labels, own_bias, *self.head, shards)
                 if shared:
                     ref_rows, ref_logps = ref.hidden, token_weights.new_zeros(num_sequences)  # filled with the policy's
                 else:
@@ -584,7 +588,7 @@ class FusedLinearCPOLoss(nn.Module):
         Args:
             labels, pairs, cu_seqlens, scores, conditions: as in the call, on the CPU. Scores and conditions are needed
                 where a trainable head takes several chunks: how many pairs are no ties is the divisor of each.
-            vocab_size: rows of the head's weight.
+            vocab_size: rows of the head's weight; of a sharded head, of its largest shard.
             dtype: of the head's products (autocast's, under autocast).
             device: where the loss will run.
             all_positions: every position counts as a row, labelled or not: labels may then change from one replay of a
@@ -630,7 +634,7 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, num_sequences: int, pairs: T
     if plan.layout.row_limit != inputs.row_limit:
         raise ValueError(
             f"the plan was made for chunks of {plan.layout.row_limit} rows, this head takes {inputs.row_limit}: give "
-            f"plan() its vocab_size {inputs.weight.shape[0]}, dtype {inputs.weight.dtype} and device"
+            f"plan() its vocab_size {inputs.width}, dtype {inputs.weight.dtype} and device"
         )
 
 

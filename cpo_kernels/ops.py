@@ -180,7 +180,9 @@ def resolve_impl(impl: str, device: torch.device) -> str:
 
 
 def kernels(impl: str, tensor: Tensor) -> Any:
-    """The namespace that holds the five kernels of a home."""
+    """The namespace that holds the five kernels of a home, `impl@shards` for a vocabulary spread over ranks."""
+    if "@" in impl:
+        return importlib.import_module("cpo_kernels.sharded").sharded_kernels(impl, tensor)
     home = resolve_impl(impl, tensor.device)
     if home == "triton":
         return importlib.import_module("cpo_kernels.kernels")
