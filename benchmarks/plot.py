@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import roofline
+from benchmarks import profile, roofline
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import HEAD_SUBJECTS
 
@@ -86,7 +86,8 @@ def families_table(content: Result, families: Sequence[str]) -> str:
 def sections() -> dict[str, str]:
     """Name of a table in docs/performance.md -> its text."""
     cpu, gpu = (roofline.read(RESULTS / f"{name}.json") for name in ("cpu", "gpu"))
-    made = {"roofline": roofline.tables(gpu)}
+    profiled = roofline.read(RESULTS / "profile-cpu.json")
+    made = {"roofline": roofline.tables(gpu), "cpu profile": profile.table(profiled) if profiled else "not measured"}
     for device, content in (("cpu", cpu), ("gpu", gpu)):
         for name, families in (("head", ["head"]), ("kernels", ["tokens", "preference"]), ("step", ["training_step"])):
             made[f"{device} {name}"] = families_table(content, families) if content else "not measured"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, plot, roofline
+from benchmarks import compare, plot, profile, roofline
 from cpo_kernels.bench import report, run, side_by_side
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.growth import exponent
@@ -262,3 +262,13 @@ def test_workload_from_the_command_line():
     ):
         with pytest.raises(ValueError, match=error):
             run.parse_workload(text)
+
+
+def test_the_profile_names_the_parts_of_every_strategy(tmp_path):
+    out = tmp_path / "profile.json"
+    assert profile.main(["--set", "ci", "--rounds", "1", "--out", str(out)]) == 0
+    rows = {row["strategy"]: row for row in json.loads(out.read_text())["strategies"]}
+    assert list(rows) == list(profile.STRATEGIES)
+    for row in rows.values():
+        assert row["ms"]["products"] > 0 and row["ms"]["token kernels"] > 0
+    assert rows["pairs"]["ms"]["loss kernels"] > 0
