@@ -129,17 +129,17 @@ class ShardedKernels:
             top = logits[:, :mine].amax(1).to(lse.dtype) if mine else lse
             sent += [*extra, top]
         seen = all_gather(torch.stack(sent), self.group).double()  # [ranks, 2 or 7, n]
-        lse_r = seen[:, 0]
-        total = torch.logsumexp(lse_r, 0)
-        share = lse_r - total  # log of each rank's part of the probability
-        logp = (seen[:, 1] + share).amin(0)
-        total = torch.where(logp == math.inf, math.nan, total)  # nobody has this label: NaN, gradients too
-        logp = torch.where(logp == math.inf, math.nan, logp)
-        results = [logp, total]
+        total = torch.logsumexp(seen[:, 0], 0)
+        share = seen[:, 0] - total  # log of each rank's part of the probability; -inf: its columns all are
+        here = seen[:, 1] != math.inf
+        logp = torch.where(share == -math.inf, -math.inf, seen[:, 1] + share)
+        logp = torch.where(here, logp, math.inf).amin(0)
+        nowhere = ~here.any(0)  # NaN, gradients too
+        results = [logp.masked_fill(nowhere, math.nan), total.masked_fill(nowhere, math.nan)]
         if extras:
             sizes = torch.tensor(columns, dtype=torch.float64, device=logits.device)[:, None]
             p, (entropy, log_sum_sq, mean_z, is_top1, top) = share.exp(), seen[:, 2:].unbind(1)
-            first = (seen[:, 1] != math.inf) & (is_top1 > 0) & (top >= top.amax(0))
+            first = here & (is_top1 > 0) & (top >= top.amax(0))
             results += [
                 torch.where(p > 0, p * (entropy - share), 0.0).sum(0),
                 torch.logsumexp(torch.where(p > 0, log_sum_sq + 2 * share, -math.inf), 0),
