@@ -69,8 +69,8 @@ def measure(workload: Head, rounds: int) -> list[dict[str, Any]]:
 def table(content: dict[str, Any]) -> str:
     w = content["workload"]
     lines = [
-        f"{w['head']} ({w['hidden']} × {w['vocab']}), {w['groups']} groups of {w['responses']} × {w['length']} tokens of "
-        f"which {w['prompt']} are prompt, {w['dtype']}; {content['environment']['cpu']}, "
+        f"{w['head']} ({w['hidden']} × {w['vocab']}), {w['groups']} groups of {w['responses']} × {w['length']} tokens, "
+        f"{w['prompt']} of them prompt, {w['dtype']}; {content['environment']['cpu']}, "
         f"{content['environment']['threads']} threads; `{content['command']}`.",
         "",
         "| strategy | " + " | ".join([*PARTS, "rest"]) + " | longest of the rest |",
