@@ -77,10 +77,10 @@ def sharded_kernels(home: str, tensor: Tensor) -> ShardedKernels:
 
 
 def all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[n, ...] of each rank -> [ranks, n, ...]"""
-    out = values.new_empty(group.size() * values.shape[0], *values.shape[1:])  # gloo takes no other shape
-    dist.all_gather_into_tensor(out, values.contiguous(), group=group)
-    return out.view(group.size(), *values.shape)
+    """[...] of each rank -> [ranks, ...]"""
+    out = values.new_empty(group.size(), *values.shape)
+    dist.all_gather(list(out.unbind(0)), values.contiguous(), group=group)
+    return out
 
 
 class ShardedKernels:
