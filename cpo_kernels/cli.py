@@ -1,6 +1,7 @@
-"""`cpo-kernels train | eval | demo | check | bench`.
+"""`cpo-kernels train | data | eval | demo | check | bench`.
 
-cpo-kernels train recipes/truthfulqa.yaml --training.lr 1e-4 conditions.per_prompt=3
+cpo-kernels train recipes/truthfulqa_cdpo.yaml --training.lr 1e-4 conditions.per_prompt=3
+cpo-kernels data recipes/official_cdpo.yaml --preview 3
 cpo-kernels eval --help
 cpo-kernels demo --help
 cpo-kernels check --help
@@ -17,6 +18,7 @@ from typing import Any
 
 # command -> (module whose main(argv) runs it, help)
 COMMANDS = {
+    "data": ("cpo_kernels.data.command", "prepare the data of a recipe, count what it holds, show examples"),
     "eval": ("cpo_kernels.evaluation.run", "how well a trained model follows conditions"),
     "demo": ("cpo_kernels.demo.run", "the whole method on a small generated world, in minutes on a CPU"),
     "check": ("cpo_kernels.check.run", "every kernel on this device against the float64 oracle"),
@@ -47,28 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(argv: Sequence[str]) -> int:
     from cpo_kernels.training.config import config_keys
 
-    parser = argparse.ArgumentParser(
-        prog="cpo-kernels train",
-        description="Train one stage. Any key of the config can be overridden: --training.lr 1e-4, training.lr=1e-4.",
-    )
-    parser.add_argument("config", nargs="?", help="YAML recipe; `--keys` lists what it may hold")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe; values are YAML")
-    parser.add_argument("--on-bad-line", choices=("error", "skip"), help="same as --data.on_bad_line")
+    parser = argparse.ArgumentParser(prog="cpo-kernels train", description="Train one stage.")
     parser.add_argument("--resume", action="store_true", help="same as --training.resume true")
     parser.add_argument("--overwrite", action="store_true", help="same as --training.overwrite true")
     parser.add_argument("--keys", action="store_true", help="list every key with its default, and stop")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    plain, overrides = split_overrides(argv)
-    args = parser.parse_intermixed_args(plain)
+    args, overrides = config_arguments(parser, argv)
     if args.keys:
         for name, default, help in config_keys():
             print(f"{name:32} {default!s:14} {help}")
         return 0
-    if args.config is None:
-        parser.error("name a YAML recipe")
-    overrides = [*args.overrides, *overrides]
-    if args.on_bad_line:
-        overrides.append(f"data.on_bad_line={args.on_bad_line}")
     overrides += [f"training.{name}=true" for name in ("resume", "overwrite") if getattr(args, name)]
 
     from cpo_kernels.training.loop import train
@@ -76,6 +65,25 @@ def train(argv: Sequence[str]) -> int:
     result = train(args.config, overrides=overrides)
     print(summary(result))
     return 0
+
+
+def config_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(arguments, overrides) of a command that takes a recipe and any key of it: --training.lr 1e-4, training.lr=1e-4.
+    Without a recipe only `--keys` may stand."""
+    assert parser.description
+    parser.description += " Any key of the config can be overridden: --training.lr 1e-4, training.lr=1e-4."
+    parser.add_argument("config", nargs="?", help="YAML recipe; `cpo-kernels train --keys` lists what it may hold")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe; values are YAML")
+    parser.add_argument("--on-bad-line", choices=("error", "skip"), help="same as --data.on_bad_line")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    plain, overrides = split_overrides(argv)
+    args = parser.parse_intermixed_args(plain)
+    if args.config is None and not getattr(args, "keys", False):
+        parser.error("name a YAML recipe")
+    overrides = [*args.overrides, *overrides]
+    if args.on_bad_line:
+        overrides.append(f"data.on_bad_line={args.on_bad_line}")
+    return args, overrides
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

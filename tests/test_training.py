@@ -13,10 +13,11 @@ import tiny
 import torch
 
 from cpo_kernels.data.packing import collate
+from cpo_kernels.data.preparation import load_data, units_of
 from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training.checkpoints import atomic_folder, checkpoints
 from cpo_kernels.training.config import read_config
-from cpo_kernels.training.loop import load_data, train, units_of
+from cpo_kernels.training.loop import train
 from cpo_kernels.training.losses import StageLoss, StepTotal
 from cpo_kernels.training.models import fingerprint, head_of, load_model, select_trainable
 from cpo_kernels.training.optim import schedule

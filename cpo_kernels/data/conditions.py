@@ -7,19 +7,22 @@ Samplers of a condition (Guo et al. 2024 draw `attained`; their data leaves the 
     none       nothing asked: no tags, and a higher R is better
 `cpsft` may only show a response under the ratings that it really has, so there a sampler chooses the response that
 fits its condition best, and the tags are that response's ratings.
+
+A mixture draws every prompt under one of its entries, by `share`; or each entry draws prompts, in random order, until
+it has its `count` of pairs.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, cycle, islice
-from typing import Any
+from itertools import combinations
 
 import torch
 
+from cpo_kernels.data.classes import RatingClasses, quotas
 from cpo_kernels.data.records import Prompt, Record, Response
 from cpo_kernels.objectives import Objective, value, value_gap
 from cpo_kernels.training.config import ConditionsConfig, MixConfig
@@ -80,7 +83,8 @@ class Sampler:
         self.records, self.objectives, self.config = records, objectives, config
         self.rng, self.tie_margin = rng, tie_margin
         self.names = [o.name for o in objectives]
-        self._check()
+        check(config, self.names)
+        self.classes = RatingClasses(self.names, config, rng)
         rated = [r.ratings for record in records for r in record.responses]
         self.levels = {name: sorted({r[name] for r in rated if name in r}) for name in self.names}
 
@@ -88,18 +92,25 @@ class Sampler:
 
     def cpsft(self) -> Draws:
         """Every rated response once (or rating classes equally often), under its own ratings."""
-        every = [(record, r) for record in self.records for r in record.responses if r.ratings]
-        draws = Draws([], {"unrated": sum(len(r.responses) for r in self.records) - len(every)})
-        quotas = _quotas(len(every), [entry.share for entry in self.config.mixture])
-        for entry, quota in zip(self.config.mixture, quotas, strict=True):
+        mixture, every = self.config.mixture, [(record, r) for record in self.records for r in record.responses]
+        rated = sum(bool(r.ratings) for _, r in every)
+        draws = Draws([], {"unrated": len(every) - rated})
+        numbers = [entry.count or 0 for entry in mixture]
+        if not counted(self.config):
+            numbers = quotas(rated, [entry.share for entry in mixture])
+        for entry, number in zip(mixture, numbers, strict=True):
             if entry.sampler == "attained":
-                chosen = self._by_class(every, quota)
+                fitting = [(record, r) for record, r in every if self._fits(entry, r)]
+                chosen = self.classes.draw(fitting, self._available(draws, entry, number, len(fitting)))
             else:
-                chosen = [self._fitting(record, entry) for record in self._cycled(self.records, quota)]
+                records = [record for record in self.records if self._applies(entry, record.responses)]
+                number = self._available(draws, entry, number, len(records))
+                chosen = [self._best_fitting(record, entry) for record in self.classes.cycled(records, number)]
             names = self._names(entry)
             for record, response in chosen:
                 condition = {name: response.ratings[name] for name in names if name in response.ratings}
-                draws.units.append((Group(record.prompt, self._tags(condition), condition, (response,)),))
+                tags = self._tags(condition, record.responses)
+                draws.units.append((Group(record.prompt, tags, condition, (response,)),))
         return draws
 
     def sft(self) -> Draws:
@@ -111,40 +122,64 @@ class Sampler:
         return Draws(units)
 
     def cdpo(self) -> Draws:
-        """`draws` times every prompt: its responses, `per_prompt` conditions, and the pairs under each."""
-        return self._preference(self._conditions)
+        """`draws` times every prompt: its responses, `per_prompt` conditions, and the pairs under each. Or every
+        entry of the mixture until it has its count of pairs."""
+        return self._counted() if counted(self.config) else self._preference(self._conditions)
 
     def dpo(self) -> Draws:
         """No tags: pairs ordered by the unconditioned R."""
         return self._preference(lambda responses: [{}])
 
-    def _preference(self, conditions: Any) -> Draws:
+    def _preference(self, conditions: Callable[[tuple[Response, ...]], list[Condition]]) -> Draws:
         draws = Draws([], {"groups": 0, "pairs": 0, "ties": 0, "groups_without_pairs": 0})
         for record in self.records:
             for _ in range(self.config.draws):
-                responses = self._spread(record.responses)
-                unit = []
-                for condition in conditions(responses):
-                    pairs = self._pairs(responses, condition)
-                    draws.counts["ties"] += math.comb(len(responses), 2) - len(pairs)
-                    if self.config.pairs is not None and len(pairs) > self.config.pairs:
-                        pairs = sorted(self.rng.sample(pairs, self.config.pairs))
-                    if pairs:
-                        unit.append(Group(record.prompt, self._tags(condition), condition, responses, tuple(pairs)))
-                    draws.counts["groups" if pairs else "groups_without_pairs"] += 1
-                    draws.counts["pairs"] += len(pairs)
-                if unit:
-                    draws.units.append(tuple(unit))
+                responses = self.classes.spread(record.responses)
+                groups = [self._group(draws, record, responses, c, None) for c in conditions(responses)]
+                if unit := tuple(group for group in groups if group):
+                    draws.units.append(unit)
         return draws
+
+    def _counted(self) -> Draws:
+        draws = Draws([], {"groups": 0, "pairs": 0, "ties": 0, "groups_without_pairs": 0, "short": 0})
+        for entry in self.config.mixture:
+            wanted = entry.count or 0
+            for record in self.rng.sample(list(self.records), len(self.records)):
+                if wanted == 0:
+                    break
+                responses = self.classes.spread(record.responses)
+                if not self._applies(entry, responses):
+                    continue
+                group = self._group(draws, record, responses, self._condition(entry, responses), wanted)
+                if group:
+                    draws.units.append((group,))
+                    wanted -= len(group.pairs)
+            draws.counts["short"] += wanted
+        return draws
+
+    def _group(
+        self, draws: Draws, record: Record, responses: tuple[Response, ...], condition: Condition, most: int | None
+    ) -> Group | None:
+        """The prompt under this condition with at most `most` pairs; None without a pair. Counts both in `draws`."""
+        pairs = self._pairs(responses, condition)
+        draws.counts["ties"] += math.comb(len(responses), 2) - len(pairs)
+        limits = [limit for limit in (self.config.pairs, most) if limit is not None]
+        if limits and len(pairs) > min(limits):
+            pairs = sorted(self.rng.sample(pairs, min(limits)))
+        draws.counts["groups" if pairs else "groups_without_pairs"] += 1
+        draws.counts["pairs"] += len(pairs)
+        tags = self._tags(condition, record.responses) if pairs else {}
+        return Group(record.prompt, tags, condition, responses, tuple(pairs)) if pairs else None
 
     # ---------------------------------------------------------------- conditions
 
     def _conditions(self, responses: tuple[Response, ...]) -> list[Condition]:
         """Up to `per_prompt` different conditions; fewer where the samplers have no more to offer."""
+        entries = [entry for entry in self.config.mixture if self._applies(entry, responses)]
+        shares = [entry.share for entry in entries]
         found: list[Condition] = []
-        for _ in range(8 * self.config.per_prompt):
-            entry = self.rng.choices(self.config.mixture, [entry.share for entry in self.config.mixture])[0]
-            condition = self._condition(entry, responses)
+        for _ in range(8 * self.config.per_prompt if any(shares) else 0):
+            condition = self._condition(self.rng.choices(entries, shares)[0], responses)
             if condition not in found:
                 found.append(condition)
             if len(found) == self.config.per_prompt:
@@ -154,10 +189,8 @@ class Sampler:
     def _condition(self, entry: MixConfig, responses: Sequence[Response]) -> Condition:
         names = self._names(entry)
         if entry.sampler == "attained":
-            rated = [r for r in responses if r.ratings]
-            if not rated:
-                return {}
-            ratings = self.rng.choices(rated, self._response_weights(rated))[0].ratings
+            fitting = [r for r in responses if self._fits(entry, r)]
+            ratings = self.rng.choices(fitting, self.classes.weights(fitting))[0].ratings
             return {name: ratings[name] for name in names if name in ratings}
         if entry.sampler == "best":
             return {o.name: o.high for o in self.objectives if o.name in names}
@@ -166,8 +199,32 @@ class Sampler:
             return {name: float(self.rng.choice(values[name])) for name in names if values.get(name)}
         return {}
 
-    def _tags(self, condition: Condition) -> Condition:
-        best = condition == {o.name: o.high for o in self.objectives}
+    def _applies(self, entry: MixConfig, responses: Sequence[Response]) -> bool:
+        free = entry.sampler != "attained" and not entry.rated and not entry.levels
+        return free or any(self._fits(entry, r) for r in responses)
+
+    def _fits(self, entry: MixConfig, response: Response) -> bool:
+        """Whether the entry may draw this response's ratings, or a prompt that has it."""
+        needed = entry.objectives if entry.rated is None else entry.rated
+        levels = entry.levels or {}
+        return (
+            bool(response.ratings)
+            and all(name in response.ratings for name in needed or ())
+            and all(response.ratings.get(name) == level for name, level in levels.items())
+        )
+
+    def _available(self, draws: Draws, entry: MixConfig, wanted: int, there: int) -> int:
+        """`wanted`, but no response twice where the entry has a count; what is missing is counted."""
+        if entry.count is None:
+            return wanted if there else 0
+        draws.counts["short"] = draws.counts.get("short", 0) + max(0, wanted - there)
+        return min(wanted, there)
+
+    def _tags(self, condition: Condition, responses: Sequence[Response]) -> Condition:
+        """No tags for a share of the conditions that ask for the best on everything the prompt's responses are rated
+        on."""
+        rated = {name for r in responses for name in r.ratings}
+        best = condition == {o.name: o.high for o in self.objectives if o.name in rated}
         return {} if best and self.rng.random() < self.config.strip_best else condition
 
     def _names(self, entry: MixConfig) -> list[str]:
@@ -194,89 +251,39 @@ class Sampler:
         worth = [-math.inf if w != w else w for w in value(scores, row, self.objectives).tolist()]
         return [r for r, w in zip(responses, worth, strict=True) if w >= max(worth) - self.tie_margin]
 
-    def _fitting(self, record: Record, entry: MixConfig) -> tuple[Record, Response]:
+    def _best_fitting(self, record: Record, entry: MixConfig) -> tuple[Record, Response]:
         rated = [r for r in record.responses if r.ratings] or list(record.responses)
         return record, self.rng.choice(self._best(rated, self._condition(entry, rated)))
 
-    def _spread(self, responses: Sequence[Response]) -> tuple[Response, ...]:
-        """`responses` of the prompt's: one of each rating class in turn, a class of weight w < 1 in a share w of the
-        turns, so that pairs that are no ties stand among few responses."""
-        wanted = self.config.responses
-        if wanted is None or wanted >= len(responses):
-            return tuple(responses)
-        classes: dict[tuple, list[Response]] = {}
-        for response in self.rng.sample(list(responses), len(responses)):
-            classes.setdefault(self._class(response), []).append(response)
-        weights = {c: self._weight(c) for c in classes}
-        top = max(weights.values()) or 1.0
-        chosen: list[Response] = []
-        while len(chosen) < wanted and any(left and weights[c] for c, left in classes.items()):
-            for c in self.rng.sample(list(classes), len(classes)):
-                if classes[c] and len(chosen) < wanted and self.rng.random() < weights[c] / top:
-                    chosen.append(classes[c].pop())
-        return tuple(chosen)
 
-    def _by_class(self, items: list[tuple[Record, Response]], quota: int) -> list[tuple[Record, Response]]:
-        """`quota` items: every item in turn, or with `balance` every rating class by its weight."""
-        if not self.config.balance:
-            return list(self._cycled(items, quota))
-        classes: dict[tuple, list[tuple[Record, Response]]] = {}
-        for item in items:
-            classes.setdefault(self._class(item[1]), []).append(item)
-        shares = [self._weight(c) for c in classes]
-        counts = _quotas(quota, shares)
-        return [item for c, n in zip(classes.values(), counts, strict=True) for item in self._cycled(c, n)]
-
-    def _cycled(self, items: Sequence[Any], count: int) -> Iterator[Any]:
-        return islice(cycle(self.rng.sample(list(items), len(items))), count)
-
-    def _class(self, response: Response) -> tuple:
-        return tuple(response.ratings.get(name) for name in self.names)
-
-    def _weight(self, ratings: tuple) -> float:
-        given = dict(zip(self.names, ratings, strict=True))
-        for entry in self.config.class_weights:
-            if all(given[name] == level for name, level in entry.items() if name != "weight"):
-                return float(entry["weight"])
-        return 1.0
-
-    def _response_weights(self, responses: Sequence[Response]) -> list[float]:
-        if not self.config.balance:
-            return [1.0] * len(responses)
-        classes = [self._class(r) for r in responses]
-        weights = [self._weight(c) / classes.count(c) for c in classes]
-        return weights if any(weights) else [1.0] * len(responses)
-
-    def _check(self) -> None:
-        config, known = self.config, ", ".join(self.names)
-        if not config.mixture or any(entry.share < 0 for entry in config.mixture) or not _shares(config):
-            raise ValueError(f"conditions.mixture needs shares >= 0 that are not all 0, got {config.mixture}")
-        for entry in config.mixture:
-            if entry.sampler not in SAMPLERS:
-                raise ValueError(f"conditions.mixture: sampler {entry.sampler!r} is none of {', '.join(SAMPLERS)}")
-            for name in [*(entry.objectives or []), *(entry.values or {})]:
-                if name not in self.names:
-                    raise ValueError(f"conditions.mixture: {name!r} is no objective; objectives: {known}")
-        for weight in config.class_weights:
-            if "weight" not in weight or not float(weight["weight"]) >= 0 or set(weight) - {"weight", *self.names}:
-                raise ValueError(f"conditions.class_weights: write {{objective: level, weight: w >= 0}}, got {weight}")
-        for name, least in (("per_prompt", 1), ("draws", 1), ("responses", 2), ("pairs", 1)):
-            number = getattr(config, name)
-            if number is not None and number < least:
-                raise ValueError(f"conditions.{name} must be at least {least}, got {number}")
-        if not 0 <= config.strip_best <= 1:
-            raise ValueError(f"conditions.strip_best must be in [0, 1], got {config.strip_best}")
+def counted(config: ConditionsConfig) -> bool:
+    return any(entry.count is not None for entry in config.mixture)
 
 
-def _shares(config: ConditionsConfig) -> float:
-    return sum(entry.share for entry in config.mixture)
-
-
-def _quotas(total: int, shares: Sequence[float]) -> list[int]:
-    """`total` split by `shares`; the largest remainders get what rounding down leaves."""
-    exact = [total * share / sum(shares) for share in shares]
-    counts = [math.floor(x) for x in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
+def check(config: ConditionsConfig, names: Sequence[str]) -> None:
+    mixture, known = config.mixture, ", ".join(names)
+    if not mixture or any(entry.share < 0 for entry in mixture) or not any(entry.share for entry in mixture):
+        raise ValueError(f"conditions.mixture needs shares >= 0 that are not all 0, got {mixture}")
+    counts = [entry.count for entry in mixture]
+    if counted(config) and any(count is None or count < 0 for count in counts):
+        raise ValueError(f"conditions.mixture: every entry needs a count >= 0 where one has it, got {counts}")
+    if counted(config) and (config.per_prompt, config.draws) != (1, 1):
+        raise ValueError(
+            f"conditions.mixture draws by count, which per_prompt {config.per_prompt} and draws {config.draws} have no "
+            "part in: leave both at 1"
+        )
+    for entry in mixture:
+        if entry.sampler not in SAMPLERS:
+            raise ValueError(f"conditions.mixture: sampler {entry.sampler!r} is none of {', '.join(SAMPLERS)}")
+        for name in [*(entry.objectives or []), *(entry.values or {}), *(entry.levels or {}), *(entry.rated or [])]:
+            if name not in names:
+                raise ValueError(f"conditions.mixture: {name!r} is no objective; objectives: {known}")
+    for weight in config.class_weights:
+        if "weight" not in weight or not float(weight["weight"]) >= 0 or set(weight) - {"weight", *names}:
+            raise ValueError(f"conditions.class_weights: write {{objective: level, weight: w >= 0}}, got {weight}")
+    for name, least in (("per_prompt", 1), ("draws", 1), ("responses", 2), ("pairs", 1)):
+        number = getattr(config, name)
+        if number is not None and number < least:
+            raise ValueError(f"conditions.{name} must be at least {least}, got {number}")
+    if not 0 <= config.strip_best <= 1:
+        raise ValueError(f"conditions.strip_best must be in [0, 1], got {config.strip_best}")

@@ -28,16 +28,23 @@ class PromptTemplate:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token (eos_token_id); responses could not end")
 
-    def text(self, prompt: Prompt, condition: Mapping[str, float] | None = None) -> str:
-        """The prompt's text with the condition's tags; no condition, no tags (which means best on everything). In a
-        conversation the tags stand before the user's last message, the one to be answered."""
+    def tagged(self, prompt: Prompt, condition: Mapping[str, float] | None) -> Prompt:
+        """The prompt with the condition's tags before it; in a conversation before the user's last message, the one to
+        be answered. No condition, no tags (which means best on everything)."""
         tags = self.tags.render(condition or {})
-        messages = prompt_json((("user", prompt),) if isinstance(prompt, str) else prompt)
+        if isinstance(prompt, str):
+            return tags + prompt
+        role, text = prompt[-1]
+        return (*prompt[:-1], (role, tags + text))
+
+    def text(self, prompt: Prompt, condition: Mapping[str, float] | None = None) -> str:
+        """What the model reads before it answers."""
         if self.config.prompt != "chat":
-            if len(messages) > 1:
+            if not isinstance(prompt, str):
                 raise ValueError(f"template.prompt {self.config.prompt!r} has no place for earlier messages: use chat")
-            return self.config.prompt.format(tags=tags, prompt=messages[-1]["content"])
-        messages[-1]["content"] = tags + messages[-1]["content"]
+            return self.config.prompt.format(tags=self.tags.render(condition or {}), prompt=prompt)
+        tagged = self.tagged(prompt, condition)
+        messages = prompt_json((("user", tagged),) if isinstance(tagged, str) else tagged)
         if self.config.system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.config.system})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

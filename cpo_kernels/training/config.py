@@ -92,7 +92,10 @@ class TemplateConfig:
 class MixConfig:
     sampler: str = key("attained", "attained | best | grid | none")
     share: float = key(1.0, "part of the draws, relative to the other entries")
+    count: int | None = key(None, "in place of shares: pairs (cdpo) or responses (cpsft) that this entry draws")
     objectives: list[str] | None = key(None, "objectives conditioned on; default: all")
+    levels: dict | None = key(None, "only ratings like these: {honesty: 5}")
+    rated: list[str] | None = key(None, "only responses rated on all of these; default: those in `objectives`")
     values: dict | None = key(None, "grid: {objective: [values]}; default: the ratings seen in the data")
 
 
@@ -188,14 +191,14 @@ def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] 
     elif isinstance(source, Mapping):
         tree = _copy(source)
     else:
-        tree = yaml.safe_load(Path(source).read_text()) or {}
+        tree = _yaml(Path(source).read_text(), str(source)) or {}
         if not isinstance(tree, dict):
             raise ValueError(f"{source}: a config is a mapping of keys, got {type(tree).__name__}")
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r}: write section.key=value or --section.key value")
-        _set(tree, name.strip().lstrip("-").replace("-", "_"), yaml.safe_load(text))
+        _set(tree, name.strip().lstrip("-").replace("-", "_"), _yaml(text, f"override {override!r}"))
     config = _build(Config, tree, "")
     for name, choices in CHOICES.items():
         value = _get(config, name)
@@ -216,6 +219,13 @@ def config_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any
             yield from config_keys(type(default), f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, default, f.metadata["help"]
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no YAML (quote what is a text): {' '.join(str(error).split())}") from None
 
 
 def _copy(tree: Any) -> Any:

@@ -13,7 +13,6 @@ step holds (labelled tokens or pairs): gradient accumulation and several process
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +24,9 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from tqdm import tqdm
 
-from cpo_kernels.data.conditions import prepare
-from cpo_kernels.data.packing import Encoded, Unit, collate, encode, epoch_steps, microbatches
+from cpo_kernels.data.packing import Encoded, Unit, collate, epoch_steps, microbatches
+from cpo_kernels.data.preparation import load_data, units_of
 from cpo_kernels.data.records import Record
-from cpo_kernels.data.sources import load_records, overall_objective, split_by_prompt
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
@@ -88,48 +86,6 @@ def train(
         save_model(model, tokenizer, run.folder / "model")
     accelerator.wait_for_everyone()
     return TrainResult(model, tokenizer, template, objectives, run.metrics, report, list(eval_records))
-
-
-def load_data(
-    config: Config,
-    records: Sequence[Record] | None,
-    eval_records: Sequence[Record] | None,
-    report: dict[str, Any],
-    quiet: bool = True,
-) -> tuple[Sequence[Record], Sequence[Record], list[Objective]]:
-    """(records to train on, held-out records, objectives)."""
-    data = config.data
-    objectives = [Objective(o.name, o.low, o.high, o.weight, o.strength) for o in config.objectives]
-    if records is None:
-        records = load_records(data.train, data, objectives, report, quiet)
-    if eval_records is None and data.eval:
-        eval_records = load_records(data.eval, data, objectives, report, quiet)
-    elif eval_records is None:
-        records, eval_records = split_by_prompt(records, data.eval_share, data.split_seed)
-    layouts = {source.layout or data.layout for source in [*data.train, *data.eval]} or {data.layout}
-    if not objectives and layouts <= {"pairs", "hh_rlhf"}:
-        objectives = [overall_objective([*records, *eval_records])]
-    elif not objectives and config.stage != "sft":
-        raise ValueError(f"objectives: stage {config.stage} needs at least one, with name, low and high")
-    return records, eval_records, objectives
-
-
-def units_of(
-    split: str,
-    config: Config,
-    records: Sequence[Record],
-    objectives: Sequence[Objective],
-    template: PromptTemplate,
-    report: dict[str, Any],
-) -> list[Unit]:
-    """Conditions, responses and pairs drawn, in tokens; what was left out is counted in report[split]."""
-    tie_margin = config.loss.options.get("tie_margin", 1e-6)
-    draws = prepare(config.stage, records, objectives, config.conditions, config.seed, tie_margin)
-    if split == "eval" and 0 < config.training.eval_size < len(draws.units):
-        draws.units = random.Random(config.seed).sample(draws.units, config.training.eval_size)
-    units = encode(draws, template, objectives, config.data.max_prompt_tokens, config.data.max_tokens)
-    report[split] = {"prompts": len({record.prompt for record in records}), "units": len(units)} | draws.counts
-    return units
 
 
 class Loop:

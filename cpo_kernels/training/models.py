@@ -17,15 +17,11 @@ from cpo_kernels.training.config import ModelConfig, TrainingConfig
 
 def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, seed: int = 0) -> tuple[Any, Any]:
     """(model, tokenizer) with float32 parameters; either may be given as an object instead."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, gguf = _resolve(config)
     source = {"gguf_file": gguf} if gguf else {}
-    if tokenizer is None:
-        if not (config.tokenizer or folder):
-            raise ValueError("no tokenizer: set model.tokenizer or model.name, or pass one to train()")
-        name = config.tokenizer or folder
-        tokenizer = AutoTokenizer.from_pretrained(name, **({} if config.tokenizer else source))
+    tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
     if model is None and config.config:
         options = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | config.config
         options |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
@@ -42,6 +38,17 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
     return model, tokenizer
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    if config.tokenizer:
+        return AutoTokenizer.from_pretrained(config.tokenizer)
+    folder, gguf = _resolve(config)
+    if not folder:
+        raise ValueError("no tokenizer: set model.tokenizer or model.name, or pass one to train()")
+    return AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
 
 
 def _resolve(config: ModelConfig) -> tuple[str | None, str | None]:

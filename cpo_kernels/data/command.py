@@ -1,0 +1,86 @@
+"""`cpo-kernels data RECIPE`: prepare the data of a recipe, count what it holds, show examples as the model sees them.
+
+cpo-kernels data recipes/official_cdpo.yaml --preview 3
+cpo-kernels data recipes/official_cdpo.yaml --out runs/official_data
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cpo_kernels.cli import config_arguments
+from cpo_kernels.data.conditions import Draws, Group, ratings_row
+from cpo_kernels.data.packing import encode
+from cpo_kernels.data.preparation import draws_of, load_data
+from cpo_kernels.data.records import prompt_json
+from cpo_kernels.data.statistics import condition_name, pair_gaps, statistics, table
+from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.objectives import Objective, value
+from cpo_kernels.training.config import read_config
+from cpo_kernels.training.models import load_tokenizer
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="cpo-kernels data", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--preview", type=int, default=2, metavar="N", help="examples to show (default 2)")
+    parser.add_argument("--out", type=Path, help="folder for statistics.json and examples.jsonl")
+    args, overrides = config_arguments(parser, argv)
+    config = read_config(args.config, overrides)
+    report: dict[str, Any] = {}
+    records, held_out, objectives = load_data(config, None, None, report, quiet=not config.training.progress)
+    template = PromptTemplate(load_tokenizer(config.model), config.template, objectives)
+    draws = draws_of(config, records, objectives)
+    units = encode(draws, template, objectives, config.data.max_prompt_tokens, config.data.max_tokens)
+    found = statistics(records, draws, units, objectives) | report | {"held_out_records": len(held_out)}
+    print(table(found))
+    if report:
+        print(f"bad rows skipped: {report['bad_lines']}; the first: {report['bad_line_reasons'][0]}")
+    for text in previews(draws, template, objectives, args.preview, config.seed):
+        print(f"\n{text}")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "statistics.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_examples(draws, template, objectives, args.out / "examples.jsonl")
+        print(f"\nwritten: {args.out / 'statistics.json'}, {args.out / 'examples.jsonl'}")
+    return 0
+
+
+def previews(
+    draws: Draws, template: PromptTemplate, objectives: Sequence[Objective], number: int, seed: int
+) -> list[str]:
+    """Random groups as text: the prompt with its tags, then the responses, best first."""
+    groups = [group for unit in draws.units for group in unit]
+    chosen = random.Random(seed).sample(groups, min(number, len(groups)))
+    return [preview(group, template, objectives) for group in chosen]
+
+
+def preview(group: Group, template: PromptTemplate, objectives: Sequence[Objective]) -> str:
+    lines = [f"--- condition: {condition_name(group.condition)}; {len(group.pairs)} pairs"]
+    lines.append(template.text(group.prompt, group.tags))
+    scores = [ratings_row(r.ratings, objectives) for r in group.responses]
+    worth = value(scores, ratings_row(group.condition, objectives), objectives).tolist()
+    for w, response in sorted(
+        zip(worth, group.responses, strict=True), key=lambda item: (item[0] != item[0], -item[0])
+    ):
+        rated = condition_name(response.ratings)
+        lines.append(f"--- R {w:.2f} ({rated}): {template.config.answer_prefix}{response.text}")
+    return "\n".join(lines)
+
+
+def write_examples(draws: Draws, template: PromptTemplate, objectives: Sequence[Objective], path: Path) -> None:
+    """One pair a row in TRL's preference format, or one response a row where the stage has no pairs."""
+    with open(path, "w", encoding="utf-8") as file:
+        for group in (group for unit in draws.units for group in unit):
+            prompt = {"prompt": prompt_json(template.tagged(group.prompt, group.tags)), "condition": group.condition}
+            texts = [response.text for response in group.responses]
+            rows: list[dict[str, str]] = [{"completion": texts[0]}]
+            if group.pairs:
+                pairs = zip(group.pairs, pair_gaps(group, objectives).tolist(), strict=True)
+                ordered = [(a, b) if gap > 0 else (b, a) for (a, b), gap in pairs]
+                rows = [{"chosen": texts[chosen], "rejected": texts[rejected]} for chosen, rejected in ordered]
+            file.writelines(json.dumps(prompt | row, ensure_ascii=False) + "\n" for row in rows)
