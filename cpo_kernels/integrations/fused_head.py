@@ -3,8 +3,8 @@
     model(..., labels=labels, fused_lm_head=True) -> FusedCausalLMOutput(log_probs [S, T - 1], entropy, ...)
 
 The head runs inside the model's own forward, so whatever acts there (DDP, FSDP, ZeRO, PEFT, accelerate's autocast) acts
-on it too. A sharded weight is gathered as TRL gathers it: ZeRO-3 by TRL's `maybe_gather_lm_head_ctx`, in backward a
-second time; a DTensor once, by `full_tensor()`.
+on it too. A sharded weight is gathered: under ZeRO-3 by TRL's `maybe_gather_lm_head_ctx`, in backward a second time; a
+DTensor once, its gradient averaged over the mesh as FSDP2 does (see `linear_token_logps`).
 """
 
 import functools
@@ -80,7 +80,7 @@ def _forward(
             raise ValueError("fused_lm_head=True needs labels (or shift_labels)")
         shifted, end = shift_labels(labels), -1
     layer = head_layer(model)
-    weight, bias = _full(layer.weight), _full(layer.bias)
+    weight, bias = layer.weight, layer.bias
     hidden = seen.last_hidden_state.to(weight.device)
     shifted = shifted.to(weight.device)
     with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
@@ -98,11 +98,6 @@ def _forward(
     fields = {name: fields[name][:, :end] for name in outputs}
     aux_loss = _aux_loss(seen, config, kwargs) if kwargs.get("output_router_logits") else None
     return FusedCausalLMOutput(**fields, label_mask=(shifted != -100)[:, :end], aux_loss=aux_loss)
-
-
-def _full(tensor: Any) -> Any:
-    """FSDP2 and tensor parallelism keep DTensors, the hidden states are a plain tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 class _GatheredTokenLogps(_LinearTokenLogps):
