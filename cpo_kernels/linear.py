@@ -487,6 +487,7 @@ def head_inputs(
     vocab_shards: VocabShards | None = None,
 ) -> HeadInputs:
     """Check once, at the door; under autocast cast as F.linear would."""
+    ops.refuse_transforms()
     hidden, weight, bias, shards = local_head(hidden, weight, bias, vocab_shards)
     if weight.dim() != 2 or (weight.shape[0] == 0 and shards is None):
         raise ValueError(f"weight must have shape [V, H] with V >= 1, got {tuple(weight.shape)}")

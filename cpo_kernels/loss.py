@@ -321,6 +321,7 @@ class CPOLoss(nn.Module):
         chosen_tokens: float | None = None,
     ) -> PreferenceOutput:
         """See `preference_loss`."""
+        ops.refuse_transforms()
         if seq_logps.dim() != 1 or seq_logps.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 "seq_logps must be float32 or float64 of shape [S] (a 16-bit sum is off by whole nats), got "

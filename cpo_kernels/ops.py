@@ -232,6 +232,14 @@ def refuse_double_backward() -> None:
         )
 
 
+def refuse_transforms() -> None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "cpo_kernels does not run under torch.func (grad, vmap, jvp, jacrev, ...): use backward() or "
+            "torch.autograd.grad(), or the plain PyTorch of cpo_kernels.reference"
+        )
+
+
 @functional_op("token_logps")
 def token_logps_op(
     logits: Tensor,
@@ -450,6 +458,7 @@ def token_logps(
         >>> token_logps(torch.zeros(2, 4), torch.tensor([1, -100]))
         tensor([-1.3863,  0.0000])
     """
+    refuse_transforms()
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
     check_dtype("logits", logits)
@@ -482,6 +491,7 @@ def sequence_logps(
     Returns:
         [S] in the dtype of `token_logps`.
     """
+    refuse_transforms()
     if token_logps.dim() != 1 or token_logps.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"token_logps must be float32 or float64 of shape [N], got {token_logps.dtype} {tuple(token_logps.shape)}"
