@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
-def run(name):
+def run(name, processes=1):
     """Its output; the time is for one core and the imports."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, str(ROOT / "examples" / name)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "examples" / name)]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -29,7 +30,7 @@ def numbers(output, name):
 
 
 def test_all_are_here():
-    assert SCRIPTS == ["conditioned_loop.py", "dpo_loop.py", "trl_dropin.py"]
+    assert SCRIPTS == ["conditioned_loop.py", "dpo_loop.py", "tensor_parallel_head.py", "trl_dropin.py"]
     assert len((ROOT / "examples" / "dpo_loop.py").read_text().splitlines()) <= 50
 
 
@@ -51,6 +52,14 @@ def test_conditioned_loop():
         "honesty 1, helpfulness 1: Frogs.",
     ):
         assert line in output
+
+
+def test_tensor_parallel_head():
+    """1000 rows do not divide by three."""
+    output = run("tensor_parallel_head.py", processes=3)
+    losses = numbers(output, "loss")
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4) and losses[-1] < 0.3
+    assert numbers(output, "accuracy")[-1] == 1 and "rows (334, 333, 333)" in output
 
 
 def test_trl_dropin():
