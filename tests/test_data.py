@@ -10,11 +10,12 @@ import tiny
 import torch
 
 from cpo_kernels.data.conditions import prepare
-from cpo_kernels.data.packing import collate, encode, epoch_steps, fill_rows, microbatches
+from cpo_kernels.data.packing import ROWS, collate, encode, epoch_steps, fill_rows, microbatches, one_row
 from cpo_kernels.data.records import DataError, Record, Response, write_records
 from cpo_kernels.data.sources import load_records, overall_objective, split_by_prompt
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective, value
+from cpo_kernels.training.attention import dense_mask
 from cpo_kernels.training.config import read_config
 
 OBJECTIVES = [Objective("honesty", 1, 5), Objective("helpfulness", 1, 5)]
@@ -340,11 +341,13 @@ def units(stage="cdpo", limits=(512, 1024), **keys):
     return encode(draws, template(), OBJECTIVES, *limits), draws
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_batch_points_at_the_position_before_each_label(share_prompt):
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("row_tokens", [256, None])
+def test_batch_points_at_the_position_before_each_label(kind, row_tokens):
     groups = [g for unit in units(per_prompt=2, responses=3)[0][:4] for g in unit]
-    batch = collate(groups, share_prompt)
-    assert batch.input_ids.shape[0] == (sum(g.rows(True)[0] for g in groups) // 256 if share_prompt else 24)
+    batch = collate(groups, kind, row_tokens)
+    tokens = sum(sum(g.rows(kind)) for g in groups)
+    assert batch.input_ids.shape[0] == (24 if kind == "padded" else 1 if row_tokens is None else tokens // row_tokens)
     flat, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
     sequence = 0
     for group in groups:
@@ -360,39 +363,44 @@ def test_batch_points_at_the_position_before_each_label(share_prompt):
     assert bool((first // 3 == second // 3).all()) and len(batch.pairs) == sum(len(g.pairs) for g in groups)
     assert torch.equal(batch.scores[0], torch.tensor(groups[0].scores[0], dtype=torch.float64))
     assert batch.conditions.shape == (len(batch.pairs), 2)
-    assert batch.tokens == sum(sum(g.rows(share_prompt)) for g in groups)
     real = batch.input_ids.count_nonzero()  # the token 0 is padding alone here
-    assert real == batch.tokens
-    if not share_prompt:
-        assert batch.attention_mask is None
+    assert real == batch.tokens == tokens == sum(batch.lengths)
+    if kind == "padded":
+        assert batch.tree is batch.branch is None
         return
-    for g, (row, start) in zip(groups, fill_rows([g.rows(True)[0] for g in groups]), strict=True):
-        mask, P, n = batch.attention_mask[row, 0], len(g.prompt), len(g.responses[0]) - 1
-        second = mask[start + P + n]  # what the second response's first input sees: its prompt and itself
-        expected = torch.zeros_like(second)
-        expected[start : start + P] = expected[start + P + n] = True
-        assert torch.equal(second, expected) and not mask.triu(1).any()
+    assert torch.equal(batch.tree >= 0, batch.input_ids != 0)
+    if row_tokens is None:
+        assert batch.input_ids.shape == (1, tokens)  # no padding at all
+    lengths = [n for g in groups for n in g.rows(kind)]
+    for number, (row, start) in enumerate(fill_rows(lengths, row_tokens) if row_tokens else one_row(lengths)):
+        mask = dense_mask(batch.tree, batch.branch)[row, 0]
+        g = groups[number if kind == "shared" else number // 3]
+        P, n = len(g.prompt), len(g.responses[0 if kind == "shared" else number % 3]) - 1
+        at = start + P + (n if kind == "shared" else 0)  # the first input of a response: the second one, if shared
+        expected = torch.zeros_like(mask[at])
+        expected[start : start + P] = expected[at] = True
+        assert torch.equal(mask[at], expected) and not mask.triu(1).any()
 
 
 def test_microbatches_keep_groups_whole_and_the_budget():
     groups = [g for unit in units(per_prompt=3)[0] for g in unit]
-    for share_prompt in (True, False):
+    for kind in ROWS:
         for budget in (1, 500, 2000):
-            parts = list(microbatches(groups, budget, share_prompt))
+            parts = list(microbatches(groups, budget, kind))
             assert Counter(id(g) for part in parts for g in part) == Counter(map(id, groups))
-            size = max(sum(g.rows(share_prompt)) for g in groups)
-            slack = size if share_prompt else 0
+            size = max(sum(g.rows(kind)) for g in groups)
+            slack = 0 if kind == "padded" else size
             for part in parts:
-                batch = collate(part, share_prompt)
-                cost = batch.tokens if share_prompt else batch.input_ids.numel()
+                batch = collate(part, kind)
+                cost = batch.input_ids.numel() if kind == "padded" else batch.tokens
                 assert len(part) == 1 or cost <= budget + slack
-                assert batch.tokens > 0.8 * batch.input_ids.numel() or not share_prompt
-    assert len(list(microbatches(groups, 10**9, True))) == 1
+                assert batch.tokens > 0.8 * batch.input_ids.numel() or kind == "padded"
+    assert len(list(microbatches(groups, 10**9, "shared"))) == 1
 
 
 def test_rows_are_filled_evenly():
     lengths = [37, 90, 12, 55, 300, 41, 128, 60, 33, 200, 80]
-    places = fill_rows(lengths)
+    places = fill_rows(lengths, 256)
     used = [
         sorted((start, start + n) for (r, start), n in zip(places, lengths, strict=True) if r == row)
         for row in range(3)
@@ -401,7 +409,7 @@ def test_rows_are_filled_evenly():
     for spans in used:  # end to end
         assert all(end == start for (_, end), (start, _) in itertools.pairwise(spans))
     assert max(spans[-1][1] for spans in used) < 1.1 * sum(lengths) / 3
-    assert fill_rows([5]) == [(0, 0)]
+    assert fill_rows([5], 256) == [(0, 0)]
 
 
 def test_epoch_is_a_shuffled_partition_by_units():

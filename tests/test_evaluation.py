@@ -109,10 +109,10 @@ def test_relative_accuracy_averages_pairs_then_conditions_then_questions():
     assert result[2]["questions"] == 1
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_score_answers_matches_log_softmax(model, template, share_prompt):
+@pytest.mark.parametrize("rows", ["shared", "packed", "padded"])
+def test_score_answers_matches_log_softmax(model, template, rows):
     conditions = [HELPFUL, HONEST, {}]
-    scores = score_answers(model, template, records(), conditions, 64, share_prompt)
+    scores = score_answers(model, template, records(), conditions, 64, rows)
     for record, score in zip(records(), scores, strict=True):
         assert score.dtype == torch.float32 and score.shape == (3, len(record.responses))
         for row, condition in enumerate(conditions):

@@ -15,6 +15,7 @@ import torch
 from cpo_kernels.data.packing import collate
 from cpo_kernels.data.preparation import load_data, units_of
 from cpo_kernels.training import loop as loop_module
+from cpo_kernels.training import losses as losses_module
 from cpo_kernels.training.checkpoints import atomic_folder, checkpoints
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
@@ -60,13 +61,12 @@ def naive_seq_logps(model, group):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_log_probs_are_those_of_each_response_alone(share_prompt):
-    model, loss, groups = loss_and_groups("cdpo")
+@pytest.mark.parametrize("rows", ["shared", "packed", "padded"])
+def test_log_probs_are_those_of_each_response_alone(rows):
+    model, loss, groups = loss_and_groups("cdpo", training={"rows": rows})
     with torch.no_grad():
         expected = torch.cat([naive_seq_logps(model, g) for g in groups[:3]])
-    batch = collate(groups[:3], share_prompt)
-    torch.testing.assert_close(loss.seq_logps(batch).double(), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(loss.seq_logps(loss.collate(groups[:3])).double(), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_cdpo_loss_is_the_papers():
@@ -86,7 +86,7 @@ def test_cdpo_loss_is_the_papers():
     expected.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    got, metrics = loss(collate(groups, True), StepTotal.of(groups))
+    got, metrics = loss(loss.collate(groups), StepTotal.of(groups))
     got.backward()
     assert got.item() == pytest.approx(expected.item(), abs=1e-5) == metrics[0].item()
     for p, gradient in zip(model.parameters(), gradients, strict=True):
@@ -97,7 +97,7 @@ def test_cpsft_loss_is_the_mean_nll_of_the_responses():
     model, loss, groups = loss_and_groups("cpsft")
     groups = groups[:5]
     total = -sum(naive_seq_logps(model, g).sum() for g in groups) / sum(len(g.responses[0]) for g in groups)
-    assert loss(collate(groups, False), StepTotal.of(groups))[0].item() == pytest.approx(total.item(), abs=1e-5)
+    assert loss(loss.collate(groups), StepTotal.of(groups))[0].item() == pytest.approx(total.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["cpsft", "cdpo", "sft", "dpo"])
@@ -121,10 +121,10 @@ def test_every_stage_learns(stage):
 @pytest.mark.parametrize("stage", ["cpsft", "cdpo"])
 def test_accumulation_equals_one_big_batch(stage, monkeypatch):
     batches = []
-    monkeypatch.setattr(loop_module, "collate", lambda *args: batches.append(args) or collate(*args))
+    monkeypatch.setattr(losses_module, "collate", lambda *args: batches.append(args) or collate(*args))
     settings = {"max_steps": 2, "lr": 1e-2, "batch_size": 6, "warmup": 0}
     one = run(stage, training={**settings, "tokens_per_microbatch": 10**6})
-    assert len(batches) == 2 + 2  # two steps, two evaluations
+    assert len(batches) == 2 + 2 + (stage == "cdpo")  # two steps, two evaluations, the reference
     many = run(stage, training={**settings, "tokens_per_microbatch": 1})
     for name in ("loss", "grad_norm"):
         assert values(one, name) == pytest.approx(values(many, name), rel=1e-4)
@@ -178,21 +178,6 @@ def test_softcap_scale_and_bias_of_the_head_are_honoured():
     model.config.final_logit_softcapping, model.config.logits_scaling = 5.0, 4.0
     head = head_of(model)
     assert (head.softcap, head.scale, head.bias) == (5.0, 0.25, None) and head.weight.shape == (102, 32)
-
-
-def test_shared_prompt_changes_nothing_but_the_work():
-    shared, apart = run(), run(training={"share_prompt": False})
-    for name in ("loss", "grad_norm", "eval_loss"):
-        assert values(shared, name) == pytest.approx(values(apart, name), rel=1e-3)
-    assert values(shared, "tokens")[-1] < 0.7 * values(apart, "tokens")[-1]
-
-
-def test_shared_prompt_refuses_models_it_would_change():
-    config = tiny.config("cdpo")
-    model = load_model(read_config(config).model, None, tiny.tokenizer())[0]
-    model.config._attn_implementation = "eager"
-    with pytest.raises(ValueError, match="'eager'.*set training.share_prompt: false"):
-        train(config, model=model, tokenizer=tiny.tokenizer(), records=RECORDS)
 
 
 def test_schedule():

@@ -1,11 +1,16 @@
 """Token sequences to batches: groups of responses, the plan of an epoch, and micro-batches under a token budget.
 
 Only labelled positions go to the head: `rows` points at the hidden states that predict a response's tokens, packed
-one response after another (`cu_seqlens`). With `share_prompt` a prompt runs once for all its responses, which see the
-prompt and themselves alone, and a row is filled up with further prompts:
+one response after another (`cu_seqlens`). `training.rows` says what a row of the batch is:
 
-    tokens     p p p p a a b b b q q c        responses a, b of prompt p, response c of prompt q
+    shared   a prompt once for all its responses, which see the prompt and themselves alone; end to end with others
+    packed   a prompt and one response, end to end with others
+    padded   a prompt and one response, the rest padding
+
+    tokens     p p p p a a b b b q q c        shared: responses a, b of prompt p, response c of prompt q
     positions  0 1 2 3 4 5 4 5 6 0 1 2
+    tree       0 0 0 0 0 0 0 0 0 9 9 9
+    branch     0 0 0 0 1 1 2 2 2 0 0 1
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpo_kernels.batch_plan import BatchPlan
 from cpo_kernels.data.conditions import Draws, Group, ratings_row
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
@@ -36,17 +42,18 @@ class Encoded:
     condition: list[float]  # NaN where not conditioned
     ref_logps: tuple[float, ...] = ()
 
-    def rows(self, share_prompt: bool) -> list[int]:
-        """Lengths of the rows this group takes in a batch (the last token of a response is never an input)."""
+    def rows(self, kind: str) -> list[int]:
+        """Lengths of what this group lays into rows (the last token of a response is never an input)."""
         inputs = [len(r) - 1 for r in self.responses]
-        return [len(self.prompt) + sum(inputs)] if share_prompt else [len(self.prompt) + n for n in inputs]
+        return [len(self.prompt) + sum(inputs)] if kind == "shared" else [len(self.prompt) + n for n in inputs]
 
     @property
     def labels(self) -> int:
         return sum(map(len, self.responses))
 
 
-ROW_TOKENS = 256  # of a row with shared prompts: longer rows cost attention, shorter ones padding
+ROWS = ("shared", "packed", "padded")
+ROW_TOKENS = 256  # of a row under a dense mask: longer rows cost attention, shorter ones padding
 Unit = tuple[Encoded, ...]  # groups that stay in one step: all conditions of a drawn prompt
 
 
@@ -56,7 +63,9 @@ class Batch:
 
     input_ids: Tensor  # [B, T], right-padded
     position_ids: Tensor  # [B, T]
-    attention_mask: Tensor | None  # [B, 1, T, T] bool with shared prompts; None: causal, padding comes last
+    tree: Tensor | None  # [B, T] which prompt with its responses a token belongs to, -1 padding; None: padded rows
+    branch: Tensor | None  # [B, T] 0 the prompt, 1.. its responses
+    lengths: list[int]  # of what lies end to end in the rows
     rows: Tensor  # [N] into B*T: the position that predicts each label
     labels: Tensor  # [N]
     cu_seqlens: Tensor  # [S+1], on the CPU
@@ -65,11 +74,14 @@ class Batch:
     conditions: Tensor  # [P, K] float64
     ref_logps: Tensor | None  # [S]
     tokens: int  # that are no padding
+    plan: BatchPlan | None = None  # of `FusedLinearCPOLoss`
 
     def to(self, device: torch.device) -> Batch:
         tensors = {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
         del tensors["cu_seqlens"]  # a host value
         moved: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+        if self.plan is not None:
+            moved["plan"] = self.plan.to(device)
         return replace(self, **moved)
 
 
@@ -132,37 +144,38 @@ def epoch_steps(units: Sequence[Unit], batch_size: int, window: int, seed: int) 
     size = batch_size * max(1, window)
     steps = []
     for start in range(0, len(order), size):
-        part = sorted(order[start : start + size], key=lambda i: max(max(g.rows(False)) for g in units[i]))
+        part = sorted(order[start : start + size], key=lambda i: max(max(g.rows("packed")) for g in units[i]))
         steps += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     rng.shuffle(steps)
     return [[group for i in step for group in units[i]] for step in steps]
 
 
-def microbatches(groups: Sequence[Encoded], budget: int, share_prompt: bool) -> Iterator[list[Encoded]]:
-    """Groups sorted by length, in even parts of at most about `budget` tokens (with padding where rows are not filled
-    up). A group is never split, one beyond the budget goes alone."""
-    if share_prompt:
-        total = sum(sum(g.rows(True)) for g in groups)
+def microbatches(groups: Sequence[Encoded], budget: int, kind: str) -> Iterator[list[Encoded]]:
+    """Groups sorted by length, in even parts of at most about `budget` tokens (with padding, in padded rows). A group
+    is never split, one beyond the budget goes alone."""
+    padded = kind == "padded"
+    if not padded:
+        total = sum(sum(g.rows(kind)) for g in groups)
         budget = math.ceil(total / max(1, math.ceil(total / budget)))
     batch: list[Encoded] = []
     cost = 0
-    for group in sorted(groups, key=lambda g: max(g.rows(share_prompt)), reverse=True):
-        lengths = group.rows(share_prompt)
-        longest = max((batch or [group])[0].rows(share_prompt))
-        more = sum(lengths) if share_prompt else len(lengths) * longest
-        if batch and cost + (more // 2 if share_prompt else more) > budget:
+    for group in sorted(groups, key=lambda g: max(g.rows(kind)), reverse=True):
+        lengths = group.rows(kind)
+        longest = max((batch or [group])[0].rows(kind))
+        more = len(lengths) * longest if padded else sum(lengths)
+        if batch and cost + (more if padded else more // 2) > budget:
             yield batch
             batch, cost = [], 0
-            more = sum(lengths) if share_prompt else len(lengths) * max(lengths)
+            more = len(lengths) * max(lengths) if padded else sum(lengths)
         batch.append(group)
         cost += more
     if batch:
         yield batch
 
 
-def fill_rows(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(row, offset) of every length, in rows of about ROW_TOKENS: longest first, each into the row that is emptiest."""
-    used = [0] * max(1, sum(lengths) // max(ROW_TOKENS, *lengths))
+def fill_rows(lengths: Sequence[int], row_tokens: int) -> list[tuple[int, int]]:
+    """(row, offset) of every length, in rows of about `row_tokens`: longest first, each into the emptiest row."""
+    used = [0] * max(1, sum(lengths) // max(row_tokens, *lengths))
     places = [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = used.index(min(used))
@@ -171,16 +184,23 @@ def fill_rows(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return places
 
 
-def collate(groups: Sequence[Encoded], share_prompt: bool) -> Batch:
-    """Shapes as in `Batch`; the padding token is 0, since no label looks at it."""
-    lengths = [n for g in groups for n in g.rows(share_prompt)]
-    places = fill_rows(lengths) if share_prompt else [(row, 0) for row in range(len(lengths))]
+def one_row(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    return [(0, start) for start in accumulate([0, *lengths[:-1]])]
+
+
+def collate(groups: Sequence[Encoded], kind: str, row_tokens: int | None = ROW_TOKENS) -> Batch:
+    """Shapes as in `Batch`; `row_tokens` None lays everything into one row, in order. The padding token is 0, since no
+    label looks at it."""
+    lengths = [n for g in groups for n in g.rows(kind)]
+    if kind == "padded":
+        places = [(row, 0) for row in range(len(lengths))]
+    else:
+        places = fill_rows(lengths, row_tokens) if row_tokens else one_row(lengths)
     B = 1 + max(row for row, _ in places)
     T = max(start + n for (_, start), n in zip(places, lengths, strict=True))
     input_ids = torch.zeros(B, T, dtype=torch.long)
     position_ids = torch.arange(T).repeat(B, 1)
-    tree = torch.full((B, T), -1)  # which (prompt with its responses) a token belongs to; -1 padding
-    branch = torch.zeros(B, T, dtype=torch.long)  # 0 the prompt, 1.. its responses
+    tree, branch = torch.full((B, T), -1), torch.zeros(B, T, dtype=torch.long)
     rows: list[int] = []
     labels: list[int] = []
     pairs: list[tuple[int, int]] = []
@@ -189,7 +209,7 @@ def collate(groups: Sequence[Encoded], share_prompt: bool) -> Batch:
     for g in groups:
         pairs += [(len(seqlens) + first, len(seqlens) + second) for first, second in g.pairs]
         P = len(g.prompt)
-        for responses in [g.responses] if share_prompt else [(r,) for r in g.responses]:
+        for responses in [g.responses] if kind == "shared" else [(r,) for r in g.responses]:
             (row, start), n = next(left)
             inputs, positions, branches = list(g.prompt), list(range(P)), [0] * P
             for number, response in enumerate(responses, 1):
@@ -207,7 +227,9 @@ def collate(groups: Sequence[Encoded], share_prompt: bool) -> Batch:
     return Batch(
         input_ids,
         position_ids,
-        tree_mask(tree, branch) if share_prompt else None,
+        None if kind == "padded" else tree,
+        None if kind == "padded" else branch,
+        lengths,
         torch.tensor(rows),
         torch.tensor(labels),
         torch.tensor([0, *accumulate(seqlens)]),
@@ -217,11 +239,3 @@ def collate(groups: Sequence[Encoded], share_prompt: bool) -> Batch:
         torch.tensor(references) if references else None,
         sum(lengths),
     )
-
-
-def tree_mask(tree: Tensor, branch: Tensor) -> Tensor:
-    """[B, 1, T, T]: a token sees its own prompt and its own response up to itself; padding sees padding."""
-    T = tree.shape[1]
-    same_tree = tree[:, :, None] == tree[:, None, :]
-    same_branch = branch[:, :, None] == branch[:, None, :]
-    return (torch.ones(T, T, dtype=torch.bool).tril() & same_tree & (same_branch | (branch == 0)[:, None, :]))[:, None]

@@ -84,7 +84,7 @@ def rating_counts(records: Sequence[Record], name: str) -> dict[str, int]:
 def token_counts(units: Sequence[Unit]) -> dict[str, Any]:
     """Lengths, and the tokens that a pass over the data runs through the model with shared prompts and without."""
     groups = [group for unit in units for group in unit]
-    alone, shared = (sum(sum(g.rows(share)) for g in groups) for share in (False, True))
+    alone, shared = (sum(sum(g.rows(kind)) for g in groups) for kind in ("packed", "shared"))
     prompts = [len(g.prompt) for g in groups]
     responses = [len(r) for g in groups for r in g.responses]
     share = sum(len(g.prompt) * len(g.responses) for g in groups) / max(1, alone)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.data.packing import Encoded, collate, microbatches
+from cpo_kernels.data.packing import Encoded
 from cpo_kernels.data.records import Record, Response
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.statistics import summary
@@ -31,15 +31,16 @@ def score_answers(
     records: Sequence[Record],
     conditions: Sequence[Condition],
     tokens_per_batch: int = 4096,
-    share_prompt: bool = True,
+    rows: str = "shared",
 ) -> list[Tensor]:
     """log p(answer | prompt with the condition's tags), a `[conditions, answers]` float32 tensor per record.
 
     In float32 whatever the model was trained in: bfloat16 adds about 0.8 nat of noise to a sequence, more than small
-    tag effects. `share_prompt` runs a prompt once for all its answers (as in training).
+    tag effects. `rows` as in `training.rows`.
     """
     device = next(model.parameters()).device
-    scorer = StageLoss(model, Config(stage="cpsft", training=TrainingConfig(precision="fp32")), [], device)
+    training = TrainingConfig(precision="fp32", rows=rows, tokens_per_microbatch=tokens_per_batch)
+    scorer = StageLoss(model, Config(stage="cpsft", training=training), [], device)
     if scorer.head.weight.dtype != torch.float32:
         raise TypeError(f"score in float32; the model is {scorer.head.weight.dtype}: call model.float() first")
     groups, place = [], {}
@@ -54,8 +55,8 @@ def score_answers(
     scores = [torch.full((len(conditions), len(record.responses)), math.nan) for record in records]
     was_training = model.training
     model.eval()
-    for batch_groups in microbatches(groups, tokens_per_batch, share_prompt):
-        sums = iter(scorer.seq_logps(collate(batch_groups, share_prompt).to(device)).tolist())
+    for batch_groups in scorer.parts(groups):
+        sums = iter(scorer.seq_logps(scorer.collate(batch_groups)).tolist())
         for group in batch_groups:
             number, row, start = place[id(group)]
             for column in range(start, start + len(group.responses)):

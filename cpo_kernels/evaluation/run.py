@@ -38,7 +38,7 @@ def evaluate(
     records: Sequence[Record],
     conditions: Sequence[Mapping[str, float]],
     *,
-    share_prompt: bool = True,
+    rows: str = "shared",
     max_new_tokens: int = 50,
     no_comment: str = NO_COMMENT,
     generate: bool = True,
@@ -46,7 +46,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Both judgements of one model, as JSON-ready numbers; `conditions` in the order of the results."""
     fit = fitted(records, conditions)
-    scores = score_answers(model, template, records, conditions, share_prompt=share_prompt)
+    scores = score_answers(model, template, records, conditions, rows=rows)
     relative = relative_accuracy(scores, fit, len(conditions))
     result: dict[str, Any] = {"questions": len(records), "conditions": []}
     asked: list[Mapping[str, float]] = [*conditions, {}]
@@ -188,7 +188,7 @@ def main(argv: Sequence[str]) -> int:
             template,
             records,
             conditions,
-            share_prompt=config.training.share_prompt,
+            rows=config.training.rows,
             max_new_tokens=args.max_new_tokens,
             no_comment=args.no_comment,
             generate=not args.no_generate,

@@ -35,6 +35,7 @@ class ModelConfig:
     gguf_file: str | None = key(None, "GGUF file inside that folder; found by itself when it is the only model there")
     config: dict | None = key(None, "build from scratch instead: {model_type: llama, hidden_size: 64, ...}")
     tokenizer: str | None = key(None, "folder or hub name of the tokenizer; default: the model's")
+    attention: str | None = key(None, "sdpa | flex_attention | flash_attention_2 | eager; default: the model's choice")
 
 
 @dataclass
@@ -138,7 +139,11 @@ class TrainingConfig:
     batch_size: int = key(16, "per optimizer step: responses (cpsft, sft), prompts with all their groups (cdpo, dpo)")
     tokens_per_microbatch: int = key(2048, "tokens of one forward pass; a larger step accumulates gradients")
     window: int = key(1, "steps whose examples are sorted by length together: less padding, less random steps")
-    share_prompt: bool = key(True, "run a prompt once for all its responses, several prompts a row (needs sdpa)")
+    rows: str = key(
+        "shared",
+        "shared (a prompt runs once for all its responses, several prompts a row) | packed (each response with its "
+        "prompt, end to end) | padded (one response a row: any model)",
+    )
     lr: float = key(1e-5, "peak learning rate")
     schedule: str = key("linear", "decay to zero after warm-up: linear | cosine | constant (none)")
     warmup: float = key(0.1, "warm-up: steps, or below 1 a share of all steps")
@@ -178,6 +183,8 @@ CHOICES = {
     "data.on_bad_line": ("error", "skip"),
     "conditions.sft_responses": ("best", "all"),
     "training.train": ("all", "body", "last_k"),
+    "training.rows": ("shared", "packed", "padded"),
+    "model.attention": (None, "sdpa", "flex_attention", "flash_attention_2", "eager"),
     "training.schedule": ("linear", "cosine", "constant"),
     "training.precision": ("bf16", "fp32"),
 }
@@ -203,7 +210,7 @@ def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] 
     for name, choices in CHOICES.items():
         value = _get(config, name)
         if value not in choices:
-            raise ValueError(f"{name}: {value!r} is none of {', '.join(choices)}")
+            raise ValueError(f"{name}: {value!r} is none of {', '.join(filter(None, choices))}")
     return config
 
 

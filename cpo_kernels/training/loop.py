@@ -24,15 +24,16 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from tqdm import tqdm
 
-from cpo_kernels.data.packing import Encoded, Unit, collate, epoch_steps, microbatches
+from cpo_kernels.data.packing import Encoded, Unit, epoch_steps
 from cpo_kernels.data.preparation import load_data, units_of
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
+from cpo_kernels.training.attention import check_rows
 from cpo_kernels.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from cpo_kernels.training.config import Config, read_config
 from cpo_kernels.training.losses import StageLoss, StepTotal
-from cpo_kernels.training.models import check_shared_prompt, fingerprint, load_model, save_model, select_trainable
+from cpo_kernels.training.models import fingerprint, load_model, save_model, select_trainable
 from cpo_kernels.training.optim import make_optimizer, schedule, update
 from cpo_kernels.training.reference import with_reference
 from cpo_kernels.training.rundir import RunDir
@@ -73,8 +74,7 @@ def train(
     model.to(accelerator.device).eval()
     template = PromptTemplate(tokenizer, config.template, objectives)
     loss = StageLoss(model, config, objectives, accelerator.device)
-    if config.training.share_prompt:
-        check_shared_prompt(model, config.data.max_tokens)
+    check_rows(model, config.training.rows, config.data.max_tokens)
 
     train_set = units_of("train", config, records, objectives, template, report)
     eval_set = units_of("eval", config, eval_records, objectives, template, report) if eval_records else []
@@ -92,7 +92,6 @@ class Loop:
     def __init__(self, config: Config, accelerator: Accelerator, run: RunDir, model: Any, loss: StageLoss):
         self.config, self.training, self.accelerator = config, config.training, accelerator
         self.run, self.model, self.loss = run, model, loss
-        self.share_prompt = config.training.share_prompt
         self.quiet = not (config.training.progress and accelerator.is_main_process)
         self.initial = fingerprint(model)
 
@@ -108,9 +107,8 @@ class Loop:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             folder = folder / f"{self.initial}-{self.training.precision}.json"
-        budget = self.training.tokens_per_microbatch
         (train_set, eval_set), report["reference"] = with_reference(
-            [train_set, eval_set], self.loss.seq_logps, folder, self.accelerator, budget, self.share_prompt, self.quiet
+            [train_set, eval_set], self.loss, folder, self.accelerator, self.quiet
         )
         return train_set, eval_set
 
@@ -158,7 +156,7 @@ class Loop:
         sums = torch.zeros(len(self.loss.metrics) + 2, dtype=torch.float64, device=device)
         self.model.train()
         for part in self.parts(groups):
-            batch = collate(part, self.share_prompt).to(device)
+            batch = self.loss.collate(part)
             loss, metrics = self.loss(batch, total)
             loss.backward()
             sums += torch.cat([metrics, metrics.new_tensor([batch.tokens, batch.input_ids.numel()])])
@@ -181,13 +179,13 @@ class Loop:
         total, device = StepTotal.of(groups), self.accelerator.device
         sums = torch.zeros(len(self.loss.metrics), dtype=torch.float64, device=device)
         for part in tqdm(self.parts(groups, whole_step=False), "eval", leave=False, disable=self.quiet):
-            sums += self.loss(collate(part, self.share_prompt).to(device), total)[1]
+            sums += self.loss(self.loss.collate(part), total)[1]
         values = reduce(sums, "sum").tolist()
         self.run.log({"step": step} | {f"eval_{n}": x for n, x in zip(self.loss.metrics, values, strict=True)})
 
     def parts(self, groups: Sequence[Encoded], whole_step: bool = True) -> list[list[Encoded]]:
         """This process's micro-batches of `groups`."""
-        parts = list(microbatches(groups, self.training.tokens_per_microbatch, self.share_prompt))
+        parts = self.loss.parts(groups)
         if whole_step and self.loss.whole_step and len(parts) * self.accelerator.num_processes > 1:
             raise ValueError(
                 f"loss.type {', '.join(self.config.loss.type)} needs a step in one micro-batch on one process, and it "

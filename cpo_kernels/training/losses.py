@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import cpo_kernels as cpo
-from cpo_kernels.data.packing import Batch, Encoded
+from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
 from cpo_kernels.objectives import Objective
+from cpo_kernels.training.attention import attention_inputs, row_tokens
 from cpo_kernels.training.config import Config
 from cpo_kernels.training.models import head_of
 
@@ -38,6 +39,7 @@ class StageLoss:
     def __init__(self, model: Any, config: Config, objectives: Sequence[Objective], device: torch.device):
         self.model, self.head, self.device = model, head_of(model), device
         self.bf16 = config.training.precision == "bf16"
+        self.rows, self.budget = config.training.rows, config.training.tokens_per_microbatch
         self.has_pairs = config.stage in ("cdpo", "dpo")
         self.metrics = METRICS if self.has_pairs else METRICS[:1]
         self.whole_step = self.has_pairs and not WHOLE_STEP.isdisjoint(config.loss.type)
@@ -58,13 +60,34 @@ class StageLoss:
         """Matrix products in bfloat16; parameters, residual stream, log-probs and loss stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def parts(self, groups: Sequence[Encoded]) -> list[list[Encoded]]:
+        """`groups` in micro-batches."""
+        return list(microbatches(groups, self.budget, self.rows))
+
+    def collate(self, groups: Sequence[Encoded]) -> Batch:
+        """One micro-batch on the device, with the plan that spares its loss a wait for a GPU."""
+        batch = collate(groups, self.rows, row_tokens(self.model))
+        if len(batch.pairs):
+            weight = self.head.weight
+            batch.plan = self.loss_fn.plan(
+                batch.labels,
+                weight.shape[0],
+                torch.bfloat16 if self.bf16 else weight.dtype,
+                batch.pairs,
+                batch.cu_seqlens,
+                batch.scores,
+                batch.conditions,
+                self.device,
+            )
+        return batch.to(self.device)
+
     def hidden(self, batch: Batch) -> Tensor:
         """[N, H]: the last hidden state at each position that predicts a label."""
         hidden = self.model.base_model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
+            **attention_inputs(self.model, batch),
         ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.rows)
 
@@ -98,7 +121,7 @@ class StageLoss:
                 head.weight,
                 batch.labels,
                 bias=head.bias,
-                pairs=batch.pairs,
+                plan=batch.plan,
                 ref_logps=batch.ref_logps,
                 scores=batch.scores,
                 conditions=batch.conditions,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpo_kernels.training.attention import set_attention
 from cpo_kernels.training.checkpoints import atomic_folder
 from cpo_kernels.training.config import ModelConfig, TrainingConfig
 
@@ -37,6 +38,7 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
             model.is_quantized, model.hf_quantizer = False, None
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
+    set_attention(model, config.attention)
     return model, tokenizer
 
 
@@ -87,23 +89,6 @@ def head_of(model: Any) -> Head:
     scale /= getattr(options, "logits_scaling", None) or 1.0  # Granite
     softcap = getattr(options, "final_logit_softcapping", None)  # Gemma
     return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
-
-
-def check_shared_prompt(model: Any, max_tokens: int) -> None:
-    """Rows of several prompts need attention that takes any mask, and nothing else that carries state along a row."""
-    config = model.config.get_text_config()
-    attention = getattr(config, "_attn_implementation", None)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if (
-        attention != "sdpa"
-        or not kinds <= {"full_attention", "sliding_attention"}
-        or (window or max_tokens) < max_tokens
-    ):
-        raise ValueError(
-            f"training.share_prompt needs sdpa attention with a window of at least data.max_tokens {max_tokens}; this "
-            f"model has {attention!r}, layers {sorted(kinds)}, window {window}: set training.share_prompt: false"
-        )
 
 
 def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn.Parameter]]:

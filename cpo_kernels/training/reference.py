@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -16,11 +16,11 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm import tqdm
 
-from cpo_kernels.data.packing import Batch, Encoded, Unit, collate, microbatches
+from cpo_kernels.data.packing import Encoded, Unit
 from cpo_kernels.training.checkpoints import atomic_json
+from cpo_kernels.training.losses import StageLoss
 
 CHUNK = 8  # responses of one prompt scored together
 SAVE_EVERY = 200  # micro-batches between writes of the cache
@@ -32,15 +32,13 @@ def sequence_key(prompt: Sequence[int], response: Sequence[int]) -> str:
 
 def with_reference(
     sets: Sequence[Sequence[Unit]],
-    seq_logps: Callable[[Batch], Tensor],
+    loss: StageLoss,
     cache: Path | None,
     accelerator: Accelerator,
-    budget: int,
-    share_prompt: bool,
     quiet: bool,
 ) -> tuple[list[list[Unit]], dict[str, int]]:
     """The sets of units with `ref_logps` filled in, and how many sequences were scored and how many were cached.
-    `seq_logps` scores a batch; `cache` is the JSON file of this reference model."""
+    `cache` is the JSON file of this reference model."""
     known: dict[str, float] = json.loads(cache.read_text()) if cache and cache.exists() else {}
     accelerator.wait_for_everyone()  # before the main process writes
     found: set[str] = set()
@@ -56,11 +54,11 @@ def with_reference(
     for prompt, responses in missing.items():
         texts = list(responses.values())
         todo += [Encoded(prompt, tuple(texts[i : i + CHUNK]), (), (), []) for i in range(0, len(texts), CHUNK)]
-    batches = list(microbatches(todo, budget, share_prompt))
+    batches = loss.parts(todo)
     rank, world = accelerator.process_index, accelerator.num_processes
     fresh: dict[str, float] = {}
     for number, groups in enumerate(tqdm(batches[rank::world], "reference", disable=quiet or not batches), 1):
-        logps = iter(seq_logps(collate(groups, share_prompt).to(accelerator.device)).tolist())
+        logps = iter(loss.seq_logps(loss.collate(groups)).tolist())
         fresh |= {sequence_key(g.prompt, r): next(logps) for g in groups for r in g.responses}
         if cache and world == 1 and number % SAVE_EVERY == 0:
             atomic_json(known | fresh, cache)

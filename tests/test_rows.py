@@ -1,0 +1,154 @@
+"""What rows hold changes the work, not the numbers: shared prompts, packed and padded rows, every attention."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from test_training import RECORDS, loss_and_groups, run, values
+from tiny import one_thread  # noqa: F401
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from cpo_kernels.data.packing import ROWS, collate
+from cpo_kernels.training import attention
+from cpo_kernels.training.attention import attention_inputs, dense_mask
+from cpo_kernels.training.config import read_config
+from cpo_kernels.training.loop import train
+from cpo_kernels.training.losses import StepTotal
+from cpo_kernels.training.models import head_of, load_model
+
+
+def prepared(rows, dtype, stage):
+    """A model, its loss and a batch of four prompts, with references that are not the model's own log-probs."""
+    training = {"rows": rows, "tokens_per_microbatch": 10**6}
+    model, loss, groups = loss_and_groups(stage, training=training)
+    model.to(dtype)
+    loss.head = head_of(model)
+    generator = torch.Generator().manual_seed(1)
+    references = [torch.randn(len(g.responses), generator=generator).tolist() for g in groups[:4]]
+    return model, loss, [replace(g, ref_logps=tuple(r)) for g, r in zip(groups, references, strict=False)]
+
+
+@pytest.fixture
+def norms_in_full_precision(monkeypatch):
+    """Llama's norm computes in float32, float64 models too; a prompt's gradients from several responses meet there."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+def close(found, expected, tolerance):
+    scale = max(float(tensor.abs().max()) for tensor in expected)
+    assert all(float((a - b).abs().max()) <= tolerance * scale for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_shared_and_packed_prompts_give_the_hidden_states_of_padded_rows(dtype, tolerance, norms_in_full_precision):
+    """And the gradients of all parameters, under random upstream gradients."""
+
+    def hidden_and_gradients(rows):
+        model, loss, groups = prepared(rows, dtype, "cdpo")
+        hidden = loss.hidden(loss.collate(groups))
+        upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+        hidden.backward(upstream)
+        return [hidden.detach()], [p.grad for p in model.parameters()]
+
+    hidden, gradients = hidden_and_gradients("padded")
+    for rows in ("shared", "packed"):
+        other, others = hidden_and_gradients(rows)
+        close(other, hidden, tolerance)
+        close(others, gradients, 10 * tolerance)  # sums over 2,000 tokens in another order
+
+
+@pytest.mark.parametrize("stage", ["cdpo", "cpsft"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_shared_and_packed_prompts_give_the_loss_and_gradients_of_padded_rows(stage, dtype, norms_in_full_precision):
+    """Sequence log-probs are float32 of up to 64 nats: beta times two of them moves a coefficient by 2 * 0.1 * 4e-6."""
+    tolerance = 1e-12 if (stage, dtype) == ("cpsft", torch.float64) else 2e-6 if dtype == torch.float64 else 2e-5
+
+    def loss_and_gradients(rows):
+        model, loss, groups = prepared(rows, dtype, stage)
+        value, _ = loss(loss.collate(groups), StepTotal.of(groups))
+        value.backward(torch.tensor(1.7, dtype=value.dtype))
+        return [value.detach()], [p.grad for p in model.parameters()]
+
+    value, gradients = loss_and_gradients("padded")
+    for rows in ("shared", "packed"):
+        other, others = loss_and_gradients(rows)
+        close(other, value, tolerance)
+        close(others, gradients, tolerance)
+
+
+def test_rows_change_nothing_but_the_work():
+    padded = run(training={"rows": "padded"})
+    for rows in ("shared", "packed"):
+        other = run(training={"rows": rows})
+        for name in ("loss", "grad_norm", "eval_loss"):
+            assert values(other, name) == pytest.approx(values(padded, name), rel=1e-3)
+    assert values(run(), "tokens")[-1] < 0.7 * values(padded, "tokens")[-1]
+
+
+@pytest.mark.parametrize("rows", ["shared", "packed"])
+def test_flex_attention_gives_the_same_log_probs(rows):
+    """Forward only: torch has no backward of it on the CPU."""
+    _, sdpa, groups = loss_and_groups("cdpo", training={"rows": rows})
+    _, flex, _ = loss_and_groups("cdpo", training={"rows": rows}, model={"attention": "flex_attention"})
+    batch = flex.collate(groups[:3])
+    assert batch.input_ids.shape == (1, batch.tokens)  # one row, no padding
+    torch.testing.assert_close(flex.seq_logps(batch), sdpa.seq_logps(sdpa.collate(groups[:3])), atol=1e-4, rtol=1e-5)
+
+
+def test_flash_attention_gets_the_lengths_of_packed_sequences(monkeypatch):
+    """The varlen arguments, checked by attention made from them alone; flash-attn itself needs a GPU."""
+    model, loss, groups = loss_and_groups("cdpo", training={"rows": "packed"})
+    monkeypatch.setattr(attention, "_name", lambda model: "flash_attention_2")
+    batch = collate(groups[:3], "packed", attention.row_tokens(model))
+    given = attention_inputs(model, batch)
+    starts = given["cu_seq_lens_q"].tolist()
+    assert given["cu_seq_lens_q"].dtype == torch.int32 and starts == given["cu_seq_lens_k"].tolist()
+    assert given["attention_mask"] is None and given["max_length_q"] == given["max_length_k"] == max(batch.lengths)
+    mask = torch.zeros(1, 1, batch.tokens, batch.tokens, dtype=torch.bool)
+    for start, end in zip(starts, starts[1:], strict=False):
+        mask[..., start:end, start:end] = torch.ones(end - start, end - start).tril()
+    assert torch.equal(mask, dense_mask(batch.tree, batch.branch))
+    assert starts[-1] == batch.tokens and batch.position_ids[0, starts[1:-1]].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "rows, name, reason",
+    [
+        (
+            "shared",
+            "eager",
+            "shared needs sdpa or flex_attention .* this model has 'eager'.* set training.rows: padded",
+        ),
+        ("packed", "eager", "packed needs sdpa or flex_attention or flash_attention_2"),
+        ("shared", "flash_attention_2", "flash_attention_2 needs flash-attn, which is not installed: take sdpa"),
+    ],
+)
+def test_attention_that_cannot_is_refused(rows, name, reason):
+    config = tiny.config("cdpo", training={"rows": rows})
+    config["model"]["attention"] = name
+    with pytest.raises(ValueError, match=reason):
+        train(config, tokenizer=tiny.tokenizer(), records=RECORDS)
+    with pytest.raises(ValueError, match="model.attention: 'flash' is none of sdpa, flex_attention"):
+        read_config({"model": {"attention": "flash"}})
+
+
+def test_windows_shorter_than_a_prompt_are_refused():
+    config = read_config(
+        tiny.config("cdpo", model={"config": {**tiny.MODEL, "model_type": "mistral", "sliding_window": 64}})
+    )
+    model = load_model(config.model, None, tiny.tokenizer())[0]
+    with pytest.raises(ValueError, match="at least data.max_tokens 1024; .* window 64"):
+        train(config, model=model, tokenizer=tiny.tokenizer(), records=RECORDS)
+    config.data.max_tokens, config.training.max_steps = 64, 1
+    train(config, model=model, tokenizer=tiny.tokenizer(), records=RECORDS)
+
+
+def test_rows_are_named():
+    assert set(ROWS) == {"shared", "packed", "padded"}
+    with pytest.raises(ValueError, match="training.rows: 'tree' is none of shared, packed, padded"):
+        read_config({"training": {"rows": "tree"}})
