@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import ops
+from cpo_kernels.checks import check_types
 from cpo_kernels.ops import functional_op, refuse_double_backward
 from cpo_kernels.planner import budget_rows, chunks, even_rows
 from cpo_kernels.sharded import VocabShards, local_head
@@ -488,6 +489,8 @@ def head_inputs(
 ) -> HeadInputs:
     """Check once, at the door; under autocast cast as F.linear would."""
     ops.refuse_transforms()
+    check_types("a tensor", hidden=hidden, weight=weight, labels=labels)
+    check_types("a tensor", optional=True, bias=bias)
     hidden, weight, bias, shards = local_head(hidden, weight, bias, vocab_shards)
     if weight.dim() != 2 or (weight.shape[0] == 0 and shards is None):
         raise ValueError(f"weight must have shape [V, H] with V >= 1, got {tuple(weight.shape)}")
@@ -542,11 +545,18 @@ def token_logps_of(
 
 
 def check_index(index: Tensor | None, labels: Tensor) -> None:
-    if index is not None and (index.dtype != torch.int64 or index.dim() != 1 or index.device != labels.device):
+    if index is None:
+        return
+    check_types("a tensor", index=index)
+    if index.dtype != torch.int64 or index.dim() != 1 or index.device != labels.device:
         raise ValueError(
             f"index must be int64 of shape [n] on {labels.device}, got {index.dtype} {list(index.shape)} on "
             f"{index.device}"
         )
+    if torch.compiler.is_compiling() or not (index.device.type == "cpu" or ops.checks_enabled()):
+        return
+    if bool(((index < 0) | (index >= labels.numel())).any()):
+        raise ValueError(f"index must lie in [0, {labels.numel()}), got {int(index.min())} to {int(index.max())}")
 
 
 def linear_token_logps(
@@ -631,6 +641,8 @@ def linear_nll(
     inputs = head_inputs(hidden, weight, labels, bias, *head, vocab_shards)
     ops.resolve_impl(impl, hidden.device)
     check_index(index, labels)
+    check_types("a tensor", optional=True, token_weights=token_weights)
+    check_types("a number", optional=True, num_tokens=num_tokens)
     if num_tokens is not None and not num_tokens > 0:
         raise ValueError(f"num_tokens must be positive, got {num_tokens}: leave it out to count the labels")
     acc = ops.acc_dtype(inputs.hidden.dtype)

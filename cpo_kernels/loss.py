@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cpo_kernels import ops
 from cpo_kernels.batch_plan import BatchPlan, Layout
+from cpo_kernels.checks import check_list, check_types
 from cpo_kernels.linear import HeadInputs, head_inputs, token_logps_of
 from cpo_kernels.linear_preference import linear_preference, wpo_weights
 from cpo_kernels.objectives import Objective
@@ -75,8 +76,14 @@ class LossOptions:
     use_weighting: bool = False
 
     def __post_init__(self) -> None:
-        types = (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+        types = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        check_list("loss_type", types, str, "names of LOSS_TYPES")
+        types = tuple(types)
         object.__setattr__(self, "loss_type", types)
+        check_types("a number", **{f.name: getattr(self, f.name) for f in fields(self) if isinstance(f.default, float)})
+        check_types("a number", optional=True, tau=self.tau, ld_alpha=self.ld_alpha)
+        check_list("objectives", () if self.objectives is None else self.objectives, Objective, "Objective")
+        check_list("loss_weights", () if self.loss_weights is None else self.loss_weights, (int, float), "numbers")
         weights = (1.0,) * len(types) if self.loss_weights is None else tuple(map(float, self.loss_weights))
         object.__setattr__(self, "loss_weights", weights)
         if self.objectives is not None:
@@ -161,6 +168,9 @@ def kernel_args(
 ) -> tuple[Any, ...]:
     """Check what the caller gave and lay it out as the `preference` kernel takes it; `like` has dtype and device."""
     device = like.device
+    divisors = {"num_pairs": given.num_pairs, "chosen_tokens": given.chosen_tokens}
+    check_types("a number", optional=True, **divisors)
+    check_types("a tensor", optional=True, **{n: t for n, t in given._asdict().items() if n not in divisors})
     pairs = default_pairs(num_sequences, device) if given.pairs is None else given.pairs
     if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must be int64 of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
@@ -213,7 +223,7 @@ def kernel_args(
     if lengths is None and any(LOSS_TYPES[t].needs_lengths for t in options.types):
         needy = [t for t in options.types if LOSS_TYPES[t].needs_lengths]
         raise ValueError(f"loss_type {', '.join(needy)} needs lengths [S], the labelled tokens of each sequence")
-    for name, value in (("num_pairs", given.num_pairs), ("chosen_tokens", given.chosen_tokens)):
+    for name, value in divisors.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}: leave it out to count what is here")
     if given.chosen_tokens is not None and not options.averages_tokens:
@@ -322,6 +332,8 @@ class CPOLoss(nn.Module):
     ) -> PreferenceOutput:
         """See `preference_loss`."""
         ops.refuse_transforms()
+        check_types("a tensor", seq_logps=seq_logps)
+        check_types("a tensor", optional=True, lengths=lengths)
         if seq_logps.dim() != 1 or seq_logps.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 "seq_logps must be float32 or float64 of shape [S] (a 16-bit sum is off by whole nats), got "
@@ -483,6 +495,7 @@ class FusedLinearCPOLoss(nn.Module):
         ref_weight): see `linear_token_logps`. The rest: see `preference_loss`.
         """
         inputs = head_inputs(hidden, weight, labels, bias, *self.head, vocab_shards)
+        check_types("a tensor", optional=True, pairs=pairs, ref_hidden=ref_hidden, cu_seqlens=cu_seqlens)
         ops.resolve_impl(self.impl, hidden.device)
         cu_seqlens = sequence_offsets(hidden, labels, cu_seqlens)
         lengths = labelled_lengths(inputs, cu_seqlens)

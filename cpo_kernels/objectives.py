@@ -54,7 +54,11 @@ class Objective:
 def objectives_tensor(objectives: Sequence[Objective] | Tensor) -> Tensor:
     """The weights omega (row 0) and strengths lambda (row 1) of K objectives: float64 `[2, K]`."""
     if isinstance(objectives, Tensor):
+        if objectives.dim() != 2 or objectives.shape[0] != 2:
+            raise ValueError(f"a tensor of objectives must have shape [2, K], got {[*objectives.shape]}")
         return objectives.to(torch.float64)
+    if not isinstance(objectives, Sequence) or not all(isinstance(o, Objective) for o in objectives):
+        raise TypeError(f"objectives must be a list of Objective, got {objectives!r:.80}")
     names = [objective.name for objective in objectives]
     for name in names:
         if names.count(name) > 1:
@@ -99,21 +103,35 @@ def value_gap(
     being rated on an objective with a larger scale. Arguments as for `value`.
     """
     scores_a, conditions, weight, strength = _prepare(scores_a, conditions, objectives)
-    scores_b = torch.as_tensor(scores_b, dtype=torch.float64, device=scores_a.device)
+    scores_b = _ratings("scores_b", scores_b).to(scores_a.device)
     _check_width("scores_b", scores_b, weight)
     difference = _gains(scores_a, conditions, strength) - _gains(scores_b, conditions, strength)
     return _weighted_mean(difference, weight, ~(scores_a.isnan() | scores_b.isnan()))
 
 
 def _prepare(scores, conditions, objectives) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scores = torch.as_tensor(scores, dtype=torch.float64)
+    scores = _ratings("scores", scores)
     weight, strength = objectives_tensor(objectives).to(scores.device)  # [K], [K]
     if conditions is None:
         conditions = scores.new_full(weight.shape, math.nan)
-    conditions = torch.as_tensor(conditions, dtype=torch.float64, device=scores.device)
+    conditions = _ratings("conditions", conditions).to(scores.device)
     _check_width("scores", scores, weight)
     _check_width("conditions", conditions, weight)
+    try:
+        torch.broadcast_shapes(scores.shape, conditions.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"conditions {[*conditions.shape]} do not broadcast against scores {[*scores.shape]}"
+        ) from None
     return scores, conditions, weight, strength
+
+
+def _ratings(name: str, values: Tensor | Sequence) -> Tensor:
+    if not isinstance(values, (Tensor, Sequence)) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{name} must be numbers, one for each objective, got {values!r:.80}")
+    if isinstance(values, Tensor) and values.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {values.layout}")
+    return torch.as_tensor(values, dtype=torch.float64)
 
 
 def _check_width(name: str, tensor: Tensor, weight: Tensor) -> None:
@@ -223,6 +241,8 @@ def format_number(number: float) -> str:
 
 
 def _compile(pattern: str, known: Mapping[str, Objective]) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise TypeError(f"tag pattern must be a string, got {pattern!r:.80}")
     try:
         pieces = list(string.Formatter().parse(pattern))
     except ValueError as error:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import reference
+from cpo_kernels.checks import check_types
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -399,6 +400,10 @@ class TokenExtras(NamedTuple):
 def head_options(
     width: int, ignore_index: int, softcap: float | None, scale: float, vocab_size: int | None
 ) -> HeadOptions:
+    check_types("a number", scale=scale)
+    check_types("a number", optional=True, softcap=softcap)
+    check_types("an integer", ignore_index=ignore_index)
+    check_types("an integer", optional=True, vocab_size=vocab_size)
     if softcap is not None and not 0.0 < softcap < float("inf"):
         raise ValueError(f"softcap must be a positive number, or None for no cap, got {softcap}")
     if not 0.0 < scale < float("inf"):
@@ -459,6 +464,7 @@ def token_logps(
         tensor([-1.3863,  0.0000])
     """
     refuse_transforms()
+    check_types("a tensor", logits=logits, labels=labels)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
     check_dtype("logits", logits)
@@ -492,6 +498,8 @@ def sequence_logps(
         [S] in the dtype of `token_logps`.
     """
     refuse_transforms()
+    check_types("a tensor", token_logps=token_logps)
+    check_types("a tensor", optional=True, token_weights=token_weights)
     if token_logps.dim() != 1 or token_logps.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"token_logps must be float32 or float64 of shape [N], got {token_logps.dtype} {tuple(token_logps.shape)}"
@@ -506,6 +514,7 @@ def sequence_logps(
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+    check_types("a tensor", cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int64 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be int64 of shape [S + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if torch.compiler.is_compiling() or (cu_seqlens.device.type != "cpu" and not checks_enabled()):

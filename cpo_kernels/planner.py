@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cpo_kernels.checks import check_types
+
 # Default bytes of one chunk of logits. CPU: 512 float32 rows of a 151,936-word vocabulary (297 MiB) make one chunk,
 # which needs no accumulator of dW. GPU: 1 GiB, and no more than 8192 rows, derived and not measured. A chunk of n rows
 # pays, beside its share of the products (6 n H V operations), for adding H V float32 numbers to dW (8 H V bytes): on an
@@ -52,6 +54,7 @@ class Plan:
 
 def budget_rows(width: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None) -> int:
     """Rows of logits that fit the budget: at least 1, and a multiple of 16 where there are that many."""
+    check_types("an integer", optional=True, memory_budget=memory_budget)
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     kind = device.type if device.type in DEFAULT_BUDGET else "cuda"
@@ -98,6 +101,15 @@ def explain(
         >>> explain(512, 896, 151936).strategy
         'pairs'
     """
+    check_types("an integer", num_tokens=num_tokens, hidden_size=hidden_size, vocab_size=vocab_size)
+    check_types("an integer", optional=True, group_tokens=group_tokens)
+    if min(num_tokens, hidden_size, vocab_size - 1, group_tokens or 0) < 0:
+        raise ValueError(
+            "num_tokens, hidden_size and group_tokens must be >= 0 and vocab_size >= 1, got "
+            f"{num_tokens}, {hidden_size}, {group_tokens} and {vocab_size}"
+        )
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     if loss not in ("preference", "nll", "unknown"):
         raise ValueError(f"loss must be 'preference', 'nll' or 'unknown', got {loss!r}")
     limit = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)

@@ -176,8 +176,17 @@ class ShardedKernels:
         share = (-grad * slope * torch.exp(z - lse)).to(logits.dtype)
         logits.scatter_(1, place, torch.where(wrong, share, logits.gather(1, place).squeeze(1))[:, None])
 
-    def token_logps_fused_(self, logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *head, extras = options
+    def token_logps_fused_(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        scale: float,
+        softcap: float,
+        vocab_size: int,
+        extras: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head = ignore_index, scale, softcap, vocab_size
         logp, lse, extra = self.token_logps_fwd(logits, labels, *head, extras)
         self.token_logps_bwd_(logits, labels, lse, torch.ones_like(lse), *head)
         return logp, lse, extra
@@ -218,7 +227,7 @@ class _SummedGrad(torch.autograd.Function):
 
 
 def local_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, shards: VocabShards | None
+    hidden: Any, weight: Any, bias: Any, shards: VocabShards | None
 ) -> tuple[Tensor, Tensor, Tensor | None, VocabShards | None]:
     """Plain tensors of this rank, and the shards where the head stays sharded. See `linear_token_logps`."""
     is_sharded, is_spread = hasattr(weight, "full_tensor"), hasattr(hidden, "full_tensor")

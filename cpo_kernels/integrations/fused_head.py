@@ -79,7 +79,7 @@ def _forward(
         if labels is None:
             raise ValueError("fused_lm_head=True needs labels (or shift_labels)")
         shifted, end = shift_labels(labels), -1
-    layer = head_layer(model)
+    layer: Any = head_layer(model)
     weight, bias = layer.weight, layer.bias
     hidden = seen.last_hidden_state.to(weight.device)
     shifted = shifted.to(weight.device)
