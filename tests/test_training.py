@@ -24,7 +24,7 @@ from cpo_kernels.training.models import fingerprint, head_of, load_model, select
 from cpo_kernels.training.optim import schedule
 
 RECORDS = tiny.records()
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
 
 
 def run(stage="cdpo", **sections):

@@ -14,7 +14,7 @@ from typing import Any
 from cpo_kernels.data.fields import conversation, get, messages_of, objects_of, prompt_of, rating_of, short, text_of
 from cpo_kernels.data.records import Prompt, Record, Response
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.config import FieldMap
+from cpo_kernels.training.keys import FieldMap
 
 LAYOUTS = ("records", "answers", "pairs")
 OVERALL = "overall"  # the objective of pairs without a configured one

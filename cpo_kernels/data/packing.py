@@ -41,6 +41,7 @@ class Encoded:
     scores: tuple[list[float], ...]  # per response, NaN where unrated
     condition: list[float]  # NaN where not conditioned
     ref_logps: tuple[float, ...] = ()
+    unit: int = -1  # its place in the prepared data
 
     def rows(self, kind: str) -> list[int]:
         """Lengths of what this group lays into rows (the last token of a response is never an input)."""
@@ -98,7 +99,7 @@ def encode(
     counts = draws.counts
     counts.update(long_prompts=0, cut_responses=0)
     units = []
-    for unit in draws.units:
+    for number, unit in enumerate(draws.units):
         encoded = []
         for group in unit:
             key = (group.prompt, *group.tags.items())
@@ -112,7 +113,7 @@ def encode(
                 if response.text not in responses:
                     responses[response.text] = tuple(template.response_ids(response.text))
                 counts["cut_responses"] += len(responses[response.text]) > room
-            encoded.append(_encoded(group, prompts[key], responses, room, objectives))
+            encoded.append(_encoded(group, prompts[key], responses, room, objectives, number))
         if encoded:
             units.append(tuple(encoded))
     if not units:
@@ -126,6 +127,7 @@ def _encoded(
     responses: dict[str, tuple[int, ...]],
     room: int,
     objectives: Sequence[Objective],
+    unit: int,
 ) -> Encoded:
     return Encoded(
         prompt,
@@ -133,6 +135,7 @@ def _encoded(
         group.pairs,
         tuple(ratings_row(r.ratings, objectives) for r in group.responses),
         ratings_row(group.condition, objectives),
+        unit=unit,
     )
 
 

@@ -12,7 +12,7 @@ from cpo_kernels.data.records import Record
 from cpo_kernels.data.sources import load_records, overall_objective, split_by_prompt
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.config import Config
+from cpo_kernels.training.keys import Config
 
 
 def load_data(

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cpo_kernels.data.records import DataError, read_jsonl
-from cpo_kernels.training.config import SourceConfig
+from cpo_kernels.training.keys import SourceConfig
 
 BUILDERS = {".json": "json", ".parquet": "parquet"}
 Row = tuple[str, dict[str, Any] | DataError]  # `file:line` or `source:row`, and what stands there

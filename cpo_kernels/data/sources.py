@@ -12,7 +12,7 @@ from cpo_kernels.data.records import DataError, Record, prompt_text
 from cpo_kernels.data.rows import read_rows
 from cpo_kernels.data.schemas import SCHEMAS
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.config import DataConfig, SourceConfig
+from cpo_kernels.training.keys import DataConfig, SourceConfig
 
 
 def load_records(

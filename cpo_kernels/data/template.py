@@ -8,7 +8,7 @@ from typing import Any
 
 from cpo_kernels.data.records import Prompt, prompt_json
 from cpo_kernels.objectives import Objective, TagTemplate
-from cpo_kernels.training.config import TemplateConfig
+from cpo_kernels.training.keys import TemplateConfig
 
 
 class PromptTemplate:

@@ -27,7 +27,8 @@ from cpo_kernels.evaluation.likelihood import (
     score_answers,
 )
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.config import Config, DataConfig, ModelConfig, read_config
+from cpo_kernels.training.config import read_config
+from cpo_kernels.training.keys import Config, DataConfig, ModelConfig
 from cpo_kernels.training.models import load_model
 from cpo_kernels.training.rundir import versions
 

@@ -2,8 +2,9 @@
 
 checkpoints/step-000200/
   model.safetensors      trainable parameters, float32
-  optimizer.safetensors  AdamW's moments and step of every parameter
-  state.json             step, tokens, what the run must share with the one that continues it
+  optimizer.safetensors  the optimizer's tensors of every parameter
+  rng.safetensors        random states of the CPU and of each GPU
+  state.json             step, tokens, the optimizer's plain numbers, what a continuation must share
 """
 
 from __future__ import annotations
@@ -11,28 +12,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+Named = Sequence[tuple[str, nn.Parameter]]
+FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 
-def save_checkpoint(
-    folder: Path, named: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, state: dict, keep: int
-) -> None:
-    """Write folder/step-N of state["step"], then delete all but the newest `keep`."""
-    moments = {f"{name}.{key}": value for name, p in named for key, value in optimizer.state[p].items()}
-    rng = {"cpu": torch.get_rng_state()} | {
-        f"cuda:{i}": rng for i, rng in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-    }
-    with atomic_folder(folder / f"step-{state['step']:06d}") as temporary:
-        save_file({name: p.detach().contiguous() for name, p in named}, temporary / "model.safetensors")
-        save_file({k: v.contiguous() for k, v in moments.items()}, temporary / "optimizer.safetensors")
-        save_file(rng, temporary / "rng.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state))
+
+def save_checkpoint(folder: Path, named: Named, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> None:
+    """Write folder/step-N of state["step"], then delete all but the newest `keep`. Raises OSError where it cannot be
+    written; the checkpoints before it stay."""
+    path = folder / f"step-{state['step']:06d}"
+    moments, numbers = optimizer_state(named, optimizer)
+    tensors = ({name: p.detach().contiguous() for name, p in named}, moments, rng_state())
+    try:
+        with atomic_folder(path) as temporary:
+            for name, file in zip(FILES, tensors, strict=True):
+                save_file(file, temporary / name)
+            (temporary / "state.json").write_text(json.dumps(state | {"optimizer": numbers}))
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}; earlier checkpoints are whole: make room and resume") from error
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -42,29 +47,59 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit())
 
 
-def load_checkpoint(
-    path: Path, named: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, expect: dict
-) -> dict:
-    """Fill parameters and optimizer in place; the saved state. Raises ValueError where a key of `expect` differs."""
-    state = json.loads((path / "state.json").read_text())
+def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer, expect: dict) -> dict:
+    """Fill parameters and optimizer in place; the saved state. Raises ValueError where a key of `expect` differs, or
+    where a file is cut or missing: before anything is filled."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        parameters, moments, rng = (load_file(path / name) for name in FILES)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"checkpoint {path} is not whole ({error}): delete it to go on from the one before, or from the start"
+        ) from None
     for key, value in expect.items():
-        if state[key] != value:
-            raise ValueError(f"{path}: {key} was {state[key]!r} and is {value!r} now; continue with the same one")
-    parameters, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
+        if state.get(key) != value:
+            raise ValueError(f"{path}: {key} was {state.get(key)!r} and is {value!r} now; continue with the same one")
+    if parameters.keys() != {name for name, _ in named}:
+        differ = sorted(parameters.keys() ^ {name for name, _ in named})
+        raise ValueError(f"{path} holds other parameters than this model trains: {', '.join(differ[:3])} ...")
+    by_parameter: dict[str, dict[str, Any]] = {name: dict(numbers) for name, numbers in state["optimizer"].items()}
     for full, value in moments.items():
         name, _, key = full.rpartition(".")
         by_parameter.setdefault(name, {})[key] = value
     with torch.no_grad():
         for name, p in named:
             p.copy_(parameters[name])
-            optimizer.state[p] = {key: value.to(p.device) for key, value in by_parameter[name].items()}
-    for device, rng in load_file(path / "rng.safetensors").items():
+            values = by_parameter.get(name, {})
+            moved = {k: v.to(p.device) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+            optimizer.state[p] = moved
+    for device, saved in rng.items():
         if device == "cpu":
-            torch.set_rng_state(rng)
+            torch.set_rng_state(saved)
         elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng, device)
+            torch.cuda.set_rng_state(saved, device)
     return state
+
+
+def optimizer_state(named: Named, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
+    """(tensors by parameter and name, plain numbers by parameter); a tensor that parameters share is copied."""
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, dict] = {}
+    seen: set[int] = set()
+    for name, p in named:
+        for key, value in optimizer.state[p].items():
+            if isinstance(value, torch.Tensor):
+                shared = value.data_ptr() in seen
+                seen.add(value.data_ptr())
+                tensors[f"{name}.{key}"] = value.clone() if shared else value.contiguous()
+            else:
+                numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state()} | {f"cuda:{i}": state for i, state in enumerate(states)}
 
 
 class atomic_folder:  # noqa: N801 - used as a function
@@ -89,14 +124,15 @@ class atomic_folder:  # noqa: N801 - used as a function
         _fsync(self.folder.parent)
 
 
-def atomic_json(value: Any, path: Path) -> None:
+def atomic_text(text: str, path: Path) -> None:
+    """Write a file whole, or leave what was there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value))
+    temporary.write_text(text)
     _fsync(temporary)
     os.replace(temporary, path)
 
 
-def _files(folder: Path) -> Any:
+def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
 
 

@@ -1,9 +1,8 @@
-"""One YAML file, one dataclass tree: every key of a run with its default and a line of help.
+"""One YAML file, one dataclass tree (`keys`).
 
     config = read_config("recipe.yaml", ["training.lr=1e-4", "data.train=[answers.jsonl]"])
 
 An unknown key is an error that offers the nearest valid name; a value of the wrong type names key and value.
-`cpo-kernels train --keys` prints this file's help.
 """
 
 from __future__ import annotations
@@ -13,182 +12,12 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-STAGES = ("cpsft", "cdpo", "sft", "dpo")
-
-
-def key(default: Any, help: str) -> Any:
-    if isinstance(default, (list, dict, type)):
-        factory = default if isinstance(default, type) else lambda: type(default)(default)
-        return field(default_factory=factory, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class ModelConfig:
-    name: str | None = key(None, "folder or hub name; package:NAME is the folder of an installed package")
-    gguf_file: str | None = key(None, "GGUF file inside that folder; found by itself when it is the only model there")
-    config: dict | None = key(None, "build from scratch instead: {model_type: llama, hidden_size: 64, ...}")
-    tokenizer: str | None = key(None, "folder or hub name of the tokenizer; default: the model's")
-    attention: str | None = key(None, "sdpa | flex_attention | flash_attention_2 | eager; default: the model's choice")
-
-
-@dataclass
-class FieldMap:
-    prompt: str = key("prompt", "field of the prompt (a.b reads nested fields, here and below)")
-    responses: str = key("responses", "layout records: field of the list of responses")
-    response: str | None = key(None, "field of a response's text; default text (records), response (answers)")
-    ratings: dict | None = key(
-        None,
-        "objective: field, or {field, threshold, above, below}, or {field, map: {value: rating}}; "
-        "default: the field `ratings`, a dict of objectives",
-    )
-    chosen: str = key("chosen", "layout pairs: field of the preferred response")
-    rejected: str = key("rejected", "layout pairs: field of the other response")
-    score_chosen: str | None = key("score_chosen", "layout pairs: rating of the preferred response, where a row has it")
-    score_rejected: str | None = key("score_rejected", "layout pairs: rating of the other response")
-
-
-@dataclass
-class SourceConfig:
-    path: str = key("", "file (.jsonl, .json, .parquet, .csv; * for several), folder, or hub name")
-    layout: str | None = key(None, "how its rows read; default: data.layout")
-    split: str = key("train", "split of a folder or hub name, such as train[:1000]")
-    subset: str | None = key(None, "configuration of a hub name")
-    streaming: bool = key(False, "read while it downloads and keep nothing on disk")
-    rows: int | None = key(None, "only so many rows from its start")
-
-
-@dataclass
-class DataConfig:
-    train: list[SourceConfig] = key([], "sources: paths or hub names, or {path, layout, split, ...}")
-    eval: list[SourceConfig] = key([], "sources held out; empty: eval_share of the training prompts")
-    eval_share: float = key(0.05, "share of the prompts held out for evaluation (a prompt is never on both sides)")
-    split_seed: int = key(0, "seed of that split, apart from `seed` so that runs can share a split")
-    layout: str = key(
-        "records",
-        "records (responses in a list) | answers (one a row) | pairs (chosen, rejected: TRL's format), or a published "
-        "schema: ultrafeedback | ultrasafety | helpsteer | pku_saferlhf | hh_rlhf",
-    )
-    fields: FieldMap = key(FieldMap, "field names of the files")
-    on_bad_line: str = key("error", "error | skip (skip counts and reports)")
-    max_prompt_tokens: int = key(512, "a longer prompt is left out and counted (cutting could lose its tags)")
-    max_tokens: int = key(1024, "prompt and response; a longer response is cut at its end and counted")
-
-
-@dataclass
-class TemplateConfig:
-    prompt: str = key("{tags}{prompt}", "text of the prompt; `chat`: the tokenizer's chat template, tags first")
-    answer_prefix: str = key("", "text before the response, such as a space after `A:`")
-    tags: str = key("<{name}: {value}> ", "one tag; the paper's spacing is `< {name}: {value} > `")
-    system: str | None = key(None, "system message, with prompt: chat")
-
-
-@dataclass
-class MixConfig:
-    sampler: str = key("attained", "attained | best | grid | none")
-    share: float = key(1.0, "part of the draws, relative to the other entries")
-    count: int | None = key(None, "in place of shares: pairs (cdpo) or responses (cpsft) that this entry draws")
-    objectives: list[str] | None = key(None, "objectives conditioned on; default: all")
-    levels: dict | None = key(None, "only ratings like these: {honesty: 5}")
-    rated: list[str] | None = key(None, "only responses rated on all of these; default: those in `objectives`")
-    values: dict | None = key(None, "grid: {objective: [values]}; default: the ratings seen in the data")
-
-
-@dataclass
-class ConditionsConfig:
-    mixture: list[MixConfig] = key([MixConfig()], "where conditions come from, with shares")
-    per_prompt: int = key(1, "cdpo: different conditions of one prompt in one batch, over the same responses")
-    responses: int | None = key(None, "cdpo, dpo: responses of a prompt in a batch, spread over rating classes")
-    pairs: int | None = key(None, "cdpo, dpo: at most so many pairs per prompt and condition; default: all non-ties")
-    draws: int = key(1, "cdpo, dpo: how often a prompt is drawn, each time with other responses and conditions")
-    balance: bool = key(False, "draw rating classes (all ratings of a response together) equally often")
-    class_weights: list[dict] = key([], "changes to that: [{honesty: 1, helpfulness: 1, weight: 0.1}]; others 1")
-    strip_best: float = key(0.5, "share of best-on-everything conditions that get no tags (no tag means best)")
-    sft_responses: str = key("best", "sft: train on the best responses of a prompt | all")
-
-
-@dataclass
-class ObjectiveConfig:
-    name: str = key("", "its name in ratings and tags")
-    low: float = key(1.0, "lowest rating")
-    high: float = key(5.0, "highest rating; higher is better")
-    weight: float = key(1.0, "omega, its weight in the value R")
-    strength: float = key(1.0, "lambda, strength of a condition on it")
-
-
-@dataclass
-class LossConfig:
-    beta: float = key(0.1, "strength of the pull to the reference model")
-    type: list[str] = key(["sigmoid"], "cdpo, dpo: loss type, or a list of types to add")
-    weights: list[float] | None = key(None, "weights of that list")
-    options: dict = key({}, "further options of FusedLinearCPOLoss: {label_smoothing: 0.1, tau: 1, ...}")
-
-
-@dataclass
-class TrainingConfig:
-    train: str = key("all", "all | body (all but embeddings and head) | last_k (the last k layers and the final norm)")
-    k: int = key(4, "layers trained with train: last_k")
-    epochs: float = key(1.0, "passes over the prepared data")
-    max_steps: int | None = key(None, "optimizer steps; overrides epochs")
-    batch_size: int = key(16, "per optimizer step: responses (cpsft, sft), prompts with all their groups (cdpo, dpo)")
-    tokens_per_microbatch: int = key(2048, "tokens of one forward pass; a larger step accumulates gradients")
-    window: int = key(1, "steps whose examples are sorted by length together: less padding, less random steps")
-    rows: str = key(
-        "shared",
-        "shared (a prompt runs once for all its responses, several prompts a row) | packed (each response with its "
-        "prompt, end to end) | padded (one response a row: any model)",
-    )
-    lr: float = key(1e-5, "peak learning rate")
-    schedule: str = key("linear", "decay to zero after warm-up: linear | cosine | constant (none)")
-    warmup: float = key(0.1, "warm-up: steps, or below 1 a share of all steps")
-    betas: list[float] = key([0.9, 0.999], "AdamW")
-    weight_decay: float = key(0.0, "AdamW, on matrices only")
-    clip: float = key(1.0, "largest gradient norm; 0: no clipping")
-    precision: str = key("bf16", "bf16 (autocast, parameters stay float32) | fp32")
-    eval_every: int = key(0, "steps between evaluations; 0: at the start and the end")
-    eval_size: int = key(128, "held-out responses (cpsft, sft) or prompts (cdpo, dpo) of an evaluation; 0: all")
-    checkpoint_every: int = key(0, "steps between checkpoints; 0: none")
-    keep: int = key(2, "checkpoints kept")
-    resume: bool = key(False, "continue from the newest checkpoint in run_dir")
-    overwrite: bool = key(False, "delete an earlier run in run_dir")
-    save_model: bool = key(True, "save model and tokenizer in run_dir/model at the end")
-    progress: bool = key(True, "progress bars")
-
-
-@dataclass
-class Config:
-    stage: str = key("cdpo", "cpsft | cdpo | sft | dpo")
-    run_dir: str | None = key(
-        None, "folder for config, metrics, versions, checkpoints and model; none: nothing written"
-    )
-    seed: int = key(0, "of conditions, draws, order and initial weights")
-    cache_dir: str | None = key(None, "folder of the reference log-probs; default: run_dir/reference")
-    objectives: list[ObjectiveConfig] = key([], "the ratings that count")
-    model: ModelConfig = key(ModelConfig, "where the model comes from")
-    data: DataConfig = key(DataConfig, "where the records come from")
-    template: TemplateConfig = key(TemplateConfig, "how prompt, tags and response become text")
-    conditions: ConditionsConfig = key(ConditionsConfig, "how conditions, responses and pairs are drawn")
-    loss: LossConfig = key(LossConfig, "preference loss")
-    training: TrainingConfig = key(TrainingConfig, "the loop")
-
-
-CHOICES = {
-    "stage": STAGES,
-    "data.on_bad_line": ("error", "skip"),
-    "conditions.sft_responses": ("best", "all"),
-    "training.train": ("all", "body", "last_k"),
-    "training.rows": ("shared", "packed", "padded"),
-    "model.attention": (None, "sdpa", "flex_attention", "flash_attention_2", "eager"),
-    "training.schedule": ("linear", "cosine", "constant"),
-    "training.precision": ("bf16", "fp32"),
-}
-SHORTHAND = {ModelConfig: "name", SourceConfig: "path"}  # `model: NAME` means `model: {name: NAME}`
+from cpo_kernels.training.keys import CHOICES, SHORTHAND, Config
 
 
 def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] = ()) -> Config:
@@ -214,8 +43,12 @@ def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] 
     return config
 
 
+def config_text(config: Config) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
 def write_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+    path.write_text(config_text(config))
 
 
 def config_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

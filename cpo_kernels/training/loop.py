@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from tqdm import tqdm
 
 from cpo_kernels.data.packing import Encoded, Unit, epoch_steps
@@ -31,10 +31,11 @@ from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.attention import check_rows
 from cpo_kernels.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from cpo_kernels.training.config import Config, read_config
+from cpo_kernels.training.config import read_config
+from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss, StepTotal
 from cpo_kernels.training.models import fingerprint, load_model, save_model, select_trainable
-from cpo_kernels.training.optim import make_optimizer, schedule, update
+from cpo_kernels.training.optim import make_optimizer, peak_memory_gib, schedule, update
 from cpo_kernels.training.reference import with_reference
 from cpo_kernels.training.rundir import RunDir
 
@@ -123,8 +124,7 @@ class Loop:
         if training.resume and (saved := checkpoints(run.folder / "checkpoints")):
             state = load_checkpoint(saved[-1], named, optimizer, same)
             step, tokens = state["step"], state["tokens"]
-        if training.resume:
-            run.rewind(step)
+        run.start(step)
         if step == 0:
             self.evaluate(0, eval_set)
         bar = tqdm(total=last, initial=step, desc=self.config.stage, disable=self.quiet)
@@ -137,8 +137,8 @@ class Loop:
             row = self.step(steps[step % per_epoch], named, optimizer, lr)
             step, tokens = step + 1, tokens + row["tokens"]
             run.log({"step": step, "epoch": step / per_epoch} | row | {"tokens": tokens})
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(f"loss is {row['loss']} at step {step}: lower training.lr (now {lr:g})")
+            if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+                self.stop(step, row)
             shown = {name: row[name] for name in ("loss", "accuracy", "margin", "tokens_per_second") if name in row}
             bar.set_postfix({name.replace("tokens_per_second", "tok/s"): f"{x:.3g}" for name, x in shown.items()})
             bar.update()
@@ -148,6 +148,7 @@ class Loop:
                 state = {"step": step, "tokens": tokens} | same
                 save_checkpoint(run.folder / "checkpoints", named, optimizer, state, training.keep)
         bar.close()
+        run.close()
         self.model.eval()
 
     def step(self, groups: Sequence[Encoded], named: Any, optimizer: torch.optim.Optimizer, lr: float) -> dict:
@@ -155,10 +156,12 @@ class Loop:
         started, total, device = time.perf_counter(), StepTotal.of(groups), self.accelerator.device
         sums = torch.zeros(len(self.loss.metrics) + 2, dtype=torch.float64, device=device)
         self.model.train()
+        self.seen = []
         for part in self.parts(groups):
             batch = self.loss.collate(part)
             loss, metrics = self.loss(batch, total)
             loss.backward()
+            self.seen.append((metrics[0], part))
             sums += torch.cat([metrics, metrics.new_tensor([batch.tokens, batch.input_ids.numel()])])
         norm = update(named, optimizer, lr, self.training.clip, self.accelerator)
         *values, tokens, padded = reduce(sums, "sum").tolist()
@@ -167,7 +170,20 @@ class Loop:
             {"pairs": total.pairs} if self.loss.has_pairs else {}
         )
         row |= {"lr": lr, "grad_norm": norm, "tokens": int(tokens), "labels": total.tokens}
-        return row | {"padding": 1 - tokens / padded, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        row |= {f"conditioned_{name}": count for name, count in self.loss.conditioned(groups).items()}
+        row |= {"padding": 1 - tokens / padded, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        return row | {"peak_memory_gib": peak_memory_gib(device)}
+
+    def stop(self, step: int, row: dict[str, Any]) -> None:
+        """Save what this step ran, by micro-batch, and raise. No parameter has taken part of it."""
+        parts = [(float(loss), [vars(group) for group in part]) for loss, part in self.seen]
+        every = [{"loss": loss, "groups": groups} for loss, groups in gather_object(parts)]
+        self.run.json("nonfinite.json", row | {"step": step, "microbatches": every})
+        saved = f"; its batch is in {self.run.folder / 'nonfinite.json'}" if self.run.path else ""
+        raise FloatingPointError(
+            f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {step}: lower training.lr (now "
+            f"{row['lr']:g}) or look at the data{saved}"
+        )
 
     @torch.no_grad()
     def evaluate(self, step: int, eval_set: Sequence[Unit]) -> None:

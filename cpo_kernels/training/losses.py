@@ -14,10 +14,12 @@ import cpo_kernels as cpo
 from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.attention import attention_inputs, row_tokens
-from cpo_kernels.training.config import Config
+from cpo_kernels.training.keys import Config
 from cpo_kernels.training.models import head_of
 
-METRICS = ("loss", "chosen_rewards", "rejected_rewards", "accuracy", "margin")  # cpsft and sft: the first alone
+# Means over a step; ties are counted. cpsft and sft: the loss alone. log_ratio: log pi / pi_ref of a response, where
+# there is a reference; it estimates the KL divergence only as far as the policy would write these responses itself.
+METRICS = ("loss", "chosen_rewards", "rejected_rewards", "accuracy", "margin", "ties", "log_ratio")
 WHOLE_STEP = {"aot", "aot_unpaired", "sft", "orpo", "contrastive_cpo"}  # sort over pairs, or average chosen tokens
 
 
@@ -27,21 +29,22 @@ class StepTotal:
 
     tokens: int  # with a label
     pairs: int
+    responses: int
 
     @staticmethod
     def of(groups: Sequence[Encoded]) -> StepTotal:
-        return StepTotal(sum(g.labels for g in groups), sum(len(g.pairs) for g in groups))
+        tokens, pairs = sum(g.labels for g in groups), sum(len(g.pairs) for g in groups)
+        return StepTotal(tokens, pairs, sum(len(g.responses) for g in groups))
 
 
 class StageLoss:
     """The loss of a stage: mean NLL of the labels (cpsft, sft), or the preference loss of the pairs (cdpo, dpo)."""
 
     def __init__(self, model: Any, config: Config, objectives: Sequence[Objective], device: torch.device):
-        self.model, self.head, self.device = model, head_of(model), device
+        self.model, self.head, self.device, self.objectives = model, head_of(model), device, objectives
         self.bf16 = config.training.precision == "bf16"
         self.rows, self.budget = config.training.rows, config.training.tokens_per_microbatch
         self.has_pairs = config.stage in ("cdpo", "dpo")
-        self.metrics = METRICS if self.has_pairs else METRICS[:1]
         self.whole_step = self.has_pairs and not WHOLE_STEP.isdisjoint(config.loss.type)
         if self.has_pairs:
             loss = config.loss
@@ -55,10 +58,16 @@ class StageLoss:
                 **loss.options,
             )
         self.needs_reference = self.has_pairs and self.loss_fn.options.needs_reference
+        self.metrics = METRICS[: len(METRICS) if self.needs_reference else -1] if self.has_pairs else METRICS[:1]
 
     def autocast(self) -> AbstractContextManager:
         """Matrix products in bfloat16; parameters, residual stream, log-probs and loss stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def conditioned(self, groups: Sequence[Encoded]) -> dict[str, int]:
+        """How many groups ask for a level of each objective."""
+        levels = [[c == c for c in g.condition] for g in groups]
+        return {o.name: sum(asked[i] for asked in levels) for i, o in enumerate(self.objectives)}
 
     def parts(self, groups: Sequence[Encoded]) -> list[list[Encoded]]:
         """`groups` in micro-batches."""
@@ -128,6 +137,9 @@ class StageLoss:
                 cu_seqlens=batch.cu_seqlens,
                 num_pairs=total.pairs,
             )
-        means = torch.stack([out.chosen_rewards.mean(), out.rejected_rewards.mean(), out.accuracy, out.margin])
-        part = len(batch.pairs) / total.pairs
-        return out.loss, torch.cat([out.loss.detach().reshape(1), part * means]).double()
+        share = len(batch.pairs) / total.pairs
+        means = [out.chosen_rewards.mean(), out.rejected_rewards.mean(), out.accuracy, out.margin]
+        metrics = [out.loss.detach(), *(share * mean for mean in means), out.num_ties]
+        if self.needs_reference:
+            metrics.append((out.seq_logps - batch.ref_logps).sum() / total.responses)
+        return out.loss, torch.stack([metric.double() for metric in metrics])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from cpo_kernels.training.attention import set_attention
 from cpo_kernels.training.checkpoints import atomic_folder
-from cpo_kernels.training.config import ModelConfig, TrainingConfig
+from cpo_kernels.training.keys import ModelConfig, TrainingConfig
 
 
 def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, seed: int = 0) -> tuple[Any, Any]:
@@ -116,9 +117,15 @@ def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn
     return named
 
 
+# what says how the model came about, not what it computes
+ORIGIN = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
 def fingerprint(model: Any) -> str:
-    """Hash of all weights: names, shapes, values."""
+    """Hash of the config and of all weights: names, shapes, values."""
     hashed = blake2b(digest_size=16)
+    options = {name: value for name, value in model.config.to_dict().items() if name not in ORIGIN}
+    hashed.update(json.dumps(options, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         hashed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

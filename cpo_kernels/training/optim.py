@@ -1,8 +1,9 @@
-"""AdamW, the learning rate of a step, and the step itself."""
+"""AdamW, the learning rate of a step, the step itself, and the memory it took."""
 
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import nn
 
-from cpo_kernels.training.config import TrainingConfig
+from cpo_kernels.training.keys import TrainingConfig
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -35,14 +36,23 @@ def schedule(step: int, total: int, training: TrainingConfig) -> float:
 
 
 def update(named: Named, optimizer: torch.optim.Optimizer, lr: float, clip: float, accelerator: Accelerator) -> float:
-    """One optimizer step on the gradients summed over processes; returns their norm before clipping."""
+    """One optimizer step on the gradients summed over processes; returns their norm before clipping. A norm that is not
+    finite changes nothing."""
     parameters = [p for _, p in named]
     if accelerator.num_processes > 1:
         for p in parameters:
             p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
-    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    norm = float(nn.utils.clip_grad_norm_(parameters, clip or math.inf))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if math.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad()
-    return float(norm)
+    return norm
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that this process has held so far: allocated on the GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

@@ -1,7 +1,8 @@
 """Reference log-probs, computed once and kept on disk.
 
-One JSON file a reference model (named by the hash of its weights and the precision), one entry a sequence: the key
-hashes the tokens of (prompt with its condition's tags, response), so the tokenizer and the template are part of it.
+One JSON file a reference model (named by the hash of its weights and config and the precision), one entry a sequence:
+the key hashes the tokens of (prompt with its condition's tags, response), so data, tokenizer, template and conditions
+are part of it. The file holds a hash of its entries, which is checked when it is read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from cpo_kernels.data.packing import Encoded, Unit
-from cpo_kernels.training.checkpoints import atomic_json
+from cpo_kernels.training.checkpoints import atomic_text
 from cpo_kernels.training.losses import StageLoss
 
 CHUNK = 8  # responses of one prompt scored together
@@ -39,7 +40,7 @@ def with_reference(
 ) -> tuple[list[list[Unit]], dict[str, int]]:
     """The sets of units with `ref_logps` filled in, and how many sequences were scored and how many were cached.
     `cache` is the JSON file of this reference model."""
-    known: dict[str, float] = json.loads(cache.read_text()) if cache and cache.exists() else {}
+    known = read_cache(cache) if cache and cache.exists() else {}
     accelerator.wait_for_everyone()  # before the main process writes
     found: set[str] = set()
     missing: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
@@ -61,13 +62,32 @@ def with_reference(
         logps = iter(loss.seq_logps(loss.collate(groups)).tolist())
         fresh |= {sequence_key(g.prompt, r): next(logps) for g in groups for r in g.responses}
         if cache and world == 1 and number % SAVE_EVERY == 0:
-            atomic_json(known | fresh, cache)
+            write_cache(known | fresh, cache)
     for part in gather_object([fresh]):
         known |= part
     if cache and missing and accelerator.is_main_process:
-        atomic_json(known, cache)
+        write_cache(known, cache)
     filled = [[tuple(_fill(group, known) for group in unit) for unit in units] for units in sets]
     return filled, {"scored": sum(map(len, missing.values())), "cached": len(found)}
+
+
+def write_cache(logps: dict[str, float], path: Path) -> None:
+    atomic_text(json.dumps({"hash": _hash(logps), "logps": logps}), path)
+
+
+def read_cache(path: Path) -> dict[str, float]:
+    try:
+        saved = json.loads(path.read_text())
+        logps, whole = saved["logps"], saved["hash"]
+    except (ValueError, KeyError, TypeError):
+        logps, whole = None, ""
+    if logps is None or _hash(logps) != whole:
+        raise ValueError(f"{path} holds no whole set of reference log-probs: delete it, and they are computed again")
+    return logps
+
+
+def _hash(logps: dict[str, float]) -> str:
+    return blake2b(json.dumps(logps, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _fill(group: Encoded, known: dict[str, Any]) -> Encoded:

@@ -1,6 +1,6 @@
-"""A run directory: what ran, on what, and how it went.
+"""A run directory: what ran, on what, and how it went. A process that is killed leaves every file whole or absent.
 
-config.yaml  versions.json  data.json  metrics.jsonl  eval_records.jsonl  checkpoints/  reference/  model/
+config.yaml  versions.json  data.json  metrics.jsonl  eval_records.jsonl  checkpoints/  reference/  tensorboard/  model/
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import torch
 import yaml
 
 from cpo_kernels.data.records import Record, write_records
-from cpo_kernels.training.config import Config, config_keys, write_config
+from cpo_kernels.training.checkpoints import atomic_text
+from cpo_kernels.training.config import config_keys, config_text
+from cpo_kernels.training.keys import Config
+from cpo_kernels.training.trackers import Trackers, check_trackers
 
 # keys that may change between a run and its continuation
 FREE = {"run_dir", "cache_dir"} | {
     f"training.{name}"
-    for name in ("eval_every", "checkpoint_every", "keep", "resume", "overwrite", "save_model", "progress")
+    for name in ("eval_every", "checkpoint_every", "keep", "resume", "overwrite", "save_model", "progress", "trackers")
 }
 
 
@@ -31,12 +34,15 @@ class RunDir:
     """Writes on the main process only; with `run_dir: null` keeps the metrics in memory and writes nothing."""
 
     def __init__(self, config: Config, is_main: bool):
+        self.config = config
         self.path = Path(config.run_dir) if config.run_dir else None
         self.metrics: list[dict[str, Any]] = []
         self.writes = self.path is not None and is_main
+        self.trackers: Trackers | None = None
+        check_trackers(config.training.trackers)
         if self.path is None:
-            if config.training.resume or config.training.checkpoint_every:
-                raise ValueError("training.resume and training.checkpoint_every need a run_dir")
+            if config.training.resume or config.training.checkpoint_every or config.training.trackers:
+                raise ValueError("training.resume, checkpoint_every and trackers need a run_dir")
             return
         if config.training.resume and (self.folder / "config.yaml").exists():
             self._check_same(config)
@@ -45,22 +51,24 @@ class RunDir:
                 raise ValueError(
                     f"run_dir {self.path} holds a run: set training.resume or training.overwrite, or another run_dir"
                 )
-            for name in ("metrics.jsonl", "data.json", "eval_records.jsonl"):
+            for name in ("config.yaml", "metrics.jsonl", "data.json", "eval_records.jsonl", "nonfinite.json"):
                 (self.folder / name).unlink(missing_ok=True)
-            for name in ("checkpoints", "model"):
+            for name in ("checkpoints", "model", "tensorboard"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_config(config, self.path / "config.yaml")
+            atomic_text(config_text(config), self.path / "config.yaml")
             self.json("versions.json", versions())
 
     def _check_same(self, config: Config) -> None:
         old = yaml.safe_load((self.folder / "config.yaml").read_text())
         new = dataclasses.asdict(config)
-        for name, _, _ in config_keys():
+        for name, default, _ in config_keys():
+            *sections, last = name.split(".")
             before, now = old, new
-            for part in name.split("."):
-                before, now = before.get(part), now[part]
+            for section in sections:
+                before, now = before.get(section, {}), now[section]
+            before, now = before.get(last, default), now[last]  # a key that an older run did not know
             if before != now and name not in FREE:
                 raise ValueError(f"cannot resume {self.path}: {name} was {before!r} and is {now!r} now")
 
@@ -77,26 +85,34 @@ class RunDir:
 
     def json(self, name: str, value: Any) -> None:
         if self.writes:
-            (self.folder / name).write_text(json.dumps(value, indent=2) + "\n")
+            atomic_text(json.dumps(value, indent=2) + "\n", self.folder / name)
+
+    def start(self, step: int) -> None:
+        """Forget the metrics of an earlier process after `step`; the run goes on from there."""
+        file = self.path and self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file and file.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one
+        self.metrics = [row for row in whole if row["step"] <= step] if step else []
+        if self.writes:
+            atomic_text("".join(json.dumps(row) + "\n" for row in self.metrics), self.folder / "metrics.jsonl")
+            self.trackers = Trackers(self.config, self.folder, step)
 
     def log(self, row: dict[str, Any]) -> None:
         self.metrics.append(row)
         if self.writes:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
+        if self.trackers:
+            self.trackers.log(row)
 
-    def rewind(self, step: int) -> None:
-        """Forget the metrics after `step`: the run goes on from there."""
-        file = self.folder / "metrics.jsonl"
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        self.metrics = [row for row in rows if row["step"] <= step]
-        if self.writes:
-            file.write_text("".join(json.dumps(row) + "\n" for row in self.metrics))
+    def close(self) -> None:
+        if self.trackers:
+            self.trackers.close()
 
 
 def versions() -> dict[str, Any]:
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("cpo-kernels", "torch", "transformers", "accelerate", "safetensors"):
+    for name in ("cpo-kernels", "torch", "transformers", "accelerate", "safetensors", "peft", "bitsandbytes"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,52 @@
+"""Metrics to TensorBoard and Weights & Biases, beside metrics.jsonl."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from cpo_kernels.training.keys import Config
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+class Trackers:
+    """One object for those that `training.trackers` names; `step` is the row's."""
+
+    def __init__(self, config: Config, folder: Path, step: int):
+        names = config.training.trackers
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        if "tensorboard" in names:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if "wandb" in names:
+            import wandb
+
+            keys = {"dir": str(folder), "id": folder.name, "resume": "allow", "config": dataclasses.asdict(config)}
+            self.wandb = wandb.init(name=folder.name, **keys)
+
+    def log(self, row: dict[str, Any]) -> None:
+        step, numbers = row["step"], {name: x for name, x in row.items() if name != "step"}
+        if self.tensorboard:
+            for name, x in numbers.items():
+                self.tensorboard.add_scalar(name, x, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def check_trackers(names: list[str]) -> None:
+    for name in names:
+        if name not in PACKAGES:
+            raise ValueError(f"training.trackers: {name!r} is none of {', '.join(PACKAGES)}")
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise ValueError(f"training.trackers: {name} is not installed: pip install {PACKAGES[name]}")
