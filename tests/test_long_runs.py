@@ -15,10 +15,11 @@ OBJECTIVES = [cpo.Objective("helpfulness", 1, 5), cpo.Objective("honesty", 1, 5)
 PAGES = Path("/proc/self/statm")
 
 
-def resident():
-    """Bytes of memory that this process holds."""
+def held():
+    """(Python objects, bytes of memory) of this process."""
     gc.collect()
-    return int(PAGES.read_text().split()[1]) * 4096
+    objects = len(gc.get_objects())  # a list of megabytes: first
+    return objects, int(PAGES.read_text().split()[1]) * 4096
 
 
 def step(batch, loss_fn):
@@ -32,21 +33,22 @@ def step(batch, loss_fn):
 
 @pytest.mark.skipif(not PAGES.exists(), reason="needs /proc")
 def test_ten_thousand_steps_do_not_grow():
-    """The allocator has settled after 4000 steps; 100 bytes kept by each later one would be 600 kB."""
+    """100 bytes kept by each step would be 900 kB."""
     batch = make_batch(2, 4, 4, 7, torch.float32)
     loss_fn = cpo.FusedLinearCPOLoss(OBJECTIVES, memory_budget=5 * 7 * 4)  # two_pass
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in range(4000):
+        for _ in range(1000):
             step(batch, loss_fn)
-        before, objects = resident(), len(gc.get_objects())
-        for _ in range(6000):
+        objects, memory = held()
+        for _ in range(9000):
             step(batch, loss_fn)
     finally:
         torch.set_num_threads(threads)
-    assert resident() - before < 400_000
-    assert len(gc.get_objects()) - objects < 100
+    more_objects, more_memory = held()
+    assert more_objects - objects < 100
+    assert more_memory - memory < 500_000
 
 
 def test_threads_share_a_loss_and_a_weight():
