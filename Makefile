@@ -5,6 +5,8 @@
 # make gpu-bench  make bench on a GPU, within 8 minutes; writes benchmarks/results/gpu.json
 # make lint    ruff and mypy
 # make compile-check  every GPU kernel compiled without a GPU, its machine code compared with benchmarks/results/compile
+# make sanitize  the C++ kernels of the CPU under AddressSanitizer and UBSan (minutes)
+# make docs    the API reference, from the docstrings, in build/docs
 # Each creates .venv and what it needs. Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -12,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu-check gpu-bench compile-check lint wheel clean
+.PHONY: demo test bench gpu-check gpu-bench compile-check sanitize docs lint wheel clean
 
 # torch first: the extension is built against it, without build isolation.
 .venv/torch: constraints.txt
@@ -52,6 +54,12 @@ gpu-bench: .venv/bench
 compile-check: .venv/test
 	$(BIN)/python -W ignore -m benchmarks.compile_table --check $(ARGS)
 	$(BIN)/python -m benchmarks.compile_table_cuda --check $(ARGS)
+
+sanitize: .venv/test
+	PYTHON=$(BIN)/python tools/sanitize_cpu.sh $(ARGS)
+
+docs: .venv/test
+	PYTHON=$(BIN)/python tools/docs.sh $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check .
