@@ -10,12 +10,13 @@ from tiny import one_thread  # noqa: F401
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from cpo_kernels.data.packing import ROWS, collate
+from cpo_kernels.integrations.heads import lm_head
 from cpo_kernels.training import attention
 from cpo_kernels.training.attention import attention_inputs, dense_mask
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
 from cpo_kernels.training.losses import StepTotal
-from cpo_kernels.training.models import head_of, load_model
+from cpo_kernels.training.models import load_model
 
 
 def prepared(rows, dtype, stage):
@@ -23,7 +24,7 @@ def prepared(rows, dtype, stage):
     training = {"rows": rows, "tokens_per_microbatch": 10**6}
     model, loss, groups = loss_and_groups(stage, training=training)
     model.to(dtype)
-    loss.head = head_of(model)
+    loss.head = lm_head(model)
     generator = torch.Generator().manual_seed(1)
     references = [torch.randn(len(g.responses), generator=generator).tolist() for g in groups[:4]]
     return model, loss, [replace(g, ref_logps=tuple(r)) for g, r in zip(groups, references, strict=False)]
@@ -116,25 +117,23 @@ def test_flash_attention_gets_the_lengths_of_packed_sequences(monkeypatch):
     assert starts[-1] == batch.tokens and batch.position_ids[0, starts[1:-1]].eq(0).all()
 
 
-@pytest.mark.parametrize(
-    "rows, name, reason",
-    [
-        (
-            "shared",
-            "eager",
-            "shared needs sdpa or flex_attention .* this model has 'eager'.* set training.rows: padded",
-        ),
-        ("packed", "eager", "packed needs sdpa or flex_attention or flash_attention_2"),
-        ("shared", "flash_attention_2", "flash_attention_2 needs flash-attn, which is not installed: take sdpa"),
-    ],
-)
-def test_attention_that_cannot_is_refused(rows, name, reason):
-    config = tiny.config("cdpo", training={"rows": rows})
-    config["model"]["attention"] = name
-    with pytest.raises(ValueError, match=reason):
-        train(config, tokenizer=tiny.tokenizer(), records=RECORDS)
+@pytest.mark.parametrize("rows", ["shared", "packed"])
+def test_eager_attention_gives_the_same_log_probs(rows):
+    _, sdpa, groups = loss_and_groups("cdpo", training={"rows": rows})
+    _, eager, _ = loss_and_groups("cdpo", training={"rows": rows}, model={"attention": "eager"})
+    found, expected = (loss.seq_logps(loss.collate(groups[:3])) for loss in (eager, sdpa))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_attention_that_cannot_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="flash_attention_2 needs flash-attn, which is not installed: take sdpa"):
+        run(model={"attention": "flash_attention_2"})
     with pytest.raises(ValueError, match="model.attention: 'flash' is none of sdpa, flex_attention"):
         read_config({"model": {"attention": "flash"}})
+    monkeypatch.setattr(attention, "_name", lambda model: "flash_attention_2")
+    with pytest.raises(ValueError, match="shared needs sdpa or .* has 'flash_attention_2'.* training.rows: padded"):
+        loss_and_groups("cdpo", training={"rows": "shared"})
+    loss_and_groups("cdpo", training={"rows": "packed"})
 
 
 def test_windows_shorter_than_a_prompt_are_refused():

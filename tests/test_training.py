@@ -20,7 +20,7 @@ from cpo_kernels.training.checkpoints import atomic_folder, checkpoints
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
 from cpo_kernels.training.losses import StageLoss, StepTotal
-from cpo_kernels.training.models import fingerprint, head_of, load_model, select_trainable
+from cpo_kernels.training.models import fingerprint, load_model, select_trainable
 from cpo_kernels.training.optim import schedule
 
 RECORDS = tiny.records()
@@ -173,11 +173,17 @@ def test_loss_types_and_what_they_need():
         run(loss={"options": {"label_smooth": 0.1}})
 
 
-def test_softcap_scale_and_bias_of_the_head_are_honoured():
-    model = load_model(read_config(tiny.config()).model, None, tiny.tokenizer())[0]
-    model.config.final_logit_softcapping, model.config.logits_scaling = 5.0, 4.0
-    head = head_of(model)
-    assert (head.softcap, head.scale, head.bias) == (5.0, 0.25, None) and head.weight.shape == (102, 32)
+HEADS = {"gemma2": {"final_logit_softcapping": 5.0}, "granite": {"logits_scaling": 4.0}}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_softcap_and_scale_of_the_head_are_honoured(kind):
+    options = {**tiny.MODEL, "model_type": kind, "head_dim": 16, "initializer_range": 0.3, **HEADS[kind]}
+    model, loss, groups = loss_and_groups("cdpo", model={"config": options})
+    with torch.no_grad():
+        expected = torch.cat([naive_seq_logps(model, g) for g in groups[:2]])
+    torch.testing.assert_close(loss.seq_logps(loss.collate(groups[:2])).double(), expected, atol=1e-3, rtol=1e-5)
+    assert (loss.head.softcap, loss.head.scale) != (None, 1.0)
 
 
 def test_schedule():
@@ -268,7 +274,7 @@ def test_run_directory(tmp_path):
     }
     assert [p.name for p in checkpoints(folder / "checkpoints")] == ["step-000003", "step-000004"]
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors"}  # nothing that unpickles
+    assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ".md"}  # nothing that unpickles
     assert json.loads((folder / "data.json").read_text())["train"]["pairs"] > 0
     assert json.loads((folder / "versions.json").read_text())["torch"].startswith(torch.__version__.split("+")[0])
     overrides = ["run_dir=null", "training.checkpoint_every=0"]

@@ -1,6 +1,6 @@
 """Which token sees which, in the form that the model's attention takes it.
 
-sdpa               a dense mask over rows of about 256 tokens
+sdpa, eager        a dense mask over rows of about 256 tokens
 flex_attention     a block mask over one row; blocks without a visible pair cost nothing (backward on GPUs only)
 flash_attention_2  lengths of the sequences in one row (varlen); packed and padded rows only
 """
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cpo_kernels.data.packing import ROW_TOKENS, Batch
 
-TAKES = {"shared": ("sdpa", "flex_attention"), "packed": ("sdpa", "flex_attention", "flash_attention_2")}
+MASKED = ("sdpa", "eager", "flex_attention")
+TAKES = {"shared": MASKED, "packed": (*MASKED, "flash_attention_2")}
 
 
 def set_attention(model: Any, name: str | None) -> None:
@@ -31,7 +32,7 @@ def set_attention(model: Any, name: str | None) -> None:
 
 def row_tokens(model: Any) -> int | None:
     """What `collate` takes: the length of a row; None for one row of everything."""
-    return ROW_TOKENS if _name(model) == "sdpa" else None
+    return ROW_TOKENS if _name(model) in ("sdpa", "eager") else None
 
 
 def check_rows(model: Any, rows: str, max_tokens: int) -> None:
@@ -63,7 +64,12 @@ def attention_inputs(model: Any, batch: Batch) -> dict[str, Any]:
         longest = max(batch.lengths)
         starts_of = {f"cu_seq_lens_{side}": starts for side in "qk"}
         return {"attention_mask": None, **starts_of, "max_length_q": longest, "max_length_k": longest}
-    return {"attention_mask": (block_mask if name == "flex_attention" else dense_mask)(batch.tree, batch.branch)}
+    if name == "flex_attention":
+        return {"attention_mask": block_mask(batch.tree, batch.branch)}
+    mask = dense_mask(batch.tree, batch.branch)
+    if name == "eager":  # adds its mask
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    return {"attention_mask": mask}
 
 
 def dense_mask(tree: Tensor, branch: Tensor) -> Tensor:

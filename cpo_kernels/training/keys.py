@@ -21,6 +21,7 @@ class ModelConfig:
     gguf_file: str | None = key(None, "GGUF file inside that folder; found by itself when it is the only model there")
     config: dict | None = key(None, "build from scratch instead: {model_type: llama, hidden_size: 64, ...}")
     tokenizer: str | None = key(None, "folder or hub name of the tokenizer; default: the model's")
+    quantize: str | None = key(None, "4bit: NF4 weights under adapters (QLoRA; bitsandbytes)")
     attention: str | None = key(None, "sdpa | flex_attention | flash_attention_2 | eager; default: the model's choice")
 
 
@@ -117,8 +118,19 @@ class LossConfig:
 
 
 @dataclass
+class LoraKeys:
+    r: int = key(64, "rank")
+    alpha: int = key(64, "an adapter counts alpha / r times")
+    dropout: float = key(0.0, "before an adapter")
+    targets: list[str] = key(["all-linear"], "names of layers, or all-linear: all but the head")
+
+
+@dataclass
 class TrainingConfig:
-    train: str = key("all", "all | body (all but embeddings and head) | last_k (the last k layers and the final norm)")
+    train: str = key(
+        "all", "all | body (all but embeddings and head) | last_k (the last k layers and the final norm) | lora (peft)"
+    )
+    lora: LoraKeys = key(LoraKeys, "adapters, with train: lora")
     k: int = key(4, "layers trained with train: last_k")
     epochs: float = key(1.0, "passes over the prepared data")
     max_steps: int | None = key(None, "optimizer steps; overrides epochs")
@@ -133,9 +145,11 @@ class TrainingConfig:
     lr: float = key(1e-5, "peak learning rate")
     schedule: str = key("linear", "decay to zero after warm-up: linear | cosine | constant (none)")
     warmup: float = key(0.1, "warm-up: steps, or below 1 a share of all steps")
+    optimizer: str = key("adamw", "adamw | adamw_8bit, paged_adamw, paged_adamw_8bit (bitsandbytes)")
     betas: list[float] = key([0.9, 0.999], "AdamW")
     weight_decay: float = key(0.0, "AdamW, on matrices only")
     clip: float = key(1.0, "largest gradient norm; 0: no clipping")
+    gradient_checkpointing: bool = key(False, "keep one activation a layer and compute the rest again: less memory")
     precision: str = key("bf16", "bf16 (autocast, parameters stay float32) | fp32")
     eval_every: int = key(0, "steps between evaluations; 0: at the start and the end")
     eval_size: int = key(128, "held-out responses (cpsft, sft) or prompts (cdpo, dpo) of an evaluation; 0: all")
@@ -169,7 +183,9 @@ CHOICES = {
     "stage": STAGES,
     "data.on_bad_line": ("error", "skip"),
     "conditions.sft_responses": ("best", "all"),
-    "training.train": ("all", "body", "last_k"),
+    "training.train": ("all", "body", "last_k", "lora"),
+    "training.optimizer": ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
+    "model.quantize": (None, "4bit"),
     "training.rows": ("shared", "packed", "padded"),
     "model.attention": (None, "sdpa", "flex_attention", "flash_attention_2", "eager"),
     "training.schedule": ("linear", "cosine", "constant"),

@@ -29,11 +29,12 @@ from cpo_kernels.data.preparation import load_data, units_of
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.attention import check_rows
+from cpo_kernels.training.adapters import add_adapters
 from cpo_kernels.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss, StepTotal
+from cpo_kernels.training.model_card import model_card
 from cpo_kernels.training.models import fingerprint, load_model, save_model, select_trainable
 from cpo_kernels.training.optim import make_optimizer, peak_memory_gib, schedule, update
 from cpo_kernels.training.reference import with_reference
@@ -74,27 +75,33 @@ def train(
     model, tokenizer = load_model(config.model, model, tokenizer, config.seed)
     model.to(accelerator.device).eval()
     template = PromptTemplate(tokenizer, config.template, objectives)
+    initial = fingerprint(model)
+    adapted = add_adapters(model, config.training, config.seed)
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = StageLoss(model, config, objectives, accelerator.device)
-    check_rows(model, config.training.rows, config.data.max_tokens)
 
     train_set = units_of("train", config, records, objectives, template, report)
     eval_set = units_of("eval", config, eval_records, objectives, template, report) if eval_records else []
     run.save_data(report, eval_records)
-    loop = Loop(config, accelerator, run, model, loss)
+    loop = Loop(config, accelerator, run, model, loss, initial)
     loop.run_epochs(*loop.with_reference(train_set, eval_set, report))
     run.save_data(report, eval_records)
     if run.writes and config.training.save_model:
-        save_model(model, tokenizer, run.folder / "model")
+        card = model_card(config, template, objectives, run.metrics)
+        save_model(model, tokenizer, run.folder / "model", adapted, card)
     accelerator.wait_for_everyone()
     return TrainResult(model, tokenizer, template, objectives, run.metrics, report, list(eval_records))
 
 
 class Loop:
-    def __init__(self, config: Config, accelerator: Accelerator, run: RunDir, model: Any, loss: StageLoss):
+    def __init__(
+        self, config: Config, accelerator: Accelerator, run: RunDir, model: Any, loss: StageLoss, initial: str
+    ):
         self.config, self.training, self.accelerator = config, config.training, accelerator
         self.run, self.model, self.loss = run, model, loss
+        self.initial = initial  # the hash of the weights at the start
         self.quiet = not (config.training.progress and accelerator.is_main_process)
-        self.initial = fingerprint(model)
 
     def with_reference(
         self, train_set: list[Unit], eval_set: list[Unit], report: dict[str, Any]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import cpo_kernels as cpo
 from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
+from cpo_kernels.integrations.heads import lm_head
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.attention import attention_inputs, row_tokens
+from cpo_kernels.training.attention import attention_inputs, check_rows, row_tokens
 from cpo_kernels.training.keys import Config
-from cpo_kernels.training.models import head_of
 
 # Means over a step; ties are counted. cpsft and sft: the loss alone. log_ratio: log pi / pi_ref of a response, where
 # there is a reference; it estimates the KL divergence only as far as the policy would write these responses itself.
@@ -41,8 +41,9 @@ class StageLoss:
     """The loss of a stage: mean NLL of the labels (cpsft, sft), or the preference loss of the pairs (cdpo, dpo)."""
 
     def __init__(self, model: Any, config: Config, objectives: Sequence[Objective], device: torch.device):
-        self.model, self.head, self.device, self.objectives = model, head_of(model), device, objectives
+        self.model, self.head, self.device, self.objectives = model, lm_head(model), device, objectives
         self.bf16 = config.training.precision == "bf16"
+        check_rows(model, config.training.rows, config.data.max_tokens)
         self.rows, self.budget = config.training.rows, config.training.tokens_per_microbatch
         self.has_pairs = config.stage in ("cdpo", "dpo")
         self.whole_step = self.has_pairs and not WHOLE_STEP.isdisjoint(config.loss.type)

@@ -1,17 +1,17 @@
-"""Models and tokenizers: loading, the head's parts, what trains, saving."""
+"""Models and tokenizers: loading, what trains, saving."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from cpo_kernels.training.adapters import quantization
 from cpo_kernels.training.attention import set_attention
 from cpo_kernels.training.checkpoints import atomic_folder
 from cpo_kernels.training.keys import ModelConfig, TrainingConfig
@@ -27,6 +27,8 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
     if model is None and config.config:
         options = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | config.config
         options |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+        if config.quantize:
+            raise ValueError("model.quantize needs the weights of model.name; model.config makes new ones")
         if "model_type" not in options:
             raise ValueError(f"model.config needs model_type (llama, qwen2, ...), got {sorted(config.config)}")
         torch.manual_seed(seed)
@@ -34,7 +36,9 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
     elif model is None:
         if not folder:
             raise ValueError("no model: set model.name or model.config, or pass one to train()")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
+        if gguf and config.quantize:
+            raise ValueError(f"model.quantize: {gguf} is quantized already; save the model as safetensors first")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source, **quantization(config))
         if gguf:  # the weights are dequantized: let the model be saved as what it is
             model.is_quantized, model.hf_quantizer = False, None
             if hasattr(model.config, "quantization_config"):
@@ -71,27 +75,6 @@ def _resolve(config: ModelConfig) -> tuple[str | None, str | None]:
     return name, found[0] if found else None
 
 
-@dataclass(frozen=True)
-class Head:
-    """The output projection and what the model does to its logits: softcap(scale * (x W^T + b))."""
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-
-def head_of(model: Any) -> Head:
-    layer = model.get_output_embeddings()
-    if layer is None or not hasattr(layer, "weight"):
-        raise TypeError(f"{type(model).__name__} has no linear head (get_output_embeddings)")
-    options = model.config.get_text_config()
-    scale = getattr(options, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(options, "logits_scaling", None) or 1.0  # Granite
-    softcap = getattr(options, "final_logit_softcapping", None)  # Gemma
-    return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
-
-
 def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn.Parameter]]:
     """Freeze what does not train; the (name, parameter) list of what does."""
     if training.train == "last_k":
@@ -108,7 +91,7 @@ def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn
         model.requires_grad_(True)
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
-    else:
+    elif training.train == "all":
         model.requires_grad_(True)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for name, p in named:
@@ -132,8 +115,13 @@ def fingerprint(model: Any) -> str:
     return hashed.hexdigest()
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Model (safetensors) and tokenizer as `from_pretrained` reads them, whole or not at all."""
+def save_model(model: Any, tokenizer: Any, folder: Path, adapted: Any, card: str) -> None:
+    """Model (safetensors), tokenizer and README.md as `from_pretrained` reads them, whole or not at all. Adapters
+    (`adapted` is the PeftModel around `model`) are merged into the weights; over a 4-bit base they are saved alone."""
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        if adapted is not None and getattr(model, "is_loaded_in_4bit", False):
+            adapted.save_pretrained(temporary)
+        else:
+            (model if adapted is None else adapted.merge_and_unload()).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card)

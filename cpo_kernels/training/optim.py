@@ -11,17 +11,27 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import nn
 
+from cpo_kernels.training.adapters import need
 from cpo_kernels.training.keys import TrainingConfig
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
 
-def make_optimizer(named: Named, training: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only."""
+BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+
+
+def make_optimizer(named: Named, training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW: torch's fused one, or one of bitsandbytes. Weight decay on matrices only."""
     matrices = {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": training.weight_decay}
     vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
     betas = (training.betas[0], training.betas[1])
-    return torch.optim.AdamW([g for g in (matrices, vectors) if g["params"]], lr=training.lr, betas=betas, fused=True)
+    groups = [g for g in (matrices, vectors) if g["params"]]
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=training.lr, betas=betas, fused=True)
+    need("bitsandbytes", f"training.optimizer: {training.optimizer}")
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, BITSANDBYTES[training.optimizer])(groups, lr=training.lr, betas=betas)
 
 
 def schedule(step: int, total: int, training: TrainingConfig) -> float:

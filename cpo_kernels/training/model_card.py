@@ -1,0 +1,72 @@
+"""The README.md of a trained model: how to write the tags, what it was trained on, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.objectives import Objective, format_number
+from cpo_kernels.training.keys import Config
+
+STAGES = {
+    "cpsft": "Supervised fine-tuning on responses under the ratings that they really have (CPSFT).",
+    "cdpo": "Preference optimization on pairs ordered under the condition in their prompt (CDPO).",
+    "sft": "Supervised fine-tuning on the best responses, without conditions.",
+    "dpo": "Preference optimization on pairs ordered by the ratings alone, without conditions.",
+}
+QUESTION = "Who was Ada Lovelace?"
+
+
+def model_card(
+    config: Config, template: PromptTemplate, objectives: Sequence[Objective], metrics: Sequence[dict[str, Any]]
+) -> str:
+    base = config.model.name or "from scratch"
+    sources = [source.path for source in config.data.train] or ["records given to train()"]
+    lines = ["---", "library_name: transformers", "tags: [controllable-preference-optimization]"]
+    if config.model.name and not config.model.name.startswith("package:"):
+        lines.append(f"base_model: {config.model.name}")
+    lines += ["---", "", "# A model that follows ratings", "", STAGES[config.stage]]
+    lines.append(
+        "Method: Controllable Preference Optimization, Guo et al. 2024, "
+        "[arXiv 2402.19085](https://arxiv.org/abs/2402.19085)."
+    )
+    if config.stage in ("cpsft", "cdpo"):
+        lines += tag_lines(template, objectives)
+    lines += ["", "## Use", "", "```python", *example(template, objectives, config.stage), "```"]
+    lines += ["", "## Training", "", f"- base: {base}", f"- data: {', '.join(sources)}", f"- stage: {config.stage}"]
+    lines.append("- every key of the run: config.yaml of the run directory")
+    for row in [row for row in metrics if "eval_loss" in row][-1:]:
+        found = ", ".join(f"{name.removeprefix('eval_')} {x:.4g}" for name, x in row.items() if name != "step")
+        lines.append(f"- held-out prompts after step {row['step']}: {found}")
+    return "\n".join(lines) + "\n"
+
+
+def tag_lines(template: PromptTemplate, objectives: Sequence[Objective]) -> list[str]:
+    lines = ["", "## Tags", "", "Tags are plain text before the request, in this order; any of them may be left out."]
+    lines += [
+        "No tag at all asks for the best on everything.",
+        "",
+        "| objective | from | to | tag |",
+        "|---|---|---|---|",
+    ]
+    for o in objectives:
+        ends = [format_number(level) for level in (o.low, o.high)]
+        lines.append(f"| {o.name} | {ends[0]} | {ends[1]} | `{template.tags.render({o.name: o.high}).strip()}` |")
+    return lines
+
+
+def example(template: PromptTemplate, objectives: Sequence[Objective], stage: str) -> list[str]:
+    """Python that loads the folder it stands in and answers a question, under a condition where the model takes one."""
+    asked = {o.name: o.low if i else o.high for i, o in enumerate(objectives)} if stage in ("cpsft", "cdpo") else {}
+    special = template.config.prompt != "chat"
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "."  # where this file is',
+        "tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)",
+        f"prompt = {template.text(QUESTION, asked)!r}",
+        f'inputs = tokenizer(prompt, add_special_tokens={special}, return_tensors="pt")',
+        'output = model.generate(inputs["input_ids"], max_new_tokens=100)',
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]

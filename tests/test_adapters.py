@@ -1,0 +1,173 @@
+"""LoRA and QLoRA, bitsandbytes optimizers, gradient checkpointing, and the model card; all on the CPU."""
+
+import math
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+from test_training import RECORDS, curve, naive_seq_logps, run, values
+from tiny import one_thread  # noqa: F401
+
+from cpo_kernels.evaluation.likelihood import score_answers
+from cpo_kernels.training import loop as loop_module
+from cpo_kernels.training.config import read_config
+from cpo_kernels.training.loop import train
+from cpo_kernels.training.models import fingerprint, load_model
+
+LORA = {"train": "lora", "lora": {"r": 4, "alpha": 8}, "lr": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model on disk: 4-bit weights are made while it is read."""
+    folder = tmp_path_factory.mktemp("base")
+    options = {**tiny.MODEL, "hidden_size": 64}  # blocks of 64 weights
+    model, tokenizer = load_model(read_config(tiny.config(model={"config": options})).model, None, tiny.tokenizer())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def lora_run(folder, base, quantize=None, stage="cdpo", **training):
+    model = {"name": str(base), "quantize": quantize, "config": None}
+    sections = {"run_dir": str(folder), "model": model, "training": {**LORA, **training}}
+    return train(tiny.config(stage, **sections), records=RECORDS)
+
+
+def test_lora_trains_adapters_and_saves_a_plain_model(tmp_path, base, monkeypatch):
+    pytest.importorskip("peft")
+    seen = {}
+    real = loop_module.save_model
+
+    def save_model(model, *rest):
+        seen.update(before=dict(model.named_parameters()))
+        real(model, *rest)
+
+    monkeypatch.setattr(loop_module, "save_model", save_model)
+    result = lora_run(tmp_path / "run", base, max_steps=12)
+    trained = [name for name, p in seen["before"].items() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained) and not any("lm_head" in name for name in trained)
+    assert values(result, "loss")[0] == pytest.approx(math.log(2)) and values(result, "loss")[-1] < 0.67
+    original = load_model(read_config({"model": str(base)}).model)[0]
+    frozen = dict(original.named_parameters())
+    for name, p in seen["before"].items():
+        plain = name.replace(".base_layer", "")
+        assert plain not in frozen or "proj" in name or torch.equal(p, frozen[plain])
+    loaded = load_model(read_config({"model": str(tmp_path / "run/model")}).model)[0]
+    assert {name for name, _ in loaded.named_parameters()} == set(frozen)  # plain transformers, adapters merged
+    assert fingerprint(loaded) == fingerprint(result.model) != fingerprint(original)
+
+
+def test_the_reference_is_the_model_with_its_adapters_off(base):
+    pytest.importorskip("peft")
+    captured = {}
+    real = loop_module.Loop.run_epochs
+
+    def run_epochs(self, train_set, eval_set):
+        captured["groups"] = [group for unit in train_set for group in unit][:3]
+        return real(self, train_set, eval_set)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module.Loop, "run_epochs", run_epochs)
+        keys = {"model": {"name": str(base), "config": None}, "training": {**LORA, "max_steps": 2}}
+        train(tiny.config("cdpo", **keys), records=RECORDS)
+    original = load_model(read_config({"model": str(base)}).model)[0]
+    with torch.no_grad():
+        expected = torch.cat([naive_seq_logps(original, g) for g in captured["groups"]])
+    found = torch.tensor([x for g in captured["groups"] for x in g.ref_logps], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_qlora_on_a_4_bit_base(tmp_path, base, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    # On CPUs with AVX512 it repacks weights at their first evaluation and rounds their scales to bfloat16, so a process
+    # that evaluates at another step computes otherwise from there on. GPUs do not.
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+    whole = lora_run(tmp_path / "whole", base, "4bit", max_steps=6, checkpoint_every=3, optimizer="paged_adamw_8bit")
+    assert values(whole, "loss")[-1] < values(whole, "loss")[0]
+    layer = whole.model.model.layers[0].self_attn.q_proj.base_layer
+    assert type(layer).__name__ == "Linear4bit" and layer.weight.dtype == torch.uint8
+    saved = {path.name for path in (tmp_path / "whole/model").iterdir()}
+    assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
+    loaded = load_model(read_config({"model": {"name": str(tmp_path / "whole/model"), "quantize": "4bit"}}).model)[0]
+    template, records = whole.template, RECORDS[:2]
+    scores = [score_answers(m, template, records, [{}]) for m in (loaded, whole.model)]
+    for found, expected in zip(*scores, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    # and it goes on after a stop, 8-bit moments included
+    shutil.rmtree(tmp_path / "whole/checkpoints/step-000006")
+    resumed = lora_run(
+        tmp_path / "whole", base, "4bit", max_steps=6, checkpoint_every=3, optimizer="paged_adamw_8bit", resume=True
+    )
+    assert curve(resumed) == curve(whole)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_optimizers_of_bitsandbytes_learn_and_resume(tmp_path, optimizer):
+    pytest.importorskip("bitsandbytes")
+    options = {**tiny.MODEL, "intermediate_size": 256}  # 8-bit moments begin at 4,096 elements
+    keys = {"run_dir": str(tmp_path / "run"), "model": {"config": options}}
+    training = {"optimizer": optimizer, "max_steps": 6, "checkpoint_every": 4, "lr": 1e-2}
+    whole = run("cpsft", **keys, training=training)
+    plain = run("cpsft", model={"config": options}, training={**training, "optimizer": "adamw", "checkpoint_every": 0})
+    assert values(whole, "loss")[-1] < values(whole, "loss")[0] - 0.3
+    tolerance = 1e-5 if optimizer == "paged_adamw" else 0.05
+    assert values(whole, "loss") == pytest.approx(values(plain, "loss"), rel=tolerance)
+    resumed = run("cpsft", **keys, training={**training, "resume": True})
+    assert curve(resumed) == curve(whole) and fingerprint(resumed.model) == fingerprint(whole.model)
+
+
+def test_gradient_checkpointing_changes_nothing(base):
+    plain = run(training={"max_steps": 2})
+    again = run(training={"max_steps": 2, "gradient_checkpointing": True})
+    assert again.model.is_gradient_checkpointing
+    assert values(again, "loss") == pytest.approx(values(plain, "loss"), rel=1e-5)
+    assert values(again, "grad_norm") == pytest.approx(values(plain, "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model, training, reason",
+    [
+        ({"quantize": "4bit"}, {"train": "all"}, r"a 4-bit model trains adapters only: .* \(now all\)"),
+        ({}, {"train": "lora", "lora": {"targets": ["lm_head"]}}, "Take 'lm_head' out of target_modules"),
+        ({"quantize": "8bit"}, {}, "model.quantize: '8bit' is none of 4bit"),
+        ({"name": None, "config": tiny.MODEL, "quantize": "4bit"}, {"train": "lora"}, "model.config makes new ones"),
+        ({}, {"optimizer": "lion"}, "training.optimizer: 'lion' is none of adamw, adamw_8bit"),
+    ],
+)
+def test_what_cannot_be_is_refused(base, model, training, reason):
+    if "quantize" in model:
+        pytest.importorskip("bitsandbytes")
+    keys = {"model": {"name": str(base), "config": None, **model}, "training": training}
+    with pytest.raises(ValueError, match=reason):
+        train(tiny.config("cdpo", **keys), tokenizer=tiny.tokenizer(), records=RECORDS)
+
+
+def test_packages_that_are_missing_are_named(base, monkeypatch):
+    from cpo_kernels.training import adapters
+
+    monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
+    for keys in ({"training": {"train": "lora"}}, {"training": {"optimizer": "adamw_8bit"}}):
+        with pytest.raises(ValueError, match="which is not installed: pip install (peft|bitsandbytes)"):
+            run("cpsft", **keys)
+
+
+# -------------------------------------------------------------------- the card
+
+
+def test_the_model_card_says_how_to_write_the_tags_and_its_example_runs(tmp_path, monkeypatch, capsys):
+    result = run("cdpo", run_dir=str(tmp_path / "run"), training={"max_steps": 2})
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert "| honesty | 1 | 5 | `<honesty: 5>` |" in card and "| helpfulness | 1 | 5 | `<helpfulness: 5>` |" in card
+    assert "<honesty: 5> <helpfulness: 1> Who was Ada Lovelace?" in card and "arXiv 2402.19085" in card
+    last = values(result, "eval_loss")[-1]
+    assert f"held-out prompts after step 2: loss {last:.4g}" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path / "run/model")
+    exec(code, {})
+    assert len(capsys.readouterr().out) > 0
+    plain = run("dpo", run_dir=str(tmp_path / "dpo"), training={"max_steps": 1})
+    card = (tmp_path / "dpo/model/README.md").read_text()
+    assert "## Tags" not in card and "'Who was Ada Lovelace?'" in card and plain.model is not None
