@@ -43,8 +43,8 @@ sets=$(grep -qw avx2 /proc/cpuinfo && echo avx2 || true)
 sets+=$(grep -qw avx512bw /proc/cpuinfo && echo " avx512" || true)
 for isa in portable $sets; do
   echo "== $isa"
-  # Left out: what starts processes of its own, and rows that need gigabytes.
+  # -s: a report would be lost with what pytest captures. Left out: what starts processes, rows that need gigabytes.
   LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 CPO_KERNELS_CPU_ISA=$isa PYTHONPATH=. \
-    "$python" "$work/run.py" "$work/lib/cpo_kernels/_C.abi3.so" -q -p no:cacheprovider tests/test_kernels.py \
+    "$python" "$work/run.py" "$work/lib/cpo_kernels/_C.abi3.so" -q -s -p no:cacheprovider tests/test_kernels.py \
     -k "not triton and not instruction_set and not beyond_2_31"
 done
