@@ -11,6 +11,7 @@ from test_training import RECORDS, curve, naive_seq_logps, run, values
 from tiny import one_thread  # noqa: F401
 
 from cpo_kernels.evaluation.likelihood import score_answers
+from cpo_kernels.evaluation.run import load, read_run
 from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
@@ -102,6 +103,23 @@ def test_qlora_on_a_4_bit_base(tmp_path, base, monkeypatch):
         tmp_path / "whole", base, "4bit", max_steps=6, checkpoint_every=3, optimizer="paged_adamw_8bit", resume=True
     )
     assert curve(resumed) == curve(whole)
+
+
+@pytest.mark.parametrize("quantize", [None, "4bit"])
+def test_eval_judges_runs_and_checkpoints_with_adapters(tmp_path, base, monkeypatch, quantize):
+    if quantize:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+    trained = lora_run(tmp_path / "run", base, quantize, max_steps=4, checkpoint_every=4)
+    (expected,) = score_answers(trained.model, trained.template, RECORDS[:1], [{}])
+    original = load_model(read_config({"model": {"name": str(base), "quantize": quantize}}).model)[0]
+    (before,) = score_answers(original, trained.template, RECORDS[:1], [{}])
+    assert float((before - expected).abs().max()) > 0.1
+    for place in ("run", "run/checkpoints/step-000004"):
+        config, source, checkpoint, _ = read_run(tmp_path / place, base=False)
+        model, template, _ = load(config, source, checkpoint)
+        (found,) = score_answers(model, template, RECORDS[:1], [{}])
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])

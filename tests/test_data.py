@@ -98,6 +98,10 @@ def test_pairs_with_and_without_scores(tmp_path):
         load_records([write(tmp_path / "p.jsonl", rows)], data(layout="pairs"), [], {})
     kept = load_records([tmp_path / "p.jsonl"], data(layout="pairs", fields={"score_chosen": None}), [], {})
     assert kept[0].responses[0].ratings == {"overall": 1.0}
+    nested = [{"prompt": "p", "chosen": "a", "rejected": "b", "m": {"s": 7.5, "t": 3}}]
+    fields = {"score_chosen": "m.s", "score_rejected": "m.t"}
+    (record,) = load_records([write(tmp_path / "n.jsonl", nested)], data(layout="pairs", fields=fields), [], {})
+    assert [r.ratings["overall"] for r in record.responses] == [7.5, 3]
 
 
 BROKEN = {

@@ -22,6 +22,14 @@ def get(row: dict, path: str) -> Any:
     return value
 
 
+def find(row: dict, path: str | None) -> Any:
+    """Like `get`; None where there is no such field."""
+    value: Any = row
+    for name in path.split(".") if path else ():
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if path else None
+
+
 def text_of(row: dict, path: str) -> str:
     value = get(row, path)
     if not isinstance(value, str):

@@ -11,7 +11,17 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cpo_kernels.data.fields import conversation, get, messages_of, objects_of, prompt_of, rating_of, short, text_of
+from cpo_kernels.data.fields import (
+    conversation,
+    find,
+    get,
+    messages_of,
+    objects_of,
+    prompt_of,
+    rating_of,
+    short,
+    text_of,
+)
 from cpo_kernels.data.records import Prompt, Record, Response
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.keys import FieldMap
@@ -41,7 +51,7 @@ def layout_of(name: str, fields: FieldMap, objectives: Sequence[Objective]) -> C
 
 def pair_of(row: dict, fields: FieldMap, name: str, scale: dict[str, Objective]) -> Record:
     """Chosen and rejected with their scores, or with the ends of the scale where there are none."""
-    scores: list[Any] = [row.get(field) if field else None for field in (fields.score_chosen, fields.score_rejected)]
+    scores: list[Any] = [find(row, field) for field in (fields.score_chosen, fields.score_rejected)]
     if None in scores:
         low, high = (scale[name].low, scale[name].high) if scale else (0.0, 1.0)
         scores = [high, low]
@@ -59,7 +69,7 @@ def pair_of(row: dict, fields: FieldMap, name: str, scale: dict[str, Objective])
 def preference_texts(row: dict, fields: FieldMap) -> tuple[Prompt, tuple[str, str]]:
     """(prompt, (chosen, rejected)) of TRL's preference format. Both may hold the whole conversation, as messages or as
     text; without a prompt it is what they begin with alike."""
-    named = fields.prompt in row and row[fields.prompt] is not None
+    named = find(row, fields.prompt) is not None
     if isinstance(get(row, fields.chosen), list):
         turns = [messages_of(row, field) for field in (fields.chosen, fields.rejected)]
         for field, messages in zip((fields.chosen, fields.rejected), turns, strict=True):

@@ -27,6 +27,7 @@ from cpo_kernels.evaluation.likelihood import (
     score_answers,
 )
 from cpo_kernels.objectives import Objective
+from cpo_kernels.training.adapters import add_adapters
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.keys import Config, DataConfig, ModelConfig
 from cpo_kernels.training.models import load_model
@@ -125,7 +126,9 @@ def read_run(path: Path, base: bool) -> tuple[Config, ModelConfig, Path | None, 
         return config, config.model, None if base else checkpoint, folder
     if not (folder / "model").is_dir():
         raise ValueError(f"{folder} holds no model/: train with training.save_model, or name one of its checkpoints")
-    return config, ModelConfig(name=str(folder / "model")), None, folder
+    adapters = (folder / "model/adapter_config.json").exists()  # over a 4-bit base, or they would have been merged
+    quantize = config.model.quantize if adapters else None
+    return config, ModelConfig(str(folder / "model"), quantize=quantize, attention=config.model.attention), None, folder
 
 
 def load(config: Config, source: ModelConfig, checkpoint: Path | None) -> tuple[Any, PromptTemplate, list[Objective]]:
@@ -133,10 +136,15 @@ def load(config: Config, source: ModelConfig, checkpoint: Path | None) -> tuple[
     if checkpoint:
         from safetensors.torch import load_file
 
-        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+        add_adapters(model, config.training, config.seed)
+        unknown = model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"{checkpoint} holds {unknown[0]!r}, which the model of {config.model.name} has not")
     objectives = [Objective(o.name, o.low, o.high, o.weight, o.strength) for o in config.objectives]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.float().to(device).eval(), PromptTemplate(tokenizer, config.template, objectives), objectives
+    if not getattr(model, "is_loaded_in_4bit", False):
+        model.float()
+    return model.to(device).eval(), PromptTemplate(tokenizer, config.template, objectives), objectives
 
 
 def main(argv: Sequence[str]) -> int:

@@ -34,6 +34,8 @@ def model_card(
     if config.stage in ("cpsft", "cdpo"):
         lines += tag_lines(template, objectives)
     lines += ["", "## Use", "", "```python", *example(template, objectives, config.stage), "```"]
+    if config.model.quantize:
+        base += ", its weights in 4 bits (NF4, double quantization); this folder holds adapters over it"
     lines += ["", "## Training", "", f"- base: {base}", f"- data: {', '.join(sources)}", f"- stage: {config.stage}"]
     lines.append("- every key of the run: config.yaml of the run directory")
     for row in [row for row in metrics if "eval_loss" in row][-1:]:
