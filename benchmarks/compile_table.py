@@ -25,6 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cpo_kernels.kernels import tuning
+
 TABLES = Path(__file__).parent / "results" / "compile"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -124,6 +126,7 @@ def read_amd(compiled) -> dict[str, object]:
         "ushort": "16",
         "short": "16",
         "ubyte": "8",
+        "byte": "8",
     }
 
     def bits(match) -> str:
@@ -151,10 +154,10 @@ def compile_row(job: tuple[str, int]) -> tuple[str, dict[str, object], list[str]
         constexprs={(names.index(n),): value for n, value in variant.constexprs.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in variant.aligned},
     )
-    warps = max(1, variant.launch.warps * 32 // target.warp_size)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    options = tuning.options(variant.launch, amd=target.backend == "hip")
+    compiled = triton.compile(source, target=target, options=options)
     read = read_nvidia(compiled) if target.backend == "cuda" else read_amd(compiled)
-    row = {"kernel": variant.label, "warps": warps, **read}
+    row = {"kernel": variant.label, "warps": options["num_warps"], **read}
     wrong = [f"{row[key]} {key}" for key in ("spills", "local_bytes") if row[key]]
     limit = REGISTERS[target.backend] // (32 * max(variant.resident_warps, variant.launch.warps))
     if variant.resident_warps and row["registers"] > limit:

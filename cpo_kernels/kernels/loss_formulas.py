@@ -19,14 +19,13 @@ LOG_2 = tl.constexpr(0.6931471805599453)
 
 
 class Options(NamedTuple):
-    """The options in the order of reference.OPTIONS: float64 scalars, f_divergence a constexpr."""
+    """The options in the order of reference.OPTIONS, float64 scalars; without f_divergence, which `score` takes."""
 
     beta: Any
     label_smoothing: Any
     tau: Any
     margin: Any
     tie_margin: Any
-    f_divergence: Any
     f_alpha: Any
     discopop_tau: Any
     simpo_gamma: Any
@@ -42,6 +41,8 @@ class Pairs(NamedTuple):
     rejected: Any  # L_l
     chosen_ratio: Any  # r_w
     rejected_ratio: Any
+    chosen_score: Any  # Value: s(r_w) and its slope
+    rejected_score: Any
     chosen_length: Any  # n, at least 1
     rejected_length: Any
     chosen_margin: Any  # MODPO's w_{-k} . m(y)
@@ -113,18 +114,18 @@ def logistic(u):
 
 
 @triton.jit
-def score(ratio, o):
+def score(ratio, f_alpha, F_DIVERGENCE: tl.constexpr):
     """f'(e^r) up to constants that cancel in a pair. reverse_kl: r; forward_kl: 1 - e^-r; js: log 2 + log sigmoid(r);
     alpha: (e^((alpha - 1) r) - 1) / (alpha - 1), which is r at alpha = 1."""
-    if o.f_divergence == 1:
+    if F_DIVERGENCE == 1:
         over = -ratio > MAX_EXPONENT
         exp, expm1 = exp_and_expm1(tl.where(over, MAX_EXPONENT, -ratio))
         return Value(-expm1, tl.where(over, 0.0, exp))
-    elif o.f_divergence == 2:
+    elif F_DIVERGENCE == 2:
         p = logistic(ratio)
         return Value(LOG_2 + p.log_up, p.down)
-    elif o.f_divergence == 3:
-        a = o.f_alpha - 1.0
+    elif F_DIVERGENCE == 3:
+        a = f_alpha - 1.0
         straight = tl.abs(a) < 1e-6
         a = tl.where(straight, 1.0, a)
         over = a * ratio > MAX_EXPONENT
@@ -185,18 +186,18 @@ def soft_logistic(u, p, o):
 
 
 @triton.jit
-def scaled_delta(p, o):
+def scaled_delta(p):
     """beta (s(r_w) - s(r_l))"""
-    won = score(p.chosen_ratio, o)
-    lost = score(p.rejected_ratio, o)
+    won = p.chosen_score
+    lost = p.rejected_score
     return Delta(p.beta * (won.value - lost.value), p.beta * won.slope, -p.beta * lost.slope)
 
 
 @triton.jit
-def delta_per_token(p, o):
+def delta_per_token(p):
     """s(r_w) / n_w - s(r_l) / n_l"""
-    won = score(p.chosen_ratio, o)
-    lost = score(p.rejected_ratio, o)
+    won = p.chosen_score
+    lost = p.rejected_score
     u = won.value / p.chosen_length - lost.value / p.rejected_length
     return Delta(u, won.slope / p.chosen_length, -lost.slope / p.rejected_length)
 
@@ -219,24 +220,25 @@ def add_nll(term, p, o):
 
 
 @triton.jit
-def pair_loss(KIND: tl.constexpr, p, o):
+def pair_loss(TYPES: tl.constexpr, INDEX: tl.constexpr, p, o):
     """Loss and gradient of a block of pairs. aot and aot_unpaired, which need the whole batch, are `smoothed`."""
+    KIND: tl.constexpr = TYPES[INDEX]  # Triton 3.6 takes no string out of a tuple as an argument
     if KIND == "sigmoid":  # -log sigmoid(u), u = beta delta
-        d = scaled_delta(p, o)
+        d = scaled_delta(p)
         return chain(soft_logistic(d.u, p, o), d, 1.0)
 
     elif KIND == "hinge":  # relu(1 - (u - margin |gap|))
-        d = scaled_delta(p, o)
+        d = scaled_delta(p)
         x = 1.0 - (d.u - offset(p, o))
         return chain(Value(tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, -1.0, tl.zeros_like(x))), d, 1.0)
 
     elif KIND == "ipo":  # (s_w / n_w - s_l / n_l - 1 / (2 beta))^2
-        d = delta_per_token(p, o)
+        d = delta_per_token(p)
         x = d.u - 1.0 / (2.0 * p.beta)
         return chain(Value(x * x, 2.0 * x), d, 1.0)
 
     elif KIND == "exo_pair":  # q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps), q = sigmoid(u), eps = label_smoothing
-        d = scaled_delta(p, o)
+        d = scaled_delta(p)
         q = logistic(d.u)
         log_w = log1p(-o.label_smoothing)
         log_l = tl.log(o.label_smoothing)
@@ -250,7 +252,7 @@ def pair_loss(KIND: tl.constexpr, p, o):
         return Term(value, p.beta * (0.5 * won.up - won.down), p.beta * 0.5 * lost.up)
 
     elif KIND == "robust":  # (-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2 e), e = label_smoothing
-        d = scaled_delta(p, o)
+        d = scaled_delta(p)
         q = logistic(d.u)
         e = o.label_smoothing
         norm = 1.0 / (1.0 - 2.0 * e)
@@ -279,7 +281,7 @@ def pair_loss(KIND: tl.constexpr, p, o):
         return Term(won.up + d.down, p.beta * won.up * won.down - slope, slope)
 
     elif KIND == "discopop":  # -(1 - m) log sigmoid(u) + m e^-u, m = sigmoid(u / discopop_tau); m e^-u is one exp
-        d = scaled_delta(p, o)
+        d = scaled_delta(p)
         q = logistic(d.u)
         m = logistic(d.u / o.discopop_tau)
         exponential = tl.exp(m.log_up - d.u)
@@ -292,7 +294,7 @@ def pair_loss(KIND: tl.constexpr, p, o):
         return Term(-p.chosen * p.nll_scale, zero - p.nll_scale, zero)
 
     elif KIND == "sigmoid_norm":  # -log sigmoid(beta (s_w / n_w - s_l / n_l))
-        d = delta_per_token(p, o)
+        d = delta_per_token(p)
         return chain(soft_logistic(p.beta * d.u, p, o), d, p.beta)
 
     elif KIND == "simpo":  # -log sigmoid(beta (L_w / n_w - L_l / n_l) - simpo_gamma)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cpo_kernels.kernels import tuning
-from cpo_kernels.kernels.loss_formulas import Options, Pairs, pair_loss, smoothed
+from cpo_kernels.kernels.loss_formulas import Options, Pairs, pair_loss, score, smoothed
 from cpo_kernels.kernels.tuning import Variant
 from cpo_kernels.reference import F_DIVERGENCES, LOSS_TYPES, OPTIONS
 
@@ -56,7 +56,7 @@ def sequence_sum(token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor,
         tensors = (token_logps.contiguous(), cu_seqlens.contiguous(), _given(token_weights), out)
         with _device_of(token_logps):
             sequence_sum_kernel[(sequences,)](
-                *tensors, token_logps.shape[0], AVERAGE=average, BLOCK=TOKEN_BLOCK, num_warps=tuning.num_warps(SUM)
+                *tensors, token_logps.shape[0], AVERAGE=average, BLOCK=TOKEN_BLOCK, **tuning.options(SUM)
             )
     return out
 
@@ -105,7 +105,8 @@ def value_gap(scores, conditions, objectives, pair, first, second, valid, K):
                     nearer = strength * (tl.abs(b - c) - tl.abs(a - c))
                     difference = tl.where(c == c, nearer, difference)
                 rated = (a == a) & (b == b) & (weight > 0.0)
-                gain += tl.where(rated, weight * difference, 0.0)
+                # + 0 rounds the product, which no fma may skip: gains that cancel must leave exactly 0.
+                gain += tl.where(rated, weight * difference + 0.0, 0.0)
                 total += tl.where(rated, weight, 0.0)
         return tl.where(total > 0.0, gain / tl.where(total > 0.0, total, 1.0), float("nan"))
 
@@ -158,10 +159,10 @@ def load_pair_value(values, pair, P, otherwise):
 
 # --------------------------------------------------------------------------------------------------------- preference
 
-PAIR_BLOCK = 256  # one pair a thread: the float64 functions are chains of dependent instructions
-PAIR = tuning.Launch(warps=8, vectors=0)
-SEQUENCE_BLOCK = 16  # float64 sums of one pair with each of them stand in registers: 32 spill
-MANY_SEQUENCES = 2048  # 128 programs, one for nearly every multiprocessor; beyond, a program takes 512 sequences
+PAIR_BLOCK = 128  # one pair a thread: the float64 functions are chains of dependent instructions
+PAIR = tuning.Launch(warps=4, vectors=0, registers=168)  # without a limit ptxas spills a word to stay below 80
+SEQUENCE_BLOCK = 8  # a thread holds float64 terms of its pair with each of them: 16 spill with a list of 8 losses
+MANY_SEQUENCES = 1024  # 128 programs, one for nearly every multiprocessor; beyond, a program takes 256 sequences
 MAX_LOSSES = 8  # weights are run-time arguments, so their number is fixed
 _NLL_TYPES = {"sft", "orpo", "contrastive_cpo"}
 
@@ -235,7 +236,6 @@ def preference_kernel(
         tl.full([], tau, tl.float64),
         tl.full([], margin, tl.float64),
         tl.full([], tie_margin, tl.float64),
-        F_DIVERGENCE,
         tl.full([], f_alpha, tl.float64),
         tl.full([], discopop_tau, tl.float64),
         tl.full([], simpo_gamma, tl.float64),
@@ -294,6 +294,8 @@ def preference_kernel(
                 rejected,
                 chosen - chosen_ref,
                 rejected - rejected_ref,
+                score(chosen - chosen_ref, o.f_alpha, F_DIVERGENCE),
+                score(rejected - rejected_ref, o.f_alpha, F_DIVERGENCE),
                 load_length(lengths, who.chosen, S),
                 load_length(lengths, who.rejected, S),
                 load_sequence(margins, who.chosen, S),
@@ -306,7 +308,7 @@ def preference_kernel(
             to_chosen = tl.zeros([PAIR_BLOCK], tl.float64)
             to_rejected = tl.zeros([PAIR_BLOCK], tl.float64)
             for j in tl.static_range(len(TYPES)):
-                term = pair_loss(TYPES[j], p, o)
+                term = pair_loss(TYPES, j, p, o)
                 value += weights[j] * term.loss
                 to_chosen += weights[j] * term.chosen
                 to_rejected += weights[j] * term.rejected
@@ -482,14 +484,24 @@ def _aot_terms(b: _Batch, weights: dict[str, float], option: dict[str, float]) -
         unpaired = name == "aot_unpaired"
         values, ties = torch.empty_like(extra[:2]), extra.new_empty(count, dtype=torch.int8)
         ratings = (b.pairs, b.scores, b.conditions, b.objectives)
-        aot_values_kernel[grid](
-            b.seq_logps, b.ref_logps, *ratings, values, ties, *b.sizes, option["tie_margin"], unpaired, PAIR_BLOCK
-        )
+        sides = (b.seq_logps, b.ref_logps, *ratings, values, ties)
+        aot_values_kernel[grid](*sides, *b.sizes, option["tie_margin"], unpaired, PAIR_BLOCK, **tuning.options(SUM))
         live_first = torch.sort(ties, stable=True).indices
         ranks = live_first[torch.sort(values[:, live_first], stable=True).indices]  # [2, P]
         numbers = (count, option["beta"], option["label_smoothing"], weight)
         aot_terms_kernel[grid](
-            values, ties, live_first, ranks, b.pair_weights, b.pair_betas, extra, *numbers, unpaired, i > 0, PAIR_BLOCK
+            values,
+            ties,
+            live_first,
+            ranks,
+            b.pair_weights,
+            b.pair_betas,
+            extra,
+            *numbers,
+            unpaired,
+            i > 0,
+            PAIR_BLOCK,
+            **tuning.options(SUM),
         )
     return extra
 
@@ -565,7 +577,7 @@ def preference(
             PAIR_BLOCK=PAIR_BLOCK,
             SEQUENCE_BLOCK=SEQUENCE_BLOCK,
             SEQUENCE_BLOCKS=groups,
-            num_warps=tuning.num_warps(PAIR),
+            **tuning.options(PAIR),
         )
     return loss, losses, grad, chosen_rewards, rejected_rewards, gaps, order, counts
 

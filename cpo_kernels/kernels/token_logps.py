@@ -412,7 +412,7 @@ class _Rows:
         launch = tuning.WRITE
         write_kernel[(self.rows * pieces,)](
             self.logits, self.labels, lse, grads, logps, shifts, *self.numbers(pieces),
-            **self.flags, LANES=launch.vectors, FROM_LSE=from_lse, num_warps=tuning.num_warps(launch),
+            **self.flags, LANES=launch.vectors, FROM_LSE=from_lse, **tuning.options(launch),
         )  # fmt: skip
 
 
@@ -441,14 +441,14 @@ def _forward(rows: _Rows, extras: bool, write: bool) -> tuple[Tensor, Tensor, Te
         scan_kernel[(rows.rows * pieces,)](
             rows.logits, rows.labels, logp, lse, extra, stats, *rows.numbers(pieces),
             **rows.flags, LANES=launch.vectors, EXTRAS=extras, SPLIT=split, WRITE=write and not split,
-            num_warps=tuning.num_warps(launch),
+            **tuning.options(launch),
         )  # fmt: skip
         if split:
             shifts = rows.empty(2, rows.rows)
             combine_kernel[(rows.rows,)](
                 rows.logits, rows.labels, stats, logp, lse, extra, shifts, rows.stride, rows.rows, rows.columns, pieces,
                 rows.ignore_index, rows.nat, rows.nat * LOG2E, rows.inner, ACC=rows.flags["ACC"],
-                SOFTCAP=rows.flags["SOFTCAP"], EXTRAS=extras, num_warps=tuning.num_warps(tuning.COMBINE),
+                SOFTCAP=rows.flags["SOFTCAP"], EXTRAS=extras, **tuning.options(tuning.COMBINE),
             )  # fmt: skip
             if write:
                 rows.write(pieces, False, lse, lse, logp, shifts)

@@ -13,6 +13,7 @@ import torch
 class Launch(NamedTuple):
     warps: int  # of 32 threads
     vectors: int  # 16-byte vectors of a tile
+    registers: int = 0  # of a thread at most, 0: the compiler's choice
 
 
 # Bytes in flight: 4.3 TB/s over 132 multiprocessors at about 0.8 us is 26 kB each. At 64 registers a thread four
@@ -35,9 +36,15 @@ def fused(row_bytes: int, lean: bool) -> Launch:
     return Launch(warps=32, vectors=2048) if lean else Launch(warps=16, vectors=1024)
 
 
-def num_warps(launch: Launch) -> int:
-    """As Triton counts them: a warp of an AMD GPU of this family has 64 threads."""
-    return max(1, launch.warps // 2) if torch.version.hip else launch.warps
+def options(launch: Launch, amd: bool = bool(torch.version.hip)) -> dict[str, Any]:
+    """What Triton takes: warps as it counts them (one of an AMD GPU of this family has 64 threads), fma, registers."""
+    options: dict[str, Any] = {
+        "num_warps": max(1, launch.warps // 2) if amd else launch.warps,
+        "enable_fp_fusion": True,
+    }
+    if launch.registers and not amd:
+        options["maxnreg"] = launch.registers
+    return options
 
 
 MAX_PIECES = 64  # of a row
