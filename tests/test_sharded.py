@@ -64,7 +64,12 @@ def preference(case, hidden, weight, bias, batch, options):
         given = {"ref_hidden": batch.hidden.detach().flip(0), "ref_bias": None}
         if case["ref_hidden"] == "other":
             given["ref_weight"] = weight.detach() * 0.9
-    out = loss_fn(hidden, weight, batch.labels, bias, pairs=PAIRS, **given, **options)
+    given["pairs"] = PAIRS
+    if case.get("plan"):
+        shards = options.get("vocab_shards")
+        width = VOCAB if shards is None else max(shards.rows)
+        given["plan"] = loss_fn.plan(batch.labels, width, hidden.dtype, given.pop("pairs"), device="cpu")
+    out = loss_fn(hidden, weight, batch.labels, bias, **given, **options)
     return out.loss, (out.seq_logps, out.losses, out.chosen_rewards)
 
 
@@ -74,6 +79,7 @@ LOSSES = {
     "two_pass": {"budget": 3 * ROW},
     "wpo": {"loss": {"use_weighting": True}},
     "frozen": {"train_head": False, "budget": 7 * ROW, "loss": {"use_weighting": True}},
+    "plan": {"plan": True, "budget": 18 * ROW},
     "ref": {"ref_hidden": "shared"},
     "other_ref": {"ref_hidden": "other"},
 }
@@ -323,3 +329,23 @@ def test_a_weight_under_plain_hidden_states_is_gathered_and_its_gradient_average
         assert relative_error(grads[0], hidden[rank : rank + 1]) < 1e-12
         assert relative_error(grads[1], weight / world) < 1e-12
         assert relative_error(grads[2], bias / world) < 1e-12
+
+
+def test_compiled_without_graph_breaks(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        shards, batch = cpo.VocabShards(dist.group.WORLD, (VOCAB,)), batch_of({})
+        loss_fn = cpo.FusedLinearCPOLoss()
+
+        def run(hidden, weight, bias):
+            logps = cpo.linear_token_logps(hidden, weight, batch.labels, bias, vocab_shards=shards)
+            given = {"ref_logps": batch.ref_logps, "vocab_shards": shards}
+            return loss_fn(hidden, weight, batch.labels, bias, **given).loss + (logps * UPSTREAM).sum()
+
+        torch._dynamo.reset()
+        losses = run(*batch.leaves), torch.compile(run, fullgraph=True, backend="aot_eager")(*batch.leaves)
+        assert torch.equal(*losses)
+        for seen, want in zip(*(torch.autograd.grad(loss, batch.leaves) for loss in losses), strict=True):
+            assert torch.equal(seen, want)
+    finally:
+        dist.destroy_process_group()
