@@ -145,6 +145,14 @@ def test_gradient_checkpointing_changes_nothing(base):
     assert values(again, "grad_norm") == pytest.approx(values(plain, "grad_norm"), rel=1e-4)
 
 
+def test_a_compiled_body_computes_the_same_at_every_length():
+    plain = run("cpsft", training={"max_steps": 4, "batch_size": 6, "eval_size": 3})
+    compiled = run("cpsft", training={"max_steps": 4, "batch_size": 6, "eval_size": 3, "compile": True})
+    assert compiled.model.base_model._compiled_call_impl is not None
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert values(compiled, name) == pytest.approx(values(plain, name), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "model, training, reason",
     [

@@ -13,7 +13,7 @@ from cpo_kernels.data.packing import Encoded
 from cpo_kernels.data.records import Record, Response
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.statistics import summary
-from cpo_kernels.training.keys import Config, TrainingConfig
+from cpo_kernels.training.keys import Config, DataConfig, TrainingConfig
 from cpo_kernels.training.losses import StageLoss
 
 Condition = Mapping[str, float]
@@ -39,10 +39,6 @@ def score_answers(
     tag effects. `rows` as in `training.rows`.
     """
     device = next(model.parameters()).device
-    training = TrainingConfig(precision="fp32", rows=rows, tokens_per_microbatch=tokens_per_batch)
-    scorer = StageLoss(model, Config(stage="cpsft", training=training), [], device)
-    if scorer.head.weight.dtype != torch.float32:
-        raise TypeError(f"score in float32; the model is {scorer.head.weight.dtype}: call model.float() first")
     groups, place = [], {}
     for number, record in enumerate(records):
         answers = [template.response_ids(r.text) for r in record.responses]
@@ -52,6 +48,11 @@ def score_answers(
                 part = tuple(tuple(ids) for ids in answers[start : start + 8])
                 groups.append(Encoded(prompt, part, (), (), []))
                 place[id(groups[-1])] = number, row, start
+    data = DataConfig(max_tokens=max((max(g.rows("padded")) for g in groups), default=1))
+    training = TrainingConfig(precision="fp32", rows=rows, tokens_per_microbatch=tokens_per_batch)
+    scorer = StageLoss(model, Config(stage="cpsft", data=data, training=training), [], device)
+    if scorer.head.weight.dtype != torch.float32:
+        raise TypeError(f"score in float32; the model is {scorer.head.weight.dtype}: call model.float() first")
     scores = [torch.full((len(conditions), len(record.responses)), math.nan) for record in records]
     was_training = model.training
     model.eval()

@@ -150,6 +150,7 @@ class TrainingConfig:
     weight_decay: float = key(0.0, "AdamW, on matrices only")
     clip: float = key(1.0, "largest gradient norm; 0: no clipping")
     gradient_checkpointing: bool = key(False, "keep one activation a layer and compute the rest again: less memory")
+    compile: bool = key(False, "torch.compile the body, once for all lengths")
     precision: str = key("bf16", "bf16 (autocast, parameters stay float32) | fp32")
     eval_every: int = key(0, "steps between evaluations; 0: at the start and the end")
     eval_size: int = key(128, "held-out responses (cpsft, sft) or prompts (cdpo, dpo) of an evaluation; 0: all")

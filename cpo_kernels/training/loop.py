@@ -79,6 +79,8 @@ def train(
     adapted = add_adapters(model, config.training, config.seed)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.training.compile:
+        model.base_model.compile(dynamic=True)
     loss = StageLoss(model, config, objectives, accelerator.device)
 
     train_set = units_of("train", config, records, objectives, template, report)
