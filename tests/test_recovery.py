@@ -124,7 +124,7 @@ def test_a_damaged_reference_cache_is_refused(tmp_path, harm):
 # -------------------------------------------------------------------- numbers that are not finite
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "reported loss", "gradient"])
 def test_a_batch_that_is_not_finite_is_saved_and_changes_nothing(tmp_path, monkeypatch, where):
     model = load_model(read_config(tiny.config()).model, None, tiny.tokenizer())[0]
     real, calls, before = loop_module.StageLoss.__call__, [], {}
@@ -135,7 +135,9 @@ def test_a_batch_that_is_not_finite_is_saved_and_changes_nothing(tmp_path, monke
         if len(calls) < 3 or not torch.is_grad_enabled():
             return loss, metrics
         before.update({name: p.detach().clone() for name, p in model.named_parameters()})
-        return (loss * math.nan, metrics * math.nan) if where == "loss" else (loss * math.inf, metrics)
+        if where == "gradient":
+            return loss * math.inf, metrics
+        return (loss * math.nan if where == "loss" else loss), metrics * math.nan
 
     monkeypatch.setattr(loop_module.StageLoss, "__call__", harmed)
     config = tiny.config("cdpo", **settings(tmp_path, tokens_per_microbatch=10**6))
@@ -145,7 +147,7 @@ def test_a_batch_that_is_not_finite_is_saved_and_changes_nothing(tmp_path, monke
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     saved = json.loads((tmp_path / "run/nonfinite.json").read_text())
     (part,) = saved["microbatches"]
-    assert saved["step"] == 3 and math.isnan(part["loss"]) == (where == "loss")
+    assert saved["step"] == 3 and math.isnan(part["loss"]) == (where != "gradient")
     prompts = {tuple(group["prompt"]) for group in part["groups"]}
     assert all(0 <= group["unit"] < 10 for group in part["groups"]) and len(part["groups"]) == len(calls[2].scores) / 4
     assert {tiny.tokenizer().decode(p)[-6:-2] for p in prompts} == {"say "}

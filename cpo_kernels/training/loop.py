@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
+from torch import Tensor
 from tqdm import tqdm
 
 from cpo_kernels.data.packing import Encoded, Unit, epoch_steps
@@ -104,6 +105,7 @@ class Loop:
         self.run, self.model, self.loss = run, model, loss
         self.initial = initial  # the hash of the weights at the start
         self.quiet = not (config.training.progress and accelerator.is_main_process)
+        self.seen: list[tuple[Tensor, list[Encoded]]] = []  # loss and groups of the step's micro-batches
 
     def with_reference(
         self, train_set: list[Unit], eval_set: list[Unit], report: dict[str, Any]
@@ -172,8 +174,10 @@ class Loop:
             loss.backward()
             self.seen.append((metrics[0], part))
             sums += torch.cat([metrics, metrics.new_tensor([batch.tokens, batch.input_ids.numel()])])
-        norm = update(named, optimizer, lr, self.training.clip, self.accelerator)
         *values, tokens, padded = reduce(sums, "sum").tolist()
+        norm = math.nan
+        if math.isfinite(values[0]):
+            norm = update(named, optimizer, lr, self.training.clip, self.accelerator)
         seconds = time.perf_counter() - started
         row = dict(zip(self.loss.metrics, values, strict=True)) | (
             {"pairs": total.pairs} if self.loss.has_pairs else {}
