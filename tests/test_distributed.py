@@ -25,7 +25,7 @@ LENGTHS = (5, 12)  # of the sequences of each rank
 RATED = {
     **DATA,
     "chosen_scores": [[5.0, 1.0], [2.0, 4.0], [3.0, 3.0], [1.0, 1.0], [4.0, 2.0], [2.0, 5.0]],
-    "rejected_scores": [[1.0, 4.0], [4.0, 2.0], [3.0, 5.0], [5.0, 5.0], [1.0, 3.0], [2.0, 2.0]],
+    "rejected_scores": [[1.0, 4.0], [4.0, 2.0], [3.0, 1.0], [5.0, 5.0], [1.0, 3.0], [2.0, 2.0]],
     "condition": [[5.0, 1.0], [1.0, 5.0], [2.0, 2.0], [5.0, 5.0], [1.0, 1.0], [3.0, 3.0]],
 }
 OBJECTIVES = [{"name": "honesty", "low": 1, "high": 5}, {"name": "helpfulness", "low": 1, "high": 5}]
@@ -136,7 +136,7 @@ def test_fsdp2_averages_the_gradients_of_both_ranks(ranks, name):
 
 @pytest.mark.parametrize("rated", [False, True])
 def test_trainer_over_two_processes_is_the_trainer_over_one(tmp_path, ranks, rated):
-    """One pair a process against two in one: both are the mean of the pairs' losses, as no pair is a tie."""
+    """One pair a process against two in one: the mean of the pairs' losses; the third rated pair is a tie."""
     log, weights = train(tmp_path, rated, 1)
     for other in (rank[rated][1] for _, rank in ranks):
         for name, weight in weights.items():

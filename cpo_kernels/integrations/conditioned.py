@@ -14,8 +14,8 @@ NOT_OF_THE_MODEL = RATING_KEYS | {"completion_mask", "ref_chosen_logps", "ref_re
 def conditioned_loss(trainer: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
     """Rows are [chosen column; rejected column]; the value under the condition decides which of a pair is preferred.
 
-    The loss is the mean over the pairs of this batch that are no ties; accumulation and several processes average
-    these means, as TRL averages its own.
+    The loss is the mean over the pairs that are no ties, of the batches of all processes; accumulation averages these
+    means, as TRL averages its own.
     """
     if missing := RATING_KEYS - inputs.keys():
         raise ValueError(f"the batch has no {', '.join(sorted(missing))}: let your data_collator pass them on")
@@ -51,7 +51,7 @@ def conditioned_loss(trainer: Any, model: Any, inputs: dict[str, Any], return_ou
         lengths=lengths,
         pair_weights=wpo,
     )
-    loss = out.loss
+    loss = out.loss * share_of_pairs(trainer, out.num_pairs)
     mode = "train" if trainer.model.training else "eval"
     if trainer.aux_loss_enabled:
         loss = loss + trainer.router_aux_loss_coef * outputs.aux_loss
@@ -62,6 +62,13 @@ def conditioned_loss(trainer: Any, model: Any, inputs: dict[str, Any], return_ou
         return loss
     with torch.no_grad():  # as TRL: the logits for compute_metrics
         return loss, model(**kwargs)
+
+
+def share_of_pairs(trainer: Any, num_pairs: Tensor) -> Tensor:
+    """This process's pairs over the processes' mean: the weight that makes the average of losses one over pairs."""
+    here = num_pairs.float()
+    mean = trainer.accelerator.reduce(here, "mean")
+    return torch.where(here > 0, here / mean, 0.0)
 
 
 def ld_weights(mask: Tensor, lengths: Tensor, ld_alpha: float) -> Tensor:
