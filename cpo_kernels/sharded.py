@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -88,13 +89,14 @@ class ShardedKernels:
 
     def __init__(self, kernels: Any, shards: VocabShards) -> None:
         self.kernels, self.group, self.start = kernels, shards.group, shards.start
-        self.rows, self.vocab_rows = shards.rows, shards.rows[shards.group.rank()]
+        self.rows = shards.rows
         self.sequence_sum, self.preference = kernels.sequence_sum, kernels.preference
 
     def columns(self, vocab_size: int) -> list[int]:
         """Columns of each rank that are no padding."""
-        ends = torch.tensor(self.rows).cumsum(0).tolist()
-        return [max(0, min(vocab_size, end) - (end - n)) for end, n in zip(ends, self.rows, strict=True)]
+        return [
+            max(0, min(vocab_size, end) - (end - n)) for end, n in zip(accumulate(self.rows), self.rows, strict=True)
+        ]
 
     def local(self, labels: Tensor, ignore_index: int, columns: int) -> tuple[Tensor, Tensor]:
         """Labels [n] as columns of this rank, -1 where ignored; and which of them are here.
@@ -137,13 +139,12 @@ class ShardedKernels:
         nowhere = ~here.any(0)  # NaN, gradients too
         results = [logp.masked_fill(nowhere, math.nan), total.masked_fill(nowhere, math.nan)]
         if extras:
-            sizes = torch.tensor(columns, dtype=torch.float64, device=logits.device)[:, None]
             p, (entropy, log_sum_sq, mean_z, is_top1, top) = share.exp(), seen[:, 2:].unbind(1)
             first = here & (is_top1 > 0) & (top >= top.amax(0))
             results += [
                 torch.where(p > 0, p * (entropy - share), 0.0).sum(0),
                 torch.logsumexp(torch.where(p > 0, log_sum_sq + 2 * share, -math.inf), 0),
-                torch.where(sizes > 0, mean_z * sizes, 0.0).sum(0) / vocab_size,
+                sum(mean * count for mean, count in zip(mean_z, columns, strict=True) if count) / vocab_size,
                 first.any(0).double(),
             ]
         out = torch.stack(results).masked_fill(labels == ignore_index, 0.0).to(lse.dtype)
