@@ -280,6 +280,12 @@ def test_parquet_json_and_folders_read_like_jsonl(tmp_path, offline_cache, strea
     if not streaming:
         table.save_to_disk(tmp_path / "saved")
         assert from_source({"path": str(tmp_path / "saved")}) == expected
+        datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
+        assert from_source({"path": str(tmp_path / "splits")}) == expected
+        with pytest.raises(ValueError, match="has no split 'test', but train"):
+            from_source({"path": str(tmp_path / "splits"), "split": "test"})
+        with pytest.raises(ValueError, match="this kind of source has no subset, streaming"):
+            from_source({"path": str(tmp_path / "saved"), "subset": "x", "streaming": True})
         assert from_source({"path": str(tmp_path / "folder"), "split": "train[2:4]"}) == expected[2:4]
 
 
@@ -289,6 +295,14 @@ def test_a_broken_row_of_a_table_is_named(tmp_path, offline_cache):
     with pytest.raises(DataError, match=r"t.parquet:row 3: rating 'six' is not a number"):
         from_source({"path": str(tmp_path / "t.parquet")})
     assert len(from_source({"path": str(tmp_path / "t.parquet")}, on_bad_line="skip")) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name, text", [("t.json", '[{"instruction": "p"}, {"inst'), ("t.parquet", "PAR1 and no more")])
+def test_a_damaged_file_is_named(tmp_path, offline_cache, streaming, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}: (Unmatched|Parquet magic bytes)"):
+        from_source({"path": str(tmp_path / name), "streaming": streaming})
 
 
 def test_csv_fields_are_texts(tmp_path):
@@ -304,6 +318,9 @@ def test_csv_fields_are_texts(tmp_path):
     (tmp_path / "r.csv").write_text("prompt,response,h\na,b,1\na,b\n")
     with pytest.raises(DataError, match=r"r.csv:3: the header has 3 fields, some missing"):
         load_records([tmp_path / "r.csv"], keys, objectives(1, 5, "honesty"), {})
+    (tmp_path / "r.csv").write_bytes(b"prompt,response,h\n\xff,b,1\n")
+    with pytest.raises(DataError, match=r"r.csv: 'utf-8' codec can't decode"):
+        load_records([tmp_path / "r.csv"], keys, objectives(1, 5, "honesty"), {})
 
 
 def test_hub_names_and_sources_of_different_layouts(tmp_path, monkeypatch):
@@ -317,7 +334,7 @@ def test_hub_names_and_sources_of_different_layouts(tmp_path, monkeypatch):
     keys = data(layout="ultrafeedback", train=train)
     names = [*NAMES, Objective("harmlessness", 0, 1)]
     records = load_records(keys.train, keys, names, {})
-    assert asked == [(("openbmb/UltraFeedback", "default"), {"split": "train", "streaming": True})]
+    assert asked == [(("openbmb/UltraFeedback", "default"), {"data_dir": None, "split": "train", "streaming": True})]
     assert [record.prompt for record in records] == ["Why 0?", "Why 1?", "How?"]
     assert records[2].responses[1].ratings == {"harmlessness": 0}
 
@@ -327,7 +344,7 @@ def test_hub_names_and_sources_of_different_layouts(tmp_path, monkeypatch):
     [
         ({"path": "no.parquet"}, FileNotFoundError, "'no.parquet' does not exist"),
         ({"path": "no/*.jsonl"}, FileNotFoundError, "does not exist"),
-        ({"path": "rows.jsonl", "split": "test"}, ValueError, "a .jsonl file has no split"),
+        ({"path": "rows.jsonl", "split": "test"}, ValueError, "this kind of source has no split"),
         (
             {"path": "rows.jsonl", "layout": "ultra"},
             ValueError,

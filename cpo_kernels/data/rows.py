@@ -24,11 +24,14 @@ Row = tuple[str, dict[str, Any] | DataError]  # `file:line` or `source:row`, and
 
 
 def read_rows(source: SourceConfig, quiet: bool = True) -> Iterator[Row]:
-    """The first `source.rows` rows, under a progress bar."""
+    """The first `source.rows` rows, under a progress bar. Raises DataError where a file is damaged beyond one row."""
     rows, total = _open(source)
     if source.rows is not None:
         rows, total = islice(rows, source.rows), min(total or source.rows, source.rows)
-    yield from tqdm(rows, f"read {Path(source.path).name}", total, disable=quiet, unit=" rows", leave=False)
+    try:
+        yield from tqdm(rows, f"read {Path(source.path).name}", total, disable=quiet, unit=" rows", leave=False)
+    except ValueError as error:  # not of one row: those come as values
+        raise DataError(f"{source.path}: {error}") from None
 
 
 def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
@@ -38,11 +41,8 @@ def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
     local = suffix in (".jsonl", ".csv", *BUILDERS)
     if not files or (local and not all(Path(file).is_file() for file in files)):
         raise FileNotFoundError(f"data file {path!r} does not exist")
-    if local and (source.subset or source.split != "train" or (source.streaming and suffix not in BUILDERS)):
-        given = [
-            name for name in ("subset", "split", "streaming") if getattr(source, name) not in (None, "train", False)
-        ]
-        raise ValueError(f"{path}: a {suffix} file has no {', '.join(given)}")
+    if local:
+        _refuse(source, ["subset", "data_dir", "split", *([] if suffix in BUILDERS else ["streaming"])])
     if suffix in (".jsonl", ".csv"):
         read = _read_csv if suffix == ".csv" else read_jsonl
         return ((f"{file}:{line}", row) for file in files for line, row in read(file)), None
@@ -54,18 +54,31 @@ def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
     return ((f"{path}:row {number}", row) for number, row in enumerate(rows, 1)), total
 
 
+def _refuse(source: SourceConfig, names: list[str]) -> None:
+    """Keys that a source of this kind would ignore."""
+    plain = SourceConfig(source.path)
+    if given := [name for name in names if getattr(source, name) != getattr(plain, name)]:
+        raise ValueError(f"source {source.path}: this kind of source has no {', '.join(given)}")
+
+
 def _load(source: SourceConfig, files: list[str]) -> Any:
     try:
         import datasets
     except ImportError:
         raise ImportError(f"{source.path}: this source needs `datasets`: pip install datasets") from None
     path, keep = source.path, {"split": source.split, "streaming": source.streaming}
-    if Path(path).suffix in BUILDERS:
-        return datasets.load_dataset(BUILDERS[Path(path).suffix], data_files=files, **keep)
-    if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
+    try:
+        if Path(path).suffix in BUILDERS:
+            return datasets.load_dataset(BUILDERS[Path(path).suffix], data_files=files, **keep)
+        if not any((Path(path) / name).exists() for name in ("state.json", "dataset_dict.json")):
+            return datasets.load_dataset(path, source.subset, data_dir=source.data_dir, **keep)
         saved = datasets.load_from_disk(path)
-        return saved[source.split] if isinstance(saved, dict) else saved
-    return datasets.load_dataset(path, source.subset, **keep)
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"{path}: {error.__cause__ or error}") from None
+    _refuse(source, ["subset", "data_dir", "streaming", *([] if isinstance(saved, dict) else ["split"])])
+    if isinstance(saved, dict) and source.split not in saved:
+        raise ValueError(f"source {path} has no split {source.split!r}, but {', '.join(saved)}")
+    return saved[source.split] if isinstance(saved, dict) else saved
 
 
 def _read_csv(path: str) -> Iterator[tuple[int, dict[str, Any] | DataError]]:

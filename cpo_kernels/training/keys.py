@@ -47,6 +47,7 @@ class SourceConfig:
     layout: str | None = key(None, "how its rows read; default: data.layout")
     split: str = key("train", "split of a folder or hub name, such as train[:1000]")
     subset: str | None = key(None, "configuration of a hub name")
+    data_dir: str | None = key(None, "folder inside a hub name, such as harmless-base of Anthropic/hh-rlhf")
     streaming: bool = key(False, "read while it downloads and keep nothing on disk")
     rows: int | None = key(None, "only so many rows from its start")
 
