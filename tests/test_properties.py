@@ -74,8 +74,8 @@ def assert_same(seen, truth, tolerance):
 def bound(truth):
     """The largest value; 1 where cancellation leaves less.
 
-    A gradient that is 0 by cancellation holds the rounding of exp(z - lse): eps * |z| * scale * |w|, with the logits here
-    6e-8 * 30 * 2.5 * 4 = 2e-5 in float32.
+    A gradient that is 0 by cancellation holds the rounding of exp(z - lse): eps * |z| * scale * |w|, with the logits
+    here 6e-8 * 30 * 2.5 * 4 = 2e-5 in float32.
     """
     return max(1.0, float(truth.detach().abs().max())) if truth.numel() else 0.0
 
