@@ -210,9 +210,10 @@ class BatchPlan:
     def to(self, device: str | torch.device) -> BatchPlan:
         """The plan with its tables on `device`; the copy does not block the host."""
         device = torch.device(device)
-        moved = {name: to_device(getattr(self, name), device) for name in ("index", "tables", "pairs")}
-        return replace(self, **moved)
+        index, tables, pairs = (to_device(t, device) for t in (self.index, self.tables, self.pairs))
+        return replace(self, index=index, tables=tables, pairs=pairs)
 
     def pin_memory(self) -> BatchPlan:
         """Called by a DataLoader with pin_memory=True."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in ("index", "tables", "pairs")})
+        index, tables, pairs = (t.pin_memory() for t in (self.index, self.tables, self.pairs))
+        return replace(self, index=index, tables=tables, pairs=pairs)

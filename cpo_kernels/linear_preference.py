@@ -62,9 +62,17 @@ class PreferenceArgs:
         def pick(t: Tensor, index: Tensor) -> Tensor:
             return t.index_select(0, index) if t.numel() else t
 
-        by_sequence = {n: pick(getattr(self, n), sequences) for n in ("ref_logps", "lengths", "scores", "margins")}
-        by_pair = {n: pick(getattr(self, n), pairs) for n in ("conditions", "pair_weights", "pair_betas")}
-        return replace(self, pairs=tables.local_pairs[part.pairs], **by_sequence, **by_pair)
+        return replace(
+            self,
+            ref_logps=pick(self.ref_logps, sequences),
+            lengths=pick(self.lengths, sequences),
+            pairs=tables.local_pairs[part.pairs],
+            scores=pick(self.scores, sequences),
+            conditions=pick(self.conditions, pairs),
+            pair_weights=pick(self.pair_weights, pairs),
+            pair_betas=pick(self.pair_betas, pairs),
+            margins=pick(self.margins, sequences),
+        )
 
     def counted(self, kernels: Any, dtype: torch.dtype) -> Tensor:
         """[2] pairs that are no ties, and labelled tokens of their chosen sides: known from the ratings alone."""
@@ -79,9 +87,15 @@ class PreferenceArgs:
 
     def with_divisors(self, num_pairs: float, chosen_tokens: float = -1.0) -> "PreferenceArgs":
         """The divisors of the whole batch, where the caller gave none; a negative one stays unknown."""
-        given = {"num_pairs": num_pairs, "chosen_tokens": chosen_tokens}
-        known = {n: max(float(x), 1.0) for n, x in given.items() if x >= 0 and getattr(self, n) < 0}
-        return replace(self, **known)
+
+        def known(own: float, counted: float) -> float:
+            return max(float(counted), 1.0) if own < 0 <= counted else own
+
+        return replace(
+            self,
+            num_pairs=known(self.num_pairs, num_pairs),
+            chosen_tokens=known(self.chosen_tokens, chosen_tokens),
+        )
 
 
 def wpo_weights(aligned: Tensor, lengths: Tensor, pairs: Tensor) -> Tensor:

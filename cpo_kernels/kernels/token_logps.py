@@ -492,7 +492,9 @@ def token_logps_bwd_(
 
 def variants() -> Iterator[Variant]:
     """Every specialisation that the launches above can reach; what is aligned to 16 is marked as Triton would."""
-    jobs = [("scan", scan_kernel, tuning.SCAN, {"SPLIT": split, "WRITE": False}) for split in (False, True)]
+    jobs: list[tuple[str, Any, Any, dict[str, Any]]] = [
+        ("scan", scan_kernel, tuning.SCAN, {"SPLIT": split, "WRITE": False}) for split in (False, True)
+    ]
     jobs += [("fused", scan_kernel, row_bytes, {"SPLIT": False, "WRITE": True}) for row_bytes in (1 << 16, 1 << 18)]
     jobs += [("write", write_kernel, tuning.WRITE, {"FROM_LSE": from_lse}) for from_lse in (True, False)]
     jobs += [("combine", combine_kernel, tuning.COMBINE, {})]
