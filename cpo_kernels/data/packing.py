@@ -19,6 +19,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapreplace
 from itertools import accumulate
 from typing import Any
 
@@ -177,14 +178,27 @@ def microbatches(groups: Sequence[Encoded], budget: int, kind: str) -> Iterator[
 
 
 def fill_rows(lengths: Sequence[int], row_tokens: int) -> list[tuple[int, int]]:
-    """(row, offset) of every length, in rows of about `row_tokens`: longest first, each into the emptiest row."""
-    used = [0] * max(1, sum(lengths) // max(row_tokens, *lengths))
+    """(row, offset) of every length, in rows of about `row_tokens` or less, as many as leave the least padding."""
+    least = max(1, sum(lengths) // max(row_tokens, *lengths))
+    tries = [_spread(lengths, rows) for rows in range(least, min(len(lengths), 2 * least) + 1)]
+    return min(reversed(tries), key=lambda places: _cells(lengths, places))  # of equals the shortest rows
+
+
+def _spread(lengths: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """Longest first, each into the emptiest of `rows` rows."""
+    used = [(0, row) for row in range(rows)]  # a heap
     places = [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = used.index(min(used))
-        places[i] = (row, used[row])
-        used[row] += lengths[i]
+        start, row = used[0]
+        places[i] = (row, start)
+        heapreplace(used, (start + lengths[i], row))
     return places
+
+
+def _cells(lengths: Sequence[int], places: Sequence[tuple[int, int]]) -> int:
+    """Rows times tokens of the longest."""
+    ends = (start + n for n, (_, start) in zip(lengths, places, strict=True))
+    return (1 + max(row for row, _ in places)) * max(ends)
 
 
 def one_row(lengths: Sequence[int]) -> list[tuple[int, int]]:
