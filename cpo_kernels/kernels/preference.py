@@ -160,7 +160,7 @@ def load_pair_value(values, pair, P, otherwise):
 # --------------------------------------------------------------------------------------------------------- preference
 
 PAIR_BLOCK = 128  # one pair a thread: the float64 functions are chains of dependent instructions
-PAIR = tuning.Launch(warps=4, vectors=0, registers=168)  # without a limit ptxas spills a word to stay below 80
+PAIR = tuning.Launch(warps=4, vectors=0, registers=168)
 SEQUENCE_BLOCK = 8  # a thread holds float64 terms of its pair with each of them: 16 spill with a list of 8 losses
 MANY_SEQUENCES = 1024  # 128 programs, one for nearly every multiprocessor; beyond, a program takes 256 sequences
 MAX_LOSSES = 8  # weights are run-time arguments, so their number is fixed

@@ -13,7 +13,7 @@ import torch
 class Launch(NamedTuple):
     warps: int  # of 32 threads
     vectors: int  # 16-byte vectors of a tile
-    registers: int = 0  # of a thread at most, 0: the compiler's choice
+    registers: int = 0  # of a thread at most; 0: as ptxas likes, which may spill a word for the sake of occupancy
 
 
 # Bytes in flight: 4.3 TB/s over 132 multiprocessors at about 0.8 us is 26 kB each. At 64 registers a thread four
@@ -32,8 +32,8 @@ def fused(row_bytes: int, lean: bool) -> Launch:
     float64) needs up to 128 registers: half the threads.
     """
     if row_bytes <= 64 << 10:
-        return Launch(warps=8, vectors=512)
-    return Launch(warps=32, vectors=2048) if lean else Launch(warps=16, vectors=1024)
+        return Launch(warps=8, vectors=512) if lean else Launch(warps=8, vectors=512, registers=168)
+    return Launch(warps=32, vectors=2048) if lean else Launch(warps=16, vectors=1024, registers=128)
 
 
 def options(launch: Launch, amd: bool = bool(torch.version.hip)) -> dict[str, Any]:
