@@ -83,6 +83,8 @@ def test_tables_and_pictures(results, tmp_path):
     for result in results["workloads"]:
         assert report.table(result).count("\n| ") == len(result["subjects"]) + (result["family"] == "head")
     assert "not measured: needs an NVIDIA GPU" in report.table(results["workloads"][0])
+    late = {**results["workloads"][0], "subjects": {"products": {"why": "too late"}, "ours": {"why": "too late"}}}
+    assert report.table(late) == "not measured: too late"
     assert plot.readme_table(results).count("× ·") == 2 * 3  # trainable and frozen; floor, ours, naive
     assert report.growth_table(results["growth"]).count("groups (2, 4)") == 3
     plot.draw_head(results, tmp_path / "head.png")

@@ -104,7 +104,7 @@ class Layout:
                 return packed
         return [Group([*range(len(self.lengths))], [*range(len(self.pairs))], self.num_rows)]
 
-    @property
+    @cached_property
     def parts(self) -> list[Part]:
         parts, row, sequence, pair = [], 0, 0, 0
         for chunk in self.chunks:

@@ -498,7 +498,7 @@ class FusedLinearCPOLoss(nn.Module):
         check_types("a tensor", optional=True, pairs=pairs, ref_hidden=ref_hidden, cu_seqlens=cu_seqlens)
         ops.resolve_impl(self.impl, hidden.device)
         cu_seqlens = sequence_offsets(hidden, labels, cu_seqlens)
-        lengths = labelled_lengths(inputs, cu_seqlens)
+        lengths = label_counts(inputs.labels, cu_seqlens, inputs.options.ignore_index)
         num_sequences = lengths.shape[0]
         own_weight = weight if ref_weight is None else ref_weight
         own_bias = bias if ref_weight is None and ref_bias is None else ref_bias
@@ -666,12 +666,8 @@ def sequence_offsets(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) 
     )
 
 
-def labelled_lengths(inputs: HeadInputs, cu_seqlens: Tensor) -> Tensor:
-    """[S] labelled rows of each sequence."""
-    return label_counts(inputs.labels, cu_seqlens, inputs.options.ignore_index)
-
-
 def label_counts(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:
+    """[S] labelled rows of each sequence."""
     labelled = (labels != ignore_index).long()
     before = torch.cat([labelled.new_zeros(1), labelled.cumsum(0)])
     return before[cu_seqlens].diff()

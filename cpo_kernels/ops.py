@@ -422,6 +422,17 @@ def check_labels(labels: Tensor, shape: Sequence[int], like: str, device: torch.
         raise ValueError(f"labels are on {labels.device} and {like} on {device}: move one of them")
 
 
+def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Costs a device-to-host copy on a GPU."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"label {int(labels[row])} is out of range at row {row}: it must be in [0, {vocab_size}) or equal "
+            f"ignore_index = {ignore_index}"
+        )
+
+
 def check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")

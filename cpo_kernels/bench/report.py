@@ -60,7 +60,10 @@ def memory(result: Result, row: Result) -> str:
 
 
 def table(result: Result) -> str:
-    """The rows of one workload."""
+    """The rows of one workload; one line where nothing of it was measured, for one reason."""
+    reasons = {row.get("why") for row in result["subjects"].values()}
+    if len(reasons) == 1 and (reason := reasons.pop()):
+        return f"not measured: {reason}"
     family = FAMILIES[result["family"]]
     floor = f"× of {family.floor}" if family.floor else "× of floor"
     plan = [f"Ours: {result['plan']}.", ""] if "plan" in result else []

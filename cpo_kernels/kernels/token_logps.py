@@ -391,7 +391,7 @@ class _Rows:
             "SOFTCAP": softcap > 0,
         }
         if ops.checks_enabled():
-            check_labels(labels, ignore_index, vocab_size)
+            ops.check_label_range(labels, ignore_index, vocab_size)
 
     @property
     def lean(self) -> bool:
@@ -414,16 +414,6 @@ class _Rows:
             self.logits, self.labels, lse, grads, logps, shifts, *self.numbers(pieces),
             **self.flags, LANES=launch.vectors, FROM_LSE=from_lse, **tuning.options(launch),
         )  # fmt: skip
-
-
-def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """Costs a device-to-host copy: under CPO_KERNELS_CHECK=1 alone."""
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"label {int(labels[row])} at row {row} is outside [0, {vocab_size}) and not ignore_index = {ignore_index}"
-        )
 
 
 def _forward(rows: _Rows, extras: bool, write: bool) -> tuple[Tensor, Tensor, Tensor]:
