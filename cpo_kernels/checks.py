@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS: dict[str, Any] = {"a tensor": Tensor, "a number": numbers.Real, "an integer": numbers.Integral}
 
 
@@ -25,3 +26,28 @@ def check_list(name: str, values: Any, kind: Any, of: str) -> None:
     """TypeError where `values` is not a list or tuple of `kind`, which the message calls `of`."""
     if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
         raise TypeError(f"{name} must be a list of {of}, got {values!r:.80}")
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_labels(labels: Tensor, shape: Sequence[int], like: str, device: torch.device) -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}: use labels.long()")
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(f"labels must have shape {tuple(shape)} to match {like}, got {tuple(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"labels are on {labels.device} and {like} on {device}: move one of them")
+
+
+def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Costs a device-to-host copy on a GPU."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"label {int(labels[row])} is out of range at row {row}: it must be in [0, {vocab_size}) or equal "
+            f"ignore_index = {ignore_index}"
+        )

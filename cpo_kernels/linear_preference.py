@@ -7,106 +7,16 @@ log-probs first and makes the logits again with known coefficients (4 products).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cpo_kernels import ops
-from cpo_kernels.batch_plan import Layout, Part, Tables, to_device
-from cpo_kernels.linear import (
-    Head,
-    HeadInputs,
-    Rows,
-    WeightGrad,
-    fake_known_loss,
-    gather_rows,
-    known_loss_grads,
-    labelled_index,
-)
-
-
-@dataclass
-class PreferenceArgs:
-    """The tensors and numbers of the `preference` kernel, and how to narrow them to one chunk."""
-
-    ref_logps: Tensor
-    lengths: Tensor
-    pairs: Tensor
-    scores: Tensor
-    conditions: Tensor
-    objectives: Tensor
-    pair_weights: Tensor
-    pair_betas: Tensor
-    margins: Tensor
-    loss_types: list[int]
-    loss_weights: list[float]
-    options: list[float]
-    num_pairs: float
-    chosen_tokens: float
-
-    def run(self, kernels: Any, seq_logps: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """`weights` [P] or [0] multiplies the pair weights."""
-        pair_weights = self.pair_weights
-        if weights.numel():
-            pair_weights = weights * pair_weights if pair_weights.numel() else weights
-        tensors = (self.ref_logps, self.lengths, self.pairs, self.scores, self.conditions, self.objectives)
-        numbers = (self.loss_types, self.loss_weights, self.options, self.num_pairs, self.chosen_tokens)
-        return kernels.preference(seq_logps, *tensors, pair_weights, self.pair_betas, self.margins, *numbers)
-
-    def narrow(self, tables: Tables, part: Part) -> "PreferenceArgs":
-        """Only this chunk's sequences and pairs, renumbered."""
-        sequences, pairs = tables.sequences[part.sequences], tables.pair_order[part.pairs]
-
-        def pick(t: Tensor, index: Tensor) -> Tensor:
-            return t.index_select(0, index) if t.numel() else t
-
-        return replace(
-            self,
-            ref_logps=pick(self.ref_logps, sequences),
-            lengths=pick(self.lengths, sequences),
-            pairs=tables.local_pairs[part.pairs],
-            scores=pick(self.scores, sequences),
-            conditions=pick(self.conditions, pairs),
-            pair_weights=pick(self.pair_weights, pairs),
-            pair_betas=pick(self.pair_betas, pairs),
-            margins=pick(self.margins, sequences),
-        )
-
-    def counted(self, kernels: Any, dtype: torch.dtype) -> Tensor:
-        """[2] pairs that are no ties, and labelled tokens of their chosen sides: known from the ratings alone."""
-        zeros = self.lengths.new_zeros(self.lengths.shape[0], dtype=dtype)
-        order, counts = self.run(kernels, zeros, zeros[:0])[-2:]
-        chosen = self.pairs.gather(1, (order < 0).long()[:, None]).squeeze(1)  # [P]
-        return torch.stack([counts[0], (self.lengths[chosen] * (order != 0)).sum()])
-
-    @property
-    def needs_counts(self) -> bool:
-        return self.num_pairs < 0 or self.chosen_tokens < 0
-
-    def with_divisors(self, num_pairs: float, chosen_tokens: float = -1.0) -> "PreferenceArgs":
-        """The divisors of the whole batch, where the caller gave none; a negative one stays unknown."""
-
-        def known(own: float, counted: float) -> float:
-            return max(float(counted), 1.0) if own < 0 <= counted else own
-
-        return replace(
-            self,
-            num_pairs=known(self.num_pairs, num_pairs),
-            chosen_tokens=known(self.chosen_tokens, chosen_tokens),
-        )
-
-
-def wpo_weights(aligned: Tensor, lengths: Tensor, pairs: Tensor) -> Tensor:
-    """WPO weight of each pair, exp of the mean of logp - log sum p^2 over either response (arXiv 2406.11827).
-
-    aligned [S]: the sum of logp - log sum p^2 of each sequence.
-    """
-    return (aligned.double() / lengths.clamp(min=1)).exp()[pairs].prod(1)
-
-
-# ------------------------------------------------------------------------------------------------------------ the op
+from cpo_kernels import homes, ops
+from cpo_kernels.batch_plan import Layout, Tables, to_device
+from cpo_kernels.head import Head, HeadInputs, Rows, gather_rows, labelled_index
+from cpo_kernels.head_grads import WeightGrad, fake_known_loss, known_loss_grads
+from cpo_kernels.logits import HeadOptions
+from cpo_kernels.preference import PreferenceArgs, wpo_weights
 
 
 @ops.functional_op("linear_preference")
@@ -117,24 +27,8 @@ def linear_preference_op(
     labels: Tensor,
     token_weights: Tensor,
     ref_hidden: Tensor,
-    ref_logps: Tensor,
-    lengths: Tensor,
-    pairs: Tensor,
-    scores: Tensor,
-    conditions: Tensor,
-    objectives: Tensor,
-    pair_weights: Tensor,
-    pair_betas: Tensor,
-    margins: Tensor,
-    loss_types: list[int],
-    loss_weights: list[float],
-    options: list[float],
-    num_pairs: float,
-    chosen_tokens: float,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
-    vocab_size: int,
+    args: PreferenceArgs,
+    options: HeadOptions,
     use_weighting: bool,
     couples_pairs: bool,
     need_dx: bool,
@@ -146,7 +40,7 @@ def linear_preference_op(
     plan_tables: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden [M, H], labels [M] of sequences end to end; lengths [S] labelled rows of each.
+    """hidden [M, H], labels [M] of sequences end to end; args.lengths [S] labelled rows of each.
 
     ref_hidden [M, H] goes through the same head, or is [0] where ref_logps are given. The three plan tensors are those
     of `BatchPlan`, or all [0].
@@ -154,13 +48,10 @@ def linear_preference_op(
     Returns loss [], losses [P], seq_logps [S], chosen_rewards, rejected_rewards, value_gap [P], order [P], counts [3],
     then what backward scales: dX unscaled [M, H], coefficients [M], dW up to a power of two, db in float32, power [].
     """
-    args = PreferenceArgs(
-        ref_logps, lengths, pairs, scores, conditions, objectives, pair_weights, pair_betas, margins,
-        loss_types, loss_weights, options, num_pairs, chosen_tokens,
-    )  # fmt: skip
-    if not scores.numel():
+    lengths, pairs = args.lengths, args.pairs
+    if not args.scores.numel():
         args = args.with_divisors(pairs.shape[0])  # no ratings, no ties
-    kernels, acc = ops.kernels(impl, weight), ops.acc_dtype(hidden.dtype)
+    kernels, acc = homes.kernels(impl, weight), ops.acc_dtype(hidden.dtype)
     if plan_host.numel():
         layout, index = Layout.unpack(plan_host), plan_index
     else:
@@ -170,7 +61,7 @@ def linear_preference_op(
         if several:
             args, known = args.with_divisors(*known[:2]), known[2:]
         layout = Layout.of(known[: len(lengths)], known[len(lengths) :], row_limit, couples_pairs)
-        index = labelled_index(labels, ignore_index, layout.num_rows)
+        index = labelled_index(labels, options.ignore_index, layout.num_rows)
         plan_tables = to_device(layout.tables(), hidden.device)
     tables = Tables(layout, plan_tables)
     if len(layout.chunks) > 1:
@@ -184,7 +75,7 @@ def linear_preference_op(
     max_rows = layout.max_rows
     if ref is not None:
         max_rows = max(max_rows, min(2 * max_rows, row_limit))
-    head = Head(weight, bias, (ignore_index, scale, softcap, vocab_size), max_rows, impl)
+    head = Head(weight, bias, options, max_rows, impl)
     outputs, seq_logps, coef = run.pairs(head) if layout.strategy == "pairs" else run.two_pass(head)
     loss, losses, _, *metrics = outputs
     dx = rows.scatter(run.dx, hidden.shape[0]) if need_dx else run.dx
@@ -227,7 +118,7 @@ class _Pass:
 
         seq_logps = total(logp, weights)
         if self.ref is not None:
-            args = replace(args, ref_logps=total(ref_logp, weights))
+            args = args._replace(ref_logps=total(ref_logp, weights))
         wpo = seq_logps.new_empty(0, dtype=torch.float64)
         if self.weighted:
             wpo = wpo_weights(total(logp - extra[1], weights[:0]), args.lengths, args.pairs)
@@ -285,7 +176,7 @@ class _Pass:
 def _(hidden, weight, bias, labels, token_weights, ref_hidden, ref_logps, lengths, pairs, *rest):
     acc = ops.acc_dtype(hidden.dtype)
     seq_logps = hidden.new_empty(lengths.shape[0], dtype=acc)
-    loss, losses, _, *metrics = ops._fake_preference(seq_logps, pairs)
+    loss, losses, _, *metrics = ops.fake_preference(seq_logps, pairs)
     return loss, losses, seq_logps, *metrics, *fake_known_loss(hidden, weight, *rest[-8:-5])
 
 
@@ -308,7 +199,7 @@ def linear_preference(
     inputs: HeadInputs,
     token_weights: Tensor,
     ref_hidden: Tensor,
-    args: tuple[Any, ...],
+    args: PreferenceArgs,
     use_weighting: bool,
     couples_pairs: bool,
     plan: tuple[Tensor, Tensor, Tensor],

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpo_kernels import ops
+from cpo_kernels import homes, ops
+from cpo_kernels.checks import check_label_range
 
 _KNOWN: dict[str, VocabShards] = {}  # by the name under which they pass through an op
 
@@ -68,13 +69,13 @@ class VocabShards:
         return sum(self.rows[: self.group.rank()])
 
     def home(self, impl: str) -> str:
-        """`impl`, sharded: what `ops.kernels` takes."""
+        """`impl`, sharded: what `homes.kernels` takes."""
         return f"{impl}@{self.name}"
 
 
 def sharded_kernels(home: str, tensor: Tensor) -> ShardedKernels:
     impl, name = home.split("@", 1)
-    return ShardedKernels(ops.kernels(impl, tensor), _KNOWN[name])
+    return ShardedKernels(homes.kernels(impl, tensor), _KNOWN[name])
 
 
 def all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -195,8 +196,8 @@ class ShardedKernels:
 
 def check_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
     """On every rank alike, before anything is sent: an error on one of them alone would leave the others waiting."""
-    if labels.device.type == "cpu" or ops.checks_enabled():
-        ops.check_label_range(labels, ignore_index, vocab_size)
+    if labels.device.type == "cpu" or homes.checks_enabled():
+        check_label_range(labels, ignore_index, vocab_size)
 
 
 # ------------------------------------------------------------------------------------------------------- public door

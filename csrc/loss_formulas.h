@@ -1,7 +1,7 @@
 // Every pairwise loss with its gradient: plain functions of numbers, for the CPU and for CUDA.
 //
 // L_w, L_l: summed log-probs of the chosen and the rejected response; r = L - ref; n: number of tokens;
-// s(r): score of the f-divergence (f_score); u: the argument of a logistic loss. Sources: cpo_kernels/reference.py.
+// s(r): score of the f-divergence (f_score); u: the argument of a logistic loss. Sources: reference/loss_types.py.
 // Each loss returns {l, dl/dL_w, dl/dL_l}.
 #pragma once
 
@@ -18,7 +18,7 @@
 
 namespace cpo {
 
-// The order of LOSS_TYPES in cpo_kernels/reference.py.
+// The order of LOSS_TYPES in cpo_kernels/reference/loss_types.py.
 enum LossType {
   kSigmoid,
   kHinge,
@@ -43,7 +43,7 @@ enum LossType {
   kNumLossTypes
 };
 
-// The order of OPTIONS in cpo_kernels/reference.py.
+// The order of OPTIONS in cpo_kernels/reference/terms.py.
 struct LossOptions {
   double beta, label_smoothing, tau, margin, tie_margin, f_divergence, f_alpha, discopop_tau, simpo_gamma,
       alphapo_alpha, nll_alpha, modpo_weight;
@@ -65,7 +65,7 @@ struct LossTerm {
   double loss, chosen, rejected;
 };
 
-// Exponents stop here, as in reference.py: beyond it the gradient is 0.
+// Exponents stop here, as in reference/terms.py: beyond it the gradient is 0.
 constexpr double kMaxExponent = 80.0;
 constexpr double kMaxOrpoLogp = -1e-12;
 

@@ -7,7 +7,7 @@ from test_loss import OBJECTIVES, ROW, ratings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
-from cpo_kernels import linear, linear_preference, ops
+from cpo_kernels import linear, linear_preference, nll, ops
 from cpo_kernels.batch_plan import Layout, Tables, linked_groups
 
 BUDGETS = {"one_chunk": None, "chunks": 34 * ROW, "two_pass": 3 * ROW}
@@ -46,7 +46,7 @@ def watched(monkeypatch):
 
     monkeypatch.setattr(linear_preference, "linear_preference_op", watch(linear_preference.linear_preference_op))
     monkeypatch.setattr(linear, "linear_token_logps_op", watch(linear.linear_token_logps_op))
-    monkeypatch.setattr(linear, "linear_nll_op", watch(linear.linear_nll_op))
+    monkeypatch.setattr(nll, "linear_nll_op", watch(nll.linear_nll_op))
 
 
 def loss_and_grads(loss_fn, batch, train_head, **kwargs):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cpo_kernels import ops
+from cpo_kernels import homes
 from cpo_kernels.check import run
 
 
@@ -26,7 +26,7 @@ def test_the_cpu_home_passes(tmp_path, only):
 
 
 def test_a_gradient_off_by_a_percent_fails(tmp_path, monkeypatch, capsys):
-    right = ops.kernels
+    right = homes.kernels
 
     class Wrong:
         def __init__(self, home):
@@ -38,7 +38,7 @@ def test_a_gradient_off_by_a_percent_fails(tmp_path, monkeypatch, capsys):
         def token_logps_bwd_(self, logits, labels, lse, grad, *head):
             self.home.token_logps_bwd_(logits, labels, lse, grad * 1.01, *head)
 
-    monkeypatch.setattr(ops, "kernels", lambda impl, tensor: Wrong(right(impl, tensor)))
+    monkeypatch.setattr(homes, "kernels", lambda impl, tensor: Wrong(right(impl, tensor)))
     status, result = check(tmp_path, "sizes/*", "--quick")
     assert status == 1 and result["counts"]["failed"] > 0
     assert "FAIL" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 import cpo_kernels
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("batch_plan", "linear", "loss", "objectives", "ops", "planner", "reference", "sharded")
+MODULES = ("fused_loss", "logits", "objectives", "planner", "sharded")
 INTEGRATIONS = ("fused_head", "heads", "transformers", "trl")
 
 

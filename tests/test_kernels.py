@@ -1,4 +1,4 @@
-"""The kernels of every home against reference.py in float64: every op, dtype, option and awkward size.
+"""The kernels of every home against the oracle in float64: every op, dtype, option and awkward size.
 
 Triton's run in its interpreter where there is no GPU. `python tests/test_kernels.py` runs the token op comparisons on
 the CPU home alone; the tests start it once for each instruction set.
@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cpo_kernels import ops, reference
+from cpo_kernels import homes, reference
+from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
-pytestmark = pytest.mark.skipif(bool(ops.missing("cpu")), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(bool(homes.missing("cpu")), reason="the C++ extension is not built")
 
 IGNORE = -100
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +55,7 @@ _home = "cpu"
 
 
 def kernels():
-    return ops.kernels(_home, torch.empty(0))
+    return homes.kernels(_home, torch.empty(0))
 
 
 @pytest.fixture(params=["cpu", "triton"])
@@ -71,7 +72,7 @@ every_home = pytest.mark.usefixtures("home")
 
 def truncates(dtype):
     """Triton's interpreter rounds float32 to bfloat16 toward zero; GPUs round to nearest."""
-    return _home == "triton" and ops.triton_interpreted() and dtype == torch.bfloat16
+    return _home == "triton" and homes.triton_interpreted() and dtype == torch.bfloat16
 
 
 def assert_same_logps(actual, expected):
@@ -442,14 +443,14 @@ def make_batch(seed=0, dtype=torch.float64, sequences=7, objectives=3, count=11)
         margins=uniform(sequences, low=-1, high=1),
         loss_types=[0],
         loss_weights=[1.0],
-        options=list(reference.OPTION_DEFAULTS.values()),
+        options=list(OPTION_DEFAULTS.values()),
         num_pairs=-1.0,
         chosen_tokens=-1.0,
     )
 
 
 def with_options(batch, **options):
-    return {**batch, "options": list({**reference.OPTION_DEFAULTS, **options}.values())}
+    return {**batch, "options": list({**OPTION_DEFAULTS, **options}.values())}
 
 
 def without(batch, *names):

@@ -6,7 +6,7 @@ from heads import EVERY_HOME, HOMES, LOW_PRECISION, make_batch, relative_error, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
-from cpo_kernels import linear, ops, reference
+from cpo_kernels import linear, nll, ops, reference
 
 FLOAT32 = 1e-5  # relative, the project's bound for float32
 ROW = 101 * 8  # bytes of one row of float64 logits of the default batch
@@ -178,7 +178,7 @@ def test_no_tensor_grows_with_the_logits():
         watch = Largest()
         with torch.no_grad(), watch:
             empty = batch.weight.new_empty(0)
-            ops.BODIES[linear.linear_nll_op](
+            ops.BODIES[nll.linear_nll_op](
                 batch.hidden.view(-1, 8), batch.weight, empty, batch.labels.view(-1), batch.labels[:0].view(0), empty,
                 *head, -1.0,
                 True, True, False, 16, "cpu",

@@ -10,7 +10,9 @@ from heads import EVERY_HOME, make_batch, relative_error
 from torch.library import opcheck
 
 import cpo_kernels as cpo
-from cpo_kernels import linear, linear_preference, ops, reference
+from cpo_kernels import homes, linear, linear_preference, nll, ops, preference, reference, sequences
+from cpo_kernels.logits import token_logps_backward_op, token_logps_op
+from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
 
 def linear_args(batch):
@@ -22,7 +24,7 @@ def linear_args(batch):
 def preference_args(batch, dtype):
     lengths, empty64 = batch.lengths(), torch.empty(0, dtype=torch.float64)
     pairs = torch.tensor([[0, 2], [1, 3]])
-    options = [float(v) for v in reference.OPTION_DEFAULTS.values()]
+    options = [float(v) for v in OPTION_DEFAULTS.values()]
     return (
         batch.ref_logps.to(dtype), lengths, pairs, empty64, empty64, empty64, empty64, empty64, empty64,
         [0, 13], [1.0, 0.5], options, -1.0, -1.0,
@@ -34,19 +36,19 @@ def op_samples(impl):
     batch = make_batch(dtype=torch.float32)
     hidden, weight, bias, labels = linear_args(batch)
     logits, head = hidden @ weight.t(), (-100, 1.0, 0.0, 101)
-    logp, lse, _ = ops.token_logps_op(logits, labels, *head, False, impl)
+    logp, lse, _ = token_logps_op(logits, labels, *head, False, impl)
     cu_seqlens = torch.arange(5) * 9
     empty, none = logp.new_empty(0), labels.new_empty(0)
-    yield ops.token_logps_op, (logits, labels, *head, True, impl)
-    yield ops.token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), *head, impl)
-    yield ops.sequence_logps_op, (logp, cu_seqlens, empty, True, impl)
-    yield ops.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
+    yield token_logps_op, (logits, labels, *head, True, impl)
+    yield token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), *head, impl)
+    yield sequences.sequence_logps_op, (logp, cu_seqlens, empty, True, impl)
+    yield preference.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
     yield linear.linear_token_logps_op, (hidden, weight, bias, labels, none, hidden + 1, *head, True, True, 16, impl)
     yield (
         linear.linear_token_logps_backward_op,
         (hidden, weight, bias, labels, none, lse, torch.randn_like(lse), *head, True, True, True, 16, impl),
     )
-    yield linear.linear_nll_op, (hidden, weight, bias, labels, none, empty, *head, -1.0, True, True, True, 16, impl)
+    yield nll.linear_nll_op, (hidden, weight, bias, labels, none, empty, *head, -1.0, True, True, True, 16, impl)
     for limit in (1000, 4):
         yield (
             linear_preference.linear_preference_op,
@@ -138,7 +140,7 @@ def test_a_home_by_name_never_falls_back(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="impl='triton' takes GPU tensors.*got a tensor on cpu"):
         cpo.token_logps(logits, labels, impl="triton")
-    monkeypatch.setitem(ops._MISSING, "triton", "no such package")
+    monkeypatch.setitem(homes._MISSING, "triton", "no such package")
     with pytest.raises(RuntimeError, match="impl='triton' is not available: no such package"):
         cpo.token_logps(logits, labels, impl="triton")
     with pytest.raises(ValueError, match="got 'quick'"):

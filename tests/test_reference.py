@@ -7,8 +7,11 @@ import torch
 from torch.autograd import gradcheck
 
 from cpo_kernels import reference
+from cpo_kernels.loss_options import check_options
 from cpo_kernels.objectives import Objective, objectives_tensor
-from cpo_kernels.reference import F_DIVERGENCES, LOSS_TYPES, OPTION_DEFAULTS, OPTIONS, check_options, pair_loss
+from cpo_kernels.reference.loss_types import LOSS_TYPES
+from cpo_kernels.reference.pairs import pair_loss
+from cpo_kernels.reference.terms import F_DIVERGENCES, OPTION_DEFAULTS, OPTIONS
 
 IGNORE = -100
 NONE = torch.empty(0)

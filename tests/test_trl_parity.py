@@ -20,7 +20,9 @@ import pytest
 import torch
 
 from cpo_kernels import reference
-from cpo_kernels.reference import F_DIVERGENCES, LOSS_TYPES, OPTION_DEFAULTS, check_options
+from cpo_kernels.loss_options import check_options
+from cpo_kernels.reference.loss_types import LOSS_TYPES
+from cpo_kernels.reference.terms import F_DIVERGENCES, OPTION_DEFAULTS
 
 pytest.importorskip("trl")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

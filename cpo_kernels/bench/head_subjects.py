@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import cpo_kernels as cpo
-from cpo_kernels import ops
+from cpo_kernels import homes
 from cpo_kernels.bench.head import BETA, Batch, Head, TokenLogps, from_token_logps, gathered
 from cpo_kernels.bench.subject import Outcome, Step, Subject, gpu_only
 
@@ -83,7 +83,7 @@ def our_token_logps(b: Batch) -> TokenLogps:
 
 
 def needs_home(impl: str) -> Callable[[Head, torch.device], str]:
-    return lambda workload, device: gpu_only(workload, device) or ops.missing(impl)
+    return lambda workload, device: gpu_only(workload, device) or homes.missing(impl)
 
 
 def trainable_alone(workload: Head, device: torch.device) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels import ops
+from cpo_kernels import homes
 from cpo_kernels.bench.subject import Family, Outcome, Step, Subject
 from cpo_kernels.bench.tokens import HOMES, home
 from cpo_kernels.check.preference import make_batch
@@ -64,7 +64,7 @@ def repeated(run: Callable[[], Outcome], device: torch.device) -> Step:
 
 def kernel(impl: str) -> Callable[[Batch], Step]:
     def build(b: Batch) -> Step:
-        op = ops.kernels(impl, b.args[0]).preference
+        op = homes.kernels(impl, b.args[0]).preference
         return repeated(lambda: outcome(op(*b.args)), b.device)
 
     return build
@@ -72,13 +72,13 @@ def kernel(impl: str) -> Callable[[Batch], Step]:
 
 def plain(b: Batch) -> Step:
     """The formulas in plain PyTorch, one operation after the other."""
-    kernels = ops.kernels("reference", b.args[0])
+    kernels = homes.kernels("reference", b.args[0])
     return Step(lambda: outcome(kernels.preference(*b.args)))
 
 
 def truth(b: Batch) -> Outcome:
     exact = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in b.args]
-    return outcome(ops.kernels("reference", exact[0]).preference(*exact))
+    return outcome(homes.kernels("reference", exact[0]).preference(*exact))
 
 
 def limits(workload: Preference) -> dict[str, float]:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import cpo_kernels as cpo
-from cpo_kernels import ops
+from cpo_kernels import homes
 from cpo_kernels.bench.head import capped
 from cpo_kernels.bench.subject import Family, Outcome, Step, Subject
+from cpo_kernels.logits import head_options
 
 HOMES = ("cpu", "triton", "cuda")
 SIDE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -39,7 +40,7 @@ class Batch:
         self.labels = torch.randint(w.vocab, (w.rows,), generator=g, device=device)
         self.grad = torch.randn(w.rows, generator=g, device=device)  # upstream
         self.ones = torch.ones_like(self.grad)
-        self.head = ops.head_options(w.vocab, -100, w.softcap, 1.0, None)
+        self.head = head_options(w.vocab, -100, w.softcap, 1.0, None)
 
     def refill(self) -> None:
         self.work.copy_(self.logits)
@@ -55,7 +56,7 @@ def copy(b: Batch) -> Step:
 
 def forward(impl: str) -> Callable[[Batch], Step]:
     def build(b: Batch) -> Step:
-        op = ops.kernels(impl, b.logits).token_logps_fwd
+        op = homes.kernels(impl, b.logits).token_logps_fwd
         return Step(lambda: {"logp": op(b.logits, b.labels, *b.head, False)[0]})
 
     return build
@@ -63,7 +64,7 @@ def forward(impl: str) -> Callable[[Batch], Step]:
 
 def backward(impl: str) -> Callable[[Batch], Step]:
     def build(b: Batch) -> Step:
-        kernels = ops.kernels(impl, b.logits)
+        kernels = homes.kernels(impl, b.logits)
         lse = kernels.token_logps_fwd(b.logits, b.labels, *b.head, False)[1]
 
         def run() -> Outcome:
@@ -77,7 +78,7 @@ def backward(impl: str) -> Callable[[Batch], Step]:
 
 def fused(impl: str) -> Callable[[Batch], Step]:
     def build(b: Batch) -> Step:
-        op = ops.kernels(impl, b.logits).token_logps_fused_
+        op = homes.kernels(impl, b.logits).token_logps_fused_
 
         def run() -> Outcome:
             return {"logp": op(b.work, b.labels, *b.head, False)[0], "unit_dlogits": b.work}
@@ -138,9 +139,9 @@ def limits(workload: Tokens) -> dict[str, float]:
 
 def home(impl: str) -> Callable[[Tokens, torch.device], str]:
     def refuses(workload: Tokens, device: torch.device) -> str:
-        if device.type != SIDE[impl] and not (impl == "triton" and ops.triton_interpreted()):
+        if device.type != SIDE[impl] and not (impl == "triton" and homes.triton_interpreted()):
             return f"the {impl} home does not run on {device.type}"
-        return ops.missing(impl)
+        return homes.missing(impl)
 
     return refuses
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels import ops
+from cpo_kernels import homes
 
 
 class Tolerance(NamedTuple):
@@ -41,7 +41,7 @@ class Home:
 
     @property
     def kernels(self) -> Any:
-        return ops.kernels(self.name, torch.empty(0, device=self.device))
+        return homes.kernels(self.name, torch.empty(0, device=self.device))
 
     @property
     def on_gpu(self) -> bool:

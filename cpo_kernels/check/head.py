@@ -13,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpo_kernels import linear, loss, reference
+from cpo_kernels import reference
 from cpo_kernels.check.compare import Case, Home, Seen, relative_error, short
 from cpo_kernels.check.tokens import DTYPES, IGNORE
+from cpo_kernels.fused_loss import FusedLinearCPOLoss
+from cpo_kernels.linear import linear_token_logps
+from cpo_kernels.loss import preference_loss
+from cpo_kernels.nll import linear_nll
 from cpo_kernels.objectives import Objective
 
 VOCAB, WIDTH = 509, 48
@@ -159,7 +163,7 @@ def token_cases() -> Iterator[Case]:
             options = {**head, "memory_budget": budget_bytes(rows, dtype), "impl": home.name}
 
             def ours(b: Batch) -> Tensor:
-                return linear.linear_token_logps(b.hidden, b.weight, b.labels, b.bias, **options)
+                return linear_token_logps(b.hidden, b.weight, b.labels, b.bias, **options)
 
             bias = train != "frozen"
             naive = lambda b: naive_token_logps(b, **head)  # noqa: E731
@@ -167,9 +171,7 @@ def token_cases() -> Iterator[Case]:
             if train == "all":
                 with torch.no_grad():
                     low = make_batch(bias, 3).to(home, dtype, (False, False))
-                    extra = linear.linear_token_logps(
-                        low.hidden, low.weight, low.labels, low.bias, extras=True, **options
-                    )
+                    extra = linear_token_logps(low.hidden, low.weight, low.labels, low.bias, extras=True, **options)
                     seen.same("value without gradients", extra[0], ours(low))
 
         def nll(home: Home, seen: Seen, head=head, rows=rows, train=train, dtype=dtype) -> None:
@@ -178,7 +180,7 @@ def token_cases() -> Iterator[Case]:
 
             def ours(b: Batch) -> Tensor:
                 options = {**head, "token_weights": weights, "num_tokens": 37.0, "memory_budget": budget}
-                return linear.linear_nll(b.hidden, b.weight, b.labels, b.bias, impl=home.name, **options)
+                return linear_nll(b.hidden, b.weight, b.labels, b.bias, impl=home.name, **options)
 
             truth = lambda b: -(true_token_logps(b, **head) * weights).sum() / 37.0  # noqa: E731
             naive = lambda b: -(naive_token_logps(b, **head) * weights).sum() / 37.0  # noqa: E731
@@ -204,7 +206,7 @@ def preference_cases() -> Iterator[Case]:
                 if loss_type in ("exo_pair", "robust"):
                     options["label_smoothing"] = 0.1
                 budget = budget_bytes(rows, dtype)
-                ours = loss.FusedLinearCPOLoss(memory_budget=budget, impl=home.name, **options)
+                ours = FusedLinearCPOLoss(memory_budget=budget, impl=home.name, **options)
 
                 def tensors(b: Batch) -> dict[str, Any]:
                     given: dict[str, Any] = {"scores": b.scores, "conditions": b.conditions}
@@ -226,9 +228,7 @@ def preference_cases() -> Iterator[Case]:
                     def value(b: Batch) -> Tensor:
                         lengths = (b.labels != IGNORE).sum(1)
                         sums = token_logps(b).sum(1)
-                        return loss.preference_loss(
-                            sums, lengths=lengths, impl="reference", **options, **tensors(b)
-                        ).loss
+                        return preference_loss(sums, lengths=lengths, impl="reference", **options, **tensors(b)).loss
 
                     return value
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cpo_kernels import reference
 from cpo_kernels.check.compare import Case, Home, Seen, short
+from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
 NAMES = ("loss", "losses", "gradient", "chosen_rewards", "rejected_rewards", "value_gap", "order", "counts")
 TYPES = list(reference.LOSS_TYPES)
@@ -95,7 +96,7 @@ def make_batch(
         margins=uniform(sequences, low=-1, high=1),
         loss_types=[0],
         loss_weights=[1.0],
-        options=list(reference.OPTION_DEFAULTS.values()),
+        options=list(OPTION_DEFAULTS.values()),
         num_pairs=-1.0,
         chosen_tokens=-1.0,
     )
@@ -109,7 +110,7 @@ def typed(batch: dict[str, Any], loss_type: str, **options: float) -> dict[str, 
     """The batch under a loss type, with what that type does not take left out."""
     if loss_type in ("exo_pair", "robust") and not options.get("label_smoothing"):
         options = {**options, "label_smoothing": 0.02}
-    values = list({**reference.OPTION_DEFAULTS, **options}.values())
+    values = list({**OPTION_DEFAULTS, **options}.values())
     batch = {**batch, "options": values, "loss_types": [TYPES.index(loss_type)]}
     return without(batch, "pair_weights", "pair_betas") if loss_type.startswith("aot") else batch
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from cpo_kernels import ops
+from cpo_kernels import homes
 from cpo_kernels.check.compare import Case, Home, Seen, Skip
 from cpo_kernels.environment import describe
 
@@ -212,11 +212,11 @@ def report(results: Iterable[Result], device: str) -> list[Result]:
 def homes_on(device: torch.device) -> list[str]:
     """Every home that runs on this device; not the reference, which is the oracle."""
     wanted = ["cpu"] if device.type == "cpu" else ["triton", "cuda"]
-    if device.type == "cpu" and ops.triton_interpreted():
+    if device.type == "cpu" and homes.triton_interpreted():
         wanted.append("triton")
-    found = [name for name in wanted if not ops.missing(name)]
+    found = [name for name in wanted if not homes.missing(name)]
     if not found:
-        raise ValueError(f"no kernels to check on {device}: " + "; ".join(f"{n}: {ops.missing(n)}" for n in wanted))
+        raise ValueError(f"no kernels to check on {device}: " + "; ".join(f"{n}: {homes.missing(n)}" for n in wanted))
     return found
 
 
@@ -241,9 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no GPU here, use --device cpu")
-    homes = args.impl or homes_on(device)
-    for home in homes:
-        ops.resolve_impl(home, device)
+    chosen = args.impl or homes_on(device)
+    for home in chosen:
+        homes.resolve_impl(home, device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products may differ from run to run
     names = [c.name for c in all_cases() if (c.quick or not args.quick) and fnmatch.fnmatchcase(c.name, args.only)]
     if not names:
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     start = time.perf_counter()
     runner = run_here if args.in_process else run_apart
-    results = report(runner([(h, n) for h in homes for n in names], args.device, all_cases), args.device)
+    results = report(runner([(h, n) for h in chosen for n in names], args.device, all_cases), args.device)
     count = {s: sum(r["status"] == s for r in results) for s in ("passed", "failed", "crashed", "skipped")}
     print(", ".join(f"{n} {s}" for s, n in count.items() if n) + f" in {time.perf_counter() - start:.0f} s")
     if args.out:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cpo_kernels import linear
 from cpo_kernels.check.compare import Case, Home, Seen, Skip, short
 from cpo_kernels.check.head import OBJECTIVES, TRAIN, VOCAB, Batch, budget_bytes, make_batch
-from cpo_kernels.loss import FusedLinearCPOLoss
+from cpo_kernels.fused_loss import FusedLinearCPOLoss
+from cpo_kernels.nll import linear_nll
 
 DTYPES = (torch.bfloat16, torch.float32)
 ROW_BUDGETS = (("one-chunk", None), ("chunks", 48), ("two-pass", 7))
@@ -68,7 +68,7 @@ def waiting_cases() -> Iterator[Case]:
             batch = batch.to(home, dtype, TRAIN["all"])
 
             def step() -> Tensor:
-                return linear.linear_nll(batch.hidden, batch.weight, batch.labels, index=index, impl=home.name)
+                return linear_nll(batch.hidden, batch.weight, batch.labels, index=index, impl=home.name)
 
             want = torch.autograd.grad(step(), batch.leaves(TRAIN["all"]))
             torch.cuda.synchronize(home.device)

@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput
 
-from cpo_kernels import ops
+from cpo_kernels import homes
+from cpo_kernels.head import head_inputs
 from cpo_kernels.integrations.heads import LogitMap, backbone, head_layer, logit_map
 from cpo_kernels.integrations.transformers import shift_labels
-from cpo_kernels.linear import _LinearTokenLogps, head_inputs, token_logps_of
+from cpo_kernels.linear import LinearTokenLogps, token_logps_of
+from cpo_kernels.logits import token_extras
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -41,7 +43,7 @@ def add_fused_head(
     """
     if unknown := set(outputs) - set(FIELDS):
         raise ValueError(f"outputs must be among {', '.join(FIELDS)}, got {', '.join(sorted(unknown))}")
-    ops.check_impl(impl)
+    homes.check_impl(impl)
     head_layer(model)
     numbers = logit_map(model, softcap, scale)
     original = model.forward
@@ -88,11 +90,11 @@ def _forward(
         w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))
         i = head_inputs(hidden, w, shifted, b, -100, *numbers, None, memory_budget)
         extras = set(outputs) != {"log_probs"}
-        function = _GatheredTokenLogps if hasattr(weight, "ds_id") else _LinearTokenLogps
+        function = _GatheredTokenLogps if hasattr(weight, "ds_id") else LinearTokenLogps
         logps, extra, _ = token_logps_of(i, extras, impl, function=function)
     fields = {"log_probs": logps.view(shifted.shape)}
     if extras:
-        e = ops.token_extras(extra, shifted.shape)
+        e = token_extras(extra, shifted.shape)
         fields |= {"entropy": e.entropy, "log_sum_sq_probs": e.log_sum_sq_probs}
         fields |= {"mean_logits": e.mean_logit, "is_top1": e.is_top1}
     fields = {name: fields[name][:, :end] for name in outputs}
@@ -100,14 +102,14 @@ def _forward(
     return FusedCausalLMOutput(**fields, label_mask=(shifted != -100)[:, :end], aux_loss=aux_loss)
 
 
-class _GatheredTokenLogps(_LinearTokenLogps):
+class _GatheredTokenLogps(LinearTokenLogps):
     """ZeRO-3 takes the weight away after forward; recomputed logits need it once more."""
 
     @staticmethod
     def backward(ctx, grad, *_):
         weights = () if ctx.frozen else ctx.saved_tensors[1:3]
         with trl_utils.maybe_gather_lm_head_ctx(*(w for w in weights if hasattr(w, "ds_id"))):
-            return _LinearTokenLogps.backward(ctx, grad, *_)
+            return LinearTokenLogps.backward(ctx, grad, *_)
 
 
 def _aux_loss(seen: Any, config: Any, kwargs: dict[str, Any]) -> Any:

@@ -31,7 +31,8 @@ from trl.trainer.utils import get_config_model_id
 
 from cpo_kernels.integrations.conditioned import RATING_KEYS, conditioned_loss
 from cpo_kernels.integrations.fused_head import add_fused_head
-from cpo_kernels.loss import CPOLoss, LossOptions
+from cpo_kernels.loss import CPOLoss
+from cpo_kernels.loss_options import LossOptions
 from cpo_kernels.objectives import Objective
 
 RATING_COLUMNS = ("chosen_scores", "rejected_scores", "condition")

@@ -1,7 +1,7 @@
 """Every pairwise loss with its gradient in Triton, in float64: the formulas and clamps of csrc/loss_formulas.h.
 
 L_w, L_l: summed log-probs of the chosen and the rejected response; r = L - ref; n: number of tokens; s(r): score of the
-f-divergence (`score`); u: the argument of a logistic loss. Sources of the losses: cpo_kernels/reference.py.
+f-divergence (`score`); u: the argument of a logistic loss. Sources of the losses: cpo_kernels/reference/loss_types.py.
 
 Only exp and log are taken from Triton: float64 versions of log1p, expm1 and the logistic functions would come from
 libdevice, which the interpreter and AMD GPUs do not have. Constants that float32 cannot hold are written with tl.full:

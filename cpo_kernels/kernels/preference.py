@@ -1,7 +1,7 @@
 """Sequence sums, and the preference loss with its gradient, in Triton.
 
 `sequence_sum` and `preference` have the signatures, results and semantics of the functions of those names in
-reference.py. All arithmetic is in float64, sums have a fixed order, nothing waits for the host and no launch depends on
+`reference`. All arithmetic is in float64, sums have a fixed order, nothing waits for the host and no launch depends on
 the data, so both can be captured in a CUDA graph.
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from cpo_kernels.kernels import tuning
 from cpo_kernels.kernels.loss_formulas import Options, Pairs, pair_loss, score, smoothed
 from cpo_kernels.kernels.tuning import Variant
-from cpo_kernels.reference import F_DIVERGENCES, LOSS_TYPES, OPTIONS
+from cpo_kernels.reference.loss_types import LOSS_TYPES
+from cpo_kernels.reference.terms import F_DIVERGENCES, OPTIONS
 
 # ------------------------------------------------------------------------------------------------------- sequence sums
 

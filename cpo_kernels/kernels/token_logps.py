@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpo_kernels import ops
+from cpo_kernels import homes, ops
+from cpo_kernels.checks import check_label_range
 from cpo_kernels.kernels import tuning
 from cpo_kernels.kernels.tuning import Variant
 
@@ -390,8 +391,8 @@ class _Rows:
             "EDGES": not aligned or bool(self.width % self.vec or vocab_size % self.vec),
             "SOFTCAP": softcap > 0,
         }
-        if ops.checks_enabled():
-            ops.check_label_range(labels, ignore_index, vocab_size)
+        if homes.checks_enabled():
+            check_label_range(labels, ignore_index, vocab_size)
 
     @property
     def lean(self) -> bool:

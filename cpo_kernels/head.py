@@ -1,0 +1,195 @@
+"""The head's inputs, checked once at the door, and the logits of one chunk of rows at a time.
+
+Rows without a label are dropped before the first product. Products go to the vendor's library, the kernels of a home do
+everything between them in place.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import homes, ops
+from cpo_kernels.checks import check_dtype, check_labels, check_types
+from cpo_kernels.logits import HeadOptions, head_options
+from cpo_kernels.planner import budget_rows
+from cpo_kernels.sharded import VocabShards, local_head
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Checked inputs of the head, flattened to rows, and what of them wants a gradient."""
+
+    hidden: Tensor  # [M, H]
+    weight: Tensor  # [V, H], with shards this rank's rows of it
+    bias: Tensor  # [V] or [0]
+    labels: Tensor  # [M]
+    options: HeadOptions
+    row_limit: int
+    width: int  # columns of logits for which row_limit was made: V, or the largest shard's
+    shards: VocabShards | None
+
+    def home(self, impl: str) -> str:
+        """Where the kernels of this head are."""
+        return impl if self.shards is None else self.shards.home(impl)
+
+    @property
+    def needs(self) -> tuple[bool, bool, bool]:
+        tensors = (self.hidden, self.weight, self.bias)
+        return tuple(torch.is_grad_enabled() and t.requires_grad for t in tensors)  # type: ignore[return-value]
+
+    @property
+    def train_head(self) -> bool:
+        return self.needs[1] or self.needs[2]
+
+
+def head_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    scale: float,
+    vocab_size: int | None,
+    memory_budget: int | None,
+    vocab_shards: VocabShards | None = None,
+) -> HeadInputs:
+    """Check once, at the door; under autocast cast as F.linear would."""
+    ops.refuse_transforms()
+    check_types("a tensor", hidden=hidden, weight=weight, labels=labels)
+    check_types("a tensor", optional=True, bias=bias)
+    hidden, weight, bias, shards = local_head(hidden, weight, bias, vocab_shards)
+    if weight.dim() != 2 or (weight.shape[0] == 0 and shards is None):
+        raise ValueError(f"weight must have shape [V, H] with V >= 1, got {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must have shape [..., H] with H = {weight.shape[1]}, the width of weight "
+            f"{tuple(weight.shape)}, got {tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+    check_labels(labels, hidden.shape[:-1], "hidden", hidden.device)
+    device = hidden.device.type
+    named = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in named.items():
+        check_dtype(name, tensor)
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: move one of them")
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        named = {n: t if t.dtype == torch.float64 else t.to(dtype) for n, t in named.items()}
+    if len({t.dtype for t in named.values()}) != 1:
+        dtypes = ", ".join(f"{n} {t.dtype}" for n, t in named.items())
+        raise TypeError(f"hidden, weight and bias must share one dtype, got {dtypes}: cast them or use autocast")
+    weight = named["weight"]
+    width = weight.shape[0] if shards is None else max(shards.rows)
+    return HeadInputs(
+        named["hidden"].reshape(-1, weight.shape[1]),
+        weight,
+        named.get("bias", weight.new_empty(0)),
+        labels.reshape(-1),
+        head_options(shards.vocab_size if shards else width, ignore_index, softcap, scale, vocab_size),
+        budget_rows(width, weight.dtype, weight.device, memory_budget),
+        width,
+        shards,
+    )
+
+
+def check_index(index: Tensor | None, labels: Tensor) -> None:
+    if index is None:
+        return
+    check_types("a tensor", index=index)
+    if index.dtype != torch.int64 or index.dim() != 1 or index.device != labels.device:
+        raise ValueError(
+            f"index must be int64 of shape [n] on {labels.device}, got {index.dtype} {list(index.shape)} on "
+            f"{index.device}"
+        )
+    if torch.compiler.is_compiling() or not (index.device.type == "cpu" or homes.checks_enabled()):
+        return
+    if bool(((index < 0) | (index >= labels.numel())).any()):
+        raise ValueError(f"index must lie in [0, {labels.numel()}), got {int(index.min())} to {int(index.max())}")
+
+
+@dataclass
+class Rows:
+    """The rows of a batch that are projected, in the order in which the chunks take them."""
+
+    index: Tensor  # [n] positions in the full layout
+    x: Tensor  # [n, H]
+    labels: Tensor  # [n]
+    full: bool  # every position is a row, in order: index is the identity
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[M, ...] -> [n, ...]"""
+        return values.contiguous() if self.full else values.index_select(0, self.index)
+
+    def scatter(self, values: Tensor, size: int) -> Tensor:
+        """[n, ...] -> [size, ...] with zeros at the positions that are not rows."""
+        if self.full:
+            return values
+        return values.new_zeros(size, *values.shape[1:]).index_copy_(0, self.index, values)
+
+
+def gather_rows(hidden: Tensor, labels: Tensor, index: Tensor, full: bool) -> Rows:
+    if full:
+        return Rows(index, hidden.contiguous(), labels, True)
+    return Rows(index, hidden.index_select(0, index), labels.index_select(0, index), False)
+
+
+def labelled_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
+    """[count] positions of the labels; their number is known, so the host does not wait for it."""
+    return torch.nonzero_static(labels != ignore_index, size=count).squeeze(1)
+
+
+def labelled_rows(hidden: Tensor, labels: Tensor, ignore_index: int, index: Tensor) -> Rows:
+    """The rows at `index` [n]; where that is [0] the labelled ones, whose number the host waits for."""
+    if not index.numel():
+        index = (labels != ignore_index).nonzero().squeeze(1)
+    return gather_rows(hidden, labels, index, index.shape[0] == labels.shape[0])
+
+
+class Head:
+    """One head during one op: makes the logits of a chunk in a buffer of `max_rows` that all chunks share."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, options: HeadOptions, max_rows: int, impl: str) -> None:
+        self.weight, self.bias, self.options = weight, bias, options
+        self.kernels = homes.kernels(impl, weight)
+        self.buffer = weight.new_empty(max_rows, weight.shape[0])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[n, H] -> [n, V], valid until the next call."""
+        out = self.buffer[: x.shape[0]]
+        if self.bias.numel():
+            return torch.addmm(self.bias, x, self.weight.t(), out=out)
+        return torch.mm(x, self.weight.t(), out=out)
+
+    def with_reference(self, x: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits [n, V] of x, and log-probs [n] of a reference model's rows through the same head ([0] without).
+
+        One product for both where the buffer holds them: few rows do not fill the device, many do by themselves.
+        """
+        n = x.shape[0]
+        if ref is None:
+            return self.logits(x), self.weight.new_empty(0, dtype=ops.acc_dtype(self.weight.dtype))
+        if 2 * n <= self.buffer.shape[0]:
+            both = self.logits(torch.cat([x, ref]))
+            return both[:n], self.kernels.token_logps_fwd(both[n:], labels, *self.options, False)[0]
+        ref_logp = self.kernels.token_logps_fwd(self.logits(ref), labels, *self.options, False)[0]
+        return self.logits(x), ref_logp
+
+    def forward(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(logp, lse, extra, ref_logp)"""
+        z, ref_logp = self.with_reference(x, labels, ref)
+        return *self.kernels.token_logps_fwd(z, labels, *self.options, extras), ref_logp
+
+    def fused(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(g, logp, lse, extra, ref_logp) with g = (onehot - softmax) * dz/du in the buffer."""
+        g, ref_logp = self.with_reference(x, labels, ref)
+        return g, *self.kernels.token_logps_fused_(g, labels, *self.options, extras), ref_logp
+
+    def again(self, x: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
+        """g from logits made a second time, with the log-sum-exp of the first."""
+        g = self.logits(x)
+        self.kernels.token_logps_bwd_(g, labels, lse, torch.ones_like(lse), *self.options)
+        return g

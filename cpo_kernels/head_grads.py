@@ -1,0 +1,154 @@
+"""Gradients of the head: dW and db summed over chunks, rows of dX scaled, and what a loss known in forward hands back.
+
+Coefficients multiply in float32, and never become 16-bit values before a power of two keeps them in range.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import ops
+from cpo_kernels.ops import refuse_double_backward
+
+WEIGHT_SLAB = 8192  # vocabulary rows of dW accumulated at a time when several chunks add up in 16 bit
+
+
+def multiply(values: Tensor, factor: Tensor) -> Tensor:
+    """values * factor in the dtype of `values`, multiplied in float32 (float64) and rounded once."""
+    if values.device.type == "cpu" or torch.compiler.is_compiling():
+        return (values * factor.to(ops.acc_dtype(values.dtype))).to(values.dtype)
+    return torch.mul(values, factor.view(-1, 1), out=torch.empty_like(values))  # one pass, no float32 copy
+
+
+def scale_rows(dx: Tensor, coef: Tensor) -> Tensor:
+    """Row t of dx times coef_t."""
+    return multiply(dx, coef[:, None])
+
+
+def restore(value: Tensor, factor: Tensor) -> Tensor:
+    """value * factor without the pass over V*H where the factor is 1: free to know on the CPU."""
+    if not torch.compiler.is_compiling() and factor.device.type == "cpu" and float(factor) == 1.0:
+        return value
+    return multiply(value, factor)
+
+
+def power_of_two(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The power of two below max|values| where `dtype` is float16, else 1: bfloat16 has float32's range.
+
+    Coefficients of 1e-3 would flush to zero in float16, and the GradScaler's factor is not known in the forward pass.
+    """
+    one = values.new_ones(())
+    if dtype != torch.float16 or not values.numel():
+        return one
+    top = values.abs().amax()
+    return torch.where(top > 0, torch.exp2(torch.floor(torch.log2(top))), one)
+
+
+@cache
+def multiplies_into_float32(device: torch.device) -> bool:
+    """Whether torch.addmm(..., out_dtype=float32) adds a bfloat16 product to a float32 matrix in place here.
+
+    Asked of the device once, with numbers whose sums bfloat16 cannot hold: CUDA has it, the CPU and some ROCm builds
+    raise.
+    """
+    if device.type == "cpu":
+        return False
+    a = torch.full((16, 16), 1.0, device=device, dtype=torch.bfloat16)
+    sums = torch.full((16, 16), 1025.0, device=device)
+    try:
+        torch.addmm(sums, a.t(), a, out_dtype=torch.float32, out=sums)
+        return bool((sums == 1041.0).all() and (torch.mm(a.t(), a, out_dtype=torch.float32) == 16.0).all())
+    except (RuntimeError, TypeError):
+        return False
+
+
+class WeightGrad:
+    """dW = sum over chunks of G^T (c * x), db = sum of G^T c, with dW kept divided by `power`.
+
+    One chunk is one product in the weight's dtype. Several chunks add up in float32 (float64 for float64): a bfloat16
+    accumulator biases training. Where the device multiplies 16 bit into float32 the product itself adds.
+    """
+
+    def __init__(self, weight: Tensor, num_chunks: int, need_dw: bool, need_db: bool) -> None:
+        acc = ops.acc_dtype(weight.dtype)
+        self.dtype, self.single, self.need_dw, self.need_db = weight.dtype, num_chunks == 1, need_dw, need_db
+        dtype = self.dtype if self.single else acc
+        self.dw = weight.new_empty(weight.shape if need_dw else 0, dtype=dtype)
+        if num_chunks == 0:
+            self.dw.zero_()
+        self.db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
+        self.power = weight.new_ones((), dtype=acc)
+        self.first = True
+
+    def add(self, g: Tensor, x: Tensor, coef: Tensor) -> None:
+        """g [n, V] = (onehot - softmax) * dz/du, x [n, H], coef [n] in float32."""
+        power = power_of_two(coef, g.dtype)
+        coef = coef / power
+        if self.need_db:
+            self.db += torch.mv(g.t(), coef.to(g.dtype)).to(self.db.dtype) * power
+        if not self.need_dw:
+            return
+        scaled = scale_rows(x, coef)  # [n, H]
+        if g.dtype == self.dw.dtype:
+            if self.first:
+                torch.mm(g.t(), scaled, out=self.dw)
+                self.power = power
+            else:
+                torch.addmm(self.dw, g.t(), scaled, out=self.dw)
+        elif g.dtype == torch.bfloat16 and multiplies_into_float32(g.device):
+            if self.first:
+                torch.mm(g.t(), scaled, out_dtype=torch.float32, out=self.dw)
+            else:
+                torch.addmm(self.dw, g.t(), scaled, out_dtype=torch.float32, out=self.dw)
+        else:
+            # A slab of the 16-bit product stays in the cache until it is added: 832 x 896 x 151936 in bfloat16 took
+            # 208 ms with the addition, 228 ms as one product without it (2 cores, medians of 5 in one run).
+            for low in range(0, g.shape[1], WEIGHT_SLAB):
+                slab = slice(low, low + WEIGHT_SLAB)
+                product = torch.mm(g[:, slab].t(), scaled)
+                if g.dtype == torch.float16:
+                    product = product.float() * power
+                self.dw[slab].copy_(product) if self.first else self.dw[slab].add_(product)
+        self.first = False
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dW / power in the weight's dtype, db in float32, power."""
+        if self.dw.dtype != self.dtype and self.dw.numel():
+            self.power = power_of_two(self.dw, self.dtype)
+            self.dw = (self.dw / self.power if self.dtype == torch.float16 else self.dw).to(self.dtype)
+        return self.dw, self.db, self.power
+
+
+def fake_grads(hidden: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool):
+    return (
+        hidden.new_empty(hidden.shape if need_dx else (0,)),
+        weight.new_empty(weight.shape if need_dw else (0,)),
+        weight.new_empty(weight.shape[0] if need_db else 0),
+    )
+
+
+def fake_known_loss(
+    hidden: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Shapes of what `known_loss_grads` takes: dX, coefficients, dW, db, power."""
+    acc = ops.acc_dtype(hidden.dtype)
+    dx, dw, db = fake_grads(hidden, weight, need_dx, need_dw, need_db)
+    return dx, hidden.new_empty(hidden.shape[0], dtype=acc), dw, db.to(acc), hidden.new_empty((), dtype=acc)
+
+
+def known_loss_grads(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a loss whose dX (unscaled), coefficients, dW and db were made in the forward pass.
+
+    Nothing that was saved is written; where the incoming gradient is 1 the saved dW itself is the result, which
+    autograd copies only if the graph is retained.
+    """
+    refuse_double_backward()
+    dx, coef, dw, db, power = ctx.saved_tensors
+    need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+    return (
+        scale_rows(dx, coef * grad_loss) if need_dx else None,
+        restore(dw, power * grad_loss) if need_dw else None,
+        (db * grad_loss).to(dw.dtype) if need_db else None,
+    )

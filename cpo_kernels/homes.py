@@ -1,0 +1,112 @@
+"""The homes of the five kernels: `reference` (plain PyTorch, any device), `cpu` (C++ extension), `triton` and `cuda`.
+
+Imports no Triton, and the CUDA extension on its first use alone.
+"""
+
+import importlib.util
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cpo_kernels.ops  # noqa: F401  the schemas of torch.ops.cpo_kernels
+from cpo_kernels import reference
+
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+def _load_extension(name: str) -> str:
+    """Import a compiled extension; '' when it is there, else why it is not."""
+    try:
+        importlib.import_module(f"cpo_kernels.{name}")
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def _why_missing() -> dict[str, str]:
+    """Why a home cannot be used here; '' when it can. Triton is not imported yet; _C_cuda loads on first use."""
+    no_triton = "the triton package is not installed: pip install 'cpo-kernels[triton]'"
+    no_cuda = "this installation has no CUDA C++ extension: build it where torch has CUDA and nvcc is found"
+    return {
+        "reference": "",
+        "cpu": _load_extension("_C"),
+        "triton": "" if importlib.util.find_spec("triton") else no_triton,
+        "cuda": "" if importlib.util.find_spec("cpo_kernels._C_cuda") else no_cuda,
+    }
+
+
+_MISSING = _why_missing()
+if _MISSING["cpu"]:
+    warnings.warn(
+        f"cpo_kernels runs on its slow PyTorch reference: the C++ extension could not be loaded ({_MISSING['cpu']}). "
+        "Reinstall with a C++ compiler at hand: pip install --no-build-isolation --force-reinstall cpo-kernels",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+if (torch.version.cuda or torch.version.hip) and _MISSING["triton"] and _MISSING["cuda"]:
+    warnings.warn(
+        f"cpo_kernels runs on its slow PyTorch reference on a GPU: {_MISSING['triton']}", RuntimeWarning, stacklevel=2
+    )
+
+
+def missing(impl: str) -> str:
+    """Why a home cannot be used here; '' when it can."""
+    return _MISSING[impl]
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors; Triton reads it when the kernels are imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def check_impl(impl: str) -> None:
+    """Raises where `impl` is no home, or one that is not there: a home asked for by name never falls back."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl != "auto" and missing(impl):
+        raise RuntimeError(f"impl={impl!r} is not available: {missing(impl)}. Use impl='auto'")
+
+
+def _auto_impl(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "reference" if missing("cpu") else "cpu"
+    for home in ("triton", "cuda"):
+        if device.type == "cuda" and not missing(home):
+            return home
+    return "reference"
+
+
+def resolve_impl(impl: str, device: torch.device) -> str:
+    """The home that `impl` names for tensors on `device`.
+
+    auto: `cpu` for CPU tensors, `triton` (or `cuda`, where there is no Triton) for GPU tensors, else `reference`.
+    """
+    check_impl(impl)
+    if impl == "auto":
+        return _auto_impl(device)
+    wanted = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(impl, device.type)
+    if device.type != wanted and not (impl == "triton" and device.type == "cpu" and triton_interpreted()):
+        kind = "CPU tensors" if wanted == "cpu" else "GPU tensors (CPU tensors under TRITON_INTERPRET=1 alone)"
+        kind = "GPU tensors" if impl == "cuda" else kind
+        raise ValueError(f"impl={impl!r} takes {kind}, got a tensor on {device}. Use impl='auto'")
+    return impl
+
+
+def kernels(impl: str, tensor: Tensor) -> Any:
+    """The namespace that holds the five kernels of a home, `impl@shards` for a vocabulary spread over ranks."""
+    if "@" in impl:
+        return importlib.import_module("cpo_kernels.sharded").sharded_kernels(impl, tensor)
+    home = resolve_impl(impl, tensor.device)
+    if home == "triton":
+        return importlib.import_module("cpo_kernels.kernels")
+    if home == "cuda" and (reason := _load_extension("_C_cuda")):
+        raise RuntimeError(f"impl='cuda': the CUDA extension could not be loaded: {reason}")
+    return reference if home == "reference" else torch.ops.cpo_kernels
+
+
+def checks_enabled() -> bool:
+    """CPO_KERNELS_CHECK=1 turns on the checks that would cost a device-to-host copy on a GPU."""
+    return os.environ.get("CPO_KERNELS_CHECK", "0") == "1"

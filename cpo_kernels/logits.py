@@ -1,0 +1,149 @@
+"""Token log-probs of logits that exist: the ops, their autograd, the public function."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import homes
+from cpo_kernels.checks import check_dtype, check_labels, check_types
+from cpo_kernels.ops import fake_token_logps, functional_op, refuse_double_backward, refuse_transforms
+
+
+class HeadOptions(NamedTuple):
+    """What turns a product into logits: z = softcap * tanh(scale * u / softcap), columns >= vocab_size are -inf."""
+
+    ignore_index: int
+    scale: float
+    softcap: float  # 0.0: off
+    vocab_size: int
+
+
+class TokenExtras(NamedTuple):
+    """Per-token statistics of the distribution, shaped like the labels, not differentiable; 0 at ignored positions."""
+
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logit: Tensor
+    is_top1: Tensor
+
+
+def head_options(
+    width: int, ignore_index: int, softcap: float | None, scale: float, vocab_size: int | None
+) -> HeadOptions:
+    check_types("a number", scale=scale)
+    check_types("a number", optional=True, softcap=softcap)
+    check_types("an integer", ignore_index=ignore_index)
+    check_types("an integer", optional=True, vocab_size=vocab_size)
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be a positive number, or None for no cap, got {softcap}")
+    if not 0.0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if vocab_size is not None and not 1 <= vocab_size <= width:
+        raise ValueError(f"vocab_size must lie in [1, {width}], the number of logit columns, got {vocab_size}")
+    return HeadOptions(int(ignore_index), float(scale), softcap or 0.0, width if vocab_size is None else vocab_size)
+
+
+@functional_op("token_logps")
+def token_logps_op(
+    logits: Tensor,
+    labels: Tensor,
+    options: HeadOptions,
+    extras: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return homes.kernels(impl, logits).token_logps_fwd(logits, labels, *options, extras)
+
+
+@torch.library.register_fake("cpo_kernels::token_logps")
+def _(logits, labels, ignore_index, scale, softcap, vocab_size, extras, impl):
+    return fake_token_logps(logits, extras)
+
+
+@functional_op("token_logps_backward")
+def token_logps_backward_op(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    options: HeadOptions,
+    impl: str,
+) -> Tensor:
+    dlogits = logits.clone(memory_format=torch.contiguous_format)
+    homes.kernels(impl, logits).token_logps_bwd_(dlogits, labels, lse, grad.contiguous(), *options)
+    return dlogits
+
+
+@torch.library.register_fake("cpo_kernels::token_logps_backward")
+def _(logits, labels, lse, grad, *args):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, head, extras, impl):
+        logp, lse, extra = token_logps_op(logits, labels, *head, extras, impl)
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.head, ctx.impl = head, impl
+        ctx.mark_non_differentiable(extra)
+        return logp, extra
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        refuse_double_backward()
+        logits, labels, lse = ctx.saved_tensors
+        dlogits = token_logps_backward_op(logits, labels, lse, grad, *ctx.head, ctx.impl)
+        return dlogits, None, None, None, None
+
+
+def token_extras(extra: Tensor, shape: Sequence[int]) -> TokenExtras:
+    entropy, log_sum_sq_probs, mean_logit, is_top1 = (row.view(shape) for row in extra)
+    return TokenExtras(entropy, log_sum_sq_probs, mean_logit, is_top1 > 0.5)
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    vocab_size: int | None = None,
+    extras: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """Log-prob of each label: logp_t = z_{t,y_t} - logsumexp_v z_{t,v}, z = softcap * tanh(scale * logits / softcap).
+
+    Args:
+        logits: [..., V] in float32, bfloat16, float16 or float64.
+        labels: [...] int64; positions equal to `ignore_index` give exactly 0 and no gradient.
+        softcap: cap c of the logits (Gemma 2), None for none.
+        scale: factor on the logits (Cohere, Granite) before the cap.
+        vocab_size: columns from here on are padding and count as -inf.
+        extras: also return `TokenExtras` (entropy, log sum p^2, mean logit, is_top1).
+        impl: the home, see `cpo_kernels.homes`; a home asked for by name never falls back.
+
+    Returns:
+        [...] float32 (float64 for float64 logits), or a pair of it and `TokenExtras`.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, option, or (on the CPU) a label outside [0, vocab_size).
+
+    Example:
+        >>> token_logps(torch.zeros(2, 4), torch.tensor([1, -100]))
+        tensor([-1.3863,  0.0000])
+    """
+    refuse_transforms()
+    check_types("a tensor", logits=logits, labels=labels)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
+    check_dtype("logits", logits)
+    shape = logits.shape[:-1]
+    check_labels(labels, shape, "logits", logits.device)
+    head = head_options(logits.shape[-1], ignore_index, softcap, scale, vocab_size)
+    homes.resolve_impl(impl, logits.device)
+    rows = logits.reshape(-1, logits.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    logp, extra = _TokenLogps.apply(rows, labels.reshape(-1), head, extras, impl)
+    return (logp.view(shape), token_extras(extra, shape)) if extras else logp.view(shape)

@@ -1,0 +1,159 @@
+"""Options of the preference losses; `LOSS_TYPES` says which of them each loss type honours."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cpo_kernels.checks import check_list, check_types
+from cpo_kernels.objectives import Objective
+from cpo_kernels.reference.loss_types import LOSS_TYPES
+from cpo_kernels.reference.terms import F_DIVERGENCES, OPTIONS
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Options of the preference losses. A combination that a loss type would ignore raises ValueError.
+
+    objectives: the objectives that `scores` rate; needed with scores.
+    beta: inverse temperature; tau of IPO.
+    loss_type: a name of `LOSS_TYPES`, or several, weighted by `loss_weights` (1 each by default).
+    label_smoothing: probability that a label is flipped (conservative DPO; robust, exo_pair, aot).
+    tau: soft targets q = sigmoid(|dR| / tau); None for hard ones.
+    margin: gamma of the margin gamma * |dR| (ODPO).
+    tie_margin: pairs with |dR| at most this are ties: no loss, no gradient, counted.
+    f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence with coefficient f_alpha.
+    ld_alpha: weight of the tokens past the pair's shorter length (LD-DPO); None for 1. Needs disjoint pairs.
+    use_weighting: WPO weights, the product of both responses' mean aligned probabilities.
+    """
+
+    objectives: tuple[Objective, ...] | None = None
+    beta: float = 0.1
+    loss_type: str | tuple[str, ...] = "sigmoid"
+    loss_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    tau: float | None = None
+    margin: float = 0.0
+    tie_margin: float = 1e-6
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    alphapo_alpha: float = 0.25
+    nll_alpha: float = 1.0
+    modpo_weight: float = 1.0
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+
+    def __post_init__(self) -> None:
+        types = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        check_list("loss_type", types, str, "names of LOSS_TYPES")
+        types = tuple(types)
+        object.__setattr__(self, "loss_type", types)
+        check_types("a number", **{f.name: getattr(self, f.name) for f in fields(self) if isinstance(f.default, float)})
+        check_types("a number", optional=True, tau=self.tau, ld_alpha=self.ld_alpha)
+        check_list("objectives", () if self.objectives is None else self.objectives, Objective, "Objective")
+        check_list("loss_weights", () if self.loss_weights is None else self.loss_weights, (int, float), "numbers")
+        weights = (1.0,) * len(types) if self.loss_weights is None else tuple(map(float, self.loss_weights))
+        object.__setattr__(self, "loss_weights", weights)
+        if self.objectives is not None:
+            object.__setattr__(self, "objectives", tuple(self.objectives))
+        if len(weights) != len(types):
+            raise ValueError(f"loss_weights {weights} must have one number per loss type {types}")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        for name in ("tau", "modpo_weight", "discopop_tau"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.tie_margin < 0 or self.margin < 0:
+            raise ValueError(f"tie_margin and margin must be >= 0, got {self.tie_margin} and {self.margin}")
+        if self.f_divergence not in F_DIVERGENCES:
+            raise ValueError(f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, got {self.f_divergence!r}")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must lie in [0, 1], got {self.ld_alpha}")
+        defaults = {f.name: f.default for f in fields(self)}
+        always = {"objectives", "beta", "loss_type", "loss_weights", "tie_margin"}
+        given = {n for n in defaults if n not in always and getattr(self, n) != defaults[n]}
+        if "f_alpha" in given:
+            given.remove("f_alpha")
+            if self.f_divergence != "alpha_divergence":
+                raise ValueError(f"f_alpha has a meaning with f_divergence='alpha_divergence' only, got {self.f_alpha}")
+        check_options(types, given, self.label_smoothing)
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "LossOptions":
+        """Options by name; an unknown name is an error that offers the nearest."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(known)}"
+                raise TypeError(f"unknown option {name!r}{hint}")
+        return cls(**options)
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return tuple(self.loss_type)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(LOSS_TYPES[t].needs_reference for t in self.types)
+
+    @property
+    def couples_pairs(self) -> bool:
+        return any(LOSS_TYPES[t].couples_batch for t in self.types)
+
+    @property
+    def averages_tokens(self) -> bool:
+        """Whether a term is a mean over the tokens of all chosen responses."""
+        return not {"sft", "orpo", "contrastive_cpo"}.isdisjoint(self.types)
+
+    def numbers(self) -> tuple[list[int], list[float], list[float]]:
+        """(loss type ids, weights, options) as the kernels take them."""
+        names = list(LOSS_TYPES)
+        values = {name: getattr(self, name) for name in OPTIONS}
+        values["f_divergence"] = F_DIVERGENCES.index(self.f_divergence)
+        values["tau"] = self.tau or 0.0
+        options = [float(values[name]) for name in OPTIONS]
+        return [names.index(t) for t in self.types], list(self.loss_weights or ()), options
+
+
+# Options that shape the preference term: every type of a list must honour them, `sft` (which has none)
+# excepted.
+_TERM_OPTIONS = frozenset({"tau", "margin", "f_divergence", "pair_betas"})
+# Options that change the log-probs or the weight of a pair: every type of a list must honour them.
+_PAIR_OPTIONS = frozenset({"pair_weights", "use_weighting", "ld_alpha"})
+
+
+def check_options(loss_types: Sequence[str], given: Iterable[str], label_smoothing: float = 0.0) -> None:
+    """Raises ValueError for an option that `loss_types` would ignore, or that they need and did not get.
+
+    given: names of the options that the caller sets to other than "off". An option of one type alone
+    (simpo_gamma, nll_alpha, ...) and label_smoothing must be honoured by at least one type of the list, an
+    option that concerns every pair by all of them.
+    """
+    given = set(given)
+    for name in loss_types:
+        if name not in LOSS_TYPES:
+            raise ValueError(f"unknown loss_type {name!r}; one of {', '.join(LOSS_TYPES)}")
+    if not loss_types:
+        raise ValueError("loss_type is an empty list")
+    known = frozenset().union(*(loss.honours for loss in LOSS_TYPES.values()))
+    for option in sorted(given):
+        if option not in known:
+            raise ValueError(f"unknown option {option!r}; one of {', '.join(sorted(known))}")
+        deaf = [name for name in loss_types if option not in LOSS_TYPES[name].honours]
+        if option in _TERM_OPTIONS and set(deaf) != set(loss_types):
+            deaf = [name for name in deaf if name != "sft"]
+        if deaf and (option in _TERM_OPTIONS | _PAIR_OPTIONS or len(deaf) == len(loss_types)):
+            able = [name for name, loss in LOSS_TYPES.items() if option in loss.honours]
+            raise ValueError(
+                f"{option} has no meaning for loss_type {', '.join(map(repr, deaf))}; it works with {', '.join(able)}"
+            )
+    if {"tau", "label_smoothing"} <= given:
+        raise ValueError("tau and label_smoothing both set the soft target: give one of them")
+    if not 0 <= label_smoothing < 1 or ("robust" in loss_types and label_smoothing >= 0.5):
+        raise ValueError(f"label_smoothing must be in [0, 1), below 0.5 for 'robust'; got {label_smoothing}")
+    if "exo_pair" in loss_types and not label_smoothing > 0:
+        raise ValueError("loss_type 'exo_pair' needs label_smoothing > 0 (its paper uses 1e-3), got 0")

@@ -1,0 +1,37 @@
+"""The oracle: every op and every loss in plain PyTorch, any floating dtype, differentiable by autograd.
+
+The functions named as in `ops.py` (`token_logps_fwd`, `token_logps_bwd_`, `token_logps_fused_`, `sequence_sum`,
+`preference`) are the home `reference`: they have the kernels' signatures, tensors that are absent have 0 elements,
+results are not differentiable. This is the only place allowed to be slow.
+"""
+
+from cpo_kernels.reference.kto import kto_kl, kto_loss
+from cpo_kernels.reference.loss_types import LOSS_TYPES
+from cpo_kernels.reference.pairs import pair_loss, preference
+from cpo_kernels.reference.sequences import ld_token_weights, sequence_logps, sequence_sum, wpo_pair_weights
+from cpo_kernels.reference.tokens import (
+    linear_token_logps,
+    token_extras,
+    token_logps,
+    token_logps_bwd_,
+    token_logps_fused_,
+    token_logps_fwd,
+)
+
+__all__ = [
+    "LOSS_TYPES",
+    "kto_kl",
+    "kto_loss",
+    "ld_token_weights",
+    "linear_token_logps",
+    "pair_loss",
+    "preference",
+    "sequence_logps",
+    "sequence_sum",
+    "token_extras",
+    "token_logps",
+    "token_logps_bwd_",
+    "token_logps_fused_",
+    "token_logps_fwd",
+    "wpo_pair_weights",
+]

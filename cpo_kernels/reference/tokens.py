@@ -1,0 +1,173 @@
+"""Token log-probs, and the three kernels over logits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """logp_t = z_{t,y_t} - logsumexp_v z_{t,v} with z = softcap * tanh(scale * logits / softcap).
+
+    logits `[..., V]`, labels `[...]` -> `[...]` in float32 (float64 for float64 logits). A label
+    `ignore_index` gives exactly 0 and no gradient. Columns from `vocab_size` on do not count (padded
+    vocabulary). Raises ValueError for a label outside [0, vocab_size).
+    """
+    rows, row_labels, keep = _labelled_rows(logits, labels, ignore_index, vocab_size)
+    z = _z(rows, scale, softcap or 0.0, vocab_size)  # [M, V]
+    logps = torch.log_softmax(z, -1).gather(-1, row_labels[:, None]).squeeze(-1)
+    return z.new_zeros(keep.shape).masked_scatter(keep, logps).view(labels.shape)
+
+
+def token_extras(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """`[4, ...]`: entropy, log sum_v p_v^2, mean of z over the vocabulary, 1.0 where the label has the top z.
+
+    Not differentiable; 0 at ignored positions. Arguments as for `token_logps`.
+    """
+    rows, row_labels, keep = _labelled_rows(logits.detach(), labels, ignore_index, vocab_size)
+    z = _z(rows, scale, softcap or 0.0, vocab_size)
+    logp = torch.log_softmax(z, -1)  # [M, V]
+    p = logp.exp()
+    entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
+    log_sum_sq = torch.logsumexp(2 * logp, -1)
+    is_top1 = (z.gather(-1, row_labels[:, None]).squeeze(-1) == z.amax(-1)).to(z.dtype)
+    extras = torch.stack([entropy, log_sum_sq, z.mean(-1), is_top1])  # [4, M]
+    out = z.new_zeros(4, keep.shape[0]).masked_scatter(keep.expand(4, -1), extras)
+    return out.view(4, *labels.shape)
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """`token_logps` of logits = hidden @ weight.T + bias, in float32 (float64 for float64 hidden).
+
+    hidden `[..., H]`, weight `[V, H]`, bias `[V]`, labels `[...]` -> `[...]`.
+    """
+    acc = _acc(hidden.dtype)
+    logits = F.linear(hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+    return token_logps(logits, labels, ignore_index, softcap, scale, vocab_size)
+
+
+def token_logps_fwd(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+    extras: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits `[N, V]`, labels `[N]` -> logp `[N]`, lse `[N]`, extras `[4, N]` or `[0]`; 0 at ignored rows."""
+    options = (ignore_index, softcap, scale, vocab_size)
+    logits = logits.detach()
+    logp = token_logps(logits, labels, *options)
+    lse = torch.logsumexp(_z(logits, scale, softcap, vocab_size), -1)
+    lse = torch.where(labels == ignore_index, 0.0, lse)
+    return logp, lse, token_extras(logits, labels, *options) if extras else logp.new_empty(0)
+
+
+def token_logps_bwd_(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+) -> None:
+    """Overwrites logits `[N, V]` with grad_t * (onehot - softmax) * scale * (1 - tanh^2), rounded once.
+
+    Rows that are ignored and columns from `vocab_size` on become 0. softmax = exp(z - lse) is as exact as lse is:
+    to |lse| eps, relatively.
+    """
+    softmax = torch.exp(_z(logits.detach(), scale, softcap, vocab_size) - lse[:, None])
+    _write_grad_(logits, labels, softmax, grad, ignore_index, scale, softcap)
+
+
+def _write_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    softmax: Tensor,
+    grad: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> None:
+    vocab_size = softmax.shape[1]
+    ignored = labels == ignore_index
+    dz = -softmax
+    dz.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], torch.ones_like(dz[:, :1]))
+    dz *= grad[:, None] * scale
+    if softcap:
+        dz *= 1 - (_z(logits.detach(), scale, softcap, vocab_size) / softcap) ** 2
+    dz.masked_fill_(ignored[:, None], 0.0)
+    with torch.no_grad():
+        logits[:, vocab_size:] = 0
+        logits[:, :vocab_size] = dz.to(logits.dtype)
+
+
+def token_logps_fused_(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+    extras: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_logps_fwd`, and logits overwritten with (onehot - softmax) * scale * (1 - tanh^2)."""
+    logp, lse, extra = token_logps_fwd(logits, labels, ignore_index, scale, softcap, vocab_size, extras)
+    softmax = torch.softmax(_z(logits.detach(), scale, softcap, vocab_size), -1)
+    _write_grad_(logits, labels, softmax, torch.ones_like(lse), ignore_index, scale, softcap)
+    return logp, lse, extra
+
+
+def _acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _z(logits: Tensor, scale: float, softcap: float, vocab_size: int | None) -> Tensor:
+    z = logits[..., :vocab_size].to(_acc(logits.dtype)) * scale
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def _labelled_rows(
+    logits: Tensor, labels: Tensor, ignore_index: int, vocab_size: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The M labelled rows of logits `[M, V]`, their labels `[M]`, and which rows those are `[N]`.
+
+    Ignored rows take no part in any arithmetic, so whatever they hold (NaN too) cannot leak into a gradient.
+    """
+    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
+    keep = labels != ignore_index
+    wrong = (keep & ((labels < 0) | (labels >= vocab_size))).nonzero()
+    if len(wrong):
+        position = tuple(wrong[0].tolist())
+        where = position[0] if len(position) == 1 else position
+        raise ValueError(
+            f"label {labels[position].item()} at position {where} is outside [0, {vocab_size}) and "
+            f"is not ignore_index ({ignore_index})"
+        )
+    keep = keep.reshape(-1)
+    return logits.reshape(-1, logits.shape[-1])[keep], labels.reshape(-1)[keep], keep
