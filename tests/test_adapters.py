@@ -11,7 +11,7 @@ from test_training import RECORDS, curve, naive_seq_logps, run, values
 from tiny import one_thread  # noqa: F401
 
 from cpo_kernels.evaluation.likelihood import score_answers
-from cpo_kernels.evaluation.run import load, read_run
+from cpo_kernels.evaluation.loading import find_model, load
 from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
@@ -116,8 +116,7 @@ def test_eval_judges_runs_and_checkpoints_with_adapters(tmp_path, base, monkeypa
     (before,) = score_answers(original, trained.template, RECORDS[:1], [{}])
     assert float((before - expected).abs().max()) > 0.1
     for place in ("run", "run/checkpoints/step-000004"):
-        config, source, checkpoint, _ = read_run(tmp_path / place, base=False)
-        model, template, _ = load(config, source, checkpoint)
+        model, template = load(find_model(str(tmp_path / place)))
         (found,) = score_answers(model, template, RECORDS[:1], [{}])
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 

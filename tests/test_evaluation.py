@@ -14,8 +14,9 @@ from cpo_kernels.evaluation.controllability import control_table, controllabilit
 from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.greedy import changed_answers, greedy_classes, normalise
 from cpo_kernels.evaluation.likelihood import fitted, paired_gain, rating_conditions, relative_accuracy, score_answers
-from cpo_kernels.evaluation.run import main, table
+from cpo_kernels.evaluation.run import main
 from cpo_kernels.evaluation.statistics import bootstrap_interval, spearman, summary
+from cpo_kernels.evaluation.tables import rated_table
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.keys import TemplateConfig
 
@@ -187,7 +188,8 @@ def test_controllability_by_hand():
     assert control.error == 0.5 and control.correlation == pytest.approx(2 / math.sqrt(5))
     assert controllability([1, 2, 3], [4, 4, 4]).correlation == 0
     table = control_table({"ours": {"honesty": control}, "other": {"honesty": controllability([1, 5], [3, 3])}})
-    assert "1.50" in table and "0.89" in table and table.splitlines()[-1].split() == "other 3.00 3.00 0.00 2.00".split()
+    assert "1.50" in table and "0.89" in table
+    assert table.splitlines()[-1].split() == "other 3.00 3.00 0.00 2.00 100%".split()
 
 
 def test_plot_is_a_picture(tmp_path):
@@ -254,7 +256,7 @@ def test_eval_without_text_shows_the_same_table(run, tmp_path, capsys):
     main([str(run), "--no-text", "--max-new-tokens", "4", "--out", str(out)])
     shown, text = capsys.readouterr().out, out.read_text()
     assert "answers" not in text and "prompts" not in json.loads(text)
-    assert table(json.loads(text)["results"], OBJECTIVES) in shown
+    assert rated_table(json.loads(text)["results"], OBJECTIVES) in shown
 
 
 def test_eval_command_says_what_is_wrong(run, tmp_path):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from heads import make_batch, relative_error
 
 import cpo_kernels as cpo
-from cpo_kernels.evaluation.run import table
+from cpo_kernels.evaluation.tables import rated_table
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -59,4 +59,4 @@ def test_the_two_lines_compute_what_the_four_do():
 def test_results_page_shows_the_results_file(name):
     objectives = [cpo.Objective("honesty", 1, 5), cpo.Objective("helpfulness", 1, 5)]
     results = json.loads((ROOT / f"docs/results/{name}.json").read_text())["results"]
-    assert table(results, objectives) in (ROOT / "docs/results.md").read_text()
+    assert rated_table(results, objectives) in (ROOT / "docs/results.md").read_text()

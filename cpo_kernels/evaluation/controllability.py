@@ -6,6 +6,7 @@ at every level: its rank correlation is 0 and its line is flat.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,9 +29,14 @@ class Control:
     levels: list[Level]
     correlation: float  # Spearman, over answers
     error: float  # mean |achieved - requested|
+    monotonicity: float  # share of neighbouring levels whose mean does not fall
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Control:
+        return cls(**{**fields, "levels": [Level(**level) for level in fields["levels"]]})
 
 
 def controllability(requested: Sequence[float], achieved: Sequence[float]) -> Control:
@@ -43,7 +49,8 @@ def controllability(requested: Sequence[float], achieved: Sequence[float]) -> Co
         exact = sum(a == level for a in scores) / len(scores)
         levels.append(Level(level, sum(scores) / len(scores), exact, len(scores)))
     error = sum(abs(r - a) for r, a in zip(requested, achieved, strict=True)) / len(requested)
-    return Control(levels, spearman(requested, achieved), error)
+    steps = [b.achieved >= a.achieved for a, b in zip(levels, levels[1:], strict=False)]
+    return Control(levels, spearman(requested, achieved), error, sum(steps) / len(steps) if steps else math.nan)
 
 
 def control_table(controls: Mapping[str, Mapping[str, Control]]) -> str:
@@ -53,10 +60,13 @@ def control_table(controls: Mapping[str, Mapping[str, Control]]) -> str:
     for objective in next(iter(controls.values())):
         levels = next(iter(controls.values()))[objective].levels
         head = "".join(f"{f'ask {level.requested:g}':>8}" for level in levels)
-        rows = [f"{objective:<{max(width, 12)}}{head}{'rank corr.':>13}{'mean error':>12}"]
+        rows = [f"{objective:<{max(width, 12)}}{head}{'rank corr.':>13}{'mean error':>12}{'monotone':>10}"]
         for name, by_objective in controls.items():
             control = by_objective[objective]
             cells = "".join(f"{level.achieved:8.2f}" for level in control.levels)
-            rows.append(f"{name:<{max(width, 12)}}{cells}{control.correlation:13.2f}{control.error:12.2f}")
+            rows.append(
+                f"{name:<{max(width, 12)}}{cells}{control.correlation:13.2f}"
+                f"{control.error:12.2f}{control.monotonicity:10.0%}"
+            )
         blocks.append("\n".join(rows))
     return "\n\n".join(blocks)

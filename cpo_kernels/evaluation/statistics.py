@@ -38,9 +38,10 @@ def bootstrap_interval(
     if not len(sample):
         return math.nan, math.nan
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [sample[torch.randint(len(sample), (len(sample),), generator=generator)].mean() for _ in range(resamples)]
-    )
+    at_once = max(1, 2**20 // len(sample))  # bounds memory
+    sizes = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+    draws = (torch.randint(len(sample), (size, len(sample)), generator=generator) for size in sizes)
+    means = torch.cat([sample[draw].mean(1) for draw in draws])
     low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
 

@@ -1,0 +1,69 @@
+"""Every judgement of one model on one list of prompts and conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpo_kernels.data.records import Prompt, Record, prompt_text
+from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.evaluation.achieved import judged_scores
+from cpo_kernels.evaluation.generate import greedy_answers
+from cpo_kernels.evaluation.greedy import NO_COMMENT, changed_answers, greedy_classes
+from cpo_kernels.evaluation.likelihood import fitted, relative_accuracy, score_answers
+from cpo_kernels.evaluation.scorers import Scorer
+
+
+def evaluate(
+    model: Any,
+    template: PromptTemplate,
+    records: Sequence[Record],
+    conditions: Sequence[Mapping[str, float]],
+    *,
+    scorer: Scorer | None = None,
+    tags: bool = True,
+    rows: str = "shared",
+    max_new_tokens: int = 50,
+    batch_size: int = 64,
+    no_comment: str = NO_COMMENT,
+    generate: bool = True,
+    likelihood: bool = True,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Every judgement of one model, as JSON-ready numbers; `conditions` in the order of the results, then no tags.
+
+    Likelihood and matching need rated responses in `records`. Without `tags` the model gets the bare prompt, whatever
+    is requested.
+    """
+    objectives = template.tags.objectives
+    rated = any(record.responses for record in records)
+    asked: list[Mapping[str, float]] = [*conditions, {}]
+    entries: list[dict[str, Any]] = [{"condition": dict(condition)} for condition in asked]
+    result: dict[str, Any] = {"questions": len(records), "conditions": entries}
+    if likelihood and rated:
+        fit = fitted(records, conditions)
+        seen = sorted({i for classes in fit for i in classes} - {-1})  # the others have no answer to compare
+        fit = [[seen.index(i) if i >= 0 else -1 for i in classes] for classes in fit]
+        scores = score_answers(model, template, records, [conditions[i] for i in seen] if tags else [{}], rows=rows)
+        scores = scores if tags else [score.expand(len(seen), -1) for score in scores]
+        for i, relative in zip(seen, relative_accuracy(scores, fit, len(seen)), strict=True):
+            entries[i]["relative_accuracy"] = relative
+    if generate:
+        tagged = asked if tags else [{}]
+        requests: list[tuple[Prompt, Mapping[str, float]]] = [(r.prompt, c) for c in tagged for r in records]
+        texts = greedy_answers(model, template, requests, max_new_tokens, batch_size, progress)
+        answers = [texts[i : i + len(records)] for i in range(0, len(texts), len(records))]
+        answers = answers if tags else answers * len(asked)
+        for entry, given in zip(entries, answers, strict=True):
+            entry["answers"] = given
+            if rated:
+                entry |= greedy_classes(given, records, objectives, no_comment)
+        if rated:
+            result["changed"] = changed_answers(answers[:-1], conditions)
+        if scorer:
+            prompts = [prompt_text(record.prompt) for record in records]
+            flat = scorer(prompts * len(asked), [text for given in answers for text in given]).tolist()
+            for number, entry in enumerate(entries):
+                entry["scores"] = flat[number * len(records) : (number + 1) * len(records)]
+            result |= judged_scores(entries, objectives)
+    return result

@@ -1,0 +1,90 @@
+"""What models are asked for: conditions one by one, or every combination of levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+from cpo_kernels.data.fields import prompt_of
+from cpo_kernels.data.records import DataError, Record, read_jsonl
+from cpo_kernels.objectives import Objective, TagTemplate
+
+MOST = 200  # conditions of a grid that nobody asked for by name
+
+
+def parse_condition(text: str, tags: TagTemplate) -> dict[str, float]:
+    """`honesty=5,helpfulness=1` as a dict, in the order of the objectives."""
+    given = {}
+    for part in text.split(","):
+        name, equals, level = part.partition("=")
+        given[name.strip()] = _number(level, f"--condition {text!r}: write objective=level,objective=level")
+    return tags.parse(tags.render(given))[0]
+
+
+def levels(objective: Objective) -> list[float]:
+    """The whole numbers of the scale where there are at most five, else five levels at equal distances."""
+    low, high = objective.low, objective.high
+    if float(low).is_integer() and float(high).is_integer() and high - low < 5:
+        return [float(level) for level in range(int(low), int(high) + 1)]
+    return [low + (high - low) * i / 4 for i in range(5)]
+
+
+def condition_grid(objectives: Sequence[Objective], chosen: Sequence[str] = ()) -> list[dict[str, float]]:
+    """Every combination of levels, the last objective moving fastest.
+
+    `chosen` are texts such as `honesty=1,3,5`: the levels of that objective. If any is given, objectives without one
+    show no tag; else every objective has `levels`.
+    """
+    axes = {} if chosen else {o.name: levels(o) for o in objectives}
+    known = {o.name: o for o in objectives}
+    for text in chosen:
+        name, _, given = text.partition("=")
+        name = name.strip()
+        if name not in known:
+            raise ValueError(f"--grid {text!r}: unknown objective {name!r}; known: {', '.join(known) or 'none'}")
+        wrong = f"--grid {text!r}: write objective=level,level,..."
+        axes[name] = [_number(level, wrong) for level in given.split(",")]
+        for level in axes[name]:
+            if not known[name].low <= level <= known[name].high:
+                raise ValueError(f"--grid {text!r}: {level:g} is outside [{known[name].low:g}, {known[name].high:g}]")
+    ordered = {o.name: axes[o.name] for o in objectives if o.name in axes}
+    grid = [dict(zip(ordered, combination, strict=True)) for combination in product(*ordered.values())]
+    if not chosen and len(grid) > MOST:
+        raise ValueError(f"{len(grid)} combinations of levels: choose with --grid objective=level,level or --condition")
+    return grid
+
+
+def _number(text: str, wrong: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(wrong) from None
+
+
+def parse_objective(text: str) -> Objective:
+    """`honesty:1:5` as an Objective."""
+    name, *ends = text.split(":")
+    wrong = f"--objective {text!r}: write name:low:high"
+    if len(ends) != 2:
+        raise ValueError(wrong)
+    return Objective(name, _number(ends[0], wrong), _number(ends[1], wrong))
+
+
+def read_prompts(path: str | Path) -> list[Record]:
+    """Prompts without rated responses: JSONL with `prompt` (a text or messages), or a text file, one prompt a line."""
+    if Path(path).suffix == ".jsonl":
+        records = []
+        for number, row in read_jsonl(path):
+            if isinstance(row, DataError):
+                raise row
+            try:
+                records.append(Record(prompt_of(row, "prompt"), ()))
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+    else:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        records = [Record(line.strip(), ()) for line in lines if line.strip()]
+    if not records:
+        raise ValueError(f"{path} holds no prompts")
+    return records
