@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cpo_kernels.ops  # noqa: F401  the schemas of torch.ops.cpo_kernels
-from cpo_kernels import reference
+from cpo_kernels import ops, reference
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -104,7 +103,7 @@ def kernels(impl: str, tensor: Tensor) -> Any:
         return importlib.import_module("cpo_kernels.kernels")
     if home == "cuda" and (reason := _load_extension("_C_cuda")):
         raise RuntimeError(f"impl='cuda': the CUDA extension could not be loaded: {reason}")
-    return reference if home == "reference" else torch.ops.cpo_kernels
+    return reference if home == "reference" else ops.COMPILED
 
 
 def checks_enabled() -> bool:

@@ -22,15 +22,20 @@ from torch import Tensor
 
 from cpo_kernels import homes, ops
 from cpo_kernels.checks import check_label_range
+from cpo_kernels.columns import columns_bwd_, columns_of
 
 _KNOWN: dict[str, VocabShards] = {}  # by the name under which they pass through an op
+# What a rank sends in place of a label's log-prob, which is never above 0 but for rounding.
+NOT_HERE, REFUSED = math.inf, 2.0
 
 
 @dataclass(frozen=True)
 class VocabShards:
     """Which rows of the head each rank of a group holds: rank r those after the rows of ranks 0 to r - 1.
 
-    group: a process group whose ranks see the same hidden states and labels (tensor parallelism).
+    group: a process group whose ranks see the same hidden states and labels (tensor parallelism). A label out of range
+        on one rank is an error on all. Any other wrong argument (dtype, shape, option) raises before something is sent:
+        where one rank alone has it, the others wait in their collective until its process ends or the group's timeout.
     rows: how many rows each rank holds, 0 allowed. `VocabShards.of(weight, group)` asks the ranks once.
 
     Example:
@@ -99,15 +104,6 @@ class ShardedKernels:
             max(0, min(vocab_size, end) - (end - n)) for end, n in zip(accumulate(self.rows), self.rows, strict=True)
         ]
 
-    def local(self, labels: Tensor, ignore_index: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Labels [n] as columns of this rank, -1 where ignored; and which of them are here.
-
-        A label of another rank gets a column that stands in for it: the row's log-sum-exp needs none in particular.
-        """
-        here = (labels >= self.start) & (labels < self.start + columns) & (labels != ignore_index)
-        column = (labels - self.start).clamp(0, max(columns - 1, 0))
-        return column.masked_fill(labels == ignore_index, -1), here
-
     def token_logps_fwd(
         self,
         logits: Tensor,
@@ -118,26 +114,28 @@ class ShardedKernels:
         vocab_size: int,
         extras: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        check_range(labels, ignore_index, vocab_size)
         columns = self.columns(vocab_size)
         mine = columns[self.group.rank()]
-        column, here = self.local(labels, ignore_index, mine)
+        column, here = columns_of(labels, ignore_index, self.start, mine)
         if mine:
             logp, lse, extra = self.kernels.token_logps_fwd(logits, column, -1, scale, softcap, mine, extras)
         else:
             zeros = logits.new_zeros(labels.shape, dtype=ops.acc_dtype(logits.dtype))
             logp, lse, extra = zeros, torch.full_like(zeros, -math.inf), zeros.expand(4, -1)
-        sent = [lse, torch.where(here, logp, math.inf)]  # no log-prob is +inf: not here
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+        sent = [lse, torch.where(here, logp, NOT_HERE).masked_fill(wrong, REFUSED)]
         if extras:
             top = logits[:, :mine].amax(1).to(lse.dtype) if mine else lse
             sent += [*extra, top]
         seen = all_gather(torch.stack(sent), self.group).double()  # [ranks, 2 or 7, n]
         total = torch.logsumexp(seen[:, 0], 0)
         share = seen[:, 0] - total  # log of each rank's part of the probability; -inf: its columns all are
-        here = seen[:, 1] != math.inf
+        refused = seen[:, 1] == REFUSED
+        check_refused(refused, labels, ignore_index, vocab_size)
+        here = (seen[:, 1] != NOT_HERE) & ~refused
         logp = torch.where(share == -math.inf, -math.inf, seen[:, 1] + share)
         logp = torch.where(here, logp, math.inf).amin(0)
-        nowhere = ~here.any(0)  # NaN, gradients too
+        nowhere = ~here.any(0) | refused.any(0)  # NaN, gradients too
         results = [logp.masked_fill(nowhere, math.nan), total.masked_fill(nowhere, math.nan)]
         if extras:
             p, (entropy, log_sum_sq, mean_z, is_top1, top) = share.exp(), seen[:, 2:].unbind(1)
@@ -163,20 +161,7 @@ class ShardedKernels:
         vocab_size: int,
     ) -> None:
         mine = self.columns(vocab_size)[self.group.rank()]
-        if not mine:
-            logits.zero_()
-            return
-        column, here = self.local(labels, ignore_index, mine)
-        place = column.clamp(min=0)[:, None]
-        z = logits.gather(1, place).squeeze(1).to(lse.dtype) * scale
-        slope = torch.full_like(z, scale)
-        if softcap:
-            z, slope = softcap * torch.tanh(z / softcap), scale / torch.cosh(z / softcap).square()
-        self.kernels.token_logps_bwd_(logits, column, lse, grad, -1, scale, softcap, mine)
-        # Where the label is another rank's, the stand-in has got the 1 of onehot - softmax.
-        wrong = ~here & (labels != ignore_index)
-        share = (-grad * slope * torch.exp(z - lse)).to(logits.dtype)
-        logits.scatter_(1, place, torch.where(wrong, share, logits.gather(1, place).squeeze(1))[:, None])
+        columns_bwd_(self.kernels, logits, labels, lse, grad, ignore_index, scale, softcap, self.start, mine)
 
     def token_logps_fused_(
         self,
@@ -194,10 +179,23 @@ class ShardedKernels:
         return logp, lse, extra
 
 
-def check_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """On every rank alike, before anything is sent: an error on one of them alone would leave the others waiting."""
-    if labels.device.type == "cpu" or homes.checks_enabled():
-        check_label_range(labels, ignore_index, vocab_size)
+def columns_here(kernels: Any, vocab_size: int) -> tuple[Any, int, int]:
+    """The kernels for this rank's own columns, which is the first of them, and how many are no padding."""
+    if not isinstance(kernels, ShardedKernels):
+        return kernels, 0, vocab_size
+    return kernels.kernels, kernels.start, kernels.columns(vocab_size)[kernels.group.rank()]
+
+
+def check_refused(refused: Tensor, labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """refused [ranks, n]: where a rank's label is out of range. An error on every rank: none is left waiting."""
+    if not (labels.device.type == "cpu" or homes.checks_enabled()) or not bool(refused.any()):
+        return
+    check_label_range(labels, ignore_index, vocab_size)
+    rank, row = refused.nonzero()[0].tolist()
+    raise ValueError(
+        f"the label of row {row} is {int(labels[row])} here and out of range on rank {rank}: labels must be the same "
+        "on every rank"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- public door

@@ -12,7 +12,7 @@ import torch
 SECONDS = 180  # until a group that waits for ever is ended
 
 
-def run_processes(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+def run_processes(function: Callable[..., Any], world: int, *args: Any, seconds: float = SECONDS) -> list[Any]:
     """function(rank, *args) in each of `world` processes; what it returns, by rank."""
     context = multiprocessing.get_context("forkserver")  # imports torch once for all of them
     context.set_forkserver_preload(["cpo_kernels"])
@@ -22,7 +22,7 @@ def run_processes(function: Callable[..., Any], world: int, *args: Any) -> list[
         for process in processes:
             process.start()
         for process in processes:
-            process.join(SECONDS)
+            process.join(seconds)
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for rank in hung:
             processes[rank].kill()

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import re
 from unittest import mock
 
@@ -165,7 +166,7 @@ def misuse(shards):
         with pytest.raises(ValueError) as error:
             cpo.linear_token_logps(**given)
         messages.append(str(error.value))
-    with mock.patch.object(sharded, "check_range"):  # a GPU's labels are not looked at: NaN for that token alone
+    with mock.patch.object(sharded, "check_refused"):  # a GPU's labels are not looked at: NaN for that token alone
         labels = batch.labels.clone()
         labels[0, -1], labels[1, -1] = VOCAB, -5
         logps = cpo.linear_token_logps(hidden, weight, labels, vocab_shards=shards)
@@ -219,6 +220,24 @@ def dtensors(rank):
         with pytest.raises(ValueError, match=match):
             cpo.linear_token_logps(hidden, weight_, batch.labels, bias_, vocab_shards=shards_)
     return seen
+
+
+def on_rank_1_alone(rank, change):
+    """What each rank is told when the arguments of one are wrong; in a group of its own, which may break."""
+    shards, batch = cpo.VocabShards(dist.group.WORLD, (51, 50)), batch_of({})
+    hidden, weight, _ = head_of({}, batch, shards)
+    labels = batch.labels.clone()
+    if rank == 1 and change == "label":
+        labels[tuple((labels != -100).nonzero()[5])] = VOCAB
+    if rank == 1 and change == "dtype":
+        labels = labels.int()
+    try:
+        cpo.FusedLinearCPOLoss()(hidden, weight, labels, ref_logps=batch.ref_logps, vocab_shards=shards).loss.backward()
+    except Exception as error:
+        if change == "dtype" and rank == 1:
+            os._exit(3)  # what an uncaught exception comes to
+        return type(error).__name__, str(error)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- tests
@@ -301,6 +320,17 @@ def test_every_rank_refuses_alike(world):
         assert len(messages) == len(matches)
         for message, match in zip(messages, matches, strict=True):
             assert re.search(match, message), message
+
+
+def test_a_label_out_of_range_on_one_rank_is_an_error_on_all():
+    other, own = run_processes(on_rank_1_alone, 2, "label", seconds=60)
+    assert own[0] == "ValueError" and own[1].startswith("label 101 is out of range")
+    assert other[0] == "ValueError" and re.search(r"row \d+ is \d+ here and out of range on rank 1", other[1])
+
+
+def test_the_end_of_a_rank_that_raised_alone_ends_the_wait_of_the_others():
+    with pytest.raises(AssertionError, match=r"ranks \[\] hung, exit codes \[0, 3\]"):
+        run_processes(on_rank_1_alone, 2, "dtype", seconds=60)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -43,10 +43,10 @@ cd "$work"
 "$work/venv/bin/python" - <<'PYTHON'
 import torch
 import cpo_kernels
-from cpo_kernels import ops, reference
+from cpo_kernels import homes, reference
 
 print(f"torch {torch.__version__}, cpo_kernels from {cpo_kernels.__file__}")
-assert not ops.missing("cpu"), ops.missing("cpu")
+assert not homes.missing("cpu"), homes.missing("cpu")
 logits, labels = torch.randn(5, 1000), torch.tensor([1, 2, -100, 3, 999])
 options = (labels, -100, 1.0, 0.0, 1000, True)
 for got, want in zip(

@@ -16,11 +16,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MODULES = (
-    "__init__ batch_plan checks linear linear_preference loss objectives ops planner reference sharded "
-    "kernels/__init__ kernels/loss_formulas kernels/preference kernels/token_logps kernels/tuning"
-).split()
 BACKENDS = re.findall(r'"(\w+)"', re.search(r"^backends = (.*)$", (ROOT / "build.toml").read_text(), re.M)[1])
+
+
+def core_modules() -> dict[str, str]:
+    """Path below cpo_kernels/ and text of what `import cpo_kernels` and the Triton kernels are made of."""
+    found: dict[str, str] = {}
+    wanted = ["", "kernels"]
+    while wanted:
+        module = ROOT / "cpo_kernels" / wanted.pop()
+        file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+        name = str(file.relative_to(ROOT / "cpo_kernels"))
+        if name in found or not file.exists():  # the latter: a name that a module defines
+            continue
+        found[name] = file.read_text()
+        for package, names in re.findall(r"^ *from cpo_kernels([.\w]*) import (.+)$", found[name], re.M):
+            folder = package[1:].replace(".", "/")
+            wanted += [folder, *(f"{folder}/{one}".strip("/") for one in re.findall(r"\w+", names))]
+    return dict(sorted(found.items()))
 
 
 def hub_source(text: str, depth: int, namespace: str) -> str:
@@ -35,12 +48,12 @@ def hub_source(text: str, depth: int, namespace: str) -> str:
 
 
 def write(folder: Path) -> None:
-    sources = {name: (ROOT / "cpo_kernels" / f"{name}.py").read_text() for name in MODULES}
+    sources = core_modules()
     digest = hashlib.sha256("".join(sources.values()).encode()).hexdigest()[:12]
     namespace = f"_cpo_kernels_{digest}"
     package = folder / "torch-ext" / "cpo_kernels"
     for name, text in sources.items():
-        target = package / f"{name}.py"
+        target = package / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(hub_source(text, name.count("/"), namespace))
     shutil.copy(ROOT / "build.toml", folder)
