@@ -188,8 +188,12 @@ class Head:
         g, ref_logp = self.with_reference(x, labels, ref)
         return g, *self.kernels.token_logps_fused_(g, labels, *self.options, extras), ref_logp
 
-    def again(self, x: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
-        """g from logits made a second time, with the log-sum-exp of the first."""
-        g = self.logits(x)
-        self.kernels.token_logps_bwd_(g, labels, lse, torch.ones_like(lse), *self.options)
-        return g
+    def columns(self, x: Tensor, part: slice) -> Tensor:
+        """Logits of x [n, H] in some columns, [n, v], in the buffer unless one column of all rows exceeds it."""
+        n, weight = x.shape[0], self.weight[part]
+        size = n * weight.shape[0]
+        flat = self.buffer.view(-1) if size <= self.buffer.numel() else self.buffer.new_empty(size)
+        out = flat[:size].view(n, weight.shape[0])
+        if self.bias.numel():
+            return torch.addmm(self.bias[part], x, weight.t(), out=out)
+        return torch.mm(x, weight.t(), out=out)

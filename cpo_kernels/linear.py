@@ -10,10 +10,11 @@ from torch import Tensor
 
 from cpo_kernels import homes, ops
 from cpo_kernels.head import Head, HeadInputs, check_index, head_inputs, labelled_rows
-from cpo_kernels.head_grads import WeightGrad, fake_grads, restore, scale_rows
+from cpo_kernels.head_grads import fake_grads, restore, scale_rows
 from cpo_kernels.logits import HeadOptions, token_extras
 from cpo_kernels.ops import functional_op, refuse_double_backward
 from cpo_kernels.planner import chunks, even_rows
+from cpo_kernels.second_pass import second_pass
 from cpo_kernels.sharded import VocabShards
 
 
@@ -94,17 +95,9 @@ def linear_token_logps_backward_op(
     rows = labelled_rows(hidden, labels, options.ignore_index, index)
     count = rows.x.shape[0]
     lse, grad = rows.gather(lse), rows.gather(grad)
-    step = even_rows(count, row_limit)
-    head = Head(weight, bias, options, min(step, count), impl)
-    sums = WeightGrad(weight, len(chunks(count, step)), need_dw, need_db)
-    dx = torch.empty_like(rows.x) if need_dx else rows.x.new_empty(0)
-    for low, high in chunks(count, step):
-        part = slice(low, high)
-        g = head.again(rows.x[part], rows.labels[part], lse[part])
-        if need_dx:
-            dx[part] = scale_rows(torch.mm(g, weight), grad[part])
-        sums.add(g, rows.x[part], grad[part])
-    dw, db, power = sums.result()
+    head = Head(weight, bias, options, even_rows(count, row_limit), impl)
+    dx, dw, db, power = second_pass(head, rows.x, rows.labels, lse, grad, need_dx, need_dw, need_db)
+    dx = scale_rows(dx, grad) if need_dx else dx
     return rows.scatter(dx, size) if need_dx else dx, restore(dw, power), db.to(weight.dtype)
 
 

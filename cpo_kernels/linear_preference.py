@@ -17,6 +17,7 @@ from cpo_kernels.head import Head, HeadInputs, Rows, gather_rows, labelled_index
 from cpo_kernels.head_grads import WeightGrad, fake_known_loss, known_loss_grads
 from cpo_kernels.logits import HeadOptions
 from cpo_kernels.preference import PreferenceArgs, wpo_weights
+from cpo_kernels.second_pass import second_pass
 
 
 @ops.functional_op("linear_preference")
@@ -80,7 +81,7 @@ def linear_preference_op(
     loss, losses, _, *metrics = outputs
     dx = rows.scatter(run.dx, hidden.shape[0]) if need_dx else run.dx
     coef = rows.scatter(coef, hidden.shape[0])
-    return loss, losses, seq_logps, *metrics, dx, coef, *run.sums.result()  # type: ignore[return-value]
+    return loss, losses, seq_logps, *metrics, dx, coef, *run.head_grads  # type: ignore[return-value]
 
 
 Outputs = tuple[tuple[Tensor, ...], Tensor, Tensor]  # of the preference kernel, seq_logps [s], coefficients of rows [n]
@@ -102,9 +103,8 @@ class _Pass:
     ) -> None:
         self.rows, self.ref, self.token_weights, self.args = rows, ref, token_weights, args
         self.layout, self.tables, self.weighted, self.needs = layout, tables, weighted, needs
-        self.dx = torch.empty_like(rows.x) if needs[0] else rows.x.new_empty(0)
-        self.acc = ops.acc_dtype(rows.x.dtype)
-        self.sums: WeightGrad
+        self.dx: Tensor  # [n, H] without coefficients
+        self.head_grads: tuple[Tensor, Tensor, Tensor]  # dW up to a power of two, db, power
 
     def preference(self, head: Head, index: int, logp: Tensor, extra: Tensor, ref_logp: Tensor) -> Outputs:
         """The loss of chunk `index` from the log-probs of its rows."""
@@ -126,23 +126,22 @@ class _Pass:
         coef = outputs[2].index_select(0, self.tables.segments[part.rows])
         return outputs, seq_logps, coef * weights if weights.numel() else coef
 
-    def gradients(self, head: Head, g: Tensor, part: slice, coef: Tensor) -> None:
-        if self.needs[0]:
-            torch.mm(g, head.weight, out=self.dx[part])
-        self.sums.add(g, self.rows.x[part], coef)
-
     def ref_of(self, part: slice) -> Tensor | None:
         return None if self.ref is None else self.ref[part]
 
     def pairs(self, head: Head) -> Outputs:
         parts = self.layout.parts
-        self.sums = WeightGrad(head.weight, len(parts), *self.needs[1:])
+        sums = WeightGrad(head.weight, len(parts), *self.needs[1:])
+        self.dx = torch.empty_like(self.rows.x) if self.needs[0] else self.rows.x.new_empty(0)
         seen: list[Outputs] = []
         for k, part in enumerate(parts):
             x, labels = self.rows.x[part.rows], self.rows.labels[part.rows]
             g, logp, _, extra, ref_logp = head.fused(x, labels, self.weighted, self.ref_of(part.rows))
             seen.append(self.preference(head, k, logp, extra, ref_logp))
-            self.gradients(head, g, part.rows, seen[-1][2])
+            if self.needs[0]:
+                torch.mm(g, head.weight, out=self.dx[part.rows])
+            sums.add(g, x, seen[-1][2])
+        self.head_grads = sums.result()
         return seen[0] if len(seen) == 1 else self.merge(seen)
 
     def merge(self, seen: list[Outputs]) -> Outputs:
@@ -163,12 +162,11 @@ class _Pass:
     def two_pass(self, head: Head) -> Outputs:
         x, labels = self.rows.x, self.rows.labels
         parts = self.layout.row_chunks
-        self.sums = WeightGrad(head.weight, len(parts), *self.needs[1:])
         first = [head.forward(x[p], labels[p], self.weighted, self.ref_of(p)) for p in parts]
         logp, lse, extra, ref_logp = (torch.cat(columns, dim=-1) for columns in zip(*first, strict=True))
         outputs = self.preference(head, 0, logp, extra, ref_logp)
-        for p in parts:
-            self.gradients(head, head.again(x[p], labels[p], lse[p]), p, outputs[2][p])
+        self.dx, dw, db, power = second_pass(head, x, labels, lse, outputs[2], *self.needs)
+        self.head_grads = dw, db, power
         return outputs
 
 

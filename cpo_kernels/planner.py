@@ -42,7 +42,7 @@ class Plan:
     num_chunks: int
     products: int
     logits_bytes: int  # one chunk
-    extra_bytes: int  # chunk, dX and the float32 accumulator of dW: beyond inputs and gradients
+    extra_bytes: int  # chunk, dX and a float32 accumulator (of dW, or of dX by columns): beyond inputs and gradients
 
     def __str__(self) -> str:
         return (
@@ -138,7 +138,9 @@ def _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, train_hid
     logits = rows * vocab_size * dtype.itemsize
     accumulator = 0
     if train_head and chunks > 1:
-        accumulator = vocab_size * hidden_size * torch.promote_types(dtype, torch.float32).itemsize
+        by_columns = strategy in ("two_pass", "recompute")  # where dW is written once and dX adds up
+        numbers = (num_tokens * train_hidden if by_columns else vocab_size) * hidden_size
+        accumulator = numbers * torch.promote_types(dtype, torch.float32).itemsize
     dx = num_tokens * hidden_size * dtype.itemsize if train_hidden else 0
     extra = logits + dx + accumulator
     return Plan(strategy, num_tokens, rows, chunks, PRODUCTS[strategy], logits, extra)
