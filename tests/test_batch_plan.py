@@ -142,7 +142,7 @@ def test_a_reference_with_the_same_head_shares_the_product(monkeypatch, budget, 
     rows, mm = [], torch.mm
 
     def counting(a, b, **kwargs):
-        rows.append(a.shape[0] if b.shape == (24, 101) else 0)  # X W^T
+        rows.append(a.shape[0] * b.shape[1] / 101 if a.shape[1] == 24 == b.shape[0] else 0)  # X W^T or some columns
         return mm(a, b, **kwargs)
 
     monkeypatch.setattr(linear.torch, "mm", counting)
@@ -155,7 +155,7 @@ def test_a_reference_with_the_same_head_shares_the_product(monkeypatch, budget, 
     assert all(relative_error(g, w) < 1e-11 for g, w in zip(grads, want_grads, strict=True))
     labelled = int(batch.lengths().sum())
     again = labelled if train_head and budget == "two_pass" else 0  # makes the policy's logits a second time
-    assert sum(rows) == 2 * labelled + again
+    assert sum(rows) == pytest.approx(2 * labelled + again)
     if budget == "one_chunk":
         assert max(rows) == 2 * labelled  # one product for both
     with torch.no_grad():
