@@ -4,7 +4,8 @@
 
 The head runs inside the model's own forward, so whatever acts there (DDP, FSDP, ZeRO, PEFT, accelerate's autocast) acts
 on it too. A sharded weight is gathered: under ZeRO-3 by TRL's `maybe_gather_lm_head_ctx`, in backward a second time; a
-DTensor once, its gradient averaged over the mesh as FSDP2 does (see `linear_token_logps`).
+DTensor once, its gradient averaged over the mesh as FSDP2 does (see `linear_token_logps`). A tensor-parallel head stays
+spread.
 """
 
 import functools
@@ -19,7 +20,14 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from cpo_kernels import homes
 from cpo_kernels.head import head_inputs
-from cpo_kernels.integrations.heads import LogitMap, backbone, head_layer, logit_map
+from cpo_kernels.integrations.heads import (
+    LogitMap,
+    backbone,
+    head_layer,
+    is_tensor_parallel,
+    logit_map,
+    parallel_input,
+)
 from cpo_kernels.integrations.transformers import shift_labels
 from cpo_kernels.linear import LinearTokenLogps, token_logps_of
 from cpo_kernels.logits import token_extras
@@ -85,6 +93,8 @@ def _forward(
     weight, bias = layer.weight, layer.bias
     hidden = seen.last_hidden_state.to(weight.device)
     shifted = shifted.to(weight.device)
+    if is_tensor_parallel(layer):
+        hidden = parallel_input(layer, hidden)
     with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
         # As TRL, a weight of another dtype than the hidden states (a head saved in float32) is cast to theirs.
         w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))

@@ -141,12 +141,36 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
                 f"the head is a {type(layer).__name__}: its adapter is not part of the weight that the fused head "
                 "multiplies with. Take 'lm_head' out of target_modules; modules_to_save=['lm_head'] trains the head"
             )
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    if not plain or ("forward" in vars(layer) and not is_tensor_parallel(layer)):
         raise TypeError(
             f"the head of {type(model).__name__} is {type(layer).__name__}, a plain nn.Linear is needed: keep "
             "it out of quantization and offloading"
         )
     return layer
+
+
+def is_tensor_parallel(layer: nn.Linear) -> bool:
+    """Whether torch's `parallelize_module` or a `tp_plan` of transformers acts around the layer, and nothing else."""
+    acting = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+    acting += [function for name, function in vars(layer).items() if name == "forward"]
+    known = ("torch.distributed.tensor.", "transformers.distributed.tensor_parallel")
+    sharded = hasattr(layer.weight, "full_tensor")
+    return sharded and bool(acting) and all(getattr(f, "__module__", "").startswith(known) for f in acting)
+
+
+def parallel_input(layer: Any, hidden: Tensor) -> Tensor:
+    """What a tensor-parallel head multiplies: a DTensor, hidden [S, T, H] whole on every rank.
+
+    torch's own rule for the layer's input is a hook; the plans of transformers all take it whole.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    for hook in layer._forward_pre_hooks.values():
+        hidden = hook(layer, (hidden,))
+    if not isinstance(hidden, DTensor):
+        hidden = DTensor.from_local(hidden, layer.weight.device_mesh, [Replicate()], run_check=False)
+    return hidden
 
 
 def backbone(model: Any) -> nn.Module:

@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpo_kernels.integrations.heads import HEADS, HeadParts, backbone, causal_lm, head_layer, lm_head
+from cpo_kernels.integrations.heads import (
+    HEADS,
+    HeadParts,
+    backbone,
+    causal_lm,
+    head_layer,
+    is_tensor_parallel,
+    lm_head,
+    parallel_input,
+)
 from cpo_kernels.linear import linear_token_logps
 
 __all__ = [
@@ -34,7 +43,10 @@ _ATTENTION_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length
 
 
 class LMInputs(NamedTuple):
-    """The first arguments of `linear_token_logps`, `linear_nll` and `FusedLinearCPOLoss`, in their order."""
+    """The first arguments of `linear_token_logps`, `linear_nll` and `FusedLinearCPOLoss`, in their order.
+
+    Of a tensor-parallel head, hidden, weight and bias are DTensors.
+    """
 
     hidden: Tensor  # [S, T, H]
     weight: Tensor  # [V, H]
@@ -51,13 +63,14 @@ def causal_lm_inputs(model: nn.Module, batch: Mapping[str, Any], ignore_index: i
             f"the forward of this {type(base).__name__} was replaced (accelerate's autocast or offloading, a fused "
             "head): pass accelerator.unwrap_model(model, keep_fp32_wrapper=False) under autocast, or a fresh model"
         )
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        raise ValueError("the head has forward hooks, which the fused head would not run: remove them")
-    if hasattr(layer.weight, "full_tensor") or hasattr(layer.weight, "ds_id"):
+    parallel = is_tensor_parallel(layer)
+    if (hasattr(layer.weight, "full_tensor") and not parallel) or hasattr(layer.weight, "ds_id"):
         raise ValueError(
-            "the head's weight is sharded (FSDP2, tensor parallel or ZeRO-3): use "
+            "the head's weight is sharded (FSDP2 or ZeRO-3): use "
             "cpo_kernels.integrations.trl.FusedDPOTrainer, or shard CausalLMLogps(model) and call that"
         )
+    if (layer._forward_hooks or layer._forward_pre_hooks) and not parallel:
+        raise ValueError("the head has forward hooks, which the fused head would not run: remove them")
     batch = dict(batch)
     labels = _labels(batch, ignore_index)
     body = backbone(base)
@@ -65,6 +78,8 @@ def causal_lm_inputs(model: nn.Module, batch: Mapping[str, Any], ignore_index: i
     if unknown := batch.keys() - known:
         raise ValueError(f"batch has {', '.join(sorted(unknown))}, which {type(body).__name__} does not take")
     hidden = body(**{**batch, "use_cache": False}).last_hidden_state
+    if parallel:
+        hidden = parallel_input(layer, hidden)
     return LMInputs(hidden, layer.weight, shift_labels(labels, ignore_index), layer.bias)
 
 
@@ -108,7 +123,8 @@ def causal_lm_logps(
     load-balancing loss (Mixtral and other mixtures of experts) is not computed.
 
     Args:
-        model: a causal LM of `HEADS`, or a PEFT model around one (its active adapters apply).
+        model: a causal LM of `HEADS`, or a PEFT model around one (its active adapters apply). A head that a `tp_plan`
+            or torch's ColwiseParallel has spread over ranks stays so; every rank gets the same log-probs.
         batch: `input_ids` [S, T] (or `inputs_embeds`), `attention_mask`, and either `labels` [S, T] with `ignore_index`
             where a token does not count, or `completion_mask` [S, T] with 0 there. The rest goes to the backbone.
         softcap, scale, vocab_size: see `lm_head`.
