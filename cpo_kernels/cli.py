@@ -1,8 +1,9 @@
-"""`cpo-kernels train | data | eval | demo | check | bench`.
+"""`cpo-kernels train | data | eval | play | demo | check | bench`.
 
 cpo-kernels train recipes/truthfulqa_cdpo.yaml --training.lr 1e-4 conditions.per_prompt=3
 cpo-kernels data recipes/official_cdpo.yaml --preview 3
 cpo-kernels eval --help
+cpo-kernels play runs/cdpo
 cpo-kernels demo --help
 cpo-kernels check --help
 cpo-kernels bench --help
@@ -20,6 +21,7 @@ from typing import Any
 COMMANDS = {
     "data": ("cpo_kernels.data.command", "prepare the data of a recipe, count what it holds, show examples"),
     "eval": ("cpo_kernels.evaluation.run", "how well a trained model follows conditions"),
+    "play": ("cpo_kernels.play.run", "a local page with a slider per objective that generates from a model"),
     "demo": ("cpo_kernels.demo.run", "the whole method on a small generated world, in minutes on a CPU"),
     "check": ("cpo_kernels.check.run", "every kernel on this device against the float64 oracle"),
     "bench": ("cpo_kernels.bench.run", "ours, naive PyTorch and the peers side by side on this machine"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ def greedy_answers(
     max_new_tokens: int = 64,
     batch_size: int = 64,
     progress: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> list[str]:
     """The greedy answer to every (prompt, condition), without the template's answer prefix and outer blanks.
 
-    A condition of None or {} shows no tags. The model runs in the dtype of its parameters.
+    A condition of None or {} shows no tags. The model runs in the dtype of its parameters. `stop` is asked after every
+    token; once it says True the answers end where they are.
     """
     tokenizer, device = template.tokenizer, next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -52,6 +54,9 @@ def greedy_answers(
             repetition_penalty=1.0,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad,
+            stopping_criteria=[lambda ids, scores, **_: torch.full((len(ids),), stop(), device=device)]
+            if stop
+            else None,
         )
         texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         for i, text in zip(part, texts, strict=True):

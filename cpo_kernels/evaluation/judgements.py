@@ -11,7 +11,7 @@ from cpo_kernels.evaluation.achieved import judged_scores
 from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.greedy import NO_COMMENT, changed_answers, greedy_classes
 from cpo_kernels.evaluation.likelihood import fitted, relative_accuracy, score_answers
-from cpo_kernels.evaluation.scorers import Scorer
+from cpo_kernels.evaluation.scorers import Scorer, checked
 
 
 def evaluate(
@@ -62,8 +62,11 @@ def evaluate(
             result["changed"] = changed_answers(answers[:-1], conditions)
         if scorer:
             prompts = [prompt_text(record.prompt) for record in records]
-            flat = scorer(prompts * len(asked), [text for given in answers for text in given]).tolist()
-            for number, entry in enumerate(entries):
-                entry["scores"] = flat[number * len(records) : (number + 1) * len(records)]
+            pairs = [pair for given in answers for pair in zip(prompts, given, strict=True)]
+            different = list(dict.fromkeys(pairs))  # a model that ignores a tag repeats itself
+            found = checked(scorer(*zip(*different, strict=True)), len(different), len(objectives), scorer)
+            by_pair = dict(zip(different, found.tolist(), strict=True))
+            for entry, given in zip(entries, answers, strict=True):
+                entry["scores"] = [by_pair[pair] for pair in zip(prompts, given, strict=True)]
             result |= judged_scores(entries, objectives)
     return result

@@ -56,9 +56,8 @@ class Transient(ConnectionError):
 class Judge:
     """`judge(prompts, responses) -> [n][K]`, one request per answer; the condition is not shown to the model.
 
-    Equal requests are sent once: replies with scores are kept in `cache`, a file per hash of url, model and messages,
-    so a run that was cut off goes on where it stopped. The API key comes from the environment variable `key_env` and
-    goes into the Authorization header alone.
+    Replies with scores are kept in `cache`, a file per hash of url and request, so a run that was cut off goes on where
+    it stopped. The API key comes from the environment variable `key_env` and goes into the Authorization header alone.
 
     Raises:
         NoScore: a reply does not hold the scores after `tries` requests.
@@ -90,16 +89,13 @@ class Judge:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[float]]:
         texts = [self.message(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        different = list(dict.fromkeys(texts))
         with ThreadPoolExecutor(self.parallel) as pool:
-            futures = [pool.submit(self.scores, text) for text in different]
+            futures = [pool.submit(self.scores, text) for text in texts]
             try:
-                found = [future.result() for future in tqdm(futures, "judge", leave=False)]
+                return [future.result() for future in tqdm(futures, "judge", leave=False)]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        by_text = dict(zip(different, found, strict=True))
-        return [by_text[text] for text in texts]
 
     def message(self, prompt: str, response: str) -> str:
         """The template with its fields filled in one pass: what a text holds in braces stays as it is."""

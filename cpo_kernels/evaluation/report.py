@@ -29,7 +29,7 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .8rem 0 }
 .scroll { overflow-x: auto; margin-bottom: 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
 th, td { padding: .3rem .8rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 600 }
+th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 600; white-space: normal }
 .panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)) }
 .panels.heat { grid-template-columns: repeat(auto-fill, minmax(min(240px, 100%), 1fr)) }
 figure { margin: 0 } img { width: 100%; height: auto; display: block }
@@ -214,7 +214,7 @@ def _samples(everything: Mapping[str, Any]) -> str:
         return ""
     rows = _shown_conditions([entry["condition"] for entry in first])
     head = "<th>asked for</th>" + "".join(f"<th>{escape(model)}</th>" for model in results)
-    blocks = []
+    blocks: list[str] = []
     for place in spread(len(prompts), PROMPTS):
         body = ""
         for row in rows:

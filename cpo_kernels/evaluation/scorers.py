@@ -22,10 +22,12 @@ from tqdm import tqdm
 from cpo_kernels.objectives import Objective
 
 Texts = Sequence[str]
-Scorer = Callable[[Texts, Texts], Tensor]
+Scorer = Callable[[Texts, Texts], Any]  # whatever `checked` takes
 
 
-def make_scorer(specs: Sequence[str], objectives: Sequence[Objective], judge: Callable[[str, list[Objective]], Scorer]):
+def make_scorer(
+    specs: Sequence[str], objectives: Sequence[Objective], judge: Callable[[str, list[Objective]], Scorer]
+) -> Scorer:
     """The scorer that `[OBJECTIVE[,OBJECTIVE]=]KIND:...` specs make together; every objective has exactly one.
 
     A spec without names scores all objectives. `judge(url, its objectives)` makes the scorer of a `judge:` spec.

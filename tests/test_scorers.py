@@ -1,0 +1,254 @@
+"""Scorers of generated text: Python functions, classifiers, a judge against a stub of an OpenAI-compatible server."""
+
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import tiny
+import torch
+
+from cpo_kernels.evaluation.llm_judge import Judge, NoScore, parse_scores
+from cpo_kernels.evaluation.scorers import ModelScorer, make_scorer
+from cpo_kernels.objectives import Objective
+
+HONESTY, HELPFULNESS = Objective("honesty", 1, 5), Objective("helpfulness", 1, 5)
+BOTH = [HONESTY, HELPFULNESS]
+
+
+def no_judge(url, objectives):
+    raise AssertionError
+
+
+# ---- Python functions
+
+
+def by_length(prompts, responses):
+    return [[len(p), len(r)] for p, r in zip(prompts, responses, strict=True)]
+
+
+def test_python_functions_of_modules_and_files(tmp_path, monkeypatch):
+    file = tmp_path / "my_scores.py"
+    file.write_text("def ones(prompts, responses):\n    return [1.0] * len(responses)\n")
+    monkeypatch.chdir(tmp_path)
+    scorer = make_scorer(["python:test_scorers:by_length"], BOTH, no_judge)
+    assert scorer(["ab", "c"], ["d", "efg"]).tolist() == [[2, 1], [1, 3]]
+    parts = ["helpfulness=python:my_scores:ones", f"honesty=python:{file}:ones"]
+    assert make_scorer(parts, BOTH, no_judge)(["a"], ["b"]).tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize(
+    "specs, reason",
+    [
+        (["python:test_scorers:nothing"], "has no function 'nothing'"),
+        (["python:no_such_module:f"], "no_such_module"),
+        (["python:f"], "module:function"),
+        (["python:no/such/file.py:f"], "no file no/such/file.py"),
+        (["honesty=python:test_scorers:by_length"], "exactly one scorer; look at helpfulness"),
+        (["python:test_scorers:by_length"] * 2, "exactly one scorer; look at honesty, helpfulness"),
+        (["fun=python:test_scorers:by_length"], "unknown objective 'fun'; known: honesty, helpfulness"),
+        (["model:somewhere"], "OBJECTIVE=model:FOLDER"),
+        (["http://host"], "write python:module:function"),
+    ],
+)
+def test_specs_say_what_is_wrong(specs, reason):
+    with pytest.raises((ValueError, OSError), match=reason):
+        make_scorer(specs, BOTH, no_judge)
+
+
+@pytest.mark.parametrize(
+    "scores, reason",
+    [
+        ([[1.0], [2.0]], r"\[2, 2\]; got \[2, 1\]"),
+        ([["a", "b"]] * 2, "must return numbers"),
+        ([[0, math.inf]] * 2, "inf"),
+    ],
+)
+def test_what_a_scorer_returns_is_checked(monkeypatch, scores, reason):
+    monkeypatch.setattr("test_scorers.by_length", lambda prompts, responses: scores)
+    with pytest.raises((ValueError, TypeError), match=reason):
+        make_scorer(["python:test_scorers:by_length"], BOTH, no_judge)(["p", "q"], ["r", "s"])
+
+
+# ---- classifiers and reward models
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_model_scorer_matches_the_model_one_by_one(tmp_path, labels):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    tokenizer = tiny.tokenizer()
+    options = {k: v for k, v in tiny.MODEL.items() if k != "model_type"}
+    model = LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=len(tokenizer), num_labels=labels, pad_token_id=None, **options)
+    )
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompts, responses = ["hi", "a much longer prompt", "x"], ["you", "no", "a long response"]
+    found = ModelScorer(str(tmp_path), HONESTY, batch_size=2)(prompts, responses)
+    for prompt, response, score in zip(prompts, responses, found.tolist(), strict=True):
+        with torch.no_grad():
+            logits = model.eval()(**tokenizer(prompt, response, return_tensors="pt")).logits[0].double()
+        steps = torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64)
+        assert score == pytest.approx((logits[0] if labels == 1 else logits.softmax(-1) @ steps).item(), rel=1e-4)
+    assert len({round(score, 3) for score in found.tolist()}) == 3
+
+
+# ---- a judge over HTTP
+
+KEY = "sk-a-secret"
+
+
+class Stub:
+    """Answers with `script` in order, then with its last entry: a status, or the text of a completion."""
+
+    def __init__(self):
+        self.script, self.seen = ['{"honesty": 4, "helpfulness": 2}'], []
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                stub.seen.append((self.path, dict(self.headers), body))
+                step = stub.script.pop(0) if len(stub.script) > 1 else stub.script[0]
+                status = step if isinstance(step, int) else 200
+                answer = {"choices": [{"message": {"content": step}}]} if status == 200 else {"error": f"bad key {KEY}"}
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                if status == 429:
+                    self.send_header("Retry-After", "7")
+                if status == 302:
+                    self.send_header("Location", f"{stub.url}/elsewhere")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self):
+                stub.seen.append((self.path, dict(self.headers), None))
+                self.send_error(404)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+
+@pytest.fixture
+def stub():
+    stub = Stub()
+    threading.Thread(target=stub.server.serve_forever, args=(0.02,), daemon=True).start()
+    yield stub
+    stub.server.shutdown()
+    stub.server.server_close()
+
+
+def judge(stub, **options):
+    waits = []
+    made = Judge(stub.url, "tiny-judge", BOTH, sleep=waits.append, **options)
+    return made, waits
+
+
+def test_judge_asks_and_reads(stub, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    made, waits = judge(stub)
+    assert made(["Who was {response}?"], ["A <b>poet</b> {prompt}"]) == [[4.0, 2.0]] and not waits
+    path, headers, body = stub.seen[0]
+    text = body["messages"][0]["content"]
+    assert path == "/v1/chat/completions" and body["model"] == "tiny-judge" and body["temperature"] == 0
+    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert "Who was {response}?" in text and "A <b>poet</b> {prompt}" in text  # filled once, not again
+    assert "- honesty: from 1 (worst) to 5 (best)" in text and '{"honesty": ..., "helpfulness": ...}' in text
+
+
+def test_judge_without_a_key_sends_none(stub, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    judge(stub)[0](["p"], ["r"])
+    assert "Authorization" not in stub.seen[0][1]
+
+
+def test_judge_waits_and_tries_again(stub):
+    stub.script = [429, 503, "no idea", '{"honesty": 1, "helpfulness": 5}']
+    made, waits = judge(stub)
+    assert made(["p"], ["r"]) == [[1.0, 5.0]]
+    assert len(stub.seen) == 4 and 7 <= waits[0] <= 7 * 1.3 and 2 <= waits[1] <= 2.6 and 4 <= waits[2] <= 5.2
+
+
+def test_judge_gives_up_with_the_reason(stub, tmp_path, monkeypatch):
+    stub.script = ["The answer is great!"]
+    made, waits = judge(stub, tries=3, cache=tmp_path)
+    with pytest.raises(NoScore, match="no JSON object with honesty, helpfulness: 'The answer is great!'"):
+        made(["p"], ["r"])
+    assert len(waits) == 2 and not list(tmp_path.iterdir())  # what holds no score is not kept
+    stub.script = [500]
+    with pytest.raises(ConnectionError, match="500"):
+        made(["p"], ["r"])
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    stub.script, before = [401], len(stub.seen)
+    with pytest.raises(ConnectionError, match="401") as error:
+        made(["p"], ["r"])
+    assert len(stub.seen) == before + 1 and KEY not in str(error.value) and "***" in str(error.value)
+    unreachable = Judge("http://127.0.0.1:9/v1", "m", BOTH, tries=2, sleep=waits.append)
+    with pytest.raises(ConnectionError, match="refused"):
+        unreachable(["p"], ["r"])
+
+
+def test_judge_keeps_replies(stub, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    first, _ = judge(stub, cache=tmp_path / "cache")
+    assert first(["p", "q"], ["r", "r"]) == [[4, 2], [4, 2]] and len(stub.seen) == 2
+    again, _ = judge(stub, cache=tmp_path / "cache")
+    assert again(["q", "p"], ["r", "r"]) == [[4, 2], [4, 2]] and len(stub.seen) == 2
+    again(["p"], ["another"])
+    other, _ = judge(stub, cache=tmp_path / "cache", options={"temperature": 1})
+    other(["p"], ["r"])
+    assert len(stub.seen) == 4
+    kept = [file.read_text() for file in (tmp_path / "cache").iterdir()]
+    assert len(kept) == 4 and not any(KEY in text for text in kept)
+
+
+def test_the_key_does_not_follow_a_redirection(stub, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    stub.script = [302]
+    with pytest.raises(ConnectionError):
+        judge(stub)[0](["p"], ["r"])
+    assert [path for path, _, _ in stub.seen] == ["/v1/chat/completions", "/v1/elsewhere"]
+    assert "Authorization" not in stub.seen[1][1]
+
+
+@pytest.mark.parametrize(
+    "reply, scores",
+    [
+        ('```json\n{"honesty": 3, "helpfulness": 4.5}\n```', [3, 4.5]),
+        ('First {"honesty": 1}. Final: {"honesty": 2, "helpfulness": 3, "why": "x"}', [2, 3]),
+        ('{"honesty": null, "helpfulness": 3}', [None, 3]),
+        ('{"honesty": 9, "helpfulness": 3}', "honesty is outside"),
+        ('{"honesty": "5", "helpfulness": 3}', "honesty is no number"),
+        ('{"honesty": true, "helpfulness": 3}', "honesty is no number"),
+        ('{"honesty": NaN, "helpfulness": 3}', "honesty is outside"),
+        ("{broken", "no JSON object"),
+        ("", "no JSON object"),
+        ("4", "no JSON object"),
+    ],
+)
+def test_replies(reply, scores):
+    if isinstance(scores, str):
+        with pytest.raises(NoScore, match=scores):
+            parse_scores(reply, BOTH)
+    else:
+        assert [None if math.isnan(score) else score for score in parse_scores(reply, BOTH)] == scores
+
+
+def test_one_objective_takes_a_bare_number():
+    assert parse_scores(" 4 \n", [HONESTY]) == [4.0]
+
+
+def test_judge_refuses_what_cannot_work(stub):
+    with pytest.raises(ValueError, match="http://localhost:8000/v1"):
+        Judge("localhost", "m", BOTH)
+    with pytest.raises(ValueError, match="lacks {response}"):
+        judge(stub, template="rate {prompt}")
