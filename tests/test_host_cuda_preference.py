@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import test_kernels
 import torch
-from host_twin import COMPILER, LIBRARY_FLAGS, HostHome, bites, compile_host, run_sanitized
+from host_twin import COMPILER, LIBRARY_FLAGS, HostHome, compile_host
 
 from cpo_kernels import reference
 from cpo_kernels.check.preference import preference_cases
@@ -173,28 +173,3 @@ def test_offsets_outside_the_tokens_give_nan(library):
     got = kernels.sequence_sum(logps, cu, torch.empty(0), False)
     assert got.isnan().tolist() == [True, True, False, True, True, True]
     torch.testing.assert_close(got[2], logps[2:7].sum())
-
-
-# ------------------------------------------------------------------------------------------------------- sanitizers
-
-
-PROGRAM = "tests/host_cuda/preference_main.cpp"
-
-
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_sanitizers(sanitizer, tmp_path):
-    done = run_sanitized(PROGRAM, tmp_path / "main", sanitizer)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize(
-    "sanitizer, file, there, instead",
-    [
-        ("thread", "preference.cuh", "    sync_block();\n    add_to_rows", "    add_to_rows"),
-        ("thread", "aot_rank.cuh", "    sync_block();\n  }\n", "  }\n"),
-        ("address,undefined", "preference.cuh", "s < in.num_sequences;", "s <= in.num_sequences;"),
-        ("address,undefined", "sequence_sum.cuh", "token < end ?", "token <= end ?"),
-    ],
-)  # fmt: skip
-def test_sanitizers_bite(sanitizer, file, there, instead, tmp_path):
-    assert bites(PROGRAM, tmp_path, sanitizer, file, there, instead)

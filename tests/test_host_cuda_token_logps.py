@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 import torch
-from host_twin import COMPILER, LIBRARY_FLAGS, HostHome, bites, broken_copy, compile_host, run_sanitized
+from host_twin import COMPILER, LIBRARY_FLAGS, HostHome, broken_copy, compile_host
 
 from cpo_kernels import ops
 from cpo_kernels.check.compare import Home
@@ -146,28 +146,3 @@ def test_plan(rows, columns, element_size, held, clusters, pieces, cluster, libr
     machine, vectors = Machine(512, 132, clusters, 0), ctypes.c_int64(columns * element_size // 16)
     library.host_plan(ctypes.byref(machine), ctypes.c_int64(rows), vectors, held, *map(ctypes.byref, got))
     assert (got[0].value, got[1].value) == (pieces, cluster)
-
-
-# ------------------------------------------------------------------------------------------------------- sanitizers
-
-MAIN = "tests/host_cuda/token_logps_main.cpp"
-
-
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_sanitizers(sanitizer, tmp_path):
-    done = run_sanitized(MAIN, tmp_path / "main", sanitizer)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize(
-    "sanitizer, file, there, instead",
-    [
-        ("thread", "row_sums.h", "  sync_block();\n", ""),
-        ("thread", "row_sums.h", "  cluster_arrive();\n  cluster_wait();\n  return", "  return"),
-        ("address,undefined", "row.h", "if (k < row.vectors) v[j]", "if (k <= row.vectors) v[j]"),
-        ("address,undefined", "row.h", "column < row.columns ? column", "column <= row.columns ? column"),
-        ("address,undefined", "row_gradient.h", "label < p.columns", "label <= p.width"),
-    ],
-)
-def test_sanitizers_bite(sanitizer, file, there, instead, tmp_path):
-    assert bites(MAIN, tmp_path, sanitizer, file, there, instead)
