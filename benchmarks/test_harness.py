@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cpo_kernels.bench import report, run, side_by_side
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.growth import exponent
 from cpo_kernels.bench.head import Head
-from cpo_kernels.bench.sets import SETS
+from cpo_kernels.bench.sets import SETS, Run
 from cpo_kernels.bench.side_by_side import Bench, described, summary
 from cpo_kernels.bench.subject import Family, Step, Subject
 from cpo_kernels.bench.worker import Failed, Serving, Worker
@@ -214,6 +215,37 @@ def test_subjects_take_turns_in_changing_order(toys):
 def test_after_the_time_limit_nothing_begins(toys):
     rows = bench(deadline=time.monotonic() - 1).measure("toys", Head("tiny", 4, 8), toys)
     assert rows["right"] == {"why": "the time limit of the run was reached"} and "no-such" in rows["absent"]["why"]
+
+
+def test_a_file_that_was_cut_off_goes_on(toys, tmp_path, monkeypatch, capsys):
+    """What is there is kept as it is; what a time limit cut off, and what is new, is measured."""
+    a, b = Head("tiny", 4, 8), Head("tiny", 4, 16)
+    runs = tuple(Run("toys", w, ("floor", "right", "raising")) for w in (a, b))
+    monkeypatch.setitem(SETS, "ci", replace(SETS["ci"], runs=runs, growth=(), rounds=1))
+    monkeypatch.setattr(run.report, "title", lambda result: "toys")
+    monkeypatch.setattr(run.report, "table", lambda result: "")
+    monkeypatch.setattr(run, "wrong_results", lambda results: [])
+    monkeypatch.setattr(run, "PARTS", ("toys",))
+    out = tmp_path / "results.json"
+    common = ["--set", "ci", "--device", "cpu", "--threads", "1", "--only", "toys", "--out", str(out)]
+    assert run.main([*common, "--time-limit", "1e-9"]) == 0
+    cut = json.loads(out.read_text())["workloads"]
+    assert {row["why"] for result in cut for row in result["subjects"].values()} == {side_by_side.TIME_LIMIT}
+    assert run.main([*common, "--resume"]) == 0
+    first = json.loads(out.read_text())["workloads"]
+    assert [result["vocab"] for result in first] == [8, 16]
+    assert all(result["subjects"]["raising"]["why"] == "RuntimeError: out of something" for result in first)
+    assert all(result["subjects"]["right"]["rounds"] == 1 for result in first)
+    del first[0]
+    out.write_text(json.dumps(json.loads(out.read_text()) | {"workloads": first}))
+    Here.turns = []
+    assert run.main([*common, "--resume"]) == 0
+    assert sorted(Here.turns) == ["floor", "right"]  # of the missing workload alone
+    assert json.loads(out.read_text())["workloads"][1] == first[0]
+    with pytest.raises(ValueError, match="--resume: .* was measured with threads 1, here it is 3: begin a new file"):
+        run.main([*common, "--resume", "--threads", "3"])
+    with pytest.raises(ValueError, match="give --out FILE"):
+        run.main(["--set", "ci", "--resume"])
 
 
 def test_a_process_that_hangs_or_dies_is_reported():

@@ -3,11 +3,13 @@
 Figures that are quoted come from `cpo-kernels bench`: there the subjects take turns in processes of their own.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from cpo_kernels.bench import training_step
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.head import Head
 from cpo_kernels.bench.measure import Clock, differences, peak_bytes, project
@@ -69,6 +71,26 @@ def test_subject_equals_the_truth(benchmark, case, name):
     assert all(difference <= limits[key] for key, difference in found.items()), found
     if getattr(workload, "mode", "") == "trainable":
         assert {"loss", "dx", "dw"} <= found.keys()
+
+
+def test_pairs_of_a_file_pass_through_the_tokenizer(tmp_path, monkeypatch):
+    """The first `groups` pairs that fit; their tokens are counted without padding."""
+    words = training_step.word_tokenizer()
+    words.chat_template = "{{ messages[0]['content'] }} "
+    monkeypatch.setattr(training_step, "tokenizer_of", lambda model: words)
+    file = tmp_path / "pairs.jsonl"
+    pairs = [("a b", "b", "a a"), ("a " * 9, "a", "b"), ("b", "a b a", "b"), ("a", "a", "a")]
+    file.write_text(
+        "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), p, strict=True))) + "\n" for p in pairs)
+    )
+    workload = TrainingStep("given", groups=2, length=8, data=str(file))
+    groups = training_step.token_groups(workload)
+    assert [(len(prompt), [len(r) for r in responses]) for prompt, responses in groups] == [(2, [2, 3]), (1, [4, 2])]
+    assert (workload.prompt_tokens, workload.completion_tokens) == (3, 11)
+    with pytest.raises(ValueError, match="holds 3 pairs of at most 8 tokens, 4 are wanted"):
+        training_step.token_groups(replace(workload, groups=4))
+    with pytest.raises(ValueError, match="needs a model with a tokenizer and responses=2"):
+        training_step.token_groups(replace(workload, model="tiny"))
 
 
 def test_a_wrong_gradient_shows_in_the_projection():

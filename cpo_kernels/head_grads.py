@@ -73,14 +73,14 @@ class WeightGrad:
 
     def __init__(self, weight: Tensor, num_chunks: int, need_dw: bool, need_db: bool) -> None:
         acc = ops.acc_dtype(weight.dtype)
-        self.dtype, self.single, self.need_dw, self.need_db = weight.dtype, num_chunks == 1, need_dw, need_db
-        dtype = self.dtype if self.single else acc
+        self.dtype, self.need_dw, self.need_db = weight.dtype, need_dw, need_db
+        dtype = self.dtype if num_chunks == 1 else acc
         self.dw = weight.new_empty(weight.shape if need_dw else 0, dtype=dtype)
         if num_chunks == 0:
             self.dw.zero_()
         self.db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
         self.power = weight.new_ones((), dtype=acc)
-        self.first = True
+        self.added, self.num_chunks = 0, num_chunks
 
     def add(self, g: Tensor, x: Tensor, coef: Tensor) -> None:
         """g [n, V] = (onehot - softmax) * dz/du, x [n, H], coef [n] in float32."""
@@ -92,26 +92,38 @@ class WeightGrad:
             return
         scaled = scale_rows(x, coef)  # [n, H]
         if g.dtype == self.dw.dtype:
-            if self.first:
+            if not self.added:
                 torch.mm(g.t(), scaled, out=self.dw)
                 self.power = power
             else:
                 torch.addmm(self.dw, g.t(), scaled, out=self.dw)
         elif g.dtype == torch.bfloat16 and multiplies_into_float32(g.device):
-            if self.first:
+            if not self.added:
                 torch.mm(g.t(), scaled, out_dtype=torch.float32, out=self.dw)
             else:
                 torch.addmm(self.dw, g.t(), scaled, out_dtype=torch.float32, out=self.dw)
         else:
-            # A slab of the 16-bit product stays in the cache until it is added: 832 x 896 x 151936 in bfloat16 took
-            # 208 ms with the addition, 228 ms as one product without it (2 cores, medians of 5 in one run).
-            for low in range(0, g.shape[1], WEIGHT_SLAB):
-                slab = slice(low, low + WEIGHT_SLAB)
-                product = torch.mm(g[:, slab].t(), scaled)
-                if g.dtype == torch.float16:
-                    product = product.float() * power
-                self.dw[slab].copy_(product) if self.first else self.dw[slab].add_(product)
-        self.first = False
+            self.add_slabs(g, scaled, power)
+        self.added += 1
+
+    def add_slabs(self, g: Tensor, scaled: Tensor, power: Tensor) -> None:
+        """A slab of the 16-bit product stays in the cache until it is added: 832 x 896 x 151936 in bfloat16 took 208 ms
+        with the addition, 228 ms as one product without it (2 cores, medians of 5 in one run). The last sum is rounded
+        where it is made."""
+        last = self.added == self.num_chunks - 1 and g.dtype == torch.bfloat16
+        rounded = torch.empty_like(self.dw, dtype=g.dtype) if last else self.dw
+        for low in range(0, g.shape[1], WEIGHT_SLAB):
+            slab = slice(low, low + WEIGHT_SLAB)
+            product = torch.mm(g[:, slab].t(), scaled)
+            if g.dtype == torch.float16:
+                product = product.float() * power
+            if last:
+                rounded[slab] = self.dw[slab] + product
+            elif self.added:
+                self.dw[slab] += product
+            else:
+                self.dw[slab] = product
+        self.dw = rounded
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dW / power in the weight's dtype, db in float32, power."""

@@ -31,9 +31,12 @@ def title(result: Result) -> str:
         return f"logits {r['rows']} × {r['vocab']}, {r['dtype']}{cap}"
     if r["family"] == "preference":
         return f"preference of {r['pairs']} pairs × {r['objectives']} objectives"
+    lengths = f"of {r['length']} tokens of which {r['prompt']} are prompt"
+    if r["data"]:
+        lengths = f"of at most {r['length']} tokens from {r['data']} ({r['prompt_tokens']} of prompts, "
+        lengths += f"{r['completion_tokens']} of responses)"
     return (
-        f"training step of {r['model']}, {r['groups']} prompts with {r['responses']} responses of {r['length']} tokens "
-        f"of which {r['prompt']} are prompt, {r['dtype']}"
+        f"training step of {r['model']}, {r['groups']} prompts with {r['responses']} responses {lengths}, {r['dtype']}"
     )
 
 

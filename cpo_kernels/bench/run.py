@@ -6,7 +6,8 @@ cpo-kernels bench --list
 
 Every subject runs in a process of its own on the same tensors; the processes take turns in changing order. Results are
 checked first: one that is wrong is listed and not timed, and the exit status is 1 if it is ours. The file is written
-after every workload. Ratios are medians over rounds of the ratio to the floor in the same round.
+after every workload; --resume goes on with one that a time limit or an interrupt cut off. Ratios are medians over
+rounds of the ratio to the floor in the same round.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch
 from cpo_kernels.bench import cold_start, growth, report
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.head import HEADS, MODES, Head, head
+from cpo_kernels.bench.resume import Kept
 from cpo_kernels.bench.sets import SETS, Run, Set
 from cpo_kernels.bench.side_by_side import Bench, described
 from cpo_kernels.bench.training_step import TrainingStep
@@ -60,6 +62,8 @@ def chosen_runs(args: argparse.Namespace, known: Set) -> list[Run]:
             continue
         if args.model and isinstance(run.workload, TrainingStep):
             run = replace(run, workload=replace(run.workload, model=args.model))
+        if args.data and isinstance(run.workload, TrainingStep) and run.workload.responses == 2:
+            run = replace(run, workload=replace(run.workload, data=args.data))
         names = [n for n in run.subjects or FAMILIES[run.family].subjects]
         if args.subjects:
             floor = FAMILIES[run.family].floor
@@ -86,11 +90,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--set", choices=SETS, default="gpu" if gpu else "default", help="default here: %(default)s")
     made.add_argument("--out", type=Path, metavar="FILE", help="results as JSON, written after every workload")
+    made.add_argument("--resume", action="store_true", help="keep what the file at --out holds, measure the rest")
     made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the set")
     subjects = sorted({n for family in FAMILIES.values() for n in family.subjects})
     made.add_argument("--subjects", nargs="+", choices=subjects, metavar="NAME", help="and the floor; see --list")
     made.add_argument("--workload", action="append", metavar="KEY=VALUE,...", help="a head instead of the set's runs")
-    made.add_argument("--model", metavar="PATH", help="model of the training step, instead of random weights")
+    made.add_argument("--model", metavar="PATH", help="model.name of the training step, instead of random weights")
+    made.add_argument("--data", metavar="JSONL", help="pairs of the training step: {prompt, chosen, rejected} a line")
     made.add_argument("--device", default="cuda" if gpu else "cpu", help="default %(default)s")
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads; default %(default)s")
     made.add_argument("--rounds", type=int, help="turns of each subject")
@@ -116,18 +122,18 @@ def write(out: Path | None, content: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(given)
-    known = SETS[args.set]
+    chosen = SETS[args.set]
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no GPU here, use --device cpu")
-    runs = chosen_runs(args, known)
-    growths = known.growth if "growth" in args.only and not args.workload else ()
+    runs = chosen_runs(args, chosen)
+    growths = chosen.growth if "growth" in args.only and not args.workload else ()
     if args.list:
         for run in runs:
             print(f"{report.title(described(run.family, run.workload, device))}\n  {' '.join(run.subjects)}")
         return 0
-    deadline = time.monotonic() + (args.time_limit or known.limit_s)
-    bench = Bench(device, args.threads, args.rounds or known.rounds, known.turn_s, known.subject_s, deadline)
+    deadline = time.monotonic() + (args.time_limit or chosen.limit_s)
+    bench = Bench(device, args.threads, args.rounds or chosen.rounds, chosen.turn_s, chosen.subject_s, deadline)
     content: dict[str, Any] = {
         "command": "cpo-kernels bench " + " ".join(given),
         "set": args.set,
@@ -136,21 +142,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         "growth": [],
         "cold_start": {},
     }
-    if content["environment"]["load"] > 0.5:
-        print(f"load {content['environment']['load']}: other work runs here, times will suffer", file=sys.stderr)
+    kept = Kept.read(args.out, content["environment"]) if args.resume else Kept({})
+    commit = content["environment"]["commit"]
+    content |= kept.content
+    if load() > 0.5:
+        print(f"load {load()}: other work runs here, times will suffer", file=sys.stderr)
     try:
-        if "cold_start" in args.only and not args.workload:
-            content["cold_start"] = cold_start.measure(args.device, known.cold_starts, bench.limit_s())
+        if "cold_start" in args.only and not args.workload and not content["cold_start"]:
+            content["cold_start"] = cold_start.measure(args.device, chosen.cold_starts, bench.limit_s())
             print(f"cold start\n{report.cold_start_table(content['cold_start'])}", flush=True)
             write(args.out, content)
-        for run in runs:
-            result = described(run.family, run.workload, device)
-            result["subjects"] = bench.measure(run.family, run.workload, run.subjects)
-            content["workloads"].append(result)
+        found = [kept.workload(described(r.family, r.workload, device), r.subjects) for r in runs]
+        grown = [kept.growth(one, device) for one in growths]
+        for k, run in enumerate(runs):
+            result = found[k]
+            if result is None:
+                result = described(run.family, run.workload, device) | {"commit": commit, "load": load()}
+                result["subjects"] = bench.measure(run.family, run.workload, run.subjects)
+                found[k] = result
+            content["workloads"] = [result for result in found if result]
             print(f"\n{report.title(result)}\n{report.table(result)}", flush=True)
             write(args.out, content)
-        for one in growths:
-            content["growth"].append(growth.measure(bench, one))
+        for k, one in enumerate(growths):
+            grown[k] = grown[k] or growth.measure(bench, one)
+            content["growth"] = [result for result in grown if result]
             write(args.out, content)
         if growths:
             print(f"\n{report.growth_table(content['growth'])}", flush=True)

