@@ -6,6 +6,8 @@
 # make lint    ruff and mypy
 # make compile-check  every GPU kernel compiled without a GPU, its machine code compared with benchmarks/results/compile
 # make sanitize  the C++ kernels of the CPU under AddressSanitizer and UBSan (minutes)
+# make audit   known vulnerabilities of what .venv holds, by pip-audit
+# make wheel-matrix  one wheel, tried with every Python here and every CPU build of torch that pip has (minutes each)
 # make docs    the API reference, from the docstrings, in build/docs
 # Each creates .venv and what it needs. Python: make demo PYTHON=python3.12
 
@@ -14,7 +16,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu-check gpu-bench compile-check sanitize docs lint wheel clean
+.PHONY: demo test bench gpu-check gpu-bench compile-check sanitize audit docs lint wheel wheel-matrix clean
 
 # torch first: the extension is built against it, without build isolation.
 .venv/torch: constraints.txt
@@ -58,6 +60,13 @@ compile-check: .venv/test
 sanitize: .venv/test
 	PYTHON=$(BIN)/python tools/sanitize_cpu.sh $(ARGS)
 
+# --strict: a package without advisory data fails. "+cpu" is no release of the index.
+audit: .venv/bench
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > build/audit/frozen.txt
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip -r build/audit/frozen.txt $(ARGS)
+
 docs: .venv/test
 	PYTHON=$(BIN)/python tools/docs.sh $(ARGS)
 
@@ -68,6 +77,9 @@ lint: .venv/test
 
 wheel: .venv/torch
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+
+wheel-matrix: .venv/torch
+	$(BIN)/python tools/wheel_matrix.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist cpo_kernels/*.so *.egg-info

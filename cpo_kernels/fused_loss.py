@@ -33,6 +33,11 @@ class FusedLinearCPOLoss(nn.Module):
         objectives, beta, loss_type, **options: see `preference_loss` and `LossOptions`.
         ignore_index, softcap, scale, vocab_size, memory_budget, impl: see `linear_token_logps`.
 
+    Raises:
+        TypeError, ValueError: an unknown option, or one that the loss type would ignore; in the call wrong dtypes,
+            shapes, devices or, on the CPU, values.
+        RuntimeError: a home asked for by name that is not there; double backward.
+
     Example:
         >>> loss_fn = FusedLinearCPOLoss(beta=0.1)
         >>> hidden, weight = torch.randn(2, 3, 8), torch.randn(16, 8, requires_grad=True)

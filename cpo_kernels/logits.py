@@ -128,6 +128,7 @@ def token_logps(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, option, or (on the CPU) a label outside [0, vocab_size).
+        RuntimeError: a home asked for by name that is not there; double backward.
 
     Example:
         >>> token_logps(torch.zeros(2, 4), torch.tensor([1, -100]))

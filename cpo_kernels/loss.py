@@ -48,7 +48,16 @@ def output(loss: Tensor, losses: Tensor, seq_logps: Tensor, metrics: Sequence[Te
 
 
 class CPOLoss(nn.Module):
-    """`preference_loss` with its options fixed: `CPOLoss(objectives, beta=0.1)(seq_logps, ...)`."""
+    """`preference_loss` with its options fixed: `CPOLoss(objectives, beta=0.1)(seq_logps, ...)`.
+
+    Args and what is raised: see `preference_loss`; options are checked here, tensors in the call.
+
+    Example:
+        >>> loss_fn = CPOLoss(beta=0.1, loss_type="hinge")
+        >>> out = loss_fn(torch.tensor([-5.0, -9.0]), ref_logps=torch.tensor([-6.0, -6.0]))
+        >>> out.accuracy
+        tensor(1.)
+    """
 
     def __init__(
         self,

@@ -101,6 +101,9 @@ def linear_nll(
 
     Returns:
         A scalar, float32 (float64 for float64 input); 0 where nothing is labelled.
+
+    Raises:
+        TypeError, ValueError: as `linear_token_logps`; token_weights of another shape than labels, num_tokens <= 0.
     """
     head = (ignore_index, softcap, scale, vocab_size, memory_budget)
     inputs = head_inputs(hidden, weight, labels, bias, *head, vocab_shards)

@@ -97,6 +97,9 @@ def explain(
         couples_pairs: the loss couples all pairs (aot, aot_unpaired).
         memory_budget: bytes of logits held at a time; the default depends on the device.
 
+    Raises:
+        TypeError, ValueError: numbers below 0, or an unknown loss or dtype.
+
     Example:
         >>> explain(512, 896, 151936).strategy
         'pairs'

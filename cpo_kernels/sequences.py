@@ -67,6 +67,10 @@ def sequence_logps(
 
     Returns:
         [S] in the dtype of `token_logps`.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape, or (on the CPU) offsets that do not rise from 0 to N.
+        RuntimeError: a home asked for by name that is not there; double backward.
     """
     refuse_transforms()
     check_types("a tensor", token_logps=token_logps)

@@ -38,6 +38,8 @@ class VocabShards:
         where one rank alone has it, the others wait in their collective until its process ends or the group's timeout.
     rows: how many rows each rank holds, 0 allowed. `VocabShards.of(weight, group)` asks the ranks once.
 
+    Raises ValueError where rows are not one number >= 0 for each rank, or all 0.
+
     Example:
         >>> shards = VocabShards.of(weight, group)                                       # doctest: +SKIP
         >>> logps = linear_token_logps(hidden, weight, labels, vocab_shards=shards)      # doctest: +SKIP

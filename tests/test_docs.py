@@ -13,7 +13,7 @@ import pytest
 import cpo_kernels
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("fused_loss", "logits", "objectives", "planner", "sharded")
+MODULES = ("fused_loss", "logits", "loss", "objectives", "planner", "sharded")
 INTEGRATIONS = ("fused_head", "heads", "transformers", "trl")
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Does the wheel that is built here work with another torch?
+# Does the wheel that is built here work with another torch? tools/wheel_matrix.py asks it for many, and other Pythons.
 #
 #   tools/check_wheel.sh TORCH_VERSION [WORK_DIR]        e.g.  tools/check_wheel.sh 2.10.0
 #
-# Builds the abi3 wheel with the torch of $PYTHON (default: python3), installs it into a new virtual environment with
-# torch TORCH_VERSION, checks that the extensions ask for nothing that this torch lacks (tools/check_symbols.py), and
+# Builds the abi3 wheel with the torch of $PYTHON (default: python3), or takes the file $WHEEL. Installs it into a new
+# virtual environment of $PYTHON with torch TORCH_VERSION, checks that the extensions ask for nothing that this torch lacks (tools/check_symbols.py), and
 # runs there, away from the source tree, a smoke test of every kernel against the reference and the kernel tests. Needs
 # pip with an index (about 200 MB for a CPU build of torch; set PIP_EXTRA_INDEX_URL or PIP_INDEX_URL for one) and
 # binutils. WORK_DIR is kept, a default one is removed. With CPO_KERNELS_CUDA=1 the wheel holds the CUDA extension too.
@@ -21,10 +21,13 @@ else
   trap 'rm -rf "$work"' EXIT
 fi
 
-echo "== wheel, built with torch $("$python" -c 'import torch; print(torch.__version__)')"
-rm -rf "$work/dist"
-"$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work/dist" "$root"
-wheel=$(ls "$work"/dist/*.whl)
+wheel=${WHEEL:-}
+if [ -z "$wheel" ]; then
+  echo "== wheel, built with torch $("$python" -c 'import torch; print(torch.__version__)')"
+  rm -rf "$work/dist"
+  "$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work/dist" "$root"
+  wheel=$(ls "$work"/dist/*.whl)
+fi
 basename "$wheel"
 case $wheel in
   *-cp310-abi3-*) ;;
