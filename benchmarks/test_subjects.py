@@ -74,7 +74,7 @@ def test_subject_equals_the_truth(benchmark, case, name):
 
 
 def test_pairs_of_a_file_pass_through_the_tokenizer(tmp_path, monkeypatch):
-    """The first `groups` pairs that fit; their tokens are counted without padding."""
+    """The first `groups` pairs whose prompt fits, cut to `length`; their tokens are counted without padding."""
     words = training_step.word_tokenizer()
     words.chat_template = "{{ messages[0]['content'] }} "
     monkeypatch.setattr(training_step, "tokenizer_of", lambda model: words)
@@ -83,11 +83,11 @@ def test_pairs_of_a_file_pass_through_the_tokenizer(tmp_path, monkeypatch):
     file.write_text(
         "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), p, strict=True))) + "\n" for p in pairs)
     )
-    workload = TrainingStep("given", groups=2, length=8, data=str(file))
+    workload = TrainingStep("given", groups=2, length=4, prompt=3, data=str(file))
     groups = training_step.token_groups(workload)
-    assert [(len(prompt), [len(r) for r in responses]) for prompt, responses in groups] == [(2, [2, 3]), (1, [4, 2])]
-    assert (workload.prompt_tokens, workload.completion_tokens) == (3, 11)
-    with pytest.raises(ValueError, match="holds 3 pairs of at most 8 tokens, 4 are wanted"):
+    assert [(len(prompt), [len(r) for r in responses]) for prompt, responses in groups] == [(2, [2, 2]), (1, [3, 2])]
+    assert (workload.prompt_tokens, workload.completion_tokens) == (3, 9)
+    with pytest.raises(ValueError, match="holds 3 pairs with a prompt of at most 3 tokens, 4 are wanted"):
         training_step.token_groups(replace(workload, groups=4))
     with pytest.raises(ValueError, match="needs a model with a tokenizer and responses=2"):
         training_step.token_groups(replace(workload, model="tiny"))

@@ -33,11 +33,11 @@ def title(result: Result) -> str:
         return f"preference of {r['pairs']} pairs × {r['objectives']} objectives"
     lengths = f"of {r['length']} tokens of which {r['prompt']} are prompt"
     if r["data"]:
-        lengths = f"of at most {r['length']} tokens from {r['data']} ({r['prompt_tokens']} of prompts, "
+        lengths = (
+            f"of at most {r['length']} tokens from {r['data'].rpartition('/')[2]} ({r['prompt_tokens']} of prompts, "
+        )
         lengths += f"{r['completion_tokens']} of responses)"
-    return (
-        f"training step of {r['model']}, {r['groups']} prompts with {r['responses']} responses {lengths}, {r['dtype']}"
-    )
+    return f"training step of {r['model'].rpartition('/')[2]}, {r['groups']} prompts with {r['responses']} responses {lengths}, {r['dtype']}"
 
 
 def rate(result: Result, name: str, row: Result) -> str:

@@ -71,6 +71,7 @@ CI = Set(
 QWEN, SMOL = head("qwen2.5-0.5b"), head("smollm2-135m", length=256, prompt=128)
 LONG = head("smollm2-135m", groups=4, length=128, prompt=64)
 STEP = TrainingStep("smollm2-135m", groups=2, length=384, prompt=192)
+FOUR = replace(STEP, groups=1, responses=4, length=256, prompt=128)  # all subjects at once: 20 GB
 DEFAULT = Set(
     runs=(
         *dtypes(QWEN, *BOTH),
@@ -84,7 +85,7 @@ DEFAULT = Set(
         Run("tokens", Tokens(rows=512, vocab=151936, dtype="float32")),
         Run("preference", Preference()),
         Run("training_step", STEP),
-        Run("training_step", replace(STEP, groups=1, responses=4)),
+        Run("training_step", FOUR),
     ),
     growth=(
         Growth(LONG, "groups", (8, 16, 32, 64)),
@@ -92,7 +93,7 @@ DEFAULT = Set(
         Growth(replace(LONG, groups=8), "vocab", (16384, 49152, 147456)),
         Growth(replace(LONG, groups=8), "hidden", (288, 576, 1152, 2304)),
     ),
-    cold_starts=3, rounds=5, turn_s=0.3, subject_s=40, limit_s=7200,
+    cold_starts=3, rounds=5, turn_s=0.3, subject_s=60, limit_s=7200,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------- full: every head, to 32k tokens: hours

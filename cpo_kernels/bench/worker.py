@@ -96,7 +96,7 @@ def serve(connection: Any, family: str, subject: str, device: str, threads: int)
 
 
 class Worker:
-    """The parent's end. `ask` waits at most `limit_s` seconds; a process that hung or died is begun anew next time."""
+    """The parent's end. `ask` waits at most `limit_s` seconds; a process that hung or died is begun anew by `load`."""
 
     def __init__(self, family: str, subject: str, device: str, threads: int) -> None:
         self.arguments = (family, subject, device, threads)
@@ -112,7 +112,8 @@ class Worker:
         theirs.close()
 
     def ask(self, command: str, *arguments: Any, limit_s: float) -> Any:
-        self.start()
+        if self.process is None:
+            self.start()
         try:
             self.connection.send((command, arguments))
             if not self.connection.poll(max(limit_s, 0)):
@@ -123,12 +124,14 @@ class Worker:
             self.process.join(5)
             code = self.process.exitcode
             self.stop()
-            raise Failed(f"its process died at {command!r} with status {code}") from None
+            killed = " (killed: out of memory?)" if code == -9 else ""
+            raise Failed(f"its process died at {command!r} with status {code}{killed}") from None
         if not good:
             raise Failed(answer)
         return answer
 
     def load(self, workload: Any, limit_s: float) -> None:
+        self.start()
         self.ask("load", asdict(workload), limit_s=limit_s)
 
     def dismiss(self) -> None:
