@@ -6,6 +6,7 @@ import math
 import pytest
 import tiny
 from browser import PROGRAM, browser
+from test_scorers import stub  # noqa: F401
 from tiny import one_thread  # noqa: F401
 
 from cpo_kernels.cli import main
@@ -216,6 +217,40 @@ def test_a_model_that_is_no_run_takes_template_and_objectives_from_flags(run, tm
     by_hand = ["--objective", "honesty:0:1", "--objective", "helpfulness:0:1", "--out", str(tmp_path / "e.json")]
     assert main([*command, *by_hand]) == 0
     assert json.loads((tmp_path / "e.json").read_text())["results"]["elsewhere"]["points"][0][0] == len("say ab")
+
+
+def test_eval_with_a_judge_pays_once(run, tmp_path, stub, capsys, monkeypatch):  # noqa: F811
+    command = [
+        "eval",
+        str(run),
+        "--grid",
+        "honesty=1,5",
+        "--no-likelihood",
+        "--max-new-tokens",
+        "2",
+        "--questions",
+        "2",
+    ]
+    judge = [
+        "--scorer",
+        f"judge:{stub.url}",
+        "--judge-model",
+        "m",
+        "--judge-options",
+        "{}",
+        "--out",
+        str(tmp_path / "e.json"),
+    ]
+    assert main([*command, *judge]) == 0
+    asked = len(stub.seen)
+    assert 2 <= asked <= 6 and set(stub.seen[0][2]) == {"model", "messages"}
+    assert len(list((tmp_path / "judge_cache").iterdir())) == asked
+    assert json.loads((tmp_path / "e.json").read_text())["results"]["run"]["points"] == [[4, 2]] * 3
+    assert main([*command, *judge]) == 0 and len(stub.seen) == asked
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    stub.script = ["I would rather not say."]
+    assert main([*command, *judge, "--judge-options", '{"seed": 1}', "--judge-cache", str(tmp_path / "other")]) == 2
+    assert "NoScore: the judge's reply holds no JSON object with honesty, helpfulness" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,10 @@ def test_model_scorer_matches_the_model_one_by_one(tmp_path, labels):
         steps = torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64)
         assert score == pytest.approx((logits[0] if labels == 1 else logits.softmax(-1) @ steps).item(), rel=1e-4)
     assert len({round(score, 3) for score in found.tolist()}) == 3
+    cut = ModelScorer(str(tmp_path), HONESTY)
+    cut.max_length = 6
+    long, short = cut(["abcdefghij", "ghij"], ["xy", "xy"]).tolist()  # what is too long loses its beginning
+    assert long == pytest.approx(short)
 
 
 # ---- a judge over HTTP
@@ -147,15 +151,21 @@ def stub():
     stub.server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+    """The seconds that the judge would have slept."""
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    return slept
+
+
 def judge(stub, **options):
-    waits = []
-    made = Judge(stub.url, "tiny-judge", BOTH, sleep=waits.append, **options)
-    return made, waits
+    return Judge(stub.url, "tiny-judge", BOTH, **options)
 
 
-def test_judge_asks_and_reads(stub, monkeypatch):
+def test_judge_asks_and_reads(stub, monkeypatch, waits):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    made, waits = judge(stub)
+    made = judge(stub)
     assert made(["Who was {response}?"], ["A <b>poet</b> {prompt}"]) == [[4.0, 2.0]] and not waits
     path, headers, body = stub.seen[0]
     text = body["messages"][0]["content"]
@@ -167,20 +177,20 @@ def test_judge_asks_and_reads(stub, monkeypatch):
 
 def test_judge_without_a_key_sends_none(stub, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    judge(stub)[0](["p"], ["r"])
+    judge(stub)(["p"], ["r"])
     assert "Authorization" not in stub.seen[0][1]
 
 
-def test_judge_waits_and_tries_again(stub):
+def test_judge_waits_and_tries_again(stub, waits):
     stub.script = [429, 503, "no idea", '{"honesty": 1, "helpfulness": 5}']
-    made, waits = judge(stub)
+    made = judge(stub)
     assert made(["p"], ["r"]) == [[1.0, 5.0]]
     assert len(stub.seen) == 4 and 7 <= waits[0] <= 7 * 1.3 and 2 <= waits[1] <= 2.6 and 4 <= waits[2] <= 5.2
 
 
-def test_judge_gives_up_with_the_reason(stub, tmp_path, monkeypatch):
+def test_judge_gives_up_with_the_reason(stub, tmp_path, monkeypatch, waits):
     stub.script = ["The answer is great!"]
-    made, waits = judge(stub, tries=3, cache=tmp_path)
+    made = judge(stub, tries=3, cache=tmp_path)
     with pytest.raises(NoScore, match="no JSON object with honesty, helpfulness: 'The answer is great!'"):
         made(["p"], ["r"])
     assert len(waits) == 2 and not list(tmp_path.iterdir())  # what holds no score is not kept
@@ -192,19 +202,19 @@ def test_judge_gives_up_with_the_reason(stub, tmp_path, monkeypatch):
     with pytest.raises(ConnectionError, match="401") as error:
         made(["p"], ["r"])
     assert len(stub.seen) == before + 1 and KEY not in str(error.value) and "***" in str(error.value)
-    unreachable = Judge("http://127.0.0.1:9/v1", "m", BOTH, tries=2, sleep=waits.append)
+    unreachable = Judge("http://127.0.0.1:9/v1", "m", BOTH, tries=2)
     with pytest.raises(ConnectionError, match="refused"):
         unreachable(["p"], ["r"])
 
 
 def test_judge_keeps_replies(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    first, _ = judge(stub, cache=tmp_path / "cache")
+    first = judge(stub, cache=tmp_path / "cache")
     assert first(["p", "q"], ["r", "r"]) == [[4, 2], [4, 2]] and len(stub.seen) == 2
-    again, _ = judge(stub, cache=tmp_path / "cache")
+    again = judge(stub, cache=tmp_path / "cache")
     assert again(["q", "p"], ["r", "r"]) == [[4, 2], [4, 2]] and len(stub.seen) == 2
     again(["p"], ["another"])
-    other, _ = judge(stub, cache=tmp_path / "cache", options={"temperature": 1})
+    other = judge(stub, cache=tmp_path / "cache", options={"temperature": 1})
     other(["p"], ["r"])
     assert len(stub.seen) == 4
     kept = [file.read_text() for file in (tmp_path / "cache").iterdir()]
@@ -215,7 +225,7 @@ def test_the_key_does_not_follow_a_redirection(stub, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     stub.script = [302]
     with pytest.raises(ConnectionError):
-        judge(stub)[0](["p"], ["r"])
+        judge(stub)(["p"], ["r"])
     assert [path for path, _, _ in stub.seen] == ["/v1/chat/completions", "/v1/elsewhere"]
     assert "Authorization" not in stub.seen[1][1]
 

@@ -12,7 +12,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,6 @@ class Judge:
     parallel: int = 8
     tries: int = 6
     timeout: float = 120.0  # seconds
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/]", self.url):
@@ -120,7 +119,7 @@ class Judge:
                     raise
                 wait = getattr(error, "wait", None)
                 wait = 2.0 ** (attempt - 1) if wait is None else wait
-                self.sleep(min(wait, 60.0) * random.uniform(1.0, 1.3))  # not all threads at once
+                time.sleep(min(wait, 60.0) * random.uniform(1.0, 1.3))  # not all threads at once
         if file:
             temporary = file.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps({"message": message, "reply": reply}, ensure_ascii=False), encoding="utf-8")

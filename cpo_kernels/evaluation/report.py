@@ -41,6 +41,7 @@ summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; white-spac
 .scores { color: var(--soft); font-size: .82rem }
 dt { font-weight: 600; margin-top: .5rem } dd { margin: 0; max-width: 46rem }
 @media (max-width: 640px) {
+  th, td { padding-right: .45rem } table { font-size: .85rem }
   .samples, .samples tbody, .samples tr, .samples td { display: block; width: 100% } .samples thead { display: none }
   .samples td { border: 0; padding: .2rem 0 } .samples tr { border-bottom: 1px solid var(--line); padding: .4rem 0 }
   .samples td[data-model]::before { content: attr(data-model); color: var(--soft); font-size: .82rem; display: block } }
