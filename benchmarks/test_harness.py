@@ -212,6 +212,21 @@ def test_subjects_take_turns_in_changing_order(toys):
     assert Here.turns == ["right", "floor", "right", "floor"]
 
 
+def test_large_subjects_are_loaded_one_at_a_time(toys, monkeypatch):
+    loaded = set()
+    monkeypatch.setitem(FAMILIES, "toys", replace(FAMILIES["toys"], apart=True))
+    monkeypatch.setattr(
+        Serving, "load", lambda self, workload, load=Serving.load: (loaded.add(self.subject), load(self, workload))
+    )
+    monkeypatch.setattr(
+        Serving, "unload", lambda self, unload=Serving.unload: (loaded.discard(self.subject), unload(self))
+    )
+    first = Serving.first
+    monkeypatch.setattr(Serving, "first", lambda self: len(loaded) == 1 and first(self))
+    rows = bench(rounds=2).measure("toys", Head("tiny", 4, 8), ["floor", "right", "wrong"])
+    assert rows["right"]["rounds"] == 2 and rows["right"]["first_s"] and not loaded - {"wrong"}
+
+
 def test_after_the_time_limit_nothing_begins(toys):
     rows = bench(deadline=time.monotonic() - 1).measure("toys", Head("tiny", 4, 8), toys)
     assert rows["right"] == {"why": "the time limit of the run was reached"} and "no-such" in rows["absent"]["why"]

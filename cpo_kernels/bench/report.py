@@ -37,7 +37,8 @@ def title(result: Result) -> str:
             f"of at most {r['length']} tokens from {r['data'].rpartition('/')[2]} ({r['prompt_tokens']} of prompts, "
         )
         lengths += f"{r['completion_tokens']} of responses)"
-    return f"training step of {r['model'].rpartition('/')[2]}, {r['groups']} prompts with {r['responses']} responses {lengths}, {r['dtype']}"
+    prompts = f"{r['groups']} prompts with {r['responses']} responses {lengths}"
+    return f"training step of {r['model'].rpartition('/')[2]}, {prompts}, {r['dtype']}"
 
 
 def rate(result: Result, name: str, row: Result) -> str:

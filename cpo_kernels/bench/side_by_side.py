@@ -79,11 +79,13 @@ class Bench:
             for name in able:
                 try:
                     rows[name] |= self.examine(workers[name], workload, truth, known.limits(workload))
+                    if known.apart:
+                        self.unload(workers[name])
                 except Failed as failed:
                     rows[name]["why"] = TIME_LIMIT if time.monotonic() > self.deadline else str(failed)
                     workers.pop(name).stop()
-        times = self.take_turns(workers, rows)
-        for worker in workers.values():
+        times = self.take_turns(workers, rows, workload if known.apart else None)
+        for worker in workers.values() if not known.apart else ():
             self.unload(worker)
         for name, seen in times.items():
             rows[name] |= summary(seen, times.get(known.floor, []))
@@ -105,8 +107,11 @@ class Bench:
         row["peak_bytes"] = worker.ask("memory", limit_s=self.limit_s())
         return row
 
-    def take_turns(self, workers: dict[str, Worker], rows: dict[str, Row]) -> dict[str, list[float]]:
-        """Seconds of each round; the order moves on by one every round and turns around every other."""
+    def take_turns(self, workers: dict[str, Worker], rows: dict[str, Row], apart: Any) -> dict[str, list[float]]:
+        """Seconds of each round; the order moves on by one every round and turns around every other.
+
+        apart: the workload, where a subject is loaded for its turn alone; None where all are loaded.
+        """
         times: dict[str, list[float]] = {n: [] for n in workers}
         order = list(workers)
         for r in range(self.rounds):
@@ -118,7 +123,12 @@ class Bench:
                 if name not in times:
                     continue
                 try:
+                    if apart is not None:
+                        workers[name].load(apart, self.subject_s)
+                        workers[name].ask("first", limit_s=self.subject_s)
                     times[name].append(workers[name].ask("turn", self.turn_s, limit_s=self.subject_s))
+                    if apart is not None:
+                        self.unload(workers[name])
                 except Failed as failed:
                     rows[name]["why"] = str(failed)
                     del times[name]

@@ -53,6 +53,7 @@ class Family:
     tensors: (workload, device) -> what every subject builds its step from; the same values in every process.
     truth: the same outcome in float32 or better, by the plainest route that fits in memory.
     limits: largest relative error of each of the truth's names.
+    apart: one subject in memory at a time; each turn loads it again and runs once untimed.
     """
 
     workload: type
@@ -61,6 +62,7 @@ class Family:
     floor: str
     truth: Callable[[Any], Outcome]
     limits: Callable[[Any], Mapping[str, float]]
+    apart: bool = False
 
 
 def gpu_only(workload: Any, device: torch.device) -> str:

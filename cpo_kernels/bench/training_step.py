@@ -299,4 +299,4 @@ SUBJECTS = {
     "loop": Subject("a plain loop with FusedLinearCPOLoss: every response once", loop, refuses=needs("transformers")),
     "shared": Subject("**our trainer's step**: every prompt once", shared_prompts, refuses=needs("transformers")),
 }
-FAMILY = Family(TrainingStep, Batch, SUBJECTS, "trl", truth, limits)
+FAMILY = Family(TrainingStep, Batch, SUBJECTS, "trl", truth, limits, apart=True)
