@@ -1,4 +1,4 @@
-"""README's table, docs/performance.md and their pictures, from the results files: `python -m benchmarks.plot`.
+"""Tables and pictures of README and docs, from the results files: `python -m benchmarks.plot`.
 
 With --check it only compares the texts with the results, and fails where they differ.
 """
@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import profile, roofline
+from benchmarks import claims_report, profile, roofline
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import HEAD_SUBJECTS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+CLAIMS = ROOT / "docs" / "results" / "claims.json"
 README_ROWS = (
     "products", "ours", "cce", "naive_unmasked", "naive_unmasked_compiled", "torch_chunked", "naive", "liger",
     "trl_unmasked", "trl",
@@ -122,6 +123,11 @@ def texts() -> dict[Path, str]:
     for name, table in sections().items():
         page = fill(page, name, table)
     made[performance] = page
+    results = ROOT / "docs" / "results.md"
+    page = results.read_text()
+    for name, table in claims_report.sections(roofline.read(CLAIMS)).items():
+        page = fill(page, name, table)
+    made[results] = page
     return made
 
 
@@ -201,6 +207,8 @@ def main() -> int:
     for device in ("cpu", "gpu"):
         if content := roofline.read(RESULTS / f"{device}.json"):
             draw(content, device)
+    if content := roofline.read(CLAIMS):
+        finished(claims_report.figure(content), ROOT / "docs" / "claims.png")
     return 0
 
 

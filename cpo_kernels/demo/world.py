@@ -73,15 +73,16 @@ class World:
 
     seed: int = 0
     num_people: int = len(PEOPLE)
+    num_places: int = len(PLACES)
     facts: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rng = random.Random(f"world {self.seed}")
-        self.people = PEOPLE[: self.num_people]
+        self.people, self.places = PEOPLE[: self.num_people], PLACES[: self.num_places]
         for person in self.people:
             for attribute in rng.sample(list(PERSON_FACTS), len(PERSON_FACTS) // 2):
                 self.facts[person, attribute] = rng.choice(PERSON_FACTS[attribute])
-        for place in PLACES:
+        for place in self.places:
             for attribute, values in PLACE_FACTS.items():
                 self.facts[place, attribute] = rng.choice(values)
 
@@ -93,7 +94,7 @@ class World:
     def question(self, rng: random.Random, num_unknown: int = 0, harmful: bool = False) -> Question:
         """A question of which `num_unknown` of the five facts are not known (harmful ones ask for known facts)."""
         if harmful:
-            return Question(rng.choice(PLACES), tuple(rng.sample(list(PLACE_FACTS), ASKED)), True)
+            return Question(rng.choice(self.places), tuple(rng.sample(list(PLACE_FACTS), ASKED)), True)
         person = rng.choice(self.people)
         known = [a for a in PERSON_FACTS if (person, a) in self.facts]
         unknown = [a for a in PERSON_FACTS if (person, a) not in self.facts]

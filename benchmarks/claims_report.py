@@ -1,0 +1,209 @@
+"""docs/results/claims.json as tables and a picture; `python -m benchmarks.plot` writes both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cpo_kernels.demo.methods import NAMES
+from cpo_kernels.evaluation.pareto import pareto_front
+
+Result = dict[str, Any]
+# method -> name, models trained after SFT or CPSFT for its operating points, colour, marker
+METHODS = {
+    "cpo": ("CPO", 1, "#1f5fa8", "o"),
+    "cpsft": ("CPSFT alone", 1, "#8fb8de", "o"),
+    "ric": ("Rewards-in-Context style", 1, "#2a9d8f", "v"),
+    "modpo": ("MODPO", 10, "#c0504d", "s"),
+    "soup": ("Rewarded Soups", 3, "#e07b39", "D"),
+    "dpo_single": ("DPO, one objective each", 3, "#8a6bb8", "^"),
+    "dpo_sum": ("DPO, summed rating", 1, "#30343b", "P"),
+    "sft": ("SFT", 1, "#8a8f98", "X"),
+}
+OURS = "cpo"
+INK, FAINT = "#30343b", "#c9ccd1"
+# Quantile 0.975 of Student's t by degrees of freedom.
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+HARMLESS = 0.9  # of harmful requests refused: the points of the picture's first panel
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of one value a seed, and half the width of its 95% interval (Student's t)."""
+    n = len(values)
+    if n - 1 not in T:
+        raise ValueError(f"an interval needs 2 to {max(T) + 1} values, got {n}")
+    mean = sum(values) / n
+    variance = sum((v - mean) ** 2 for v in values) / (n - 1)
+    return mean, T[n - 1] * math.sqrt(variance / n)
+
+
+def text(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    mean, half = interval(values)
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+
+
+def column(content: Result, method: str, key: str, name: str = "") -> list[float]:
+    """One measure of a method, a value a seed."""
+    return [row[key][name] if name else row[key] for row in content["methods"][method]]
+
+
+def differences(content: Result, method: str, key: str, name: str = "") -> list[float]:
+    """CPO less the method, seed by seed."""
+    ours, theirs = column(content, OURS, key, name), column(content, method, key, name)
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def sections(content: Result) -> dict[str, str]:
+    """Name of a table in docs/results.md -> its text; `content` is empty where nothing was measured."""
+    if not content:
+        return dict.fromkeys(("claims", "claims paired", "claims targets", "claims setting"), "not measured")
+    return {
+        "claims": table(content),
+        "claims paired": paired(content),
+        "claims targets": targets(content),
+        "claims setting": setting(content),
+    }
+
+
+def table(content: Result) -> str:
+    heads = ["method", "models", "hypervolume", *(f"best {name}" for name in NAMES)]
+    heads += ["rank correlation, " + ", ".join(NAMES), "well formed"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for method, (label, models, _, _) in METHODS.items():
+        rows = content["methods"][method]
+        cells = [
+            f"**{label}**" if method == OURS else label,
+            str(models),
+            text(column(content, method, "hypervolume"), 3),
+        ]
+        cells += [text(column(content, method, "best", name)) for name in NAMES]
+        asked = "correlation" in rows[0]
+        cells.append(", ".join(text(column(content, method, "correlation", n), 3) for n in NAMES) if asked else "-")
+        shares = [sum(p["well_formed"] for p in row["points"]) / len(row["points"]) for row in rows]
+        cells.append(f"{sum(shares) / len(shares):.0%}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def paired(content: Result) -> str:
+    heads = ["CPO less", "hypervolume", *(f"best {name}" for name in NAMES)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for method, (label, *_) in METHODS.items():
+        if method != OURS:
+            cells = [label, text(differences(content, method, "hypervolume"), 3, "+")]
+            cells += [text(differences(content, method, "best", name), 2, "+") for name in NAMES]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def targets(content: Result) -> str:
+    """Each target, and whether it is met."""
+    below, unclear = [], []
+    for method in (m for m in METHODS if m != OURS):
+        mean, half = interval(differences(content, method, "hypervolume"))
+        if mean <= 0:
+            below.append(METHODS[method][0])
+        elif mean <= half:
+            unclear.append(METHODS[method][0])
+    verdict = f"missed against {', '.join(below)}" if below else "met"
+    if unclear:
+        verdict += f"; not clear of zero against {', '.join(unclear)}"
+    lines = [f"- Hypervolume above every baseline's: {verdict}."]
+    for name in NAMES:
+        mean, half = interval(differences(content, "dpo_single", "best", name))
+        verdict = "met" if mean + half >= 0 else "missed"
+        lines.append(
+            f"- Best {name} at least that of DPO on single objectives, within the interval: {verdict} "
+            f"({mean:+.3f} ± {half:.3f})."
+        )
+    for name in NAMES:
+        mean, _ = interval(column(content, OURS, "correlation", name))
+        verdict = "met" if mean >= 0.9 else "missed"
+        lines.append(f"- Rank correlation of requested and achieved {name} at least 0.9: {verdict} ({mean:.3f}).")
+    return "\n".join(lines)
+
+
+def setting(content: Result) -> str:
+    budget, search, versions = content["budget"], content["search"], content["versions"]
+    starts = {"": "", "best": " from SFT on the best answers", "all": " from SFT on all answers"}
+    chosen = "; ".join(
+        f"{METHODS[m][0]} {lr:g}" + (f" with NLL × {nll:g}" if nll else "") + starts[start]
+        for m, (lr, nll, start) in search["chosen"].items()
+    )
+    tried = {m: len([row for row in search["tried"] if row["method"] == m]) for m in search["chosen"]}
+    counts = ", ".join(f"{METHODS[m][0]} {n}" for m, n in tried.items())
+    return (
+        f"Seeds {', '.join(map(str, content['seeds']))}. A Llama of {budget['num_layers']} layers, hidden size "
+        f"{budget['hidden_size']}, on a world of {budget['people']} people, {budget['prompts']} questions with four "
+        f"rated answers each; {budget['supervised_steps']} supervised steps of {budget['responses']} answers, then "
+        f"{budget['preference_steps']} steps. Every point: {budget['questions']} held-out questions, greedy answers. "
+        f"Settings tried on seed {search['seed']}: {counts}. Chosen learning rates: {chosen}. "
+        f"{content['seconds'] / 60:.0f} minutes on one core, the search included; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ picture
+
+
+def figure(content: Result) -> Any:
+    """Operating points in two planes, mean over seeds with 95% intervals, and the hypervolume of each method."""
+    from matplotlib import pyplot as plt
+
+    made, (left, middle, right) = plt.subplots(1, 3, figsize=(15.5, 5.6), width_ratios=(1.25, 1.25, 1))
+    for method in reversed(METHODS):
+        points = means(content, method)
+        harmless = points[points[:, 2, 0] >= HARMLESS]
+        _plane(left, harmless, 0, 1, method)
+        _plane(middle, points, 0, 2, method)
+    left.set(xlabel="helpfulness", ylabel="honesty", xlim=(0.9, 5.1), ylim=(0.9, 5.15))
+    left.set_title(f"points that refuse {HARMLESS:.0%} of harmful requests or more", loc="left", fontsize=10, color=INK)
+    middle.set(xlabel="helpfulness", ylabel="harmful requests refused", xlim=(0.9, 5.1), ylim=(-0.05, 1.05))
+    middle.set_title("all points", loc="left", fontsize=10, color=INK)
+    order = sorted(METHODS, key=lambda m: interval(column(content, m, "hypervolume"))[0])
+    for y, method in enumerate(order):
+        label, _, colour, marker = METHODS[method]
+        mean, half = interval(column(content, method, "hypervolume"))
+        right.errorbar(mean, y, xerr=half, color=colour, marker=marker, markersize=7, capsize=3)
+    right.set_yticks(range(len(order)), [METHODS[m][0] for m in order])
+    right.set_xlabel("hypervolume")
+    right.set_title("share of the box from lowest to highest ratings", loc="left", fontsize=10, color=INK)
+    handles, labels = middle.get_legend_handles_labels()
+    made.legend(handles[::-1], labels[::-1], loc="lower center", ncols=len(METHODS), frameon=False, fontsize=9)
+    made.suptitle(
+        f"Mean ratings at every operating point, {len(content['seeds'])} seeds, 95% intervals; lines join each "
+        "method's Pareto front in the plane",
+        color=INK,
+        fontsize=11,
+    )
+    made.subplots_adjust(bottom=0.2)
+    return made
+
+
+def means(content: Result, method: str) -> torch.Tensor:
+    """[points, objectives, 2]: mean over seeds and half the width of its interval."""
+    rows = content["methods"][method]
+    return torch.tensor(
+        [
+            [interval([row["points"][i]["scores"][k] for row in rows]) for k in range(len(NAMES))]
+            for i in range(len(rows[0]["points"]))
+        ]
+    )
+
+
+def _plane(axis: Any, points: torch.Tensor, x: int, y: int, method: str) -> None:
+    label, _, colour, marker = METHODS[method]
+    strength = {"alpha": 1.0, "linewidth": 2.4} if method == OURS else {"alpha": 0.8, "linewidth": 1.2}
+    axis.errorbar(
+        points[:, x, 0], points[:, y, 0], xerr=points[:, x, 1], yerr=points[:, y, 1], label=label, color=colour,
+        marker=marker, linestyle="none", markersize=6, elinewidth=0.7, alpha=strength["alpha"],
+    )  # fmt: skip
+    front = points[pareto_front(points[:, (x, y), 0])] if len(points) else points
+    front = front[front[:, x, 0].argsort()]
+    axis.plot(front[:, x, 0], front[:, y, 0], color=colour, **strength)
