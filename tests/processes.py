@@ -1,6 +1,8 @@
 """A function run by several processes of a gloo group, as ranks of one training."""
 
 import multiprocessing
+import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -14,6 +16,21 @@ SECONDS = 180  # until a group that waits for ever is ended
 
 def run_processes(function: Callable[..., Any], world: int, *args: Any, seconds: float = SECONDS) -> list[Any]:
     """function(rank, *args) in each of `world` processes; what it returns, by rank."""
+    results, codes, errors = _run(function, world, args, seconds)
+    if None in codes or any(codes) or errors:
+        raise AssertionError(f"exit codes {codes} (None: hung)\n{errors}")
+    return results
+
+
+def exit_codes(function: Callable[..., Any], world: int, *args: Any, seconds: float = SECONDS) -> list[int | None]:
+    """How processes that do not live to return end; None for one that hangs."""
+    return _run(function, world, args, seconds)[1]
+
+
+def _run(
+    function: Callable[..., Any], world: int, args: tuple[Any, ...], seconds: float
+) -> tuple[list[Any], list[int | None], str]:
+    """(results, exit codes, tracebacks) by rank."""
     context = multiprocessing.get_context("forkserver")  # imports torch once for all of them
     context.set_forkserver_preload(["cpo_kernels"])
     with tempfile.TemporaryDirectory() as folder:
@@ -23,14 +40,12 @@ def run_processes(function: Callable[..., Any], world: int, *args: Any, seconds:
             process.start()
         for process in processes:
             process.join(seconds)
-        hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for rank in hung:
-            processes[rank].kill()
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
         errors = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.error")))
-        if hung or errors or any(process.exitcode for process in processes):
-            codes = [process.exitcode for process in processes]
-            raise AssertionError(f"ranks {hung} hung, exit codes {codes}\n{errors}")
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+        files = [Path(folder) / f"{rank}.pt" for rank in range(world)]
+        return [torch.load(file, weights_only=False) for file in files if file.exists()], codes, errors
 
 
 def _rank(function: Callable[..., Any], rank: int, world: int, folder: str, args: tuple[Any, ...]) -> None:
@@ -42,3 +57,15 @@ def _rank(function: Callable[..., Any], rank: int, world: int, folder: str, args
     except BaseException:
         Path(f"{folder}/{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise
+
+
+def as_launched(rank: int, world: int, port: int) -> None:
+    """The environment that torchrun gives a rank, for code that asks it (accelerate)."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

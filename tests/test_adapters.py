@@ -66,9 +66,9 @@ def test_the_reference_is_the_model_with_its_adapters_off(base):
     captured = {}
     real = loop_module.Loop.run_epochs
 
-    def run_epochs(self, train_set, eval_set):
-        captured["groups"] = [group for unit in train_set for group in unit][:3]
-        return real(self, train_set, eval_set)
+    def run_epochs(self, epochs, eval_set):
+        captured["groups"] = [group for unit in epochs[0] for group in unit][:3]
+        return real(self, epochs, eval_set)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop_module.Loop, "run_epochs", run_epochs)

@@ -10,7 +10,6 @@ from tiny import one_thread  # noqa: F401
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from cpo_kernels.data.packing import ROWS, collate
-from cpo_kernels.integrations.heads import lm_head
 from cpo_kernels.training import attention
 from cpo_kernels.training.attention import attention_inputs, dense_mask
 from cpo_kernels.training.config import read_config
@@ -24,7 +23,6 @@ def prepared(rows, dtype, stage):
     training = {"rows": rows, "tokens_per_microbatch": 10**6}
     model, loss, groups = loss_and_groups(stage, training=training)
     model.to(dtype)
-    loss.head = lm_head(model)
     generator = torch.Generator().manual_seed(1)
     references = [torch.randn(len(g.responses), generator=generator).tolist() for g in groups[:4]]
     return model, loss, [replace(g, ref_logps=tuple(r)) for g, r in zip(groups, references, strict=False)]
@@ -51,7 +49,7 @@ def test_shared_and_packed_prompts_give_the_hidden_states_of_padded_rows(dtype, 
 
     def hidden_and_gradients(rows):
         model, loss, groups = prepared(rows, dtype, "cdpo")
-        hidden = loss.hidden(loss.collate(groups))
+        hidden = loss.module.hidden(loss.collate(groups))
         upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
         hidden.backward(upstream)
         return [hidden.detach()], [p.grad for p in model.parameters()]

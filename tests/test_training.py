@@ -167,8 +167,8 @@ def test_loss_types_and_what_they_need():
     assert values(mixed, "loss")[0] > 1.5  # log 2 and half the NLL of an untrained model
     free = run(loss={"type": "simpo", "beta": 2.0}, training={"max_steps": 1})
     assert "reference" not in free.report
-    with pytest.raises(ValueError, match="sft needs a step in one micro-batch"):
-        run(loss={"type": ["sigmoid", "sft"]}, training={"tokens_per_microbatch": 50})
+    with pytest.raises(ValueError, match="aot sorts over all pairs of a step"):
+        run(loss={"type": "aot"}, training={"tokens_per_microbatch": 50})
     with pytest.raises(TypeError, match="did you mean 'label_smoothing'"):
         run(loss={"options": {"label_smooth": 0.1}})
 

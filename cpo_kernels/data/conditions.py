@@ -1,4 +1,4 @@
-"""Conditions, responses and pairs of every prompt, drawn once from the seed when the data is prepared.
+"""Conditions, responses and pairs of every prompt, drawn from the seed before training: once, or once an epoch.
 
 Samplers of a condition (Guo et al. 2024 draw `attained`; their data leaves the tags of the best level out):
     attained   the ratings of one random response of the prompt

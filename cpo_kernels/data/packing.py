@@ -74,7 +74,7 @@ class Batch:
     pairs: Tensor  # [P, 2]
     scores: Tensor  # [S, K] float64
     conditions: Tensor  # [P, K] float64
-    ref_logps: Tensor | None  # [S]
+    ref_logps: Tensor | None  # [S] float64
     tokens: int  # that are no padding
     plan: BatchPlan | None = None  # of `FusedLinearCPOLoss`
 
@@ -93,10 +93,12 @@ def encode(
     objectives: Sequence[Objective],
     max_prompt_tokens: int,
     max_tokens: int,
+    responses: dict[str, tuple[int, ...]] | None = None,
 ) -> list[Unit]:
-    """Units in tokens. Groups with a prompt that is too long are left out, responses cut; both are counted."""
+    """Units in tokens. Groups with a prompt that is too long are left out, responses cut; both are counted.
+    `responses` holds the tokens of texts that are known, and gets those of the others."""
     prompts: dict[tuple, tuple[int, ...]] = {}
-    responses: dict[str, tuple[int, ...]] = {}
+    responses = {} if responses is None else responses
     counts = draws.counts
     counts.update(long_prompts=0, cut_responses=0)
     units = []
@@ -154,23 +156,34 @@ def epoch_steps(units: Sequence[Unit], batch_size: int, window: int, seed: int) 
     return [[group for i in step for group in units[i]] for step in steps]
 
 
-def microbatches(groups: Sequence[Encoded], budget: int, kind: str) -> Iterator[list[Encoded]]:
-    """Groups sorted by length, in even parts of at most about `budget` tokens (with padding, in padded rows). A group
-    is never split, one beyond the budget goes alone."""
-    padded = kind == "padded"
-    if not padded:
-        total = sum(sum(g.rows(kind)) for g in groups)
-        budget = math.ceil(total / max(1, math.ceil(total / budget)))
+def microbatches(groups: Sequence[Encoded], budget: int, kind: str, ranks: int = 1) -> Iterator[list[Encoded]]:
+    """Groups sorted by length, in parts of at most about `budget` tokens (with padding, in padded rows), at least one
+    for each of `ranks`. Other rows: even parts, a multiple of `ranks`, fewer only where a group is larger than a part.
+    A group is never split, one beyond the budget goes alone."""
+    groups = sorted(groups, key=lambda g: max(g.rows(kind)), reverse=True)
+    total = sum(sum(g.rows(kind)) for g in groups)
+    if kind == "padded":
+        yield from _padded_microbatches(groups, min(budget, math.ceil(total / ranks)))
+        return
+    parts = ranks * math.ceil(total / budget / ranks)
+    before, batches = 0, dict[int, list[Encoded]]()
+    for group in groups:
+        size = sum(group.rows(kind))
+        batches.setdefault(int((before + size / 2) * parts / total), []).append(group)  # where its middle falls
+        before += size
+    yield from batches.values()
+
+
+def _padded_microbatches(groups: Sequence[Encoded], budget: int) -> Iterator[list[Encoded]]:
     batch: list[Encoded] = []
     cost = 0
-    for group in sorted(groups, key=lambda g: max(g.rows(kind)), reverse=True):
-        lengths = group.rows(kind)
-        longest = max((batch or [group])[0].rows(kind))
-        more = len(lengths) * longest if padded else sum(lengths)
-        if batch and cost + (more if padded else more // 2) > budget:
+    for group in groups:
+        lengths = group.rows("padded")
+        more = len(lengths) * max((batch or [group])[0].rows("padded"))
+        if batch and cost + more > budget:
             yield batch
             batch, cost = [], 0
-            more = len(lengths) * max(lengths) if padded else sum(lengths)
+            more = len(lengths) * max(lengths)
         batch.append(group)
         cost += more
     if batch:
@@ -253,6 +266,6 @@ def collate(groups: Sequence[Encoded], kind: str, row_tokens: int | None = ROW_T
         torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
         torch.tensor([s for g in groups for s in g.scores], dtype=torch.float64),
         torch.tensor([g.condition for g in groups for _ in g.pairs], dtype=torch.float64),
-        torch.tensor(references) if references else None,
+        torch.tensor(references, dtype=torch.float64) if references else None,
         sum(lengths),
     )

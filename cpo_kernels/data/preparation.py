@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from cpo_kernels.data.records import Record
 from cpo_kernels.data.sources import load_records, overall_objective, split_by_prompt
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.keys import Config
+from cpo_kernels.training.keys import Config, TrainingConfig
 
 
 def load_data(
@@ -46,17 +47,46 @@ def units_of(
     objectives: Sequence[Objective],
     template: PromptTemplate,
     report: dict[str, Any],
+    epoch: int = 0,
+    responses: dict[str, tuple[int, ...]] | None = None,
 ) -> list[Unit]:
     """Conditions, responses and pairs drawn, in tokens; what was left out is counted in report[split]."""
-    draws = draws_of(config, records, objectives)
+    draws = draws_of(config, records, objectives, epoch)
     if split == "eval" and 0 < config.training.eval_size < len(draws.units):
         draws.units = random.Random(config.seed).sample(draws.units, config.training.eval_size)
-    units = encode(draws, template, objectives, config.data.max_prompt_tokens, config.data.max_tokens)
+    units = encode(draws, template, objectives, config.data.max_prompt_tokens, config.data.max_tokens, responses)
     report[split] = {"prompts": len({record.prompt for record in records}), "units": len(units)} | draws.counts
     return units
 
 
-def draws_of(config: Config, records: Sequence[Record], objectives: Sequence[Objective]) -> Draws:
-    """Conditions, responses and pairs, as the stage and the seed draw them."""
+def epochs_of(
+    config: Config,
+    records: Sequence[Record],
+    objectives: Sequence[Objective],
+    template: PromptTemplate,
+    report: dict[str, Any],
+) -> list[list[Unit]]:
+    """The training units of every epoch that the run comes to, where `conditions.anew` draws each by itself; otherwise
+    one list for all of them. `report` counts the first epoch."""
+    training, responses = config.training, dict[str, tuple[int, ...]]()
+    epochs = [units_of("train", config, records, objectives, template, report, 0, responses)]
+    if not config.conditions.anew:
+        return epochs
+    steps = epoch_length(epochs[0], training)
+    while steps < training.max_steps if training.max_steps else len(epochs) < training.epochs:
+        epochs.append(units_of("train", config, records, objectives, template, {}, len(epochs), responses))
+        steps += epoch_length(epochs[-1], training)
+    report["train"]["epochs_drawn"] = len(epochs)
+    return epochs
+
+
+def epoch_length(units: Sequence[Unit], training: TrainingConfig) -> int:
+    """Optimizer steps of an epoch."""
+    return math.ceil(len(units) / training.batch_size)
+
+
+def draws_of(config: Config, records: Sequence[Record], objectives: Sequence[Objective], epoch: int = 0) -> Draws:
+    """Conditions, responses and pairs, as the stage, the seed and the epoch draw them."""
     tie_margin = config.loss.options.get("tie_margin", 1e-6)
-    return prepare(config.stage, records, objectives, config.conditions, config.seed, tie_margin)
+    seed = config.seed + (epoch << 32)  # no seed of another run
+    return prepare(config.stage, records, objectives, config.conditions, seed, tie_margin)

@@ -3,8 +3,10 @@
 checkpoints/step-000200/
   model.safetensors      trainable parameters, float32
   optimizer.safetensors  the optimizer's tensors of every parameter
-  rng.safetensors        random states of the CPU and of each GPU
   state.json             step, tokens, the optimizer's plain numbers, what a continuation must share
+
+Tensors are whole, however they were sharded: a run may go on with more processes or fewer. No random state is kept:
+that of a step follows from seed, step and rank.
 """
 
 from __future__ import annotations
@@ -22,18 +24,44 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 Named = Sequence[tuple[str, nn.Parameter]]
-FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+FILES = ("model.safetensors", "optimizer.safetensors")
+State = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, dict]]
 
 
-def save_checkpoint(folder: Path, named: Named, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> None:
+def training_state(named: Named, optimizer: torch.optim.Optimizer, keep: bool = True) -> State:
+    """(parameters, the optimizer's tensors, its plain numbers) by name, whole; empty where `keep` is false. Collective
+    where they are sharded."""
+    parameters: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, dict] = {}
+    seen: set[int] = set()
+    for name, p in named:
+        values = {"": p.detach()} | optimizer.state[p]
+        for key, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                numbers.setdefault(name, {})[key] = value
+                continue
+            if hasattr(value, "full_tensor"):
+                value = value.full_tensor()
+                value = value.cpu() if keep else value
+            if not keep:
+                continue
+            if not key:
+                parameters[name] = value.contiguous()
+            else:  # a tensor that parameters share is copied
+                tensors[f"{name}.{key}"] = value.clone() if value.data_ptr() in seen else value.contiguous()
+                seen.add(value.data_ptr())
+    return parameters, tensors, numbers
+
+
+def save_checkpoint(folder: Path, tensors: State, state: dict, keep: int) -> None:
     """Write folder/step-N of state["step"], then delete all but the newest `keep`. Raises OSError where it cannot be
     written; the checkpoints before it stay."""
     path = folder / f"step-{state['step']:06d}"
-    moments, numbers = optimizer_state(named, optimizer)
-    tensors = ({name: p.detach().contiguous() for name, p in named}, moments, rng_state())
+    *files, numbers = tensors
     try:
         with atomic_folder(path) as temporary:
-            for name, file in zip(FILES, tensors, strict=True):
+            for name, file in zip(FILES, files, strict=True):
                 save_file(file, temporary / name)
             (temporary / "state.json").write_text(json.dumps(state | {"optimizer": numbers}))
     except (OSError, SafetensorError) as error:
@@ -52,7 +80,7 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer, 
     where a file is cut or missing: before anything is filled."""
     try:
         state = json.loads((path / "state.json").read_text())
-        parameters, moments, rng = (load_file(path / name) for name in FILES)
+        parameters, moments = (load_file(path / name) for name in FILES)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"checkpoint {path} is not whole ({error}): delete it to go on from the one before, or from the start"
@@ -69,37 +97,21 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer, 
         by_parameter.setdefault(name, {})[key] = value
     with torch.no_grad():
         for name, p in named:
-            p.copy_(parameters[name])
+            p.copy_(like(p, parameters[name]))
             values = by_parameter.get(name, {})
-            moved = {k: v.to(p.device) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-            optimizer.state[p] = moved
-    for device, saved in rng.items():
-        if device == "cpu":
-            torch.set_rng_state(saved)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved, device)
+            optimizer.state[p] = {k: like(p, v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
     return state
 
 
-def optimizer_state(named: Named, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
-    """(tensors by parameter and name, plain numbers by parameter); a tensor that parameters share is copied."""
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, dict] = {}
-    seen: set[int] = set()
-    for name, p in named:
-        for key, value in optimizer.state[p].items():
-            if isinstance(value, torch.Tensor):
-                shared = value.data_ptr() in seen
-                seen.add(value.data_ptr())
-                tensors[f"{name}.{key}"] = value.clone() if shared else value.contiguous()
-            else:
-                numbers.setdefault(name, {})[key] = value
-    return tensors, numbers
+def like(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """`value` on the parameter's device, and sharded as the parameter is where it has its shape. Every rank has read
+    the whole: nothing is sent."""
+    value = value.to(parameter.device)
+    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
 
-
-def rng_state() -> dict[str, torch.Tensor]:
-    states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state()} | {f"cuda:{i}": state for i, state in enumerate(states)}
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 class atomic_folder:  # noqa: N801 - used as a function

@@ -95,6 +95,9 @@ class ConditionsConfig:
     responses: int | None = key(None, "cdpo, dpo: responses of a prompt in a batch, spread over rating classes")
     pairs: int | None = key(None, "cdpo, dpo: at most so many pairs per prompt and condition; default: all non-ties")
     draws: int = key(1, "cdpo, dpo: how often a prompt is drawn, each time with other responses and conditions")
+    anew: bool = key(
+        False, "draw conditions, responses and pairs of every epoch by themselves, not once for all epochs"
+    )
     balance: bool = key(False, "draw rating classes (all ratings of a response together) equally often")
     class_weights: list[dict] = key([], "changes to that: [{honesty: 1, helpfulness: 1, weight: 0.1}]; others 1")
     strip_best: float = key(0.5, "share of best-on-everything conditions that get no tags (no tag means best)")
@@ -135,8 +138,12 @@ class TrainingConfig:
     k: int = key(4, "layers trained with train: last_k")
     epochs: float = key(1.0, "passes over the prepared data")
     max_steps: int | None = key(None, "optimizer steps; overrides epochs")
-    batch_size: int = key(16, "per optimizer step: responses (cpsft, sft), prompts with all their groups (cdpo, dpo)")
-    tokens_per_microbatch: int = key(2048, "tokens of one forward pass; a larger step accumulates gradients")
+    batch_size: int = key(
+        16, "per optimizer step, on all processes: responses (cpsft, sft), prompts with all their groups (cdpo, dpo)"
+    )
+    tokens_per_microbatch: int = key(
+        2048, "tokens of one forward pass on one process; a larger step accumulates gradients"
+    )
     window: int = key(1, "steps whose examples are sorted by length together: less padding, less random steps")
     rows: str = key(
         "shared",
@@ -152,7 +159,7 @@ class TrainingConfig:
     clip: float = key(1.0, "largest gradient norm; 0: no clipping")
     gradient_checkpointing: bool = key(False, "keep one activation a layer and compute the rest again: less memory")
     compile: bool = key(False, "torch.compile the body, once for all lengths")
-    precision: str = key("bf16", "bf16 (autocast, parameters stay float32) | fp32")
+    precision: str = key("bf16", "bf16 (autocast, parameters stay float32) | fp32 (as the parameters are)")
     eval_every: int = key(0, "steps between evaluations; 0: at the start and the end")
     eval_size: int = key(128, "held-out responses (cpsft, sft) or prompts (cdpo, dpo) of an evaluation; 0: all")
     checkpoint_every: int = key(0, "steps between checkpoints; 0: none")

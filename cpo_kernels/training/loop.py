@@ -8,37 +8,52 @@
 
 The reference of cdpo and dpo is the model as it is at the start. The loss of a micro-batch is divided by what its whole
 step holds (labelled tokens or pairs): gradient accumulation and several processes give the gradient of one big batch.
+What several processes do otherwise than one stands in `parallel`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from cpo_kernels.data.packing import Encoded, Unit, epoch_steps
-from cpo_kernels.data.preparation import load_data, units_of
+from cpo_kernels.data.preparation import epoch_length, epochs_of, load_data, units_of
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.adapters import add_adapters
-from cpo_kernels.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from cpo_kernels.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint, training_state
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.keys import Config
-from cpo_kernels.training.losses import StageLoss, StepTotal
+from cpo_kernels.training.losses import StageLoss
 from cpo_kernels.training.model_card import model_card
 from cpo_kernels.training.models import fingerprint, load_model, save_model, select_trainable
-from cpo_kernels.training.optim import make_optimizer, peak_memory_gib, schedule, update
-from cpo_kernels.training.reference import with_reference
+from cpo_kernels.training.optim import make_optimizer, peak_memory_gib, schedule
+from cpo_kernels.training.parallel import (
+    SHARDED,
+    accumulation,
+    backward,
+    check_launcher,
+    check_same,
+    make_accelerator,
+    prepare,
+    share,
+    together,
+    update,
+    whole_weights,
+)
+from cpo_kernels.training.reference import data_hash, with_reference
 from cpo_kernels.training.rundir import RunDir
 
 
@@ -67,33 +82,39 @@ def train(
     Raises ValueError or TypeError on a bad config, DataError on a broken line, FloatingPointError when the loss is not
     finite.
     """
-    config = read_config(source, overrides)
-    accelerator = Accelerator()
-    run = RunDir(config, accelerator.is_main_process)
+    accelerator = make_accelerator()
     report: dict[str, Any] = {}
-    quiet = not (config.training.progress and accelerator.is_main_process)
-    records, eval_records, objectives = load_data(config, records, eval_records, report, quiet)
-    model, tokenizer = load_model(config.model, model, tokenizer, config.seed)
-    model.to(accelerator.device).eval()
-    template = PromptTemplate(tokenizer, config.template, objectives)
-    initial = fingerprint(model)
-    adapted = add_adapters(model, config.training, config.seed)
-    if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.training.compile:
-        model.base_model.compile(dynamic=True)
-    loss = StageLoss(model, config, objectives, accelerator.device)
-
-    train_set = units_of("train", config, records, objectives, template, report)
-    eval_set = units_of("eval", config, eval_records, objectives, template, report) if eval_records else []
-    run.save_data(report, eval_records)
+    with together(accelerator):
+        config = read_config(source, overrides)
+        check_launcher(accelerator, config)
+        quiet = not (config.training.progress and accelerator.is_main_process)
+        run = RunDir(config, accelerator.is_main_process)
+        records, eval_records, objectives = load_data(config, records, eval_records, report, quiet)
+        model, tokenizer = load_model(config.model, model, tokenizer, config.seed)
+        if accelerator.distributed_type not in SHARDED:  # those bring it there in pieces
+            model.to(accelerator.device)
+        model.eval()
+        template = PromptTemplate(tokenizer, config.template, objectives)
+        initial = fingerprint(model)
+        adapted = add_adapters(model, config.training, config.seed)
+        if config.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.training.compile:
+            model.base_model.compile(dynamic=True)
+        loss = StageLoss(model, config, objectives, accelerator.device)
+        epochs = epochs_of(config, records, objectives, template, report)
+        eval_set = units_of("eval", config, eval_records, objectives, template, report) if eval_records else []
+        run.save_data(report, eval_records)
+    if accelerator.num_processes > 1:
+        check_same(accelerator, weights=initial, data=data_hash([*epochs, eval_set]))
     loop = Loop(config, accelerator, run, model, loss, initial)
-    loop.run_epochs(*loop.with_reference(train_set, eval_set, report))
-    run.save_data(report, eval_records)
-    if run.writes and config.training.save_model:
-        card = model_card(config, template, objectives, run.metrics)
-        save_model(model, tokenizer, run.folder / "model", adapted, card)
-    accelerator.wait_for_everyone()
+    loop.run_epochs(*loop.with_reference(epochs, eval_set, report))
+    card = model_card(config, template, objectives, run.metrics)
+    weights = whole_weights(model, loss.module, adapted, accelerator) if config.training.save_model else None
+    with together(accelerator):
+        run.save_data(report, eval_records)
+        if run.writes and config.training.save_model:
+            save_model(model, tokenizer, run.folder / "model", adapted, card, weights)
     return TrainResult(model, tokenizer, template, objectives, run.metrics, report, list(eval_records))
 
 
@@ -106,48 +127,50 @@ class Loop:
         self.initial = initial  # the hash of the weights at the start
         self.quiet = not (config.training.progress and accelerator.is_main_process)
         self.seen: list[tuple[Tensor, list[Encoded]]] = []  # loss and groups of the step's micro-batches
+        with together(accelerator):
+            optimizer = make_optimizer(select_trainable(model, config.training), config.training)
+        self.optimizer = prepare(loss, optimizer, accelerator)
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def with_reference(
-        self, train_set: list[Unit], eval_set: list[Unit], report: dict[str, Any]
-    ) -> tuple[list[Unit], list[Unit]]:
-        """Both sets with the log-probs of the model as it is now, where the loss needs them."""
+        self, epochs: list[list[Unit]], eval_set: list[Unit], report: dict[str, Any]
+    ) -> tuple[list[list[Unit]], list[Unit]]:
+        """All sets with the log-probs of the model as it is now, where the loss needs them."""
         if not self.loss.needs_reference:
-            return train_set, eval_set
+            return epochs, eval_set
         folder = Path(self.config.cache_dir) if self.config.cache_dir else None
         if folder is None and self.config.run_dir:
             folder = self.run.folder / "reference"
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
+            if self.accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
             folder = folder / f"{self.initial}-{self.training.precision}.json"
-        (train_set, eval_set), report["reference"] = with_reference(
-            [train_set, eval_set], self.loss, folder, self.accelerator, self.quiet
+        (*epochs, eval_set), report["reference"] = with_reference(
+            [*epochs, eval_set], self.loss, folder, self.accelerator, self.quiet
         )
-        return train_set, eval_set
+        return epochs, eval_set
 
-    def run_epochs(self, train_set: Sequence[Unit], eval_set: Sequence[Unit]) -> None:
+    def run_epochs(self, epochs: Sequence[Sequence[Unit]], eval_set: Sequence[Unit]) -> None:
+        """`epochs`: the units of each, the last of them for all that follow."""
         training, run = self.training, self.run
-        named = select_trainable(self.model, training)
-        optimizer = make_optimizer(named, training)
-        per_epoch = math.ceil(len(train_set) / training.batch_size)
-        last = training.max_steps or math.ceil(training.epochs * per_epoch)
+        last = training.max_steps or self.steps_of(epochs)
         same = {"initial_model": self.initial, "steps": last}  # what a continuation must share
         step, tokens = 0, 0
-        if training.resume and (saved := checkpoints(run.folder / "checkpoints")):
-            state = load_checkpoint(saved[-1], named, optimizer, same)
-            step, tokens = state["step"], state["tokens"]
-        run.start(step)
+        with together(self.accelerator):
+            if training.resume and (saved := checkpoints(run.folder / "checkpoints")):
+                state = load_checkpoint(saved[-1], self.named, self.optimizer, same)
+                step, tokens = state["step"], state["tokens"]
+            run.start(step)
+        check_same(self.accelerator, checkpoints=step)
         if step == 0:
             self.evaluate(0, eval_set)
         bar = tqdm(total=last, initial=step, desc=self.config.stage, disable=self.quiet)
-        epoch, steps = -1, list[list[Encoded]]()
+        batches = self.batches(epochs, step)
         while step < last:
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                steps = epoch_steps(train_set, training.batch_size, training.window, self.config.seed + epoch)
-            lr = training.lr * schedule(step, last, training)
-            row = self.step(steps[step % per_epoch], named, optimizer, lr)
+            epoch, groups = next(batches)
+            row = self.step(step, groups, training.lr * schedule(step, last, training))
             step, tokens = step + 1, tokens + row["tokens"]
-            run.log({"step": step, "epoch": step / per_epoch} | row | {"tokens": tokens})
+            run.log({"step": step, "epoch": epoch} | row | {"tokens": tokens})
             if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
                 self.stop(step, row)
             shown = {name: row[name] for name in ("loss", "accuracy", "margin", "tokens_per_second") if name in row}
@@ -155,37 +178,63 @@ class Loop:
             bar.update()
             if step == last or (training.eval_every and step % training.eval_every == 0):
                 self.evaluate(step, eval_set)
-            if run.writes and training.checkpoint_every and step % training.checkpoint_every == 0:
-                state = {"step": step, "tokens": tokens} | same
-                save_checkpoint(run.folder / "checkpoints", named, optimizer, state, training.keep)
+            if training.checkpoint_every and step % training.checkpoint_every == 0:
+                tensors = training_state(self.named, self.optimizer, keep=run.writes)
+                with together(self.accelerator):
+                    if run.writes:
+                        state = {"step": step, "tokens": tokens} | same
+                        save_checkpoint(run.folder / "checkpoints", tensors, state, training.keep)
         bar.close()
         run.close()
         self.model.eval()
 
-    def step(self, groups: Sequence[Encoded], named: Any, optimizer: torch.optim.Optimizer, lr: float) -> dict:
+    def steps_of(self, epochs: Sequence[Sequence[Unit]]) -> int:
+        """Steps of `training.epochs`, the last of which may be a part."""
+        whole, part = divmod(self.training.epochs, 1)
+        lengths = [epoch_length(epochs[min(i, len(epochs) - 1)], self.training) for i in range(int(whole) + 1)]
+        return sum(lengths[:-1]) + math.ceil(part * lengths[-1])
+
+    def batches(self, epochs: Sequence[Sequence[Unit]], start: int) -> Iterator[tuple[float, list[Encoded]]]:
+        """(epochs passed after it, groups) of each step from number `start` on, without end."""
+        before, training = 0, self.training
+        for epoch in count():
+            units = epochs[min(epoch, len(epochs) - 1)]
+            steps = epoch_length(units, training)
+            if before + steps > start:
+                groups = epoch_steps(units, training.batch_size, training.window, self.config.seed + epoch)
+                for i in range(max(0, start - before), steps):
+                    yield epoch + (i + 1) / steps, groups[i]
+            before += steps
+
+    def step(self, number: int, groups: Sequence[Encoded], lr: float) -> dict[str, Any]:
         """Forward and backward over the micro-batches of a step, one update; its row of metrics."""
-        started, total, device = time.perf_counter(), StepTotal.of(groups), self.accelerator.device
+        accelerator, device, module = self.accelerator, self.accelerator.device, self.loss.module
+        started, total = time.perf_counter(), self.loss.total(groups)
         sums = torch.zeros(len(self.loss.metrics) + 2, dtype=torch.float64, device=device)
+        torch.manual_seed(hash((self.config.seed, number, accelerator.process_index)))  # of dropout
         self.model.train()
         self.seen = []
-        for part in self.parts(groups):
+        parts = self.parts(groups)
+        for i, (part, weight) in enumerate(parts, 1):
             batch = self.loss.collate(part)
-            loss, metrics = self.loss(batch, total)
-            loss.backward()
-            self.seen.append((metrics[0], part))
-            sums += torch.cat([metrics, metrics.new_tensor([batch.tokens, batch.input_ids.numel()])])
-        *values, tokens, padded = reduce(sums, "sum").tolist()
+            with accumulation(module, i == len(parts)):
+                loss, metrics = self.loss(batch, total)
+                backward(weight * loss, module, accelerator, i == len(parts))
+            if weight:
+                self.seen.append((metrics[0], part))
+                sums += torch.cat([metrics, metrics.new_tensor([batch.tokens, batch.input_ids.numel()])])
+        everywhere = accelerator.gather(torch.cat([sums, sums.new_tensor([peak_memory_gib(device)])])[None])
+        *values, tokens, padded = everywhere[:, :-1].sum(0).tolist()
         norm = math.nan
         if math.isfinite(values[0]):
-            norm = update(named, optimizer, lr, self.training.clip, self.accelerator)
+            norm = update(self.named, self.optimizer, lr, self.training.clip, accelerator, module)
         seconds = time.perf_counter() - started
-        row = dict(zip(self.loss.metrics, values, strict=True)) | (
-            {"pairs": total.pairs} if self.loss.has_pairs else {}
-        )
+        row = dict(zip(self.loss.metrics, values, strict=True))
+        row |= {"pairs": total.pairs} if self.loss.has_pairs else {}
         row |= {"lr": lr, "grad_norm": norm, "tokens": int(tokens), "labels": total.tokens}
-        row |= {f"conditioned_{name}": count for name, count in self.loss.conditioned(groups).items()}
+        row |= self.loss.asked(groups)
         row |= {"padding": 1 - tokens / padded, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        return row | {"peak_memory_gib": peak_memory_gib(device)}
+        return row | {"peak_memory_gib": float(everywhere[:, -1].max())}
 
     def stop(self, step: int, row: dict[str, Any]) -> None:
         """Save what this step ran, by micro-batch, and raise. No parameter has taken part of it."""
@@ -205,19 +254,22 @@ class Loop:
         if not groups:
             return
         self.model.eval()
-        total, device = StepTotal.of(groups), self.accelerator.device
-        sums = torch.zeros(len(self.loss.metrics), dtype=torch.float64, device=device)
-        for part in tqdm(self.parts(groups, whole_step=False), "eval", leave=False, disable=self.quiet):
-            sums += self.loss(self.loss.collate(part), total)[1]
-        values = reduce(sums, "sum").tolist()
+        total = self.loss.total(groups)
+        sums = torch.zeros(len(self.loss.metrics), dtype=torch.float64, device=self.accelerator.device)
+        for part, weight in tqdm(self.parts(groups, coupled=False), "eval", leave=False, disable=self.quiet):
+            metrics = self.loss(self.loss.collate(part), total)[1]
+            sums += metrics if weight else 0
+        values = self.accelerator.gather(sums[None]).sum(0).tolist()
         self.run.log({"step": step} | {f"eval_{n}": x for n, x in zip(self.loss.metrics, values, strict=True)})
 
-    def parts(self, groups: Sequence[Encoded], whole_step: bool = True) -> list[list[Encoded]]:
-        """This process's micro-batches of `groups`."""
-        parts = self.loss.parts(groups)
-        if whole_step and self.loss.whole_step and len(parts) * self.accelerator.num_processes > 1:
+    def parts(self, groups: Sequence[Encoded], coupled: bool = True) -> list[tuple[list[Encoded], float]]:
+        """This process's micro-batches of `groups` with their weights."""
+        ranks = self.accelerator.num_processes
+        parts = self.loss.parts(groups, ranks)
+        if coupled and self.loss.has_pairs and self.loss.loss_fn.options.couples_pairs and len(parts) * ranks > 1:
             raise ValueError(
-                f"loss.type {', '.join(self.config.loss.type)} needs a step in one micro-batch on one process, and it "
-                f"takes {len(parts)}: raise training.tokens_per_microbatch or lower training.batch_size"
+                f"loss.type {', '.join(self.config.loss.type)} sorts over all pairs of a step, which must be one "
+                f"micro-batch on one process, and is {len(parts)} on {ranks}: raise training.tokens_per_microbatch or "
+                "lower training.batch_size"
             )
-        return parts[self.accelerator.process_index :: self.accelerator.num_processes]
+        return share(parts, self.accelerator)

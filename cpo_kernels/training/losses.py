@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cpo_kernels as cpo
 from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
-from cpo_kernels.integrations.heads import lm_head
-from cpo_kernels.objectives import Objective
+from cpo_kernels.integrations.heads import HeadParts, head_layer, lm_head
+from cpo_kernels.objectives import Objective, format_number, value_gap
 from cpo_kernels.training.attention import attention_inputs, check_rows, row_tokens
 from cpo_kernels.training.keys import Config
 
-# Means over a step; ties are counted. cpsft and sft: the loss alone. log_ratio: log pi / pi_ref of a response, where
-# there is a reference; it estimates the KL divergence only as far as the policy would write these responses itself.
+# Means over a step; ties are counted. cpsft and sft have the loss alone, losses without a reference no log_ratio.
+#   rewards    beta (log pi - log pi_ref) of the preferred and the other response, over pairs; margin: their difference
+#   accuracy   share of the pairs whose preferred response has the higher reward
+#   log_ratio  (log pi - log pi_ref) of the responses in the data, nats per token: KL(data || ref) - KL(data || pi). It
+#              is not KL(pi || ref), which needs responses drawn from pi.
 METRICS = ("loss", "chosen_rewards", "rejected_rewards", "accuracy", "margin", "ties", "log_ratio")
-WHOLE_STEP = {"aot", "aot_unpaired", "sft", "orpo", "contrastive_cpo"}  # sort over pairs, or average chosen tokens
 
 
 @dataclass(frozen=True)
@@ -29,50 +32,65 @@ class StepTotal:
 
     tokens: int  # with a label
     pairs: int
-    responses: int
+    chosen_tokens: float | None = None  # of the preferred response, summed over pairs; for losses that average them
 
     @staticmethod
     def of(groups: Sequence[Encoded]) -> StepTotal:
-        tokens, pairs = sum(g.labels for g in groups), sum(len(g.pairs) for g in groups)
-        return StepTotal(tokens, pairs, sum(len(g.responses) for g in groups))
+        return StepTotal(sum(g.labels for g in groups), sum(len(g.pairs) for g in groups))
 
 
 class StageLoss:
     """The loss of a stage: mean NLL of the labels (cpsft, sft), or the preference loss of the pairs (cdpo, dpo)."""
 
     def __init__(self, model: Any, config: Config, objectives: Sequence[Objective], device: torch.device):
-        self.model, self.head, self.device, self.objectives = model, lm_head(model), device, objectives
+        self.model, self.device, self.objectives = model, device, objectives
         self.bf16 = config.training.precision == "bf16"
         check_rows(model, config.training.rows, config.data.max_tokens)
         self.rows, self.budget = config.training.rows, config.training.tokens_per_microbatch
         self.has_pairs = config.stage in ("cdpo", "dpo")
-        self.whole_step = self.has_pairs and not WHOLE_STEP.isdisjoint(config.loss.type)
+        self.loss_fn: Any = None
         if self.has_pairs:
             loss = config.loss
             self.loss_fn = cpo.FusedLinearCPOLoss(
                 objectives,
                 loss.beta,
                 loss.type,
-                softcap=self.head.softcap,
-                scale=self.head.scale,
+                softcap=lm_head(model).softcap,
+                scale=lm_head(model).scale,
                 loss_weights=loss.weights,
                 **loss.options,
             )
         self.needs_reference = self.has_pairs and self.loss_fn.options.needs_reference
         self.metrics = METRICS[: len(METRICS) if self.needs_reference else -1] if self.has_pairs else METRICS[:1]
+        self.module: Any = StageModule(model, self.loss_fn, self.bf16)  # until `parallel.prepare` wraps it
 
-    def autocast(self) -> AbstractContextManager:
-        """Matrix products in bfloat16; parameters, residual stream, log-probs and loss stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+    @property
+    def head(self) -> HeadParts:
+        """Of the model as it is: what shards it puts other parameters in place."""
+        return lm_head(self.model)
 
-    def conditioned(self, groups: Sequence[Encoded]) -> dict[str, int]:
-        """How many groups ask for a level of each objective."""
-        levels = [[c == c for c in g.condition] for g in groups]
-        return {o.name: sum(asked[i] for asked in levels) for i, o in enumerate(self.objectives)}
+    def asked(self, groups: Sequence[Encoded]) -> dict[str, int]:
+        """How many groups ask for each level of an objective, and how many for nothing."""
+        counts: Counter[str] = Counter(asked_nothing=0)
+        for group in groups:
+            levels = [(o.name, c) for o, c in zip(self.objectives, group.condition, strict=True) if c == c]
+            counts.update(f"asked_{name}_{format_number(level)}" for name, level in levels)
+            counts["asked_nothing"] += not levels
+        return dict(sorted(counts.items()))
 
-    def parts(self, groups: Sequence[Encoded]) -> list[list[Encoded]]:
-        """`groups` in micro-batches."""
-        return list(microbatches(groups, self.budget, self.rows))
+    def total(self, groups: Sequence[Encoded]) -> StepTotal:
+        total = StepTotal.of(groups)
+        if not self.has_pairs or not self.loss_fn.options.averages_tokens:
+            return total
+        rows = [(g, pair) for g in groups for pair in g.pairs]
+        first, second = ([g.scores[pair[side]] for g, pair in rows] for side in (0, 1))
+        gaps = value_gap(first, second, [g.condition for g, _ in rows], self.objectives).tolist()
+        lengths = [len(g.responses[pair[gap < 0]]) for (g, pair), gap in zip(rows, gaps, strict=True)]
+        return replace(total, chosen_tokens=float(sum(lengths)))
+
+    def parts(self, groups: Sequence[Encoded], ranks: int = 1) -> list[list[Encoded]]:
+        """`groups` in micro-batches, as many for each rank where that can be."""
+        return list(microbatches(groups, self.budget, self.rows, ranks))
 
     def collate(self, groups: Sequence[Encoded]) -> Batch:
         """One micro-batch on the device, with the plan that spares its loss a wait for a GPU."""
@@ -81,7 +99,7 @@ class StageLoss:
             weight = self.head.weight
             batch.plan = self.loss_fn.plan(
                 batch.labels,
-                weight.shape[0],
+                getattr(weight, "ds_shape", weight.shape)[0],
                 torch.bfloat16 if self.bf16 else weight.dtype,
                 batch.pairs,
                 batch.cu_seqlens,
@@ -90,6 +108,35 @@ class StageLoss:
                 self.device,
             )
         return batch.to(self.device)
+
+    def seq_logps(self, batch: Batch) -> Tensor:
+        """[S] log-probs of the responses, without gradients."""
+        with torch.no_grad():
+            return self.module(batch, None)
+
+    def __call__(self, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
+        """(loss of this batch divided by what the step holds, its part of the step's metrics as float64)."""
+        return self.module(batch, total)
+
+
+class StageModule(nn.Module):
+    """Backbone, head and loss in one forward: DDP, FSDP2 and ZeRO-3 act on what runs inside the module they wrap."""
+
+    def __init__(self, model: Any, loss_fn: Any, bf16: bool):
+        super().__init__()
+        self.model, self.loss_fn, self.bf16 = model, loss_fn, bf16
+        self._no_split_modules = model._no_split_modules  # what accelerate shards by
+
+    def forward(self, batch: Batch, total: StepTotal | None) -> Any:
+        """See `StageLoss`; the log-probs of the responses where there is no total."""
+        # matrix products in bfloat16; parameters, residual stream, log-probs and loss stay float32
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.hidden(batch)
+            with gathered(head_layer(self.model)):
+                head = lm_head(self.model)
+                if total is None:
+                    return self.log_probs(hidden, head, batch)
+                return self.pairs(hidden, head, batch, total) if self.loss_fn else self.nll(hidden, head, batch, total)
 
     def hidden(self, batch: Batch) -> Tensor:
         """[N, H]: the last hidden state at each position that predicts a label."""
@@ -101,46 +148,44 @@ class StageLoss:
         ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.rows)
 
-    def seq_logps(self, batch: Batch) -> Tensor:
-        """[S] log-probs of the responses, without gradients."""
-        head = self.head
-        with torch.no_grad(), self.autocast():
-            logps = cpo.linear_token_logps(
-                self.hidden(batch), head.weight, batch.labels, head.bias, softcap=head.softcap, scale=head.scale
-            )
-            return cpo.sequence_logps(logps, batch.cu_seqlens.to(logps.device))
+    def log_probs(self, hidden: Tensor, head: HeadParts, batch: Batch) -> Tensor:
+        logps = cpo.linear_token_logps(
+            hidden, head.weight, batch.labels, head.bias, softcap=head.softcap, scale=head.scale
+        )
+        return cpo.sequence_logps(logps, batch.cu_seqlens.to(logps.device))
 
-    def __call__(self, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
-        """(loss of this batch divided by what the step holds, its part of the step's metrics as float64)."""
-        head = self.head
-        with self.autocast():
-            hidden = self.hidden(batch)
-            if not self.has_pairs:
-                loss = cpo.linear_nll(
-                    hidden,
-                    head.weight,
-                    batch.labels,
-                    head.bias,
-                    softcap=head.softcap,
-                    scale=head.scale,
-                    num_tokens=total.tokens,
-                )
-                return loss, loss.detach().double().reshape(1)
-            out = self.loss_fn(
-                hidden,
-                head.weight,
-                batch.labels,
-                bias=head.bias,
-                plan=batch.plan,
-                ref_logps=batch.ref_logps,
-                scores=batch.scores,
-                conditions=batch.conditions,
-                cu_seqlens=batch.cu_seqlens,
-                num_pairs=total.pairs,
-            )
+    def nll(self, hidden: Tensor, head: HeadParts, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"softcap": head.softcap, "scale": head.scale, "num_tokens": total.tokens}
+        loss = cpo.linear_nll(hidden, head.weight, batch.labels, head.bias, **options)
+        return loss, loss.detach().double().reshape(1)
+
+    def pairs(self, hidden: Tensor, head: HeadParts, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
+        out = self.loss_fn(
+            hidden,
+            head.weight,
+            batch.labels,
+            bias=head.bias,
+            plan=batch.plan,
+            ref_logps=batch.ref_logps,
+            scores=batch.scores,
+            conditions=batch.conditions,
+            cu_seqlens=batch.cu_seqlens,
+            num_pairs=total.pairs,
+            chosen_tokens=total.chosen_tokens,
+        )
         share = len(batch.pairs) / total.pairs
         means = [out.chosen_rewards.mean(), out.rejected_rewards.mean(), out.accuracy, out.margin]
         metrics = [out.loss.detach(), *(share * mean for mean in means), out.num_ties]
-        if self.needs_reference:
-            metrics.append((out.seq_logps - batch.ref_logps).sum() / total.responses)
+        if batch.ref_logps is not None:
+            metrics.append((out.seq_logps - batch.ref_logps).sum() / total.tokens)
         return out.loss, torch.stack([metric.double() for metric in metrics])
+
+
+def gathered(layer: nn.Module) -> AbstractContextManager:
+    """The head's weights whole under ZeRO-3, which splits them outside of the layer's own forward."""
+    split = [p for p in layer.parameters() if hasattr(p, "ds_id")]
+    if not split:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(split)

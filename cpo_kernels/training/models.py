@@ -95,7 +95,7 @@ def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn
         model.requires_grad_(True)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for name, p in named:
-        if p.dtype != torch.float32:
+        if p.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"trainable parameters must be float32; {name} is {p.dtype}: load the model in float32")
     return named
 
@@ -115,12 +115,17 @@ def fingerprint(model: Any) -> str:
     return hashed.hexdigest()
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, adapted: Any, card: str) -> None:
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, adapted: Any, card: str, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """Model (safetensors), tokenizer and README.md as `from_pretrained` reads them, whole or not at all. Adapters
-    (`adapted` is the PeftModel around `model`) are merged into the weights; over a 4-bit base they are saved alone."""
+    (`adapted` is the PeftModel around `model`) are merged into the weights; over a 4-bit base they are saved alone.
+    `weights`: of a model that is sharded, whole and merged."""
     with atomic_folder(folder) as temporary:
         if adapted is not None and getattr(model, "is_loaded_in_4bit", False):
             adapted.save_pretrained(temporary)
+        elif weights is not None:
+            model.save_pretrained(temporary, state_dict=weights)
         else:
             (model if adapted is None else adapted.merge_and_unload()).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

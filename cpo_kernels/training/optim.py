@@ -1,4 +1,4 @@
-"""AdamW, the learning rate of a step, the step itself, and the memory it took."""
+"""AdamW, the learning rate of a step, and the memory it took."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import resource
 from collections.abc import Sequence
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import reduce
 from torch import nn
 
 from cpo_kernels.training.adapters import need
@@ -43,22 +41,6 @@ def schedule(step: int, total: int, training: TrainingConfig) -> float:
     if training.schedule == "cosine":
         return 0.5 - 0.5 * math.cos(math.pi * left)
     return left if training.schedule == "linear" else 1.0
-
-
-def update(named: Named, optimizer: torch.optim.Optimizer, lr: float, clip: float, accelerator: Accelerator) -> float:
-    """One optimizer step on the gradients summed over processes; returns their norm before clipping. A norm that is not
-    finite changes nothing."""
-    parameters = [p for _, p in named]
-    if accelerator.num_processes > 1:
-        for p in parameters:
-            p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip or math.inf))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
 
 
 def peak_memory_gib(device: torch.device) -> float:

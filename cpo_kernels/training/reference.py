@@ -12,16 +12,18 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from cpo_kernels.data.packing import Encoded, Unit
 from cpo_kernels.training.checkpoints import atomic_text
 from cpo_kernels.training.losses import StageLoss
+from cpo_kernels.training.parallel import share, together
 
 CHUNK = 8  # responses of one prompt scored together
 SAVE_EVERY = 200  # micro-batches between writes of the cache
@@ -29,6 +31,15 @@ SAVE_EVERY = 200  # micro-batches between writes of the cache
 
 def sequence_key(prompt: Sequence[int], response: Sequence[int]) -> str:
     return blake2b(array("q", [len(prompt), *prompt, *response]).tobytes(), digest_size=16).hexdigest()
+
+
+def data_hash(sets: Sequence[Sequence[Unit]]) -> str:
+    """Hash of tokens and pairs, in order."""
+    hashed = blake2b(digest_size=8)
+    for group in (group for units in sets for unit in units for group in unit):
+        numbers = [*group.prompt, *chain(*group.responses), *chain(*group.pairs)]
+        hashed.update(array("q", numbers).tobytes())
+    return hashed.hexdigest()
 
 
 def with_reference(
@@ -39,9 +50,11 @@ def with_reference(
     quiet: bool,
 ) -> tuple[list[list[Unit]], dict[str, int]]:
     """The sets of units with `ref_logps` filled in, and how many sequences were scored and how many were cached.
-    `cache` is the JSON file of this reference model."""
-    known = read_cache(cache) if cache and cache.exists() else {}
-    accelerator.wait_for_everyone()  # before the main process writes
+    `cache` is the JSON file of this reference model, which the main process alone reads and writes."""
+    main = accelerator.is_main_process
+    with together(accelerator):
+        known = read_cache(cache) if main and cache and cache.exists() else {}
+    (known,) = broadcast_object_list([known])
     found: set[str] = set()
     missing: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
     for group in (group for units in sets for unit in units for group in unit):
@@ -55,18 +68,18 @@ def with_reference(
     for prompt, responses in missing.items():
         texts = list(responses.values())
         todo += [Encoded(prompt, tuple(texts[i : i + CHUNK]), (), (), []) for i in range(0, len(texts), CHUNK)]
-    batches = loss.parts(todo)
-    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = share(loss.parts(todo, accelerator.num_processes), accelerator)
     fresh: dict[str, float] = {}
-    for number, groups in enumerate(tqdm(batches[rank::world], "reference", disable=quiet or not batches), 1):
+    for number, (groups, _) in enumerate(tqdm(batches, "reference", disable=quiet or not batches), 1):
         logps = iter(loss.seq_logps(loss.collate(groups)).tolist())
         fresh |= {sequence_key(g.prompt, r): next(logps) for g in groups for r in g.responses}
-        if cache and world == 1 and number % SAVE_EVERY == 0:
-            write_cache(known | fresh, cache)
-    for part in gather_object([fresh]):
-        known |= part
-    if cache and missing and accelerator.is_main_process:
-        write_cache(known, cache)
+        if number % SAVE_EVERY == 0 or number == len(batches):
+            for part in gather_object([fresh]):
+                known |= part
+            fresh = {}
+            with together(accelerator):
+                if main and cache:
+                    write_cache(known, cache)
     filled = [[tuple(_fill(group, known) for group in unit) for unit in units] for units in sets]
     return filled, {"scored": sum(map(len, missing.values())), "cached": len(found)}
 
