@@ -129,6 +129,8 @@ def assert_same(model, batch, fused=causal_lm_logps, **options):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_every_model_of_the_table(name):
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     model, batch = make(name, tie_word_embeddings=False), make_batch()
     seen = assert_same(model, batch)
     bent = lm_head(model)

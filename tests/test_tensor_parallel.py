@@ -9,6 +9,7 @@ from processes import run_processes
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 pytest.importorskip("trl")
+pytest.importorskip("transformers.distributed.tensor_parallel")  # DTensor plans
 
 from test_causal_lm import make, make_batch, upstream  # noqa: E402
 
