@@ -14,7 +14,7 @@ from cpo_kernels.data.records import DataError
 from cpo_kernels.demo import scorer as demo_scorer
 from cpo_kernels.demo.world import World
 from cpo_kernels.evaluation.achieved import judged_scores, win_rates
-from cpo_kernels.evaluation.judgements import evaluate
+from cpo_kernels.evaluation.judgements import evaluate, score
 from cpo_kernels.evaluation.report import spread, write_report
 from cpo_kernels.evaluation.requests import condition_grid, levels, parse_objective, read_prompts
 from cpo_kernels.objectives import Objective
@@ -143,15 +143,18 @@ def test_a_model_without_tags_is_asked_once(run):
         return count_letters(prompts, responses)
 
     conditions = [{"honesty": 5.0, "helpfulness": 1.0}, {"honesty": 1.0, "helpfulness": 5.0}]
-    options = {"scorer": scorer, "max_new_tokens": 6}
-    found = evaluate(model, template, tiny.records(4), conditions, tags=False, **options)
+    records = tiny.records(4)
+    prompts = [record.prompt for record in records]
+    found = evaluate(model, template, records, conditions, tags=False, max_new_tokens=6)
+    found = score(found, prompts, template.tags.objectives, scorer)
     assert calls == [4] and len({tuple(entry["answers"]) for entry in found["conditions"]}) == 1
     assert [entry["relative_accuracy"]["mean"] for entry in found["conditions"][:2]] == [0.5, 0.5]
     assert found["control"]["honesty"]["correlation"] == 0 and found["control"]["honesty"]["monotonicity"] == 1
-    tagged = evaluate(model, template, tiny.records(4), conditions, likelihood=False, **options)
+    tagged = evaluate(model, template, records, conditions, likelihood=False, max_new_tokens=6)
+    tagged = score(tagged, prompts, template.tags.objectives, scorer)
     assert "relative_accuracy" not in tagged["conditions"][0] and calls[1] > 4
     for entry in tagged["conditions"]:
-        assert entry["scores"] == count_letters([r.prompt for r in tiny.records(4)], entry["answers"])
+        assert entry["scores"] == count_letters(prompts, entry["answers"])
 
 
 def test_demo_scorer_is_the_world(tmp_path, monkeypatch):
@@ -250,6 +253,15 @@ def test_eval_with_a_judge_pays_once(run, tmp_path, stub, capsys, monkeypatch): 
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     stub.script = ["I would rather not say."]
     assert main([*command, *judge, "--judge-options", '{"seed": 1}', "--judge-cache", str(tmp_path / "other")]) == 2
+    kept = json.loads((tmp_path / "e.json").read_text())["results"]["run"]["conditions"]
+    assert "scores" not in kept[0]  # the answers are there all the same, and can be scored later
+    stub.script = ['{"honesty": 1, "helpfulness": 5}']
+    again = ["eval", "--answers", str(tmp_path / "e.json"), *judge[:-2], "--judge-options", "{}"]
+    assert main([*again, "--judge-cache", str(tmp_path / "third"), "--out", str(tmp_path / "f.json")]) == 0
+    found = json.loads((tmp_path / "f.json").read_text())["results"]["run"]
+    assert found["points"] == [[1, 5]] * 3 and [e["answers"] for e in found["conditions"]] == [
+        e["answers"] for e in kept
+    ]
     assert "NoScore: the judge's reply holds no JSON object with honesty, helpfulness" in capsys.readouterr().err
 
 
@@ -261,6 +273,7 @@ def test_eval_with_a_judge_pays_once(run, tmp_path, stub, capsys, monkeypatch): 
         (["--prompts", "p.txt", "--data", "d.jsonl"], "not both"),
         (["--scorer", "judge:http://localhost/v1"], "needs --judge-model"),
         (["--objective", "honesty"], "name:low:high"),
+        (["--answers", "eval.json"], "name the models to judge, or --answers"),
     ],
 )
 def test_eval_says_what_is_wrong(run, capsys, arguments, reason):
@@ -293,7 +306,7 @@ def results(models=("<img src=x onerror=alert(1)>", "other & co"), prompts=30):
 
 def test_report_escapes_every_text(tmp_path):
     pytest.importorskip("matplotlib")
-    page = write_report(results(), {}, tmp_path).read_text()
+    page = write_report(results(), tmp_path).read_text()
     assert "<script" not in page and "<b>bold" not in page and "<img src=x" not in page
     assert "&lt;script&gt;" in page and "other &amp; co" in page and "1&lt;2" in page
     assert "(empty answer)" in page and "6 of 30 prompts, 5 of 26 requests" in page
@@ -304,7 +317,7 @@ def test_report_escapes_every_text(tmp_path):
     for result in quiet["results"].values():
         for entry in result["conditions"]:
             entry.pop("answers")
-    page = write_report(quiet, {}, tmp_path).read_text()
+    page = write_report(quiet, tmp_path).read_text()
     assert "bold" not in page and "Samples" not in page and "At a glance" in page
 
 
@@ -318,7 +331,9 @@ def test_report_in_a_browser(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": i, "loss": 1 / (i + 1)}) + "\n" for i in range(9))
     )
-    file = write_report(results(), {"other & co": tmp_path}, tmp_path / "report")
+    everything = results()
+    everything["results"]["other & co"]["run"] = str(tmp_path)
+    file = write_report(everything, tmp_path / "report")
     with browser() as page:
         for width, dark in ((390, False), (1100, True)):
             page.look(width, dark=dark)

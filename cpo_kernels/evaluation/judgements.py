@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpo_kernels.data.records import Prompt, Record, prompt_text
+from cpo_kernels.data.records import Prompt, Record
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.achieved import judged_scores
 from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.greedy import NO_COMMENT, changed_answers, greedy_classes
 from cpo_kernels.evaluation.likelihood import fitted, relative_accuracy, score_answers
 from cpo_kernels.evaluation.scorers import Scorer, checked
+from cpo_kernels.objectives import Objective
 
 
 def evaluate(
@@ -20,7 +21,6 @@ def evaluate(
     records: Sequence[Record],
     conditions: Sequence[Mapping[str, float]],
     *,
-    scorer: Scorer | None = None,
     tags: bool = True,
     rows: str = "shared",
     max_new_tokens: int = 50,
@@ -30,7 +30,7 @@ def evaluate(
     likelihood: bool = True,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Every judgement of one model, as JSON-ready numbers; `conditions` in the order of the results, then no tags.
+    """What one model answers and how likely it finds rated answers, JSON-ready: an entry per condition, then no tags.
 
     Likelihood and matching need rated responses in `records`. Without `tags` the model gets the bare prompt, whatever
     is requested.
@@ -60,13 +60,18 @@ def evaluate(
                 entry |= greedy_classes(given, records, objectives, no_comment)
         if rated:
             result["changed"] = changed_answers(answers[:-1], conditions)
-        if scorer:
-            prompts = [prompt_text(record.prompt) for record in records]
-            pairs = [pair for given in answers for pair in zip(prompts, given, strict=True)]
-            different = list(dict.fromkeys(pairs))  # a model that ignores a tag repeats itself
-            found = checked(scorer(*zip(*different, strict=True)), len(different), len(objectives), scorer)
-            by_pair = dict(zip(different, found.tolist(), strict=True))
-            for entry, given in zip(entries, answers, strict=True):
-                entry["scores"] = [by_pair[pair] for pair in zip(prompts, given, strict=True)]
-            result |= judged_scores(entries, objectives)
     return result
+
+
+def score(
+    result: Mapping[str, Any], prompts: Sequence[str], objectives: Sequence[Objective], scorer: Scorer
+) -> dict[str, Any]:
+    """What `evaluate` returned, with a score of every answer and what they say (`achieved.judged_scores`)."""
+    entries = [dict(entry) for entry in result["conditions"]]
+    pairs = [pair for entry in entries for pair in zip(prompts, entry["answers"], strict=True)]
+    different = list(dict.fromkeys(pairs))  # a model that ignores a tag repeats itself
+    found = checked(scorer(*zip(*different, strict=True)), len(different), len(objectives), scorer)
+    by_pair = dict(zip(different, found.tolist(), strict=True))
+    for entry in entries:
+        entry["scores"] = [by_pair[pair] for pair in zip(prompts, entry["answers"], strict=True)]
+    return {**result, "conditions": entries} | judged_scores(entries, objectives)

@@ -86,9 +86,8 @@ def need_matplotlib() -> None:
         raise ValueError("--report draws with matplotlib, which is not installed: pip install 'cpo-kernels[plot]'")
 
 
-def write_report(everything: Mapping[str, Any], runs: Mapping[str, Path], folder: Path) -> Path:
-    """`folder/report.html` and `folder/figures/*.png`; `everything` is what `cpo-kernels eval` saves, `runs` are the
-    run directories whose training is shown."""
+def write_report(everything: Mapping[str, Any], folder: Path) -> Path:
+    """`folder/report.html` and `folder/figures/*.png`; `everything` is what `cpo-kernels eval` saves."""
     results, objectives = everything["results"], everything["objectives"]
     bodies = {
         "glance": _glance(results, objectives) if all("control" in result for result in results.values()) else "",
@@ -96,7 +95,7 @@ def write_report(everything: Mapping[str, Any], runs: Mapping[str, Path], folder
         "relative": _relative(results),
         "samples": _samples(everything),
     }
-    for group, pictures in _pictures(everything, runs, folder / "figures").items():
+    for group, pictures in _pictures(everything, folder / "figures").items():
         bodies[group] = f'<div class="panels {group}">{"".join(pictures)}</div>'
     parts = []
     for key, (title, text) in SECTIONS.items():
@@ -129,7 +128,7 @@ def _page(everything: Mapping[str, Any], parts: Sequence[tuple[str, str, str]]) 
     )
 
 
-def _pictures(everything: Mapping[str, Any], runs: Mapping[str, Path], folder: Path) -> dict[str, list[str]]:
+def _pictures(everything: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
     """{section: <figure> elements}; the light ones are saved in `folder` as well."""
     from cpo_kernels.evaluation import figures
 
@@ -138,7 +137,7 @@ def _pictures(everything: Mapping[str, Any], runs: Mapping[str, Path], folder: P
     if all("control" in result for result in results.values()):
         panels += figures.control_panels(results, objectives)
         panels += figures.trade_off_panels(results, objectives)
-    metrics = {name: run / "metrics.jsonl" for name, run in runs.items()}
+    metrics = {m: Path(r.get("run", "")) / "metrics.jsonl" for m, r in results.items() if r["stage"] != "base"}
     curves = {name: _rows(file) for name, file in metrics.items() if file.exists()}
     panels += figures.training_panels(curves, {name: results[name]["stage"] for name in curves})
     folder.mkdir(parents=True, exist_ok=True)

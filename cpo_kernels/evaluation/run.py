@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cpo_kernels.data.records import Record, prompt_json
+from cpo_kernels.data.fields import prompt_of
+from cpo_kernels.data.records import Record, prompt_json, prompt_text
 from cpo_kernels.data.sources import load_records
 from cpo_kernels.evaluation.achieved import win_rates
 from cpo_kernels.evaluation.greedy import NO_COMMENT
-from cpo_kernels.evaluation.judgements import evaluate
+from cpo_kernels.evaluation.judgements import evaluate, score
 from cpo_kernels.evaluation.likelihood import rating_conditions
 from cpo_kernels.evaluation.llm_judge import PROMPT, Judge
 from cpo_kernels.evaluation.loading import Source, find_model, load
@@ -25,45 +27,64 @@ from cpo_kernels.evaluation.requests import condition_grid, parse_condition, par
 from cpo_kernels.evaluation.scorers import Scorer, make_scorer
 from cpo_kernels.evaluation.tables import rated_table, score_table
 from cpo_kernels.objectives import Objective, TagTemplate
+from cpo_kernels.training.checkpoints import atomic_text
 from cpo_kernels.training.keys import DataConfig
 from cpo_kernels.training.rundir import versions
 
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
+    if bool(args.models) == bool(args.answers):
+        raise ValueError("name the models to judge, or --answers, the results file of an earlier evaluation")
     if args.scorer and args.no_generate:
         raise ValueError("--scorer scores generated answers: leave --no-generate out")
     if args.prompts and args.data:
         raise ValueError("give --prompts or --data, not both")
     if args.report:
-        from cpo_kernels.evaluation.report import need_matplotlib
+        from cpo_kernels.evaluation.report import need_matplotlib, write_report
 
         need_matplotlib()  # before the work of hours
-    sources = [find_model(given, recipe=args.config) for given in args.models]
-    if args.base:
-        sources.insert(0, find_model(args.models[0], base=True, recipe=args.config))
-    names = [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{names.count(name)} models are called {name!r}: rename a folder")
-    for name in args.without_tags:
-        if name not in names:
-            raise ValueError(f"--without-tags {name!r} is none of {', '.join(names)}")
-    objectives = [parse_objective(text) for text in args.objective] or _objectives(sources)
-    out = args.out or (args.report or sources[-1].folder or Path()) / "eval.json"
-    cache = args.judge_cache or out.parent / "judge_cache"
+    if args.answers:
+        everything = json.loads(args.answers.read_text(encoding="utf-8"))
+        objectives = [Objective(**o) for o in everything["objectives"]]
+        out = args.out or (args.report or args.answers.parent) / "eval.json"
+        scorer = _scorer(args, objectives, out)
+        if scorer and "prompts" not in everything:
+            raise ValueError(f"{args.answers} holds no answers to score: it was written with --no-text")
+    else:
+        sources = _sources(args)
+        objectives = [parse_objective(text) for text in args.objective] or _objectives(sources)
+        out = args.out or (args.report or sources[-1].folder or Path()) / "eval.json"
+        scorer = _scorer(args, objectives, out)
+        everything = _answer(args, sources, objectives)
+        _save(everything, out, not args.no_text)  # the answers, should a scorer fail
+    results = everything["results"]
+    if scorer:
+        prompts = [prompt_text(prompt_of({"prompt": prompt}, "prompt")) for prompt in everything["prompts"]]
+        for name, result in results.items():
+            results[name] = score(result, prompts, objectives, scorer)
+        everything["win_rates"] = win_rates({name: r["conditions"] for name, r in results.items()}, objectives)
+        _save(everything, out, not args.no_text)
+    if "win_rates" in everything:
+        print(score_table(results, objectives, everything["win_rates"]))
+    elif any("matched" in entry or "relative_accuracy" in entry for r in results.values() for entry in r["conditions"]):
+        print(rated_table(results, objectives))
+    print(f"results: {out if scorer or args.models else args.answers}")
+    if args.report:
+        print(f"report: {write_report(without_text(everything) if args.no_text else everything, args.report)}")
+    return 0
+
+
+def _answer(args: Any, sources: Sequence[Source], objectives: Sequence[Objective]) -> dict[str, Any]:
+    """Every model's answers and likelihoods: the results file without scores."""
     report: dict[str, Any] = {}
     records = _records(args, sources[0], objectives, report)
-    scorer = (
-        make_scorer(args.scorer, objectives, lambda url, some: _judge(args, url, some, cache)) if args.scorer else None
-    )
     conditions = _conditions(args, sources[0], objectives, records)
     if not args.no_generate:
-        answers = len(sources) * len(records) * (len(conditions) + 1)
+        count = len(sources) * len(records) * (len(conditions) + 1)
         print(
-            f"{len(sources)} model(s), {len(records)} prompts, {len(conditions)} conditions and none: {answers} answers"
+            f"{len(sources)} model(s), {len(records)} prompts, {len(conditions)} conditions and none: {count} answers"
         )
-
     results: dict[str, Any] = {}
     for source in sources:
         model, template = load(source, objectives)
@@ -72,7 +93,6 @@ def main(argv: Sequence[str]) -> int:
             template,
             records,
             conditions,
-            scorer=scorer,
             tags=source.name not in args.without_tags,
             rows=source.config.training.rows,
             max_new_tokens=args.max_new_tokens,
@@ -83,36 +103,37 @@ def main(argv: Sequence[str]) -> int:
             progress=True,
         ) | {"run": str(source.folder or source.model.name), "stage": _stage(source)}
         del model
-    everything: dict[str, Any] = {"versions": versions(), "report": report, "results": results}
-    everything["objectives"] = [{"name": o.name, "low": o.low, "high": o.high} for o in objectives]
-    everything["prompts"] = [prompt_json(record.prompt) for record in records]
-    if scorer:
-        scored = {name: result["conditions"] for name, result in results.items()}
-        everything["win_rates"] = win_rates(scored, objectives)
-    if args.no_text:
-        everything.pop("prompts")
-        for result in results.values():
-            for entry in result["conditions"]:
-                entry.pop("answers", None)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if scorer:
-        print(score_table(results, objectives, everything["win_rates"]))
-    elif any(record.responses for record in records):
-        print(rated_table(results, objectives))
-    print(f"results: {out}")
-    if args.report:
-        from cpo_kernels.evaluation.report import write_report
+    return {
+        "versions": versions(),
+        "report": report,
+        "objectives": [asdict(o) for o in objectives],
+        "prompts": [prompt_json(record.prompt) for record in records],
+        "results": results,
+    }
 
-        runs = {source.name: source.folder for source in sources if source.folder and _stage(source) != "base"}
-        print(f"report: {write_report(everything, runs, args.report)}")
-    return 0
+
+def _save(everything: dict[str, Any], out: Path, text: bool) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = everything if text else without_text(everything)
+    atomic_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", out)
+
+
+def without_text(everything: dict[str, Any]) -> dict[str, Any]:
+    """The results without prompts and answers."""
+    results = {}
+    for name, result in everything["results"].items():
+        entries = [{key: x for key, x in entry.items() if key != "answers"} for entry in result["conditions"]]
+        results[name] = result | {"conditions": entries}
+    return {key: x for key, x in everything.items() if key != "prompts"} | {"results": results}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cpo-kernels eval", description=(__doc__ or "").partition("\n\n")[2])
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="run directory, checkpoint inside one, or transformers directory")
+    add("models", nargs="*", metavar="MODEL", help="run directory, checkpoint inside one, or transformers directory")
+    add(
+        "--answers", type=Path, metavar="FILE", help="score or report the results file of an earlier evaluation instead"
+    )
     add("--base", action="store_true", help="also judge the model that the first run started from")
     add("--config", metavar="RECIPE", help="recipe with template and objectives; default: the run's config.yaml")
     add(
@@ -186,6 +207,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sources(args: Any) -> list[Source]:
+    sources = [find_model(given, recipe=args.config) for given in args.models]
+    if args.base:
+        sources.insert(0, find_model(args.models[0], base=True, recipe=args.config))
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} models are called {name!r}: rename a folder")
+    for name in args.without_tags:
+        if name not in names:
+            raise ValueError(f"--without-tags {name!r} is none of {', '.join(names)}")
+    return sources
+
+
 def _objectives(sources: Sequence[Source]) -> list[Objective]:
     """Those of the runs, which must agree: requests and scores mean the same for all models."""
     first = sources[0].objectives
@@ -227,6 +262,13 @@ def _conditions(
     if not found:
         raise ValueError("nothing to ask for: give --condition or --grid (no ratings here to take conditions from)")
     return [condition for i, condition in enumerate(found) if condition not in found[:i]]
+
+
+def _scorer(args: Any, objectives: Sequence[Objective], out: Path) -> Scorer | None:
+    cache = args.judge_cache or out.parent / "judge_cache"
+    return (
+        make_scorer(args.scorer, objectives, lambda url, some: _judge(args, url, some, cache)) if args.scorer else None
+    )
 
 
 def _judge(args: Any, url: str, objectives: list[Objective], cache: Path) -> Scorer:
