@@ -80,7 +80,7 @@ class Bench:
                 try:
                     rows[name] |= self.examine(workers[name], workload, truth, known.limits(workload))
                     if known.apart:
-                        self.unload(workers[name])
+                        workers[name].stop()
                 except Failed as failed:
                     rows[name]["why"] = TIME_LIMIT if time.monotonic() > self.deadline else str(failed)
                     workers.pop(name).stop()
@@ -128,7 +128,7 @@ class Bench:
                         workers[name].ask("first", limit_s=self.subject_s)
                     times[name].append(workers[name].ask("turn", self.turn_s, limit_s=self.subject_s))
                     if apart is not None:
-                        self.unload(workers[name])
+                        workers[name].stop()  # trainers leave references to their model behind
                 except Failed as failed:
                     rows[name]["why"] = str(failed)
                     del times[name]

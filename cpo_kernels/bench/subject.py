@@ -53,7 +53,7 @@ class Family:
     tensors: (workload, device) -> what every subject builds its step from; the same values in every process.
     truth: the same outcome in float32 or better, by the plainest route that fits in memory.
     limits: largest relative error of each of the truth's names.
-    apart: one subject in memory at a time; each turn loads it again and runs once untimed.
+    apart: one subject in memory at a time; each turn begins its process anew and runs once untimed.
     """
 
     workload: type
