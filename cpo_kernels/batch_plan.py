@@ -75,13 +75,14 @@ class Part:
 class Layout:
     """The order in which a trainable head takes the rows of a batch, known to the host.
 
-    `pairs`: chunks are whole groups. `two_pass`: one part for the loss, `row_chunks` for the products.
+    `pairs`: chunks are whole groups. `deferred`, `two_pass`: one part for the loss, `row_chunks` for the products.
     """
 
     lengths: list[int]  # rows of each sequence
     pairs: list[tuple[int, int]]
     row_limit: int
     couples_pairs: bool
+    opposite: bool  # the coefficients of a pair's two sequences
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -94,7 +95,8 @@ class Layout:
     @cached_property
     def strategy(self) -> str:
         largest = max((g.num_rows for g in self.groups), default=0)
-        return preference_strategy(self.num_rows, largest, self.couples_pairs, self.row_limit)
+        one_pair = self.opposite and len(self.pairs) == 1
+        return preference_strategy(self.num_rows, largest, self.couples_pairs, one_pair, self.row_limit)
 
     @cached_property
     def chunks(self) -> list[Group]:
@@ -115,7 +117,7 @@ class Layout:
 
     @property
     def row_chunks(self) -> list[slice]:
-        """Rows of each product under `two_pass`."""
+        """Rows of each product under `deferred` and `two_pass`."""
         step = even_rows(self.num_rows, self.row_limit)
         return [slice(low, high) for low, high in chunks(self.num_rows, step)]
 
@@ -152,18 +154,21 @@ class Layout:
     def pack(self) -> Tensor:
         """The layout as a CPU tensor, which is how it passes through an op."""
         pairs = [s for pair in self.pairs for s in pair]
-        head = [self.row_limit, int(self.couples_pairs), len(self.lengths)]
+        head = [self.row_limit, int(self.couples_pairs), int(self.opposite), len(self.lengths)]
         return torch.tensor([*head, *self.lengths, *pairs], dtype=torch.int64)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Layout:
-        row_limit, couples_pairs, num_sequences, *rest = packed.tolist()
-        return cls.of(rest[:num_sequences], rest[num_sequences:], row_limit, bool(couples_pairs))
+        row_limit, couples_pairs, opposite, num_sequences, *rest = packed.tolist()
+        flags = bool(couples_pairs), bool(opposite)
+        return cls.of(rest[:num_sequences], rest[num_sequences:], row_limit, *flags)
 
     @classmethod
-    def of(cls, lengths: list[int], flat_pairs: list[int], row_limit: int, couples_pairs: bool) -> Layout:
+    def of(
+        cls, lengths: list[int], flat_pairs: list[int], row_limit: int, couples_pairs: bool, opposite: bool
+    ) -> Layout:
         pairs = list(zip(flat_pairs[::2], flat_pairs[1::2], strict=True))
-        return cls(lengths, pairs, row_limit, couples_pairs)
+        return cls(lengths, pairs, row_limit, couples_pairs, opposite)
 
 
 class Tables:

@@ -62,10 +62,15 @@ def train(argv: Sequence[str]) -> int:
         return 0
     overrides += [f"training.{name}=true" for name in ("resume", "overwrite") if getattr(args, name)]
 
+    from accelerate import PartialState
+
     from cpo_kernels.training.loop import train
 
     result = train(args.config, overrides=overrides)
-    print(summary(result))
+    ranks = PartialState()
+    if ranks.is_main_process:
+        print(summary(result))
+    ranks.destroy_process_group()
     return 0
 
 

@@ -151,6 +151,7 @@ class FusedLinearCPOLoss(nn.Module):
             args,
             self.options.use_weighting,
             self.options.couples_pairs,
+            self.options.opposite,
             (none.cpu(), none, none) if plan is None else (plan.host, plan.index, plan.tables),
             self.impl,
         )
@@ -226,7 +227,7 @@ class FusedLinearCPOLoss(nn.Module):
             chosen_tokens = max(1.0, float((lengths[chosen] * (order != 0)).sum()))
         rows = offsets.diff() if all_positions else lengths
         flat_pairs = pairs.flatten().tolist()
-        layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs)
+        layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs, self.options.opposite)
         index = torch.arange(len(flat)) if all_positions else (flat != ignore_index).nonzero().squeeze(1)
         return BatchPlan(layout, layout.pack(), index, layout.tables(), pairs, len(flat), num_pairs, chosen_tokens)
 

@@ -69,7 +69,11 @@ class WeightGrad:
 
     One chunk is one product in the weight's dtype. Several chunks add up in float32 (float64 for float64): a bfloat16
     accumulator biases training. Where the device multiplies 16 bit into float32 the product itself adds.
+
+    scale [1]: factor on both sums, where it is known before the last of several chunks is added; None for 1.
     """
+
+    scale: Tensor | None = None
 
     def __init__(self, weight: Tensor, num_chunks: int, need_dw: bool, need_db: bool) -> None:
         acc = ops.acc_dtype(weight.dtype)
@@ -118,7 +122,8 @@ class WeightGrad:
             if g.dtype == torch.float16:
                 product = product.float() * power
             if last:
-                rounded[slab] = self.dw[slab] + product
+                total = self.dw[slab] + product
+                rounded[slab] = total if self.scale is None else total * self.scale
             elif self.added:
                 self.dw[slab] += product
             else:
@@ -127,6 +132,12 @@ class WeightGrad:
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """dW / power in the weight's dtype, db in float32, power."""
+        if self.scale is not None:
+            self.db *= self.scale
+        if self.dw.dtype != self.dtype and self.dtype == torch.bfloat16 and self.scale is not None:
+            self.dw = torch.mul(self.dw, self.scale, out=torch.empty_like(self.dw, dtype=self.dtype))
+        elif self.dw.dtype == ops.acc_dtype(self.dtype) and self.scale is not None:
+            self.dw *= self.scale
         if self.dw.dtype != self.dtype and self.dw.numel():
             self.power = power_of_two(self.dw, self.dtype)
             self.dw = (self.dw / self.power if self.dtype == torch.float16 else self.dw).to(self.dtype)

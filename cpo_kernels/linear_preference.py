@@ -1,9 +1,10 @@
-"""A trainable head under a known preference loss: loss, dX and dW in one forward pass (strategies pairs, two_pass).
+"""A trainable head under a known preference loss: loss, dX and dW in one forward pass (pairs, deferred, two_pass).
 
 `pairs` puts whole groups of linked pairs into one chunk: the chunk's sequence log-probs give the loss and the
 coefficient dL/dL_s of each of its sequences while onehot - softmax is still there, so dX and dW need no second look at
 the logits (3 products). Where a group does not fit the budget, or the loss couples all pairs, `two_pass` computes all
-log-probs first and makes the logits again with known coefficients (4 products).
+log-probs first and makes the logits again with known coefficients (4 products). `deferred` spares one pair that: where
+dL/dL_rejected = -dL/dL_chosen = -c, dW = c * (sum over chosen rows - sum over rejected rows), and c may come last.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def linear_preference_op(
     options: HeadOptions,
     use_weighting: bool,
     couples_pairs: bool,
+    opposite: bool,
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
@@ -61,7 +63,7 @@ def linear_preference_op(
         known = torch.cat([counts, lengths, pairs.flatten()]).tolist()  # the host waits here, and nowhere else
         if several:
             args, known = args.with_divisors(*known[:2]), known[2:]
-        layout = Layout.of(known[: len(lengths)], known[len(lengths) :], row_limit, couples_pairs)
+        layout = Layout.of(known[: len(lengths)], known[len(lengths) :], row_limit, couples_pairs, opposite)
         index = labelled_index(labels, options.ignore_index, layout.num_rows)
         plan_tables = to_device(layout.tables(), hidden.device)
     tables = Tables(layout, plan_tables)
@@ -77,18 +79,18 @@ def linear_preference_op(
     if ref is not None:
         max_rows = max(max_rows, min(2 * max_rows, row_limit))
     head = Head(weight, bias, options, max_rows, impl)
-    outputs, seq_logps, coef = run.pairs(head) if layout.strategy == "pairs" else run.two_pass(head)
+    outputs, seq_logps, coef = getattr(run, layout.strategy)(head)
     loss, losses, _, *metrics = outputs
     dx = rows.scatter(run.dx, hidden.shape[0]) if need_dx else run.dx
     coef = rows.scatter(coef, hidden.shape[0])
-    return loss, losses, seq_logps, *metrics, dx, coef, *run.head_grads  # type: ignore[return-value]
+    return loss, losses, seq_logps, *metrics, dx, coef, *run.head_grads
 
 
 Outputs = tuple[tuple[Tensor, ...], Tensor, Tensor]  # of the preference kernel, seq_logps [s], coefficients of rows [n]
 
 
 class _Pass:
-    """One run over the rows: what both strategies share."""
+    """One run over the rows, by the strategy of that name."""
 
     def __init__(
         self,
@@ -103,6 +105,7 @@ class _Pass:
     ) -> None:
         self.rows, self.ref, self.token_weights, self.args = rows, ref, token_weights, args
         self.layout, self.tables, self.weighted, self.needs = layout, tables, weighted, needs
+        self.acc = ops.acc_dtype(rows.x.dtype)
         self.dx: Tensor  # [n, H] without coefficients
         self.head_grads: tuple[Tensor, Tensor, Tensor]  # dW up to a power of two, db, power
 
@@ -159,6 +162,28 @@ class _Pass:
         seq_logps = place([s for _, s, _ in seen], self.tables.slots)
         return tuple(merged), seq_logps, torch.cat([c for _, _, c in seen])
 
+    def deferred(self, head: Head) -> Outputs:
+        first = torch.arange(1, -2, -2, device=head.weight.device, dtype=self.acc)  # 1, -1
+        sign = first.new_zeros(len(self.layout.lengths)).index_add_(0, self.args.pairs[0], first)  # [S]
+        sign = sign.index_select(0, self.tables.segments)  # [n]
+        sign = sign * self.token_weights if self.token_weights.numel() else sign
+        parts = self.layout.row_chunks
+        sums = WeightGrad(head.weight, len(parts), *self.needs[1:])
+        self.dx = torch.empty_like(self.rows.x) if self.needs[0] else self.rows.x.new_empty(0)
+        seen = []
+        for p in parts:
+            x, labels = self.rows.x[p], self.rows.labels[p]
+            g, logp, _, extra, ref_logp = head.fused(x, labels, self.weighted, self.ref_of(p))
+            seen.append((logp, extra, ref_logp))
+            if self.needs[0]:
+                torch.mm(g, head.weight, out=self.dx[p])
+            if p is parts[-1]:
+                outputs = self.preference(head, 0, *(torch.cat(c, dim=-1) for c in zip(*seen, strict=True)))
+                sums.scale = outputs[0][2].index_select(0, self.args.pairs[0, :1])
+            sums.add(g, x, sign[p])
+        self.head_grads = sums.result()
+        return outputs
+
     def two_pass(self, head: Head) -> Outputs:
         x, labels = self.rows.x, self.rows.labels
         parts = self.layout.row_chunks
@@ -200,12 +225,13 @@ def linear_preference(
     args: PreferenceArgs,
     use_weighting: bool,
     couples_pairs: bool,
+    opposite: bool,
     plan: tuple[Tensor, Tensor, Tensor],
     impl: str,
 ) -> tuple[Tensor, ...]:
     """(loss, losses, seq_logps, chosen_rewards, rejected_rewards, value_gap, order, counts); loss is differentiable."""
     i = inputs
-    flags = (*i.options, use_weighting, couples_pairs, *i.needs, i.row_limit)
+    flags = (*i.options, use_weighting, couples_pairs, opposite, *i.needs, i.row_limit)
     return _LinearPreference.apply(
         i.hidden, i.weight, i.bias, i.labels, token_weights, ref_hidden, args, flags, plan, i.home(impl)
     )

@@ -110,6 +110,11 @@ class LossOptions:
         return any(LOSS_TYPES[t].couples_batch for t in self.types)
 
     @property
+    def opposite(self) -> bool:
+        """Whether dloss/dL_rejected = -dloss/dL_chosen, whatever the log-probs are."""
+        return self.f_divergence == "reverse_kl" and all(LOSS_TYPES[t].opposite for t in self.types)
+
+    @property
     def averages_tokens(self) -> bool:
         """Whether a term is a mean over the tokens of all chosen responses."""
         return not {"sft", "orpo", "contrastive_cpo"}.isdisjoint(self.types)

@@ -6,6 +6,7 @@ In products of N*H*V multiply-adds, N labelled rows:
     frozen     2  weight and bias need no gradient: dX unscaled is made while the chunk is there
     pairs      3  loss known, chunks are whole groups of linked pairs: dX and dW are made in the forward pass
     nll        3  loss known and separable by token (linear_nll), any chunks
+    deferred   3  one pair that does not fit the budget, its two coefficients opposite: dW is scaled when they are known
     two_pass   4  loss known, but a group does not fit the budget or the loss couples all pairs
     recompute  4  trainable head under a loss that is not known yet
 """
@@ -29,7 +30,7 @@ from cpo_kernels.checks import check_types
 # 122 / H of them, 3% at H = 4096, whatever the chunk is.
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
-PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "two_pass": 4, "recompute": 4}
+PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "deferred": 3, "two_pass": 4, "recompute": 4}
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def explain(
     loss: str = "preference",
     group_tokens: int | None = None,
     couples_pairs: bool = False,
+    one_pair: bool = False,
     memory_budget: int | None = None,
 ) -> Plan:
     """The plan for a head of this shape: strategy, chunks, products and bytes.
@@ -95,6 +97,7 @@ def explain(
         loss: "preference" (FusedLinearCPOLoss), "nll" (linear_nll) or "unknown" (linear_token_logps).
         group_tokens: labelled positions of the largest group of linked pairs, num_tokens if None.
         couples_pairs: the loss couples all pairs (aot, aot_unpaired).
+        one_pair: the batch is one pair, under a loss with opposite coefficients (sigmoid and others, reverse KL).
         memory_budget: bytes of logits held at a time; the default depends on the device.
 
     Raises:
@@ -126,13 +129,15 @@ def explain(
     elif loss == "nll":
         strategy = "nll"
     else:
-        strategy = preference_strategy(num_tokens, group, couples_pairs, limit)
+        strategy = preference_strategy(num_tokens, group, couples_pairs, one_pair, limit)
     return _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, train_hidden, train_head)
 
 
-def preference_strategy(num_tokens: int, group_tokens: int, couples_pairs: bool, limit: int) -> str:
+def preference_strategy(num_tokens: int, group_tokens: int, couples_pairs: bool, one_pair: bool, limit: int) -> str:
     """`pairs` where whole groups fit the budget; a loss that couples all pairs has one group."""
-    return "pairs" if (num_tokens if couples_pairs else group_tokens) <= limit else "two_pass"
+    if (num_tokens if couples_pairs else group_tokens) <= limit:
+        return "pairs"
+    return "deferred" if one_pair else "two_pass"
 
 
 def _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, train_hidden, train_head) -> Plan:

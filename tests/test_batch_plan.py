@@ -167,7 +167,7 @@ def test_a_reference_with_the_same_head_shares_the_product(monkeypatch, budget, 
 def test_layout_orders_whole_groups():
     lengths, pairs = [3, 5, 0, 2, 4], [(3, 0), (1, 4), (0, 3)]
     assert [g.sequences for g in linked_groups(pairs, lengths)] == [[0, 3], [1, 4], [2]]
-    layout = Layout(lengths, pairs, 9, False)
+    layout = Layout(lengths, pairs, 9, False, False)
     assert layout.strategy == "pairs" and [g.sequences for g in layout.chunks] == [[0, 3], [1, 4, 2]]
     tables = Tables(layout, layout.tables())
     first, second = layout.parts

@@ -54,7 +54,7 @@ def op_samples(impl):
             linear_preference.linear_preference_op,
             (
                 hidden, weight, bias, labels, empty, hidden[:0].view(0), *preference_args(batch, torch.float32), *head,
-                True, False, True, True, True, limit, none, none, none, impl,
+                True, False, False, True, True, True, limit, none, none, none, impl,
             ),
         )  # fmt: skip
 

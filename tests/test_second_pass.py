@@ -101,7 +101,7 @@ def test_dw_has_no_float32_copy():
     hidden = torch.randn(64, 16).bfloat16().requires_grad_()
     weight = torch.randn(4001, 16).bfloat16().requires_grad_()
     labels = torch.randint(4001, (64,))
-    loss_fn = cpo.FusedLinearCPOLoss(memory_budget=10 * 4001 * 2, impl="cpu")
+    loss_fn = cpo.FusedLinearCPOLoss(loss_type="ipo", memory_budget=10 * 4001 * 2, impl="cpu")
     with Largest() as seen:
         loss_fn(hidden.view(2, 32, 16), weight, labels.view(2, 32), ref_logps=torch.zeros(2)).loss.backward()
     assert 0 < seen.bytes < 4001 * 16 * 4

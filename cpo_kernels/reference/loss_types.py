@@ -225,6 +225,7 @@ class LossType:
     needs_lengths: bool = False
     averaged: bool = False  # reference-free reward is beta * L / n instead of beta * L
     couples_batch: bool = False  # sorts over the batch: the loss of one pair depends on all
+    opposite: bool = False  # under reverse KL dloss/dL_l = -dloss/dL_w, whatever the log-probs are
 
     @property
     def formula(self) -> str:
@@ -239,19 +240,19 @@ _FREE = {"needs_reference": False, "needs_lengths": True}
 
 # The index of a name in this table is its number in the kernels.
 LOSS_TYPES: dict[str, LossType] = {
-    "sigmoid": LossType(_sigmoid, _PAIRWISE | _SOFT | {"f_divergence"}),
-    "hinge": LossType(_hinge, _PAIRWISE | {"margin", "f_divergence"}),
+    "sigmoid": LossType(_sigmoid, _PAIRWISE | _SOFT | {"f_divergence"}, opposite=True),
+    "hinge": LossType(_hinge, _PAIRWISE | {"margin", "f_divergence"}, opposite=True),
     "ipo": LossType(_ipo, _PAIRWISE | {"f_divergence"}, needs_lengths=True),
-    "exo_pair": LossType(_exo_pair, _PAIRWISE | {"label_smoothing", "f_divergence"}),
+    "exo_pair": LossType(_exo_pair, _PAIRWISE | {"label_smoothing", "f_divergence"}, opposite=True),
     "nca_pair": LossType(_nca_pair, _PAIRWISE),
-    "robust": LossType(_robust, _PAIRWISE | {"label_smoothing", "f_divergence"}),
+    "robust": LossType(_robust, _PAIRWISE | {"label_smoothing", "f_divergence"}, opposite=True),
     "bco_pair": LossType(_bco_pair, _PAIRWISE),
     "sppo_hard": LossType(_sppo_hard, _PAIRWISE),
-    "aot": LossType(_aot, frozenset({"label_smoothing", "ld_alpha"}), couples_batch=True),
+    "aot": LossType(_aot, frozenset({"label_smoothing", "ld_alpha"}), couples_batch=True, opposite=True),
     "aot_unpaired": LossType(_aot_unpaired, frozenset({"label_smoothing", "ld_alpha"}), couples_batch=True),
     "apo_zero": LossType(_apo_zero, _PAIRWISE),
     "apo_down": LossType(_apo_down, _PAIRWISE),
-    "discopop": LossType(_discopop, _PAIRWISE | {"f_divergence", "discopop_tau"}),
+    "discopop": LossType(_discopop, _PAIRWISE | {"f_divergence", "discopop_tau"}, opposite=True),
     "sft": LossType(_sft, frozenset({"pair_weights"}), **_FREE),
     "sigmoid_norm": LossType(_sigmoid_norm, _PAIRWISE | _SOFT | {"f_divergence"}, needs_lengths=True),
     "simpo": LossType(_simpo, _REWEIGHTED | _SOFT | {"pair_betas", "simpo_gamma"}, averaged=True, **_FREE),
@@ -260,5 +261,5 @@ LOSS_TYPES: dict[str, LossType] = {
     "alphapo": LossType(
         _alphapo, _REWEIGHTED | _SOFT | {"pair_betas", "simpo_gamma", "alphapo_alpha"}, averaged=True, **_FREE
     ),
-    "modpo": LossType(_modpo, _PAIRWISE | {"modpo_weight", "margins"}),
+    "modpo": LossType(_modpo, _PAIRWISE | {"modpo_weight", "margins"}, opposite=True),
 }
