@@ -31,8 +31,8 @@ def _run(
     function: Callable[..., Any], world: int, args: tuple[Any, ...], seconds: float
 ) -> tuple[list[Any], list[int | None], str]:
     """(results, exit codes, tracebacks) by rank."""
-    context = multiprocessing.get_context("forkserver")  # imports torch once for all of them
-    context.set_forkserver_preload(["cpo_kernels"])
+    context = multiprocessing.get_context("forkserver")  # imports torch and transformers once for all
+    context.set_forkserver_preload(["cpo_kernels.training.loop"])
     with tempfile.TemporaryDirectory() as folder:
         given = [(function, rank, world, folder, args) for rank in range(world)]
         processes = [context.Process(target=_rank, args=a, daemon=True) for a in given]

@@ -40,13 +40,13 @@ def lora_run(folder, base, quantize=None, stage="cdpo", **training):
 def test_lora_trains_adapters_and_saves_a_plain_model(tmp_path, base, monkeypatch):
     pytest.importorskip("peft")
     seen = {}
-    real = loop_module.save_model
+    real = loop_module.to_save
 
-    def save_model(model, *rest):
+    def to_save(model, *rest):
         seen.update(before=dict(model.named_parameters()))
-        real(model, *rest)
+        return real(model, *rest)
 
-    monkeypatch.setattr(loop_module, "save_model", save_model)
+    monkeypatch.setattr(loop_module, "to_save", to_save)
     result = lora_run(tmp_path / "run", base, max_steps=12)
     trained = [name for name, p in seen["before"].items() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained) and not any("lm_head" in name for name in trained)

@@ -10,10 +10,14 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from processes import as_launched, exit_codes, free_port, run_processes
 from test_training import RECORDS, TIMES
 from tiny import one_thread  # noqa: F401
@@ -27,7 +31,6 @@ from cpo_kernels.training.parallel import whole
 
 TIGHT = 3e-11
 
-# name: (config, launched as). Rounds in which a rank has no micro-batch of its own come with all of them but `even`.
 LORA = {"train": "lora", "lora": {"r": 4, "alpha": 8}}
 RUNS = {
     "even": {"training": {"batch_size": 6, "tokens_per_microbatch": 300}},
@@ -38,7 +41,7 @@ RUNS = {
     "chosen tokens": {"loss": {"type": ["sigmoid", "sft"]}, "training": {"tokens_per_microbatch": 300}},
     "lora": {"training": {**LORA, "batch_size": 1, "lr": 1e-2}},
 }
-UNEVEN = {"one group a step", "padded", "cpsft", "lora"}
+UNEVEN = {"one group a step", "padded", "cpsft"}  # in some round a rank has no micro-batch of its own
 
 
 def exact_norm(self, x):
@@ -69,7 +72,6 @@ def train_tiny(**sections):
 def launched_as(kind):
     """Accelerate's own FSDP2 on a CPU: it asks for it on accelerators alone, but its code does not need them."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     class Sharding(Accelerator):
@@ -92,6 +94,8 @@ def assert_same(found, expected):
         for name, x in row.items():
             if name not in unlike:
                 assert x == pytest.approx(other[name], rel=1e-8, abs=TIGHT), (row["step"], name)
+    if weights.keys() != expected_weights.keys():  # saving merges adapters
+        weights, expected_weights = merged(weights), merged(expected_weights)
     assert weights.keys() == expected_weights.keys()
     for name, weight in weights.items():
         assert float((weight - expected_weights[name]).abs().max()) <= TIGHT, name
@@ -108,15 +112,20 @@ def caught(function, *args, **keys):
     return "nothing was raised"
 
 
+def train_tiny_badly(rank):
+    train(config_of(**({"loss": {"bta": 1}} if rank else {})), tokenizer=tiny.tokenizer(), records=RECORDS)
+
+
 def failing_runs(rank, folder):
     """What each rank raises where one of them, or all, cannot go on."""
     errors = {}
-    lines = ['{"prompt": "say ab", "responses": [{"text": "a", "ratings": {"honesty": 1}}]}'] * 3
+    answers = '[{"text": "a", "ratings": {"honesty": 1}}, {"text": "b", "ratings": {"honesty": 5}}]'
+    lines = [f'{{"prompt": "say {word}", "responses": {answers}}}' for word in ("ab", "cd", "ef")]
     file = folder / f"data{rank}.jsonl"
     file.write_text("\n".join([*lines, "{broken" if rank else lines[0]]))
     config = config_of(data={"train": [str(file)]})
     errors["bad line"] = caught(train, config, tokenizer=tiny.tokenizer())
-    errors["bad key"] = caught(train, config_of(**({"loss": {"bta": 1}} if rank else {})), records=RECORDS)
+    errors["bad key"] = caught(train_tiny_badly, rank)
     errors["no layer"] = caught(train_tiny, training={"train": "last_k", "k": 3 if rank else 1})
     errors["other data"] = caught(train, config_of(seed=rank), tokenizer=tiny.tokenizer(), records=RECORDS)
 
@@ -214,6 +223,18 @@ def alone():
     return run
 
 
+def merged(weights):
+    """The weights of LORA's adapters in those of their layers."""
+    plain = {n.replace(".base_layer", ""): w for n, w in weights.items() if "lora_" not in n}
+    for n in weights:
+        if n.endswith(".lora_A.default.weight"):
+            stem = n.removesuffix(".lora_A.default.weight")
+            plain[f"{stem}.weight"] = (
+                plain[f"{stem}.weight"] + 8 / 4 * weights[f"{stem}.lora_B.default.weight"] @ weights[n]
+            )
+    return plain
+
+
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_are_one(ranks, alone, folder, kind, name):
@@ -224,24 +245,8 @@ def test_two_processes_are_one(ranks, alone, folder, kind, name):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4]
     assert not (folder / f"{kind} {name} 1").exists()  # rank 1 wrote nothing
     saved = load_model(read_config({"model": str(folder / f"{kind} {name} 0/model")}).model)[0]
-    if name != "lora":
-        for n, p in saved.named_parameters():
-            torch.testing.assert_close(p.double(), alone(name)[1][n], atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_merged_adapters_are_saved_by_one(alone, ranks, folder, kind):
-    saved = load_model(read_config({"model": str(folder / f"{kind} lora 0/model")}).model)[0]
-    weights = alone("lora")[1]
-    for name, p in saved.named_parameters():
-        stem = name.removesuffix(".weight")
-        if f"{stem}.base_layer.weight" in weights:
-            parts = (weights[f"{stem}.{part}.weight"] for part in ("base_layer", "lora_A.default", "lora_B.default"))
-            base, a, b = parts
-            expected = base + 8 / 4 * b @ a
-        else:
-            expected = weights[name]
-        torch.testing.assert_close(p.double(), expected, atol=1e-6, rtol=1e-6)
+    for n, p in saved.named_parameters():  # read as float32
+        torch.testing.assert_close(p.double(), merged(alone(name)[1])[n], atol=1e-7, rtol=1e-7)
 
 
 def test_the_reference_is_scored_once_over_all_ranks(ranks, folder):
@@ -280,3 +285,66 @@ def test_killed_processes_resume_as_if_unbroken(tmp_path, kind, at):
     assert_same(train_tiny(run_dir=str(tmp_path / "copy"), **RESUMED), whole_run)
     for found in run_processes(resumed_run, 2, tmp_path / "run", free_port(), kind):
         assert_same(found, whole_run)
+
+
+# ------------------------------------------------------------------------------------------------ launched from a shell
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "recipes/accelerate"
+
+
+def launch(folder, *overrides):
+    """`accelerate launch` of our command, on two CPU processes."""
+    tiny.tokenizer().save_pretrained(folder / "tokenizer")
+    answers = [{"prompt": r.prompt, "responses": [vars(a) for a in r.responses]} for r in RECORDS]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    config = tiny.config(run_dir=str(folder / "run"), training={"max_steps": 2})
+    config["model"]["tokenizer"], config["data"]["train"] = str(folder / "tokenizer"), [str(folder / "data.jsonl")]
+    (folder / "recipe.yaml").write_text(json.dumps(config))  # JSON is YAML
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml")]
+    command += ["--num_processes", "2", "--main_process_port", str(free_port())]
+    command += ["-m", "cpo_kernels.cli", "train", str(folder / "recipe.yaml"), *overrides]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_accelerate_launches_the_command(tmp_path):
+    done = launch(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("train: prompts 10") == 1  # the main process alone speaks
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    config = tiny.config(training={"max_steps": 2})
+    one = train(config, tokenizer=tiny.tokenizer(), records=RECORDS)
+    assert [row["step"] for row in rows] == [row["step"] for row in one.metrics]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        found, expected = ([row[name] for row in metrics if name in row] for metrics in (rows, one.metrics))
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_settings_of_the_launcher_that_cannot_be_kept_are_refused(monkeypatch):
+    def message(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            return caught(train, config_of(), tokenizer=tiny.tokenizer(), records=RECORDS)
+        finally:
+            monkeypatch.undo()
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+    assert "mixed_precision: bf16; set it to no" in message(ACCELERATE_MIXED_PRECISION="bf16")
+    assert "gradient_accumulation_steps; leave it at 1" in message(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2")
+
+
+def test_accelerate_reads_the_configs():
+    """With a key that it does not know it would stop."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {path.stem: load_config_from_file(str(path)) for path in CONFIGS.glob("*.yaml")}
+    assert {name: str(c.distributed_type.value) for name, c in kinds.items()} == {
+        "ddp": "MULTI_GPU",
+        "fsdp2": "FSDP",
+        "zero3": "DEEPSPEED",
+    }
+    assert all(c.mixed_precision == "no" and c.num_processes == 8 for c in kinds.values())
+    assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2 and kinds["zero3"].deepspeed_config["zero_stage"] == 3

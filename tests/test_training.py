@@ -2,18 +2,18 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
+import resource
+import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 
 from cpo_kernels.data.packing import collate
 from cpo_kernels.data.preparation import load_data, units_of
+from cpo_kernels.objectives import value_gap
 from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training import losses as losses_module
 from cpo_kernels.training.checkpoints import atomic_folder, checkpoints
@@ -313,31 +313,127 @@ def test_reference_stays_what_the_model_was_at_the_start(tmp_path):
     assert values(result, "eval_loss")[0] == pytest.approx(math.log(2))
 
 
-# -------------------------------------------------------------------- several processes
-
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import tiny
-from cpo_kernels.training.loop import train
-from tiny import one_thread  # noqa: F401
-config = tiny.config("cdpo", training={"max_steps": 2, "batch_size": 6, "tokens_per_microbatch": 300})
-result = train({**config, "run_dir": sys.argv[2]}, tokenizer=tiny.tokenizer(), records=tiny.records())
-"""
+# -------------------------------------------------------------------- conditions drawn anew
 
 
-def test_two_processes_equal_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    here = Path(__file__).parent
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(script), str(here), str(tmp_path / "run")]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    one = run(training={"max_steps": 2, "batch_size": 6, "tokens_per_microbatch": 300})
-    assert [set(row) for row in rows] == [set(row) for row in one.metrics]
-    for row, expected in zip(rows, one.metrics, strict=True):
-        for name in set(row) - set(TIMES):
-            assert row[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+def epochs_seen(monkeypatch, **sections):
+    """The conditions, pairs and metrics of a run of three epochs, by epoch."""
+    seen = []
+    real = loop_module.Loop.run_epochs
+
+    def run_epochs(self, epochs, eval_set):
+        seen.append([sorted((g.prompt, g.pairs) for unit in units for g in unit) for units in epochs])
+        return real(self, epochs, eval_set)
+
+    monkeypatch.setattr(loop_module.Loop, "run_epochs", run_epochs)
+    result = run(**sections)
+    monkeypatch.setattr(loop_module.Loop, "run_epochs", real)
+    return seen[0], result
+
+
+def test_conditions_drawn_anew_differ_by_epoch_and_follow_from_the_seed(monkeypatch):
+    training = {"max_steps": None, "epochs": 2.5}
+    anew, result = epochs_seen(monkeypatch, conditions={"anew": True}, training=training)
+    again, _ = epochs_seen(monkeypatch, conditions={"anew": True}, training=training)
+    once, plain = epochs_seen(monkeypatch, training=training)
+    assert anew == again and len(anew) == 3 and len({str(epoch) for epoch in anew}) == 3
+    assert once == anew[:1] and result.report["train"]["epochs_drawn"] == 3
+    assert [row["epoch"] for row in result.metrics if "loss" in row] == pytest.approx(
+        [1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 7 / 3, 8 / 3]
+    )
+    close = [abs(x - y) < 1e-6 for x, y in zip(values(result, "loss"), values(plain, "loss"), strict=True)]
+    assert all(close[:3]) and not any(close[3:])
+    other, _ = epochs_seen(monkeypatch, conditions={"anew": True}, training=training, seed=1)
+    assert not {str(epoch) for epoch in anew} & {str(epoch) for epoch in other}
+    by_steps, _ = epochs_seen(monkeypatch, conditions={"anew": True}, training={"max_steps": 7})
+    assert by_steps == anew  # seven steps reach into the third epoch
+
+
+def test_a_run_with_conditions_drawn_anew_resumes_in_any_epoch(tmp_path, monkeypatch):
+    def settings(name, **keys):
+        training = {"max_steps": 8, "checkpoint_every": 1, "keep": 9, **keys}
+        return {"run_dir": str(tmp_path / name), "conditions": {"anew": True}, "training": training}
+
+    whole = run(**settings("whole"))
+    for step in (2, 3, 5):
+        shutil.copytree(tmp_path / "whole", tmp_path / f"{step}")
+        for later in checkpoints(tmp_path / f"{step}/checkpoints")[step:]:
+            shutil.rmtree(later)
+        resumed = run(**settings(f"{step}", resume=True))
+        assert curve(resumed) == curve(whole) and fingerprint(resumed.model) == fingerprint(whole.model)
+
+
+# -------------------------------------------------------------------- what a row of metrics holds
+
+
+def test_every_metric_is_what_it_says(monkeypatch):
+    """Against log-probs from the model's own logits, with a reference that is not the model."""
+    model, loss, groups = loss_and_groups("cdpo", conditions={"responses": 3, "per_prompt": 2, "strip_best": 0.5})
+    groups = groups[:6]
+    references = [torch.randn(len(g.responses)).sub(30).tolist() for g in groups]
+    groups = [replace(g, ref_logps=tuple(r)) for g, r in zip(groups, references, strict=True)]
+    chosen, rejected, ratios, tokens = [], [], [], 0
+    for g in groups:
+        with torch.no_grad():
+            ratio = (naive_seq_logps(model, g) - torch.tensor(g.ref_logps)).tolist()
+        ratios += ratio
+        tokens += sum(map(len, g.responses))
+        for a, b in g.pairs:
+            gap = float(value_gap([g.scores[a]], [g.scores[b]], [g.condition], loss.objectives))
+            chosen.append(0.1 * ratio[a if gap > 0 else b])
+            rejected.append(0.1 * ratio[b if gap > 0 else a])
+    margins = [w - other for w, other in zip(chosen, rejected, strict=True)]
+    expected = {
+        "loss": sum(math.log1p(math.exp(-m)) for m in margins) / len(margins),
+        "chosen_rewards": sum(chosen) / len(chosen),
+        "rejected_rewards": sum(rejected) / len(rejected),
+        "accuracy": sum(m > 0 for m in margins) / len(margins),
+        "margin": sum(margins) / len(margins),
+        "ties": 0,
+        "log_ratio": sum(ratios) / tokens,
+        "pairs": len(margins),
+        "labels": tokens,
+        "tokens": sum(loss.collate([g]).tokens for g in groups),
+        "lr": 0.25,
+        **loss.asked(groups),
+    }
+    config = read_config(tiny.config("cdpo", training={"tokens_per_microbatch": 200, "clip": 0.01}))
+    loss.budget = 200  # several micro-batches
+    run_dir = loop_module.RunDir(config, True)
+    row = loop_module.Loop(config, Accelerator(), run_dir, model, loss, "").step(0, groups, 0.25)
+    for name, x in expected.items():
+        assert row[name] == pytest.approx(x, rel=1e-4, abs=1e-5), name
+    times = {"seconds", "tokens_per_second", "peak_memory_gib"}
+    assert row.keys() == expected.keys() | times | {"grad_norm", "padding"}
+    assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    assert 0.9 * held <= row["peak_memory_gib"] <= held
+
+    model, loss, _ = loss_and_groups("cdpo", conditions={"responses": 3, "per_prompt": 2, "strip_best": 0.5})
+    loss(loss.collate(groups), loss.total(groups))[0].backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)  # before clipping
+    asked = {name: count for name, count in row.items() if name.startswith("asked_")}
+    assert asked["asked_nothing"] == 0 and sum(asked.values()) == 12 and len(asked) > 3  # two objectives, six groups
+
+
+@pytest.mark.parametrize("kind", ["sft", "orpo", "contrastive_cpo"])
+def test_losses_that_average_chosen_tokens_accumulate(kind):
+    """float64: one micro-batch against one a group, loss and gradients."""
+    found = []
+    for budget in (10**6, 1):
+        types = {"type": ["sigmoid", "sft"]} if kind == "sft" else {"type": kind}
+        model, loss, groups = loss_and_groups("cdpo", loss=types, training={"tokens_per_microbatch": budget})
+        model.double()
+        groups = [replace(g, ref_logps=(-30.0,) * len(g.responses) if kind == "sft" else ()) for g in groups[:6]]
+        total, parts, value = loss.total(groups), loss.parts(groups), 0.0
+        for part in parts:
+            each, _ = loss(loss.collate(part), total)
+            each.backward()
+            value += each.item()
+        found.append((len(parts), value, [p.grad for p in model.parameters()]))
+    (one, value, gradients), (many, other, others) = found
+    assert (one, many) == (1, 6)
+    assert other == pytest.approx(value, rel=1e-6)  # Llama's norms compute in float32
+    for gradient, expected in zip(others, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)

@@ -10,6 +10,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cpo_kernels.training.keys import ModelConfig, TrainingConfig
 
@@ -37,6 +38,20 @@ def add_adapters(model: Any, training: TrainingConfig, seed: int) -> Any:
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def merged_weights(weights: dict[str, Tensor], adapted: Any) -> dict[str, Tensor]:
+    """The plain model's weights, W + alpha / r B A, from those of one with adapters. (peft's own merge writes to
+    `.data`, which does not reach a sharded weight.)"""
+    lora, plain = adapted.peft_config["default"], {}
+    for name, tensor in weights.items():
+        stem = name.removesuffix(".base_layer.weight")
+        if stem != name:
+            a, b = (weights[f"{stem}.lora_{factor}.default.weight"] for factor in "AB")
+            tensor = tensor + lora.lora_alpha / lora.r * (b @ a)
+        if ".lora_" not in name:
+            plain[name.replace(".base_layer.", ".")] = tensor
+    return plain
 
 
 def quantization(config: ModelConfig) -> dict[str, Any]:

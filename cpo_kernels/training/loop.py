@@ -49,9 +49,9 @@ from cpo_kernels.training.parallel import (
     make_accelerator,
     prepare,
     share,
+    to_save,
     together,
     update,
-    whole_weights,
 )
 from cpo_kernels.training.reference import data_hash, with_reference
 from cpo_kernels.training.rundir import RunDir
@@ -109,12 +109,13 @@ def train(
         check_same(accelerator, weights=initial, data=data_hash([*epochs, eval_set]))
     loop = Loop(config, accelerator, run, model, loss, initial)
     loop.run_epochs(*loop.with_reference(epochs, eval_set, report))
-    card = model_card(config, template, objectives, run.metrics)
-    weights = whole_weights(model, loss.module, adapted, accelerator) if config.training.save_model else None
+    saving = run.path is not None and config.training.save_model
+    saved, weights = to_save(model, loss.module, adapted, accelerator) if saving else (None, None)
     with together(accelerator):
         run.save_data(report, eval_records)
-        if run.writes and config.training.save_model:
-            save_model(model, tokenizer, run.folder / "model", adapted, card, weights)
+        if run.writes and saving:
+            card = model_card(config, template, objectives, run.metrics)
+            save_model(saved, tokenizer, run.folder / "model", card, weights)
     return TrainResult(model, tokenizer, template, objectives, run.metrics, report, list(eval_records))
 
 

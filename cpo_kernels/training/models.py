@@ -115,18 +115,10 @@ def fingerprint(model: Any) -> str:
     return hashed.hexdigest()
 
 
-def save_model(
-    model: Any, tokenizer: Any, folder: Path, adapted: Any, card: str, weights: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Model (safetensors), tokenizer and README.md as `from_pretrained` reads them, whole or not at all. Adapters
-    (`adapted` is the PeftModel around `model`) are merged into the weights; over a 4-bit base they are saved alone.
-    `weights`: of a model that is sharded, whole and merged."""
+def save_model(model: Any, tokenizer: Any, folder: Path, card: str, weights: dict[str, torch.Tensor] | None) -> None:
+    """Model (safetensors), tokenizer and README.md as `from_pretrained` reads them, whole or not at all; `weights` in
+    place of the model's own, where given."""
     with atomic_folder(folder) as temporary:
-        if adapted is not None and getattr(model, "is_loaded_in_4bit", False):
-            adapted.save_pretrained(temporary)
-        elif weights is not None:
-            model.save_pretrained(temporary, state_dict=weights)
-        else:
-            (model if adapted is None else adapted.merge_and_unload()).save_pretrained(temporary)
+        model.save_pretrained(temporary, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card)

@@ -19,6 +19,7 @@ from accelerate.utils.environment import parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cpo_kernels.training.adapters import merged_weights
 from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss
 
@@ -129,20 +130,23 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_weights(model: Any, module: Any, adapted: Any, accelerator: Accelerator) -> dict[str, Tensor] | None:
-    """The weights of a sharded model, adapters merged, on the main process's CPU; None where the model is whole."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        named = accelerator.get_state_dict(module) or {}  # empty on the other ranks
-        return {name.removeprefix("model."): tensor for name, tensor in named.items()}
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return None
-    merged = model if adapted is None else adapted.merge_and_unload()
+def to_save(model: Any, module: Any, adapted: Any, accelerator: Accelerator) -> tuple[Any, dict[str, Tensor] | None]:
+    """(what saves itself, weights that take the place of its own or None). Adapters are merged, except over a 4-bit
+    base. The weights of a sharded model come whole to the main process's CPU; it stays as it is."""
+    if accelerator.distributed_type not in SHARDED:
+        if adapted is None or getattr(model, "is_loaded_in_4bit", False):
+            return adapted or model, None
+        return adapted.merge_and_unload(), None
     weights = {}
-    for name, tensor in merged.state_dict().items():
-        tensor = whole(tensor).cpu()
-        if accelerator.is_main_process:
-            weights[name] = tensor
-    return weights
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        gathered = accelerator.get_state_dict(module) or {}  # empty on the other ranks
+        weights = {name.removeprefix("model."): tensor for name, tensor in gathered.items()}
+    else:
+        for name, tensor in model.state_dict().items():
+            tensor = whole(tensor)
+            if accelerator.is_main_process:
+                weights[name] = tensor.cpu()
+    return model, weights if adapted is None else merged_weights(weights, adapted)
 
 
 @contextmanager
