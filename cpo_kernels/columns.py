@@ -34,7 +34,7 @@ def columns_bwd_(
         return
     column, here = columns_of(labels, ignore_index, first, count)
     row, place = torch.arange(logits.shape[0], device=logits.device), column.clamp(min=0)
-    z = logits[row, place].to(lse.dtype) * scale
+    z = logits[row, place].double() * scale
     slope = torch.full_like(z, scale)
     if softcap:
         z, slope = softcap * torch.tanh(z / softcap), scale / torch.cosh(z / softcap).square()
