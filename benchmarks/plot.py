@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import claims_report, profile, roofline
+from benchmarks import claims_report, long_pairs, profile, roofline
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import HEAD_SUBJECTS
 
@@ -89,6 +89,8 @@ def sections() -> dict[str, str]:
     cpu, gpu = (roofline.read(RESULTS / f"{name}.json") for name in ("cpu", "gpu"))
     profiled = roofline.read(RESULTS / "profile-cpu.json")
     made = {"roofline": roofline.tables(gpu), "cpu profile": profile.table(profiled) if profiled else "not measured"}
+    pairs = roofline.read(RESULTS / "long-pairs-cpu.json")
+    made["cpu long pairs"] = long_pairs.table(pairs) if pairs else "not measured"
     for device, content in (("cpu", cpu), ("gpu", gpu)):
         for name, families in (("head", ["head"]), ("kernels", ["tokens", "preference"]), ("step", ["training_step"])):
             made[f"{device} {name}"] = families_table(content, families) if content else "not measured"

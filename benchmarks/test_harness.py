@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, plot, profile, roofline
+from benchmarks import compare, long_pairs, plot, profile, roofline
+from cpo_kernels import planner
 from cpo_kernels.bench import report, run, side_by_side
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.growth import exponent
@@ -310,6 +311,23 @@ def test_workload_from_the_command_line():
     ):
         with pytest.raises(ValueError, match=error):
             run.parse_workload(text)
+
+
+def test_a_pair_beyond_the_budget_in_every_way(monkeypatch, tmp_path):
+    """The ways agree, and none but the library's two are called strategies."""
+    monkeypatch.setitem(long_pairs.HEADS, "tiny", (24, 1999, None))
+    monkeypatch.setitem(planner.DEFAULT_BUDGET, "cpu", 16 * 1999 * 4)
+    out = tmp_path / "pairs.json"
+    assert long_pairs.main(["--case", "tiny", "40", "float32", "--rounds", "2", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    (case,) = content["cases"]
+    assert case["chunks"] == 3 and list(case["ways"]) == ["products", "deferred", "two_pass", "by rows"]
+    assert case["ways"]["products"]["ratio"] == 1 and all(row["ms"] > 0 for row in case["ways"].values())
+    assert long_pairs.table(content).startswith("| one pair | `deferred` | `two_pass` | by rows |")
+    monkeypatch.setitem(long_pairs.WAYS, "two_pass", lambda pair: (0.0, pair.x, pair.weight))
+    monkeypatch.setattr(long_pairs, "two_pass", long_pairs.WAYS["two_pass"])
+    with pytest.raises(ValueError, match="differs from by_rows"):
+        long_pairs.main(["--case", "tiny", "40", "float32"])
 
 
 def test_the_profile_names_the_parts_of_every_strategy(tmp_path):

@@ -93,7 +93,7 @@ DEFAULT = Set(
         Growth(replace(LONG, groups=8), "vocab", (16384, 49152, 147456)),
         Growth(replace(LONG, groups=8), "hidden", (288, 576, 1152, 2304)),
     ),
-    cold_starts=3, rounds=5, turn_s=0.3, subject_s=60, limit_s=7200,
+    cold_starts=3, rounds=5, turn_s=0.3, subject_s=30, limit_s=7200,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------- full: every head, to 32k tokens: hours
