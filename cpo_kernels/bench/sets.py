@@ -76,7 +76,7 @@ DEFAULT = Set(
     runs=(
         *dtypes(QWEN, *BOTH),
         *(replace(run, subjects=CLOSEST) for run in dtypes(SMOL, *BOTH)),
-        *modes(QWEN, "forward"),
+        *(replace(run, subjects=CLOSEST) for run in modes(QWEN, "forward")),
         Run("head", replace(QWEN, groups=2, responses=4), CLOSEST),
         Run("head", replace(QWEN, reference="computed"), CLOSEST),
         Run("head", replace(QWEN, prompt=0, groups=2), CLOSEST),
