@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from accelerate.state import AcceleratorState, PartialState
 from processes import as_launched, exit_codes, free_port, run_processes
 from test_training import RECORDS, TIMES
 from tiny import one_thread  # noqa: F401
+from torch.distributed.fsdp import FSDPModule
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from cpo_kernels.training import checkpoints, loop, losses, parallel
@@ -30,6 +32,8 @@ from cpo_kernels.training.models import load_model
 from cpo_kernels.training.parallel import whole
 
 TIGHT = 3e-11
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "recipes/accelerate"
 
 LORA = {"train": "lora", "lora": {"r": 4, "alpha": 8}}
 RUNS = {
@@ -54,7 +58,8 @@ def config_of(stage="cdpo", **sections):
 
 
 def train_tiny(**sections):
-    """A run from a float64 model; rows without times, whole weights, and how many micro-batches counted nothing."""
+    """A run from a float64 model: rows without times, whole weights, how many micro-batches counted nothing, report, and
+    how many modules FSDP2 has in hand."""
     config = config_of(**sections)
     model = load_model(read_config(config).model, None, tiny.tokenizer())[0].double()
     fillers = []
@@ -66,7 +71,9 @@ def train_tiny(**sections):
     finally:
         LlamaRMSNorm.forward, loop.share = norm, real
     rows = [{k: x for k, x in row.items() if k not in TIMES} for row in result.metrics]
-    return rows, {n: whole(p.detach()).clone() for n, p in result.model.named_parameters()}, len(fillers), result.report
+    weights = {n: whole(p.detach()).clone() for n, p in result.model.named_parameters()}
+    sharded = sum(isinstance(m, FSDPModule) for m in result.model.modules())
+    return rows, weights, len(fillers), result.report, sharded
 
 
 def launched_as(kind):
@@ -79,8 +86,10 @@ def launched_as(kind):
             super().__init__(**keys)
             for state in (PartialState, AcceleratorState):
                 state._shared_state["distributed_type"] = DistributedType.FSDP
-            self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+            self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
+    settings = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+    os.environ.update({name.upper(): str(value) for name, value in settings.items()})  # as `accelerate launch` does
     AcceleratorState._reset_state(reset_partial_state=True)
     parallel.Accelerator = Sharding if kind == "fsdp2" else Accelerator
 
@@ -151,7 +160,7 @@ def failing_runs(rank, folder):
     errors["disk"] = caught(train_tiny, run_dir=str(folder / "full"), training={"checkpoint_every": 2})
     loop.save_checkpoint = save
     os.environ["ACCELERATE_USE_FSDP"] = "true"
-    errors["fsdp on a cpu"] = caught(train, config_of(), tokenizer=tiny.tokenizer(), records=RECORDS)
+    errors["sharded"] = caught(train, config_of(), tokenizer=tiny.tokenizer(), records=RECORDS)
     del os.environ["ACCELERATE_USE_FSDP"]
     return errors
 
@@ -241,6 +250,7 @@ def test_two_processes_are_one(ranks, alone, folder, kind, name):
     for rank in range(2):
         assert_same(ranks[rank][kind, name], alone(name))
     assert (ranks[1][kind, name][2] > 0) == (name in UNEVEN)  # rank 1 went without a micro-batch
+    assert ranks[0][kind, name][4] == (2 if kind == "fsdp2" else 0)  # both layers; the rest is with the root
     rows = [json.loads(line) for line in (folder / f"{kind} {name} 0/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4]
     assert not (folder / f"{kind} {name} 1").exists()  # rank 1 wrote nothing
@@ -270,7 +280,7 @@ def test_an_error_of_one_rank_ends_all(ranks, folder):
     saved = json.loads((folder / "nan/nonfinite.json").read_text())
     assert sorted(math.isnan(part["loss"]) for part in saved["microbatches"]) == [False, True]
     assert other["disk"] == "OSError: cannot write: no space" and own["disk"].endswith(other["disk"])
-    assert own["fsdp on a cpu"] == other["fsdp on a cpu"] and "FSDP on a CPU" in own["fsdp on a cpu"]
+    assert own["sharded"] == other["sharded"] and "FSDP or DeepSpeed on CPUs" in own["sharded"]
 
 
 @pytest.mark.parametrize("kind, at", [("ddp", "checkpoint"), ("fsdp2", "update")])
@@ -288,9 +298,6 @@ def test_killed_processes_resume_as_if_unbroken(tmp_path, kind, at):
 
 
 # ------------------------------------------------------------------------------------------------ launched from a shell
-
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "recipes/accelerate"
 
 
 def launch(folder, *overrides):

@@ -43,8 +43,9 @@ def check_launcher(accelerator: Accelerator, config: Config) -> None:
         "gradient_accumulation_steps; leave it at 1: training.batch_size and tokens_per_microbatch decide": (
             accelerator.gradient_accumulation_steps != 1
         ),
-        "FSDP on a CPU, which accelerate does not shard on": (
-            kind == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP")
+        "FSDP or DeepSpeed on CPUs, where accelerate runs DDP in their place": (
+            kind == DistributedType.MULTI_CPU
+            and (parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
         ),
         "fsdp_version: 1; set it to 2": fsdp and not accelerator.is_fsdp2,
         "fsdp_cpu_ram_efficient_loading; set it to false: every rank reads and hashes the weights": (
