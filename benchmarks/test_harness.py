@@ -258,6 +258,9 @@ def test_a_file_that_was_cut_off_goes_on(toys, tmp_path, monkeypatch, capsys):
     assert run.main([*common, "--resume"]) == 0
     assert sorted(Here.turns) == ["floor", "right"]  # of the missing workload alone
     assert json.loads(out.read_text())["workloads"][1] == first[0]
+    monkeypatch.setitem(SETS, "ci", replace(SETS["ci"], runs=runs[1:], growth=(), rounds=1))
+    assert run.main([*common, "--resume"]) == 0  # what is not asked for again stays
+    assert [result["vocab"] for result in json.loads(out.read_text())["workloads"]] == [8, 16]
     with pytest.raises(ValueError, match="--resume: .* was measured with threads 1, here it is 3: begin a new file"):
         run.main([*common, "--resume", "--threads", "3"])
     with pytest.raises(ValueError, match="give --out FILE"):

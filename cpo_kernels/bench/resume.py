@@ -38,9 +38,13 @@ class Kept:
     def workload(self, wanted: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
         """The result of the same workload and subjects, unless a time limit cut it off."""
         for result in self.content.get("workloads", ()):
-            if finished(result, names) and all(result.get(key) == value for key, value in wanted.items()):
+            if finished(result, names) and same(result, wanted):
                 return result
         return None
+
+    def others(self, wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the file holds of workloads that are not wanted this time."""
+        return [r for r in self.content.get("workloads", ()) if not any(same(r, w) for w in wanted)]
 
     def growth(self, one: Growth, device: torch.device) -> dict[str, Any] | None:
         wanted = [described("head", w, device) for w in one.workloads()]
@@ -50,6 +54,10 @@ class Kept:
                 if all(finished(p, growth.SUBJECTS) for p in points):
                     return result
         return None
+
+
+def same(result: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    return all(result.get(key) == value for key, value in wanted.items())
 
 
 def finished(result: dict[str, Any], names: Sequence[str]) -> bool:

@@ -153,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"cold start\n{report.cold_start_table(content['cold_start'])}", flush=True)
             write(args.out, content)
         found = [kept.workload(described(r.family, r.workload, device), r.subjects) for r in runs]
+        others = kept.others([described(r.family, r.workload, device) for r in runs])
         grown = [kept.growth(one, device) for one in growths]
         for k, run in enumerate(runs):
             result = found[k]
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = described(run.family, run.workload, device) | {"commit": commit, "load": load()}
                 result["subjects"] = bench.measure(run.family, run.workload, run.subjects)
                 found[k] = result
-            content["workloads"] = [result for result in found if result]
+            content["workloads"] = [*others, *(result for result in found if result)]
             print(f"\n{report.title(result)}\n{report.table(result)}", flush=True)
             write(args.out, content)
         for k, one in enumerate(growths):
