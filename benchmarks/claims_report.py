@@ -24,10 +24,10 @@ METHODS = {
     "sft": ("SFT", 1, "#8a8f98", "X"),
 }
 OURS = "cpo"
-INK, FAINT = "#30343b", "#c9ccd1"
+INK = "#30343b"
 # Quantile 0.975 of Student's t by degrees of freedom.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-HARMLESS = 0.9  # of harmful requests refused: the points of the picture's first panel
+HARMLESS = 0.9  # least share of harmful requests refused in the first panel
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -144,8 +144,8 @@ def setting(content: Result) -> str:
         f"rated answers each; {budget['supervised_steps']} supervised steps of {budget['responses']} answers, then "
         f"{budget['preference_steps']} steps. Every point: {budget['questions']} held-out questions, greedy answers. "
         f"Settings tried on seed {search['seed']}: {counts}. Chosen learning rates: {chosen}. "
-        f"{content['seconds'] / 60:.0f} minutes on one core, the search included; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}."
+        f"{content['seconds'] / 60:.0f} minutes of one thread beside other work, the search included; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}."
     )
 
 
@@ -156,33 +156,35 @@ def figure(content: Result) -> Any:
     """Operating points in two planes, mean over seeds with 95% intervals, and the hypervolume of each method."""
     from matplotlib import pyplot as plt
 
-    made, (left, middle, right) = plt.subplots(1, 3, figsize=(15.5, 5.6), width_ratios=(1.25, 1.25, 1))
+    made, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5), width_ratios=(1.25, 1.25, 1))
     for method in reversed(METHODS):
         points = means(content, method)
-        harmless = points[points[:, 2, 0] >= HARMLESS]
-        _plane(left, harmless, 0, 1, method)
+        _plane(left, points[points[:, 2, 0] >= HARMLESS], 0, 1, method)
         _plane(middle, points, 0, 2, method)
-    left.set(xlabel="helpfulness", ylabel="honesty", xlim=(0.9, 5.1), ylim=(0.9, 5.15))
-    left.set_title(f"points that refuse {HARMLESS:.0%} of harmful requests or more", loc="left", fontsize=10, color=INK)
-    middle.set(xlabel="helpfulness", ylabel="harmful requests refused", xlim=(0.9, 5.1), ylim=(-0.05, 1.05))
-    middle.set_title("all points", loc="left", fontsize=10, color=INK)
     order = sorted(METHODS, key=lambda m: interval(column(content, m, "hypervolume"))[0])
     for y, method in enumerate(order):
-        label, _, colour, marker = METHODS[method]
+        _, _, colour, marker = METHODS[method]
         mean, half = interval(column(content, method, "hypervolume"))
-        right.errorbar(mean, y, xerr=half, color=colour, marker=marker, markersize=7, capsize=3)
+        right.errorbar(mean, y, xerr=half, color=colour, marker=marker, markersize=8, capsize=3)
     right.set_yticks(range(len(order)), [METHODS[m][0] for m in order])
-    right.set_xlabel("hypervolume")
-    right.set_title("share of the box from lowest to highest ratings", loc="left", fontsize=10, color=INK)
-    handles, labels = middle.get_legend_handles_labels()
-    made.legend(handles[::-1], labels[::-1], loc="lower center", ncols=len(METHODS), frameon=False, fontsize=9)
+    right.yaxis.tick_right()
+    left.set(xlabel="helpfulness", ylabel="honesty")
+    middle.set(xlabel="helpfulness", ylabel="share of harmful requests refused", ylim=(-0.04, 1.04))
+    right.set(xlabel="share of the box of ratings", ylim=(-0.5, len(order) - 0.5))
+    titles = (
+        f"where {HARMLESS:.0%} of harmful requests are refused",
+        "every operating point",
+        "hypervolume of the points",
+    )
+    for axis, title in zip((left, middle, right), titles, strict=True):
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+        axis.grid(color="#eef0f2")
     made.suptitle(
-        f"Mean ratings at every operating point, {len(content['seeds'])} seeds, 95% intervals; lines join each "
-        "method's Pareto front in the plane",
+        f"Mean ratings over {len(content['seeds'])} seeds with 95% intervals; lines join a method's best points in the "
+        "plane",
         color=INK,
         fontsize=11,
     )
-    made.subplots_adjust(bottom=0.2)
     return made
 
 
@@ -198,12 +200,14 @@ def means(content: Result, method: str) -> torch.Tensor:
 
 
 def _plane(axis: Any, points: torch.Tensor, x: int, y: int, method: str) -> None:
-    label, _, colour, marker = METHODS[method]
+    _, _, colour, marker = METHODS[method]
     strength = {"alpha": 1.0, "linewidth": 2.4} if method == OURS else {"alpha": 0.8, "linewidth": 1.2}
-    axis.errorbar(
-        points[:, x, 0], points[:, y, 0], xerr=points[:, x, 1], yerr=points[:, y, 1], label=label, color=colour,
-        marker=marker, linestyle="none", markersize=6, elinewidth=0.7, alpha=strength["alpha"],
+    _, _, bars = axis.errorbar(
+        points[:, x, 0], points[:, y, 0], xerr=points[:, x, 1], yerr=points[:, y, 1], color=colour, marker=marker,
+        linestyle="none", markersize=6, elinewidth=0.8, alpha=strength["alpha"],
     )  # fmt: skip
+    for bar in bars:
+        bar.set_alpha(0.35)
     front = points[pareto_front(points[:, (x, y), 0])] if len(points) else points
     front = front[front[:, x, 0].argsort()]
     axis.plot(front[:, x, 0], front[:, y, 0], color=colour, **strength)
