@@ -84,6 +84,11 @@ def families_table(content: Result, families: Sequence[str]) -> str:
     return "\n\n".join([setting(content), *parts]) if parts else "not measured"
 
 
+def measured_growth(content: Result) -> list[Result]:
+    """Those with a fitted exponent: a time limit may have cut all points of the others off."""
+    return [g for g in content.get("growth", ()) if any(seen["time"] for seen in g["seen"].values())]
+
+
 def sections() -> dict[str, str]:
     """Name of a table in docs/performance.md -> its text."""
     cpu, gpu = (roofline.read(RESULTS / f"{name}.json") for name in ("cpu", "gpu"))
@@ -98,7 +103,8 @@ def sections() -> dict[str, str]:
             made[f"{device} head"] = (
                 f"![the first of these workloads](benchmark_{device}.png)\n\n{made[f'{device} head']}"
             )
-        made[f"{device} growth"] = report.growth_table(content["growth"]) if content.get("growth") else "not measured"
+        grown = measured_growth(content or {})
+        made[f"{device} growth"] = report.growth_table(grown) if grown else "not measured"
         cold = content.get("cold_start")
         made[f"{device} cold start"] = report.cold_start_table(cold) if cold else "not measured"
     return made
@@ -190,8 +196,8 @@ def draw(content: Result, device: str) -> None:
 
     matplotlib.use("Agg")
     draw_head(content, ROOT / "docs" / f"benchmark_{device}.png")
-    if content.get("growth"):
-        draw_growth(content["growth"], ROOT / "docs" / f"growth_{device}.png")
+    if grown := measured_growth(content):
+        draw_growth(grown, ROOT / "docs" / f"growth_{device}.png")
 
 
 def main() -> int:
