@@ -58,8 +58,8 @@ def config_of(stage="cdpo", **sections):
 
 
 def train_tiny(**sections):
-    """A run from a float64 model: rows without times, whole weights, how many micro-batches counted nothing, report, and
-    how many modules FSDP2 has in hand."""
+    """A run from a float64 model: rows without times, whole weights, how many micro-batches counted nothing, report,
+    and how many modules FSDP2 has in hand."""
     config = config_of(**sections)
     model = load_model(read_config(config).model, None, tiny.tokenizer())[0].double()
     fillers = []
