@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import tiny
@@ -206,9 +207,11 @@ def test_eval_with_a_scorer_writes_json_table_and_report(run, tmp_path, capsys):
     assert "relative_accuracy" not in found["results"]["run"]["conditions"][0]
 
 
-def test_a_model_that_is_no_run_takes_template_and_objectives_from_flags(run, tmp_path, capsys):
+def test_a_model_that_is_no_run_takes_template_and_objectives_from_flags(run, tmp_path, capsys, monkeypatch):
     import shutil
 
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.chdir(tmp_path)  # where eval.json lands without --out
     shutil.copytree(run / "model", tmp_path / "elsewhere")
     (tmp_path / "prompts.txt").write_text("say ab\n")
     command = ["eval", str(tmp_path / "elsewhere"), "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "2"]
