@@ -297,6 +297,59 @@ def test_killed_processes_resume_as_if_unbroken(tmp_path, kind, at):
         assert_same(found, whole_run)
 
 
+# ------------------------------------------------------------------------------------------------------------- ZeRO-3
+
+
+def zero3_run(rank, folder, port):
+    """DeepSpeed on two CPUs, which accelerate keeps for GPUs as it does FSDP2."""
+    as_launched(rank, 2, port)
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE="2")
+    import deepspeed
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import DistributedType
+
+    given = yaml.safe_load((CONFIGS / "zero3.yaml").read_text())["deepspeed_config"]
+    plugin = DeepSpeedPlugin(**given)
+    plugin.set_mixed_precision("no")
+    plugin.select(_from_accelerator_state=True)
+    plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # split small ones too
+
+    class Splitting(Accelerator):
+        def __init__(self, **keys):
+            super().__init__(**keys)
+            deepspeed.init_distributed("gloo")
+            for state in (PartialState, AcceleratorState):
+                state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+            self.state.deepspeed_plugins = {"default": plugin}
+            self.deepspeed_engine_wrapped = None
+
+    parallel.Accelerator = Splitting
+    config = config_of(run_dir=str(folder / "run"), **ZERO3)
+    refused = {**config, "training": {**config["training"], "checkpoint_every": 1}}
+    error = caught(train, refused, tokenizer=tiny.tokenizer(), records=RECORDS)
+    result = train(config, tokenizer=tiny.tokenizer(), records=RECORDS)
+    return result.metrics, sum(p.numel() for p in result.model.parameters()), error
+
+
+ZERO3 = {"training": {"batch_size": 3, "tokens_per_microbatch": 300}}
+
+
+def test_zero3_is_one_process(tmp_path):
+    """float32; runs where deepspeed is installed (CI has none)."""
+    pytest.importorskip("deepspeed")
+    (rows, held, error), (other, *_) = run_processes(zero3_run, 2, tmp_path, free_port())
+    one = train(config_of(**ZERO3), tokenizer=tiny.tokenizer(), records=RECORDS)
+    assert "checkpoints are pickles" in error
+    assert held == 0  # of whole weights: each rank keeps its part elsewhere
+    for name in ("loss", "grad_norm", "eval_loss"):
+        found, again, expected = ([row[name] for row in run if name in row] for run in (rows, other, one.metrics))
+        assert found == again == pytest.approx(expected, rel=1e-5)
+    saved = load_model(read_config({"model": str(tmp_path / "run/model")}).model)[0]
+    for (name, p), expected in zip(saved.named_parameters(), one.model.parameters(), strict=True):
+        apart = (p - expected).abs() > 1e-6  # AdamW: where a gradient is rounding, lr wide
+        assert apart.float().mean() < 0.01, name
+
+
 # ------------------------------------------------------------------------------------------------ launched from a shell
 
 

@@ -51,9 +51,6 @@ def check_launcher(accelerator: Accelerator, config: Config) -> None:
         "fsdp_cpu_ram_efficient_loading; set it to false: every rank reads and hashes the weights": (
             fsdp and state.fsdp_plugin.cpu_ram_efficient_loading
         ),
-        "zero3_init_flag; set it to false: every rank reads and hashes the weights": (
-            deepspeed and state.deepspeed_plugin.zero3_init_flag
-        ),
         "DeepSpeed, whose checkpoints are pickles; set training.checkpoint_every: 0, or shard with FSDP2": (
             deepspeed and (training.checkpoint_every > 0 or training.resume)
         ),
@@ -68,6 +65,9 @@ def check_launcher(accelerator: Accelerator, config: Config) -> None:
         if holds:
             raise ValueError(f"the launcher asks for {reason}")
     if deepspeed:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # else transformers splits weights as it reads them, before they are hashed
         settings = state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = 1  # must be a number; nothing reads it
         settings["gradient_clipping"] = training.clip
