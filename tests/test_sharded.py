@@ -329,7 +329,7 @@ def test_a_label_out_of_range_on_one_rank_is_an_error_on_all():
 
 
 def test_the_end_of_a_rank_that_raised_alone_ends_the_wait_of_the_others():
-    with pytest.raises(AssertionError, match=r"ranks \[\] hung, exit codes \[0, 3\]"):
+    with pytest.raises(AssertionError, match=r"exit codes \[0, 3\]"):
         run_processes(on_rank_1_alone, 2, "dtype", seconds=60)
 
 
