@@ -159,10 +159,7 @@ class Head:
 
     def logits(self, x: Tensor) -> Tensor:
         """[n, H] -> [n, V], valid until the next call."""
-        out = self.buffer[: x.shape[0]]
-        if self.bias.numel():
-            return torch.addmm(self.bias, x, self.weight.t(), out=out)
-        return torch.mm(x, self.weight.t(), out=out)
+        return self.columns(x, slice(None))
 
     def with_reference(self, x: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits [n, V] of x, and log-probs [n] of a reference model's rows through the same head ([0] without).

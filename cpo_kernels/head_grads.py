@@ -64,6 +64,23 @@ def multiplies_into_float32(device: torch.device) -> bool:
         return False
 
 
+def adds_products(total: Tensor, a: Tensor) -> bool:
+    """Whether products of matrices in the dtype of `a` add up in `total` by themselves."""
+    return a.dtype == total.dtype or (a.dtype == torch.bfloat16 and multiplies_into_float32(a.device))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = a @ b, first; else total += a @ b."""
+    if not adds_products(total, a):
+        total.copy_(a @ b) if first else total.add_(a @ b)
+        return
+    kind: Any = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
+    if first:
+        torch.mm(a, b, **kind, out=total)
+    else:
+        torch.addmm(total, a, b, **kind, out=total)
+
+
 class WeightGrad:
     """dW = sum over chunks of G^T (c * x), db = sum of G^T c, with dW kept divided by `power`.
 
@@ -95,17 +112,9 @@ class WeightGrad:
         if not self.need_dw:
             return
         scaled = scale_rows(x, coef)  # [n, H]
-        if g.dtype == self.dw.dtype:
-            if not self.added:
-                torch.mm(g.t(), scaled, out=self.dw)
-                self.power = power
-            else:
-                torch.addmm(self.dw, g.t(), scaled, out=self.dw)
-        elif g.dtype == torch.bfloat16 and multiplies_into_float32(g.device):
-            if not self.added:
-                torch.mm(g.t(), scaled, out_dtype=torch.float32, out=self.dw)
-            else:
-                torch.addmm(self.dw, g.t(), scaled, out_dtype=torch.float32, out=self.dw)
+        if adds_products(self.dw, g):
+            add_product(self.dw, g.t(), scaled, self.added == 0)
+            self.power = power  # 1 but in float16, which comes here with its only chunk
         else:
             self.add_slabs(g, scaled, power)
         self.added += 1

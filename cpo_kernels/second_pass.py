@@ -16,7 +16,7 @@ from torch import Tensor
 from cpo_kernels import ops
 from cpo_kernels.columns import columns_bwd_
 from cpo_kernels.head import Head
-from cpo_kernels.head_grads import multiplies_into_float32, power_of_two, scale_rows
+from cpo_kernels.head_grads import add_product, power_of_two, scale_rows
 from cpo_kernels.planner import chunks, even_rows
 from cpo_kernels.sharded import columns_here
 
@@ -47,7 +47,9 @@ def second_pass(
     power = power_of_two(coef, weight.dtype)
     coef = coef / power
     scaled, ones = scale_rows(x, coef), torch.ones_like(lse)
-    dx = x.new_zeros(x.shape if need_dx else 0, dtype=x.dtype if len(parts) == 1 else acc)
+    dx = x.new_empty(x.shape if need_dx else 0, dtype=x.dtype if len(parts) == 1 else acc)
+    if not parts:  # a rank that holds no rows of the weight
+        dx.zero_()
     dw = torch.empty_like(weight) if need_dw else weight.new_empty(0)
     db = weight.new_empty(weight.shape[0] if need_db else 0, dtype=acc)
     for part in parts:
@@ -61,17 +63,5 @@ def second_pass(
         if need_db:
             db[part] = torch.mv(g.t(), coef.to(g.dtype)).to(acc) * power
         if need_dx:
-            add_product(dx, g, weight[part], len(parts) == 1)
+            add_product(dx, g, weight[part], part.start == 0)
     return dx.to(x.dtype), dw, db, power
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, alone: bool) -> None:
-    """total += a @ b; alone: total = a @ b."""
-    if alone:
-        torch.mm(a, b, out=total)
-    elif a.dtype == total.dtype:
-        torch.addmm(total, a, b, out=total)
-    elif a.dtype == torch.bfloat16 and multiplies_into_float32(a.device):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += torch.mm(a, b)
