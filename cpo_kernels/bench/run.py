@@ -96,7 +96,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--subjects", nargs="+", choices=subjects, metavar="NAME", help="and the floor; see --list")
     made.add_argument("--workload", action="append", metavar="KEY=VALUE,...", help="a head instead of the set's runs")
     made.add_argument("--model", metavar="PATH", help="model.name of the training step, instead of random weights")
-    made.add_argument("--data", metavar="JSONL", help="pairs of the training step: {prompt, chosen, rejected} a line")
+    made.add_argument(
+        "--data",
+        metavar="JSONL",
+        help="pairs for the training steps of two responses: {prompt, chosen, rejected} a line",
+    )
     made.add_argument("--device", default="cuda" if gpu else "cpu", help="default %(default)s")
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads; default %(default)s")
     made.add_argument("--rounds", type=int, help="turns of each subject")
