@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from cpo_kernels import homes, ops
 from cpo_kernels.checks import check_label_range
 from cpo_kernels.columns import columns_bwd_, columns_of
 
-_KNOWN: dict[str, VocabShards] = {}  # by the name under which they pass through an op
 # What a rank sends in place of a label's log-prob, which is never above 0 but for rounding.
 NOT_HERE, REFUSED = math.inf, 2.0
 
@@ -54,17 +54,12 @@ class VocabShards:
             raise ValueError(f"rows must hold one number for each of {self.group.size()} ranks, got {list(self.rows)}")
         if min(self.rows) < 0 or not any(self.rows):
             raise ValueError(f"rows must be >= 0 and not all 0, got {list(self.rows)}")
-        _KNOWN[self.name] = self
 
     @classmethod
     def of(cls, weight: Tensor, group: dist.ProcessGroup) -> VocabShards:
         """From the rows that each rank holds, weight [V_r, H]; collective, and the host waits for it."""
         rows = all_gather(torch.tensor([weight.shape[0]], device=weight.device), group)
         return cls(group, tuple(rows.flatten().tolist()))
-
-    @property
-    def name(self) -> str:
-        return f"{self.group.group_name}:{'-'.join(map(str, self.rows))}"
 
     @property
     def vocab_size(self) -> int:
@@ -76,13 +71,15 @@ class VocabShards:
         return sum(self.rows[: self.group.rank()])
 
     def home(self, impl: str) -> str:
-        """`impl`, sharded: what `homes.kernels` takes."""
-        return f"{impl}@{self.name}"
+        """`impl`, sharded: what `homes.kernels` takes, and what passes through an op."""
+        return f"{impl}@{'-'.join(map(str, self.rows))}@{self.group.group_name}"
 
 
 def sharded_kernels(home: str, tensor: Tensor) -> ShardedKernels:
-    impl, name = home.split("@", 1)
-    return ShardedKernels(homes.kernels(impl, tensor), _KNOWN[name])
+    """Of a `VocabShards.home`. The group stays with torch: held here it would outlive `destroy_process_group`."""
+    impl, rows, group_name = home.split("@", 2)
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    return ShardedKernels(homes.kernels(impl, tensor), VocabShards(group, tuple(map(int, rows.split("-")))))
 
 
 def all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:

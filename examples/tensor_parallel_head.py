@@ -6,6 +6,7 @@ of the hidden states' gradient. Run: torchrun --nproc-per-node 2 examples/tensor
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  (holds the group that is there when it is first imported, past its end)
 
 from cpo_kernels import FusedLinearCPOLoss, VocabShards, linear_token_logps
 
