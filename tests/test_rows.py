@@ -17,11 +17,13 @@ from cpo_kernels.training.loop import train
 from cpo_kernels.training.losses import StepTotal
 from cpo_kernels.training.models import load_model
 
+EVERY = [("shared", "sdpa"), ("packed", "sdpa"), ("shared", "segments"), ("packed", "segments")]
 
-def prepared(rows, dtype, stage):
+
+def prepared(rows, attention, dtype, stage):
     """A model, its loss and a batch of four prompts, with references that are not the model's own log-probs."""
     training = {"rows": rows, "tokens_per_microbatch": 10**6}
-    model, loss, groups = loss_and_groups(stage, training=training)
+    model, loss, groups = loss_and_groups(stage, training=training, model={"attention": attention})
     model.to(dtype)
     generator = torch.Generator().manual_seed(1)
     references = [torch.randn(len(g.responses), generator=generator).tolist() for g in groups[:4]]
@@ -47,16 +49,16 @@ def close(found, expected, tolerance):
 def test_shared_and_packed_prompts_give_the_hidden_states_of_padded_rows(dtype, tolerance, norms_in_full_precision):
     """And the gradients of all parameters, under random upstream gradients."""
 
-    def hidden_and_gradients(rows):
-        model, loss, groups = prepared(rows, dtype, "cdpo")
+    def hidden_and_gradients(rows, attention):
+        model, loss, groups = prepared(rows, attention, dtype, "cdpo")
         hidden = loss.module.hidden(loss.collate(groups))
         upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
         hidden.backward(upstream)
         return [hidden.detach()], [p.grad for p in model.parameters()]
 
-    hidden, gradients = hidden_and_gradients("padded")
-    for rows in ("shared", "packed"):
-        other, others = hidden_and_gradients(rows)
+    hidden, gradients = hidden_and_gradients("padded", "sdpa")
+    for rows, kind in EVERY:
+        other, others = hidden_and_gradients(rows, kind)
         close(other, hidden, tolerance)
         close(others, gradients, 10 * tolerance)  # sums over 2,000 tokens in another order
 
@@ -67,15 +69,15 @@ def test_shared_and_packed_prompts_give_the_loss_and_gradients_of_padded_rows(st
     """Sequence log-probs are float32 of up to 64 nats: beta times two of them moves a coefficient by 2 * 0.1 * 4e-6."""
     tolerance = 1e-12 if (stage, dtype) == ("cpsft", torch.float64) else 2e-6 if dtype == torch.float64 else 2e-5
 
-    def loss_and_gradients(rows):
-        model, loss, groups = prepared(rows, dtype, stage)
+    def loss_and_gradients(rows, attention):
+        model, loss, groups = prepared(rows, attention, dtype, stage)
         value, _ = loss(loss.collate(groups), StepTotal.of(groups))
         value.backward(torch.tensor(1.7, dtype=value.dtype))
         return [value.detach()], [p.grad for p in model.parameters()]
 
-    value, gradients = loss_and_gradients("padded")
-    for rows in ("shared", "packed"):
-        other, others = loss_and_gradients(rows)
+    value, gradients = loss_and_gradients("padded", "sdpa")
+    for rows, kind in EVERY:
+        other, others = loss_and_gradients(rows, kind)
         close(other, value, tolerance)
         close(others, gradients, tolerance)
 
@@ -107,7 +109,8 @@ def test_flash_attention_gets_the_lengths_of_packed_sequences(monkeypatch):
     given = attention_inputs(model, batch)
     starts = given["cu_seq_lens_q"].tolist()
     assert given["cu_seq_lens_q"].dtype == torch.int32 and starts == given["cu_seq_lens_k"].tolist()
-    assert given["attention_mask"] is None and given["max_length_q"] == given["max_length_k"] == max(batch.lengths)
+    assert given["attention_mask"] is None
+    assert given["max_length_q"] == given["max_length_k"] == max(max(g.rows("packed")) for g in groups[:3])
     mask = torch.zeros(1, 1, batch.tokens, batch.tokens, dtype=torch.bool)
     for start, end in zip(starts, starts[1:], strict=False):
         mask[..., start:end, start:end] = torch.ones(end - start, end - start).tril()
@@ -123,11 +126,46 @@ def test_eager_attention_gives_the_same_log_probs(rows):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
+def test_segments_are_what_a_cpu_takes_and_leave_generation_as_it_is():
+    model, loss, groups = loss_and_groups("cdpo")
+    assert model.config._attn_implementation == "segments"
+    batch = loss.collate(groups[:3])
+    assert batch.input_ids.shape == (1, batch.tokens) and batch.segments[0][0] == len(groups[0].prompt)
+    plain, _, _ = loss_and_groups("cdpo", model={"attention": "sdpa"})
+    plain.load_state_dict(model.state_dict())
+    tokens, mask = torch.tensor([[0, 0, 5, 6, 7], [4, 5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    answers = [m.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False) for m in (model, plain)]
+    assert torch.equal(*answers)
+    assert "segments" not in str(model.config.to_dict())  # neither what is saved nor what names a reference
+    compiled, _, _ = loss_and_groups("cdpo", training={"compile": True})
+    assert compiled.config._attn_implementation == "sdpa"
+
+
+def test_a_response_of_one_token_is_an_empty_segment():
+    for rows in ("shared", "packed"):
+        model, loss, groups = prepared(rows, "segments", torch.float64, "cdpo")
+        short = replace(groups[0], responses=(groups[0].responses[0][:1], *groups[0].responses[1:]))
+        _, dense, _ = prepared(rows, "sdpa", torch.float64, "cdpo")
+        found, expected = (part.seq_logps(part.collate([groups[1], short])) for part in (loss, dense))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
+
+
+def test_a_model_that_passes_no_segments_on_is_refused(monkeypatch):
+    _, loss, groups = loss_and_groups("cdpo")
+    given = attention_inputs(loss.model, loss.collate(groups[:1]))
+    given.pop("segments")
+    monkeypatch.setattr("cpo_kernels.training.losses.attention_inputs", lambda model, batch: given)
+    with pytest.raises(ValueError, match="LlamaAttention gets no segments .* set model.attention: sdpa"):
+        loss.seq_logps(loss.collate(groups[:1]))
+
+
 def test_attention_that_cannot_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="flash_attention_2 needs flash-attn, which is not installed: take sdpa"):
         run(model={"attention": "flash_attention_2"})
-    with pytest.raises(ValueError, match="model.attention: 'flash' is none of sdpa, flex_attention"):
+    with pytest.raises(ValueError, match="model.attention: 'flash' is none of sdpa, segments, flex_attention"):
         read_config({"model": {"attention": "flash"}})
+    with pytest.raises(ValueError, match="segments would be compiled anew for every batch: set"):
+        loss_and_groups("cdpo", model={"attention": "segments"}, training={"compile": True})
     monkeypatch.setattr(attention, "_name", lambda model: "flash_attention_2")
     with pytest.raises(ValueError, match="shared needs sdpa or .* has 'flash_attention_2'.* training.rows: padded"):
         loss_and_groups("cdpo", training={"rows": "shared"})

@@ -71,7 +71,7 @@ CI = Set(
 QWEN, SMOL = head("qwen2.5-0.5b"), head("smollm2-135m", length=256, prompt=128)
 LONG = head("smollm2-135m", groups=4, length=128, prompt=64)
 STEP = TrainingStep("smollm2-135m", groups=2, length=384, prompt=192)
-FOUR = replace(STEP, groups=1, responses=4, length=256, prompt=128)  # all subjects at once: 20 GB
+FOUR = replace(STEP, groups=1, responses=4, length=256, prompt=128)
 DEFAULT = Set(
     runs=(
         *dtypes(QWEN, *BOTH),
@@ -88,7 +88,7 @@ DEFAULT = Set(
         Run("training_step", FOUR),
     ),
     growth=(
-        Growth(LONG, "groups", (8, 16, 32, 64)),
+        Growth(LONG, "groups", (8, 32, 128, 256)),  # 1k to 32k labelled tokens
         Growth(LONG, "length", (128, 512, 2048)),
         Growth(replace(LONG, groups=8), "vocab", (16384, 49152, 147456)),
         Growth(replace(LONG, groups=8), "hidden", (288, 576, 1152, 2304)),
@@ -96,9 +96,8 @@ DEFAULT = Set(
     cold_starts=3, rounds=5, turn_s=0.3, subject_s=30, limit_s=7200,
 )  # fmt: skip
 
-# ----------------------------------------------------------------------- full: every head, to 32k tokens: hours
+# ------------------------------------------------------------------------------------ full: every head: hours
 
-GROUPS_32K = (8, 32, 128, 256)  # 1k to 32k labelled tokens
 FULL = replace(
     DEFAULT,
     runs=(
@@ -109,7 +108,6 @@ FULL = replace(
         *(Run("head", replace(SMOL, prompt=share), CLOSEST) for share in (0, 64, 192)),
         *(Run("head", replace(SMOL, groups=n), CLOSEST) for n in (1, 16)),
     ),
-    growth=(Growth(LONG, "groups", GROUPS_32K), *DEFAULT.growth[1:]),
     subject_s=1200,
     limit_s=6 * 3600,
 )

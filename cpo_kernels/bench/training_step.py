@@ -178,7 +178,7 @@ class Batch:
 
 
 def adamw(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)  # the default of both trainers
 
 
 def loop(b: Batch) -> Step:

@@ -67,7 +67,7 @@ class Batch:
     position_ids: Tensor  # [B, T]
     tree: Tensor | None  # [B, T] which prompt with its responses a token belongs to, -1 padding; None: padded rows
     branch: Tensor | None  # [B, T] 0 the prompt, 1.. its responses
-    lengths: list[int]  # of what lies end to end in the rows
+    segments: list[tuple[int, ...]]  # lengths of what lies end to end: a prompt and its responses, or both as one
     rows: Tensor  # [N] into B*T: the position that predicts each label
     labels: Tensor  # [N]
     cu_seqlens: Tensor  # [S+1], on the CPU
@@ -235,6 +235,7 @@ def collate(groups: Sequence[Encoded], kind: str, row_tokens: int | None = ROW_T
     labels: list[int] = []
     pairs: list[tuple[int, int]] = []
     seqlens: list[int] = []
+    segments: list[tuple[int, ...]] = []
     left = iter(zip(places, lengths, strict=True))
     for g in groups:
         pairs += [(len(seqlens) + first, len(seqlens) + second) for first, second in g.pairs]
@@ -251,6 +252,7 @@ def collate(groups: Sequence[Encoded], kind: str, row_tokens: int | None = ROW_T
                 positions += range(P, P + len(response) - 1)
                 branches += [number] * (len(response) - 1)
             place = (row, slice(start, start + n))
+            segments.append((P, *(len(r) - 1 for r in responses)) if kind == "shared" else (n,))
             input_ids[place], position_ids[place] = torch.tensor(inputs), torch.tensor(positions)
             tree[place], branch[place] = start, torch.tensor(branches)
     references = [ref for g in groups for ref in g.ref_logps]
@@ -259,7 +261,7 @@ def collate(groups: Sequence[Encoded], kind: str, row_tokens: int | None = ROW_T
         position_ids,
         None if kind == "padded" else tree,
         None if kind == "padded" else branch,
-        lengths,
+        segments,
         torch.tensor(rows),
         torch.tensor(labels),
         torch.tensor([0, *accumulate(seqlens)]),

@@ -1,21 +1,27 @@
 """Which token sees which, in the form that the model's attention takes it.
 
 sdpa, eager        a dense mask over rows of about 256 tokens
+segments           sdpa for every prompt and response of one row by itself: no token pays for what it does not see
 flex_attention     a block mask over one row; blocks without a visible pair cost nothing (backward on GPUs only)
 flash_attention_2  lengths of the sequences in one row (varlen); packed and padded rows only
+
+Where `model.attention` is not set, a model with sdpa takes `segments` on a CPU (docs/performance.md has the times); on
+GPUs, where that is not measured, and under torch.compile, which would compile every batch anew, it stays as it is.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpo_kernels.data.packing import ROW_TOKENS, Batch
+from cpo_kernels.training.keys import Config
 
-MASKED = ("sdpa", "eager", "flex_attention")
+MASKED = ("sdpa", "eager", "segments", "flex_attention")
 TAKES = {"shared": MASKED, "packed": (*MASKED, "flash_attention_2")}
 
 
@@ -27,6 +33,12 @@ def set_attention(model: Any, name: str | None) -> None:
         raise ValueError(
             "model.attention: flash_attention_2 needs flash-attn, which is not installed: take sdpa, or install it"
         )
+    if name == "segments":
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+        AttentionInterface.register(name, segment_attention)
+        AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(name)
 
 
@@ -35,13 +47,21 @@ def row_tokens(model: Any) -> int | None:
     return ROW_TOKENS if _name(model) in ("sdpa", "eager") else None
 
 
-def check_rows(model: Any, rows: str, max_tokens: int) -> None:
+def prepare_attention(model: Any, config: Config, device: torch.device) -> None:
     """Rows of several prompts need attention that can keep them apart, and nothing else that carries state along."""
+    rows, max_tokens, compiled = config.training.rows, config.data.max_tokens, config.training.compile
     if rows == "padded":
         return
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if config.model.attention is None and _name(model) == "sdpa" and device.type == "cpu" and not compiled:
+        set_attention(model, "segments")
+    if _name(model) == "segments" and compiled:
+        raise ValueError(
+            "model.attention: segments would be compiled anew for every batch: set training.compile: false, or "
+            "model.attention: sdpa"
+        )
+    text = model.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     if (
         _name(model) not in TAKES[rows]
         or not kinds <= {"full_attention", "sliding_attention"}
@@ -60,16 +80,53 @@ def attention_inputs(model: Any, batch: Batch) -> dict[str, Any]:
         return {"attention_mask": None}  # causal; padding comes last and nothing looks at it
     name = _name(model)
     if name == "flash_attention_2":
-        starts = torch.tensor([0, *batch.lengths], device=batch.tree.device).cumsum(0, dtype=torch.int32)
-        longest = max(batch.lengths)
+        lengths = [sum(segments) for segments in batch.segments]
+        starts = torch.tensor([0, *lengths], device=batch.tree.device).cumsum(0, dtype=torch.int32)
+        longest = max(lengths)
         starts_of = {f"cu_seq_lens_{side}": starts for side in "qk"}
         return {"attention_mask": None, **starts_of, "max_length_q": longest, "max_length_k": longest}
     if name == "flex_attention":
         return {"attention_mask": block_mask(batch.tree, batch.branch)}
+    if name == "segments":  # the model makes no mask of its own beside one of four dimensions
+        return {"attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool), "segments": batch.segments}
     mask = dense_mask(batch.tree, batch.branch)
     if name == "eager":  # adds its mask
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     return {"attention_mask": mask}
+
+
+def segment_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: Sequence[tuple[int, ...]] | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa [1, heads, T, D] -> [1, T, heads, D] over `Batch.segments`, one after another; over the whole
+    row where there are none, as in generation."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+
+    if segments is None:
+        if attention_mask is not None and not attention_mask.numel():
+            raise ValueError(
+                f"{type(module).__name__} gets no segments from its model, which passes no arguments on to its layers: "
+                "set model.attention: sdpa"
+            )
+        return sdpa(module, query, key, value, attention_mask, **options)
+    lengths = [n for tree in segments for n in tree]  # split, not slices: one backward for all of them
+    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    made = []
+    for prompt, *responses in segments:
+        q, prompt_key, prompt_value = next(parts)
+        made.append(sdpa(module, q, prompt_key, prompt_value, None, **options)[0])
+        for n, (q, k, v) in zip(responses, parts, strict=False):
+            if n:
+                sees = torch.ones(n, prompt + n, dtype=torch.bool, device=q.device).tril(prompt)
+                keys, values = torch.cat([prompt_key, k], 2), torch.cat([prompt_value, v], 2)
+                made.append(sdpa(module, q, keys, values, sees, **options)[0])
+    return torch.cat(made, 1), None
 
 
 def dense_mask(tree: Tensor, branch: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ class ModelConfig:
     config: dict | None = key(None, "build from scratch instead: {model_type: llama, hidden_size: 64, ...}")
     tokenizer: str | None = key(None, "folder or hub name of the tokenizer; default: the model's")
     quantize: str | None = key(None, "4bit: NF4 weights under adapters (QLoRA; bitsandbytes)")
-    attention: str | None = key(None, "sdpa | flex_attention | flash_attention_2 | eager; default: the model's choice")
+    attention: str | None = key(
+        None, "sdpa | segments | flex_attention | flash_attention_2 | eager; default: the model's, segments on a CPU"
+    )
 
 
 @dataclass
@@ -196,7 +198,7 @@ CHOICES = {
     "training.optimizer": ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
     "model.quantize": (None, "4bit"),
     "training.rows": ("shared", "packed", "padded"),
-    "model.attention": (None, "sdpa", "flex_attention", "flash_attention_2", "eager"),
+    "model.attention": (None, "sdpa", "segments", "flex_attention", "flash_attention_2", "eager"),
     "training.schedule": ("linear", "cosine", "constant"),
     "training.precision": ("bf16", "fp32"),
 }
