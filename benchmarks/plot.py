@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import claims_report, long_pairs, profile, roofline
+from benchmarks import claims_report, long_pairs, profile, prompt_sharing, roofline
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import HEAD_SUBJECTS
 
@@ -62,26 +62,33 @@ def readme_table(content: Result) -> str:
         f"Head {first['head']} ({first['hidden']} × {first['vocab']}), {first['pairs']} pairs of {first['length']} "
         f"tokens of which {first['prompt']} are prompt, forward and backward: time as a multiple of the bare products "
         f"({floors}), then peak memory beyond inputs, gradients included. {env['cpu']}, {env['threads']} threads, "
-        f"Python {env['python']}, {versions}; {env['date'][:10]}, commit {env['commit']}.",
+        f"Python {env['python']}, {versions}; {env['date'][:10]}, {commits(loads)}.",
     ]
     return "\n".join(lines)
 
 
-def setting(content: Result) -> str:
-    """What it was measured on."""
+def commits(results: Sequence[Result]) -> str:
+    """A file that grew by --resume holds several."""
+    found = list(dict.fromkeys(r["commit"] for r in results))
+    return f"commit{'s' if len(found) > 1 else ''} {', '.join(found)}"
+
+
+def setting(content: Result, results: Sequence[Result]) -> str:
+    """What these results of the file were measured on."""
     env = content["environment"]
     versions = ", ".join(f"{n} {v}" for n, v in env["versions"].items() if v != "not installed")
     card = f"{env['gpu']}, " if "gpu" in env else ""
     return (
-        f"{card}{env['cpu']}, {env['threads']} threads, Python {env['python']}, {versions}; {env['date'][:10]}, commit "
-        f"{env['commit']}; `{content['command']}`."
+        f"{card}{env['cpu']}, {env['threads']} threads, Python {env['python']}, {versions}; {env['date'][:10]}, "
+        f"{commits(results)}; `{content['command']}`."
     )
 
 
 def families_table(content: Result, families: Sequence[str]) -> str:
     """Every workload of these families, under its title."""
-    parts = [f"**{report.title(r)}**\n\n{report.table(r)}" for r in content["workloads"] if r["family"] in families]
-    return "\n\n".join([setting(content), *parts]) if parts else "not measured"
+    results = [r for r in content["workloads"] if r["family"] in families]
+    parts = [f"**{report.title(r)}**\n\n{report.table(r)}" for r in results]
+    return "\n\n".join([setting(content, results), *parts]) if parts else "not measured"
 
 
 def measured_growth(content: Result) -> list[Result]:
@@ -136,6 +143,10 @@ def texts() -> dict[Path, str]:
     for name, table in claims_report.sections(roofline.read(CLAIMS)).items():
         page = fill(page, name, table)
     made[results] = page
+    training = ROOT / "docs" / "training.md"
+    shared = roofline.read(RESULTS / "prompt_sharing.json")
+    table = prompt_sharing.table(shared) if shared else "not measured"
+    made[training] = fill(training.read_text(), "prompt sharing", table)
     return made
 
 
@@ -178,6 +189,7 @@ def draw_head(content: Result, path: Path) -> None:
 def draw_growth(growths: Sequence[Result], path: Path) -> None:
     """Time against size on logarithmic axes, a panel for each size."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, len(growths), figsize=(4.2 * len(growths), 3.6), squeeze=False)
     for axis, growth in zip(axes.flat, growths, strict=True):
@@ -186,6 +198,11 @@ def draw_growth(growths: Sequence[Result], path: Path) -> None:
             times = [p["subjects"][name]["median_s"] for p in points]
             label = HEAD_SUBJECTS[name].label.replace("*", "")
             axis.loglog([p[growth["over"]] for p in points], times, marker="o", color=colour, label=label)
+        sizes = [p[growth["over"]] for p in growth["points"]]
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set(xlabel=growth["over"], ylabel="seconds")
     axes.flat[0].legend(frameon=False, fontsize=8)
     finished(figure, path)

@@ -10,6 +10,7 @@ tokens, R (P + A) / (P + R A), which is the most that sharing can save while eve
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import statistics
@@ -21,14 +22,22 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.data.packing import ROWS, Encoded
+from cpo_kernels.data.packing import Encoded
+from cpo_kernels.environment import describe
 from cpo_kernels.objectives import Objective
+from cpo_kernels.training.attention import set_attention
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss, StepTotal
 from cpo_kernels.training.models import load_model
-from cpo_kernels.training.rundir import versions
 
+# training.rows and model.attention
+KINDS = {
+    "shared, segments": ("shared", "segments"),
+    "shared, dense mask": ("shared", "sdpa"),
+    "packed, segments": ("packed", "segments"),
+    "padded": ("padded", "sdpa"),
+}
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -49,7 +58,7 @@ def groups_of(share: float, length: int, responses: int, count: int, vocab: int)
     return made
 
 
-def step(model: Any, loss: StageLoss, groups: Sequence[Encoded]) -> tuple[float, int]:
+def step(loss: StageLoss, groups: Sequence[Encoded]) -> tuple[float, int]:
     """(seconds, tokens run) of loss and backward pass over all micro-batches."""
     total, tokens = StepTotal.of(groups), 0
     if loss.device.type == "cuda":
@@ -62,7 +71,7 @@ def step(model: Any, loss: StageLoss, groups: Sequence[Encoded]) -> tuple[float,
     if loss.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    model.zero_grad()
+    loss.model.zero_grad()
     return seconds, tokens
 
 
@@ -70,26 +79,43 @@ def measure(config: Config, model: Any, args: argparse.Namespace) -> list[dict[s
     device = next(model.parameters()).device
     objectives = [Objective("quality", 0, args.responses)]
     losses = {}
-    for kind in ROWS:
-        config.training.rows = kind
-        losses[kind] = StageLoss(model, config, objectives, device)
+    for kind, (config.training.rows, config.model.attention) in KINDS.items():
+        twin = copy.deepcopy(model)
+        set_attention(twin, config.model.attention)
+        losses[kind] = StageLoss(twin, config, objectives, device)
     rows = []
     for share in args.shares:
         groups = groups_of(share, args.length, args.responses, args.groups, model.config.vocab_size)
-        rounds = [{kind: step(model, loss, groups) for kind, loss in losses.items()} for _ in range(args.rounds + 1)]
-        seconds = {kind: statistics.median(r[kind][0] for r in rounds[1:]) for kind in ROWS}  # the first warms up
+        rounds = [{kind: step(loss, groups) for kind, loss in losses.items()} for _ in range(args.rounds + 1)]
+        seconds = {kind: statistics.median(r[kind][0] for r in rounds[1:]) for kind in KINDS}  # the first warms up
         prompt, answer = len(groups[0].prompt), len(groups[0].responses[0]) - 1
         row: dict[str, Any] = {"prompt_share": share, "prompt": prompt, "response": answer, "seconds": seconds}
-        row["tokens"] = {kind: rounds[0][kind][1] for kind in ROWS}
+        row["tokens"] = {kind: rounds[0][kind][1] for kind in KINDS}
         row["fewer_tokens"] = args.responses * (prompt + answer) / (prompt + args.responses * answer)
-        row["speed_up"] = {kind: seconds["padded"] / seconds[kind] for kind in ("shared", "packed")}
+        row["speed_up"] = {kind: seconds["padded"] / seconds[kind] for kind in KINDS if kind != "padded"}
         rows.append(row)
-        print(
-            f"prompt {share:4.0%}: {row['fewer_tokens']:.2f} times fewer tokens; over padded rows: shared "
-            f"{row['speed_up']['shared']:.2f}, packed {row['speed_up']['packed']:.2f} times as fast",
-            flush=True,
-        )
+        times = "; ".join(f"{kind} {times:.2f}" for kind, times in row["speed_up"].items())
+        fewer = f"{row['fewer_tokens']:.2f} times fewer tokens"
+        print(f"prompt {share:4.0%}: {fewer}; as fast as padded rows: {times}", flush=True)
     return rows
+
+
+def table(content: dict[str, Any]) -> str:
+    s, env = content["settings"], content["environment"]
+    kinds = [kind for kind in KINDS if kind != "padded"]
+    lines = [f"| prompt's share | fewer tokens, × | {' | '.join(kinds)} |"]
+    lines.append("|---" * (len(kinds) + 2) + "|")
+    for row in content["rows"]:
+        cells = [f"{row['speed_up'][kind]:.2f}×" for kind in kinds]
+        lines.append(f"| {row['prompt_share']:.0%} | {row['fewer_tokens']:.2f} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if number != "not installed")
+    where = f"{env['gpu']}, {env['cpu']}" if "gpu" in env else f"{env['cpu']}, {env['threads']} threads"
+    return "\n".join(lines) + (
+        f"\n\nHow fast a step's loss and backward pass are, in times of padded rows: {Path(s['model']).name}, "
+        f"{s['groups']} prompts with {s['responses']} responses, {s['length']} tokens with the prompt, "
+        f"{s['precision']}; medians of {s['rounds']} rounds. {where}, Python {env['python']}, {versions}; "
+        f"{env['date'][:10]}, commit {env['commit']}."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = measure(config, model, args)
     if args.out:
         settings = {name: value for name, value in vars(args).items() if name != "out"}
-        found = {"settings": settings, "versions": versions(), "rows": rows}
+        environment = describe(next(model.parameters()).device, ("transformers",))
+        found = {"settings": settings, "environment": environment, "rows": rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -228,6 +228,20 @@ def test_large_subjects_are_in_memory_one_at_a_time(toys, monkeypatch):
     assert rows["right"]["rounds"] == 2 and rows["right"]["first_s"] and max(most) == 1 and len(most) == 1 + 3 + 2 * 2
 
 
+def test_the_truth_may_take_longer_than_a_subject(toys, monkeypatch):
+    limits = {}
+
+    def ask(self, command, *arguments, limit_s, real=Here.ask):
+        limits[command] = limit_s
+        return real(self, command, *arguments, limit_s=limit_s)
+
+    monkeypatch.setattr(Here, "ask", ask)
+    bench(deadline=time.monotonic() + 1000).measure("toys", Head("tiny", 4, 8), ["floor", "right"])
+    assert limits["first"] == limits["check"] == 10 and limits["keep"] == 600
+    bench(deadline=time.monotonic() + 100).measure("toys", Head("tiny", 4, 8), ["floor", "right"])
+    assert 90 < limits["keep"] <= 100
+
+
 def test_after_the_time_limit_nothing_begins(toys):
     rows = bench(deadline=time.monotonic() - 1).measure("toys", Head("tiny", 4, 8), toys)
     assert rows["right"] == {"why": "the time limit of the run was reached"} and "no-such" in rows["absent"]["why"]

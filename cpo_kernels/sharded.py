@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from cpo_kernels import homes, ops
 from cpo_kernels.checks import check_label_range
@@ -77,6 +76,8 @@ class VocabShards:
 
 def sharded_kernels(home: str, tensor: Tensor) -> ShardedKernels:
     """Of a `VocabShards.home`. The group stays with torch: held here it would outlive `destroy_process_group`."""
+    from torch.distributed.distributed_c10d import _resolve_process_group  # not in every build of torch
+
     impl, rows, group_name = home.split("@", 2)
     group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     return ShardedKernels(homes.kernels(impl, tensor), VocabShards(group, tuple(map(int, rows.split("-")))))

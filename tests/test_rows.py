@@ -126,19 +126,20 @@ def test_eager_attention_gives_the_same_log_probs(rows):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_segments_are_what_a_cpu_takes_and_leave_generation_as_it_is():
-    model, loss, groups = loss_and_groups("cdpo")
+def test_segments_fill_one_row_and_leave_generation_as_it_is():
+    model, loss, groups = loss_and_groups("cdpo", model={"attention": "segments"})
     assert model.config._attn_implementation == "segments"
     batch = loss.collate(groups[:3])
     assert batch.input_ids.shape == (1, batch.tokens) and batch.segments[0][0] == len(groups[0].prompt)
-    plain, _, _ = loss_and_groups("cdpo", model={"attention": "sdpa"})
+    plain, _, _ = loss_and_groups("cdpo")
+    assert plain.config._attn_implementation == "sdpa"
     plain.load_state_dict(model.state_dict())
     tokens, mask = torch.tensor([[0, 0, 5, 6, 7], [4, 5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
     answers = [m.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False) for m in (model, plain)]
     assert torch.equal(*answers)
+    logits = [m(tokens, attention_mask=mask).logits[mask == 1] for m in (model, plain)]  # padding stays unseen
+    assert torch.equal(*logits)
     assert "segments" not in str(model.config.to_dict())  # neither what is saved nor what names a reference
-    compiled, _, _ = loss_and_groups("cdpo", training={"compile": True})
-    assert compiled.config._attn_implementation == "sdpa"
 
 
 def test_a_response_of_one_token_is_an_empty_segment():
@@ -151,7 +152,7 @@ def test_a_response_of_one_token_is_an_empty_segment():
 
 
 def test_a_model_that_passes_no_segments_on_is_refused(monkeypatch):
-    _, loss, groups = loss_and_groups("cdpo")
+    _, loss, groups = loss_and_groups("cdpo", model={"attention": "segments"})
     given = attention_inputs(loss.model, loss.collate(groups[:1]))
     given.pop("segments")
     monkeypatch.setattr("cpo_kernels.training.losses.attention_inputs", lambda model, batch: given)

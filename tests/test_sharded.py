@@ -4,6 +4,8 @@ import functools
 import math
 import os
 import re
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -359,6 +361,33 @@ def test_a_weight_under_plain_hidden_states_is_gathered_and_its_gradient_average
         assert relative_error(grads[0], hidden[rank : rank + 1]) < 1e-12
         assert relative_error(grads[1], weight / world) < 1e-12
         assert relative_error(grads[2], bias / world) < 1e-12
+
+
+# torch.distributed.nn keeps the group that is there when it is first imported: not ours to test.
+LEAVES_THE_GROUP = """
+import sys, weakref, torch
+import torch.distributed as dist, torch.distributed.nn
+import cpo_kernels as cpo
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+group = dist.new_group([0])
+seen = weakref.ref(group)
+shards = cpo.VocabShards(group, (9,))
+hidden, weight = (torch.randn(n, 4, requires_grad=True) for n in (3, 9))
+cpo.linear_token_logps(hidden, weight, torch.tensor([0, 4, 8]), vocab_shards=shards).sum().backward()
+del shards, group
+dist.destroy_process_group()
+sys.exit(seen() is not None)
+"""
+WITHOUT_GROUPS = "import sys, torch; sys.modules['torch.distributed.distributed_c10d'] = None; import cpo_kernels"
+
+
+def test_a_destroyed_group_is_gone(tmp_path):
+    """A gloo group that outlives the interpreter's end can abort the process."""
+    assert subprocess.run([sys.executable, "-c", LEAVES_THE_GROUP, tmp_path / "store"], timeout=120).returncode == 0
+
+
+def test_a_torch_without_process_groups_imports_the_package():
+    assert subprocess.run([sys.executable, "-c", WITHOUT_GROUPS], timeout=120).returncode == 0
 
 
 def test_compiled_without_graph_breaks(tmp_path):

@@ -87,16 +87,24 @@ def table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def memory_beyond_gradients(point: Result, name: str) -> str:
+    peak = point["subjects"][name]["peak_bytes"]
+    return "?" if peak is None else f"{(peak - point['gradient_bytes']) / 2**20:.0f}"
+
+
 def growth_table(growths: Sequence[Result]) -> str:
-    lines = ["| grows with | subject | time ~ size^ | expected | extra memory ~ size^ | expected |", "|---" * 6 + "|"]
+    heads = ("grows with", "subject", "time ~ size^", "expected", "extra memory ~ size^", "expected", "extra, MiB")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for growth in growths:
-        values = ", ".join(str(p[growth["over"]]) for p in growth["points"])
         for name, seen in growth["seen"].items():
+            points = [p for p in growth["points"] if "median_s" in p["subjects"][name]]
+            values = ", ".join(str(p[growth["over"]]) for p in points)
+            extra = ", ".join(memory_beyond_gradients(p, name) for p in points)
             label = FAMILIES["head"].subjects[name].label
             time, memory = ("not measured" if seen[k] is None else f"{seen[k]:.2f}" for k in ("time", "memory"))
             # A budget binds ours alone; the logits of the others are as many as their rows.
             expected = f"at most {growth['expected']['memory']:.0f}" if name == "ours" else ""
-            lines.append(f"| {growth['over']} ({values}) | {label} | {time} | 1 | {memory} | {expected} |")
+            lines.append(f"| {growth['over']} ({values}) | {label} | {time} | 1 | {memory} | {expected} | {extra} |")
     return "\n".join(lines)
 
 

@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{report.title(result)}\n{report.table(result)}", flush=True)
             write(args.out, content)
         for k, one in enumerate(growths):
-            grown[k] = grown[k] or growth.measure(bench, one)
+            grown[k] = grown[k] or growth.measure(bench, one) | {"commit": commit}
             content["growth"] = [result for result in grown if result]
             write(args.out, content)
         if growths:

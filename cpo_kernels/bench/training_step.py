@@ -199,13 +199,15 @@ def loop(b: Batch) -> Step:
 
 
 def shared_prompts(b: Batch) -> Step:
-    """The step of our trainer, with `training.rows: shared`."""
+    """The step of our trainer, with `training.rows: shared` and `model.attention: segments`."""
     from cpo_kernels.data.packing import Encoded
+    from cpo_kernels.training.attention import set_attention
     from cpo_kernels.training.config import read_config
     from cpo_kernels.training.losses import StageLoss, StepTotal
 
     precision = "bf16" if b.workload.dtype == "bfloat16" else "fp32"
     settings = {"rows": "shared", "precision": precision, "tokens_per_microbatch": 1 << 30}
+    set_attention(b.model, "segments")
     config = read_config({"stage": "dpo", "model": "given", "loss": {"beta": BETA}, "training": settings}, [])
     n, references = b.workload.responses, b.ref_logps.tolist()
     groups = [
@@ -297,6 +299,6 @@ SUBJECTS = {
     "trl_precomputed": Subject("TRL's DPOTrainer, reference given", trainer(), refuses=WITH_TRL),
     "fused_trl": Subject("FusedDPOTrainer, reference given", trainer(fused=True), refuses=WITH_TRL),
     "loop": Subject("a plain loop with FusedLinearCPOLoss: every response once", loop, refuses=needs("transformers")),
-    "shared": Subject("**our trainer's step**: every prompt once", shared_prompts, refuses=needs("transformers")),
+    "shared": Subject("**our trainer**, segments: every prompt once", shared_prompts, refuses=needs("transformers")),
 }
 FAMILY = Family(TrainingStep, Batch, SUBJECTS, "trl", truth, limits, apart=True)

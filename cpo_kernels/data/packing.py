@@ -44,10 +44,15 @@ class Encoded:
     ref_logps: tuple[float, ...] = ()
     unit: int = -1  # its place in the prepared data
 
+    def segments(self, kind: str) -> list[tuple[int, ...]]:
+        """Lengths of what this group lays into rows: a prompt and its responses, or the prompt and each response as one
+        (the last token of a response is never an input)."""
+        P, inputs = len(self.prompt), [len(r) - 1 for r in self.responses]
+        return [(P, *inputs)] if kind == "shared" else [(P + n,) for n in inputs]
+
     def rows(self, kind: str) -> list[int]:
-        """Lengths of what this group lays into rows (the last token of a response is never an input)."""
-        inputs = [len(r) - 1 for r in self.responses]
-        return [len(self.prompt) + sum(inputs)] if kind == "shared" else [len(self.prompt) + n for n in inputs]
+        """The sums of `segments`."""
+        return [sum(lengths) for lengths in self.segments(kind)]
 
     @property
     def labels(self) -> int:
@@ -67,7 +72,7 @@ class Batch:
     position_ids: Tensor  # [B, T]
     tree: Tensor | None  # [B, T] which prompt with its responses a token belongs to, -1 padding; None: padded rows
     branch: Tensor | None  # [B, T] 0 the prompt, 1.. its responses
-    segments: list[tuple[int, ...]]  # lengths of what lies end to end: a prompt and its responses, or both as one
+    segments: list[tuple[int, ...]]  # those of the groups, end to end
     rows: Tensor  # [N] into B*T: the position that predicts each label
     labels: Tensor  # [N]
     cu_seqlens: Tensor  # [S+1], on the CPU
@@ -221,7 +226,8 @@ def one_row(lengths: Sequence[int]) -> list[tuple[int, int]]:
 def collate(groups: Sequence[Encoded], kind: str, row_tokens: int | None = ROW_TOKENS) -> Batch:
     """Shapes as in `Batch`; `row_tokens` None lays everything into one row, in order. The padding token is 0, since no
     label looks at it."""
-    lengths = [n for g in groups for n in g.rows(kind)]
+    segments = [lengths for g in groups for lengths in g.segments(kind)]
+    lengths = [sum(parts) for parts in segments]
     if kind == "padded":
         places = [(row, 0) for row in range(len(lengths))]
     else:
@@ -235,7 +241,6 @@ def collate(groups: Sequence[Encoded], kind: str, row_tokens: int | None = ROW_T
     labels: list[int] = []
     pairs: list[tuple[int, int]] = []
     seqlens: list[int] = []
-    segments: list[tuple[int, ...]] = []
     left = iter(zip(places, lengths, strict=True))
     for g in groups:
         pairs += [(len(seqlens) + first, len(seqlens) + second) for first, second in g.pairs]
@@ -252,7 +257,6 @@ def collate(groups: Sequence[Encoded], kind: str, row_tokens: int | None = ROW_T
                 positions += range(P, P + len(response) - 1)
                 branches += [number] * (len(response) - 1)
             place = (row, slice(start, start + n))
-            segments.append((P, *(len(r) - 1 for r in responses)) if kind == "shared" else (n,))
             input_ids[place], position_ids[place] = torch.tensor(inputs), torch.tensor(positions)
             tree[place], branch[place] = start, torch.tensor(branches)
     references = [ref for g in groups for ref in g.ref_logps]

@@ -5,8 +5,8 @@ segments           sdpa for every prompt and response of one row by itself: no t
 flex_attention     a block mask over one row; blocks without a visible pair cost nothing (backward on GPUs only)
 flash_attention_2  lengths of the sequences in one row (varlen); packed and padded rows only
 
-Where `model.attention` is not set, a model with sdpa takes `segments` on a CPU (docs/performance.md has the times); on
-GPUs, where that is not measured, and under torch.compile, which would compile every batch anew, it stays as it is.
+`segments` pays on a CPU where a prompt with its responses fills a row (docs/training.md has the times); shorter ones
+take more calls than the mask is worth. torch.compile would compile every batch anew, and is refused.
 """
 
 from __future__ import annotations
@@ -47,13 +47,11 @@ def row_tokens(model: Any) -> int | None:
     return ROW_TOKENS if _name(model) in ("sdpa", "eager") else None
 
 
-def prepare_attention(model: Any, config: Config, device: torch.device) -> None:
+def check_rows(model: Any, config: Config) -> None:
     """Rows of several prompts need attention that can keep them apart, and nothing else that carries state along."""
     rows, max_tokens, compiled = config.training.rows, config.data.max_tokens, config.training.compile
     if rows == "padded":
         return
-    if config.model.attention is None and _name(model) == "sdpa" and device.type == "cpu" and not compiled:
-        set_attention(model, "segments")
     if _name(model) == "segments" and compiled:
         raise ValueError(
             "model.attention: segments would be compiled anew for every batch: set training.compile: false, or "

@@ -23,7 +23,7 @@ class ModelConfig:
     tokenizer: str | None = key(None, "folder or hub name of the tokenizer; default: the model's")
     quantize: str | None = key(None, "4bit: NF4 weights under adapters (QLoRA; bitsandbytes)")
     attention: str | None = key(
-        None, "sdpa | segments | flex_attention | flash_attention_2 | eager; default: the model's, segments on a CPU"
+        None, "sdpa | segments | flex_attention | flash_attention_2 | eager; default: the model's choice"
     )
 
 

@@ -15,7 +15,7 @@ import cpo_kernels as cpo
 from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
 from cpo_kernels.integrations.heads import HeadParts, head_layer, lm_head
 from cpo_kernels.objectives import Objective, format_number, value_gap
-from cpo_kernels.training.attention import attention_inputs, prepare_attention, row_tokens
+from cpo_kernels.training.attention import attention_inputs, check_rows, row_tokens
 from cpo_kernels.training.keys import Config
 
 # Means over a step; ties are counted. cpsft and sft have the loss alone, losses without a reference no log_ratio.
@@ -45,7 +45,7 @@ class StageLoss:
     def __init__(self, model: Any, config: Config, objectives: Sequence[Objective], device: torch.device):
         self.model, self.device, self.objectives = model, device, objectives
         self.bf16 = config.training.precision == "bf16"
-        prepare_attention(model, config, device)
+        check_rows(model, config)
         self.rows, self.budget = config.training.rows, config.training.tokens_per_microbatch
         self.has_pairs = config.stage in ("cdpo", "dpo")
         self.loss_fn: Any = None
