@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.demo.methods import NAMES
+from cpo_kernels.demo.world import OBJECTIVES
 from cpo_kernels.evaluation.pareto import pareto_front
 
 Result = dict[str, Any]
+NAMES = [o.name for o in OBJECTIVES]
 # method -> name, models trained after SFT or CPSFT for its operating points, colour, marker
 METHODS = {
     "cpo": ("CPO", 1, "#1f5fa8", "o"),

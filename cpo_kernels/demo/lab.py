@@ -1,12 +1,14 @@
-"""The generated world of one seed, with what every method of the comparison shares: data, budget, trained models."""
+"""What every method of a comparison shares on one seed: data, budget, requests, trained models."""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,34 +16,11 @@ from torch import Tensor
 
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.template import PromptTemplate
-from cpo_kernels.demo.judge import MAX_NEW_TOKENS, held_out
-from cpo_kernels.demo.model import build_model, build_tokenizer
-from cpo_kernels.demo.run import Size, make_data
-from cpo_kernels.demo.world import OBJECTIVES, World
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.keys import TemplateConfig
 from cpo_kernels.training.loop import train
 
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """World, model and steps: smaller than the demo's, so that every method trains on five seeds."""
-
-    people: int = 4
-    places: int = 2
-    prompts: int = 1200
-    hidden_size: int = 96
-    num_layers: int = 2
-    supervised_steps: int = 1000
-    responses: int = 32  # of a supervised step
-    preference_steps: int = 100
-    groups: int = 24  # (prompt, condition) of a step on pairs
-    conditions: int = 3  # of one prompt, in CPO
-    beta: float = 0.3
-    questions: int = 240  # held out, as the training data has them
-    swept: int = 40  # held out of each kind, for rank correlations
 
 
 class Setting(NamedTuple):
@@ -55,23 +34,58 @@ class Setting(NamedTuple):
         return "-".join([f"{self.lr:g}", *([f"{self.nll:g}"] if self.nll else []), *filter(None, [self.start])])
 
 
-class Lab:
-    """World, data and finished models of one seed; models are kept in `folder` and not trained again."""
+class Lab(ABC):
+    """Data and finished models of one seed; models are kept in `folder` and not trained again.
 
-    def __init__(self, seed: int, budget: Budget, folder: Path):
+    A subclass is one comparison: it sets the attributes below, loads the data, and rates answers.
+    """
+
+    objectives: ClassVar[list[Objective]]
+    requests: ClassVar[list[dict[str, float]]]  # the operating points of a model that reads tags
+    weights: ClassVar[list[tuple[float, ...]]]  # as many, of the methods that read none
+    settings: ClassVar[dict[str, list[Setting]]]  # method -> what is tried
+    levels: ClassVar[dict[str, list[float]]]  # objective -> what can be asked for
+    own_ratings: ClassVar[dict[str, Any]]  # the trainer's `conditions` of CPSFT
+    asked_for: ClassVar[dict[str, Any]]  # of CDPO
+    on_pairs: ClassVar[dict[str, Any]] = {}  # of DPO
+    template_config: ClassVar[TemplateConfig] = TemplateConfig()
+    training: ClassVar[dict[str, Any]] = {}
+    max_new_tokens: ClassVar[int]
+    batch_size: ClassVar[int]  # of generation
+    tokenizer: Any
+    records: Sequence[Record]
+    held_out: Sequence[Record]
+
+    def __init__(self, seed: int, budget: Any, folder: Path):
         self.seed, self.budget, self.folder = seed, budget, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.world = World(seed, budget.people, budget.places)
-        self.records, asked = make_data(self.world, Size(prompts=budget.prompts), seed)
-        self.asked = [q for q, _ in self.world.rated_questions(budget.prompts, seed)]  # in the order of the records
-        held = self.world.rated_questions(budget.questions, seed + 1, exclude=asked)
-        self.questions = [question for question, _ in held]
-        self.swept = held_out(self.world, budget.swept, seed, asked)
-        self.tokenizer = build_tokenizer()
-        self.template = PromptTemplate(self.tokenizer, TemplateConfig(), OBJECTIVES)
+
+    @cached_property
+    def template(self) -> PromptTemplate:
+        return PromptTemplate(self.tokenizer, self.template_config, self.objectives)
+
+    @abstractmethod
+    def new_model(self) -> Any:
+        """The model that every method starts from."""
+
+    @abstractmethod
+    def rate(self, number: int, text: str) -> dict[str, float]:
+        """Ratings of a text as an answer to training record `number`."""
+
+    @abstractmethod
+    def scores(self, answers: Sequence[str]) -> list[list[float]]:
+        """`[questions][K]`: ratings of one answer to each held-out question, NaN where an objective does not count."""
+
+    @abstractmethod
+    def extras(self, answers: Sequence[str], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """What else an operating point's row says of these answers."""
+
+    @abstractmethod
+    def correlation(self, model: Any, scores: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
+        """Spearman's, per objective, of what is requested and achieved; `scores` as above, of every request."""
 
     def model(self, state: State | None = None) -> Any:
-        model = build_model(self.tokenizer, self.budget.hidden_size, self.budget.num_layers, self.seed)
+        model = self.new_model()
         if state is not None:
             model.load_state_dict(state)
         return model.eval()
@@ -80,7 +94,7 @@ class Lab:
         self,
         stage: str,
         setting: Setting,
-        objectives: Sequence[Objective] = OBJECTIVES,
+        objectives: Sequence[Objective] | None = None,
         conditions: dict[str, Any] | None = None,
         training: dict[str, Any] | None = None,
         draw: int = 0,
@@ -92,22 +106,23 @@ class Lab:
             "stage": stage,
             "seed": self.seed + 1000 * draw,
             "cache_dir": str(self.folder / "reference"),
-            "objectives": [asdict(o) for o in objectives],
+            "objectives": [asdict(o) for o in objectives or self.objectives],
             "data": {"eval_share": 0.0},
             "conditions": conditions or {},
+            "template": asdict(self.template_config),
             "loss": {"beta": self.budget.beta} | (both if setting.nll else {}),
             "training": {
                 "lr": setting.lr,
                 "betas": [0.9, 0.98],
                 "tokens_per_microbatch": 8192,  # the mean NLL needs a step in one piece
-                "precision": "fp32",
                 "progress": False,
             }
+            | self.training
             | steps,
         }
 
     def train(self, config: dict[str, Any], start: State | None, records: Sequence[Record] | None = None) -> State:
-        """The weights after `config`, from those of `start` or from random ones."""
+        """The weights after `config`, from those of `start` or from where every method starts."""
         model = self.model(start)
         records = self.records if records is None else records
         train(config, model=model, tokenizer=self.tokenizer, records=records, eval_records=[])
@@ -128,12 +143,14 @@ class Lab:
         model, answers = self.model(state), list[str]()
         torch.manual_seed(self.seed)
         texts = [self.template.text(record.prompt, goal) for record, goal in zip(self.records, goals, strict=True)]
-        for i in range(0, len(texts), 256):
-            inputs = self.tokenizer(texts[i : i + 256], return_tensors="pt", padding=True)  # on the left
+        for i in range(0, len(texts), self.batch_size):
+            inputs = self.tokenizer(
+                texts[i : i + self.batch_size], return_tensors="pt", padding=True, padding_side="left"
+            )
             output = model.generate(
                 inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=self.max_new_tokens,
                 do_sample=True,
                 temperature=0.7,
                 top_p=0.9,

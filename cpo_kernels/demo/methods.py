@@ -1,4 +1,4 @@
-"""CPO and the methods it is compared with, as recipes on the generated world.
+"""CPO and the methods it is compared with, as recipes on the data of a `Lab`.
 
     sft      the best answers of every question, no tags; or all of them, as a start for others
     cpsft    every answer after the tags of its own ratings, or of a part of them (CPO's first stage)
@@ -26,33 +26,14 @@ from cpo_kernels.data.packing import Unit
 from cpo_kernels.data.preparation import units_of
 from cpo_kernels.data.records import Record, Response
 from cpo_kernels.demo.lab import Lab, Setting, State
-from cpo_kernels.demo.world import OBJECTIVES
 from cpo_kernels.evaluation.pareto import pareto_front
+from cpo_kernels.objectives import Objective
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import Loop
 from cpo_kernels.training.losses import StageLoss
 from cpo_kernels.training.models import fingerprint
 from cpo_kernels.training.reference import with_reference
 from cpo_kernels.training.rundir import RunDir
-
-NAMES = [o.name for o in OBJECTIVES]
-# In CPO's R a level that is asked for counts twice what an open objective of equal weight counts (lambda).
-CONDITIONED = [replace(o, strength=2.0) for o in OBJECTIVES]
-# What prompts are conditioned on: everything, or a part. What is left open is to be as good as it can be.
-PARTS = [["helpfulness", "harmlessness"], ["honesty", "harmlessness"], ["helpfulness"], ["harmlessness"]]
-
-
-def _mixture(sampler: str, everything: float, part: float) -> list[dict[str, Any]]:
-    parts = [{"sampler": sampler, "share": part, "objectives": names} for names in PARTS]
-    return [{"sampler": sampler, "share": everything}, *parts]
-
-
-OWN_RATINGS: dict[str, Any] = {"mixture": _mixture("attained", 0.6, 0.1)}
-ASKED_FOR = [  # also what no answer attains: the pairs show what comes closest
-    *_mixture("attained", 0.25, 0.075),
-    *_mixture("best", 0.1, 0.05),
-    {"sampler": "grid", "share": 0.15},
-]
 
 # ------------------------------------------------------------------------------------------------------ without pairs
 
@@ -63,7 +44,7 @@ def sft(lab: Lab, setting: Setting, responses: str = "best") -> State:
 
 
 def cpsft(lab: Lab, setting: Setting) -> State:
-    config = lab.config("cpsft", setting, conditions=OWN_RATINGS)
+    config = lab.config("cpsft", setting, conditions=lab.own_ratings)
     return lab.kept(f"cpsft-{setting}", lambda: lab.train(config, None))
 
 
@@ -80,29 +61,26 @@ def ric(lab: Lab, start: State, setting: Setting) -> State:
 
     def make() -> State:
         rng = random.Random(f"ric {lab.seed}")
-        goals = [{o.name: float(o.high) for o in OBJECTIVES} for _ in lab.records]
+        goals = [{o.name: float(o.high) for o in lab.objectives} for _ in lab.records]
         for goal in goals:
-            o = rng.choice(OBJECTIVES)
-            goal[o.name] = float(rng.randint(int(o.low), int(o.high)))
-        rated = [
-            Response(text, {name: float(level) for name, level in lab.world.rate(question, text).items()})
-            for question, text in zip(lab.asked, lab.sampled(start, goals), strict=True)
-        ]
+            o = rng.choice(lab.objectives)
+            goal[o.name] = rng.choice(lab.levels[o.name])
+        rated = [Response(text, lab.rate(i, text)) for i, text in enumerate(lab.sampled(start, goals))]
         fresh, old = list[Record](), list[Record]()
         for record, response in zip(lab.records, rated, strict=True):
-            *kept, own = on_front([*record.responses, response])
+            *kept, own = on_front([*record.responses, response], lab.objectives)
             old += [Record(record.prompt, (r,)) for r, keep in zip(record.responses, kept, strict=True) if keep]
             fresh += [Record(record.prompt, (response,))] * own
         old = rng.sample(old, min(len(old), len(fresh) // 2))
         training = {"max_steps": lab.budget.preference_steps, "schedule": "constant"}
-        config = lab.config("cpsft", setting, conditions=OWN_RATINGS, training=training)
+        config = lab.config("cpsft", setting, conditions=lab.own_ratings, training=training)
         return lab.train(config, start, fresh + old)
 
     return lab.kept(f"ric-{setting}", make)
 
 
-def on_front(responses: Sequence[Response]) -> list[bool]:
-    return pareto_front([[r.ratings[name] for name in NAMES] for r in responses]).tolist()
+def on_front(responses: Sequence[Response], objectives: Sequence[Objective]) -> list[bool]:
+    return pareto_front([[r.ratings[o.name] for o in objectives] for r in responses]).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- on pairs
@@ -114,11 +92,13 @@ def cpo(lab: Lab, start: State, setting: Setting) -> State:
     def make() -> State:
         state, budget = start, lab.budget
         prompts, steps = budget.groups // budget.conditions, budget.preference_steps // 2
-        conditions = {"mixture": ASKED_FOR, "per_prompt": budget.conditions}
+        conditions = lab.asked_for | {"per_prompt": budget.conditions}
+        # In CPO's R a level that is asked for counts twice what an open objective of equal weight counts (lambda).
+        objectives = [replace(o, strength=2.0) for o in lab.objectives]
         training = {"batch_size": prompts, "max_steps": steps}
         for number in range(2):
             drawn = random.Random(f"round {number} {lab.seed}").sample(lab.records, len(lab.records))
-            config = lab.config("cdpo", setting, CONDITIONED, conditions, training, draw=number)
+            config = lab.config("cdpo", setting, objectives, conditions, training, draw=number)
             state = lab.train(config, state, drawn[: prompts * steps])
         return state
 
@@ -143,21 +123,21 @@ def modpo(lab: Lab, start: State, weights: Sequence[float], setting: Setting) ->
     k, *others = [i for i, w in enumerate(weights) if w]
     if not others:
         return dpo(lab, start, weights, setting)
-    margins = [(weights[i], dpo(lab, start, one_hot(i), setting)) for i in others]
-    config = _dpo_config(lab, one_hot(k), setting)
+    margins = [(weights[i], single(lab, start, i, setting)) for i in others]
+    config = _dpo_config(lab, one_hot(k, len(weights)), setting)
     config["loss"]["beta"] /= weights[k]
     return lab.kept(f"modpo-{numbers(weights)}-{setting}", lambda: _dpo_with_margins(lab, start, margins, config))
 
 
 def _dpo_config(lab: Lab, weights: Sequence[float], setting: Setting) -> dict[str, Any]:
-    objectives = [replace(o, weight=w) for o, w in zip(OBJECTIVES, weights, strict=True)]
+    objectives = [replace(o, weight=w) for o, w in zip(lab.objectives, weights, strict=True)]
     training = {"batch_size": lab.budget.groups, "max_steps": lab.budget.preference_steps}
-    return lab.config("dpo", setting, objectives, training=training)
+    return lab.config("dpo", setting, objectives, lab.on_pairs, training)
 
 
 def _dpo_with_margins(lab: Lab, start: State, margins: Sequence[tuple[float, State]], tree: dict[str, Any]) -> State:
     config, accelerator = read_config(tree), Accelerator()
-    objectives = [replace(o, weight=c.weight) for o, c in zip(OBJECTIVES, config.objectives, strict=True)]
+    objectives = [replace(o, weight=c.weight) for o, c in zip(lab.objectives, config.objectives, strict=True)]
     units = units_of("train", config, lab.records, objectives, lab.template, {})
 
     def scored(state: State) -> list[Unit]:
@@ -188,12 +168,17 @@ def shifted(reference: Sequence[Unit], margins: Sequence[tuple[float, Sequence[U
 
 def soup(lab: Lab, start: State, weights: Sequence[float], setting: Setting) -> State:
     """Parameters theta = sum of w_i theta_i of the single-objective models."""
-    parts = [(w, dpo(lab, start, one_hot(i), setting)) for i, w in enumerate(weights) if w]
+    parts = [(w, single(lab, start, i, setting)) for i, w in enumerate(weights) if w]
     return {key: torch.stack([w * state[key] for w, state in parts]).sum(0) for key in parts[0][1]}
 
 
-def one_hot(i: int) -> tuple[float, ...]:
-    return tuple(float(i == j) for j in range(len(OBJECTIVES)))
+def single(lab: Lab, start: State, i: int, setting: Setting) -> State:
+    """DPO on objective i alone."""
+    return dpo(lab, start, one_hot(i, len(lab.objectives)), setting)
+
+
+def one_hot(i: int, count: int) -> tuple[float, ...]:
+    return tuple(float(i == j) for j in range(count))
 
 
 def numbers(weights: Sequence[float]) -> str:

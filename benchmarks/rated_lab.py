@@ -1,0 +1,162 @@
+"""CPO and its baselines on SmolLM2-135M-Instruct and the human ratings of TruthfulQA answers: `Lab` with both.
+
+    python -m benchmarks.claims --study truthfulqa --data truthfulqa_ratings.jsonl --seeds 1
+
+A generated answer gets the ratings of the rated answer to the same question that has most words in common with it (F1
+of the words, as SQuAD counts them): TruthfulQA's own automatic measures compare with true and false answers in the
+same way. `agreement` says how well that predicts the ratings that people gave.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cpo_kernels.data.preparation import load_data
+from cpo_kernels.data.records import Record, Response
+from cpo_kernels.demo.lab import Lab, Setting
+from cpo_kernels.evaluation.greedy import normalise
+from cpo_kernels.evaluation.statistics import spearman
+from cpo_kernels.objectives import Objective
+from cpo_kernels.training.config import read_config
+from cpo_kernels.training.keys import TemplateConfig
+from cpo_kernels.training.models import load_model
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "truthfulqa_cpsft.yaml"
+OBJECTIVES = [Objective("honesty", 1, 5), Objective("helpfulness", 1, 5)]
+# Answers that are neither true nor informative are nobody's goal.
+BALANCED: dict[str, Any] = {"balance": True, "class_weights": [{"honesty": 1, "helpfulness": 1, "weight": 0.1}]}
+SUPERVISED = [Setting(2e-4)]
+PAIRS = Setting(5e-5, 0.3)
+
+
+def _mixture(sampler: str) -> list[dict[str, Any]]:
+    """Tags of both objectives, or of one; what is left open is to be as good as it can be."""
+    parts = [{"sampler": sampler, "share": 0.15, "objectives": [o.name]} for o in OBJECTIVES]
+    return [{"sampler": sampler, "share": 0.7}, *parts]
+
+
+@dataclass(frozen=True)
+class RatedBudget:
+    data: str = "truthfulqa_ratings.jsonl"
+    eval_share: float = 0.2  # of the questions, held out
+    supervised_steps: int = 200
+    responses: int = 16  # of a supervised step
+    preference_steps: int = 50
+    groups: int = 9  # (question, condition) of a step on pairs, each with six answers
+    conditions: int = 3  # of one question, in CPO
+    beta: float = 0.1
+
+
+class RatedLab(Lab):
+    """`budget.data` as in recipes/truthfulqa_cpsft.yaml. Settings were not searched: one training takes minutes."""
+
+    objectives = OBJECTIVES
+    requests: ClassVar[list[dict[str, float]]] = [
+        {"honesty": 5, "helpfulness": 5},
+        {"honesty": 5, "helpfulness": 1},
+        {"honesty": 1, "helpfulness": 5},
+        {"honesty": 5},
+        {"helpfulness": 5},
+    ]
+    weights: ClassVar[list[tuple[float, ...]]] = [(i / 4, 1 - i / 4) for i in range(5)]
+    settings: ClassVar[dict[str, list[Setting]]] = {
+        "sft": SUPERVISED,
+        "cpsft": SUPERVISED,
+        "cpo": [PAIRS],
+        "ric": [Setting(5e-5)],
+    } | {method: [PAIRS._replace(start="all")] for method in ("dpo_sum", "dpo_single", "soup", "modpo")}
+    levels: ClassVar[dict[str, list[float]]] = {o.name: [o.low, o.high] for o in OBJECTIVES}
+    own_ratings: ClassVar[dict[str, Any]] = BALANCED | {"mixture": _mixture("attained"), "strip_best": 0}
+    on_pairs: ClassVar[dict[str, Any]] = {
+        "balance": True,
+        "class_weights": [{"honesty": 1, "helpfulness": 1, "weight": 0}],
+        "responses": 6,
+    }
+    asked_for: ClassVar[dict[str, Any]] = on_pairs | {"mixture": _mixture("attained"), "strip_best": 0}
+    template_config: ClassVar[TemplateConfig] = read_config(RECIPE).template
+    training: ClassVar[dict[str, Any]] = {"precision": "bf16", "warmup": 10}
+    max_new_tokens = 40
+    batch_size = 64
+
+    def __init__(self, seed: int, budget: RatedBudget, folder: Path):
+        super().__init__(seed, budget, folder)
+        if not Path(budget.data).exists():
+            raise ValueError(f"no file {budget.data}: give TruthfulQA's rated answers with --data")
+        share = f"data.eval_share={budget.eval_share}"  # the split is the recipe's, the same for all seeds
+        recipe = read_config(RECIPE, [f"data.train={budget.data}", share])
+        records, held_out, _ = load_data(recipe, None, None, {})
+        self.records, self.held_out = list(records), list(held_out)
+        self.published, self.tokenizer = load_model(recipe.model)
+
+    def new_model(self) -> Any:
+        model = type(self.published)(self.published.config)
+        model.load_state_dict(self.published.state_dict())
+        return model
+
+    def rate(self, number: int, text: str) -> dict[str, float]:
+        return rated(text, self.records[number].responses)
+
+    def scores(self, answers: Sequence[str]) -> list[list[float]]:
+        rows = [rated(text, record.responses) for text, record in zip(answers, self.held_out, strict=True)]
+        return [[row[o.name] for o in OBJECTIVES] for row in rows]
+
+    def extras(self, answers: Sequence[str], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """`similar`: the mean F1 with the nearest rated answer; `scores`: for intervals over questions."""
+        nearest = [
+            max(words_in_common(text, r.text) for r in record.responses)
+            for text, record in zip(answers, self.held_out, strict=True)
+        ]
+        return {"similar": sum(nearest) / len(nearest), "by_question": [list(row) for row in scores]}
+
+    def correlation(self, model: Any, scores: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
+        """One tag is 1 or 5, the other 5."""
+        both, *others = scores[:3]  # (5, 5), (5, 1), (1, 5)
+        low = {"helpfulness": others[0], "honesty": others[1]}
+        found = {}
+        for k, o in enumerate(OBJECTIVES):
+            achieved = [[row[k] for row in rows] for rows in (low[o.name], both)]
+            requested = [o.low] * len(achieved[0]) + [o.high] * len(achieved[1])
+            found[o.name] = spearman(requested, achieved[0] + achieved[1])
+        return found
+
+
+def words_in_common(a: str, b: str) -> float:
+    """F1 of the words of two texts, each as often as it stands there; case and punctuation do not count."""
+    first, second = Counter(normalise(a).split()), Counter(normalise(b).split())
+    return 2 * (first & second).total() / ((first + second).total() or 1)
+
+
+def rated(text: str, responses: Sequence[Response]) -> dict[str, float]:
+    """Ratings of the nearest response, their means where several are; the lowest ones where no word is in common."""
+    near = [words_in_common(text, r.text) for r in responses]
+    best = [r for r, f1 in zip(responses, near, strict=True) if f1 == max(near)]
+    if not near or max(near) == 0:
+        return {o.name: o.low for o in OBJECTIVES}
+    return {o.name: sum(r.ratings[o.name] for r in best) / len(best) for o in OBJECTIVES}
+
+
+def agreement(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """Per objective, how often the nearest of the other answers has the rating that people gave to an answer, and how
+    often a guess of the commonest rating would. Copies of the answer are left out."""
+    right: dict[str, list[float]] = {o.name: [] for o in OBJECTIVES}
+    given: dict[str, list[float]] = {o.name: [] for o in OBJECTIVES}
+    for record in records:
+        for response in record.responses:
+            others = [r for r in record.responses if normalise(r.text) != normalise(response.text)]
+            if others:
+                guess = rated(response.text, others)
+                for o in OBJECTIVES:
+                    middle = (o.low + o.high) / 2
+                    right[o.name].append(float((guess[o.name] > middle) == (response.ratings[o.name] > middle)))
+                    given[o.name].append(response.ratings[o.name])
+    return {
+        name: {
+            "nearest": sum(values) / len(values),
+            "commonest": Counter(given[name]).most_common(1)[0][1] / len(values),
+        }
+        for name, values in right.items()
+    }
