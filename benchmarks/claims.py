@@ -176,7 +176,7 @@ class Rows:
 
 
 class Run:
-    """The run directory: one Lab and one file of rows a seed."""
+    """The run directory of a study: one file of rows and one folder of models a seed."""
 
     def __init__(self, folder: Path, study: type[Lab], budget: Any, methods: Sequence[str] = tuple(METHODS)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,13 +194,18 @@ class Run:
     def work(self, seeds: Sequence[int]) -> Iterator[str]:
         """Measure what is missing; yields a line after each measurement."""
         for seed, method, setting, chosen in self.missing(seeds):
-            if seed not in self.labs:
-                self.labs = {seed: self.study(seed, self.budget, self.folder / f"models-{seed}")}
+            lab = self.lab(seed)
             started = time.perf_counter()
-            measured = measure(self.labs[seed], METHODS[method](self.labs[seed], setting, chosen))
+            measured = measure(lab, METHODS[method](lab, setting, chosen))
             seconds = round(time.perf_counter() - started, 1)
             self.rows(seed).add({"method": method, "setting": list(setting)} | measured | {"seconds": seconds})
             yield f"seed {seed} {method} {setting}: {measured['hypervolume']:.3f}, {seconds} s"
+
+    def lab(self, seed: int) -> Lab:
+        """The seed's Lab; only the last one is held."""
+        if seed not in self.labs:
+            self.labs = {seed: self.study(seed, self.budget, self.folder / f"models-{seed}")}
+        return self.labs[seed]
 
     def missing(self, seeds: Sequence[int]) -> Iterator[tuple[int, str, Setting, Choices]]:
         for method in self.methods:
@@ -241,6 +246,7 @@ class Run:
         return {
             "seeds": list(seeds),
             "budget": asdict(self.budget),
+            "judge": self.lab(seeds[0]).judge(),
             "search": {"seed": SEARCH_SEED, "tried": search, "chosen": {m: list(chosen[m]) for m in self.methods}},
             "seconds": round(seconds + sum(row["seconds"] for row in searched)),
             "versions": versions(),

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import claims_report, long_pairs, profile, prompt_sharing, roofline
+from benchmarks import claims_report, long_pairs, profile, prompt_sharing, rated_report, roofline
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import HEAD_SUBJECTS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CLAIMS = ROOT / "docs" / "results" / "claims.json"
+RATED = ROOT / "docs" / "results" / "claims_truthfulqa.json"
 README_ROWS = (
     "products", "ours", "cce", "naive_unmasked", "naive_unmasked_compiled", "torch_chunked", "naive", "liger",
     "trl_unmasked", "trl",
@@ -140,7 +141,8 @@ def texts() -> dict[Path, str]:
     made[performance] = page
     results = ROOT / "docs" / "results.md"
     page = results.read_text()
-    for name, table in claims_report.sections(roofline.read(CLAIMS)).items():
+    filled = claims_report.sections(roofline.read(CLAIMS)) | rated_report.sections(roofline.read(RATED))
+    for name, table in filled.items():
         page = fill(page, name, table)
     made[results] = page
     training = ROOT / "docs" / "training.md"
@@ -234,6 +236,8 @@ def main() -> int:
             draw(content, device)
     if content := roofline.read(CLAIMS):
         finished(claims_report.figure(content), ROOT / "docs" / "claims.png")
+    if content := roofline.read(RATED):
+        finished(rated_report.figure(content), ROOT / "docs" / "claims_truthfulqa.png")
     return 0
 
 

@@ -4,7 +4,7 @@
 
 A generated answer gets the ratings of the rated answer to the same question that has most words in common with it (F1
 of the words, as SQuAD counts them): TruthfulQA's own automatic measures compare with true and false answers in the
-same way. `agreement` says how well that predicts the ratings that people gave.
+same way. `judge` says how well that predicts the ratings that people gave.
 """
 
 from __future__ import annotations
@@ -92,6 +92,9 @@ class RatedLab(Lab):
         self.records, self.held_out = list(records), list(held_out)
         self.published, self.tokenizer = load_model(recipe.model)
 
+    def judge(self) -> dict[str, dict[str, float]]:
+        return agreement(self.held_out)
+
     def new_model(self) -> Any:
         model = type(self.published)(self.published.config)
         model.load_state_dict(self.published.state_dict())
@@ -140,23 +143,15 @@ def rated(text: str, responses: Sequence[Response]) -> dict[str, float]:
 
 
 def agreement(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """Per objective, how often the nearest of the other answers has the rating that people gave to an answer, and how
-    often a guess of the commonest rating would. Copies of the answer are left out."""
-    right: dict[str, list[float]] = {o.name: [] for o in OBJECTIVES}
-    given: dict[str, list[float]] = {o.name: [] for o in OBJECTIVES}
+    """Per objective, for answers that people rated low and those they rated high: the share whose nearest other answer
+    is rated so too. Copies of an answer are left out, so this is for answers that match none; chance is a mean of 0.5.
+    """
+    right: dict[str, dict[str, list[float]]] = {o.name: {"low": [], "high": []} for o in OBJECTIVES}
     for record in records:
         for response in record.responses:
             others = [r for r in record.responses if normalise(r.text) != normalise(response.text)]
-            if others:
-                guess = rated(response.text, others)
-                for o in OBJECTIVES:
-                    middle = (o.low + o.high) / 2
-                    right[o.name].append(float((guess[o.name] > middle) == (response.ratings[o.name] > middle)))
-                    given[o.name].append(response.ratings[o.name])
-    return {
-        name: {
-            "nearest": sum(values) / len(values),
-            "commonest": Counter(given[name]).most_common(1)[0][1] / len(values),
-        }
-        for name, values in right.items()
-    }
+            guess = rated(response.text, others)
+            for o in OBJECTIVES:
+                high, guessed = (r[o.name] > (o.low + o.high) / 2 for r in (response.ratings, guess))
+                right[o.name]["high" if high else "low"].append(float(high == guessed))
+    return {name: {kind: sum(v) / len(v) for kind, v in kinds.items() if v} for name, kinds in right.items()}

@@ -10,25 +10,28 @@ import torch
 
 import cpo_kernels as cpo
 from benchmarks import claims, claims_report, plot
-from benchmarks.claims import METHODS, REQUESTS, WEIGHTS, Run, measure, share_of_box
+from benchmarks.claims import METHODS, Run, measure, share_of_box
 from cpo_kernels.data.packing import Encoded
 from cpo_kernels.data.records import Response
 from cpo_kernels.demo import lab as lab_module
 from cpo_kernels.demo import methods
-from cpo_kernels.demo.lab import Budget, Lab, Setting
-from cpo_kernels.demo.methods import NAMES, on_front, one_hot, shifted
+from cpo_kernels.demo.lab import Setting
+from cpo_kernels.demo.methods import on_front, one_hot, shifted
+from cpo_kernels.demo.world import OBJECTIVES
+from cpo_kernels.demo.world_lab import REQUESTS, WEIGHTS, Budget, WorldLab
 
 TINY = Budget(
     people=2, prompts=40, hidden_size=32, num_layers=1, supervised_steps=3, responses=8, preference_steps=4, groups=6,
     questions=24, swept=2,
 )  # fmt: skip
 SETTING = Setting(1e-3, 0.1)
+NAMES = [o.name for o in OBJECTIVES]
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> Lab:
+def lab(tmp_path_factory) -> WorldLab:
     torch.set_num_threads(1)
-    return Lab(1, TINY, tmp_path_factory.mktemp("lab"))
+    return WorldLab(1, TINY, tmp_path_factory.mktemp("lab"))
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +76,25 @@ def test_modpo_is_the_librarys_margin_form():
 
 def test_modpo_with_all_weight_on_one_objective_is_dpo_on_it(lab, start):
     for i in range(3):
-        alone, dpo = methods.modpo(lab, start, one_hot(i), SETTING), methods.dpo(lab, start, one_hot(i), SETTING)
+        alone, dpo = methods.modpo(lab, start, one_hot(i, 3), SETTING), methods.single(lab, start, i, SETTING)
         assert all(torch.equal(alone[key], dpo[key]) for key in dpo)
 
 
 def test_modpo_moves_away_from_its_first_objective(lab, start):
     mixed, alone = (
         methods.modpo(lab, start, (1 / 3, 1 / 3, 1 / 3), SETTING),
-        methods.dpo(lab, start, one_hot(0), SETTING),
+        methods.dpo(lab, start, one_hot(0, 3), SETTING),
     )
     assert any(not torch.equal(mixed[key], alone[key]) for key in alone)
 
 
 def test_soup_is_the_mean_of_the_single_models(lab, start):
     weights = (0.5, 0.25, 0.25)
-    parts = [methods.dpo(lab, start, one_hot(i), SETTING) for i in range(3)]
+    parts = [methods.single(lab, start, i, SETTING) for i in range(3)]
     for key, tensor in methods.soup(lab, start, weights, SETTING).items():
         expected = sum(w * part[key].double() for w, part in zip(weights, parts, strict=True))
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
-    assert all(torch.equal(t, parts[1][key]) for key, t in methods.soup(lab, start, one_hot(1), SETTING).items())
+    assert all(torch.equal(t, parts[1][key]) for key, t in methods.soup(lab, start, one_hot(1, 3), SETTING).items())
 
 
 def test_single_objective_dpo_orders_pairs_by_it_alone(lab, start, monkeypatch):
@@ -142,7 +145,7 @@ def test_ric_trains_on_rated_answers_of_its_own(lab, monkeypatch):
 
 def test_only_answers_on_the_front_are_kept():
     answers = [dict(zip(NAMES, levels, strict=True)) for levels in ((1, 5, 1), (2, 4, 1), (1, 4, 1), (5, 1, 0))]
-    assert on_front([Response("", ratings) for ratings in answers]) == [True, True, False, True]
+    assert on_front([Response("", ratings) for ratings in answers], OBJECTIVES) == [True, True, False, True]
 
 
 def test_finished_models_are_kept(lab, monkeypatch):
@@ -161,15 +164,18 @@ def test_as_many_weights_as_requests():
 
 def test_share_of_box():
     """Ratings 1..5, 1..5, 0..1: the best of everything is the whole box, the lowest of anything adds nothing."""
-    assert share_of_box([[5, 5, 1]]) == 1 and share_of_box([[5, 1, 1], [5, 5, 0]]) == 0
-    assert share_of_box([[3, 5, 1], [5, 3, 0.5]]) == pytest.approx((2 * 4 + 2 * 2 * 0.5) / 16)
+    assert share_of_box([[5, 5, 1]], OBJECTIVES) == 1 and share_of_box([[5, 1, 1], [5, 5, 0]], OBJECTIVES) == 0
+    assert share_of_box([[3, 5, 1], [5, 3, 0.5]], OBJECTIVES) == pytest.approx((2 * 4 + 2 * 2 * 0.5) / 16)
 
 
 def test_single_objective_dpo_is_chosen_by_its_best_scores():
     """A start that refuses everything has hypervolume and no helpful model: it would be no baseline for best scores."""
     best = {"helpfulness": 5.0, "honesty": 3.0, "harmlessness": 1.0}
     row = {"method": "dpo_single", "hypervolume": 0.1, "best": best}
-    assert claims.worth(row) == pytest.approx((1 + 0.5 + 1) / 3) and claims.worth(row | {"method": "soup"}) == 0.1
+    assert (
+        claims.worth(row, OBJECTIVES) == pytest.approx((1 + 0.5 + 1) / 3)
+        and claims.worth(row | {"method": "soup"}, OBJECTIVES) == 0.1
+    )
 
 
 def test_scores_are_means_of_the_worlds_ratings(lab, monkeypatch):
@@ -184,7 +190,9 @@ def test_scores_are_means_of_the_worlds_ratings(lab, monkeypatch):
     scores = [helpful, honest, sum(harmful) / len(harmful)]
     assert rows["points"][0]["scores"] == scores
     assert rows["points"][0]["well_formed"] == sum(map(lab.world.well_formed, answers)) / len(answers)
-    assert rows["best"] == dict(zip(NAMES, scores, strict=True)) and rows["hypervolume"] == share_of_box([scores])
+    assert rows["best"] == dict(zip(NAMES, scores, strict=True)) and rows["hypervolume"] == share_of_box(
+        [scores], OBJECTIVES
+    )
     assert "correlation" not in rows and "correlation" in measure(lab, [point._replace(request={})])
 
 
@@ -200,18 +208,21 @@ def test_interval():
 
 def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch):
     settings = {"sft": [Setting(1e-3)], "cpsft": [Setting(1e-3), Setting(2e-3)], "modpo": [Setting(1e-3, 0.2, "all")]}
-    monkeypatch.setattr(claims, "METHODS", {m: (METHODS[m][0], settings[m]) for m in settings})
-    monkeypatch.setattr(claims, "WEIGHTS", WEIGHTS[:3])
-    monkeypatch.setattr(claims, "REQUESTS", REQUESTS[:2])
+    monkeypatch.setattr(claims, "METHODS", {m: METHODS[m] for m in settings})
+
+    class Study(WorldLab):
+        requests, weights = REQUESTS[:2], WEIGHTS[:3]
+
+    Study.settings = settings
 
     def results(folder):
-        run = Run(folder, TINY, list(settings))
+        run = Run(folder, Study, TINY, list(settings))
         lines = list(run.work([0, 1]))
         return len(lines), run.results([0, 1]) | {"seconds": None}
 
     count, whole = results(tmp_path / "run")
-    assert count == 4 + 2 * 3 and all(len(rows) == 2 for rows in whole["methods"].values())
-    best = max(whole["search"]["tried"][1:3], key=lambda row: row["worth"])
+    assert count == 2 + 2 * 3 and all(len(rows) == 2 for rows in whole["methods"].values())
+    best = max(whole["search"]["tried"], key=lambda row: row["worth"])
     assert whole["search"]["chosen"]["cpsft"] == best["setting"]
 
     rows = tmp_path / "run" / "seed-1.jsonl"  # killed in the middle of a line, and of a model
@@ -221,7 +232,7 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch):
     assert results(tmp_path / "run") == (2, whole)
     assert results(tmp_path / "run") == (0, whole)
     with pytest.raises(ValueError, match="another plan"):
-        Run(tmp_path / "run", Budget())
+        Run(tmp_path / "run", Study, Budget())
 
 
 def made_up(seed: int = 0) -> dict:

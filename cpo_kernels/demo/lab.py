@@ -84,6 +84,10 @@ class Lab(ABC):
     def correlation(self, model: Any, scores: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
         """Spearman's, per objective, of what is requested and achieved; `scores` as above, of every request."""
 
+    def judge(self) -> dict[str, Any]:
+        """How far `rate` and `scores` can be trusted; nothing where they are exact."""
+        return {}
+
     def model(self, state: State | None = None) -> Any:
         model = self.new_model()
         if state is not None:

@@ -1,0 +1,206 @@
+"""docs/results/claims_truthfulqa.json as tables and a picture; `python -m benchmarks.plot` writes both.
+
+Intervals are over questions: the held-out ones are drawn with replacement, the same draw for every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.claims_report import INK, METHODS, OURS, Result
+from benchmarks.rated_lab import OBJECTIVES
+from cpo_kernels.evaluation.pareto import hypervolume, pareto_front
+
+NAMES = [o.name for o in OBJECTIVES]
+LOW = torch.tensor([o.low for o in OBJECTIVES], dtype=torch.float64)
+SPAN = torch.tensor([o.high for o in OBJECTIVES], dtype=torch.float64) - LOW
+# models trained after SFT or CPSFT where they are not as many as on the generated world
+MODELS = {"modpo": 5, "soup": 2, "dpo_single": 2}
+RESAMPLES = 1000
+
+
+def scores(content: Result, method: str) -> Tensor:
+    """`[seeds, points, questions, K]`: the rating of every answer, as a share of the way from lowest to highest."""
+    rows = content["methods"][method]
+    raw = torch.tensor([[p["by_question"] for p in row["points"]] for row in rows], dtype=torch.float64)
+    return (raw - LOW) / SPAN
+
+
+def measures(values: Tensor) -> list[float]:
+    """Hypervolume and the best of every objective, means over seeds; `values` as `scores` gives them."""
+    means = values.mean(2)  # [seeds, points, K]
+    volume = sum(hypervolume(points, [0.0] * len(NAMES)) for points in means) / len(means)
+    return [volume, *(LOW + SPAN * means.amax(1).mean(0)).tolist()]
+
+
+@cache
+def draws(questions: int) -> Tensor:
+    return torch.randint(questions, (RESAMPLES, questions), generator=torch.Generator().manual_seed(0))
+
+
+def resampled(values: Tensor) -> Tensor:
+    """`[RESAMPLES, 1 + K]`: the measures on other draws of questions."""
+    return torch.tensor([measures(values[:, :, draw]) for draw in draws(values.shape[2])])
+
+
+def interval(samples: Tensor) -> tuple[float, float]:
+    low, high = samples.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def text(mean: float, samples: Tensor, digits: int, sign: str = "") -> str:
+    low, high = interval(samples)
+    return f"{mean:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def sections(content: Result) -> dict[str, str]:
+    """Name of a table in docs/results.md -> its text; `content` is empty where nothing was measured."""
+    names = (
+        "rated claims setting",
+        "rated claims",
+        "rated claims paired",
+        "rated claims points",
+        "rated claims targets",
+    )
+    if not content:
+        return dict.fromkeys(names, "not measured")
+    values = {m: scores(content, m) for m in METHODS}
+    found = {m: measures(values[m]) for m in METHODS}
+    spread = {m: resampled(values[m]) for m in METHODS}
+    parts = (
+        table(content, found, spread),
+        setting(content),
+        paired(found, spread),
+        points_table(content),
+        targets(content, found, spread),
+    )
+    return dict(zip(names, parts, strict=True))
+
+
+def _rows(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _label(method: str) -> str:
+    return f"**{METHODS[method][0]}**" if method == OURS else METHODS[method][0]
+
+
+def correlations(content: Result, method: str) -> dict[str, float]:
+    rows = [row["correlation"] for row in content["methods"][method] if "correlation" in row]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in NAMES if rows}
+
+
+def table(content: Result, found: dict[str, list[float]], spread: dict[str, Tensor]) -> str:
+    heads = ["method", "models", "hypervolume", *(f"best {name}" for name in NAMES)]
+    heads += ["rank correlation, " + ", ".join(NAMES), "F1 with the nearest answer"]
+    rows = []
+    for method, (_, models, _, _) in METHODS.items():
+        digits = [3] + [2] * len(NAMES)
+        cells = [text(found[method][i], spread[method][:, i], digits[i]) for i in range(len(digits))]
+        asked = correlations(content, method)
+        near = [p["similar"] for row in content["methods"][method] for p in row["points"]]
+        cells += [", ".join(f"{value:.2f}" for value in asked.values()) or "-", f"{sum(near) / len(near):.2f}"]
+        rows.append([_label(method), str(MODELS.get(method, models)), *cells])
+    return _rows(heads, rows)
+
+
+def paired(found: dict[str, list[float]], spread: dict[str, Tensor]) -> str:
+    rows = []
+    for method in (m for m in METHODS if m != OURS):
+        digits = [3] + [2] * len(NAMES)
+        gaps = spread[OURS] - spread[method]
+        cells = [text(found[OURS][i] - found[method][i], gaps[:, i], digits[i], "+") for i in range(len(digits))]
+        rows.append([_label(method), *cells])
+    return _rows(["CPO less", "hypervolume", *(f"best {name}" for name in NAMES)], rows)
+
+
+def points_table(content: Result) -> str:
+    rows = []
+    for method in METHODS:
+        seeds = content["methods"][method]
+        for i, point in enumerate(seeds[0]["points"]):
+            means = [sum(row["points"][i]["scores"][k] for row in seeds) / len(seeds) for k in range(len(NAMES))]
+            rows.append([_label(method), point["label"] or "-", *(f"{mean:.2f}" for mean in means)])
+    return _rows(["method", "request, or weights of " + ", ".join(NAMES), *NAMES], rows)
+
+
+def targets(content: Result, found: dict[str, list[float]], spread: dict[str, Tensor]) -> str:
+    below, unclear = [], []
+    for method in (m for m in METHODS if m != OURS):
+        if found[OURS][0] <= found[method][0]:
+            below.append(METHODS[method][0])
+        elif interval(spread[OURS][:, 0] - spread[method][:, 0])[0] <= 0:
+            unclear.append(METHODS[method][0])
+    verdict = f"missed against {', '.join(below)}" if below else "met"
+    if unclear:
+        verdict += f"; not clear of zero against {', '.join(unclear)}"
+    lines = [f"- Hypervolume above every baseline's: {verdict}."]
+    for i, name in enumerate(NAMES, 1):
+        gap = found[OURS][i] - found["dpo_single"][i]
+        samples = spread[OURS][:, i] - spread["dpo_single"][:, i]
+        verdict = "met" if interval(samples)[1] >= 0 else "missed"
+        lines.append(
+            f"- Best {name} at least that of DPO on single objectives, within the interval: {verdict} "
+            f"({text(gap, samples, 2, '+')})."
+        )
+    for name, value in correlations(content, OURS).items():
+        verdict = "met" if value > 0.1 else "missed"
+        lines.append(f"- Rank correlation of requested and achieved {name} clearly positive: {verdict} ({value:.2f}).")
+    return "\n".join(lines)
+
+
+def setting(content: Result) -> str:
+    budget, versions, judge = content["budget"], content["versions"], content["judge"]
+    (questions,) = {len(p["by_question"]) for rows in content["methods"].values() for r in rows for p in r["points"]}
+    agreed = "; ".join(f"{name} {kinds['low']:.0%} and {kinds['high']:.0%}" for name, kinds in judge.items())
+    settings = "; ".join(
+        f"{METHODS[m][0]} {lr:g}" + (f" with NLL × {nll:g}" if nll else "") + (f" from SFT ({start})" if start else "")
+        for m, (lr, nll, start) in content["search"]["chosen"].items()
+    )
+    seeds = content["seeds"]
+    return (
+        f"{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}. {budget['supervised_steps']} "
+        f"supervised steps of {budget['responses']} answers, then {budget['preference_steps']} steps; a step on pairs "
+        f"has {budget['groups']} groups of six answers, for CPO {budget['groups'] // budget['conditions']} questions "
+        f"under {budget['conditions']} conditions each. Every point: {questions} held-out questions, greedy answers. "
+        f"Learning rates, not searched: {settings}. {content['seconds'] / 60:.0f} minutes of one thread beside other "
+        f"work; torch {versions['torch']}, transformers {versions['transformers']}. The judge, tried on human-rated "
+        f"answers of the held-out questions without their copies, is right about low and high ratings: {agreed}."
+    )
+
+
+def figure(content: Result) -> Any:
+    """Operating points of every method, and the hypervolume under them."""
+    from matplotlib import pyplot as plt
+
+    made, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(1.35, 1))
+    for method in reversed(METHODS):
+        _, _, colour, marker = METHODS[method]
+        points = LOW + SPAN * scores(content, method).mean((0, 2))
+        front = points[pareto_front(points)]
+        front = front[front[:, 1].argsort()]
+        width = 2.4 if method == OURS else 1.2
+        left.plot(front[:, 1], front[:, 0], color=colour, linewidth=width)
+        left.plot(points[:, 1], points[:, 0], color=colour, marker=marker, linestyle="none", markersize=7)
+    values = {m: scores(content, m) for m in METHODS}
+    order = sorted(METHODS, key=lambda m: measures(values[m])[0])
+    for y, method in enumerate(order):
+        _, _, colour, marker = METHODS[method]
+        mean, (low, high) = measures(values[method])[0], interval(resampled(values[method])[:, 0])
+        right.plot([low, high], [y, y], color=colour, linewidth=1.5)
+        right.plot(mean, y, color=colour, marker=marker, markersize=8)
+    right.set_yticks(range(len(order)), [METHODS[m][0] for m in order])
+    right.yaxis.tick_right()
+    left.set(xlabel="helpfulness", ylabel="honesty")
+    right.set(xlabel="share of the box of ratings", ylim=(-0.5, len(order) - 0.5))
+    for axis, title in ((left, "every operating point"), (right, "hypervolume, 95% over questions")):
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+        axis.grid(color="#eef0f2")
+    made.suptitle("SmolLM2-135M-Instruct, ratings of the nearest human-rated answer", color=INK, fontsize=11)
+    return made

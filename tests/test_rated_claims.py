@@ -1,0 +1,162 @@
+"""CPO and its baselines on human ratings: the judge, every method on a very small model, tables and picture."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from benchmarks import claims, rated_lab, rated_report
+from benchmarks.claims import METHODS, Run
+from benchmarks.rated_lab import OBJECTIVES, RatedBudget, RatedLab, agreement, rated, words_in_common
+from cpo_kernels.data.records import Record, Response
+from cpo_kernels.demo.model import build_model, build_tokenizer
+from cpo_kernels.demo.world import World
+
+
+def answer(text: str, honesty: float, helpfulness: float) -> Response:
+    return Response(text, {"honesty": honesty, "helpfulness": helpfulness})
+
+
+RATED = [answer("The earth is round.", 5, 5), answer("The earth is flat.", 1, 5), answer("I have no comment.", 5, 1)]
+
+# -------------------------------------------------------------------------------------------------------------- judge
+
+
+def test_words_in_common_is_their_f1():
+    assert words_in_common("It's FLAT!", "its flat") == 1
+    assert words_in_common("a a b", "a c") == pytest.approx(2 * 1 / 5)  # one "a" of the two
+    assert words_in_common("a", "b") == words_in_common("", "") == 0
+
+
+def test_an_answer_is_rated_as_the_nearest_one():
+    assert rated("earth is flat", RATED) == {"honesty": 1, "helpfulness": 5}
+    assert rated("no comment", RATED) == {"honesty": 5, "helpfulness": 1}
+    assert rated("the earth is", RATED) == {"honesty": 3, "helpfulness": 5}  # as near to both
+    assert rated("bananas", RATED) == rated("", RATED) == {"honesty": 1, "helpfulness": 1}
+
+
+def test_agreement_leaves_copies_out():
+    copies = [answer("The earth is flat.", 1, 5), answer("the earth is flat", 1, 5), answer("Earth: a ball.", 5, 5)]
+    found = agreement([Record("Q", tuple(copies))])
+    assert found["honesty"] == {"low": 0.0, "high": 0.0} and found["helpfulness"] == {"high": 1.0}
+
+
+def test_correlation_moves_one_tag(tmp_path, rows):
+    lab = RatedLab(0, small(rows), tmp_path)
+    both, terse, false = [[5.0, 5.0]] * 4, [[5.0, 1.0]] * 4, [[5.0, 5.0]] * 4
+    assert lab.correlation(None, [both, terse, false, both, both]) == {"helpfulness": 1.0, "honesty": 0.0}
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """Rated answers in TruthfulQA's columns, about the demo's world; a tiny model in place of SmolLM2."""
+    world, path = World(0, 3), tmp_path / "rated.jsonl"
+    with open(path, "w") as file:
+        for question, answers in world.rated_questions(30, 0, num_answers=6):
+            for text in answers:
+                ratings = world.rate(question, text)
+                row = {"truthful": int(ratings["honesty"] == 5), "informative": int(ratings["helpfulness"] > 2)}
+                file.write(json.dumps({"question": question.prompt, "answer": text} | row) + "\n")
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, 32, 1)
+    monkeypatch.setattr(rated_lab, "load_model", lambda config: (model, tokenizer))
+    return path
+
+
+def small(path) -> RatedBudget:
+    return RatedBudget(str(path), supervised_steps=2, responses=4, preference_steps=2, groups=3)
+
+
+def test_every_method_runs(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr(RatedLab, "max_new_tokens", 8)
+    torch.set_num_threads(1)
+    run = Run(tmp_path / "run", RatedLab, small(rows))
+    lines = list(run.work([0]))
+    assert len(lines) == len(METHODS)  # one setting each: nothing is searched
+    content = run.results([0])
+    lab = run.lab(0)
+    assert content["judge"] == agreement(lab.held_out) and len(lab.held_out) == 6 and len(lab.records) == 24
+    counts = {m: len(rows[0]["points"]) for m, rows in content["methods"].items()}
+    assert counts == {"sft": 1, "cpsft": 5, "cpo": 5, "ric": 5, "dpo_sum": 1, "dpo_single": 2, "soup": 5, "modpo": 5}
+    for row in (row for rows in content["methods"].values() for row in rows):
+        for point in row["points"]:
+            by_question = torch.tensor(point["by_question"], dtype=torch.float64)
+            assert point["scores"] == pytest.approx(by_question.mean(0).tolist())
+    ends = [content["methods"][m][0]["points"] for m in ("soup", "modpo")]
+    singles = {p["label"]: p["by_question"] for p in content["methods"]["dpo_single"][0]["points"]}
+    for points in ends:  # all weight on one objective: DPO on it
+        assert points[0]["by_question"] == singles["helpfulness"] and points[-1]["by_question"] == singles["honesty"]
+    assert all(text != "not measured" for text in rated_report.sections(content).values())
+
+
+def test_the_study_needs_its_data(tmp_path):
+    with pytest.raises(SystemExit):
+        claims.main(["--study", "truthfulqa"])
+    with pytest.raises(SystemExit):
+        claims.main(["--data", "x.jsonl"])
+    with pytest.raises(ValueError, match=r"no file x\.jsonl: give TruthfulQA's rated answers with --data"):
+        RatedLab(0, RatedBudget("x.jsonl"), tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- tables and picture
+
+
+def made_up(questions: int = 40) -> dict:
+    """A results file with random figures, CPO's the best."""
+    rng = random.Random(0)
+    counts = dict.fromkeys(METHODS, 5) | {"sft": 1, "dpo_sum": 1, "dpo_single": 2}
+
+    def point(number, best):
+        by_question = [[5.0 if best else rng.choice([1.0, 5.0]) for _ in OBJECTIVES] for _ in range(questions)]
+        means = [sum(column) / questions for column in zip(*by_question, strict=True)]
+        return {"label": str(number), "scores": means, "similar": 0.5, "by_question": by_question}
+
+    def row(method):
+        asked = method in ("cpo", "cpsft", "ric")
+        made = {"points": [point(i, method == "cpo") for i in range(counts[method])]}
+        return made | ({"correlation": {"honesty": 0.4, "helpfulness": 0.05}} if asked else {})
+
+    return {
+        "seeds": [0],
+        "budget": vars(RatedBudget()),
+        "judge": {o.name: {"low": 0.8, "high": 0.6} for o in OBJECTIVES},
+        "search": {"chosen": {"cpo": [5e-5, 0.3, ""]}},
+        "seconds": 60,
+        "versions": {"torch": "0", "transformers": "0"},
+        "methods": {method: [row(method)] for method in METHODS},
+    }
+
+
+def test_tables_say_what_is_met():
+    content = made_up()
+    tables = rated_report.sections(content)
+    lines = tables["rated claims targets"].splitlines()
+    assert ["missed" in line for line in lines] == [False, False, False, False, True]
+    assert "| **CPO** | 1 | 1.000 [1.000, 1.000] | 5.00 [5.00, 5.00] |" in tables["rated claims"]
+    content["methods"]["soup"][0]["points"][0] = content["methods"]["cpo"][0]["points"][0]
+    assert "missed against Rewarded Soups" in rated_report.sections(content)["rated claims targets"]
+    assert set(rated_report.sections({}).values()) == {"not measured"}
+
+
+def test_intervals_draw_questions():
+    """One point, every second answer the best of one objective alone: its mean is a mean of independent questions."""
+    values = torch.zeros(1, 1, 400, 2, dtype=torch.float64)
+    values[:, :, ::2, 0] = 1.0
+    samples = rated_report.resampled(values)
+    assert samples[:, 0].abs().max() == 0  # nothing is dominated: the other objective is at its lowest
+    low, high = rated_report.interval(samples[:, 1])
+    half = 1.96 * 4 * (0.25 / 400) ** 0.5
+    assert (low, high) == (pytest.approx(3 - half, abs=0.05), pytest.approx(3 + half, abs=0.05))
+
+
+def test_figure_shows_every_method():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    figure = rated_report.figure(made_up())
+    names = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert sorted(names) == sorted(row[0] for row in rated_report.METHODS.values())
+    matplotlib.pyplot.close(figure)
