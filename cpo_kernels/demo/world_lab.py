@@ -32,7 +32,7 @@ ASKED_FOR = [  # also what no answer attains: the pairs show what comes closest
 ]
 # What is tried, the same for CPO and its baselines as far as it applies.
 SUPERVISED = [Setting(1e-3), Setting(2e-3)]
-STEPS = [(1e-5, 0.0), (3e-5, 0.0), (1e-4, 0.0), (1e-4, 0.3)]  # learning rate, weight of the NLL
+STEPS = [(3e-5, 0.0), (1e-4, 0.0), (1e-4, 0.3), (1e-4, 1.0)]  # learning rate, weight of the NLL
 PAIRS = [Setting(lr, nll) for lr, nll in STEPS]
 UNCONDITIONED = [*(Setting(lr, nll, "all") for lr, nll in STEPS), Setting(3e-5, 0.0, "best")]
 OWN_ANSWERS = [Setting(lr) for lr in (3e-5, 1e-4, 3e-4, 1e-3)]
@@ -61,7 +61,7 @@ class Budget:
     prompts: int = 1200
     hidden_size: int = 96
     num_layers: int = 2
-    supervised_steps: int = 1000
+    supervised_steps: int = 1500
     responses: int = 32  # of a supervised step
     preference_steps: int = 100
     groups: int = 24  # (prompt, condition) of a step on pairs
