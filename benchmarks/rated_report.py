@@ -60,13 +60,7 @@ def text(mean: float, samples: Tensor, digits: int, sign: str = "") -> str:
 
 def sections(content: Result) -> dict[str, str]:
     """Name of a table in docs/results.md -> its text; `content` is empty where nothing was measured."""
-    names = (
-        "rated claims setting",
-        "rated claims",
-        "rated claims paired",
-        "rated claims points",
-        "rated claims targets",
-    )
+    names = ["rated claims", *(f"rated claims {part}" for part in ("setting", "paired", "points", "targets"))]
     if not content:
         return dict.fromkeys(names, "not measured")
     values = {m: scores(content, m) for m in METHODS}

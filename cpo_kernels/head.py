@@ -13,6 +13,7 @@ from cpo_kernels import homes, ops
 from cpo_kernels.checks import check_dtype, check_labels, check_types
 from cpo_kernels.logits import HeadOptions, head_options
 from cpo_kernels.planner import budget_rows
+from cpo_kernels.products import product
 from cpo_kernels.sharded import VocabShards, local_head
 
 
@@ -191,6 +192,4 @@ class Head:
         size = n * weight.shape[0]
         flat = self.buffer.view(-1) if size <= self.buffer.numel() else self.buffer.new_empty(size)
         out = flat[:size].view(n, weight.shape[0])
-        if self.bias.numel():
-            return torch.addmm(self.bias[part], x, weight.t(), out=out)
-        return torch.mm(x, weight.t(), out=out)
+        return product(x, weight.t(), out, self.bias[part] if self.bias.numel() else None)

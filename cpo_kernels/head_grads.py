@@ -3,7 +3,6 @@
 Coefficients multiply in float32, and never become 16-bit values before a power of two keeps them in range.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from cpo_kernels import ops
 from cpo_kernels.ops import refuse_double_backward
+from cpo_kernels.products import add_product, adds_products, product
 
 WEIGHT_SLAB = 8192  # vocabulary rows of dW accumulated at a time when several chunks add up in 16 bit
 
@@ -44,41 +44,6 @@ def power_of_two(values: Tensor, dtype: torch.dtype) -> Tensor:
         return one
     top = values.abs().amax()
     return torch.where(top > 0, torch.exp2(torch.floor(torch.log2(top))), one)
-
-
-@cache
-def multiplies_into_float32(device: torch.device) -> bool:
-    """Whether torch.addmm(..., out_dtype=float32) adds a bfloat16 product to a float32 matrix in place here.
-
-    Asked of the device once, with numbers whose sums bfloat16 cannot hold: CUDA has it, the CPU and some ROCm builds
-    raise.
-    """
-    if device.type == "cpu":
-        return False
-    a = torch.full((16, 16), 1.0, device=device, dtype=torch.bfloat16)
-    sums = torch.full((16, 16), 1025.0, device=device)
-    try:
-        torch.addmm(sums, a.t(), a, out_dtype=torch.float32, out=sums)
-        return bool((sums == 1041.0).all() and (torch.mm(a.t(), a, out_dtype=torch.float32) == 16.0).all())
-    except (RuntimeError, TypeError):
-        return False
-
-
-def adds_products(total: Tensor, a: Tensor) -> bool:
-    """Whether products of matrices in the dtype of `a` add up in `total` by themselves."""
-    return a.dtype == total.dtype or (a.dtype == torch.bfloat16 and multiplies_into_float32(a.device))
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total = a @ b, first; else total += a @ b."""
-    if not adds_products(total, a):
-        total.copy_(a @ b) if first else total.add_(a @ b)
-        return
-    kind: Any = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
-    if first:
-        torch.mm(a, b, **kind, out=total)
-    else:
-        torch.addmm(total, a, b, **kind, out=total)
 
 
 class WeightGrad:
@@ -127,16 +92,16 @@ class WeightGrad:
         rounded = torch.empty_like(self.dw, dtype=g.dtype) if last else self.dw
         for low in range(0, g.shape[1], WEIGHT_SLAB):
             slab = slice(low, low + WEIGHT_SLAB)
-            product = torch.mm(g[:, slab].t(), scaled)
+            made = product(g[:, slab].t(), scaled, self.dw.new_empty(self.dw[slab].shape, dtype=g.dtype))
             if g.dtype == torch.float16:
-                product = product.float() * power
+                made = made.float() * power
             if last:
-                total = self.dw[slab] + product
+                total = self.dw[slab] + made
                 rounded[slab] = total if self.scale is None else total * self.scale
             elif self.added:
-                self.dw[slab] += product
+                self.dw[slab] += made
             else:
-                self.dw[slab] = product
+                self.dw[slab] = made
         self.dw = rounded
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from cpo_kernels.head_grads import fake_grads, restore, scale_rows
 from cpo_kernels.logits import HeadOptions, token_extras
 from cpo_kernels.ops import functional_op, refuse_double_backward
 from cpo_kernels.planner import chunks, even_rows
+from cpo_kernels.products import product
 from cpo_kernels.second_pass import second_pass
 from cpo_kernels.sharded import VocabShards
 
@@ -52,7 +53,7 @@ def linear_token_logps_op(
         inputs = rows.x[part], rows.labels[part], extras, None if ref_x is None else ref_x[part]
         if want_dx:
             g, logp[part], lse[part], seen, ref_part = head.fused(*inputs)
-            torch.mm(g, weight, out=dx[part])
+            product(g, weight, dx[part])
         else:
             logp[part], lse[part], seen, ref_part = head.forward(*inputs)
         if extras:

@@ -18,6 +18,7 @@ from cpo_kernels.head import Head, HeadInputs, Rows, gather_rows, labelled_index
 from cpo_kernels.head_grads import WeightGrad, fake_known_loss, known_loss_grads
 from cpo_kernels.logits import HeadOptions
 from cpo_kernels.preference import PreferenceArgs, wpo_weights
+from cpo_kernels.products import product
 from cpo_kernels.second_pass import second_pass
 
 
@@ -142,7 +143,7 @@ class _Pass:
             g, logp, _, extra, ref_logp = head.fused(x, labels, self.weighted, self.ref_of(part.rows))
             seen.append(self.preference(head, k, logp, extra, ref_logp))
             if self.needs[0]:
-                torch.mm(g, head.weight, out=self.dx[part.rows])
+                product(g, head.weight, self.dx[part.rows])
             sums.add(g, x, seen[-1][2])
         self.head_grads = sums.result()
         return seen[0] if len(seen) == 1 else self.merge(seen)
@@ -176,7 +177,7 @@ class _Pass:
             g, logp, _, extra, ref_logp = head.fused(x, labels, self.weighted, self.ref_of(p))
             seen.append((logp, extra, ref_logp))
             if self.needs[0]:
-                torch.mm(g, head.weight, out=self.dx[p])
+                product(g, head.weight, self.dx[p])
             if p is parts[-1]:
                 outputs = self.preference(head, 0, *(torch.cat(c, dim=-1) for c in zip(*seen, strict=True)))
                 sums.scale = outputs[0][2].index_select(0, self.args.pairs[0, :1])

@@ -11,6 +11,7 @@ from cpo_kernels.linear import token_logps_of
 from cpo_kernels.logits import HeadOptions
 from cpo_kernels.ops import functional_op
 from cpo_kernels.planner import chunks, even_rows
+from cpo_kernels.products import product
 from cpo_kernels.sharded import VocabShards
 
 
@@ -49,7 +50,7 @@ def linear_nll_op(
         g, logp, *_ = head.fused(rows.x[part], rows.labels[part])
         loss += torch.dot(coef[part].double(), logp.double())
         if need_dx:
-            torch.mm(g, weight, out=dx[part])
+            product(g, weight, dx[part])
         sums.add(g, rows.x[part], coef[part])
     dx = rows.scatter(dx, size) if need_dx else dx
     return loss.to(coef.dtype), dx, rows.scatter(coef, size), *sums.result()

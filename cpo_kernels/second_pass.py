@@ -16,8 +16,9 @@ from torch import Tensor
 from cpo_kernels import ops
 from cpo_kernels.columns import columns_bwd_
 from cpo_kernels.head import Head
-from cpo_kernels.head_grads import add_product, power_of_two, scale_rows
+from cpo_kernels.head_grads import power_of_two, scale_rows
 from cpo_kernels.planner import chunks, even_rows
+from cpo_kernels.products import add_product, product
 from cpo_kernels.sharded import columns_here
 
 ALIGN = 64  # columns: rows of a slab begin where the kernels' widest loads may
@@ -59,7 +60,7 @@ def second_pass(
             first + part.start, min(count - part.start, g.shape[1]),
         )  # fmt: skip
         if need_dw:
-            torch.mm(g.t(), scaled, out=dw[part])
+            product(g.t(), scaled, dw[part])
         if need_db:
             db[part] = torch.mv(g.t(), coef.to(g.dtype)).to(acc) * power
         if need_dx:

@@ -162,6 +162,14 @@ def test_bf16_keeps_float32_parameters():
         train(tiny.config(), model=half, tokenizer=tiny.tokenizer(), records=RECORDS)
 
 
+def test_bf16_on_a_cpu_without_it_is_said_to_be_slow(monkeypatch, recwarn):
+    for has, precision, said in ((False, "bf16", True), (False, "fp32", False), (True, "bf16", False)):
+        monkeypatch.setattr(losses_module, "cpu_multiplies", lambda dtype, has=has: has)
+        loss_and_groups("cdpo", training={"precision": precision})
+        assert ["set training.precision: fp32" in str(w.message) for w in recwarn.list] == [True] * said
+        recwarn.clear()
+
+
 def test_loss_types_and_what_they_need():
     mixed = run(loss={"type": ["sigmoid", "sft"], "weights": [1.0, 0.5]}, training={"max_steps": 1})
     assert values(mixed, "loss")[0] > 1.5  # log 2 and half the NLL of an untrained model

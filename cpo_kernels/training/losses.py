@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ import cpo_kernels as cpo
 from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
 from cpo_kernels.integrations.heads import HeadParts, head_layer, lm_head
 from cpo_kernels.objectives import Objective, format_number, value_gap
+from cpo_kernels.products import cpu_multiplies
 from cpo_kernels.training.attention import attention_inputs, check_rows, row_tokens
 from cpo_kernels.training.keys import Config
 
@@ -45,6 +47,13 @@ class StageLoss:
     def __init__(self, model: Any, config: Config, objectives: Sequence[Objective], device: torch.device):
         self.model, self.device, self.objectives = model, device, objectives
         self.bf16 = config.training.precision == "bf16"
+        if self.bf16 and device.type == "cpu" and not cpu_multiplies(torch.bfloat16):
+            warnings.warn(
+                "training.precision bf16: this CPU has no bfloat16 products, and torch makes the model's element by "
+                "element; fp32 is many times faster here: set training.precision: fp32",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         check_rows(model, config)
         self.rows, self.budget = config.training.rows, config.training.tokens_per_microbatch
         self.has_pairs = config.stage in ("cdpo", "dpo")

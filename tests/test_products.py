@@ -1,0 +1,116 @@
+"""Products by slabs of float32, as on a CPU without 16-bit products: against float64, and through the loss."""
+
+import pytest
+import torch
+
+import cpo_kernels as cpo
+from cpo_kernels import products
+from cpo_kernels.products import SLAB, add_product, adds_products, product
+
+# [m, k, n]: the longest side is each in turn, below, at and beyond a slab
+SHAPES = [(3, 5, 2 * SLAB + 7), (2 * SLAB + 7, 3, 5), (3, 2 * SLAB + 7, 5), (5, 3, SLAB), (4, 4, 4), (1, 1, 1)]
+EMPTY = [(0, 3, 5), (3, 0, 5), (3, 5, 0)]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def slabs(monkeypatch):
+    """As if this CPU had no 16-bit products."""
+    monkeypatch.setattr(products, "cpu_multiplies", lambda dtype: dtype not in DTYPES)
+    products.multiplies_into_float32.cache_clear()
+    yield
+    products.multiplies_into_float32.cache_clear()
+
+
+def operands(m: int, k: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a and b, both transposed in memory, and bias."""
+    generator = torch.Generator().manual_seed(m + k + n)
+    a = torch.randn(k, m, generator=generator).t() / max(k, 1) ** 0.5
+    return (
+        a.to(dtype),
+        torch.randn(n, k, generator=generator).t().to(dtype),
+        torch.randn(n, generator=generator).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY)
+def test_a_product_is_rounded_once(shape, dtype, slabs):
+    a, b, bias = operands(*shape, dtype)
+    exact = a.double() @ b.double()
+    for given, expected in ((None, exact), (bias, exact + bias.double())):
+        out = torch.full(exact.shape, float("nan"), dtype=dtype)
+        assert product(a, b, out, given) is out
+        step = torch.finfo(dtype).eps * expected.abs()  # half a step of the dtype, and float32's own rounding
+        assert ((out.double() - expected).abs() <= 0.5 * step + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY)
+def test_products_add_up_in_float32(shape, dtype, slabs):
+    a, b, _ = operands(*shape, dtype)
+    total = torch.full((shape[0], shape[2]), float("nan"))
+    add_product(total, a, b, first=True)
+    add_product(total, a, b, first=False)
+    torch.testing.assert_close(total.double(), 2 * (a.double() @ b.double()), rtol=1e-5, atol=1e-5)
+    out = torch.full(total.shape, float("nan"), dtype=dtype)
+    add_product(out, a, b, first=True)
+    assert torch.equal(out, product(a, b, torch.empty_like(out)))
+
+
+def test_float32_is_left_to_torch(slabs):
+    a, b, bias = operands(5, 7, 9, torch.float32)
+    assert torch.equal(product(a, b, torch.empty(5, 9), bias), torch.addmm(bias, a, b))
+    assert adds_products(torch.empty(0), a) and adds_products(torch.empty(0), a.bfloat16())
+    assert not adds_products(torch.empty(0), a.half())  # float16 needs its power of two
+
+
+def test_what_the_cpu_multiplies_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(products, "cpu_multiplies", lambda dtype: True)
+    monkeypatch.setattr(products, "_in_float32", None)
+    a, b, _ = operands(5, 7, 9, torch.bfloat16)
+    assert torch.equal(product(a, b, torch.empty(5, 9, dtype=a.dtype)), a @ b)
+
+
+ROW = 3000 * 2  # bytes of a row of logits
+# strategy: loss type, rows that the memory budget holds, chunks
+STRATEGIES = {
+    "pairs": ("sigmoid", 80, 1),
+    "pairs, two chunks": ("sigmoid", 36, 2),
+    "deferred": ("sigmoid", 10, 1),
+    "two_pass": ("ipo", 10, 1),
+    "frozen": ("sigmoid", 80, 1),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_loss_does_not_notice(strategy, dtype, slabs, monkeypatch):
+    """Loss and gradients in 16 bit against float32; every product of 16-bit matrices goes by slabs."""
+    seen, slab = [], products._in_float32
+    monkeypatch.setattr(
+        products, "_in_float32", lambda a, *rest, **kind: seen.append(a.dtype) or slab(a, *rest, **kind)
+    )
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4 if strategy != "deferred" else 2, 12, 16, generator=generator).to(dtype)
+    weight = (torch.randn(3000, 16, generator=generator) / 4).to(dtype)
+    bias = torch.randn(3000, generator=generator).to(dtype)
+    labels = torch.randint(3000, hidden.shape[:2], generator=generator)
+    labels[:, :3] = -100
+    given = torch.randn(len(hidden), generator=generator)
+    loss_type, rows, chunks = STRATEGIES[strategy]
+    results = []
+    for kind in (dtype, torch.float32):
+        x, w, b = (t.detach().to(kind).requires_grad_() for t in (hidden, weight, bias))
+        w.requires_grad_(strategy != "frozen")
+        budget = rows * ROW * kind.itemsize // 2
+        loss = cpo.FusedLinearCPOLoss(beta=0.3, loss_type=loss_type, memory_budget=budget)
+        if strategy != "frozen":
+            plan = loss.plan(labels, 3000, kind, device="cpu")
+            assert (plan.layout.strategy, len(plan.layout.parts)) == (strategy.split(",")[0], chunks)
+        out = loss(x, w, labels, ref_logps=given, bias=b)
+        (3.0 * out.loss).backward()
+        results.append([out.loss.detach(), *(t.grad for t in (x, w, b) if t.grad is not None)])
+    assert seen.count(dtype) >= 2 and set(seen) == {dtype}
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.float() - exact).norm() <= 0.02 * exact.norm()
