@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
 
 from cpo_kernels.data.preparation import load_data
 from cpo_kernels.data.records import Record, Response
@@ -21,6 +23,7 @@ from cpo_kernels.demo.lab import Lab, Setting
 from cpo_kernels.evaluation.greedy import normalise
 from cpo_kernels.evaluation.statistics import spearman
 from cpo_kernels.objectives import Objective
+from cpo_kernels.products import cpu_multiplies
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.keys import TemplateConfig
 from cpo_kernels.training.models import load_model
@@ -49,6 +52,7 @@ class RatedBudget:
     groups: int = 9  # (question, condition) of a step on pairs, each with six answers
     conditions: int = 3  # of one question, in CPO
     beta: float = 0.1
+    precision: str = field(default_factory=lambda: "bf16" if cpu_multiplies(torch.bfloat16) else "fp32")
 
 
 class RatedLab(Lab):
@@ -78,12 +82,12 @@ class RatedLab(Lab):
     }
     asked_for: ClassVar[dict[str, Any]] = on_pairs | {"mixture": _mixture("attained"), "strip_best": 0}
     template_config: ClassVar[TemplateConfig] = read_config(RECIPE).template
-    training: ClassVar[dict[str, Any]] = {"precision": "bf16", "warmup": 10}
     max_new_tokens = 40
     batch_size = 64
 
     def __init__(self, seed: int, budget: RatedBudget, folder: Path):
         super().__init__(seed, budget, folder)
+        self.training = {"precision": budget.precision, "warmup": 10}
         if not Path(budget.data).exists():
             raise ValueError(f"no file {budget.data}: give TruthfulQA's rated answers with --data")
         share = f"data.eval_share={budget.eval_share}"  # the split is the recipe's, the same for all seeds

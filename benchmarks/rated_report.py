@@ -162,10 +162,11 @@ def setting(content: Result) -> str:
         f"{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}. {budget['supervised_steps']} "
         f"supervised steps of {budget['responses']} answers, then {budget['preference_steps']} steps; a step on pairs "
         f"has {budget['groups']} groups of six answers, for CPO {budget['groups'] // budget['conditions']} questions "
-        f"under {budget['conditions']} conditions each. Every point: {questions} held-out questions, greedy answers. "
-        f"Learning rates, not searched: {settings}. {content['seconds'] / 60:.0f} minutes of one thread beside other "
-        f"work; torch {versions['torch']}, transformers {versions['transformers']}. The judge, tried on human-rated "
-        f"answers of the held-out questions without their copies, is right about low and high ratings: {agreed}."
+        f"under {budget['conditions']} conditions each. Every point: {questions} held-out questions, greedy answers, "
+        f"{budget['precision']}. Learning rates, not searched: {settings}. {content['seconds'] / 60:.0f} minutes of one "
+        f"thread beside other work; torch {versions['torch']}, transformers {versions['transformers']}. The judge, tried "
+        f"on human-rated answers of the held-out questions without their copies, is right about low and high ratings: "
+        f"{agreed}."
     )
 
 

@@ -106,7 +106,9 @@ def test_every_stage_learns(stage):
     result = run(stage, training={"max_steps": 30, "lr": 3e-3 if preferring else 1e-2, "batch_size": 8})
     losses = values(result, "loss")
     if preferring:
-        assert losses[0] == pytest.approx(math.log(2)) and values(result, "margin")[0] == 0
+        assert losses[0] == pytest.approx(math.log(2))
+        # The reference has batches of its own: with AVX2 alone, products of other shapes are rounded otherwise (5e-8).
+        assert values(result, "margin")[0] == pytest.approx(0, abs=1e-6)
         assert losses[-1] < 0.62 and values(result, "accuracy")[-1] > 0.6
         assert values(result, "chosen_rewards")[-1] - values(result, "rejected_rewards")[-1] == pytest.approx(
             values(result, "margin")[-1], abs=1e-6

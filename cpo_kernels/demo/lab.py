@@ -49,7 +49,7 @@ class Lab(ABC):
     asked_for: ClassVar[dict[str, Any]]  # of CDPO
     on_pairs: ClassVar[dict[str, Any]] = {}  # of DPO
     template_config: ClassVar[TemplateConfig] = TemplateConfig()
-    training: ClassVar[dict[str, Any]] = {}
+    training: dict[str, Any]  # keys of the trainer beside those that every comparison has
     max_new_tokens: ClassVar[int]
     batch_size: ClassVar[int]  # of generation
     tokenizer: Any

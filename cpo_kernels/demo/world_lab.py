@@ -90,7 +90,7 @@ class WorldLab(Lab):
     }
     own_ratings: ClassVar[dict[str, Any]] = OWN_RATINGS
     asked_for: ClassVar[dict[str, Any]] = {"mixture": ASKED_FOR}
-    training: ClassVar[dict[str, Any]] = {"precision": "fp32"}
+    training = {"precision": "fp32"}
     max_new_tokens = MAX_NEW_TOKENS
     batch_size = 256
 
