@@ -163,10 +163,10 @@ def setting(content: Result) -> str:
         f"supervised steps of {budget['responses']} answers, then {budget['preference_steps']} steps; a step on pairs "
         f"has {budget['groups']} groups of six answers, for CPO {budget['groups'] // budget['conditions']} questions "
         f"under {budget['conditions']} conditions each. Every point: {questions} held-out questions, greedy answers, "
-        f"{budget['precision']}. Learning rates, not searched: {settings}. {content['seconds'] / 60:.0f} minutes of one "
-        f"thread beside other work; torch {versions['torch']}, transformers {versions['transformers']}. The judge, tried "
-        f"on human-rated answers of the held-out questions without their copies, is right about low and high ratings: "
-        f"{agreed}."
+        f"{budget['precision']}. Learning rates, not searched: {settings}. {content['seconds'] / 60:.0f} minutes of "
+        f"one thread beside other work; torch {versions['torch']}, transformers {versions['transformers']}. The judge, "
+        f"tried on human-rated answers of the held-out questions without their copies, is right about low and high "
+        f"ratings: {agreed}."
     )
 
 
