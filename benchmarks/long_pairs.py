@@ -23,7 +23,7 @@ import cpo_kernels as cpo
 from cpo_kernels.bench.head import BETA, HEADS
 from cpo_kernels.bench.measure import peak_bytes
 from cpo_kernels.bench.subject import Step
-from cpo_kernels.environment import describe
+from cpo_kernels.environment import describe, processor
 from cpo_kernels.head import Head
 from cpo_kernels.head_grads import WeightGrad
 from cpo_kernels.logits import HeadOptions
@@ -157,7 +157,7 @@ def table(content: dict[str, Any]) -> str:
     return (
         "\n".join(lines)
         + "\n\nTime in bare products (3), peak memory beyond inputs, gradients included. "
-        + f"{env['cpu']}, {env['threads']} threads; `{content['command']}`."
+        + f"{processor(env)}; `{content['command']}`."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks import claims_report, long_pairs, profile, prompt_sharing, rated_report, roofline
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import HEAD_SUBJECTS
+from cpo_kernels.environment import processor
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,7 +63,7 @@ def readme_table(content: Result) -> str:
         "",
         f"Head {first['head']} ({first['hidden']} × {first['vocab']}), {first['pairs']} pairs of {first['length']} "
         f"tokens of which {first['prompt']} are prompt, forward and backward: time as a multiple of the bare products "
-        f"({floors}), then peak memory beyond inputs, gradients included. {env['cpu']}, {env['threads']} threads, "
+        f"({floors}), then peak memory beyond inputs, gradients included. {processor(env)}, "
         f"Python {env['python']}, {versions}; {env['date'][:10]}, {commits(loads)}.",
     ]
     return "\n".join(lines)
@@ -80,7 +81,7 @@ def setting(content: Result, results: Sequence[Result]) -> str:
     versions = ", ".join(f"{n} {v}" for n, v in env["versions"].items() if v != "not installed")
     card = f"{env['gpu']}, " if "gpu" in env else ""
     return (
-        f"{card}{env['cpu']}, {env['threads']} threads, Python {env['python']}, {versions}; {env['date'][:10]}, "
+        f"{card}{processor(env)}, Python {env['python']}, {versions}; {env['date'][:10]}, "
         f"{commits(results)}; `{content['command']}`."
     )
 
@@ -103,6 +104,8 @@ def sections() -> dict[str, str]:
     profiled = roofline.read(RESULTS / "profile-cpu.json")
     made = {"roofline": roofline.tables(gpu), "cpu profile": profile.table(profiled) if profiled else "not measured"}
     pairs = roofline.read(RESULTS / "long-pairs-cpu.json")
+    older = roofline.read(RESULTS / "cpu-avx2.json")
+    made["cpu avx2 head"] = families_table(older, ["head"]) if older else "not measured"
     made["cpu long pairs"] = long_pairs.table(pairs) if pairs else "not measured"
     for device, content in (("cpu", cpu), ("gpu", gpu)):
         for name, families in (("head", ["head"]), ("kernels", ["tokens", "preference"]), ("step", ["training_step"])):

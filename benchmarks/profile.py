@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from cpo_kernels.bench.families import HEAD_SUBJECTS
 from cpo_kernels.bench.head import Batch, Head, head
 from cpo_kernels.bench.sets import TINY
-from cpo_kernels.environment import describe
+from cpo_kernels.environment import describe, processor
 
 RESULTS = Path(__file__).parent / "results" / "profile-cpu.json"
 # strategy -> (subject, mode)
@@ -70,8 +70,8 @@ def table(content: dict[str, Any]) -> str:
     w = content["workload"]
     lines = [
         f"{w['head']} ({w['hidden']} × {w['vocab']}), {w['groups']} groups of {w['responses']} × {w['length']} tokens, "
-        f"{w['prompt']} of them prompt, {w['dtype']}; {content['environment']['cpu']}, "
-        f"{content['environment']['threads']} threads; `{content['command']}`.",
+        f"{w['prompt']} of them prompt, {w['dtype']}; "
+        f"{processor(content['environment'])}; `{content['command']}`.",
         "",
         "| strategy | " + " | ".join([*PARTS, "rest"]) + " | longest of the rest |",
         "|---" * (len(PARTS) + 3) + "|",

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from cpo_kernels.data.packing import Encoded
-from cpo_kernels.environment import describe
+from cpo_kernels.environment import describe, processor
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.attention import set_attention
 from cpo_kernels.training.config import read_config
@@ -109,7 +109,7 @@ def table(content: dict[str, Any]) -> str:
         cells = [f"{row['speed_up'][kind]:.2f}×" for kind in kinds]
         lines.append(f"| {row['prompt_share']:.0%} | {row['fewer_tokens']:.2f} | {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if number != "not installed")
-    where = f"{env['gpu']}, {env['cpu']}" if "gpu" in env else f"{env['cpu']}, {env['threads']} threads"
+    where = f"{env['gpu']}, {env['cpu']}" if "gpu" in env else processor(env)
     return "\n".join(lines) + (
         f"\n\nHow fast a step's loss and backward pass are, in times of padded rows: {Path(s['model']).name}, "
         f"{s['groups']} prompts with {s['responses']} responses, {s['length']} tokens with the prompt, "

@@ -70,3 +70,8 @@ def describe(device: torch.device, packages: Sequence[str] = (), threads: int | 
         "versions": {name: installed(name) or "not installed" for name in names},
     }
     return described | (gpu(device) if device.type == "cuda" else {})
+
+
+def processor(described: dict[str, Any]) -> str:
+    """The CPU of `describe`, with the vector instructions that torch uses: not every CPU of a name has the same."""
+    return f"{described['cpu']} ({described['cpu_capability']}), {described['threads']} threads"

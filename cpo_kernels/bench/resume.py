@@ -13,7 +13,14 @@ from cpo_kernels.bench import growth
 from cpo_kernels.bench.growth import Growth
 from cpo_kernels.bench.side_by_side import TIME_LIMIT, described
 
-SAME = ("cpu", "gpu", "threads", "python", "versions")  # of an environment: what a file that grows must share
+SAME = (
+    "cpu",
+    "cpu_capability",
+    "gpu",
+    "threads",
+    "python",
+    "versions",
+)  # of an environment: what a file that grows must share
 
 
 class Kept:
