@@ -17,7 +17,7 @@ WORKLOAD = (
     "family", "head", "hidden", "vocab", "softcap", "groups", "responses", "length", "prompt", "dtype", "mode",
     "reference", "rows", "pairs", "objectives", "model",
 )  # fmt: skip
-HARDWARE = ("cpu", "gpu", "threads")
+HARDWARE = ("cpu", "cpu_capability", "gpu", "threads")
 
 
 class Change(NamedTuple):
