@@ -1,6 +1,6 @@
-"""The method's claims on the generated world: CPO against its baselines, on several seeds.
+"""The method's claims: CPO against its baselines, on the generated world or on human ratings, on several seeds.
 
-    python -m benchmarks.claims --seeds 5 --out docs/results/claims.json           # everything, about an hour
+    python -m benchmarks.claims --seeds 5 --out docs/results/claims.json           # everything, about 90 minutes
     python -m benchmarks.claims --just 3 --minutes 2.5                             # go on with seed 3 for a while
     python -m benchmarks.claims --study truthfulqa --data truthfulqa_ratings.jsonl --seeds 1
 
