@@ -4,9 +4,9 @@
     python -m benchmarks.claims --just 3 --minutes 2.5                             # go on with seed 3 for a while
     python -m benchmarks.claims --study truthfulqa --data truthfulqa_ratings.jsonl --seeds 1
 
-A line of RUN/seed-S.jsonl is one method's measurements; a killed run goes on where it was. The learning rate of every
-method, and for those without conditions the start, is the candidate that is worth most on SEARCH_SEED, which is none
-of the seeds. One thread: the same bits on every run of one machine.
+A line of RUN/seed-S.jsonl is one method's measurements; a killed run goes on where it was. Where a method has several
+settings (learning rate, NLL, for those without conditions the start), the one that is worth most on SEARCH_SEED counts,
+which is none of the seeds. One thread: the same bits on every run of one machine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Point(NamedTuple):
     request: Mapping[str, float] | None = None
 
 
-Choices = dict[str, Setting]  # method -> its setting, for those before it in METHODS
+Choices = dict[str, Setting]  # method -> its setting, for those that have one by now
 
 
 def _start(lab: Lab, setting: Setting, chosen: Choices) -> State:
@@ -182,7 +182,9 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.study, self.budget, self.methods = folder, study, budget, methods
         plan = {"budget": asdict(budget), "requests": study.requests, "weights": study.weights}
-        plan = json.loads(json.dumps(plan | {"settings": study.settings}))
+        plan |= {"settings": study.settings, "levels": study.levels}
+        plan |= {"own_ratings": study.own_ratings, "asked_for": study.asked_for, "on_pairs": study.on_pairs}
+        plan = json.loads(json.dumps(plan))
         if (folder / "plan.json").exists() and json.loads((folder / "plan.json").read_text()) != plan:
             raise ValueError(f"{folder} holds a run of another plan (plan.json): give another --run")
         atomic_text(json.dumps(plan, indent=1), folder / "plan.json")

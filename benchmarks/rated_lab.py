@@ -112,7 +112,7 @@ class RatedLab(Lab):
         return [[row[o.name] for o in OBJECTIVES] for row in rows]
 
     def extras(self, answers: Sequence[str], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
-        """`similar`: the mean F1 with the nearest rated answer; `scores`: for intervals over questions."""
+        """`similar`: the mean F1 with the nearest rated answer; `by_question`: the scores, for intervals."""
         nearest = [
             max(words_in_common(text, r.text) for r in record.responses)
             for text, record in zip(answers, self.held_out, strict=True)

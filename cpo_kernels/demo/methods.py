@@ -73,7 +73,9 @@ def ric(lab: Lab, start: State, setting: Setting) -> State:
             fresh += [Record(record.prompt, (response,))] * own
         old = rng.sample(old, min(len(old), len(fresh) // 2))
         training = {"max_steps": lab.budget.preference_steps, "schedule": "constant"}
-        config = lab.config("cpsft", setting, conditions=lab.own_ratings, training=training)
+        # Nearly all of the front is of one class: equally many of each would be the same few answers again and again.
+        conditions = lab.own_ratings | {"balance": False}
+        config = lab.config("cpsft", setting, conditions=conditions, training=training)
         return lab.train(config, start, fresh + old)
 
     return lab.kept(f"ric-{setting}", make)
