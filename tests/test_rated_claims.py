@@ -112,6 +112,8 @@ def made_up(questions: int = 40) -> dict:
 
     def point(number, best):
         by_question = [[5.0 if best else rng.choice([1.0, 5.0]) for _ in OBJECTIVES] for _ in range(questions)]
+        if best and number == 2:  # honesty follows its tag, helpfulness does not
+            by_question = [[1.0, 5.0]] * questions
         means = [sum(column) / questions for column in zip(*by_question, strict=True)]
         return {"label": str(number), "scores": means, "similar": 0.5, "by_question": by_question}
 
