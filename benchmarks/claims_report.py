@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,14 +72,39 @@ def sections(content: Result) -> dict[str, str]:
     }
 
 
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(line) + " |" for line in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
+
+
+def label(method: str) -> str:
+    return f"**{METHODS[method][0]}**" if method == OURS else METHODS[method][0]
+
+
+def volume_target(gaps: Mapping[str, tuple[float, float]]) -> str:
+    """`gaps`: method -> CPO's hypervolume less its own, and the lower end of that difference's interval."""
+    below = [METHODS[m][0] for m, (mean, _) in gaps.items() if mean <= 0]
+    unclear = [METHODS[m][0] for m, (mean, low) in gaps.items() if mean > 0 and low <= 0]
+    verdict = f"missed against {', '.join(below)}" if below else "met"
+    if unclear:
+        verdict += f"; not clear of zero against {', '.join(unclear)}"
+    return f"- Hypervolume above every baseline's: {verdict}."
+
+
+def best_target(name: str, high: float, difference: str) -> str:
+    """`high`: the upper end of the interval of CPO's best score less that of DPO on single objectives."""
+    verdict = "met" if high >= 0 else "missed"
+    return f"- Best {name} at least that of DPO on single objectives, within the interval: {verdict} ({difference})."
+
+
 def table(content: Result) -> str:
     heads = ["method", "models", "hypervolume", *(f"best {name}" for name in NAMES)]
     heads += ["rank correlation, " + ", ".join(NAMES), "well formed"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for method, (label, models, _, _) in METHODS.items():
+    lines = []
+    for method, (_, models, _, _) in METHODS.items():
         rows = content["methods"][method]
         cells = [
-            f"**{label}**" if method == OURS else label,
+            label(method),
             str(models),
             text(column(content, method, "hypervolume"), 3),
         ]
@@ -87,42 +112,28 @@ def table(content: Result) -> str:
         asked = "correlation" in rows[0]
         cells.append(", ".join(text(column(content, method, "correlation", n), 3) for n in NAMES) if asked else "-")
         shares = [sum(p["well_formed"] for p in row["points"]) / len(row["points"]) for row in rows]
-        cells.append(f"{sum(shares) / len(shares):.0%}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{sum(shares) / len(shares):.0%}"])
+    return markdown(heads, lines)
 
 
 def paired(content: Result) -> str:
-    heads = ["CPO less", "hypervolume", *(f"best {name}" for name in NAMES)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for method, (label, *_) in METHODS.items():
-        if method != OURS:
-            cells = [label, text(differences(content, method, "hypervolume"), 3, "+")]
-            cells += [text(differences(content, method, "best", name), 2, "+") for name in NAMES]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = []
+    for method in (m for m in METHODS if m != OURS):
+        cells = [label(method), text(differences(content, method, "hypervolume"), 3, "+")]
+        lines.append([*cells, *(text(differences(content, method, "best", name), 2, "+") for name in NAMES)])
+    return markdown(["CPO less", "hypervolume", *(f"best {name}" for name in NAMES)], lines)
 
 
 def targets(content: Result) -> str:
     """Each target, and whether it is met."""
-    below, unclear = [], []
+    gaps = {}
     for method in (m for m in METHODS if m != OURS):
         mean, half = interval(differences(content, method, "hypervolume"))
-        if mean <= 0:
-            below.append(METHODS[method][0])
-        elif mean <= half:
-            unclear.append(METHODS[method][0])
-    verdict = f"missed against {', '.join(below)}" if below else "met"
-    if unclear:
-        verdict += f"; not clear of zero against {', '.join(unclear)}"
-    lines = [f"- Hypervolume above every baseline's: {verdict}."]
+        gaps[method] = mean, mean - half
+    lines = [volume_target(gaps)]
     for name in NAMES:
         mean, half = interval(differences(content, "dpo_single", "best", name))
-        verdict = "met" if mean + half >= 0 else "missed"
-        lines.append(
-            f"- Best {name} at least that of DPO on single objectives, within the interval: {verdict} "
-            f"({mean:+.3f} ± {half:.3f})."
-        )
+        lines.append(best_target(name, mean + half, f"{mean:+.3f} ± {half:.3f}"))
     for name in NAMES:
         mean, _ = interval(column(content, OURS, "correlation", name))
         verdict = "met" if mean >= 0.9 else "missed"

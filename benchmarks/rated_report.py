@@ -5,14 +5,13 @@ Intervals are over questions: the held-out ones are drawn with replacement, the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.claims_report import INK, METHODS, OURS, Result
+from benchmarks.claims_report import INK, METHODS, OURS, Result, best_target, label, markdown, volume_target
 from benchmarks.rated_lab import OBJECTIVES
 from cpo_kernels.evaluation.pareto import hypervolume, pareto_front
 
@@ -77,15 +76,6 @@ def sections(content: Result) -> dict[str, str]:
     return dict(zip(names, parts, strict=True))
 
 
-def _rows(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _label(method: str) -> str:
-    return f"**{METHODS[method][0]}**" if method == OURS else METHODS[method][0]
-
-
 def correlations(content: Result, method: str) -> dict[str, float]:
     rows = [row["correlation"] for row in content["methods"][method] if "correlation" in row]
     return {name: sum(row[name] for row in rows) / len(rows) for name in NAMES if rows}
@@ -101,8 +91,8 @@ def table(content: Result, found: dict[str, list[float]], spread: dict[str, Tens
         asked = correlations(content, method)
         near = [p["similar"] for row in content["methods"][method] for p in row["points"]]
         cells += [", ".join(f"{value:.2f}" for value in asked.values()) or "-", f"{sum(near) / len(near):.2f}"]
-        rows.append([_label(method), str(MODELS.get(method, models)), *cells])
-    return _rows(heads, rows)
+        rows.append([label(method), str(MODELS.get(method, models)), *cells])
+    return markdown(heads, rows)
 
 
 def paired(found: dict[str, list[float]], spread: dict[str, Tensor]) -> str:
@@ -111,8 +101,8 @@ def paired(found: dict[str, list[float]], spread: dict[str, Tensor]) -> str:
         digits = [3] + [2] * len(NAMES)
         gaps = spread[OURS] - spread[method]
         cells = [text(found[OURS][i] - found[method][i], gaps[:, i], digits[i], "+") for i in range(len(digits))]
-        rows.append([_label(method), *cells])
-    return _rows(["CPO less", "hypervolume", *(f"best {name}" for name in NAMES)], rows)
+        rows.append([label(method), *cells])
+    return markdown(["CPO less", "hypervolume", *(f"best {name}" for name in NAMES)], rows)
 
 
 def points_table(content: Result) -> str:
@@ -121,29 +111,20 @@ def points_table(content: Result) -> str:
         seeds = content["methods"][method]
         for i, point in enumerate(seeds[0]["points"]):
             means = [sum(row["points"][i]["scores"][k] for row in seeds) / len(seeds) for k in range(len(NAMES))]
-            rows.append([_label(method), point["label"] or "-", *(f"{mean:.2f}" for mean in means)])
-    return _rows(["method", "request, or weights of " + ", ".join(NAMES), *NAMES], rows)
+            rows.append([label(method), point["label"] or "-", *(f"{mean:.2f}" for mean in means)])
+    return markdown(["method", "request, or weights of " + ", ".join(NAMES), *NAMES], rows)
 
 
 def targets(content: Result, found: dict[str, list[float]], spread: dict[str, Tensor]) -> str:
-    below, unclear = [], []
+    gaps = {}
     for method in (m for m in METHODS if m != OURS):
-        if found[OURS][0] <= found[method][0]:
-            below.append(METHODS[method][0])
-        elif interval(spread[OURS][:, 0] - spread[method][:, 0])[0] <= 0:
-            unclear.append(METHODS[method][0])
-    verdict = f"missed against {', '.join(below)}" if below else "met"
-    if unclear:
-        verdict += f"; not clear of zero against {', '.join(unclear)}"
-    lines = [f"- Hypervolume above every baseline's: {verdict}."]
+        low, _ = interval(spread[OURS][:, 0] - spread[method][:, 0])
+        gaps[method] = found[OURS][0] - found[method][0], low
+    lines = [volume_target(gaps)]
     for i, name in enumerate(NAMES, 1):
-        gap = found[OURS][i] - found["dpo_single"][i]
         samples = spread[OURS][:, i] - spread["dpo_single"][:, i]
-        verdict = "met" if interval(samples)[1] >= 0 else "missed"
-        lines.append(
-            f"- Best {name} at least that of DPO on single objectives, within the interval: {verdict} "
-            f"({text(gap, samples, 2, '+')})."
-        )
+        difference = text(found[OURS][i] - found["dpo_single"][i], samples, 2, "+")
+        lines.append(best_target(name, interval(samples)[1], difference))
     asked = scores(content, OURS)[:, :3]  # (5, 5), (5, 1), (1, 5)
     for k, name in enumerate(NAMES):
         gains = asked[:, 0, :, k] - asked[:, 1 if name == "helpfulness" else 2, :, k]  # of asking for 5 in place of 1
