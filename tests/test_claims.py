@@ -274,6 +274,13 @@ def test_targets_say_what_is_missed():
     assert "missed against Rewarded Soups" in claims_report.targets(content)
 
 
+def test_a_lead_within_its_interval_is_not_clear():
+    gaps = {"soup": (-0.1, -0.2), "ric": (0.1, -0.1), "sft": (0.1, 0.05)}
+    verdict = claims_report.volume_target(gaps)
+    assert verdict.endswith(": missed against Rewarded Soups; not clear of zero against Rewards-in-Context style.")
+    assert claims_report.volume_target({"sft": (0.1, 0.05)}).endswith(": met.")
+
+
 def test_check_notices_an_edited_table(tmp_path, monkeypatch, capsys):
     for name in ("README.md", "docs/performance.md", "docs/results.md", "docs/training.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
