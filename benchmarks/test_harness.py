@@ -128,6 +128,14 @@ def test_compare_sees_what_is_beyond_noise(results):
     slower["environment"]["cpu"] = "another"
     elsewhere, fewer = compare.changes(results, slower)
     assert [c.subject for c in elsewhere] == ["ours"] and fewer < compared
+    # Other vector instructions: the floor of 16-bit workloads is another.
+    slower["environment"]["cpu_capability"] = "another"
+    assert compare.changes(results, slower)[0] == elsewhere  # float32
+    before = copy.deepcopy(results)
+    for one in (before, slower):
+        one["workloads"][0]["dtype"] = "float16"
+    others, fewest = compare.changes(before, slower)
+    assert others == [] and 0 < fewest < fewer
 
 
 def test_roofline_shows_floor_and_measurement():

@@ -11,11 +11,12 @@ In products of N*H*V multiply-adds, N labelled rows:
     recompute  4  trainable head under a loss that is not known yet
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from cpo_kernels.checks import check_types
+from cpo_kernels.products import slab_bytes
 
 # Default bytes of one chunk of logits. CPU: 512 float32 rows of a 151,936-word vocabulary (297 MiB) make one chunk,
 # which needs no accumulator of dW. GPU: 1 GiB, and no more than 8192 rows, derived and not measured. A chunk of n rows
@@ -43,7 +44,9 @@ class Plan:
     num_chunks: int
     products: int
     logits_bytes: int  # one chunk
-    extra_bytes: int  # chunk, dX and a float32 accumulator (of dW, or of dX by columns): beyond inputs and gradients
+    # Beyond inputs and gradients: chunk, dX, a float32 accumulator (of dW, or of dX by columns), and float32 slabs on
+    # CPUs without 16-bit products.
+    extra_bytes: int
 
     def __str__(self) -> str:
         return (
@@ -130,7 +133,9 @@ def explain(
         strategy = "nll"
     else:
         strategy = preference_strategy(num_tokens, group, couples_pairs, one_pair, limit)
-    return _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, train_hidden, train_head)
+    plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, train_hidden, train_head)
+    slabs = slab_bytes(plan.chunk_rows, hidden_size, dtype, torch.device(device))
+    return replace(plan, extra_bytes=plan.extra_bytes + slabs)
 
 
 def preference_strategy(num_tokens: int, group_tokens: int, couples_pairs: bool, one_pair: bool, limit: int) -> str:

@@ -35,6 +35,13 @@ def by_slabs(a: Tensor) -> bool:
     return a.device.type == "cpu" and not cpu_multiplies(a.dtype)
 
 
+def slab_bytes(rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Float32 held by a product of `rows` of the head where it goes by slabs: `[rows, H]`, a slab and its part."""
+    if device.type != "cpu" or cpu_multiplies(dtype):
+        return 0
+    return 4 * (rows * hidden_size + SLAB * (rows + hidden_size))
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """out [m, n] = a [m, k] @ b [k, n] + bias [n], rounded once to the dtype of `out`."""
     if by_slabs(a):

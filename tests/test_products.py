@@ -1,9 +1,12 @@
 """Products by slabs of float32, as on a CPU without 16-bit products: against float64, and through the loss."""
 
-from functools import partial
+from functools import wraps
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import cpo_kernels as cpo
 from cpo_kernels import products
@@ -20,12 +23,16 @@ def slabs(monkeypatch):
     """As if this CPU had no 16-bit products: torch's are an error."""
     monkeypatch.setattr(products, "cpu_multiplies", lambda dtype: dtype not in DTYPES)
 
-    def guarded(torchs, *args, **kind):
-        assert not any(isinstance(t, torch.Tensor) and t.dtype in DTYPES for t in args)
-        return torchs(*args, **kind)
+    def guarded(torchs):
+        @wraps(torchs)
+        def call(*args, **kind):
+            assert not any(isinstance(t, torch.Tensor) and t.dtype in DTYPES for t in args)
+            return torchs(*args, **kind)
+
+        return call
 
     for name in ("mm", "addmm", "matmul"):
-        monkeypatch.setattr(torch, name, partial(guarded, getattr(torch, name)))
+        monkeypatch.setattr(torch, name, guarded(getattr(torch, name)))
 
 
 def operands(m: int, k: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,6 +93,41 @@ def test_products_follow_onednn(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not products._onednn_multiplies(torch.bfloat16)
     products._onednn_multiplies.cache_clear()
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the float32 tensors that torch makes in it, and how many there are at most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = op(*args, **kwargs)
+        self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
+        if out.dtype == torch.float32 and out.untyped_storage()._cdata not in given:
+            storage = out.untyped_storage()
+            self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return out
+
+
+@pytest.mark.parametrize("rows, hidden, vocab", [(100, 64, 9000), (7, 640, 9000), (300, 300, 5000)])
+def test_the_plan_counts_slabs(rows, hidden, vocab, slabs):
+    x, w = torch.randn(rows, hidden).bfloat16(), torch.randn(vocab, hidden).bfloat16()
+    g = torch.randn(rows, vocab).bfloat16()
+    counted = products.slab_bytes(rows, hidden, x.dtype, x.device)
+    for a, b in ((x, w.t()), (g, w), (g.t(), x)):
+        out = torch.empty(len(a), b.shape[1], dtype=a.dtype)
+        with Live() as live:
+            product(a, b, out)
+        assert 0.7 * counted <= live.peak <= counted
+    layout = cpo.explain(rows, hidden, vocab)
+    assert layout.extra_bytes == 2 * rows * (vocab + hidden) + counted
+    assert products.slab_bytes(rows, hidden, torch.float32, x.device) == 0
 
 
 def test_float32_is_left_to_torch(slabs):
