@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,13 +176,22 @@ class Rows:
             file.write(json.dumps(row) + "\n")
 
 
+def described(budget: Any) -> dict[str, Any]:
+    """The budget in files that others read: of its data name and hash, not where it lies."""
+    kept = asdict(budget)
+    if "data" in kept:
+        file = Path(kept["data"])
+        kept["data"] = {"file": file.name, "blake2b": blake2b(file.read_bytes(), digest_size=16).hexdigest()}
+    return kept
+
+
 class Run:
     """The run directory of a study: one file of rows and one folder of models a seed."""
 
     def __init__(self, folder: Path, study: type[Lab], budget: Any, methods: Sequence[str] = tuple(METHODS)):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.study, self.budget, self.methods = folder, study, budget, methods
-        plan = {"budget": asdict(budget), "requests": study.requests, "weights": study.weights}
+        plan = {"budget": described(budget), "requests": study.requests, "weights": study.weights}
         plan |= {"settings": study.settings, "levels": study.levels}
         plan |= {"own_ratings": study.own_ratings, "asked_for": study.asked_for, "on_pairs": study.on_pairs}
         plan = json.loads(json.dumps(plan))
@@ -247,7 +257,7 @@ class Run:
         search = [{k: row[k] for k in ("method", "setting")} | {"worth": self.worth(row)} for row in searched]
         return {
             "seeds": list(seeds),
-            "budget": asdict(self.budget),
+            "budget": described(self.budget),
             "judge": self.lab(seeds[0]).judge(),
             "search": {"seed": SEARCH_SEED, "tried": search, "chosen": {m: list(chosen[m]) for m in self.methods}},
             "seconds": round(seconds + sum(row["seconds"] for row in searched)),

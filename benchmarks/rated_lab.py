@@ -44,7 +44,7 @@ def _mixture(sampler: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RatedBudget:
-    data: str = "truthfulqa_ratings.jsonl"
+    data: str  # a file
     eval_share: float = 0.2  # of the questions, held out
     supervised_steps: int = 120
     responses: int = 16  # of a supervised step
@@ -53,6 +53,10 @@ class RatedBudget:
     conditions: int = 3  # of one question, in CPO
     beta: float = 0.1
     precision: str = field(default_factory=lambda: "bf16" if cpu_multiplies(torch.bfloat16) else "fp32")
+
+    def __post_init__(self) -> None:
+        if not Path(self.data).is_file():
+            raise ValueError(f"no file {self.data}: give TruthfulQA's rated answers with --data")
 
 
 class RatedLab(Lab):
@@ -88,8 +92,6 @@ class RatedLab(Lab):
     def __init__(self, seed: int, budget: RatedBudget, folder: Path):
         super().__init__(seed, budget, folder)
         self.training = {"precision": budget.precision, "warmup": 10}
-        if not Path(budget.data).exists():
-            raise ValueError(f"no file {budget.data}: give TruthfulQA's rated answers with --data")
         share = f"data.eval_share={budget.eval_share}"  # the split is the recipe's, the same for all seeds
         recipe = read_config(RECIPE, [f"data.train={budget.data}", share])
         records, held_out, _ = load_data(recipe, None, None, {})

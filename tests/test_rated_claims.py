@@ -98,8 +98,24 @@ def test_the_study_needs_its_data(tmp_path):
         claims.main(["--study", "truthfulqa"])
     with pytest.raises(SystemExit):
         claims.main(["--data", "x.jsonl"])
-    with pytest.raises(ValueError, match=r"no file x\.jsonl: give TruthfulQA's rated answers with --data"):
-        RatedLab(0, RatedBudget("x.jsonl"), tmp_path)
+    missing = str(tmp_path / "x.jsonl")
+    with pytest.raises(ValueError, match=r"no file .*x\.jsonl: give TruthfulQA's rated answers with --data"):
+        claims.main(["--study", "truthfulqa", "--data", missing, "--run", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_of_one_data_file(tmp_path, rows):
+    Run(tmp_path / "run", RatedLab, small(rows))
+    moved = tmp_path / "elsewhere" / rows.name
+    moved.parent.mkdir()
+    moved.write_bytes(rows.read_bytes())
+    plan = (tmp_path / "run" / "plan.json").read_text()
+    Run(tmp_path / "run", RatedLab, small(moved))
+    assert str(tmp_path) not in plan and rows.name in plan
+    with open(moved, "a") as file:
+        file.write(rows.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="another plan"):
+        Run(tmp_path / "run", RatedLab, small(moved))
 
 
 # --------------------------------------------------------------------------------------------------- tables and picture
@@ -124,7 +140,7 @@ def made_up(questions: int = 40) -> dict:
 
     return {
         "seeds": [0],
-        "budget": vars(RatedBudget()),
+        "budget": vars(RatedBudget(__file__)),
         "judge": {o.name: {"low": 0.8, "high": 0.6} for o in OBJECTIVES},
         "search": {"chosen": {"cpo": [5e-5, 0.3, ""]}},
         "seconds": 60,
