@@ -316,6 +316,24 @@ def test_reference_is_computed_once_and_kept(tmp_path):
     assert retagged.report["reference"]["scored"] > 0  # the same weights and responses, but other tags in the prompt
 
 
+@pytest.mark.parametrize("steps", [1, 2, None])
+def test_reference_is_scored_for_what_the_steps_use(steps, monkeypatch):
+    """Filled in is what a step or an evaluation takes, and no more."""
+    asked, filled = set(), set()
+    monkeypatch.setattr(StageLoss, "collate", lambda self, groups, real=StageLoss.collate: seen(self, groups, real))
+
+    def seen(self, groups, real):
+        (asked if groups[0].ref_logps else filled).update((g.prompt, r) for g in groups for r in g.responses)
+        return real(self, groups)
+
+    def scored(steps):
+        return run(training={"max_steps": steps, "batch_size": 2, "eval_size": 2}).report["reference"]["scored"]
+
+    count = scored(steps)
+    assert asked == filled and count == len(filled)
+    assert steps is None or count < scored(None)
+
+
 def test_reference_stays_what_the_model_was_at_the_start(tmp_path):
     model, loss, _ = loss_and_groups("cdpo")
     result = run(cache_dir=str(tmp_path), training={"max_steps": 3})

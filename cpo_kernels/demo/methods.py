@@ -142,14 +142,16 @@ def _dpo_with_margins(lab: Lab, start: State, margins: Sequence[tuple[float, Sta
     objectives = [replace(o, weight=c.weight) for o, c in zip(lab.objectives, config.objectives, strict=True)]
     units = units_of("train", config, lab.records, objectives, lab.template, {})
 
-    def scored(state: State) -> list[Unit]:
-        loss = StageLoss(lab.model(state), config, objectives, accelerator.device)
-        return with_reference([units], loss, None, accelerator, quiet=True)[0][0]
-
-    moved = shifted(scored(start), [(w, scored(state)) for w, state in margins])
     model = lab.model(start)
     loss = StageLoss(model, config, objectives, accelerator.device)
-    Loop(config, accelerator, RunDir(config, True), model, loss, fingerprint(model)).run_epochs([moved], [])
+    loop = Loop(config, accelerator, RunDir(config, True), model, loss, fingerprint(model))
+    ([reference], _), used = loop.with_reference([units], [], {}), loop.used([units], [])
+
+    def scored(state: State) -> list[Unit]:
+        loss = StageLoss(lab.model(state), config, objectives, accelerator.device)
+        return with_reference([units], loss, None, accelerator, True, used)[0][0]
+
+    loop.run_epochs([shifted(reference, [(w, scored(state)) for w, state in margins])], [])
     return model.state_dict()
 
 

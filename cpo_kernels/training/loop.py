@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ class Loop:
     def with_reference(
         self, epochs: list[list[Unit]], eval_set: list[Unit], report: dict[str, Any]
     ) -> tuple[list[list[Unit]], list[Unit]]:
-        """All sets with the log-probs of the model as it is now, where the loss needs them."""
+        """All sets with the log-probs of the model as it is now, where the loss needs them and the steps come to it."""
         if not self.loss.needs_reference:
             return epochs, eval_set
         folder = Path(self.config.cache_dir) if self.config.cache_dir else None
@@ -147,9 +147,18 @@ class Loop:
                 folder.mkdir(parents=True, exist_ok=True)
             folder = folder / f"{self.initial}-{self.training.precision}.json"
         (*epochs, eval_set), report["reference"] = with_reference(
-            [*epochs, eval_set], self.loss, folder, self.accelerator, self.quiet
+            [*epochs, eval_set], self.loss, folder, self.accelerator, self.quiet, self.used(epochs, eval_set)
         )
         return epochs, eval_set
+
+    def used(self, epochs: Sequence[Sequence[Unit]], eval_set: Sequence[Unit]) -> Callable[[Encoded], bool]:
+        """Whether the run comes to a group: max_steps may end it before."""
+        last = self.training.max_steps
+        if not last or last >= sum(epoch_length(units, self.training) for units in epochs):
+            return lambda group: True
+        steps = [groups for _, groups in islice(self.batches(epochs, 0), last)]
+        seen = {id(group) for groups in (*steps, *eval_set) for group in groups}
+        return lambda group: id(group) in seen
 
     def run_epochs(self, epochs: Sequence[Sequence[Unit]], eval_set: Sequence[Unit]) -> None:
         """`epochs`: the units of each, the last of them for all that follow."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import chain
@@ -48,16 +48,18 @@ def with_reference(
     cache: Path | None,
     accelerator: Accelerator,
     quiet: bool,
+    wanted: Callable[[Encoded], bool] = lambda group: True,
 ) -> tuple[list[list[Unit]], dict[str, int]]:
-    """The sets of units with `ref_logps` filled in, and how many sequences were scored and how many were cached.
-    `cache` is the JSON file of this reference model, which the main process alone reads and writes."""
+    """The sets of units with the `ref_logps` of the wanted groups filled in, and how many sequences were scored and how
+    many were cached. `cache` is the JSON file of this reference model, which the main process alone reads and writes.
+    """
     main = accelerator.is_main_process
     with together(accelerator):
         known = read_cache(cache) if main and cache and cache.exists() else {}
     (known,) = broadcast_object_list([known])
     found: set[str] = set()
     missing: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
-    for group in (group for units in sets for unit in units for group in unit):
+    for group in (group for units in sets for unit in units for group in unit if wanted(group)):
         for response in group.responses:
             key = sequence_key(group.prompt, response)
             if key in known:
@@ -80,7 +82,7 @@ def with_reference(
             with together(accelerator):
                 if main and cache:
                     write_cache(known, cache)
-    filled = [[tuple(_fill(group, known) for group in unit) for unit in units] for units in sets]
+    filled = [[tuple(_fill(g, known) if wanted(g) else g for g in unit) for unit in units] for units in sets]
     return filled, {"scored": sum(map(len, missing.values())), "cached": len(found)}
 
 
