@@ -46,10 +46,10 @@ def _mixture(sampler: str) -> list[dict[str, Any]]:
 class RatedBudget:
     data: str  # a file
     eval_share: float = 0.2  # of the questions, held out
-    supervised_steps: int = 120
-    responses: int = 16  # of a supervised step
-    preference_steps: int = 40
-    groups: int = 6  # (question, condition) of a step on pairs, each with six answers
+    supervised_steps: int = 1200
+    responses: int = 4  # of a supervised step
+    preference_steps: int = 60
+    groups: int = 9  # (question, condition) of a step on pairs, each with six answers
     conditions: int = 3  # of one question, in CPO
     beta: float = 0.1
     precision: str = field(default_factory=lambda: "bf16" if cpu_multiplies(torch.bfloat16) else "fp32")
