@@ -50,14 +50,9 @@ def broken_copy(folder: Path, file: str, there: str, instead: str) -> Path:
 
 
 def bites(source: str, folder: Path, sanitizer: str, file: str, there: str, instead: str) -> bool:
-    """Whether the program of a broken copy fails: by the sanitizer, or by its own checks.
-
-    ThreadSanitizer alone misses some races: of 193 runs without the barrier of a cluster 15 ended with wrong log-probs
-    and no report.
-    """
+    """Whether the program of a broken copy fails under the sanitizer."""
     done = run_sanitized(source, folder / "main", sanitizer, root=broken_copy(folder, file, there, instead))
-    found = "ThreadSanitizer|AddressSanitizer|runtime error|host_cuda: wrong log-probs"
-    return done.returncode != 0 and bool(re.search(found, done.stderr))
+    return done.returncode != 0 and bool(re.search("ThreadSanitizer|AddressSanitizer|runtime error", done.stderr))
 
 
 class HostHome(Home):
