@@ -46,8 +46,8 @@ def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> Non
     """Costs a device-to-host copy on a GPU."""
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
+        position = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"label {int(labels[row])} is out of range at row {row}: it must be in [0, {vocab_size}) or equal "
-            f"ignore_index = {ignore_index}"
+            f"label {int(labels[tuple(position)])} is out of range at {position}: it must be in [0, {vocab_size}) or "
+            f"equal ignore_index = {ignore_index}"
         )

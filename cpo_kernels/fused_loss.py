@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from cpo_kernels import homes, ops
 from cpo_kernels.batch_plan import BatchPlan, Layout
-from cpo_kernels.checks import check_types
+from cpo_kernels.checks import DTYPES, check_labels, check_types
 from cpo_kernels.head import HeadInputs, head_inputs
 from cpo_kernels.linear import token_logps_of
 from cpo_kernels.linear_preference import linear_preference
 from cpo_kernels.loss import PreferenceOutput, output
 from cpo_kernels.loss_options import LossOptions
 from cpo_kernels.objectives import Objective
-from cpo_kernels.pair_inputs import PairInputs, default_pairs, kernel_args
+from cpo_kernels.pair_inputs import PairInputs, check_pairs, default_pairs, kernel_args
 from cpo_kernels.planner import budget_rows
 from cpo_kernels.preference import PreferenceArgs, preference, wpo_weights
 from cpo_kernels.reference.sequences import ld_token_weights
@@ -103,7 +103,7 @@ class FusedLinearCPOLoss(nn.Module):
         own_bias = bias if ref_weight is None and ref_bias is None else ref_bias
         shared = ref_hidden is not None and own_weight is weight and own_bias is bias
         if plan is not None:
-            check_plan(plan, inputs, num_sequences, pairs)
+            check_plan(plan, inputs, lengths, pairs)
             pairs = plan.pairs
             num_pairs = plan.num_pairs if num_pairs is None else num_pairs
             if chosen_tokens is None and self.options.averages_tokens:
@@ -207,21 +207,31 @@ class FusedLinearCPOLoss(nn.Module):
             all_positions: every position counts as a row, labelled or not: labels may then change from one replay of a
                 CUDA graph to the next, at the price of the products of the ignored ones.
         """
-        for name, tensor in {"labels": labels, "pairs": pairs, "cu_seqlens": cu_seqlens, "scores": scores}.items():
+        given = {"pairs": pairs, "cu_seqlens": cu_seqlens, "scores": scores, "conditions": conditions}
+        check_types("a tensor", labels=labels)
+        check_types("a tensor", optional=True, **given)
+        check_types("an integer", vocab_size=vocab_size)
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+        for name, tensor in ({"labels": labels} | given).items():
             if tensor is not None and tensor.device.type != "cpu":
                 raise ValueError(f"a plan is made from CPU tensors, got {name} on {tensor.device}")
+        check_labels(labels, labels.shape, "labels", labels.device)
         ignore_index, memory_budget = self.head[0], self.head[4]
         limit = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)
         offsets = sequence_offsets(labels, labels, cu_seqlens)
         flat = labels.reshape(-1)
         lengths = label_counts(flat, offsets, ignore_index)
         pairs = default_pairs(lengths.shape[0], labels.device) if pairs is None else pairs
+        check_pairs(pairs, lengths.shape[0], labels.device)
         num_pairs = chosen_tokens = None
         if not all_positions and (scores is not None or self.options.objectives is None):
             plain = LossOptions(self.options.objectives, loss_type="sft", tie_margin=self.options.tie_margin)
-            given = PairInputs(pairs, scores=scores, conditions=conditions)
+            rated = PairInputs(pairs, scores=scores, conditions=conditions)
             zeros = torch.zeros(lengths.shape[0], dtype=torch.float64)
-            order, counts = preference(zeros, kernel_args(plain, given, len(zeros), lengths, zeros), "auto")[-2:]
+            order, counts = preference(zeros, kernel_args(plain, rated, len(zeros), lengths, zeros), "auto")[-2:]
             chosen = pairs.gather(1, (order < 0).long()[:, None]).squeeze(1)
             num_pairs = max(1.0, float(counts[0]))
             chosen_tokens = max(1.0, float((lengths[chosen] * (order != 0)).sum()))
@@ -232,8 +242,9 @@ class FusedLinearCPOLoss(nn.Module):
         return BatchPlan(layout, layout.pack(), index, layout.tables(), pairs, len(flat), num_pairs, chosen_tokens)
 
 
-def check_plan(plan: BatchPlan, inputs: HeadInputs, num_sequences: int, pairs: Tensor | None) -> None:
+def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tensor | None) -> None:
     """The plan's numbers are host values: comparing them waits for nothing."""
+    num_sequences = lengths.shape[0]
     if pairs is not None:
         raise ValueError("give pairs or plan, not both: the plan holds the pairs it was made with")
     positions = inputs.labels.shape[0]
@@ -244,6 +255,14 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, num_sequences: int, pairs: T
         )
     if plan.index.device != inputs.labels.device:
         raise ValueError(f"the plan is on {plan.index.device} and labels on {inputs.labels.device}: use plan.to(...)")
+    every_position = plan.index.shape[0] == positions
+    if not every_position and homes.may_read(inputs.labels):
+        labelled = (inputs.labels != inputs.options.ignore_index).nonzero().squeeze(1)
+        if lengths.tolist() != plan.layout.lengths or not torch.equal(labelled, plan.index):
+            raise ValueError(
+                f"the plan was made for {plan.layout.lengths} labelled positions a sequence, the labels have "
+                f"{lengths.tolist()}, or others: make it from the labels of this call, or with all_positions=True"
+            )
     if plan.layout.row_limit != inputs.row_limit:
         raise ValueError(
             f"the plan was made for chunks of {plan.layout.row_limit} rows, this head takes {inputs.row_limit}: give "

@@ -34,16 +34,23 @@ def restore(value: Tensor, factor: Tensor) -> Tensor:
     return multiply(value, factor)
 
 
-def power_of_two(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The power of two below max|values| where `dtype` is float16, else 1: bfloat16 has float32's range.
+def power_of_two(top: Tensor, dtype: torch.dtype) -> Tensor:
+    """P, a power of two that brings numbers up to `top` [] below 2^15, where `dtype` is float16; else 1.
 
-    Coefficients of 1e-3 would flush to zero in float16, and the GradScaler's factor is not known in the forward pass.
+    bfloat16 has float32's range. In float16 coefficients of 1e-3 lose bits and those of 5e-8 are zero, while a sum over
+    thousands of rows passes 65504; the GradScaler's factor is not known in the forward pass.
     """
-    one = values.new_ones(())
-    if dtype != torch.float16 or not values.numel():
-        return one
-    top = values.abs().amax()
-    return torch.where(top > 0, torch.exp2(torch.floor(torch.log2(top))), one)
+    if dtype != torch.float16:
+        return torch.ones_like(top)
+    return torch.where(top > 0, torch.exp2(torch.floor(torch.log2(top)) - 14), torch.ones_like(top))
+
+
+def sum_powers(coef: Tensor, x: Tensor, steepest: float) -> tuple[Tensor, Tensor]:
+    """P of |G^T (coef * x)| and of |G^T coef|, whatever |G| <= steepest is; coef [n] in float32, x [n, H]."""
+    if x.dtype != torch.float16 or not x.numel():
+        return coef.new_ones(()), coef.new_ones(())
+    total = coef.abs().sum() * steepest
+    return power_of_two(total * x.abs().amax(), x.dtype), power_of_two(total, x.dtype)
 
 
 class WeightGrad:
@@ -52,12 +59,13 @@ class WeightGrad:
     One chunk is one product in the weight's dtype. Several chunks add up in float32 (float64 for float64): a bfloat16
     accumulator biases training. Where the device multiplies 16 bit into float32 the product itself adds.
 
+    steepest: the largest |dz/du|, |scale|.
     scale [1]: factor on both sums, where it is known before the last of several chunks is added; None for 1.
     """
 
     scale: Tensor | None = None
 
-    def __init__(self, weight: Tensor, num_chunks: int, need_dw: bool, need_db: bool) -> None:
+    def __init__(self, weight: Tensor, steepest: float, num_chunks: int, need_dw: bool, need_db: bool) -> None:
         acc = ops.acc_dtype(weight.dtype)
         self.dtype, self.need_dw, self.need_db = weight.dtype, need_dw, need_db
         dtype = self.dtype if num_chunks == 1 else acc
@@ -66,17 +74,16 @@ class WeightGrad:
             self.dw.zero_()
         self.db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
         self.power = weight.new_ones((), dtype=acc)
-        self.added, self.num_chunks = 0, num_chunks
+        self.added, self.num_chunks, self.steepest = 0, num_chunks, steepest
 
     def add(self, g: Tensor, x: Tensor, coef: Tensor) -> None:
         """g [n, V] = (onehot - softmax) * dz/du, x [n, H], coef [n] in float32."""
-        power = power_of_two(coef, g.dtype)
-        coef = coef / power
+        power, db_power = sum_powers(coef, x, self.steepest)
         if self.need_db:
-            self.db += torch.mv(g.t(), coef.to(g.dtype)).to(self.db.dtype) * power
+            self.db += torch.mv(g.t(), (coef / db_power).to(g.dtype)).to(self.db.dtype) * db_power
         if not self.need_dw:
             return
-        scaled = scale_rows(x, coef)  # [n, H]
+        scaled = scale_rows(x, coef / power)  # [n, H]
         if adds_products(self.dw, g):
             add_product(self.dw, g.t(), scaled, self.added == 0)
             self.power = power  # 1 but in float16, which comes here with its only chunk
@@ -113,7 +120,7 @@ class WeightGrad:
         elif self.dw.dtype == ops.acc_dtype(self.dtype) and self.scale is not None:
             self.dw *= self.scale
         if self.dw.dtype != self.dtype and self.dw.numel():
-            self.power = power_of_two(self.dw, self.dtype)
+            self.power = power_of_two(self.dw.abs().amax(), self.dtype)
             self.dw = (self.dw / self.power if self.dtype == torch.float16 else self.dw).to(self.dtype)
         return self.dw, self.db, self.power
 

@@ -106,6 +106,11 @@ def kernels(impl: str, tensor: Tensor) -> Any:
     return reference if home == "reference" else ops.COMPILED
 
 
+def may_read(tensor: Tensor) -> bool:
+    """Whether a check may look at values: on the CPU, elsewhere (where it waits) under CPO_KERNELS_CHECK=1 alone."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or checks_enabled())
+
+
 def checks_enabled() -> bool:
     """CPO_KERNELS_CHECK=1 turns on the checks that would cost a device-to-host copy on a GPU."""
     return os.environ.get("CPO_KERNELS_CHECK", "0") == "1"

@@ -135,7 +135,7 @@ class _Pass:
 
     def pairs(self, head: Head) -> Outputs:
         parts = self.layout.parts
-        sums = WeightGrad(head.weight, len(parts), *self.needs[1:])
+        sums = WeightGrad(head.weight, abs(head.options.scale), len(parts), *self.needs[1:])
         self.dx = torch.empty_like(self.rows.x) if self.needs[0] else self.rows.x.new_empty(0)
         seen: list[Outputs] = []
         for k, part in enumerate(parts):
@@ -169,7 +169,7 @@ class _Pass:
         sign = sign.index_select(0, self.tables.segments)  # [n]
         sign = sign * self.token_weights if self.token_weights.numel() else sign
         parts = self.layout.row_chunks
-        sums = WeightGrad(head.weight, len(parts), *self.needs[1:])
+        sums = WeightGrad(head.weight, abs(head.options.scale), len(parts), *self.needs[1:])
         self.dx = torch.empty_like(self.rows.x) if self.needs[0] else self.rows.x.new_empty(0)
         seen = []
         for p in parts:

@@ -1,12 +1,14 @@
 """Options of the preference losses; `LOSS_TYPES` says which of them each loss type honours."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from cpo_kernels.checks import check_list, check_types
-from cpo_kernels.objectives import Objective
+from cpo_kernels.objectives import Objective, objectives_tensor
 from cpo_kernels.reference.loss_types import LOSS_TYPES
 from cpo_kernels.reference.terms import F_DIVERGENCES, OPTIONS
 
@@ -63,6 +65,13 @@ class LossOptions:
         object.__setattr__(self, "loss_weights", weights)
         if self.objectives is not None:
             object.__setattr__(self, "objectives", tuple(self.objectives))
+            objectives_tensor(self.objectives)  # names differ
+            if not self.objectives:
+                raise ValueError("objectives is empty: leave it out for pairs without ratings")
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Real)}
+        for name, number in [*numbers.items(), *(("loss_weights", weight) for weight in weights)]:
+            if not math.isfinite(number):
+                raise ValueError(f"{name} must be finite, got {number}")
         if len(weights) != len(types):
             raise ValueError(f"loss_weights {weights} must have one number per loss type {types}")
         if not self.beta > 0:

@@ -42,7 +42,7 @@ def linear_nll_op(
     if token_weights.numel():
         weights = torch.where(labelled, rows.gather(token_weights), 0.0)
     coef = -weights / (num_tokens if num_tokens > 0 else labelled.sum().clamp(min=1))
-    sums = WeightGrad(weight, len(chunks(count, step)), need_dw, need_db)
+    sums = WeightGrad(weight, abs(options.scale), len(chunks(count, step)), need_dw, need_db)
     dx = torch.empty_like(rows.x) if need_dx else rows.x.new_empty(0)
     loss = coef.new_zeros((), dtype=torch.float64)
     for low, high in chunks(count, step):
@@ -95,7 +95,7 @@ def linear_nll(
     """Mean negative log-likelihood of the labels, -sum_t m_t logp_t / num_tokens: the loss of CPSFT, in 3 products.
 
     Args:
-        token_weights: [...] weights m_t, 1 if None.
+        token_weights: [...] weights m_t, 1 if None; constants, they get no gradient.
         num_tokens: the divisor, for gradient accumulation or several processes the global number of labelled tokens;
             None counts the labels of this call.
         hidden, weight, labels, bias and the rest: see `linear_token_logps`.
@@ -123,9 +123,9 @@ def linear_nll(
         weights = token_weights.detach().reshape(-1).to(acc)
     if not inputs.train_head:
         logp, *_ = token_logps_of(inputs, False, impl, index)
-        counted = (inputs.labels != inputs.options.ignore_index).sum().clamp(min=1)
-        total = (logp * weights if token_weights is not None else logp).sum()
-        return -total / (counted if num_tokens is None else num_tokens)
+        labelled = inputs.labels != inputs.options.ignore_index
+        total = (logp if token_weights is None else logp * torch.where(labelled, weights, 0.0)).sum()
+        return -total / (labelled.sum().clamp(min=1) if num_tokens is None else num_tokens)
     i = inputs
     return _LinearNLL.apply(
         i.hidden,

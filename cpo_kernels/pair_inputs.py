@@ -1,5 +1,6 @@
 """What a call of a loss takes beside the log-probs: checked once, and laid out as the `preference` kernel takes it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,15 +37,11 @@ def kernel_args(
     check_types("a number", optional=True, **divisors)
     check_types("a tensor", optional=True, **{n: t for n, t in given._asdict().items() if n not in divisors})
     pairs = default_pairs(num_sequences, device) if given.pairs is None else given.pairs
-    if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"pairs must be int64 of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
-    if pairs.device != device:
-        raise ValueError(f"pairs are on {pairs.device} and the log-probs on {device}: move one of them")
-    if not torch.compiler.is_compiling() and (device.type == "cpu" or homes.checks_enabled()):
-        wrong = ((pairs < 0) | (pairs >= num_sequences)).any(1) | (pairs[:, 0] == pairs[:, 1])
-        if bool(wrong.any()):
-            p = int(wrong.nonzero()[0])
-            raise ValueError(f"pair {p} is {pairs[p].tolist()}: give two different sequences in [0, {num_sequences})")
+    check_pairs(pairs, num_sequences, device)
+    if lengths is not None and lengths.device != device:
+        raise ValueError(f"lengths are on {lengths.device} and the log-probs on {device}: move one of them")
+    if lengths is not None and homes.may_read(lengths) and bool((lengths < 0).any()):
+        raise ValueError(f"lengths must be >= 0, got {int(lengths.min())}")
     num_pairs, num_objectives = pairs.shape[0], len(options.objectives or ())
     empty, empty64 = like.new_empty(0), like.new_empty(0, dtype=torch.float64)
 
@@ -53,6 +50,7 @@ def kernel_args(
             return empty64
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+        check_domain(name, value)
         return value.detach().to(device, torch.float64)
 
     if options.needs_reference and given.ref_logps is None:
@@ -74,6 +72,8 @@ def kernel_args(
             if value is not None:
                 raise ValueError(f"{name} has a meaning with scores only: give scores and objectives")
     scores = sized("scores", given.scores, (num_sequences, num_objectives))
+    if given.conditions is not None:
+        check_domain("conditions", given.conditions)
     conditions = pair_conditions(given.conditions, pairs, num_sequences, num_objectives, device)
     objectives = empty64 if options.objectives is None else objective_rows(options.objectives, device)
 
@@ -108,6 +108,38 @@ def kernel_args(
     )
 
 
+def check_pairs(pairs: Tensor, num_sequences: int, device: torch.device) -> None:
+    if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs must be int64 of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
+    if pairs.device != device:
+        raise ValueError(f"pairs are on {pairs.device} and the log-probs on {device}: move one of them")
+    if homes.may_read(pairs):
+        wrong = ((pairs < 0) | (pairs >= num_sequences)).any(1) | (pairs[:, 0] == pairs[:, 1])
+        if bool(wrong.any()):
+            p = int(wrong.nonzero()[0])
+            raise ValueError(f"pair {p} is {pairs[p].tolist()}: give two different sequences in [0, {num_sequences})")
+
+
+# What values must be; names that are not here may hold anything.
+DOMAINS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "scores": ("finite, or NaN where not rated", lambda t: ~t.isinf()),
+    "conditions": ("finite, or NaN where not conditioned", lambda t: ~t.isinf()),
+    "pair_weights": ("finite", torch.isfinite),
+    "pair_betas": ("positive and finite", lambda t: t.isfinite() & (t > 0)),
+}
+
+
+def check_domain(name: str, value: Tensor) -> None:
+    if value.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
+    if name in DOMAINS and homes.may_read(value):
+        words, inside = DOMAINS[name]
+        wrong = ~inside(value)
+        if bool(wrong.any()):
+            place = wrong.nonzero()[0].tolist()
+            raise ValueError(f"{name} must be {words}, got {value[tuple(place)].item()} at {place}")
+
+
 def objective_rows(objectives: tuple[Objective, ...], device: torch.device) -> Tensor:
     """[2, K] weights and strengths; filled on the device, as a copy from the host would make it wait."""
     rows = torch.empty(2, len(objectives), dtype=torch.float64, device=device)
@@ -131,18 +163,30 @@ def default_pairs(num_sequences: int, device: torch.device) -> Tensor:
 def pair_conditions(
     conditions: Tensor | None, pairs: Tensor, num_sequences: int, num_objectives: int, device: torch.device
 ) -> Tensor:
-    """[P, K] conditions of the pairs. [S, K] conditions of sequences must agree within a pair; P == S means [P, K]."""
+    """[P, K] conditions of the pairs. [S, K] conditions of sequences must agree within a pair.
+
+    Where P == S they are those of the pairs; what could be meant either way, with different results, is an error.
+    """
     if conditions is None:
         return torch.empty(0, dtype=torch.float64, device=device)
     conditions = conditions.detach().to(device, torch.float64)
     shapes = [[pairs.shape[0], num_objectives], [num_sequences, num_objectives]]
-    if list(conditions.shape) == shapes[0]:
-        return conditions
-    if list(conditions.shape) != shapes[1]:
+    of_pairs = list(conditions.shape) == shapes[0]
+    if not of_pairs and list(conditions.shape) != shapes[1]:
         raise ValueError(f"conditions must have shape {shapes[0]} or {shapes[1]}, got {list(conditions.shape)}")
+    if of_pairs and (shapes[0] != shapes[1] or not homes.may_read(conditions)):
+        return conditions
     first, second = conditions[pairs[:, 0]], conditions[pairs[:, 1]]
-    if not torch.compiler.is_compiling() and (device.type == "cpu" or homes.checks_enabled()):
+    if homes.may_read(conditions):
         same = (first == second) | (first.isnan() & second.isnan())
+        if of_pairs:
+            if bool(same.all()) and not torch.equal(first.nan_to_num(), conditions.nan_to_num()):
+                raise ValueError(
+                    f"conditions {list(conditions.shape)} can be meant as those of the {len(pairs)} pairs and as those "
+                    f"of the {num_sequences} sequences, which differ: put the pairs of a prompt at the rows that its "
+                    "responses have, or split the batch"
+                )
+            return conditions
         if not bool(same.all()):
             p = int((~same).any(1).nonzero()[0])
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from cpo_kernels import ops
 from cpo_kernels.columns import columns_bwd_
 from cpo_kernels.head import Head
-from cpo_kernels.head_grads import power_of_two, scale_rows
+from cpo_kernels.head_grads import scale_rows, sum_powers
 from cpo_kernels.planner import chunks, even_rows
 from cpo_kernels.products import add_product, product
 from cpo_kernels.sharded import columns_here
@@ -45,9 +45,8 @@ def second_pass(
     options = head.options
     kernels, first, count = columns_here(head.kernels, options.vocab_size)
     parts = slabs(x.shape[0], weight.shape[0], head.buffer.numel())
-    power = power_of_two(coef, weight.dtype)
-    coef = coef / power
-    scaled, ones = scale_rows(x, coef), torch.ones_like(lse)
+    power, db_power = sum_powers(coef, x, abs(options.scale))
+    scaled, ones = scale_rows(x, coef / power), torch.ones_like(lse)
     dx = x.new_empty(x.shape if need_dx else 0, dtype=x.dtype if len(parts) == 1 else acc)
     if not parts:  # a rank that holds no rows of the weight
         dx.zero_()
@@ -62,7 +61,7 @@ def second_pass(
         if need_dw:
             product(g.t(), scaled, dw[part])
         if need_db:
-            db[part] = torch.mv(g.t(), coef.to(g.dtype)).to(acc) * power
+            db[part] = torch.mv(g.t(), (coef / db_power).to(g.dtype)).to(acc) * db_power
         if need_dx:
             add_product(dx, g, weight[part], part.start == 0)
     return dx.to(x.dtype), dw, db, power

@@ -1,11 +1,13 @@
 """`python -m cpo_kernels.check.run`: right kernels pass, wrong ones are reported."""
 
 import json
+import os
 
 import pytest
 
 from cpo_kernels import homes
 from cpo_kernels.check import run
+from cpo_kernels.check.compare import Case
 
 
 def check(tmp_path, only, *arguments):
@@ -46,4 +48,50 @@ def test_a_gradient_off_by_a_percent_fails(tmp_path, monkeypatch, capsys):
 
 def test_a_pattern_that_names_nothing():
     with pytest.raises(ValueError, match="--only 'no-such-case' names no case"):
-        run.main(["--device", "cpu", "--only", "no-such-case"])
+        run.main(["--device", "cpu", "--only", "labels*", "no-such-case"])
+
+
+def test_processes_side_by_side_give_every_case_once_in_order(tmp_path, capsys):
+    only = ["labels*", "extreme/float32/not-finite", "sizes/*/N=5,V=2"]
+    results = []
+    for flags in (["--processes", "2"], ["--in-process"]):
+        out = tmp_path / "check.json"
+        assert run.main(["--device", "cpu", "--impl", "cpu", "--only", *only, *flags, "--out", str(out)]) == 0
+        results.append(json.loads(out.read_text()))
+    beside, apart = ([(c["home"], c["case"], c["status"]) for c in r["cases"]] for r in results)
+    assert beside == apart and len(beside) == 4 + 1 + 4 and results[0]["left"] == 0
+    assert capsys.readouterr().out.count("PASS") == 2 * 3
+
+
+def test_finished_groups_are_saved_before_the_rest_has_run(tmp_path, monkeypatch):
+    out = tmp_path / "check.json"
+    right = run.run_case
+
+    def killed_at_labels(home, case):
+        if case.group == "labels":
+            raise KeyboardInterrupt
+        return right(home, case)
+
+    monkeypatch.setattr(run, "run_case", killed_at_labels)
+    flags = ["--in-process", "--quick", "--only", "labels*", "extreme*", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--device", "cpu", "--impl", "cpu", *flags])
+    result = json.loads(out.read_text())
+    assert {c["case"].partition("/")[0] for c in result["cases"]} == {"extreme"} and result["left"] == 1
+
+
+def test_a_case_that_kills_its_process_beside_others(tmp_path):
+    """Each of two processes loses one case and goes on."""
+    jobs = [("cpu", name) for name in ("dies/0", "dies/1", "fine/2", "fine/3")]
+    results = list(run.run_beside(jobs, "cpu", deadly_cases, 60, 2))
+    assert sorted((r["case"], r["status"]) for r in results) == [
+        ("dies/0", "crashed"), ("dies/1", "crashed"), ("fine/2", "passed"), ("fine/3", "passed"),
+    ]  # fmt: skip
+
+
+def deadly_cases():
+    def dies(home, seen):
+        os._exit(3)
+
+    cases = [Case(f"dies/{k}", dies, True) for k in (0, 1)]
+    return cases + [Case(f"fine/{k}", lambda home, seen: None, True) for k in (2, 3)]

@@ -131,6 +131,30 @@ def test_float16_coefficients_survive_without_loss_scaling(budget):
         assert relative_error(seen, want) < 3e-3
 
 
+@pytest.mark.parametrize("rows", [2048, 16])
+@pytest.mark.parametrize("call", ["nll", "token_logps", "preference"])
+def test_float16_sums_over_many_rows_stay_in_range(call, rows):
+    """2048 rows of 100 and one label: sums of rows pass 65504 where the gradient of the mean does not."""
+    budget = None if rows == 2048 else rows * 8 * 2
+    leaves = [torch.full((2, 1024, 4), 100.0), torch.zeros(8, 4), torch.zeros(8)]
+    labels = torch.zeros(2, 1024, dtype=torch.int64)
+    labels[1] = 1
+
+    def grads(dtype):
+        hidden, weight, bias = (t.to(dtype).requires_grad_() for t in leaves)
+        if call == "nll":
+            loss = cpo.linear_nll(hidden, weight, labels, bias, scale=3.0, memory_budget=budget)
+        elif call == "token_logps":
+            loss = cpo.linear_token_logps(hidden, weight, labels, bias, scale=3.0, memory_budget=budget).mean()
+        else:
+            loss_fn = cpo.FusedLinearCPOLoss(beta=1e-3, scale=3.0, memory_budget=budget)
+            loss = loss_fn(hidden, weight, labels, bias, ref_logps=torch.zeros(2)).loss
+        return torch.autograd.grad(loss, (hidden, weight, bias))
+
+    for seen, want in zip(grads(torch.float16), grads(torch.float64), strict=True):
+        assert relative_error(seen, want) < 3e-3
+
+
 @pytest.mark.parametrize("train_head", [True, False])
 def test_positions_without_label_are_never_projected(monkeypatch, train_head):
     """Multiply-adds are counted: 4 products (recompute), 3 (nll) or 2 (frozen) on the labelled rows alone."""

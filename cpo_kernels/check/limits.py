@@ -57,6 +57,8 @@ def repeat_cases() -> Iterator[Case]:
         def run(home: Home, seen: Seen, dtype=dtype) -> None:
             for count, width in ((33, 4_001), (33, 4_000), (2, 50_001)):
                 same_bits(home, seen, make_rows(home, count, width, dtype, seed=7))
+            if home.on_gpu:  # a race between the warps of a row is rare
+                many_times(home, seen, make_rows(home, 1100, 50_257, dtype, seed=8), 100)
 
         yield Case(f"same-bits/{short(dtype)}/token_logps", run, dtype == torch.bfloat16)
 
@@ -79,6 +81,17 @@ def same_bits(home: Home, seen: Seen, rows: Rows) -> None:
         return  # their lanes start at a row's first 16-byte boundary
     flipped = home.kernels.token_logps_fwd(rows.logits.flip(0).contiguous(), rows.labels.flip(0), *options, False)
     seen.same("logp with the rows in another order", flipped[0].flip(0), first[5])
+
+
+def many_times(home: Home, seen: Seen, rows: Rows, times: int) -> None:
+    def once() -> Tensor:
+        _, logits = rows.copy()
+        home.kernels.token_logps_fused_(logits, rows.labels, IGNORE, 1.0, 0.0, rows.width, False)
+        return logits
+
+    first = once()
+    for _ in range(times):
+        seen.same("gradient of another run", once(), first)
 
 
 def address_cases() -> Iterator[Case]:

@@ -2,9 +2,11 @@
 
 cpo-kernels check                                  # every home of the GPU, or of the CPU where there is none
 cpo-kernels check --impl cuda --only 'sizes/bfloat16*'
+cpo-kernels check --processes 8                    # Triton compiles hundreds of specialisations, most of the time
 
 One line per group of cases: their number, the worst error as a share of its tolerance, PASS or FAIL. The cases run in
-a process of their own: one that crashes or hangs is reported, and the rest goes on. Exit status 1 where one failed.
+processes of their own: one that crashes or hangs is reported, and the rest goes on. FILE is written anew after each
+group. Exit status 1 where a case failed.
 """
 
 import argparse
@@ -12,9 +14,12 @@ import fnmatch
 import json
 import multiprocessing
 import os
+import queue
+import threading
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +32,6 @@ from cpo_kernels import homes
 from cpo_kernels.check.compare import Case, Home, Seen, Skip
 from cpo_kernels.environment import describe
 
-LIMIT_S = 300  # a case without a result after this time hangs
 HOMES = ("cpu", "triton", "cuda")
 Job = tuple[str, str]  # home, case
 Result = dict[str, Any]
@@ -114,10 +118,8 @@ def work(connection: Any, jobs: Sequence[Job], device: str, build: Callable[[], 
             os._exit(1)
 
 
-def run_apart(
-    jobs: Sequence[Job], device: str, build: Callable[[], list[Case]], limit_s: float = LIMIT_S
-) -> Iterator[Result]:
-    """The same in a process of their own, begun anew after a case that killed it or hung."""
+def run_apart(jobs: Sequence[Job], device: str, build: Callable[[], list[Case]], limit_s: float) -> Iterator[Result]:
+    """The same in a process of their own, begun anew after a case that killed it or gave nothing for `limit_s`."""
     left, context = list(jobs), multiprocessing.get_context("spawn")
     while left:
         receiver, sender = context.Pipe(duplex=False)
@@ -155,6 +157,34 @@ def run_apart(
             del left[:count]
 
 
+def run_beside(
+    jobs: Sequence[Job], device: str, build: Callable[[], list[Case]], limit_s: float, processes: int
+) -> Iterator[Result]:
+    """The same in several processes at once; results in the order in which they come."""
+    results: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
+
+    def watch(part: Sequence[Job]) -> None:
+        try:
+            for result in run_apart(part, device, build, limit_s):
+                results.put(result)
+            results.put(None)
+        except BaseException as error:
+            results.put(error)
+
+    parts = [part for part in (jobs[k::processes] for k in range(processes)) if part]
+    for part in parts:
+        threading.Thread(target=watch, args=(part,), daemon=True).start()
+    working = len(parts)
+    while working:
+        result = results.get()
+        if isinstance(result, BaseException):
+            raise result
+        if result is None:
+            working -= 1
+        else:
+            yield result
+
+
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 
@@ -189,24 +219,33 @@ class Group:
         return lines
 
 
-def report(results: Iterable[Result], device: str) -> list[Result]:
-    """Prints each group as it ends."""
+def report(
+    results: Iterable[Result], jobs: Sequence[Job], device: str, save: Callable[[list[Result]], None]
+) -> list[Result]:
+    """Prints each group as it ends, and saves what is known by then; results in the order of `jobs`."""
+
+    def key(home: str, case: str) -> tuple[str, str]:
+        return home, case.partition("/")[0]
+
+    left = Counter(key(*job) for job in jobs)
+    groups = {k: Group(*k) for k in left}
+    place = {job: i for i, job in enumerate(jobs)}
     seen: list[Result] = []
-    group: Group | None = None
-
-    def finish() -> None:
-        if group:
-            print("\n".join([group.line(), *group.details(device)]), flush=True)
-
     for result in results:
-        name = result["case"].partition("/")[0]
-        if group is None or (group.home, group.name) != (result["home"], name):
-            finish()
-            group = Group(result["home"], name)
+        group = groups[key(result["home"], result["case"])]
         group.results.append(result)
         seen.append(result)
-    finish()
+        left[group.home, group.name] -= 1
+        if not left[group.home, group.name]:
+            print("\n".join([group.line(), *group.details(device)]), flush=True)
+            seen.sort(key=lambda r: place[r["home"], r["case"]])
+            save(seen)
     return seen
+
+
+def counts(results: Iterable[Result]) -> dict[str, int]:
+    found = Counter(r["status"] for r in results)
+    return {status: found[status] for status in ("passed", "failed", "crashed", "skipped")}
 
 
 def homes_on(device: torch.device) -> list[str]:
@@ -231,13 +270,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default=default_device(), help="cuda, cuda:1 or cpu; default %(default)s")
     parser.add_argument("--impl", nargs="+", choices=HOMES, help="homes; default: all that run on the device")
     parser.add_argument("--quick", action="store_true", help="a part of the cases, in seconds")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="cases by name, with * and ? as in a shell")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="cases by name, with * and ? as in a shell"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="cases at a time (default %(default)s)")
+    parser.add_argument(
+        "--case-limit", type=float, default=300, metavar="SECONDS", help="a case hangs after this (default %(default)s)"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument(
         "--in-process", action="store_true", help="no process of their own: for debuggers and sanitizers"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every case and the environment as JSON")
     args = parser.parse_args(argv)
+    if args.processes < 1 or (args.in_process and args.processes > 1):
+        raise ValueError(f"--processes {args.processes}: at least 1, and 1 with --in-process")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no GPU here, use --device cpu")
@@ -245,21 +292,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     for home in chosen:
         homes.resolve_impl(home, device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products may differ from run to run
-    names = [c.name for c in all_cases() if (c.quick or not args.quick) and fnmatch.fnmatchcase(c.name, args.only)]
-    if not names:
-        raise ValueError(f"--only {args.only!r} names no case{' of --quick' if args.quick else ''}: see --list")
+    known = [c.name for c in all_cases() if c.quick or not args.quick]
+    for pattern in args.only:
+        if not fnmatch.filter(known, pattern):
+            raise ValueError(f"--only {pattern!r} names no case{' of --quick' if args.quick else ''}: see --list")
+    names = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)]
     if args.list:
         print("\n".join(names))
         return 0
     start = time.perf_counter()
-    runner = run_here if args.in_process else run_apart
-    results = report(runner([(h, n) for h in chosen for n in names], args.device, all_cases), args.device)
-    count = {s: sum(r["status"] == s for r in results) for s in ("passed", "failed", "crashed", "skipped")}
-    print(", ".join(f"{n} {s}" for s, n in count.items() if n) + f" in {time.perf_counter() - start:.0f} s")
+    jobs = [(h, n) for h in chosen for n in names]
+    environment = describe(device) if args.out else {}
+
+    def save(results: list[Result]) -> None:
+        if args.out:
+            left = len(jobs) - len(results)
+            content = {"environment": environment, "counts": counts(results), "left": left, "cases": results}
+            whole = args.out.with_name(f"{args.out.name}.tmp")
+            whole.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(whole, args.out)
+
+    if args.in_process:
+        running = run_here(jobs, args.device, all_cases)
+    else:
+        running = run_beside(jobs, args.device, all_cases, args.case_limit, args.processes)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": describe(device), "counts": count, "cases": results}
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+    count = counts(report(running, jobs, args.device, save))
+    print(", ".join(f"{n} {s}" for s, n in count.items() if n) + f" in {time.perf_counter() - start:.0f} s")
+    if args.out:
         print(f"wrote {args.out}")
     return 1 if count["failed"] or count["crashed"] else 0
 

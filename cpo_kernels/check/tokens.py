@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpo_kernels import reference
-from cpo_kernels.check.compare import Case, Home, Seen, relative_error, short
+from cpo_kernels.check.compare import Case, Home, Seen, Skip, relative_error, short
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,6 +32,7 @@ SIZES = (
     (8, 262144, False),  # Gemma: few rows, huge vocabulary
     (1, 262144, True),
     (700, 33, False),  # more rows than processors
+    (1100, 50257, False),  # rows that fill a GPU by themselves: not split, several warps or blocks each, edges too
     (70_001, 3, False),  # more rows than a grid's second dimension may have
 )
 
@@ -153,6 +154,8 @@ def size_cases() -> Iterator[Case]:
     for (rows, width, quick), dtype in itertools.product(SIZES, DTYPES):
 
         def run(home: Home, seen: Seen, rows=rows, width=width, dtype=dtype) -> None:
+            if rows * width > 2**25 and not home.on_gpu:
+                raise Skip("needs a GPU: half a gigabyte for each copy in float64")
             check_token_ops(home, seen, make_rows(home, rows, width, dtype, seed=width))
 
         yield Case(f"sizes/{short(dtype)}/N={rows},V={width}", run, quick)
@@ -180,8 +183,11 @@ def option_cases() -> Iterator[Case]:
     ):
 
         def run(home: Home, seen: Seen, scale=scale, softcap=softcap, spread=spread, dtype=dtype) -> None:
-            for width, vocab in ((1111, 1111), (20_001, 19_997)):  # one piece of a row, and several
-                rows = make_rows(home, 4, width, dtype, seed=2, spread=spread, label_limit=vocab)
+            shapes = [(4, 1111, 1111), (4, 20_001, 19_997)]  # one piece of a row, and several
+            if home.on_gpu:
+                shapes.append((1100, 50_257, 50_250))
+            for count, width, vocab in shapes:
+                rows = make_rows(home, count, width, dtype, seed=2, spread=spread, label_limit=vocab)
                 check_token_ops(home, seen, rows, scale, softcap, vocab, loose=2.0)
 
         yield Case(f"options/{short(dtype)}/scale={scale},softcap={softcap}", run, scale == 1.7)

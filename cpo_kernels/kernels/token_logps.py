@@ -257,8 +257,14 @@ def _at_label(row, label, columns, logp, grad, inner, ACC: tl.constexpr, SOFTCAP
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
+# One compilation for every number of rows, and for labels that start anywhere: they change from chunk to chunk.
+GENERAL: dict[str, Any] = {
+    "do_not_specialize": ["rows", "ignore_index"],
+    "do_not_specialize_on_alignment": ["labels"],
+}
 
-@triton.jit
+
+@triton.jit(**GENERAL)
 def scan_kernel(
     logits, labels, logp_out, lse_out, extra_out, stats, stride, rows, width, columns, pieces, ignore_index,
     nat: "fp64", c: "fp64", inner: "fp64", scale: "fp64",
@@ -301,11 +307,13 @@ def scan_kernel(
                 grad = tl.full([], scale, ACC)
                 at_label = _at_label(row, label, columns, logp, grad, inner, ACC, SOFTCAP)
                 shift = tl.where(m == float("-inf"), 0.0, m)
+                if EDGES:
+                    tl.debug_barrier()  # every warp has read the edges, which come after the scan's own barrier
                 _write(row, body, head, width, columns, label, 0, 1, shift, -grad * factor, at_label, c, inner,
                        ACC, LANES, VEC, EDGES, SOFTCAP, False)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def combine_kernel(
     logits, labels, stats, logp_out, lse_out, extra_out, shifts, stride, rows, columns, pieces, ignore_index,
     nat: "fp64", c: "fp64", inner: "fp64", ACC: tl.constexpr, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr,
@@ -334,7 +342,7 @@ def combine_kernel(
         tl.store(shifts + rows + i, factor)
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def write_kernel(
     logits, labels, lse, grads, logps, shifts, stride, rows, width, columns, pieces, ignore_index,
     nat: "fp64", c: "fp64", inner: "fp64", scale: "fp64",
@@ -506,7 +514,7 @@ def _variant(name: str, kernel: Any, dtype: str, launch: tuning.Launch, flags: d
     types = {"logits": "*" + dtype, "labels": "*i64"} | {n: "fp64" for n in ("nat", "c", "inner", "scale")}
     types |= {n: "i32" for n in ("stride", "rows", "width", "columns", "pieces", "ignore_index")}
     signature = {n: "constexpr" if n in constexprs else types.get(n, "*" + acc) for n in kernel.arg_names}
-    aligned = {n for n, t in signature.items() if t[0] == "*"}
+    aligned = {n for n, t in signature.items() if t[0] == "*" and n not in GENERAL["do_not_specialize_on_alignment"]}
     if not flags.get("EDGES", True):
         aligned |= {"stride", "width", "columns"}
     label = " ".join([name, dtype, *(n.lower() for n, on in flags.items() if on is True)])

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cpo_kernels.checks import check_types
+
 
 def kto_loss(
     seq_logps: Tensor,
@@ -20,11 +22,35 @@ def kto_loss(
 
     Ethayarajh et al. 2024 (arXiv 2402.01306) eq. 7. seq_logps, ref_logps `[S]`, desirable bool `[S]`, kl from
     `kto_kl`.
+
+    Raises TypeError or ValueError for other dtypes and shapes.
     """
+    check_types("a tensor", seq_logps=seq_logps, ref_logps=ref_logps, desirable=desirable)
+    for name, tensor in {"ref_logps": ref_logps, "desirable": desirable}.items():
+        if seq_logps.dim() != 1 or tensor.shape != seq_logps.shape:
+            raise ValueError(f"{name} {list(tensor.shape)} and seq_logps {list(seq_logps.shape)} must both be [S]")
+    _check_floats(seq_logps=seq_logps, ref_logps=ref_logps)
+    if desirable.dtype != torch.bool:
+        raise TypeError(f"desirable must be bool, got {desirable.dtype}: use desirable.bool()")
+    if isinstance(kl, Tensor) and kl.dim():
+        raise ValueError(f"kl must be one number, got shape {list(kl.shape)}: see kto_kl")
     u = beta * (seq_logps - ref_logps - kl)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-u), undesirable_weight * torch.sigmoid(u))
 
 
 def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
     """KTO's reference point: max(0, mean(L - ref)) over mismatched prompts and responses, no gradient."""
+    check_types("a tensor", kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
+    _check_floats(kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
+    if kl_logps.shape != ref_kl_logps.shape or not kl_logps.numel():
+        raise ValueError(
+            f"kl_logps {list(kl_logps.shape)} and ref_kl_logps {list(ref_kl_logps.shape)} must have one shape, and not "
+            "be empty"
+        )
     return (kl_logps - ref_kl_logps).detach().mean().clamp(min=0)
+
+
+def _check_floats(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64 (16-bit sums are off by nats), got {tensor.dtype}")
