@@ -5,7 +5,7 @@ cpo_kernels._C_cuda  CUDA kernels, where torch has CUDA and nvcc is found.
 
 Both use LibTorch's stable ABI and CPython's limited API: one abi3 wheel for torch >= 2.10 and Python >= 3.10.
 CPO_KERNELS_CUDA=0 leaves the CUDA extension out, 1 builds it with a torch without CUDA too, for one that has it.
-TORCH_CUDA_ARCH_LIST (e.g. "8.0 9.0") chooses its targets.
+TORCH_CUDA_ARCH_LIST (e.g. "8.0 9.0") chooses its targets; else all that nvcc knows of CUDA_ARCH_LIST.
 """
 
 import glob
@@ -39,7 +39,7 @@ ISA_FLAGS = {
     "csrc/cpu/token_logps_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 HEADERS = glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)
-CUDA_ARCH_LIST = "8.0;8.6;8.9;9.0;10.0+PTX"
+CUDA_ARCH_LIST = "8.0 8.6 8.9 9.0 10.0"  # those that nvcc knows, the newest as PTX too
 NVCC_FLAGS = ["-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"]
 
 
@@ -83,9 +83,18 @@ def find_nvcc() -> str | None:
     return beside if os.path.exists(beside) else shutil.which("nvcc")
 
 
+def default_targets() -> list[str]:
+    """compute_100 came with CUDA 12.8."""
+    listed = subprocess.check_output([find_nvcc() or "nvcc", "--list-gpu-arch"], text=True).split()
+    names = [name for name in CUDA_ARCH_LIST.split() if f"compute_{name.replace('.', '')}" in listed]
+    if not names:
+        raise SystemExit(f"nvcc compiles for none of {CUDA_ARCH_LIST}: set TORCH_CUDA_ARCH_LIST to what it knows")
+    return [*names[:-1], f"{names[-1]}+PTX"]
+
+
 def nvcc_targets() -> list[str]:
     """-gencode flags of TORCH_CUDA_ARCH_LIST: machine code, and with +PTX what newer GPUs compile when they load it."""
-    names = (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCH_LIST).replace(";", " ").split()
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or default_targets()
     flags = []
     for name in names:
         number = name.removesuffix("+PTX").replace(".", "")

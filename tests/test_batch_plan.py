@@ -199,6 +199,42 @@ def test_a_plan_for_another_batch_is_refused(change, message):
         loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, ref_logps=batch.ref_logps, plan=plan)
 
 
+@pytest.mark.parametrize("train_head", [True, False])
+def test_a_plan_of_other_labels_is_refused(train_head):
+    """Masked again after the collator: as many positions, other labelled ones, or as many labelled and others."""
+    batch = make_batch(8)
+    weight = batch.weight if train_head else batch.weight.detach()
+    loss_fn = cpo.FusedLinearCPOLoss()
+    plan = loss_fn.plan(batch.labels, 101, torch.float64, device="cpu")
+    fewer = batch.labels.clone()
+    fewer[2, -1] = -100
+    moved = batch.labels.roll(1, 1)
+    for labels in (fewer, moved):
+        with pytest.raises(ValueError, match="make it from the labels of this call"):
+            loss_fn(batch.hidden, weight, labels, ref_logps=batch.ref_logps, plan=plan)
+    every = loss_fn.plan(batch.labels, 101, torch.float64, device="cpu", all_positions=True)
+    loss_fn(batch.hidden, weight, fewer, ref_logps=batch.ref_logps, plan=every)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(labels=[[1]]), "labels must be a tensor, got list"),
+        (dict(labels=torch.zeros(8, 9, dtype=torch.int32)), "labels must be int64, got torch.int32"),
+        (dict(vocab_size=0), "vocab_size must be at least 1, got 0"),
+        (dict(dtype="bfloat16"), "dtype must be one of torch.float32, .* got 'bfloat16'"),
+        (dict(pairs=torch.tensor([[0, 9]])), r"pair 0 is \[0, 9\]: give two different sequences in \[0, 8\)"),
+        (dict(pairs=torch.tensor([[0, 9]]), all_positions=True), r"pair 0 is \[0, 9\]"),
+        (dict(pairs=torch.tensor([[0.0, 1.0]])), r"pairs must be int64 of shape \[P, 2\]"),
+        (dict(conditions=torch.zeros(4, 2, device="meta")), "made from CPU tensors, got conditions on meta"),
+    ],
+)
+def test_bad_input_of_a_plan(change, message):
+    given = {"labels": make_batch(8).labels, "vocab_size": 101, "dtype": torch.float64, "device": "cpu", **change}
+    with pytest.raises((ValueError, TypeError), match=message):
+        cpo.FusedLinearCPOLoss().plan(**given)
+
+
 def test_pairs_come_from_the_plan():
     batch = make_batch(8)
     loss_fn = cpo.FusedLinearCPOLoss()

@@ -131,6 +131,34 @@ def test_float16_coefficients_survive_without_loss_scaling(budget):
         assert relative_error(seen, want) < 3e-3
 
 
+@pytest.mark.parametrize("budget", [None, 5 * ROW])
+@pytest.mark.parametrize("train_head", [True, False])
+def test_a_label_out_of_range_is_named_by_its_position(train_head, budget):
+    """A ValueError before any product, whatever rows are dropped and chunks are made."""
+    batch = make_batch()
+    weight = batch.weight if train_head else batch.weight.detach()
+    batch.labels[2, 7] = 101
+    message = r"label 101 is out of range at \[2, 7\]: it must be in \[0, 101\) or equal ignore_index = -100"
+    for call in (cpo.linear_token_logps, cpo.linear_nll):
+        with pytest.raises(ValueError, match=message):
+            call(batch.hidden, weight, batch.labels, memory_budget=budget)
+    with pytest.raises(ValueError, match=message):
+        cpo.token_logps(torch.zeros(4, 9, 101), batch.labels)
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_weights_of_ignored_tokens_may_be_anything(train_head):
+    batch = make_batch()
+    weight = batch.weight if train_head else batch.weight.detach()
+    weights = torch.rand(4, 9, dtype=torch.float64)
+    batch.labels[0, 0] = -100
+    want = cpo.linear_nll(batch.hidden, weight, batch.labels, token_weights=weights)
+    weights[0, 0] = float("nan")
+    seen = cpo.linear_nll(batch.hidden, weight, batch.labels, token_weights=weights)
+    grads = (torch.autograd.grad(loss, batch.hidden)[0] for loss in (seen, want))
+    assert torch.equal(seen, want) and torch.equal(*grads)
+
+
 @pytest.mark.parametrize("rows", [2048, 16])
 @pytest.mark.parametrize("call", ["nll", "token_logps", "preference"])
 def test_float16_sums_over_many_rows_stay_in_range(call, rows):

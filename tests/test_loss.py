@@ -328,6 +328,12 @@ def test_seq_logps_keep_the_precision_of_long_sums():
         ({"tau": 0.0}, "tau must be positive, got 0.0"),
         ({"ld_alpha": 2.0}, r"ld_alpha must lie in \[0, 1\], got 2.0"),
         ({"simpo_gamma": 1.0}, "simpo_gamma has no meaning for loss_type 'sigmoid'"),
+        ({"objectives": []}, "objectives is empty"),
+        ({"objectives": [OBJECTIVES[0], OBJECTIVES[0]]}, "is given 2 times; names must differ"),
+        ({"tie_margin": NAN}, "tie_margin must be finite, got nan"),
+        ({"margin": NAN}, "margin must be finite, got nan"),
+        ({"beta": float("inf")}, "beta must be finite, got inf"),
+        ({"loss_weights": [NAN]}, "loss_weights must be finite, got nan"),
     ],
 )
 def test_options_that_would_be_ignored_raise(options, message):
@@ -347,6 +353,9 @@ def test_options_that_would_be_ignored_raise(options, message):
         ({"pairs": torch.zeros(2, 3, dtype=torch.int64)}, r"int64 of shape \[P, 2\]"),
         ({"pairs": torch.tensor([[0, 1], [0, 4]])}, r"pair 1 is \[0, 4\].*in \[0, 4\)"),
         ({"pairs": torch.tensor([[2, 2]])}, r"pair 0 is \[2, 2\]"),
+        ({"pair_weights": torch.tensor([1.0, NAN])}, r"pair_weights must be finite, got nan at \[1\]"),
+        ({"pair_betas": torch.tensor([-0.1, 1.0])}, r"pair_betas must be positive and finite, got -0.1.* at \[0\]"),
+        ({"pair_betas": torch.tensor([0.0, 1.0])}, "pair_betas must be positive and finite, got 0.0"),
         ({"pair_weights": torch.ones(3)}, r"pair_weights must have shape \[2\], got \[3\]"),
         ({"num_pairs": 0.0}, "num_pairs must be positive, got 0.0"),
         ({"chosen_tokens": 5.0}, "chosen_tokens has no meaning for loss_type sigmoid"),
@@ -377,6 +386,38 @@ def test_pairs_with_two_conditions_are_refused():
             batch.hidden, batch.weight, batch.labels, ref_logps=batch.ref_logps,
             scores=torch.ones(4, 2), conditions=conditions,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["scores", "conditions"])
+def test_infinite_ratings_are_refused(name):
+    tensors = {"scores": torch.ones(4, 2), "conditions": torch.ones(2, 2)}
+    tensors[name][1, 0] = -float("inf")
+    with pytest.raises(ValueError, match=rf"{name} must be finite, or NaN.*got -inf at \[1, 0\]"):
+        cpo.preference_loss(torch.zeros(4), ref_logps=torch.zeros(4), objectives=OBJECTIVES, **tensors)
+
+
+def test_negative_lengths_are_refused():
+    with pytest.raises(ValueError, match="lengths must be >= 0, got -3"):
+        cpo.preference_loss(torch.zeros(2), loss_type="simpo", lengths=torch.tensor([4, -3]))
+
+
+def test_conditions_of_as_many_pairs_as_sequences():
+    """Three responses of two prompts and all their pairs: [6, K] is one row a pair. Rows that could as well be those of
+    the sequences, with another result, are refused."""
+    scores = torch.tensor([[1.0], [2], [3], [1], [2], [3]])
+    level = torch.tensor([1.0, 5.0])
+
+    def order(pairs, conditions):
+        helpful = [cpo.Objective("helpfulness", 1, 5)]
+        given = dict(pairs=torch.tensor(pairs), ref_logps=torch.zeros(6), scores=scores, objectives=helpful)
+        return cpo.preference_loss(torch.zeros(6), conditions=conditions[:, None], **given).order.tolist()
+
+    first, second = [[0, 1], [0, 2], [1, 2]], [[3, 4], [3, 5], [4, 5]]
+    assert order(first + second, level[[0, 0, 0, 1, 1, 1]]) == [1, 1, 1, -1, -1, -1]
+    mixed = [first[0], second[0], first[1], second[1], first[2], second[2]]
+    assert order(mixed, level[[0, 1, 0, 1, 0, 1]]) == [1, -1, 1, -1, 1, -1]
+    with pytest.raises(ValueError, match="those of the 6 pairs and as those of the 6 sequences, which differ"):
+        order(mixed, level[[0, 0, 0, 1, 1, 1]])
 
 
 def test_odd_number_of_sequences_needs_pairs():

@@ -60,6 +60,13 @@ CALLS = {
         (),
     ),
     "FusedLinearCPOLoss": (fused, {**HEAD, **HEAD_OPTIONS, **RATED, **OPTIONS, "impl": "auto"}, ()),
+    "kto_loss": (
+        cpo.kto_loss,
+        {"seq_logps": BATCH.ref_logps, "ref_logps": BATCH.ref_logps + 1, "kl": 0.5,
+         "desirable": torch.tensor([True, False, True, True])},
+        (4,),
+    ),
+    "kto_kl": (cpo.kto_kl, {"kl_logps": BATCH.ref_logps, "ref_kl_logps": BATCH.ref_logps + 1}, ()),
     "value": (cpo.value, {"scores": SCORES, "conditions": SCORES, "objectives": OBJECTIVES}, (4,)),
     "explain": (
         cpo.explain,

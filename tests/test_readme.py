@@ -55,6 +55,22 @@ def test_the_two_lines_compute_what_the_four_do():
         assert relative_error(seen, want) < 1e-4
 
 
+def test_the_conditioned_loss_runs_with_and_without_its_plan():
+    """As shown, but for what is this batch's: vocabulary, dtype, device."""
+    batch = make_batch(dtype=torch.float32, bias=False)
+    rated, planned = re.findall(r"```python\n(objectives = .*?|plan = .*?)```", TEXT, re.S)
+    for shown, here in {"151936": "101", "torch.bfloat16": "torch.float32, device='cpu'", '"cuda"': '"cpu"'}.items():
+        assert shown in planned
+        planned = planned.replace(shown, here)
+    scope = {name: getattr(batch, name) for name in ("hidden", "weight", "labels", "ref_logps")}
+    scope |= {"cpo": cpo, "torch": torch, "pairs": torch.tensor([[0, 1], [2, 3], [1, 3]])}
+    scope |= {"scores": torch.rand(4, 2), "conditions": torch.rand(3, 2)}
+    exec(rated, scope)
+    want = scope["out"]
+    exec(planned, scope)
+    assert scope["out"] is not want and torch.equal(scope["out"].loss, want.loss)
+
+
 @pytest.mark.parametrize("name", ["truthfulqa_cpo", "truthfulqa_baselines"])
 def test_results_page_shows_the_results_file(name):
     objectives = [cpo.Objective("honesty", 1, 5), cpo.Objective("helpfulness", 1, 5)]

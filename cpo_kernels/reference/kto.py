@@ -32,6 +32,8 @@ def kto_loss(
     _check_floats(seq_logps=seq_logps, ref_logps=ref_logps)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be bool, got {desirable.dtype}: use desirable.bool()")
+    check_types("a number or tensor", kl=kl)
+    check_types("a number", beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     if isinstance(kl, Tensor) and kl.dim():
         raise ValueError(f"kl must be one number, got shape {list(kl.shape)}: see kto_kl")
     u = beta * (seq_logps - ref_logps - kl)
