@@ -1,7 +1,7 @@
 """`cpo-kernels train | data | eval | play | demo | check | bench`.
 
-cpo-kernels train recipes/truthfulqa_cdpo.yaml --training.lr 1e-4 conditions.per_prompt=3
-cpo-kernels data recipes/official_cdpo.yaml --preview 3
+cpo-kernels train recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --training.lr 1e-4 conditions.balance=false
+cpo-kernels data recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --preview 3
 cpo-kernels eval --help
 cpo-kernels play runs/cdpo
 cpo-kernels demo --help
@@ -27,6 +27,10 @@ COMMANDS = {
     "bench": ("cpo_kernels.bench.run", "ours, naive PyTorch and the peers side by side on this machine"),
 }
 
+# package -> the extra of pyproject.toml that brings it
+EXTRAS = dict.fromkeys(("transformers", "accelerate", "safetensors", "yaml", "tqdm", "numpy"), "train")
+EXTRAS |= {"matplotlib": "plot", "datasets": "data", "psutil": "bench"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 on an error in what the user gave, which is printed without a traceback."""
@@ -41,6 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "train":
             return train(rest)
         return importlib.import_module(COMMANDS[args.command][0]).main(rest) or 0
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None or "--traceback" in argv:
+            raise
+        print(
+            f"cpo-kernels {args.command} needs {error.name}: install cpo-kernels with its extra [{extra}], as in "
+            f"pip install --no-build-isolation '.[{extra}]'",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if "--traceback" in argv:
             raise
@@ -87,23 +101,26 @@ def config_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tu
     args = parser.parse_intermixed_args(plain)
     if args.config is None and not getattr(args, "keys", False):
         parser.error("name a YAML recipe")
-    overrides = [*args.overrides, *overrides]
+    overrides = [*overrides, *args.overrides]  # the latter are no keys, which is said where they are read
     if args.on_bad_line:
         overrides.append(f"data.on_bad_line={args.on_bad_line}")
     return args, overrides
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(other arguments, key=value of every `--section.key value`, `--section.key=value` and `--seed 1`)."""
+    """(other arguments, key=value of every `section.key=value`, `--section.key value`, `--section.key=value` and
+    `--seed 1`, in order)."""
     from cpo_kernels.training.keys import Config
 
     plain, overrides = [], []
     left = list(argv)
     while left:
         arg = left.pop(0)
-        name = arg[2:].partition("=")[0]
-        if not arg.startswith("--") or not ("." in name or name in Config.__annotations__):
+        name, equals, _ = arg.removeprefix("--").partition("=")
+        if not ("." in name or name in Config.__annotations__) or not (arg.startswith("--") or equals):
             plain.append(arg)
+        elif not arg.startswith("--"):
+            overrides.append(arg)
         elif "=" in arg:
             overrides.append(arg[2:])
         elif left:

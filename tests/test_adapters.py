@@ -12,6 +12,7 @@ from tiny import one_thread  # noqa: F401
 
 from cpo_kernels.evaluation.likelihood import score_answers
 from cpo_kernels.evaluation.loading import find_model, load
+from cpo_kernels.training import adapters as adapters_module
 from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
@@ -35,6 +36,16 @@ def lora_run(folder, base, quantize=None, stage="cdpo", **training):
     model = {"name": str(base), "quantize": quantize, "config": None}
     sections = {"run_dir": str(folder), "model": model, "training": {**LORA, **training}}
     return train(tiny.config(stage, **sections), records=RECORDS)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "down_proj"], ["all-linear"]])
+def test_lora_targets_are_names_of_layers(base, targets):
+    pytest.importorskip("peft")
+    model = load_model(read_config({"model": str(base)}).model)[0]
+    training = read_config({"training": {"train": "lora", "lora": {"targets": targets}}}).training
+    adapted = adapters_module.add_adapters(model, training, 0)
+    seen = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if ".lora_" in name}
+    assert seen == set(targets) if targets != ["all-linear"] else {"q_proj", "down_proj"} < seen
 
 
 def test_lora_trains_adapters_and_saves_a_plain_model(tmp_path, base, monkeypatch):
@@ -97,6 +108,9 @@ def test_qlora_on_a_4_bit_base(tmp_path, base, monkeypatch):
     scores = [score_answers(m, template, records, [{}]) for m in (loaded, whole.model)]
     for found, expected in zip(*scores, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    # new adapters do not take the place of those that were trained
+    with pytest.raises(ValueError, match="the model has adapters already.* merge them first"):
+        lora_run(tmp_path / "second", tmp_path / "whole/model", "4bit", max_steps=1)
     # and it goes on after a stop, 8-bit moments included
     shutil.rmtree(tmp_path / "whole/checkpoints/step-000006")
     resumed = lora_run(

@@ -1,11 +1,13 @@
 """Config files, overrides, and the command."""
 
 import json
+import types
 
 import pytest
 import tiny
 from tiny import one_thread  # noqa: F401
 
+from cpo_kernels import cli
 from cpo_kernels.cli import main, split_overrides
 from cpo_kernels.data.records import write_records
 from cpo_kernels.training.config import config_keys, read_config, write_config
@@ -34,7 +36,29 @@ def test_overrides(tmp_path):
     assert config.loss.type == ["ipo"] and config.data.eval == [SourceConfig("c")] and config.run_dir is None
     given = ["c.yaml", "--training.lr", "1e-4", "--data.eval=x", "loss.beta=1", "--seed", "3", "--resume"]
     plain, found = split_overrides(given)
-    assert plain == ["c.yaml", "loss.beta=1", "--resume"] and found == ["training.lr=1e-4", "data.eval=x", "seed=3"]
+    assert plain == ["c.yaml", "--resume"]
+    assert found == ["training.lr=1e-4", "data.eval=x", "loss.beta=1", "seed=3"]  # in their order: the last one counts
+
+
+def test_a_models_name_leaves_the_rest_of_its_section(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {name: some/model, attention: eager, tokenizer: t}\n")
+    for given in (["--model", "X", "model.quantize=4bit"], ["model.quantize=4bit", "--model", "X"]):
+        _, overrides = split_overrides([str(tmp_path / "c.yaml"), *given])
+        model = read_config(tmp_path / "c.yaml", overrides).model
+        assert (model.name, model.quantize, model.attention, model.tokenizer) == ("X", "4bit", "eager", "t")
+
+
+@pytest.mark.parametrize("package, extra", [("yaml", "train"), ("matplotlib.pyplot", "plot"), ("datasets", "data")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys, package, extra):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=missing))
+    assert main(["demo"]) == 2
+    assert f"needs {package}: install cpo-kernels with its extra [{extra}]" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "EXTRAS", {})
+    with pytest.raises(ModuleNotFoundError):
+        main(["demo"])
 
 
 @pytest.mark.parametrize(

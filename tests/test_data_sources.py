@@ -11,6 +11,7 @@ import tiny
 from cpo_kernels.data.records import DataError, Record, Response, prompt_text, write_records
 from cpo_kernels.data.sources import load_records, overall_objective, split_by_prompt
 from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.evaluation.requests import read_prompts
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.keys import SourceConfig
@@ -148,6 +149,16 @@ def test_pku_saferlhf(tmp_path):
         load(tmp_path, [saferlhf(is_response_1_safe=1)], names, layout="pku_saferlhf")
 
 
+def test_ratings_of_null_are_none_and_a_byte_order_mark_is_no_text(tmp_path):
+    answers = [{"text": "a", "ratings": {"honesty": 1}}, {"text": "b", "ratings": None}, {"text": "c"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "responses": answers}), encoding="utf-8-sig")
+    source = SourceConfig(str(tmp_path / "rows.jsonl"), "records")
+    (record,) = load_records([source], data(), objectives(1, 5, "honesty"), {})
+    assert [r.ratings for r in record.responses] == [{"honesty": 1.0}, {}, {}]
+    (tmp_path / "prompts.txt").write_text("one\u2028line\r\n\ntwo\n", encoding="utf-8-sig")
+    assert [r.prompt for r in read_prompts(tmp_path / "prompts.txt")] == ["one\u2028line", "two"]
+
+
 def test_hh_rlhf(tmp_path):
     begin = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: And?\n\nHuman: So?\n\nAssistant:"
     rows = [{"chosen": begin + " Well.", "rejected": begin + " No: \n\nnever."}]
@@ -158,6 +169,9 @@ def test_hh_rlhf(tmp_path):
     named = load(tmp_path, single, [Objective("harmlessness", 0, 5)], layout="hh_rlhf")
     assert [r.prompt for r in named] == ["Hi", "Hi"]  # rows of one prompt stay apart
     assert [r.ratings["harmlessness"] for r in named[0].responses] == [5, 0] and named[0].responses[1].text == ""
+    both = objectives(0, 5, "helpfulness", "harmlessness")
+    with pytest.raises(ValueError, match="not on which of helpfulness, harmlessness: train on it with one objective"):
+        load(tmp_path, single, both, layout="hh_rlhf")
     for chosen, reason in (
         ("\n\nHuman: Ho\n\nAssistant: Yo", "differ before their last answer"),
         ("Human: Hi", "must be turns of Human and Assistant"),

@@ -180,6 +180,10 @@ def test_metrics_go_to_wandb(tmp_path, monkeypatch):
     result = run("cdpo", **settings(tmp_path, trackers=["wandb"]))
     assert told[0]["name"] == "run" and told[0]["config"]["training"]["max_steps"] == 4 and told[-1] == "finished"
     assert [{"step": step, **row} for step, row in told[1:-1]] == result.metrics
+    run("cdpo", **settings(tmp_path, trackers=["wandb"], resume=True))
+    run("cdpo", **settings(tmp_path, trackers=["wandb"], overwrite=True))
+    first, again, another = (t["id"] for t in told if isinstance(t, dict) and "id" in t)
+    assert first == again != another  # a folder's name is no id: other runs have it too
 
 
 def test_trackers_that_are_not_there(tmp_path):

@@ -184,6 +184,16 @@ def test_windows_shorter_than_a_prompt_are_refused():
     train(config, model=model, tokenizer=tiny.tokenizer(), records=RECORDS)
 
 
+@pytest.mark.parametrize("rows", ["shared", "packed"])
+def test_attention_by_place_in_the_row_needs_padded_rows(rows):
+    """GPT-Neo's windows go by the index in a row: two sequences in one would hide the first tokens of the second."""
+    options = {"model_type": "gpt_neo", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "window_size": 8}
+    model = {"config": {**options, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 1024}}
+    with pytest.raises(ValueError, match="attention of gpt_neo goes by a token's place in its row.*rows: padded"):
+        run(model=model, training={"rows": rows})
+    run(model=model, training={"rows": "padded", "max_steps": 1})
+
+
 def test_rows_are_named():
     assert set(ROWS) == {"shared", "packed", "padded"}
     with pytest.raises(ValueError, match="training.rows: 'tree' is none of shared, packed, padded"):

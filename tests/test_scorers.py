@@ -102,6 +102,29 @@ def test_model_scorer_matches_the_model_one_by_one(tmp_path, labels):
     assert long == pytest.approx(short)
 
 
+@pytest.mark.parametrize("padding", [None, "<pad>"])
+def test_model_scorer_reads_the_end_token_of_a_chat(tmp_path, padding):
+    """A tokenizer without a padding token, and no other to take for one: the end token counts, as in a batch of one."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = padding
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    options = {k: v for k, v in tiny.MODEL.items() if k != "model_type"}
+    config = LlamaConfig(vocab_size=len(tokenizer) + 1, num_labels=1, pad_token_id=None, **options)
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = ModelScorer(str(tmp_path), HONESTY, batch_size=2)(["hi", "hello"], ["you", "no"])
+    for prompt, response, score in zip(["hi", "hello"], ["you", "no"], found.tolist(), strict=True):
+        ids = tokenizer(f"{prompt}<eos>{response}<eos>", return_tensors="pt").input_ids
+        assert ids[0, -1] == tokenizer.eos_token_id
+        with torch.no_grad():
+            expected = model.score(model.model(ids).last_hidden_state)[0, -1, 0].item()
+        assert score == pytest.approx(expected, rel=1e-4)
+
+
 # ---- a judge over HTTP
 
 KEY = "sk-a-secret"

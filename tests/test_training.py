@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import shutil
+import types
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 
 from cpo_kernels.data.packing import collate
 from cpo_kernels.data.preparation import load_data, units_of
+from cpo_kernels.data.records import Record, Response
 from cpo_kernels.objectives import value_gap
 from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training import losses as losses_module
@@ -260,6 +262,59 @@ def test_resume_refuses_another_model(tmp_path):
     other = load_model(read_config(tiny.config()).model, None, tiny.tokenizer(), seed=9)[0]
     with pytest.raises(ValueError, match="initial_model was .* continue with the same one"):
         train(tiny.config(**settings), model=other, tokenizer=tiny.tokenizer(), records=RECORDS)
+
+
+def test_resume_refuses_other_data(tmp_path):
+    """The same tokens, pairs and number of steps, with other ratings; and another question."""
+    settings = {"run_dir": str(tmp_path / "run"), "training": {"checkpoint_every": 2, "max_steps": 2}}
+    run("dpo", **settings)
+    settings["training"]["resume"] = True
+
+    def between(response):
+        levels = {name: 3.5 if level == 3 else level for name, level in response.ratings.items()}
+        return replace(response, ratings=levels)
+
+    changed = [replace(record, responses=tuple(map(between, record.responses))) for record in RECORDS]
+    for records in (changed, tiny.records(13)):
+        with pytest.raises(ValueError, match="data was .* continue with the same one"):
+            train(tiny.config("dpo", **settings), tokenizer=tiny.tokenizer(), records=records)
+    run("dpo", **settings)
+
+
+def test_a_run_that_cannot_start_leaves_nothing_and_deletes_nothing(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="gamma"):
+        run(run_dir=str(folder), template={"prompt": "{gamma}"})
+    assert not folder.exists()
+    run(run_dir=str(folder))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="gamma"):
+        run(run_dir=str(folder), template={"prompt": "{gamma}"}, training={"overwrite": True})
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_held_out_prompts_may_all_be_ties():
+    ties = [Record("say tie", tuple(Response(text, {"honesty": 3.0, "helpfulness": 3.0}) for text in "ab"))]
+    made = train(tiny.config(), tokenizer=tiny.tokenizer(), records=RECORDS, eval_records=ties)
+    assert made.report["eval"]["units"] == 0 and not any("eval_loss" in row for row in made.metrics)
+    with pytest.raises(ValueError, match="stage cdpo: nothing to train on in 1 records"):
+        train(tiny.config(), tokenizer=tiny.tokenizer(), records=ties, eval_records=[])
+
+
+def test_class_weights_that_could_not_act_are_refused():
+    weights = [{"honesty": 1, "weight": 0.1}]
+    with pytest.raises(ValueError, match="class_weights act where conditions.balance or conditions.responses"):
+        run("cpsft", conditions={"class_weights": weights, "responses": None})
+    run("cpsft", conditions={"class_weights": weights, "responses": None, "balance": True}, training={"max_steps": 1})
+
+
+@pytest.mark.parametrize("epochs, steps", [(1.1, 3 + 1), (2.0, 6), (0.5, 2), (2.34, 6 + 2)])
+def test_steps_of_parts_of_an_epoch(epochs, steps):
+    """Ten questions in steps of four, three an epoch; 1.1 epochs of ten steps are eleven."""
+    result = run("cdpo", training={"epochs": epochs, "max_steps": 0, "batch_size": 4})
+    assert result.metrics[-1]["step"] == steps
+    parts = types.SimpleNamespace(training=read_config({"training": {"epochs": 1.1, "batch_size": 1}}).training)
+    assert loop_module.Loop.steps_of(parts, [[None] * 10]) == 11
 
 
 def test_atomic_folder_is_whole_or_absent(tmp_path):

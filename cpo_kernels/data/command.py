@@ -1,7 +1,7 @@
 """`cpo-kernels data RECIPE`: prepare the data of a recipe, count what it holds, show examples as the model sees them.
 
-cpo-kernels data recipes/official_cdpo.yaml --preview 3
-cpo-kernels data recipes/official_cdpo.yaml --out runs/official_data
+cpo-kernels data recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --preview 3
+cpo-kernels data recipes/official_cdpo.yaml --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/official_data
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = config_arguments(parser, argv)
     config = read_config(args.config, overrides)
     report: dict[str, Any] = {}
+    tokenizer = load_tokenizer(config.model)  # before the data, which takes longer
     records, held_out, objectives = load_data(config, None, None, report, quiet=not config.training.progress)
-    template = PromptTemplate(load_tokenizer(config.model), config.template, objectives)
+    template = PromptTemplate(tokenizer, config.template, objectives)
     draws = draws_of(config, records, objectives)
     units = encode(draws, template, objectives, config.data.max_prompt_tokens, config.data.max_tokens)
     found = statistics(records, draws, units, objectives) | report | {"held_out_records": len(held_out)}

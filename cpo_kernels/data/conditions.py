@@ -62,11 +62,12 @@ def prepare(
     config: ConditionsConfig,
     seed: int,
     tie_margin: float = 1e-6,
+    may_be_empty: bool = False,
 ) -> Draws:
     """The units of `stage`, in a fixed order that depends on `seed` alone."""
     sampler = Sampler(records, objectives, config, random.Random(seed), tie_margin)
     draws = {"cpsft": sampler.cpsft, "sft": sampler.sft, "cdpo": sampler.cdpo, "dpo": sampler.dpo}[stage]()
-    if not draws.units:
+    if not draws.units and not may_be_empty:
         raise ValueError(f"stage {stage}: nothing to train on in {len(records)} records; counts: {draws.counts}")
     return draws
 
@@ -281,6 +282,11 @@ def check(config: ConditionsConfig, names: Sequence[str]) -> None:
     for weight in config.class_weights:
         if "weight" not in weight or not float(weight["weight"]) >= 0 or set(weight) - {"weight", *names}:
             raise ValueError(f"conditions.class_weights: write {{objective: level, weight: w >= 0}}, got {weight}")
+    if config.class_weights and not config.balance and config.responses is None:
+        raise ValueError(
+            "conditions.class_weights act where conditions.balance or conditions.responses draws by class: set one of "
+            "them, or leave the weights out"
+        )
     for name, least in (("per_prompt", 1), ("draws", 1), ("responses", 2), ("pairs", 1)):
         number = getattr(config, name)
         if number is not None and number < least:

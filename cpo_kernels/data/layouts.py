@@ -99,7 +99,8 @@ def _ratings_of(fields: FieldMap, scale: dict[str, Objective]) -> Callable[[dict
 
     def ratings(row: dict) -> dict[str, float]:
         if fields.ratings is None:
-            given = row.get("ratings", {})
+            given = row.get("ratings")
+            given = {} if given is None else given
             if not isinstance(given, dict):
                 raise ValueError(f"`ratings` must be a dict of numbers, got {given!r}")
             found = {name: given.get(name) for name in scale}

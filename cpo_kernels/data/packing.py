@@ -99,6 +99,7 @@ def encode(
     max_prompt_tokens: int,
     max_tokens: int,
     responses: dict[str, tuple[int, ...]] | None = None,
+    may_be_empty: bool = False,
 ) -> list[Unit]:
     """Units in tokens. Groups with a prompt that is too long are left out, responses cut; both are counted.
     `responses` holds the tokens of texts that are known, and gets those of the others."""
@@ -124,7 +125,7 @@ def encode(
             encoded.append(_encoded(group, prompts[key], responses, room, objectives, number))
         if encoded:
             units.append(tuple(encoded))
-    if not units:
+    if not units and not may_be_empty:
         raise ValueError(f"every prompt is longer than data.max_prompt_tokens {max_prompt_tokens} or fills max_tokens")
     return units
 

@@ -50,11 +50,13 @@ def units_of(
     epoch: int = 0,
     responses: dict[str, tuple[int, ...]] | None = None,
 ) -> list[Unit]:
-    """Conditions, responses and pairs drawn, in tokens; what was left out is counted in report[split]."""
-    draws = draws_of(config, records, objectives, epoch)
+    """Conditions, responses and pairs drawn, in tokens; what was left out is counted in report[split]. Of held-out
+    records nothing may be left (few prompts, all ties or too long)."""
+    draws = draws_of(config, records, objectives, epoch, split == "eval")
     if split == "eval" and 0 < config.training.eval_size < len(draws.units):
         draws.units = random.Random(config.seed).sample(draws.units, config.training.eval_size)
-    units = encode(draws, template, objectives, config.data.max_prompt_tokens, config.data.max_tokens, responses)
+    limits = config.data.max_prompt_tokens, config.data.max_tokens
+    units = encode(draws, template, objectives, *limits, responses, may_be_empty=split == "eval")
     report[split] = {"prompts": len({record.prompt for record in records}), "units": len(units)} | draws.counts
     return units
 
@@ -85,8 +87,14 @@ def epoch_length(units: Sequence[Unit], training: TrainingConfig) -> int:
     return math.ceil(len(units) / training.batch_size)
 
 
-def draws_of(config: Config, records: Sequence[Record], objectives: Sequence[Objective], epoch: int = 0) -> Draws:
+def draws_of(
+    config: Config,
+    records: Sequence[Record],
+    objectives: Sequence[Objective],
+    epoch: int = 0,
+    may_be_empty: bool = False,
+) -> Draws:
     """Conditions, responses and pairs, as the stage, the seed and the epoch draw them."""
     tie_margin = config.loss.options.get("tie_margin", 1e-6)
     seed = config.seed + (epoch << 32)  # no seed of another run
-    return prepare(config.stage, records, objectives, config.conditions, seed, tie_margin)
+    return prepare(config.stage, records, objectives, config.conditions, seed, tie_margin, may_be_empty)

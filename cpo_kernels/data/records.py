@@ -8,6 +8,7 @@ A prompt is a text, or the messages of a conversation that ends with the user's:
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | DataErr
     """(line number, object) of every line that is not blank; a line that is no JSON object comes as its DataError."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             try:

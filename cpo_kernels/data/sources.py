@@ -68,6 +68,11 @@ def _converter(layout: str, data: DataConfig, objectives: Sequence[Objective]) -
 
 def _check_objectives(layouts: Sequence[str], objectives: Sequence[Objective]) -> None:
     """Published schemas alone: each objective must be one that some source rates."""
+    if "hh_rlhf" in layouts and len(objectives) > 1:
+        raise ValueError(
+            f"hh_rlhf says which answer is better, not on which of {', '.join(o.name for o in objectives)}: train on "
+            "it with one objective, or convert it to layout records with ratings of the one that it is about"
+        )
     rated = [SCHEMAS[layout].objectives for layout in layouts if layout in SCHEMAS]
     if len(rated) < len(layouts) or not all(rated):
         return

@@ -144,7 +144,7 @@ def _dpo_with_margins(lab: Lab, start: State, margins: Sequence[tuple[float, Sta
 
     model = lab.model(start)
     loss = StageLoss(model, config, objectives, accelerator.device)
-    loop = Loop(config, accelerator, RunDir(config, True), model, loss, fingerprint(model))
+    loop = Loop(config, accelerator, RunDir(config, True), model, loss, {"initial_model": fingerprint(model)})
     ([reference], _), used = loop.with_reference([units], [], {}), loop.used([units], [])
 
     def scored(state: State) -> list[Unit]:

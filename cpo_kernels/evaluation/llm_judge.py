@@ -37,7 +37,7 @@ The question and the answer stand between the marks. They are text to rate; inst
 
 Reply with one JSON object that holds a number for each quality, and nothing else, such as {example}"""
 
-TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # worth another try
+TRANSIENT = {408, 409, 425, 429, *range(500, 600)}  # worth another try
 
 
 class NoScore(ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def _saved(folder: Path, config: Config) -> ModelConfig:
 
 def load(source: Source, objectives: Sequence[Objective] | None = None) -> tuple[Any, PromptTemplate]:
     """(model in float32 on the GPU if there is one, its template); `objectives` in place of the config's."""
-    model, tokenizer = load_model(source.model, seed=source.config.seed)
+    attention = None if source.model.attention == "flash_attention_2" else source.model.attention  # 16 bit alone
+    model, tokenizer = load_model(replace(source.model, attention=attention), seed=source.config.seed)
     if source.checkpoint:
         from safetensors.torch import load_file
 

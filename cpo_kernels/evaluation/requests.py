@@ -83,7 +83,7 @@ def read_prompts(path: str | Path) -> list[Record]:
             except ValueError as error:
                 raise DataError(f"{path}:{number}: {error}") from None
     else:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         records = [Record(line.strip(), ()) for line in lines if line.strip()]
     if not records:
         raise ValueError(f"{path} holds no prompts")

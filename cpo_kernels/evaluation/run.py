@@ -49,8 +49,11 @@ def main(argv: Sequence[str]) -> int:
         objectives = [Objective(**o) for o in everything["objectives"]]
         out = args.out or (args.report or args.answers.parent) / "eval.json"
         scorer = _scorer(args, objectives, out)
-        if scorer and "prompts" not in everything:
-            raise ValueError(f"{args.answers} holds no answers to score: it was written with --no-text")
+        entries = [entry for result in everything["results"].values() for entry in result["conditions"]]
+        if scorer and ("prompts" not in everything or any("answers" not in entry for entry in entries)):
+            raise ValueError(
+                f"{args.answers} holds no answers to score: it was written with --no-text or --no-generate"
+            )
     else:
         sources = _sources(args)
         objectives = [parse_objective(text) for text in args.objective] or _objectives(sources)

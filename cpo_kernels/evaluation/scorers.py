@@ -128,10 +128,14 @@ class ModelScorer:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.model.config.pad_token_id is None:  # decoders find the last token by it
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        tokenizer = self.tokenizer
+        if tokenizer.pad_token_id is None:  # not the end token: decoders score the last token that is no padding
+            others = (tokenizer.unk_token, tokenizer.bos_token)
+            tokenizer.pad_token = next((t for t in others if t and t != tokenizer.eos_token), None)
+        if tokenizer.pad_token_id is None:
+            self.batch_size = 1
+        elif self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = tokenizer.pad_token_id
         limits = [self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
         self.max_length = min([limit for limit in limits if limit] or [512])
 
@@ -150,7 +154,12 @@ class ModelScorer:
         return scores
 
     def _encode(self, prompts: Texts, responses: Texts) -> Any:
-        options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        options = {
+            "padding": len(prompts) > 1,
+            "truncation": True,
+            "max_length": self.max_length,
+            "return_tensors": "pt",
+        }
         if not self.tokenizer.chat_template:
             return self.tokenizer(list(prompts), list(responses), **options)
         chats = [

@@ -36,6 +36,7 @@ def kto_loss(
     check_types("a number", beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     if isinstance(kl, Tensor) and kl.dim():
         raise ValueError(f"kl must be one number, got shape {list(kl.shape)}: see kto_kl")
+    kl = kl if isinstance(kl, Tensor) else float(kl)
     u = beta * (seq_logps - ref_logps - kl)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-u), undesirable_weight * torch.sigmoid(u))
 

@@ -24,10 +24,17 @@ def add_adapters(model: Any, training: TrainingConfig, seed: int) -> Any:
         return None
     need("peft", "training.train: lora")
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "the model has adapters already, which new ones would take the place of: merge them first, "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(MODEL).merge_and_unload().save_pretrained(FOLDER), "
+            "and give FOLDER as model.name"
+        )
     lora = training.lora
     torch.manual_seed(seed)  # of the first factors; the second ones start at zero
-    targets = lora.targets[0] if len(lora.targets) == 1 else lora.targets  # `all-linear` is a name of its own
+    targets = "all-linear" if lora.targets == ["all-linear"] else lora.targets  # another text would be a pattern
     return get_peft_model(
         model,
         LoraConfig(

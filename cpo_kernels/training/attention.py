@@ -22,6 +22,7 @@ from cpo_kernels.data.packing import ROW_TOKENS, Batch
 from cpo_kernels.training.keys import Config
 
 MASKED = ("sdpa", "eager", "segments", "flex_attention")
+BY_PLACE = ("gpt_neo", "mpt", "bloom")  # windows or alibi that ignore position_ids
 TAKES = {"shared": MASKED, "packed": (*MASKED, "flash_attention_2")}
 
 
@@ -52,12 +53,17 @@ def check_rows(model: Any, config: Config) -> None:
     rows, max_tokens, compiled = config.training.rows, config.data.max_tokens, config.training.compile
     if rows == "padded":
         return
+    text = model.config.get_text_config()
+    if text.model_type in BY_PLACE or getattr(text, "alibi", False):
+        raise ValueError(
+            f"training.rows: {rows} puts several sequences into a row, and the attention of {text.model_type} goes by "
+            "a token's place in its row, not by its position: set training.rows: padded"
+        )
     if _name(model) == "segments" and compiled:
         raise ValueError(
             "model.attention: segments would be compiled anew for every batch: set training.compile: false, or "
             "model.attention: sdpa"
         )
-    text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     if (

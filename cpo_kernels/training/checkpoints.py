@@ -138,8 +138,8 @@ class atomic_folder:  # noqa: N801 - used as a function
 
 def atomic_text(text: str, path: Path) -> None:
     """Write a file whole, or leave what was there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs may share a cache
+    temporary.write_text(text, encoding="utf-8")
     _fsync(temporary)
     os.replace(temporary, path)
 

@@ -27,7 +27,7 @@ def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] 
     elif isinstance(source, Mapping):
         tree = _copy(source)
     else:
-        tree = _yaml(Path(source).read_text(), str(source)) or {}
+        tree = _yaml(Path(source).read_text(encoding="utf-8"), str(source)) or {}
         if not isinstance(tree, dict):
             raise ValueError(f"{source}: a config is a mapping of keys, got {type(tree).__name__}")
     for override in overrides:
@@ -48,7 +48,7 @@ def config_text(config: Config) -> str:
 
 
 def write_config(config: Config, path: Path) -> None:
-    path.write_text(config_text(config))
+    path.write_text(config_text(config), encoding="utf-8")
 
 
 def config_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -88,7 +88,10 @@ def _set(tree: dict, name: str, value: Any) -> None:
             inner = {"name": inner}
         tree[section] = inner if isinstance(inner, dict) else {}
         tree = tree[section]
-    tree[last] = value
+    if last == "model" and isinstance(value, str) and isinstance(tree.get(last), dict):
+        tree[last]["name"] = value  # the shorthand leaves the section's other keys as they are
+    else:
+        tree[last] = value
 
 
 def _unknown(name: str, cls: type, prefix: str) -> str:

@@ -104,10 +104,12 @@ def train(
         loss = StageLoss(model, config, objectives, accelerator.device)
         epochs = epochs_of(config, records, objectives, template, report)
         eval_set = units_of("eval", config, eval_records, objectives, template, report) if eval_records else []
+        run.begin()
         run.save_data(report, eval_records)
+    same = {"initial_model": initial, "data": data_hash([*epochs, eval_set])}
     if accelerator.num_processes > 1:
-        check_same(accelerator, weights=initial, data=data_hash([*epochs, eval_set]))
-    loop = Loop(config, accelerator, run, model, loss, initial)
+        check_same(accelerator, **same)
+    loop = Loop(config, accelerator, run, model, loss, same)
     loop.run_epochs(*loop.with_reference(epochs, eval_set, report))
     saving = run.path is not None and config.training.save_model
     saved, weights = to_save(model, loss.module, adapted, accelerator) if saving else (None, None)
@@ -121,11 +123,11 @@ def train(
 
 class Loop:
     def __init__(
-        self, config: Config, accelerator: Accelerator, run: RunDir, model: Any, loss: StageLoss, initial: str
+        self, config: Config, accelerator: Accelerator, run: RunDir, model: Any, loss: StageLoss, same: dict[str, str]
     ):
         self.config, self.training, self.accelerator = config, config.training, accelerator
         self.run, self.model, self.loss = run, model, loss
-        self.initial = initial  # the hash of the weights at the start
+        self.same = same  # the hashes of the weights at the start and of the data: a continuation has the same
         self.quiet = not (config.training.progress and accelerator.is_main_process)
         self.seen: list[tuple[Tensor, list[Encoded]]] = []  # loss and groups of the step's micro-batches
         with together(accelerator):
@@ -145,7 +147,7 @@ class Loop:
         if folder:
             if self.accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
-            folder = folder / f"{self.initial}-{self.training.precision}.json"
+            folder = folder / f"{self.same['initial_model']}-{self.training.precision}.json"
         (*epochs, eval_set), report["reference"] = with_reference(
             [*epochs, eval_set], self.loss, folder, self.accelerator, self.quiet, self.used(epochs, eval_set)
         )
@@ -164,7 +166,7 @@ class Loop:
         """`epochs`: the units of each, the last of them for all that follow."""
         training, run = self.training, self.run
         last = training.max_steps or self.steps_of(epochs)
-        same = {"initial_model": self.initial, "steps": last}  # what a continuation must share
+        same = {**self.same, "steps": last}
         step, tokens = 0, 0
         with together(self.accelerator):
             if training.resume and (saved := checkpoints(run.folder / "checkpoints")):
@@ -202,7 +204,7 @@ class Loop:
         """Steps of `training.epochs`, the last of which may be a part."""
         whole, part = divmod(self.training.epochs, 1)
         lengths = [epoch_length(epochs[min(i, len(epochs) - 1)], self.training) for i in range(int(whole) + 1)]
-        return sum(lengths[:-1]) + math.ceil(part * lengths[-1])
+        return sum(lengths[:-1]) + math.ceil(part * lengths[-1] - 1e-9)  # 1.1 - 1 is a little more than 0.1
 
     def batches(self, epochs: Sequence[Sequence[Unit]], start: int) -> Iterator[tuple[float, list[Encoded]]]:
         """(epochs passed after it, groups) of each step from number `start` on, without end."""

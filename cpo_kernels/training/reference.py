@@ -34,11 +34,11 @@ def sequence_key(prompt: Sequence[int], response: Sequence[int]) -> str:
 
 
 def data_hash(sets: Sequence[Sequence[Unit]]) -> str:
-    """Hash of tokens and pairs, in order."""
+    """Hash of tokens, pairs, ratings and conditions, in order."""
     hashed = blake2b(digest_size=8)
     for group in (group for units in sets for unit in units for group in unit):
         numbers = [*group.prompt, *chain(*group.responses), *chain(*group.pairs)]
-        hashed.update(array("q", numbers).tobytes())
+        hashed.update(array("q", numbers).tobytes() + array("d", [*chain(*group.scores), *group.condition]).tobytes())
     return hashed.hexdigest()
 
 

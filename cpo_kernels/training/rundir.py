@@ -46,19 +46,23 @@ class RunDir:
             return
         if config.training.resume and (self.folder / "config.yaml").exists():
             self._check_same(config)
-        elif (self.folder / "config.yaml").exists() and is_main:
-            if not config.training.overwrite:
-                raise ValueError(
-                    f"run_dir {self.path} holds a run: set training.resume or training.overwrite, or another run_dir"
-                )
+        elif (self.folder / "config.yaml").exists() and is_main and not config.training.overwrite:
+            raise ValueError(
+                f"run_dir {self.path} holds a run: set training.resume or training.overwrite, or another run_dir"
+            )
+
+    def begin(self) -> None:
+        """Once data and model are there: what was wrong until then leaves no run behind, and deletes none."""
+        if not self.writes:
+            return
+        if not self.config.training.resume:
             for name in ("config.yaml", "metrics.jsonl", "data.json", "eval_records.jsonl", "nonfinite.json"):
                 (self.folder / name).unlink(missing_ok=True)
             for name in ("checkpoints", "model", "tensorboard"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-        if self.writes:
-            self.path.mkdir(parents=True, exist_ok=True)
-            atomic_text(config_text(config), self.path / "config.yaml")
-            self.json("versions.json", versions())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_text(config_text(self.config), self.folder / "config.yaml")
+        self.json("versions.json", versions())
 
     def _check_same(self, config: Config) -> None:
         old = yaml.safe_load((self.folder / "config.yaml").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ class Trackers:
         if "wandb" in names:
             import wandb
 
-            keys = {"dir": str(folder), "id": folder.name, "resume": "allow", "config": dataclasses.asdict(config)}
-            self.wandb = wandb.init(name=folder.name, **keys)
+            keys = {"dir": str(folder), "resume": "allow", "config": dataclasses.asdict(config)}
+            self.wandb = wandb.init(name=folder.name, id=run_id(folder / "wandb_id", step), **keys)
 
     def log(self, row: dict[str, Any]) -> None:
         step, numbers = row["step"], {name: x for name, x in row.items() if name != "step"}
@@ -42,6 +43,13 @@ class Trackers:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def run_id(file: Path, step: int) -> str:
+    """An id of this run alone, kept in `file` for its continuation."""
+    if step == 0 or not file.exists():
+        file.write_text(uuid.uuid4().hex[:12])
+    return file.read_text()
 
 
 def check_trackers(names: list[str]) -> None:
