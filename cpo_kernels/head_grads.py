@@ -34,23 +34,21 @@ def restore(value: Tensor, factor: Tensor) -> Tensor:
     return multiply(value, factor)
 
 
-def power_of_two(top: Tensor, dtype: torch.dtype) -> Tensor:
-    """P, a power of two that brings numbers up to `top` [] below 2^15, where `dtype` is float16; else 1.
+def power_of_two(top: Tensor) -> Tensor:
+    """P, the power of two that brings numbers up to `top` [] just below 2^15; 1 where that is 0.
 
-    bfloat16 has float32's range. In float16 coefficients of 1e-3 lose bits and those of 5e-8 are zero, while a sum over
-    thousands of rows passes 65504; the GradScaler's factor is not known in the forward pass.
+    For float16: coefficients of 1e-3 lose bits there and those of 5e-8 are zero, while a sum over thousands of rows
+    passes 65504; the GradScaler's factor is not known in the forward pass. bfloat16 has float32's range.
     """
-    if dtype != torch.float16:
-        return torch.ones_like(top)
     return torch.where(top > 0, torch.exp2(torch.floor(torch.log2(top)) - 14), torch.ones_like(top))
 
 
 def sum_powers(coef: Tensor, x: Tensor, steepest: float) -> tuple[Tensor, Tensor]:
-    """P of |G^T (coef * x)| and of |G^T coef|, whatever |G| <= steepest is; coef [n] in float32, x [n, H]."""
+    """In float16 P of |G^T (coef * x)| and of |G^T coef|, whatever |G| <= steepest is, else 1; coef [n], x [n, H]."""
     if x.dtype != torch.float16 or not x.numel():
         return coef.new_ones(()), coef.new_ones(())
     total = coef.abs().sum() * steepest
-    return power_of_two(total * x.abs().amax(), x.dtype), power_of_two(total, x.dtype)
+    return power_of_two(total * x.abs().amax()), power_of_two(total)
 
 
 class WeightGrad:
@@ -120,8 +118,10 @@ class WeightGrad:
         elif self.dw.dtype == ops.acc_dtype(self.dtype) and self.scale is not None:
             self.dw *= self.scale
         if self.dw.dtype != self.dtype and self.dw.numel():
-            self.power = power_of_two(self.dw.abs().amax(), self.dtype)
-            self.dw = (self.dw / self.power if self.dtype == torch.float16 else self.dw).to(self.dtype)
+            if self.dtype == torch.float16:
+                self.power = power_of_two(self.dw.abs().amax())
+                self.dw /= self.power
+            self.dw = self.dw.to(self.dtype)
         return self.dw, self.db, self.power
 
 
