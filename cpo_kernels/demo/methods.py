@@ -74,7 +74,7 @@ def ric(lab: Lab, start: State, setting: Setting) -> State:
         old = rng.sample(old, min(len(old), len(fresh) // 2))
         training = {"max_steps": lab.budget.preference_steps, "schedule": "constant"}
         # Nearly all of the front is of one class: equally many of each would be the same few answers again and again.
-        conditions = lab.own_ratings | {"balance": False}
+        conditions = lab.own_ratings | {"balance": False, "class_weights": []}
         config = lab.config("cpsft", setting, conditions=conditions, training=training)
         return lab.train(config, start, fresh + old)
 

@@ -108,7 +108,7 @@ def train(
         run.save_data(report, eval_records)
     same = {"initial_model": initial, "data": data_hash([*epochs, eval_set])}
     if accelerator.num_processes > 1:
-        check_same(accelerator, **same)
+        check_same(accelerator, weights=initial, data=same["data"])
     loop = Loop(config, accelerator, run, model, loss, same)
     loop.run_epochs(*loop.with_reference(epochs, eval_set, report))
     saving = run.path is not None and config.training.save_model
