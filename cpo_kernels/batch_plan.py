@@ -211,6 +211,7 @@ class BatchPlan:
     num_positions: int
     num_pairs: float | None  # divisors of the loss, where they are known
     chosen_tokens: float | None
+    all_positions: bool = False  # labels may change
 
     def to(self, device: str | torch.device) -> BatchPlan:
         """The plan with its tables on `device`; the copy does not block the host."""

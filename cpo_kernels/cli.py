@@ -1,6 +1,6 @@
 """`cpo-kernels train | data | eval | play | demo | check | bench`.
 
-cpo-kernels train recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --training.lr 1e-4 conditions.balance=false
+cpo-kernels train recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --training.lr 1e-4 conditions.strip_best=0.5
 cpo-kernels data recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --preview 3
 cpo-kernels eval --help
 cpo-kernels play runs/cdpo
@@ -112,15 +112,17 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     `--seed 1`, in order)."""
     from cpo_kernels.training.keys import Config
 
-    plain, overrides = [], []
+    plain: list[str] = []
+    overrides: list[str] = []
     left = list(argv)
     while left:
         arg = left.pop(0)
         name, equals, _ = arg.removeprefix("--").partition("=")
-        if not ("." in name or name in Config.__annotations__) or not (arg.startswith("--") or equals):
+        if not arg.startswith("--"):
+            is_key = equals and name.partition(".")[0] in Config.__annotations__  # no path, such as a.b=c/recipe.yaml
+            (overrides if is_key else plain).append(arg)
+        elif not ("." in name or name in Config.__annotations__):
             plain.append(arg)
-        elif not arg.startswith("--"):
-            overrides.append(arg)
         elif "=" in arg:
             overrides.append(arg[2:])
         elif left:

@@ -239,7 +239,8 @@ class FusedLinearCPOLoss(nn.Module):
         flat_pairs = pairs.flatten().tolist()
         layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs, self.options.opposite)
         index = torch.arange(len(flat)) if all_positions else (flat != ignore_index).nonzero().squeeze(1)
-        return BatchPlan(layout, layout.pack(), index, layout.tables(), pairs, len(flat), num_pairs, chosen_tokens)
+        divisors = num_pairs, chosen_tokens
+        return BatchPlan(layout, layout.pack(), index, layout.tables(), pairs, len(flat), *divisors, all_positions)
 
 
 def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tensor | None) -> None:
@@ -255,8 +256,7 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
         )
     if plan.index.device != inputs.labels.device:
         raise ValueError(f"the plan is on {plan.index.device} and labels on {inputs.labels.device}: use plan.to(...)")
-    every_position = plan.index.shape[0] == positions
-    if not every_position and homes.may_read(inputs.labels):
+    if not plan.all_positions and homes.may_read(inputs.labels):
         labelled = (inputs.labels != inputs.options.ignore_index).nonzero().squeeze(1)
         if lengths.tolist() != plan.layout.lengths or not torch.equal(labelled, plan.index):
             raise ValueError(

@@ -35,20 +35,23 @@ def restore(value: Tensor, factor: Tensor) -> Tensor:
 
 
 def power_of_two(top: Tensor) -> Tensor:
-    """P, the power of two that brings numbers up to `top` [] just below 2^15; 1 where that is 0.
+    """The power of two P for which top / P lies in [2^14, 2^15), top []; 1 where that is 0.
 
     For float16: coefficients of 1e-3 lose bits there and those of 5e-8 are zero, while a sum over thousands of rows
     passes 65504; the GradScaler's factor is not known in the forward pass. bfloat16 has float32's range.
     """
-    return torch.where(top > 0, torch.exp2(torch.floor(torch.log2(top)) - 14), torch.ones_like(top))
+    return torch.where(top > 0, torch.exp2((torch.floor(torch.log2(top)) - 14).clamp(min=-126)), torch.ones_like(top))
 
 
 def sum_powers(coef: Tensor, x: Tensor, steepest: float) -> tuple[Tensor, Tensor]:
-    """In float16 P of |G^T (coef * x)| and of |G^T coef|, whatever |G| <= steepest is, else 1; coef [n], x [n, H]."""
+    """(P of dW, P of db): in float16 G^T (coef * x) / P and G^T coef / P stay below 2^15, as |G| <= steepest.
+
+    1 for other dtypes. coef [n] in float32, x [n, H].
+    """
     if x.dtype != torch.float16 or not x.numel():
         return coef.new_ones(()), coef.new_ones(())
-    total = coef.abs().sum() * steepest
-    return power_of_two(total * x.abs().amax()), power_of_two(total)
+    size = coef.abs() * steepest
+    return power_of_two((size * x.abs().amax(1)).sum()), power_of_two(size.sum())
 
 
 class WeightGrad:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cpo_kernels import ops, reference
 
@@ -107,8 +108,13 @@ def kernels(impl: str, tensor: Tensor) -> Any:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether a check may look at values: on the CPU, elsewhere (where it waits) under CPO_KERNELS_CHECK=1 alone."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or checks_enabled())
+    """Whether a check may read values: always on the CPU; on a GPU, where that waits, only under CPO_KERNELS_CHECK=1.
+    Not while torch traces or captures."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    return checks_enabled() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def checks_enabled() -> bool:

@@ -142,8 +142,9 @@ def preference_loss(
             sequences with the second.
         ref_logps: [S], of the reference model under the same (prompt, condition).
         scores: [S, K] ratings, NaN where missing: an objective that is not rated on both sides leaves the pair.
-        conditions: [P, K], or [S, K] where both responses of a pair agree; NaN where not conditioned. Where P = S they
-            are [P, K]; on the CPU, rows that could be meant either way and differ are an error.
+        conditions: [P, K], or [S, K] where both responses of a pair agree; NaN where not conditioned. Where P = S
+            (three responses of each prompt and all their pairs) they are [P, K]: conditions[pairs[:, 0]] makes that of
+            conditions of sequences.
         objectives: the K objectives.
         lengths: [S] int64 labelled tokens, for the types that average or count tokens.
         pair_weights, pair_betas: [P].

@@ -163,30 +163,18 @@ def default_pairs(num_sequences: int, device: torch.device) -> Tensor:
 def pair_conditions(
     conditions: Tensor | None, pairs: Tensor, num_sequences: int, num_objectives: int, device: torch.device
 ) -> Tensor:
-    """[P, K] conditions of the pairs. [S, K] conditions of sequences must agree within a pair.
-
-    Where P == S they are those of the pairs; what could be meant either way, with different results, is an error.
-    """
+    """[P, K] conditions of the pairs. [S, K] conditions of sequences must agree within a pair; P == S means [P, K]."""
     if conditions is None:
         return torch.empty(0, dtype=torch.float64, device=device)
     conditions = conditions.detach().to(device, torch.float64)
     shapes = [[pairs.shape[0], num_objectives], [num_sequences, num_objectives]]
-    of_pairs = list(conditions.shape) == shapes[0]
-    if not of_pairs and list(conditions.shape) != shapes[1]:
-        raise ValueError(f"conditions must have shape {shapes[0]} or {shapes[1]}, got {list(conditions.shape)}")
-    if of_pairs and (shapes[0] != shapes[1] or not homes.may_read(conditions)):
+    if list(conditions.shape) == shapes[0]:
         return conditions
+    if list(conditions.shape) != shapes[1]:
+        raise ValueError(f"conditions must have shape {shapes[0]} or {shapes[1]}, got {list(conditions.shape)}")
     first, second = conditions[pairs[:, 0]], conditions[pairs[:, 1]]
     if homes.may_read(conditions):
         same = (first == second) | (first.isnan() & second.isnan())
-        if of_pairs:
-            if bool(same.all()) and not torch.equal(first.nan_to_num(), conditions.nan_to_num()):
-                raise ValueError(
-                    f"conditions {list(conditions.shape)} can be meant as those of the {len(pairs)} pairs and as those "
-                    f"of the {num_sequences} sequences, which differ: put the pairs of a prompt at the rows that its "
-                    "responses have, or split the batch"
-                )
-            return conditions
         if not bool(same.all()):
             p = int((~same).any(1).nonzero()[0])
             raise ValueError(

@@ -1,7 +1,10 @@
 """`python -m cpo_kernels.check.run`: right kernels pass, wrong ones are reported."""
 
 import json
+import multiprocessing
 import os
+import threading
+import time
 
 import pytest
 
@@ -83,15 +86,28 @@ def test_finished_groups_are_saved_before_the_rest_has_run(tmp_path, monkeypatch
 def test_a_case_that_kills_its_process_beside_others(tmp_path):
     """Each of two processes loses one case and goes on."""
     jobs = [("cpu", name) for name in ("dies/0", "dies/1", "fine/2", "fine/3")]
-    results = list(run.run_beside(jobs, "cpu", deadly_cases, 60, 2))
+    results = list(run.run_beside(jobs, "cpu", deadly_cases, 300, 2))
     assert sorted((r["case"], r["status"]) for r in results) == [
         ("dies/0", "crashed"), ("dies/1", "crashed"), ("fine/2", "passed"), ("fine/3", "passed"),
     ]  # fmt: skip
+
+
+def test_nothing_goes_on_after_an_interrupt():
+    jobs = [("cpu", f"fine/{k}") for k in (2, 3)] + [("cpu", "hangs/4"), ("cpu", "hangs/5")]
+    running = run.run_beside(jobs, "cpu", deadly_cases, 300, 2)
+    assert next(running)["status"] == "passed"
+    before = set(multiprocessing.active_children())
+    running.close()  # what Ctrl-C does
+    assert before and not any(process.is_alive() for process in before)
+    assert not [t for t in threading.enumerate() if t.name.endswith("(watch)")]
 
 
 def deadly_cases():
     def dies(home, seen):
         os._exit(3)
 
-    cases = [Case(f"dies/{k}", dies, True) for k in (0, 1)]
+    def hangs(home, seen):
+        time.sleep(1000)
+
+    cases = [Case(f"dies/{k}", dies, True) for k in (0, 1)] + [Case(f"hangs/{k}", hangs, True) for k in (4, 5)]
     return cases + [Case(f"fine/{k}", lambda home, seen: None, True) for k in (2, 3)]

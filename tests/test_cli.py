@@ -37,15 +37,19 @@ def test_overrides(tmp_path):
     given = ["c.yaml", "--training.lr", "1e-4", "--data.eval=x", "loss.beta=1", "--seed", "3", "--resume"]
     plain, found = split_overrides(given)
     assert plain == ["c.yaml", "--resume"]
+    paths = ["./runs/beta=0.1/c.yaml", "--out", "runs/v1.0/x=3", "model=m", "lr=1"]
+    assert split_overrides(paths) == ([*paths[:3], "lr=1"], ["model=m"])
     assert found == ["training.lr=1e-4", "data.eval=x", "loss.beta=1", "seed=3"]  # in their order: the last one counts
 
 
 def test_a_models_name_leaves_the_rest_of_its_section(tmp_path):
-    (tmp_path / "c.yaml").write_text("model: {name: some/model, attention: eager, tokenizer: t}\n")
+    """But for where its weights came from."""
+    (tmp_path / "c.yaml").write_text("model: {config: {model_type: llama}, attention: eager, tokenizer: t}\n")
     for given in (["--model", "X", "model.quantize=4bit"], ["model.quantize=4bit", "--model", "X"]):
         _, overrides = split_overrides([str(tmp_path / "c.yaml"), *given])
         model = read_config(tmp_path / "c.yaml", overrides).model
         assert (model.name, model.quantize, model.attention, model.tokenizer) == ("X", "4bit", "eager", "t")
+        assert model.config is None and model.gguf_file is None
 
 
 @pytest.mark.parametrize("package, extra", [("yaml", "train"), ("matplotlib.pyplot", "plot"), ("datasets", "data")])

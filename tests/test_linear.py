@@ -131,6 +131,15 @@ def test_float16_coefficients_survive_without_loss_scaling(budget):
         assert relative_error(seen, want) < 3e-3
 
 
+@pytest.mark.parametrize("upstream", [1e-42, 1e-30, 0.0])
+def test_float16_gradients_of_next_to_nothing_are_zero(upstream):
+    """Saturated pairs: coefficients that float32 holds as subnormals alone."""
+    batch = make_batch().to(torch.float16)
+    logps = cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias)
+    for grad in torch.autograd.grad(logps, batch.leaves, torch.full_like(logps, upstream)):
+        assert not grad.any()
+
+
 @pytest.mark.parametrize("budget", [None, 5 * ROW])
 @pytest.mark.parametrize("train_head", [True, False])
 def test_a_label_out_of_range_is_named_by_its_position(train_head, budget):

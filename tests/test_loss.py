@@ -402,22 +402,14 @@ def test_negative_lengths_are_refused():
 
 
 def test_conditions_of_as_many_pairs_as_sequences():
-    """Three responses of two prompts and all their pairs: [6, K] is one row a pair. Rows that could as well be those of
-    the sequences, with another result, are refused."""
+    """Three responses of two prompts and all their pairs: [6, K] is one row a pair, as the docstring says."""
     scores = torch.tensor([[1.0], [2], [3], [1], [2], [3]])
-    level = torch.tensor([1.0, 5.0])
-
-    def order(pairs, conditions):
-        helpful = [cpo.Objective("helpfulness", 1, 5)]
-        given = dict(pairs=torch.tensor(pairs), ref_logps=torch.zeros(6), scores=scores, objectives=helpful)
-        return cpo.preference_loss(torch.zeros(6), conditions=conditions[:, None], **given).order.tolist()
-
-    first, second = [[0, 1], [0, 2], [1, 2]], [[3, 4], [3, 5], [4, 5]]
-    assert order(first + second, level[[0, 0, 0, 1, 1, 1]]) == [1, 1, 1, -1, -1, -1]
-    mixed = [first[0], second[0], first[1], second[1], first[2], second[2]]
-    assert order(mixed, level[[0, 1, 0, 1, 0, 1]]) == [1, -1, 1, -1, 1, -1]
-    with pytest.raises(ValueError, match="those of the 6 pairs and as those of the 6 sequences, which differ"):
-        order(mixed, level[[0, 0, 0, 1, 1, 1]])
+    levels = torch.tensor([[1.0], [1], [1], [5], [5], [5]])  # of the sequences
+    pairs = torch.tensor([[0, 1], [3, 4], [0, 2], [3, 5], [1, 2], [4, 5]])
+    helpful = [cpo.Objective("helpfulness", 1, 5)]
+    given = dict(pairs=pairs, ref_logps=torch.zeros(6), scores=scores, objectives=helpful)
+    out = cpo.preference_loss(torch.zeros(6), conditions=levels[pairs[:, 0]], **given)
+    assert out.order.tolist() == [1, -1, 1, -1, 1, -1]
 
 
 def test_odd_number_of_sequences_needs_pairs():

@@ -37,7 +37,7 @@ step() {  # name, command...
   rm "$out/step.log"
 }
 
-check() { echo "$python" -m cpo_kernels.cli check --device cuda; }
+check=("$python" -m cpo_kernels.cli check --device cuda)
 
 # compute-sanitizer is slow: rows of one block and of a cluster, split rows, edges and none, every kind of kernel.
 sanitized=('sizes/*/N=7,V=257' 'sizes/bfloat16/N=1,V=262144' 'sizes/*/N=4,V=4096' 'sizes/float32/N=3,V=50257'
@@ -51,17 +51,18 @@ for what in "${@:-build check sanitize bench}"; do
         step build env TORCH_CUDA_ARCH_LIST="$capability" "$python" setup.py build_ext --inplace
         ;;
       check) # CUDA C++ first, which compiles nothing
-        step check-cuda $(check) --impl cuda --case-limit 60 --out "$out/check-cuda.json"
-        step check-triton $(check) --impl triton --processes "$processes" --case-limit 120 --out "$out/check-triton.json"
+        step check-cuda "${check[@]}" --impl cuda --case-limit 60 --out "$out/check-cuda.json"
+        step check-triton "${check[@]}" --impl triton --processes "$processes" --case-limit 120 --out "$out/check-triton.json"
         ;;
       sanitize) # without torch's cache an access outside of a tensor is outside of an allocation
         for tool in memcheck racecheck; do
           step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            $(check) --in-process --only "${sanitized[@]}" --out "$out/$tool.json"
+            "${check[@]}" --in-process --only "${sanitized[@]}" --out "$out/$tool.json"
         done
         ;;
       bench)
-        step bench "$python" -m cpo_kernels.cli bench --device cuda --set gpu --time-limit $(($(seconds) - 45)) \
+        left=$(seconds)
+        step bench "$python" -m cpo_kernels.cli bench --device cuda --set gpu --time-limit $((left > 65 ? left - 45 : 20)) \
           --out "$out/gpu.json"
         ;;
       *) echo "unknown step $name: build, check, sanitize or bench" >&2; exit 2 ;;

@@ -140,3 +140,14 @@ def relative_error(seen: Tensor, truth: Tensor, norm: float = float("inf")) -> f
     seen, truth = seen.detach().double(), truth.detach().double()
     error = torch.linalg.vector_norm(seen - truth, norm) / torch.linalg.vector_norm(truth, norm).clamp(min=1e-300)
     return float(error.nan_to_num(nan=float("inf")))
+
+
+def need_memory(home: Home, size: int) -> None:
+    """On a GPU skips where `size` bytes are not free; on a CPU where so much would really be touched."""
+    gib = size / 2**30
+    if home.on_gpu:
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(home.device)[0] < size:
+            raise Skip(f"needs {gib:.1f} GiB of free GPU memory")
+    elif gib > 4.5:
+        raise Skip(f"needs a GPU with {gib:.1f} GiB free")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import homes, ops, reference
-from cpo_kernels.check.compare import GPU_HOMES, Case, Home, Seen, Skip, short
+from cpo_kernels.check.compare import GPU_HOMES, Case, Home, Seen, Skip, need_memory, short
 from cpo_kernels.check.tokens import DTYPES, IGNORE, Rows, check_gradient, make_rows
 
 
@@ -137,17 +137,6 @@ def address_cases() -> Iterator[Case]:
 
     yield Case("beyond-2^31/bfloat16/row-stride", strided)
     yield Case("beyond-2^31/bfloat16/elements", many)
-
-
-def need_memory(home: Home, size: int) -> None:
-    """On a GPU skips where `size` bytes are not free; on a CPU where so much would really be touched."""
-    gib = size / 2**30
-    if home.on_gpu:
-        torch.cuda.empty_cache()
-        if torch.cuda.mem_get_info(home.device)[0] < size:
-            raise Skip(f"needs {gib:.1f} GiB of free GPU memory")
-    elif gib > 4.5:
-        raise Skip(f"needs a GPU with {gib:.1f} GiB free")
 
 
 def limit_cases() -> Iterator[Case]:

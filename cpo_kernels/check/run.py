@@ -118,17 +118,28 @@ def work(connection: Any, jobs: Sequence[Job], device: str, build: Callable[[], 
             os._exit(1)
 
 
-def run_apart(jobs: Sequence[Job], device: str, build: Callable[[], list[Case]], limit_s: float) -> Iterator[Result]:
-    """The same in a process of their own, begun anew after a case that killed it or gave nothing for `limit_s`."""
+def run_apart(
+    jobs: Sequence[Job], device: str, build: Callable[[], list[Case]], limit_s: float, stop: threading.Event
+) -> Iterator[Result]:
+    """The same in a process of their own, begun anew after a case that killed it or gave nothing for `limit_s`. `stop`
+    ends it."""
     left, context = list(jobs), multiprocessing.get_context("spawn")
-    while left:
+    while left and not stop.is_set():
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=work, args=(sender, left, device, build), daemon=True)
         process.start()
         sender.close()
         died, done = "", 0
         while left and not died:
-            if not receiver.poll(limit_s):
+            waiting_since = time.monotonic()
+            while not (ready := receiver.poll(0.5)) and not stop.is_set():
+                if time.monotonic() - waiting_since > limit_s:
+                    break
+            if stop.is_set():
+                process.kill()
+                process.join()
+                return
+            if not ready:
                 process.kill()
                 died = f"no result after {limit_s:g} s"
                 break
@@ -162,27 +173,34 @@ def run_beside(
 ) -> Iterator[Result]:
     """The same in several processes at once; results in the order in which they come."""
     results: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
+    stop = threading.Event()
 
     def watch(part: Sequence[Job]) -> None:
         try:
-            for result in run_apart(part, device, build, limit_s):
+            for result in run_apart(part, device, build, limit_s, stop):
                 results.put(result)
             results.put(None)
         except BaseException as error:
             results.put(error)
 
     parts = [part for part in (jobs[k::processes] for k in range(processes)) if part]
-    for part in parts:
-        threading.Thread(target=watch, args=(part,), daemon=True).start()
+    watchers = [threading.Thread(target=watch, args=(part,), daemon=True) for part in parts]
+    for watcher in watchers:
+        watcher.start()
     working = len(parts)
-    while working:
-        result = results.get()
-        if isinstance(result, BaseException):
-            raise result
-        if result is None:
-            working -= 1
-        else:
-            yield result
+    try:
+        while working:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            if result is None:
+                working -= 1
+            else:
+                yield result
+    finally:
+        stop.set()
+        for watcher in watchers:
+            watcher.join()
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpo_kernels import reference
-from cpo_kernels.check.compare import Case, Home, Seen, Skip, relative_error, short
+from cpo_kernels.check.compare import Case, Home, Seen, need_memory, relative_error, short
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -154,8 +154,8 @@ def size_cases() -> Iterator[Case]:
     for (rows, width, quick), dtype in itertools.product(SIZES, DTYPES):
 
         def run(home: Home, seen: Seen, rows=rows, width=width, dtype=dtype) -> None:
-            if rows * width > 2**25 and not home.on_gpu:
-                raise Skip("needs a GPU: half a gigabyte for each copy in float64")
+            if rows * width > 2**25:
+                need_memory(home, 12 * 8 * rows * width)  # a dozen copies in float64
             check_token_ops(home, seen, make_rows(home, rows, width, dtype, seed=width))
 
         yield Case(f"sizes/{short(dtype)}/N={rows},V={width}", run, quick)

@@ -129,13 +129,15 @@ class ModelScorer:
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = self.tokenizer
-        if tokenizer.pad_token_id is None:  # not the end token: decoders score the last token that is no padding
+        known = self.model.config.pad_token_id  # decoders score the last token that is not this one
+        if known is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+        elif tokenizer.pad_token_id is None:  # not the end token, which counts
             others = (tokenizer.unk_token, tokenizer.bos_token)
             tokenizer.pad_token = next((t for t in others if t and t != tokenizer.eos_token), None)
+        self.model.config.pad_token_id = tokenizer.pad_token_id
         if tokenizer.pad_token_id is None:
             self.batch_size = 1
-        elif self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = tokenizer.pad_token_id
         limits = [self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
         self.max_length = min([limit for limit in limits if limit] or [512])
 

@@ -89,7 +89,8 @@ def _set(tree: dict, name: str, value: Any) -> None:
         tree[section] = inner if isinstance(inner, dict) else {}
         tree = tree[section]
     if last == "model" and isinstance(value, str) and isinstance(tree.get(last), dict):
-        tree[last]["name"] = value  # the shorthand leaves the section's other keys as they are
+        kept = {name: tree[last][name] for name in tree[last] if name not in ("config", "gguf_file")}
+        tree[last] = kept | {"name": value}  # the shorthand says where weights come from, and leaves the rest
     else:
         tree[last] = value
 

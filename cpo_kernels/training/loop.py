@@ -104,12 +104,12 @@ def train(
         loss = StageLoss(model, config, objectives, accelerator.device)
         epochs = epochs_of(config, records, objectives, template, report)
         eval_set = units_of("eval", config, eval_records, objectives, template, report) if eval_records else []
-        run.begin()
-        run.save_data(report, eval_records)
     same = {"initial_model": initial, "data": data_hash([*epochs, eval_set])}
     if accelerator.num_processes > 1:
         check_same(accelerator, weights=initial, data=same["data"])
     loop = Loop(config, accelerator, run, model, loss, same)
+    with together(accelerator):
+        run.begin(report, eval_records)
     loop.run_epochs(*loop.with_reference(epochs, eval_set, report))
     saving = run.path is not None and config.training.save_model
     saved, weights = to_save(model, loss.module, adapted, accelerator) if saving else (None, None)

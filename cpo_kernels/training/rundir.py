@@ -46,26 +46,37 @@ class RunDir:
             return
         if config.training.resume and (self.folder / "config.yaml").exists():
             self._check_same(config)
-        elif (self.folder / "config.yaml").exists() and is_main and not config.training.overwrite:
+        elif is_main:
+            self._check_free()
+
+    def _check_free(self) -> bool:
+        """Whether there is a run to take the place of."""
+        there = (self.folder / "config.yaml").exists()
+        if there and not self.config.training.overwrite:
             raise ValueError(
                 f"run_dir {self.path} holds a run: set training.resume or training.overwrite, or another run_dir"
             )
+        return there
 
-    def begin(self) -> None:
-        """Once data and model are there: what was wrong until then leaves no run behind, and deletes none."""
+    def begin(self, report: dict[str, Any], eval_records: Sequence[Record]) -> None:
+        """Once data, model and optimizer are there: what was wrong until then leaves no run behind, and deletes none.
+        An earlier run goes first, its config.yaml last: a kill leaves a folder that says what it is."""
         if not self.writes:
             return
-        if not self.config.training.resume:
-            for name in ("config.yaml", "metrics.jsonl", "data.json", "eval_records.jsonl", "nonfinite.json"):
+        resumed = self.config.training.resume
+        if not resumed and self._check_free():
+            for name in ("metrics.jsonl", "data.json", "eval_records.jsonl", "nonfinite.json"):
                 (self.folder / name).unlink(missing_ok=True)
             for name in ("checkpoints", "model", "tensorboard"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_text(config_text(self.config), self.folder / "config.yaml")
         self.json("versions.json", versions())
+        if not resumed or not (self.folder / "data.json").exists():  # a checkpoint may refuse this data yet
+            self.save_data(report, eval_records)
 
     def _check_same(self, config: Config) -> None:
-        old = yaml.safe_load((self.folder / "config.yaml").read_text())
+        old = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
         new = dataclasses.asdict(config)
         for name, default, _ in config_keys():
             *sections, last = name.split(".")
