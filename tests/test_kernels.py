@@ -214,6 +214,30 @@ def test_extreme_logits(dtype):
     assert logp[1] == 0 and lse[1] == float(logits[1, 4999])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_masked_with_large_negative_numbers(dtype, threads):
+    """Whole blocks, and whole pieces of split rows, that hold the most negative number in place of -inf."""
+    torch.set_num_threads(threads)
+    logits, labels = make_rows(4, 40_000, dtype, seed=8)
+    logits[0, :4096] = torch.finfo(dtype).min
+    logits[1, :20_000] = torch.finfo(dtype).min
+    logits[2, 20_000:] = torch.finfo(dtype).min
+    logits[3, :8192] = max(-3e10, torch.finfo(dtype).min)
+    labels[:] = torch.tensor([39_999, 30_000, 17, 9_000])
+    want, _, want_extra = reference.token_logps_fwd(logits.double(), labels, IGNORE, 1.0, 0.0, 40_000, True)
+    logp, _, extra = kernels().token_logps_fwd(logits, labels, IGNORE, 1.0, 0.0, 40_000, True)
+    assert ((logp - want).abs() <= LOGP_TOLERANCE[dtype] * (1 + want.abs())).all()
+    assert ((extra[:2] - want_extra[:2]).abs() <= 4 * LOGP_TOLERANCE[dtype] * (1 + want_extra[:2].abs())).all()
+    grad = logits.clone()
+    kernels().token_logps_fused_(grad, labels, IGNORE, 1.0, 0.0, 40_000, False)
+    want_grad = logits.double()
+    reference.token_logps_fused_(want_grad, labels, IGNORE, 1.0, 0.0, 40_000, False)
+    assert ((grad - want_grad).abs() <= GRAD_TOLERANCE[dtype] * (want_grad.abs() + 1e-2)).all()
+    logits[0, 5] = math.nan  # in a block of nothing else, and still seen
+    assert kernels().token_logps_fwd(logits, labels, IGNORE, 1.0, 0.0, 40_000, False)[0].isnan().tolist()[0]
+
+
 @every_home
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinite_rows(dtype):

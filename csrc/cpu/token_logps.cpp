@@ -128,13 +128,13 @@ void combine(const Rows& rows, Partial& a, const Partial& b) {
   if (a.max_y > b.max_y) std::swap(low, high);
   // Columns of -inf alone have sums of 0 whatever their shift is (NaN where they held one).
   const double step = std::isinf(low.max_y) ? 0.0 : low.shift - high.shift;
-  const double f = rows.type == kFloat64 ? std::exp(step) : std::exp2(step);
+  lower(low, step, rows.type == kFloat64 ? std::exp(step) : std::exp2(step));
   a.shift = high.shift;
   a.max_y = high.max_y;
   a.top = high.top;
-  a.sum_t = high.sum_t + f * (low.sum_t + step * low.sum);
-  a.sum = high.sum + f * low.sum;
-  a.sum_sq = high.sum_sq + f * f * low.sum_sq;
+  a.sum_t = high.sum_t + low.sum_t;
+  a.sum = high.sum + low.sum;
+  a.sum_sq = high.sum_sq + low.sum_sq;
   a.sum_y = high.sum_y + low.sum_y;
 }
 

@@ -200,14 +200,11 @@ inline void block_sums(const T* x, long n, typename AccOf<T>::Scalar inner, doub
   }
 }
 
-// Moves the sums to a larger shift: E^(old - new) = f; t becomes t + (old - new).
+// Moves the sums to a larger shift.
 template <typename S>
 inline void raise_shift(Partial& total, double shift) {
   const double step = total.shift - shift;
-  const double f = sizeof(S) == 4 ? __builtin_exp2(step) : __builtin_exp(step);
-  total.sum_t = f * (total.sum_t + step * total.sum);
-  total.sum *= f;
-  total.sum_sq *= f * f;
+  lower(total, step, sizeof(S) == 4 ? __builtin_exp2(step) : __builtin_exp(step));
   total.shift = shift;
 }
 
