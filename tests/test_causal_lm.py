@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from cpo_kernels import FusedLinearCPOLoss, preference_loss
+from cpo_kernels.integrations.fused_head import add_fused_head
 from cpo_kernels.integrations.transformers import HEADS, CausalLMLogps, causal_lm_inputs, causal_lm_logps, lm_head
 from tests.heads import relative_error
 from tests.tiny import one_thread  # noqa: F401
@@ -262,6 +263,24 @@ def test_replaced_forwards_and_hooks_are_refused():
     handle.remove()
     model.lm_head = nn.Sequential(model.lm_head)
     refused(model, "plain nn.Linear", TypeError)
+
+
+def test_a_head_that_a_device_map_has_dispatched():
+    """accelerate replaces forwards to move inputs between devices. One that brings weights from elsewhere is refused."""
+    from accelerate import dispatch_model
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    batch, own, model = make_batch(), make("LlamaForCausalLM"), make("LlamaForCausalLM")
+    dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    assert "forward" in vars(model.lm_head)
+    add_fused_head(model)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "completion_mask"}
+    seen = model(**inputs, labels=labels, fused_lm_head=True).log_probs
+    assert relative_error(seen * (labels[:, 1:] != -100), own_logps(own, batch)) < 2e-6
+    add_hook_to_module(own.lm_head, AlignDevicesHook(offload=True))
+    with pytest.raises(TypeError, match="Linear with another forward, a plain nn.Linear is needed"):
+        add_fused_head(own)
 
 
 def test_batches_are_checked():

@@ -31,7 +31,7 @@ def conditioned_loss(trainer: Any, model: Any, inputs: dict[str, Any], return_ou
     lengths = mask.sum(1)
     weights = None if trainer.ld_alpha is None else ld_weights(mask, lengths, trainer.ld_alpha).reshape(-1)
     offsets = torch.arange(len(mask) + 1, device=mask.device) * width
-    seq_logps = sequence_logps(logps.reshape(-1), offsets, weights)  # [2P]
+    seq_logps = sequence_logps(logps.reshape(-1), offsets, weights, impl=trainer.cpo_loss.impl)  # [2P]
 
     ref_logps = None
     if trainer.cpo_loss.options.needs_reference:

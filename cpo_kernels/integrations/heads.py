@@ -142,12 +142,23 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
                 "multiplies with. Take 'lm_head' out of target_modules; modules_to_save=['lm_head'] trains the head"
             )
     plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-    if not plain or ("forward" in vars(layer) and not is_tensor_parallel(layer)):
+    replaced = "forward" in vars(layer) and not is_tensor_parallel(layer) and not is_dispatched(layer)
+    if not plain or replaced:
         raise TypeError(
-            f"the head of {type(model).__name__} is {type(layer).__name__}, a plain nn.Linear is needed: keep "
-            "it out of quantization and offloading"
+            f"the head of {type(model).__name__} is {type(layer).__name__}{' with another forward' * replaced}, a "
+            "plain nn.Linear is needed: keep it out of quantization and offloading"
         )
     return layer
+
+
+def is_dispatched(layer: nn.Linear) -> bool:
+    """Whether accelerate replaced the forward to bring inputs to the layer's device (`device_map`), and only for that."""
+    if "accelerate" not in sys.modules:
+        return False
+    from accelerate.hooks import AlignDevicesHook
+
+    hook = vars(layer).get("_hf_hook")
+    return isinstance(hook, AlignDevicesHook) and not hook.offload
 
 
 def is_tensor_parallel(layer: nn.Linear) -> bool:
