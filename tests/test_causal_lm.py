@@ -266,7 +266,7 @@ def test_replaced_forwards_and_hooks_are_refused():
 
 
 def test_a_head_that_a_device_map_has_dispatched():
-    """accelerate replaces forwards to move inputs between devices. One that brings weights from elsewhere is refused."""
+    """accelerate replaces forwards to move inputs to a device. One that brings weights from elsewhere is refused."""
     from accelerate import dispatch_model
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
