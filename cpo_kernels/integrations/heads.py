@@ -152,7 +152,7 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
 
 
 def is_dispatched(layer: nn.Linear) -> bool:
-    """Whether accelerate replaced the forward to bring inputs to the layer's device (`device_map`), for nothing else."""
+    """Whether accelerate replaced the forward to bring inputs to the layer's device (`device_map`) and nothing else."""
     if "accelerate" not in sys.modules:
         return False
     from accelerate.hooks import AlignDevicesHook
