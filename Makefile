@@ -48,7 +48,7 @@ bench: .venv/bench
 	$(BIN)/cpo-kernels bench --device cpu --set default --out benchmarks/results/cpu.json $(ARGS)
 
 gpu-check: .venv/test
-	$(BIN)/cpo-kernels check --device cuda --out benchmarks/results/check-gpu.json $(ARGS)
+	$(BIN)/cpo-kernels check --device cuda --processes 4 --out benchmarks/results/check-gpu.json $(ARGS)
 
 gpu-bench: .venv/bench
 	$(BIN)/cpo-kernels bench --set gpu --out benchmarks/results/gpu.json $(ARGS)
