@@ -219,23 +219,26 @@ def test_extreme_logits(dtype):
 def test_blocks_masked_with_large_negative_numbers(dtype, threads):
     """Whole blocks, and whole pieces of split rows, that hold the most negative number in place of -inf."""
     torch.set_num_threads(threads)
-    logits, labels = make_rows(4, 40_000, dtype, seed=8)
-    logits[0, :4096] = torch.finfo(dtype).min
-    logits[1, :20_000] = torch.finfo(dtype).min
-    logits[2, 20_000:] = torch.finfo(dtype).min
-    logits[3, :8192] = max(-3e10, torch.finfo(dtype).min)
-    labels[:] = torch.tensor([39_999, 30_000, 17, 9_000])
-    want, _, want_extra = reference.token_logps_fwd(logits.double(), labels, IGNORE, 1.0, 0.0, 40_000, True)
-    logp, _, extra = kernels().token_logps_fwd(logits, labels, IGNORE, 1.0, 0.0, 40_000, True)
+    columns, low = 70_000, torch.finfo(dtype).min
+    logits, labels = make_rows(5, columns, dtype, seed=8)
+    logits[0, :4096] = low
+    logits[1, :40_000] = low
+    logits[2, 20_000:] = low
+    logits[3, :8192] = max(-3e10, low)
+    logits[4, :33_000] = logits[4, 36_000:] = low
+    labels[:] = torch.tensor([69_999, 50_000, 17, 9_000, 35_000])
+    options = (labels, IGNORE, 1.0, 0.0, columns)
+    want, _, want_extra = reference.token_logps_fwd(logits.double(), *options, True)
+    logp, _, extra = kernels().token_logps_fwd(logits, *options, True)
     assert ((logp - want).abs() <= LOGP_TOLERANCE[dtype] * (1 + want.abs())).all()
     assert ((extra[:2] - want_extra[:2]).abs() <= 4 * LOGP_TOLERANCE[dtype] * (1 + want_extra[:2].abs())).all()
     grad = logits.clone()
-    kernels().token_logps_fused_(grad, labels, IGNORE, 1.0, 0.0, 40_000, False)
+    kernels().token_logps_fused_(grad, *options, False)
     want_grad = logits.double()
-    reference.token_logps_fused_(want_grad, labels, IGNORE, 1.0, 0.0, 40_000, False)
+    reference.token_logps_fused_(want_grad, *options, False)
     assert ((grad - want_grad).abs() <= GRAD_TOLERANCE[dtype] * (want_grad.abs() + 1e-2)).all()
     logits[0, 5] = math.nan  # in a block of nothing else, and still seen
-    assert kernels().token_logps_fwd(logits, labels, IGNORE, 1.0, 0.0, 40_000, False)[0].isnan().tolist()[0]
+    assert kernels().token_logps_fwd(logits, *options, False)[0].isnan().tolist() == [True] + 4 * [False]
 
 
 @every_home

@@ -126,8 +126,9 @@ Rows describe(const char* op, const Tensor& logits, const Tensor& labels, int64_
 void combine(const Rows& rows, Partial& a, const Partial& b) {
   Partial low = a, high = b;
   if (a.max_y > b.max_y) std::swap(low, high);
-  // Columns of -inf alone have sums of 0 whatever their shift is (NaN where they held one).
-  const double step = std::isinf(low.max_y) ? 0.0 : low.shift - high.shift;
+  // Columns of -inf alone have sums of 0 whatever their shift is (NaN where they held one); c times the most negative number
+  // is a shift of -inf.
+  const double step = std::isinf(low.max_y) || low.shift == high.shift ? 0.0 : low.shift - high.shift;
   lower(low, step, rows.type == kFloat64 ? std::exp(step) : std::exp2(step));
   a.shift = high.shift;
   a.max_y = high.max_y;
