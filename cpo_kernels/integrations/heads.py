@@ -142,7 +142,7 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
                 "multiplies with. Take 'lm_head' out of target_modules; modules_to_save=['lm_head'] trains the head"
             )
     plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-    replaced = "forward" in vars(layer) and not is_tensor_parallel(layer) and not is_dispatched(layer)
+    replaced = plain and "forward" in vars(layer) and not is_tensor_parallel(layer) and not is_dispatched(layer)
     if not plain or replaced:
         raise TypeError(
             f"the head of {type(model).__name__} is {type(layer).__name__}{' with another forward' * replaced}, a "
