@@ -99,7 +99,7 @@ def by_rows(pair: Pair) -> Outcome:
     logp, lse = (torch.cat([f[k] for f in first]) for k in (0, 1))
     loss, coefficient = pair.loss(logp)
     coef = coefficient * pair.sign
-    sums, dx = WeightGrad(pair.weight, len(pair.parts), True, False), torch.empty_like(x)
+    sums, dx = WeightGrad(pair.weight, abs(head.options.scale), len(pair.parts), True, False), torch.empty_like(x)
     for part in pair.parts:
         g = head.logits(x[part])
         head.kernels.token_logps_bwd_(g, pair.labels[part], lse[part], torch.ones_like(lse[part]), *head.options)

@@ -7,6 +7,7 @@ does all its work and every step starts from the same weights.
 """
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -201,6 +202,7 @@ def loop(b: Batch) -> Step:
 def shared_prompts(b: Batch) -> Step:
     """The step of our trainer, with `training.rows: shared` and `model.attention: segments`."""
     from cpo_kernels.data.packing import Encoded
+    from cpo_kernels.objectives import Objective
     from cpo_kernels.training.attention import set_attention
     from cpo_kernels.training.config import read_config
     from cpo_kernels.training.losses import StageLoss, StepTotal
@@ -210,13 +212,12 @@ def shared_prompts(b: Batch) -> Step:
     set_attention(b.model, "segments")
     config = read_config({"stage": "dpo", "model": "given", "loss": {"beta": BETA}, "training": settings}, [])
     n, references = b.workload.responses, b.ref_logps.tolist()
+    pairs, ranks = tuple(combinations(range(n), 2)), tuple([float(n - i)] for i in range(n))  # the first is preferred
     groups = [
-        Encoded(
-            prompt, responses, tuple(combinations(range(n), 2)), ([],) * n, [], tuple(references[i * n : (i + 1) * n])
-        )
+        Encoded(prompt, responses, pairs, ranks, [math.nan], tuple(references[i * n : (i + 1) * n]))
         for i, (prompt, responses) in enumerate(b.groups)
     ]
-    loss = StageLoss(b.model, config, [], b.device)
+    loss = StageLoss(b.model, config, [Objective("overall", 0, n)], b.device)
     (part,), total = loss.parts(groups), StepTotal.of(groups)
     batch = loss.collate(part)
 
