@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-KINDS: dict[str, Any] = {"a tensor": Tensor, "a number": numbers.Real, "an integer": numbers.Integral}
-KINDS["a number or tensor"] = (numbers.Real, Tensor)
+KINDS: dict[str, Any] = {
+    "a tensor": Tensor,
+    "a number": numbers.Real,
+    "a number or tensor": (numbers.Real, Tensor),
+    "an integer": numbers.Integral,
+}
 
 
 def check_types(kind: str, optional: bool = False, **values: Any) -> None:

@@ -86,8 +86,8 @@ def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer, 
             f"checkpoint {path} is not whole ({error}): delete it to go on from the one before, or from the start"
         ) from None
     for key, value in expect.items():
-        if key in state and state[key] != value:  # an older version wrote fewer
-            raise ValueError(f"{path}: {key} was {state[key]!r} and is {value!r} now; continue with the same one")
+        if state.get(key) != value:
+            raise ValueError(f"{path}: {key} was {state.get(key)!r} and is {value!r} now; continue with the same one")
     if parameters.keys() != {name for name, _ in named}:
         differ = sorted(parameters.keys() ^ {name for name, _ in named})
         raise ValueError(f"{path} holds other parameters than this model trains: {', '.join(differ[:3])} ...")
