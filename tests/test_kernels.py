@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from cpo_kernels import homes, reference
+from cpo_kernels.check.compare import Home, short
+from cpo_kernels.check.run import run_case
+from cpo_kernels.check.tokens import token_cases
 from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
 pytestmark = pytest.mark.skipif(bool(homes.missing("cpu")), reason="the C++ extension is not built")
@@ -214,31 +217,14 @@ def test_extreme_logits(dtype):
     assert logp[1] == 0 and lse[1] == float(logits[1, 4999])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_masked_with_large_negative_numbers(dtype, threads):
-    """Whole blocks, and whole pieces of split rows, that hold the most negative number in place of -inf."""
+@pytest.mark.parametrize(
+    "name, dtype, threads", [*(("cpu", d, t) for d in DTYPES for t in (1, 2)), ("triton", torch.float32, 1)]
+)
+def test_blocks_masked_with_the_lowest_number(name, dtype, threads):
     torch.set_num_threads(threads)
-    columns, low = 70_000, torch.finfo(dtype).min
-    logits, labels = make_rows(5, columns, dtype, seed=8)
-    logits[0, :4096] = low
-    logits[1, :40_000] = low
-    logits[2, 20_000:] = low
-    logits[3, :8192] = max(-3e10, low)
-    logits[4, :33_000] = logits[4, 36_000:] = low
-    labels[:] = torch.tensor([69_999, 50_000, 17, 9_000, 35_000])
-    options = (labels, IGNORE, 1.0, 0.0, columns)
-    want, _, want_extra = reference.token_logps_fwd(logits.double(), *options, True)
-    logp, _, extra = kernels().token_logps_fwd(logits, *options, True)
-    assert ((logp - want).abs() <= LOGP_TOLERANCE[dtype] * (1 + want.abs())).all()
-    assert ((extra[:2] - want_extra[:2]).abs() <= 4 * LOGP_TOLERANCE[dtype] * (1 + want_extra[:2].abs())).all()
-    grad = logits.clone()
-    kernels().token_logps_fused_(grad, *options, False)
-    want_grad = logits.double()
-    reference.token_logps_fused_(want_grad, *options, False)
-    assert ((grad - want_grad).abs() <= GRAD_TOLERANCE[dtype] * (want_grad.abs() + 1e-2)).all()
-    logits[0, 5] = math.nan  # in a block of nothing else, and still seen
-    assert kernels().token_logps_fwd(logits, *options, False)[0].isnan().tolist() == [True] + 4 * [False]
+    case = next(c for c in token_cases() if c.name == f"extreme/{short(dtype)}/masked-with-the-lowest")
+    result = run_case(Home(name, torch.device("cpu")), case)
+    assert result["status"] == "passed", result["wrong"][:3]
 
 
 @every_home

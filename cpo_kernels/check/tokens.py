@@ -224,6 +224,35 @@ def extreme_cases() -> Iterator[Case]:
             rows.logits[1, :20_000] = -math.inf  # a first piece of nothing
             check_token_ops(home, seen, rows, vocab_size=width - 3)
 
+        def lowest(home: Home, seen: Seen, dtype=dtype) -> None:
+            """Whole tiles, and whole pieces of split rows, of the most negative number, which masks use for -inf."""
+            width, lowest = 70_000, torch.finfo(dtype).min
+            rows = make_rows(home, 5, width, dtype, seed=8)
+            x, labels, options = rows.logits, rows.labels, (IGNORE, 1.0, 0.0, width)
+            x[0, :4096] = lowest
+            x[1, :40_000] = lowest
+            x[2, 20_000:] = lowest
+            x[3, :8192] = max(-3e10, lowest)
+            x[4, :33_000] = x[4, 36_000:] = lowest
+            labels[:] = torch.tensor([width - 1, 50_000, 17, 9_000, 35_000])
+            tolerance = home.tolerance(dtype)
+            (_, exact), (_, fused), (_, grad) = rows.copy(), rows.copy(), rows.copy()
+            exact = exact.double()
+            want = reference.token_logps_fwd(exact, labels, *options, True)
+            reference.token_logps_fused_(exact, labels, *options, False)
+            logp, lse, extra = home.kernels.token_logps_fwd(x, labels, *options, True)
+            seen.close("fwd logp", logp, want[0], tolerance.logp)
+            seen.close("fwd lse", lse, want[1], tolerance.logp)
+            # Not the mean of z, whose sum overflows.
+            seen.close("fwd entropy and sum of squares", extra[:2], want[2][:2], 4 * tolerance.logp)
+            home.kernels.token_logps_fused_(fused, labels, *options, False)
+            check_gradient(seen, "fused_", fused, exact, labels, width, tolerance.grad)
+            home.kernels.token_logps_bwd_(grad, labels, lse, torch.ones_like(lse), *options)
+            check_gradient(seen, "bwd_", grad, exact, labels, width, tolerance.grad)
+            x[0, 5] = math.nan  # in a tile of nothing else, and still seen
+            nan = home.kernels.token_logps_fwd(x, labels, *options, False)[0].isnan()
+            seen.require("fwd logp is not NaN where a row holds NaN, and nowhere else", nan[0] and not nan[1:].any())
+
         def not_finite(home: Home, seen: Seen, dtype=dtype) -> None:
             rows = make_rows(home, 5, 300, dtype, seed=5)
             x = rows.logits
@@ -243,6 +272,7 @@ def extreme_cases() -> Iterator[Case]:
 
         yield Case(f"extreme/{short(dtype)}/large-and-masked", extreme, True)
         yield Case(f"extreme/{short(dtype)}/masked-pieces", split)
+        yield Case(f"extreme/{short(dtype)}/masked-with-the-lowest", lowest)
         yield Case(f"extreme/{short(dtype)}/not-finite", not_finite, True)
 
 

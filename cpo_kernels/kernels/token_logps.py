@@ -103,7 +103,8 @@ def _raise(m, s, t, q, top, c, EXTRAS: tl.constexpr):
     step = tl.where(m == float("-inf"), 0.0, m - tl.where(top == float("-inf"), 0.0, top))
     f = tl.exp2(step * c)
     if EXTRAS:
-        t = f * (t + step * s)
+        # m may be -3e38, where masks use it for -inf, and step * s infinite.
+        t = tl.where(f > 0, f * (t + step * s), 0.0)
         q = f * f * q
     return f * s, t, q
 

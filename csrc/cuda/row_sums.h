@@ -23,17 +23,20 @@ CPO_DEVICE Acc shift_of(Acc top, Acc c) {
   return top == -Acc(INFINITY) ? Acc(0) : mul_rn(top, c);
 }
 
-// Makes the sums relative to a larger top; the factor is the caller's to apply to `sum`.
+// Makes the sums relative to a larger top; the factor is the caller's to apply to `sum`. Where nothing is left of them
+// they become 0 by choice, not by product: relative to a top such as -3e38 that masks use for -inf, they may be infinite.
 template <bool kExtras, typename Acc>
 CPO_DEVICE Acc raise(Sums<Acc>& a, Acc top, Acc c) {
-  const Acc step = a.top == -Acc(INFINITY) ? Acc(0) : shift_of(a.top, c) - shift_of(top, c);
+  const Acc step = a.top == top ? Acc(0) : mul_rn(a.top, c) - shift_of(top, c);
   const Acc factor = exp_unit(step);
+  const bool left = factor > 0;
+  if (!left && !isnan(a.sum)) a.sum = 0;
   if (kExtras) {
-    a.sum_t = factor * fma(step, a.sum, a.sum_t);
-    a.sum_sq *= factor * factor;
+    a.sum_t = left ? factor * fma(step, a.sum, a.sum_t) : Acc(0);
+    a.sum_sq = left ? factor * factor * a.sum_sq : Acc(0);
   }
   a.top = top;
-  return factor;
+  return left ? factor : Acc(0);
 }
 
 template <bool kSoftcap, typename T>
