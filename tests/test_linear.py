@@ -131,7 +131,7 @@ def test_float16_coefficients_survive_without_loss_scaling(budget):
         assert relative_error(seen, want) < 3e-3
 
 
-@pytest.mark.parametrize("upstream", [1e-42, 1e-30, 0.0])
+@pytest.mark.parametrize("upstream", [1e-45, 1e-42, 1e-30, 0.0])
 def test_float16_gradients_of_next_to_nothing_are_zero(upstream):
     """Saturated pairs: coefficients that float32 holds as subnormals alone."""
     batch = make_batch().to(torch.float16)

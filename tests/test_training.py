@@ -293,6 +293,13 @@ def test_a_run_that_cannot_start_leaves_nothing_and_deletes_nothing(tmp_path):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_deletes_only_what_an_earlier_run_wrote(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard/events").write_text("of another program")
+    run(run_dir=str(tmp_path))
+    assert (tmp_path / "tensorboard/events").exists()
+
+
 def test_held_out_prompts_may_all_be_ties():
     ties = [Record("say tie", tuple(Response(text, {"honesty": 3.0, "helpfulness": 3.0}) for text in "ab"))]
     made = train(tiny.config(), tokenizer=tiny.tokenizer(), records=RECORDS, eval_records=ties)
