@@ -90,7 +90,7 @@ def trainer_of(fused, tmp_path, options, model=None, ref_model=None, data=None, 
         "optim": "sgd", "learning_rate": 0.03, "beta": 0.3, "report_to": [], "disable_tqdm": True,
         "save_strategy": "no", "gradient_checkpointing": False, **options,
     }  # fmt: skip
-    data, eval_data = (d if d is None else datasets.Dataset.from_dict(d) for d in (data or DATA, eval_data))
+    data, eval_data = (datasets.Dataset.from_dict(d) if isinstance(d, dict) else d for d in (data or DATA, eval_data))
     return kind(
         make() if model is None else model(),
         make(seed=1) if ref_model is None else ref_model(),
@@ -171,6 +171,33 @@ def test_precomputed_reference(tmp_path):
     theirs = assert_parity(tmp_path, options, eval_data={k: v[:3] for k, v in DATA.items()})
     live = run(True, tmp_path, {"ld_alpha": 0.5})
     assert_same_run(theirs, live)
+
+
+@pytest.mark.parametrize("option, values", [("ld_alpha", (0.5, None)), ("head_scale", (1.0, 0.5))])
+def test_precomputed_references_of_other_options_are_not_taken(tmp_path, monkeypatch, option, values):
+    """TRL names its cache by parameters and data; with `max_length` its filter on the data holds all options."""
+
+    class Mine(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    def mine():
+        model = make(seed=1)
+        model.__class__ = Mine
+        return model
+
+    datasets.Dataset.from_dict(DATA).save_to_disk(str(tmp_path / "data"))
+
+    def reference(value):
+        data = datasets.load_from_disk(str(tmp_path / "data"))
+        options = {"precompute_ref_log_probs": True, "max_length": None, "head_scale": 1.0, option: value}
+        trainer = trainer_of(True, tmp_path, options, ref_model=mine, data=data)
+        return torch.tensor(trainer.train_dataset["ref_chosen_logps"])
+
+    first, second = map(reference, values)
+    assert (first - second).abs().max() > 0.1
+    monkeypatch.setattr(FusedDPOTrainer, "compute_ref_log_probs", None)
+    assert torch.equal(reference(values[0]), first)  # from the cache
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,16 @@ class FusedDPOTrainer(trl.DPOTrainer):
             columns: Any = self._signature_columns
             columns.extend(RATING_COLUMNS)
 
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL names the cache by parameters and data alone; these options change the log-probs too."""
+        options = (own(self.args, "head_softcap"), own(self.args, "head_scale"), self.ld_alpha)
+        parameters = self._precompute_model_hash
+        self._precompute_model_hash: Any = (parameters, options)
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = parameters
+
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         inputs = {key: value for key, value in inputs.items() if key not in RATING_KEYS}
         return super().compute_ref_log_probs(model, inputs)
