@@ -41,8 +41,12 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 demo: .venv/train
 	$(BIN)/cpo-kernels demo $(ARGS)
 
+# A file's tests stay in one process, with its share of the cores.
+CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+JOBS ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
+
 test: .venv/test
-	$(BIN)/python -m pytest tests benchmarks $(ARGS)
+	OMP_NUM_THREADS=$$(($(CORES) / $(JOBS))) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests benchmarks $(ARGS)
 
 bench: .venv/bench
 	$(BIN)/cpo-kernels bench --device cpu --set default --out benchmarks/results/cpu.json $(ARGS)
