@@ -16,7 +16,6 @@ EXAMPLES = int(os.environ.get("CPO_KERNELS_EXAMPLES", "0"))
 SETTINGS = settings(
     max_examples=EXAMPLES or 60,
     derandomize=not EXAMPLES,
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
