@@ -98,22 +98,24 @@ def _edge_columns(head, columns, VEC: tl.constexpr):
 
 
 @triton.jit
-def _raise(m, s, t, q, top, c, EXTRAS: tl.constexpr):
+def _raise(m, s, t, q, top, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr):
     """Sums relative to the maximum m, made relative to `top` >= m."""
     step = tl.where(m == float("-inf"), 0.0, m - tl.where(top == float("-inf"), 0.0, top))
     f = tl.exp2(step * c)
     if EXTRAS:
-        # m may be -3e38, where masks use it for -inf, and step * s infinite.
-        t = tl.where(f > 0, f * (t + step * s), 0.0)
+        # m may be -3e38, where masks use that for -inf, and step * s infinite. Under a softcap it is within [-1, 1].
+        if not SOFTCAP:
+            step = tl.maximum(step, -1e30)
+        t = f * (t + step * s)
         q = f * f * q
     return f * s, t, q
 
 
 @triton.jit
-def _fold(m, s, t, q, u, y, keep, c, EXTRAS: tl.constexpr):
+def _fold(m, s, t, q, u, y, keep, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr):
     """Takes y [LANES, VEC] into the sums [LANES]; where not `keep`, y is -inf."""
     top = tl.maximum(m, tl.max(y, 1))
-    s, t, q = _raise(m, s, t, q, top, c, EXTRAS)
+    s, t, q = _raise(m, s, t, q, top, c, SOFTCAP, EXTRAS)
     d = y - tl.where(top == float("-inf"), 0.0, top)[:, None]
     e = tl.exp2(d * c)
     s += tl.sum(e, 1)
@@ -125,10 +127,10 @@ def _fold(m, s, t, q, u, y, keep, c, EXTRAS: tl.constexpr):
 
 
 @triton.jit
-def _meet(m, s, t, q, u, c, EXTRAS: tl.constexpr):
+def _meet(m, s, t, q, u, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr):
     """Sums of all lanes relative to their common maximum."""
     top = tl.max(m, 0)
-    s, t, q = _raise(m, s, t, q, top, c, EXTRAS)
+    s, t, q = _raise(m, s, t, q, top, c, SOFTCAP, EXTRAS)
     return top, tl.sum(s, 0), tl.sum(t, 0), tl.sum(q, 0), tl.sum(u, 0)
 
 
@@ -151,15 +153,15 @@ def _scan(
         y = x
         if SOFTCAP:
             y = tl.where(keep, _y_of(x, inner, SOFTCAP), float("-inf"))
-        m, s, t, q, u = _fold(m, s, t, q, u, y, keep, c, EXTRAS)
-    m, s, t, q, u = _meet(m, s, t, q, u, c, EXTRAS)
+        m, s, t, q, u = _fold(m, s, t, q, u, y, keep, c, SOFTCAP, EXTRAS)
+    m, s, t, q, u = _meet(m, s, t, q, u, c, SOFTCAP, EXTRAS)
     if EDGES:
         if piece == pieces - 1:
             column, keep = _edge_columns(head, columns, VEC)
             x = tl.load(row + column, mask=keep, other=float("-inf")).to(ACC)
             y = tl.where(keep, _y_of(x, inner, SOFTCAP), float("-inf"))[None, :]
-            one = tl.zeros([1], ACC)
-            m1, s1, t1, q1, u1 = _fold(m + one, s + one, t + one, q + one, u + one, y, keep[None, :], c, EXTRAS)
+            keep, one = keep[None, :], tl.zeros([1], ACC)
+            m1, s1, t1, q1, u1 = _fold(m + one, s + one, t + one, q + one, u + one, y, keep, c, SOFTCAP, EXTRAS)
             m, s, t, q, u = tl.max(m1, 0), tl.sum(s1, 0), tl.sum(t1, 0), tl.sum(q1, 0), tl.sum(u1, 0)
     return m, s, t, q, u
 
@@ -337,7 +339,7 @@ def combine_kernel(
             q = tl.load(at + 3, mask=keep, other=0.0)
             u = tl.load(at + 4, mask=keep, other=0.0)
         y_label = _label_y(logits + i * stride, label, columns, inner, ACC, SOFTCAP)
-        m, s, t, q, u = _meet(m, s, t, q, u, c, EXTRAS)
+        m, s, t, q, u = _meet(m, s, t, q, u, c, SOFTCAP, EXTRAS)
         _, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS)
         tl.store(shifts + i, tl.where(m == float("-inf"), 0.0, m))
         tl.store(shifts + rows + i, factor)
