@@ -250,8 +250,12 @@ def extreme_cases() -> Iterator[Case]:
             home.kernels.token_logps_bwd_(grad, labels, lse, torch.ones_like(lse), *options)
             check_gradient(seen, "bwd_", grad, exact, labels, width, tolerance.grad)
             x[0, 5] = math.nan  # in a tile of nothing else, and still seen
-            nan = home.kernels.token_logps_fwd(x, labels, *options, False)[0].isnan()
-            seen.require("fwd logp is not NaN where a row holds NaN, and nowhere else", nan[0] and not nan[1:].any())
+            x[1] = lowest
+            logp = home.kernels.token_logps_fwd(x, labels, *options, False)[0]
+            equal = (logp[1] + math.log(width)).abs() < 1e-4
+            seen.require("fwd logp of a row of the lowest alone is neither NaN nor right", equal or logp[1].isnan())
+            seen.require("fwd logp is not NaN where a row holds NaN", logp[0].isnan())
+            seen.require("fwd logp is NaN where no row holds NaN", not logp[2:].isnan().any())
 
         def not_finite(home: Home, seen: Seen, dtype=dtype) -> None:
             rows = make_rows(home, 5, 300, dtype, seed=5)

@@ -3,6 +3,7 @@
 #include "token_logps.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -149,12 +150,14 @@ struct RowResult {
 RowResult finish(const Rows& rows, int64_t i, const Partial& sums, double* extra) {
   const double y_label = rows.kernels->y_of(rows.row(i) + rows.labels[i] * rows.element_size, rows.map);
   const bool all_masked = sums.max_y == -INFINITY;
-  const double log_sum = all_masked ? std::log(sums.sum) : std::log(sums.sum / sums.top);
+  // Where all of a row is beyond about 1e9, the rounding of its shift alone may take E^t out of the range of floats.
+  const bool lost = !all_masked && !(sums.top > FLT_MIN && sums.sum < INFINITY && sums.top < INFINITY);
+  const double log_sum = lost ? NAN : std::log(all_masked ? sums.sum : sums.sum / sums.top);
   RowResult r;
   r.logp = rows.map.nat * (y_label - sums.max_y) - log_sum;
   r.lse = rows.map.nat * sums.max_y + log_sum;
   r.shift = sums.shift;
-  r.inverse_sum = 1.0 / sums.sum;
+  r.inverse_sum = lost ? NAN : 1.0 / sums.sum;
   if (extra) {
     const double unit = rows.type == kFloat64 ? 1.0 : kLn2;
     const double top_t = rows.map.c * sums.max_y - sums.shift;
