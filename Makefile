@@ -1,5 +1,5 @@
 # make demo    the main job on embedded defaults: a tiny model learns to follow requested scores (two cores, minutes)
-# make test    the unit tests
+# make test    the unit tests, in a process for each core, up to four (JOBS=1: one)
 # make bench   ours against naive PyTorch and the peers; writes benchmarks/results/cpu.json (ARGS="--set ci": seconds)
 # make gpu-check  every kernel on a GPU against the float64 oracle; writes benchmarks/results/check-gpu.json
 # make gpu-bench  make bench on a GPU, within 8 minutes; writes benchmarks/results/gpu.json
@@ -41,12 +41,12 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 demo: .venv/train
 	$(BIN)/cpo-kernels demo $(ARGS)
 
-# A file's tests stay in one process, with its share of the cores.
-CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+# A file's tests stay in one process, with its share of the cores: at least one.
+CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 JOBS ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
 
 test: .venv/test
-	OMP_NUM_THREADS=$$(($(CORES) / $(JOBS))) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests benchmarks $(ARGS)
+	OMP_NUM_THREADS=$$(( ($(CORES) + $(JOBS) - 1) / $(JOBS) )) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests benchmarks $(ARGS)
 
 bench: .venv/bench
 	$(BIN)/cpo-kernels bench --device cpu --set default --out benchmarks/results/cpu.json $(ARGS)

@@ -59,6 +59,18 @@ def make(name="Llama", seed=0, **options):
     return model
 
 
+class Mine(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def unknown():
+    """A model whose head must be given."""
+    model = make()
+    model.__class__ = Mine
+    return model
+
+
 class Gradients(transformers.TrainerCallback):
     """The gradients that each step applies."""
 
@@ -176,22 +188,12 @@ def test_precomputed_reference(tmp_path):
 @pytest.mark.parametrize("option, values", [("ld_alpha", (0.5, None)), ("head_scale", (1.0, 0.5))])
 def test_precomputed_references_of_other_options_are_not_taken(tmp_path, monkeypatch, option, values):
     """TRL names its cache by parameters and data; with `max_length` its filter on the data holds all options."""
-
-    class Mine(transformers.LlamaForCausalLM):
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
-
-    def mine():
-        model = make(seed=1)
-        model.__class__ = Mine
-        return model
-
     datasets.Dataset.from_dict(DATA).save_to_disk(str(tmp_path / "data"))
 
     def reference(value):
         data = datasets.load_from_disk(str(tmp_path / "data"))
         options = {"precompute_ref_log_probs": True, "max_length": None, "head_scale": 1.0, option: value}
-        trainer = trainer_of(True, tmp_path, options, ref_model=mine, data=data)
+        trainer = trainer_of(True, tmp_path, options, ref_model=unknown, data=data)
         return torch.tensor(trainer.train_dataset["ref_chosen_logps"])
 
     first, second = map(reference, values)
@@ -419,18 +421,9 @@ def test_what_would_be_ignored_is_refused(tmp_path, options, match):
 
 
 def test_unknown_models_are_refused_unless_their_head_is_given(tmp_path):
-    class Mine(transformers.LlamaForCausalLM):
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
-
-    def mine():
-        model = make()
-        model.__class__ = Mine
-        return model
-
     with pytest.raises(ValueError, match="Mine replaces the forward of LlamaForCausalLM"):
-        trainer_of(True, tmp_path, {}, model=mine)
-    theirs = run(False, tmp_path, {}, model=mine)
-    assert_same_run(theirs, run(True, tmp_path, {"head_scale": 1.0}, model=mine))
+        trainer_of(True, tmp_path, {}, model=unknown)
+    theirs = run(False, tmp_path, {}, model=unknown)
+    assert_same_run(theirs, run(True, tmp_path, {"head_scale": 1.0}, model=unknown))
     with pytest.raises(RuntimeError, match="impl='cuda' is not available"):
         trainer_of(True, tmp_path, {"impl": "cuda"})
