@@ -326,7 +326,8 @@ def test_template_is_what_the_tokens_say():
     text = "< honesty: 5 > < helpfulness: 1 > Q: why {x}?\nA:"
     assert made.text("why {x}?", {"helpfulness": 1, "honesty": 5}) == text
     assert made.tokenizer.decode(made.prompt_ids("why {x}?", {"honesty": 5, "helpfulness": 1})) == text
-    assert made.tokenizer.decode(made.response_ids("so")) == " so<eos>"
+    _, (ids,), _ = made.encode("why {x}?", None, [Response("so")])
+    assert made.tokenizer.decode(ids) == " so<eos>"
     with pytest.raises(ValueError, match="tags.*and.*prompt.*once each, got 'Q:'"):
         template(prompt="Q:")
     with pytest.raises(ValueError, match="chat template; this one has none"):

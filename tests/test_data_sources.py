@@ -227,7 +227,7 @@ def test_trl_preference_format(tmp_path, kind):
     [
         ({"chosen": [user("Sky?")]}, "'chosen' must end with the assistant's answer"),
         ({"prompt": [assistant("Sky?")]}, "a prompt must end with what the user says, got ('assistant', 'Sky?')"),
-        ({"chosen": [{"role": "tool", "content": "x"}]}, "system | user | assistant"),
+        ({"chosen": [{"role": "gpt", "content": "x"}]}, "system | user | assistant"),
         ({"chosen": [user("Sea?"), assistant("Blue.")]}, "chosen and rejected differ before their last message"),
         ({"chosen": [user("Sea?"), assistant("a")], "rejected": [user("Sea?"), assistant("b")]}, "that are not prompt"),
         ({"prompt": None, "chosen": "Yes.", "rejected": "No."}, "'Yes.' and 'No.' begin with none in common"),

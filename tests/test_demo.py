@@ -117,7 +117,7 @@ def test_judge_scores_an_untrained_model_the_same_whatever_is_asked():
 
     world, tokenizer = World(0), build_tokenizer()
     questions = held_out(world, 3, 0, frozenset())
-    template = PromptTemplate(tokenizer, TemplateConfig(), OBJECTIVES)
+    template = PromptTemplate(tokenizer, TemplateConfig(answer_prefix=" "), OBJECTIVES)
     judged = judge(world, build_model(tokenizer, 32, 1), template, questions, tags=False)
     assert list(judged.control) == list(BEST) and {c.correlation for c in judged.control.values()} == {0.0}
     assert len({tuple(point.values()) for point in judged.trade_off.values()}) == 1

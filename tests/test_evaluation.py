@@ -26,7 +26,7 @@ HELPFUL, HONEST = {"helpfulness": 5.0, "honesty": 1.0}, {"helpfulness": 1.0, "ho
 
 @pytest.fixture(scope="module")
 def template():
-    return PromptTemplate(build_tokenizer(), TemplateConfig(), OBJECTIVES)
+    return PromptTemplate(build_tokenizer(), TemplateConfig(answer_prefix=" "), OBJECTIVES)
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,9 @@ def test_score_answers_matches_log_softmax(model, template, rows):
         assert score.dtype == torch.float32 and score.shape == (3, len(record.responses))
         for row, condition in enumerate(conditions):
             for column, response in enumerate(record.responses):
-                prompt, answer = template.prompt_ids(record.prompt, condition), template.response_ids(response.text)
+                prompt, (answer,), _ = template.encode(record.prompt, condition, [response])
                 with torch.no_grad():
-                    logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+                    logits = model(torch.tensor([[*prompt, *answer]])).logits[0].double().log_softmax(-1)
                 truth = sum(logits[len(prompt) - 1 + t, token].item() for t, token in enumerate(answer))
                 assert score[row, column].item() == pytest.approx(truth, rel=2e-5)
     assert (scores[0][0] != scores[0][1]).all()  # the tags are seen
@@ -220,6 +220,7 @@ def run(tmp_path_factory, template):
         "run_dir": str(folder / "run"),
         "objectives": objectives,
         "model": {"config": {"model_type": "llama", **sizes}, "tokenizer": str(folder / "tokenizer")},
+        "template": {"answer_prefix": " "},
         "data": {"train": [str(folder / "answers.jsonl")], "eval": [str(folder / "answers.jsonl")]},
         "training": {
             "max_steps": 60,

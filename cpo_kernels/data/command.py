@@ -17,7 +17,8 @@ from cpo_kernels.cli import config_arguments
 from cpo_kernels.data.conditions import Draws, Group, ratings_row
 from cpo_kernels.data.packing import encode
 from cpo_kernels.data.preparation import draws_of, load_data
-from cpo_kernels.data.records import prompt_json
+from cpo_kernels.data.records import message_json, prompt_columns
+from cpo_kernels.data.sources import notes
 from cpo_kernels.data.statistics import condition_name, pair_gaps, statistics, table
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective, value
@@ -36,11 +37,13 @@ def main(argv: Sequence[str]) -> int:
     records, held_out, objectives = load_data(config, None, None, report, quiet=not config.training.progress)
     template = PromptTemplate(tokenizer, config.template, objectives)
     draws = draws_of(config, records, objectives)
-    units = encode(draws, template, objectives, config.data.max_prompt_tokens, config.data.max_tokens)
+    skipped = report if config.data.on_bad_line == "skip" else None
+    limits = config.data.max_prompt_tokens, config.data.max_tokens
+    units = encode(draws, template, objectives, *limits, report=skipped)
     found = statistics(records, draws, units, objectives) | report | {"held_out_records": len(held_out)}
     print(table(found))
-    if report:
-        print(f"bad rows skipped: {report['bad_lines']}; the first: {report['bad_line_reasons'][0]}")
+    for note in notes(found):
+        print(note)
     for text in previews(draws, template, objectives, args.preview, config.seed):
         print(f"\n{text}")
     if args.out:
@@ -69,7 +72,7 @@ def preview(group: Group, template: PromptTemplate, objectives: Sequence[Objecti
         zip(worth, group.responses, strict=True), key=lambda item: (item[0] != item[0], -item[0])
     ):
         rated = condition_name(response.ratings)
-        lines.append(f"--- R {w:.2f} ({rated}): {template.config.answer_prefix}{response.text}")
+        lines.append(f"--- R {w:.2f} ({rated}): {template.config.answer_prefix}{response.text}{response.extra}")
     return "\n".join(lines)
 
 
@@ -77,9 +80,11 @@ def write_examples(draws: Draws, template: PromptTemplate, objectives: Sequence[
     """One pair a row in TRL's preference format, or one response a row where the stage has no pairs."""
     with open(path, "w", encoding="utf-8") as file:
         for group in (group for unit in draws.units for group in unit):
-            prompt = {"prompt": prompt_json(template.tagged(group.prompt, group.tags)), "condition": group.condition}
-            texts = [response.text for response in group.responses]
-            rows: list[dict[str, str]] = [{"completion": texts[0]}]
+            prompt = prompt_columns(template.tagged(group.prompt, group.tags)) | {"condition": group.condition}
+            texts: list[Any] = [response.text for response in group.responses]
+            if not isinstance(prompt["prompt"], str):  # TRL wants messages on both sides
+                texts = [[message_json("assistant", r.text, r.extra)] for r in group.responses]
+            rows: list[dict[str, Any]] = [{"completion": texts[0]}]
             if group.pairs:
                 pairs = zip(group.pairs, pair_gaps(group, objectives).tolist(), strict=True)
                 ordered = [(a, b) if gap > 0 else (b, a) for (a, b), gap in pairs]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Sequence
 from typing import Any
 
-from cpo_kernels.data.records import ROLES, Message, Prompt
+from cpo_kernels.data.records import OPTIONS, ROLES, Message, Prompt, short
 from cpo_kernels.objectives import Objective
 
 _MISSING = object()
@@ -38,16 +40,19 @@ def text_of(row: dict, path: str) -> str:
 
 
 def objects_of(row: dict, path: str) -> list[dict]:
-    value = get(row, path)
+    return objects(get(row, path), path)
+
+
+def objects(value: Any, path: str) -> list[dict]:
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         raise ValueError(f"field {path!r} must be a list of objects, got {short(value)}")
     return value
 
 
-def prompt_of(row: dict, path: str) -> Prompt:
-    """A text, or messages that end with the user's."""
+def prompt_of(row: dict, path: str, ignored: Sequence[str] = ()) -> Prompt:
+    """A text, or messages that end with the user's (or with what a tool returned)."""
     if isinstance(get(row, path), list):
-        return conversation(messages_of(row, path), path)
+        return conversation(messages_of(row, path, ignored), path)
     text = text_of(row, path)
     if not text.strip():
         raise ValueError(f"field {path!r} is empty: a prompt needs a text (a response may be empty)")
@@ -56,22 +61,63 @@ def prompt_of(row: dict, path: str) -> Prompt:
 
 def conversation(messages: tuple[Message, ...], path: str) -> Prompt:
     """The prompt that these messages are; one message of the user is its text alone."""
-    if not messages or messages[-1][0] != "user" or not messages[-1][1].strip():
+    if not messages or messages[-1][0] not in ("user", "tool") or not messages[-1][1].strip():
         last = messages[-1] if messages else None
         raise ValueError(f"field {path!r}: a prompt must end with what the user says, got {short(last)}")
-    return messages[0][1] if len(messages) == 1 else messages
+    if all(message[0] != "user" for message in messages):
+        raise ValueError(f"field {path!r}: a prompt needs a message of the user, got {short(messages)}")
+    return messages[0][1] if len(messages) == 1 and len(messages[0]) == 2 else messages
 
 
-def messages_of(row: dict, path: str) -> tuple[Message, ...]:
-    found = []
-    for message in objects_of(row, path):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str):
-            raise ValueError(
-                f"field {path!r}: write {{role: {' | '.join(ROLES)}, content: text}}, got {short(message)}"
-            )
-        found.append((role, content))
-    return tuple(found)
+def messages_of(row: dict, path: str, ignored: Sequence[str] = ()) -> tuple[Message, ...]:
+    """The messages of a conversation; one alone may stand without a list."""
+    value = get(row, path)
+    found = objects([value] if isinstance(value, dict) else value, path)
+    return tuple(message_of(message, path, ignored) for message in found)
+
+
+def message_of(message: dict, path: str, ignored: Sequence[str] = ()) -> Message:
+    """Role and text, and what else the message says, which the chat template has to render."""
+    role = message.get("role")
+    extra = {name: x for name, x in message.items() if name not in ("role", "content", *ignored) and not is_empty(x)}
+    content = message.get("content")
+    if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(part.get("text")) for part in content)
+    if isinstance(content, list) and content:
+        raise ValueError(f"field {path!r}: only parts of type text can be trained on, got {short(content)}")
+    content = "" if extra and is_empty(content) else content
+    if role not in (*ROLES, OPTIONS) or not isinstance(content, str):
+        raise ValueError(f"field {path!r}: write {{role: {' | '.join(ROLES)}, content: text}}, got {short(message)}")
+    return (role, content, _json(extra, path)) if extra else (role, content)
+
+
+def answer_of(row: dict, path: str, ignored: Sequence[str] = ()) -> tuple[str, str]:
+    """(text, other keys of the message as JSON) of a response: a text, or one message of the assistant."""
+    value = get(row, path)
+    if isinstance(value, str):
+        return value, ""
+    if not isinstance(value, (dict, list)):
+        raise ValueError(f"field {path!r} must be a text, got {short(value)}")
+    messages = messages_of(row, path, ignored)
+    if len(messages) != 1 or messages[0][0] != "assistant":
+        raise ValueError(f"field {path!r} must be a text or one message of the assistant, got {short(value)}")
+    return answer(messages[0])
+
+
+def answer(message: Message) -> tuple[str, str]:
+    return message[1], message[2] if len(message) > 2 else ""
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field says nothing."""
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _json(value: Any, path: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"field {path!r}: {error}, in {short(value)}") from None
 
 
 def rating_of(value: Any, objective: Objective | None, missing: tuple[str, ...] = ()) -> float | None:
@@ -82,15 +128,12 @@ def rating_of(value: Any, objective: Objective | None, missing: tuple[str, ...] 
         raise ValueError(f"rating {value!r} is not a number")
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"rating {value!r} is not a number (data.fields.ratings can map it to null)") from None
     if number != number:
         return None
+    if abs(number) == float("inf"):
+        raise ValueError(f"rating {value!r} is not a finite number")
     if objective and not objective.low <= number <= objective.high:
         raise ValueError(f"rating {number:g} of {objective.name} is outside [{objective.low:g}, {objective.high:g}]")
     return number
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

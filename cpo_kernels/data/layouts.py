@@ -7,28 +7,39 @@ pairs     prompt, chosen and rejected a row, with scores or without; texts or me
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cpo_kernels.data.fields import (
+    answer,
+    answer_of,
     conversation,
     find,
     get,
+    is_empty,
+    message_of,
     messages_of,
     objects_of,
     prompt_of,
     rating_of,
-    short,
     text_of,
 )
-from cpo_kernels.data.records import Prompt, Record, Response
+from cpo_kernels.data.records import OPTIONS, Message, Prompt, Record, Response, short
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.keys import FieldMap
 
 LAYOUTS = ("records", "answers", "pairs")
 OVERALL = "overall"  # the objective of pairs without a configured one
 Convert = Callable[[dict], Record]
+RENDERED = ("tools", "chat_template_kwargs")  # columns of TRL's formats that the chat template gets
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # that no text model reads
+# columns that change what a row means and that are read where a key of data.fields names them
+TELLING = (
+    *("system", "system_prompt", "system_message", "instruction", "input", "context", "history", "documents"),
+    *("weight", "margin", "label", "reasoning_content", "thinking", "tool_calls"),
+)
 
 
 def layout_of(name: str, fields: FieldMap, objectives: Sequence[Objective]) -> Convert:
@@ -38,15 +49,68 @@ def layout_of(name: str, fields: FieldMap, objectives: Sequence[Objective]) -> C
             raise ValueError(f"layout pairs has one overall rating; got objectives {', '.join(scale)}")
         return lambda row: pair_of(row, fields, next(iter(scale), OVERALL), scale)
     ratings = _ratings_of(fields, scale)
+
+    def response(row: dict, field: str) -> Response:
+        text, extra = answer_of(row, field, fields.ignore)
+        return Response(text, ratings(row), extra)
+
     if name == "answers":
-        text = fields.response or "response"
-        return lambda row: Record(prompt_of(row, fields.prompt), (Response(text_of(row, text), ratings(row)),))
+        return lambda row: Record(row_prompt(row, fields), (response(row, fields.response or "response"),))
 
     def record(row: dict) -> Record:
-        text, responses = fields.response or "text", objects_of(row, fields.responses)
-        return Record(prompt_of(row, fields.prompt), tuple(Response(text_of(r, text), ratings(r)) for r in responses))
+        responses = objects_of(row, fields.responses)
+        return Record(row_prompt(row, fields), tuple(response(r, fields.response or "text") for r in responses))
 
     return record
+
+
+def row_prompt(row: dict, fields: FieldMap) -> Prompt:
+    return with_columns(prompt_of(row, fields.prompt, fields.ignore), row, fields)
+
+
+def with_columns(prompt: Prompt, row: dict, fields: FieldMap) -> Prompt:
+    """The prompt with what other columns of its row add: an input, a system message, options of the chat template."""
+    for name in MEDIA:
+        if name not in fields.ignore and not is_empty(row.get(name)):
+            raise ValueError(
+                f"field {name!r} holds {short(row[name])}, which a text model cannot read: leave such rows out, or "
+                f"name {name} in data.fields.ignore"
+            )
+    messages: list[Message] = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
+    said = _column(row, fields.input)
+    if said:
+        role, text, *extra = messages[-1]
+        messages[-1] = (role, f"{text}\n\n{said}", *extra)
+    system = _column(row, fields.system)
+    if system and messages[0][0] != "system":
+        messages.insert(0, ("system", system))
+    elif system and messages[0][1] != system:
+        raise ValueError(f"field {fields.system!r} says {short(system)}, the prompt's own system message otherwise")
+    options = {name: _option(row, name) for name in RENDERED if name not in fields.ignore}
+    options = {name: value for name, value in options.items() if not is_empty(value)}
+    if options:
+        messages.insert(0, message_of({"role": OPTIONS} | options, "tools"))
+    return conversation(tuple(messages), fields.prompt)
+
+
+def _column(row: dict, path: str | None) -> str | None:
+    """The text of an optional column; None where it is empty."""
+    if path is None or is_empty(find(row, path)):
+        return None
+    return text_of(row, path)
+
+
+def _option(row: dict, name: str) -> Any:
+    value = row.get(name)
+    if isinstance(value, str) and value:  # TRL takes tools as JSON too
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"field {name!r} is no JSON ({error}), got {short(value)}") from None
+    if not is_empty(value) and not isinstance(value, dict if name == "chat_template_kwargs" else list):
+        kind = "an object" if name == "chat_template_kwargs" else "a list"
+        raise ValueError(f"field {name!r} must be {kind}, got {short(value)}")
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def pair_of(row: dict, fields: FieldMap, name: str, scale: dict[str, Objective]) -> Record:
@@ -61,34 +125,49 @@ def pair_of(row: dict, fields: FieldMap, name: str, scale: dict[str, Objective])
             f"{fields.score_chosen} {chosen} is below {fields.score_rejected} {rejected}; "
             "set data.fields.score_chosen: null to go by chosen and rejected alone"
         )
-    prompt, texts = preference_texts(row, fields)
-    rated = zip(texts, (chosen, rejected), strict=True)
-    return Record(prompt, tuple(Response(text, {} if score is None else {name: score}) for text, score in rated))
+    prompt, answers = preference_texts(row, fields)
+    rated = zip(answers, (chosen, rejected), strict=True)
+    responses = (Response(text, {} if score is None else {name: score}, extra) for (text, extra), score in rated)
+    return Record(with_columns(prompt, row, fields), tuple(responses))
 
 
-def preference_texts(row: dict, fields: FieldMap) -> tuple[Prompt, tuple[str, str]]:
-    """(prompt, (chosen, rejected)) of TRL's preference format. Both may hold the whole conversation, as messages or as
-    text; without a prompt it is what they begin with alike."""
-    named = find(row, fields.prompt) is not None
-    if isinstance(get(row, fields.chosen), list):
-        turns = [messages_of(row, field) for field in (fields.chosen, fields.rejected)]
-        for field, messages in zip((fields.chosen, fields.rejected), turns, strict=True):
+def preference_texts(row: dict, fields: FieldMap) -> tuple[Prompt, tuple[tuple[str, str], ...]]:
+    """(prompt, (chosen, rejected)) of TRL's preference format, each as (text, other keys). Both may hold the whole
+    conversation, as messages or as text; without a prompt it is what they begin with alike."""
+    sides = (fields.chosen, fields.rejected)
+    named = fields.prompt not in fields.ignore and find(row, fields.prompt) is not None
+    if isinstance(get(row, fields.chosen), (list, dict)):
+        turns = [messages_of(row, field, fields.ignore) for field in sides]
+        for field, messages in zip(sides, turns, strict=True):
             if messages[-1][0] != "assistant":
                 raise ValueError(f"field {field!r} must end with the assistant's answer, got {short(messages[-1])}")
         before, other = turns[0][:-1], turns[1][:-1]
         if before != other:
             raise ValueError(f"{fields.chosen} and {fields.rejected} differ before their last message")
-        prompt = prompt_of(row, fields.prompt) if named else conversation(before, fields.chosen)
-        if before and conversation(before, fields.chosen) != prompt:
-            raise ValueError(f"{fields.chosen} begins with messages that are not {fields.prompt} {short(prompt)}")
-        return prompt, (turns[0][-1][1], turns[1][-1][1])
+        answers = tuple(answer(messages[-1]) for messages in turns)
+        if not named:
+            return conversation(before, fields.chosen), answers
+        prompt = prompt_of(row, fields.prompt, fields.ignore)
+        return _whole(prompt, before, fields) if before else prompt, answers
     chosen, rejected = text_of(row, fields.chosen), text_of(row, fields.rejected)
     if named or fields.prompt != "prompt":
-        return prompt_of(row, fields.prompt), (chosen, rejected)
+        return prompt_of(row, fields.prompt, fields.ignore), ((chosen, ""), (rejected, ""))
     prompt = os.path.commonprefix([chosen, rejected]).removesuffix(" ")  # the answer's leading space is its own
     if not prompt.strip():
         raise ValueError(f"no field 'prompt', and {short(chosen)} and {short(rejected)} begin with none in common")
-    return prompt, (chosen[len(prompt) :], rejected[len(prompt) :])
+    return prompt, ((chosen[len(prompt) :], ""), (rejected[len(prompt) :], ""))
+
+
+def _whole(prompt: Prompt, before: tuple[Message, ...], fields: FieldMap) -> Prompt:
+    """The conversation before the answer, of which the prompt may name one text of the user alone (Tulu 3)."""
+    whole = conversation(before, fields.chosen)
+    said = [text.strip() for role, text, *_ in before if role == "user"]
+    if prompt != whole and not (isinstance(prompt, str) and prompt.strip() in said):
+        raise ValueError(
+            f"{fields.chosen} begins with messages that are not {fields.prompt} {short(prompt)}: put {fields.prompt} "
+            "in data.fields.ignore to go by the messages"
+        )
+    return whole
 
 
 def _ratings_of(fields: FieldMap, scale: dict[str, Objective]) -> Callable[[dict], dict[str, float]]:
@@ -102,7 +181,10 @@ def _ratings_of(fields: FieldMap, scale: dict[str, Objective]) -> Callable[[dict
             given = row.get("ratings")
             given = {} if given is None else given
             if not isinstance(given, dict):
-                raise ValueError(f"`ratings` must be a dict of numbers, got {given!r}")
+                raise ValueError(
+                    f"`ratings` must be a dict of numbers, such as {{{next(iter(scale), OVERALL)}: 1}}, got "
+                    f"{short(given)}; data.fields.ratings reads other fields"
+                )
             found = {name: given.get(name) for name in scale}
         else:
             found = {name: rule(row) for name, rule in rules.items()}
@@ -117,7 +199,10 @@ def _rule(name: str, rule: Any) -> Callable[[dict], Any]:
     if isinstance(rule, str):
         return lambda row: get(row, rule)
     shapes = ({"field", "threshold", "above", "below"}, {"field", "map"})
-    if not isinstance(rule, dict) or set(rule) not in shapes:
+    numbers = [rule.get(k, 0) for k in ("threshold", "above", "below")] if isinstance(rule, dict) else []
+    right = isinstance(rule, dict) and set(rule) in shapes and isinstance(rule["field"], str)
+    right = right and isinstance(rule.get("map", {}), dict) and all(type(n) in (int, float) for n in numbers)
+    if not right:
         raise ValueError(
             f"data.fields.ratings.{name}: write a field, {{field, threshold, above, below}} "
             f"(above: from the threshold on) or {{field, map}}, got {rule!r}"

@@ -33,7 +33,7 @@ def load_data(
     elif eval_records is None:
         records, eval_records = split_by_prompt(records, data.eval_share, data.split_seed)
     layouts = {source.layout or data.layout for source in [*data.train, *data.eval]} or {data.layout}
-    if not objectives and layouts <= {"pairs", "hh_rlhf"}:
+    if not objectives and layouts <= {"pairs", "hh_rlhf", "helpsteer3"}:
         objectives = [overall_objective([*records, *eval_records])]
     elif not objectives and config.stage != "sft":
         raise ValueError(f"objectives: stage {config.stage} needs at least one, with name, low and high")
@@ -48,7 +48,6 @@ def units_of(
     template: PromptTemplate,
     report: dict[str, Any],
     epoch: int = 0,
-    responses: dict[str, tuple[int, ...]] | None = None,
 ) -> list[Unit]:
     """Conditions, responses and pairs drawn, in tokens; what was left out is counted in report[split]. Of held-out
     records nothing may be left (few prompts, all ties or too long)."""
@@ -56,7 +55,8 @@ def units_of(
     if split == "eval" and 0 < config.training.eval_size < len(draws.units):
         draws.units = random.Random(config.seed).sample(draws.units, config.training.eval_size)
     limits = config.data.max_prompt_tokens, config.data.max_tokens
-    units = encode(draws, template, objectives, *limits, responses, may_be_empty=split == "eval")
+    skipped = report if config.data.on_bad_line == "skip" else None
+    units = encode(draws, template, objectives, *limits, split == "eval", skipped)
     report[split] = {"prompts": len({record.prompt for record in records}), "units": len(units)} | draws.counts
     return units
 
@@ -70,13 +70,13 @@ def epochs_of(
 ) -> list[list[Unit]]:
     """The training units of every epoch that the run comes to, where `conditions.anew` draws each by itself; otherwise
     one list for all of them. `report` counts the first epoch."""
-    training, responses = config.training, dict[str, tuple[int, ...]]()
-    epochs = [units_of("train", config, records, objectives, template, report, 0, responses)]
+    training = config.training
+    epochs = [units_of("train", config, records, objectives, template, report)]
     if not config.conditions.anew:
         return epochs
     steps = epoch_length(epochs[0], training)
     while steps < training.max_steps if training.max_steps else len(epochs) < training.epochs:
-        epochs.append(units_of("train", config, records, objectives, template, {}, len(epochs), responses))
+        epochs.append(units_of("train", config, records, objectives, template, {}, len(epochs)))
         steps += epoch_length(epochs[-1], training)
     report["train"]["epochs_drawn"] = len(epochs)
     return epochs

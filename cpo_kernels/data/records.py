@@ -2,69 +2,121 @@
 
 {"prompt": "Who was Ada?", "responses": [{"text": "A mathematician.", "ratings": {"honesty": 5}}, ...]}
 
-A prompt is a text, or the messages of a conversation that ends with the user's:
+A prompt is a text, or the messages of a conversation that ends with what is to be answered:
 {"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, ...], "responses": ...}
+
+What a message says beside role and content (`tool_calls`, `name`, ...) goes to the chat template with it, and so do the
+columns `tools` and `chat_template_kwargs` of a row, which stand before the messages as one of the role `options`.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
 import json
-from collections.abc import Iterator, Sequence
+import lzma
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Message = tuple[str, str]  # role (system, user or assistant) and text
+Message = tuple[str, ...]  # role and text; then, where a message has other keys, those as JSON
 Prompt = str | tuple[Message, ...]
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool", "developer")
+OPTIONS = "options"
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 class DataError(ValueError):
-    """A row that cannot be read: file, line or row number, and reason."""
+    """A row that cannot be used: file, line or row number, and reason."""
 
 
 @dataclass(frozen=True)
 class Response:
     text: str
     ratings: dict[str, float] = field(default_factory=dict)  # a missing rating is left out, never 0 or NaN
+    extra: str = ""  # the other keys of the assistant's message, as JSON
+    place: str = field(default="", compare=False)  # file and line that it comes from
 
 
 @dataclass(frozen=True)
 class Record:
     prompt: Prompt
     responses: tuple[Response, ...]
+    place: str = field(default="", compare=False)  # file and line of its first row
 
 
 def prompt_text(prompt: Prompt) -> str:
     """The prompt on its own, for people and for sorting."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{role}: {text}" for role, text in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{role}: {' '.join(filter(None, said))}" for role, *said in prompt)
 
 
 def prompt_json(prompt: Prompt) -> Any:
-    return prompt if isinstance(prompt, str) else [{"role": role, "content": text} for role, text in prompt]
+    return prompt if isinstance(prompt, str) else [message_json(*message) for message in prompt]
+
+
+def message_json(role: str, text: str, extra: str = "") -> dict[str, Any]:
+    return {"role": role, "content": text} | (json.loads(extra) if extra else {})
+
+
+def prompt_columns(prompt: Prompt) -> dict[str, Any]:
+    """The prompt as columns of a row, in TRL's names: `prompt`, and `tools` and `chat_template_kwargs` if there."""
+    messages = prompt_json(prompt)
+    options = messages.pop(0) if isinstance(messages, list) and messages[0]["role"] == OPTIONS else {}
+    return {"prompt": messages} | {name: x for name, x in options.items() if name not in ("role", "content")}
+
+
+def _opener(path: str | Path) -> Callable[..., Any]:
+    return OPENERS.get(Path(path).suffix.lower(), open)
+
+
+def open_text(path: str | Path, **keys: Any) -> Any:
+    """The file as text (UTF-8, with or without a byte order mark), unpacked if its name ends in .gz, .bz2 or .xz."""
+    return _opener(path)(path, "rt", encoding="utf-8-sig", **keys)
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """(line number, object) of every line that is not blank; a line that is no JSON object comes as its DataError."""
-    with open(path, "rb") as file:
+    with _opener(path)(path, "rb") as file:
         for number, line in enumerate(file, 1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-                yield number, row
+                yield number, _object(line)
             except ValueError as error:  # JSON and UTF-8 errors are ValueErrors
                 yield number, DataError(f"{path}:{number}: {error}")
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    text = line.decode("utf-8").strip()
+    hint = "; a file that is one JSON array ends in .json" if text.startswith("[") else ""
+    try:
+        row = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{error}: the line must be one whole JSON object, got {short(text)}{hint}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__} {short(text)}{hint}")
+    return row
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_records(records: Sequence[Record], path: str | Path) -> None:
     """Write `records` in the layout that data.layout: records reads back."""
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
-            responses = [{"text": r.text, "ratings": r.ratings} for r in record.responses]
-            row = {"prompt": prompt_json(record.prompt), "responses": responses}
+            responses = [{"text": response_json(r), "ratings": r.ratings} for r in record.responses]
+            row = prompt_columns(record.prompt) | {"responses": responses}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def response_json(response: Response) -> Any:
+    """Its text; or the assistant's message, where that has other keys too."""
+    return message_json("assistant", response.text, response.extra) if response.extra else response.text

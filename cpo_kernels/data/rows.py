@@ -1,6 +1,7 @@
 """Rows of a data source: JSONL line by line, everything else through `datasets`.
 
 answers.jsonl                     read here, so that one broken line costs one line
+answers.jsonl.gz .csv.gz          the same, unpacked; also .bz2 and .xz
 answers.json .parquet .csv        local files; data/*.parquet is all of them. Every field of a CSV file is a text
 some/folder, openbmb/UltraSafety  what `datasets.load_dataset` or `load_from_disk` makes of it
 """
@@ -9,17 +10,21 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cpo_kernels.data.records import DataError, read_jsonl
+from cpo_kernels.data.records import OPENERS, DataError, open_text, read_jsonl
 from cpo_kernels.training.keys import SourceConfig
 
 BUILDERS = {".json": "json", ".parquet": "parquet"}
+READ_HERE = (".jsonl", ".ndjson", ".csv")
 Row = tuple[str, dict[str, Any] | DataError]  # `file:line` or `source:row`, and what stands there
 
 
@@ -30,20 +35,34 @@ def read_rows(source: SourceConfig, quiet: bool = True) -> Iterator[Row]:
         rows, total = islice(rows, source.rows), min(total or source.rows, source.rows)
     try:
         yield from tqdm(rows, f"read {Path(source.path).name}", total, disable=quiet, unit=" rows", leave=False)
-    except ValueError as error:  # not of one row: those come as values
+    except (
+        ValueError,
+        csv.Error,
+        EOFError,
+        gzip.BadGzipFile,
+        zlib.error,
+        LZMAError,
+    ) as error:  # of one row they are values
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{source.path}: {error}") from None
 
 
 def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
     path = source.path
     files = sorted(glob.glob(path, recursive=True)) if "*" in path else [path]
-    suffix = Path(path).suffix
-    local = suffix in (".jsonl", ".csv", *BUILDERS)
+    suffix = _suffix(path)
+    local = suffix in (*READ_HERE, *BUILDERS)
     if not files or (local and not all(Path(file).is_file() for file in files)):
         raise FileNotFoundError(f"data file {path!r} does not exist")
     if local:
         _refuse(source, ["subset", "data_dir", "split", *([] if suffix in BUILDERS else ["streaming"])])
-    if suffix in (".jsonl", ".csv"):
+    elif any(Path(file).is_file() for file in files):
+        raise ValueError(
+            f"data file {path!r}: the ending says how a file reads, which is none of "
+            f"{', '.join((*READ_HERE, *BUILDERS))} here, packed as {', '.join(OPENERS)} or not at all"
+        )
+    if suffix in READ_HERE:
         read = _read_csv if suffix == ".csv" else read_jsonl
         return ((f"{file}:{line}", row) for file in files for line, row in read(file)), None
     rows = _load(source, files)
@@ -52,6 +71,12 @@ def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
     except TypeError:  # a stream
         total = None
     return ((f"{path}:row {number}", row) for number, row in enumerate(rows, 1)), total
+
+
+def _suffix(path: str) -> str:
+    """The file's ending without that of its packing."""
+    name = Path(path).name.lower()
+    return Path(name[: -len(packed)] if (packed := Path(name).suffix) in OPENERS else name).suffix
 
 
 def _refuse(source: SourceConfig, names: list[str]) -> None:
@@ -68,8 +93,8 @@ def _load(source: SourceConfig, files: list[str]) -> Any:
         raise ImportError(f"{source.path}: this source needs `datasets`: pip install datasets") from None
     path, keep = source.path, {"split": source.split, "streaming": source.streaming}
     try:
-        if Path(path).suffix in BUILDERS:
-            return datasets.load_dataset(BUILDERS[Path(path).suffix], data_files=files, **keep)
+        if suffix := BUILDERS.get(_suffix(path)):
+            return datasets.load_dataset(suffix, data_files=files, **keep)
         if not any((Path(path) / name).exists() for name in ("state.json", "dataset_dict.json")):
             return datasets.load_dataset(path, source.subset, data_dir=source.data_dir, **keep)
         saved = datasets.load_from_disk(path)
@@ -83,7 +108,7 @@ def _load(source: SourceConfig, files: list[str]) -> Any:
 
 def _read_csv(path: str) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """(line number, row); an empty field is None."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with open_text(path, newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
             if None in row or None in row.values():

@@ -7,6 +7,7 @@ helpsteer      nvidia/HelpSteer2, HelpSteer  helpfulness, correctness, coherence
 pku_saferlhf   PKU-Alignment/PKU-SafeRLHF    harmlessness: 1 for a safe answer; mildness: 3 - severity, 0 to 3;
                                              helpfulness, safety: 1 for the better of the two answers, 0 for the other
 hh_rlhf        Anthropic/hh-rlhf             one objective or none: its high for chosen, its low for rejected
+helpsteer3     nvidia/HelpSteer3             the same, by the sign of overall_preference (-3 to 3; below 0: response1)
 
 A source rates the objectives of the config that stand in its row; it leaves the others unrated.
 """
@@ -18,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cpo_kernels.data.fields import conversation, get, objects_of, prompt_of, rating_of, short, text_of
+from cpo_kernels.data.fields import conversation, get, objects_of, prompt_of, rating_of, text_of
 from cpo_kernels.data.layouts import OVERALL
-from cpo_kernels.data.records import Message, Prompt, Record, Response
+from cpo_kernels.data.records import Message, Prompt, Record, Response, short
 from cpo_kernels.objectives import Objective
 
 Scale = dict[str, Objective]  # the objectives of the config by name
@@ -121,10 +122,15 @@ def _hh(row: dict, scale: Scale) -> Record:
     chosen, rejected = (_transcript(text_of(row, field), field) for field in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected differ before their last answer")
+    return _preferred(conversation(chosen[:-1], "chosen"), (chosen[-1][1], rejected[-1][1]), 1, scale)
+
+
+def _preferred(prompt: Prompt, texts: tuple[str, str], sign: float, scale: Scale) -> Record:
+    """Two answers of which the first is better (sign > 0), the second (< 0) or neither."""
     name = next(iter(scale), OVERALL)
-    levels = (scale[name].high, scale[name].low) if scale else (1.0, 0.0)
-    answers = zip((chosen[-1][1], rejected[-1][1]), levels, strict=True)
-    return Record(conversation(chosen[:-1], "chosen"), tuple(Response(text, {name: level}) for text, level in answers))
+    low, high = (scale[name].low, scale[name].high) if scale else (0.0, 1.0)
+    levels = (low if sign < 0 else high, low if sign > 0 else high)
+    return Record(prompt, tuple(Response(text, {name: level}) for text, level in zip(texts, levels, strict=True)))
 
 
 def _transcript(text: str, field: str) -> tuple[Message, ...]:
@@ -143,10 +149,22 @@ def _transcript(text: str, field: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+# ---------------------------------------------------------------- HelpSteer3
+
+
+def _helpsteer3(row: dict, scale: Scale) -> Record:
+    preference = rating_of(get(row, "overall_preference"), Objective("overall_preference", -3, 3))
+    if preference is None:
+        raise ValueError("field 'overall_preference' says nothing; write -3 to 3, below 0 where response1 is better")
+    texts = (text_of(row, "response1"), text_of(row, "response2"))
+    return _preferred(prompt_of(row, "context"), texts, -preference, scale)
+
+
 SCHEMAS = {
     "ultrafeedback": Schema(ASPECTS, lambda row, scale: _completions(row, scale, ASPECTS)),
     "ultrasafety": Schema(("harmlessness",), lambda row, scale: _completions(row, scale, ("harmlessness",))),
     "helpsteer": Schema(ATTRIBUTES, _helpsteer),
     "pku_saferlhf": Schema(SAFETY, _saferlhf, apart=True),
     "hh_rlhf": Schema((), _hh, apart=True),
+    "helpsteer3": Schema((), _helpsteer3, apart=True),
 }

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cpo_kernels.data.layouts import LAYOUTS, OVERALL, layout_of
-from cpo_kernels.data.records import DataError, Record, prompt_text
+from cpo_kernels.data.fields import is_empty
+from cpo_kernels.data.layouts import LAYOUTS, OVERALL, TELLING, layout_of
+from cpo_kernels.data.records import DataError, Record, prompt_text, short
 from cpo_kernels.data.rows import read_rows
 from cpo_kernels.data.schemas import SCHEMAS
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.keys import DataConfig, SourceConfig
+from cpo_kernels.training.keys import DataConfig, FieldMap, SourceConfig
 
 
 def load_records(
@@ -23,37 +26,95 @@ def load_records(
     quiet: bool = True,
 ) -> list[Record]:
     """The records of `sources`. Raises DataError (file, line, reason) on a broken row, or with
-    `data.on_bad_line: skip` leaves it out, counts it in report["bad_lines"] and keeps its reason."""
+    `data.on_bad_line: skip` leaves it out, counts it in report["bad_lines"] and keeps its reason. Columns that tell
+    something and that nothing reads are counted in report["unread_columns"]."""
     given = [s if isinstance(s, SourceConfig) else SourceConfig(path=str(s)) for s in sources]
     layouts = [source.layout or data.layout for source in given]
     _check_objectives(layouts, objectives)
     records: dict[Any, Record] = {}
     for source, layout in zip(given, layouts, strict=True):
         convert, apart = _converter(layout, data, objectives)
+        columns: Counter[str] = Counter()
         for place, row in read_rows(source, quiet):
             try:
                 record = _record(row, convert, place)
             except DataError as error:
                 if data.on_bad_line == "error":
                     raise
-                report["bad_lines"] = report.get("bad_lines", 0) + 1
-                report.setdefault("bad_line_reasons", []).append(str(error))
+                count_bad_line(report, error)
                 continue
+            assert isinstance(row, dict)  # or `_record` would have raised it
+            columns.update({name: int(not is_empty(value)) for name, value in row.items()})
             key = place if apart else record.prompt
-            earlier = records[key].responses if key in records else ()
-            records[key] = Record(record.prompt, earlier + record.responses)
+            if key in records:
+                record = replace(records[key], responses=records[key].responses + record.responses)
+            records[key] = record
+        if layout in LAYOUTS and columns:
+            _check_columns(columns, data.fields, source.path, report)
     if not records:
-        raise ValueError(f"no records in {', '.join(s.path for s in given) or 'data.train: it names no file'}")
+        bad = report.get("bad_line_reasons")
+        raise ValueError(
+            f"no records in {', '.join(s.path for s in given) or 'data.train: it names no file'}"
+            + (f"; bad rows skipped: {report['bad_lines']}, the first: {bad[0]}" if bad else "")
+        )
     return list(records.values())
 
 
+def count_bad_line(report: dict[str, Any], error: DataError) -> None:
+    report["bad_lines"] = report.get("bad_lines", 0) + 1
+    report.setdefault("bad_line_reasons", []).append(str(error))
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What a user should know about the rows that were read, a line each."""
+    lines = []
+    if "bad_lines" in report:
+        lines.append(f"bad rows skipped: {report['bad_lines']}; the first: {report['bad_line_reasons'][0]}")
+    for name, rows in report.get("unread_columns", {}).items():
+        lines.append(
+            f"column {name!r} of {rows} rows is not read: name it in data.fields (system, input, ...) or ignore"
+        )
+    if moved := report.get("train", report.get("drawn", {})).get("moved_boundaries"):
+        lines.append(
+            f"{moved} prompts end in tokens that depend on the response: those are trained as a part of it, as TRL does"
+        )
+    return lines
+
+
 def _record(row: dict[str, Any] | DataError, convert: Callable[[dict], Record], place: str) -> Record:
+    """The record of a row, with its place. Texts that no encoder takes are refused here."""
     if isinstance(row, DataError):
         raise row
     try:
-        return convert(row)
+        record = convert(row)
+        for text in (prompt_text(record.prompt), *(response.text for response in record.responses)):
+            check_text(text)
     except ValueError as error:
         raise DataError(f"{place}: {error}") from None
+    return Record(record.prompt, tuple(replace(r, place=place) for r in record.responses), place)
+
+
+def check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 10) : error.end + 10]
+        raise ValueError(f"{short(near)} holds half a surrogate pair, which is no character: repair the text") from None
+
+
+def _check_columns(columns: Counter[str], fields: FieldMap, path: str, report: dict[str, Any]) -> None:
+    """Named columns that no row has are an error; telling ones that nothing names are counted."""
+    for key in ("system", "input"):
+        name = getattr(fields, key)
+        if name is not None and name.partition(".")[0] not in columns:
+            raise ValueError(f"data.fields.{key}: no row of {path} has {name!r}; columns: {', '.join(columns)}")
+    rules = [rule["field"] if isinstance(rule, dict) else rule for rule in (fields.ratings or {}).values()]
+    named = [x for x in vars(fields).values() if isinstance(x, str)]
+    taken = {name.partition(".")[0] for name in (*named, *rules)} | set(fields.ignore)
+    for name in TELLING:
+        if name not in taken and columns[name]:
+            found = report.setdefault("unread_columns", {})
+            found[name] = found.get(name, 0) + columns[name]
 
 
 def _converter(layout: str, data: DataConfig, objectives: Sequence[Objective]) -> tuple[Callable[[dict], Record], bool]:
@@ -68,10 +129,11 @@ def _converter(layout: str, data: DataConfig, objectives: Sequence[Objective]) -
 
 def _check_objectives(layouts: Sequence[str], objectives: Sequence[Objective]) -> None:
     """Published schemas alone: each objective must be one that some source rates."""
-    if "hh_rlhf" in layouts and len(objectives) > 1:
+    whole = [layout for layout in layouts if layout in ("hh_rlhf", "helpsteer3")]
+    if whole and len(objectives) > 1:
         raise ValueError(
-            f"hh_rlhf says which answer is better, not on which of {', '.join(o.name for o in objectives)}: train on "
-            "it with one objective, or convert it to layout records with ratings of the one that it is about"
+            f"{whole[0]} says which answer is better, not on which of {', '.join(o.name for o in objectives)}: train "
+            "on it with one objective, or convert it to layout records with ratings of the one that it is about"
         )
     rated = [SCHEMAS[layout].objectives for layout in layouts if layout in SCHEMAS]
     if len(rated) < len(layouts) or not all(rated):

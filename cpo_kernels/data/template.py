@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpo_kernels.data.records import Prompt, prompt_json
+from cpo_kernels.data.records import (
+    OPTIONS,
+    DataError,
+    Message,
+    Prompt,
+    Record,
+    Response,
+    message_json,
+    prompt_json,
+    prompt_text,
+    short,
+)
 from cpo_kernels.objectives import Objective, TagTemplate
 from cpo_kernels.training.keys import TemplateConfig
 
+RESERVED = ("tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
+ANSWER = "an answer"  # of a conversation that shows how the chat template ends one
+
 
 class PromptTemplate:
-    """Token ids of (prompt, condition) and of a response, which ends with the tokenizer's end token.
+    """Token ids of a prompt under a condition, and of its responses.
 
-    Prompt and response are encoded apart, so the boundary between them is the one that generation sees.
+    A prompt and a response are encoded as the one text that they are, as TRL does: what a tokenizer does at the start
+    of a text (a dummy prefix) or at its end (an end token of its own) never stands between them. A response ends in
+    the chat template's end of a turn; in `tokenizer.eos_token` where the prompt is a text of the config's or where the
+    chat template writes no end token.
     """
 
     def __init__(self, tokenizer: Any, config: TemplateConfig, objectives: Sequence[Objective]):
         self.tokenizer, self.config = tokenizer, config
         self.tags = TagTemplate(objectives, config.tags)
+        self.chat = config.prompt == "chat"
         fields = [field for _, field, _, _ in string.Formatter().parse(config.prompt) if field is not None]
-        if config.prompt != "chat" and sorted(fields) != ["prompt", "tags"]:
+        if not self.chat and sorted(fields) != ["prompt", "tags"]:
             raise ValueError(f"template.prompt must hold {{tags}} and {{prompt}} once each, got {config.prompt!r}")
-        if config.prompt == "chat" and not tokenizer.chat_template:
+        if self.chat and not tokenizer.chat_template:
             raise ValueError("template.prompt: chat needs a tokenizer with a chat template; this one has none")
-        if tokenizer.eos_token_id is None:
+        # what follows an answer, as far as its end token; what then follows; that token
+        self.closing, self.after, end = self._end_of_turn() if self.chat else ("", "", None)
+        self.closed = end is not None  # by the chat template
+        end = tokenizer.eos_token_id if end is None else end
+        if end is None:
             raise ValueError("the tokenizer has no end token (eos_token_id); responses could not end")
+        self.end_id: int = end
+
+    # ---------------------------------------------------------------- text
 
     def tagged(self, prompt: Prompt, condition: Mapping[str, float] | None) -> Prompt:
         """The prompt with the condition's tags before it; in a conversation before the user's last message, the one to
@@ -34,26 +60,180 @@ class PromptTemplate:
         tags = self.tags.render(condition or {})
         if isinstance(prompt, str):
             return tags + prompt
-        role, text = prompt[-1]
-        return (*prompt[:-1], (role, tags + text))
+        last = max(i for i, message in enumerate(prompt) if message[0] == "user")
+        role, text, *extra = prompt[last]
+        return (*prompt[:last], (role, tags + text, *extra), *prompt[last + 1 :])
 
     def text(self, prompt: Prompt, condition: Mapping[str, float] | None = None) -> str:
         """What the model reads before it answers."""
-        if self.config.prompt != "chat":
-            if not isinstance(prompt, str):
-                raise ValueError(f"template.prompt {self.config.prompt!r} has no place for earlier messages: use chat")
-            return self.config.prompt.format(tags=self.tags.render(condition or {}), prompt=prompt)
+        if self.chat:
+            options, messages = self._conversation(prompt, condition)
+            return self._render(messages, options, add_generation_prompt=True)
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"template.prompt {self.config.prompt!r} has no place for earlier messages: use chat, for "
+                f"{short(prompt_json(prompt))}"
+            )
+        return self.config.prompt.format(tags=self.tags.render(condition or {}), prompt=prompt)
+
+    def _whole(self, before: str, prompt: Prompt, condition: Mapping[str, float] | None, response: Response) -> str:
+        """The prompt, whose text alone is `before`, and the response; up to its end token where the chat template
+        writes one."""
+        said = self.config.answer_prefix + response.text
+        if not self.chat:
+            if response.extra:
+                raise ValueError(f"template.prompt {self.config.prompt!r} has no place for {response.extra}: use chat")
+            return before + said
+        options, messages = self._conversation(prompt, condition)
+        ended = self.closing.lstrip()
+        said = said.removesuffix(ended) if ended else said
+        text = self._render([*messages, ("assistant", said, *filter(None, [response.extra]))], options)
+        if text.endswith(self.closing + self.after):
+            return text[: len(text) - len(self.after)]
+        if self.closed and text.rstrip().endswith(tuple(self._added().values())):
+            return text.rstrip()  # another end: Llama 3.1 writes <|eom_id|> after a tool's call
+        raise ValueError(
+            f"the chat template ends this answer in {text[-20:]!r} and others in {self.closing + self.after!r}"
+        )
+
+    def _conversation(self, prompt: Prompt, condition: Mapping[str, float] | None) -> tuple[dict, list[Message]]:
         tagged = self.tagged(prompt, condition)
-        messages = prompt_json((("user", tagged),) if isinstance(tagged, str) else tagged)
-        if self.config.system and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.config.system})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        messages: list[Message] = [("user", tagged)] if isinstance(tagged, str) else list(tagged)
+        options = message_json(*messages.pop(0)) if messages[0][0] == OPTIONS else {}
+        if self.config.system and messages[0][0] != "system":
+            messages.insert(0, ("system", self.config.system))
+        return options, messages
+
+    def _render(self, messages: Sequence[Message], options: Mapping[str, Any], **keys: Any) -> str:
+        """The chat template's text. Raises ValueError where it leaves out a part of what the row says."""
+        given = [message_json(*message) for message in messages]
+        row = {"tools": options["tools"]} if "tools" in options else {}
+        row |= options.get("chat_template_kwargs", {})
+        source = str(self.tokenizer.chat_template)
+        for name in row:
+            if name in RESERVED or name not in source:
+                raise ValueError(
+                    f"the chat template takes no {name} from a row: use a template that does, or put the column in "
+                    "data.fields.ignore"
+                )
+
+        def render(given: list[dict]) -> str:
+            return self.tokenizer.apply_chat_template(given, tokenize=False, **keys, **row)
+
+        text = render(given)
+        for i, message in enumerate(given):
+            lost = [name for name in message if name not in ("role", "content")]
+            if i < len(given) - 1:  # of earlier turns a template may drop what it knows: a thought, say
+                lost = [name for name in lost if not re.search(rf"\bm\w*(\.|\[['\"]){name}\b", source)]
+            if message["content"].strip() not in text:
+                lost.append("content")
+            for name in lost:
+                other = message | {name: ANSWER} if name == "content" else {k: message[k] for k in message if k != name}
+                if render([*given[:i], other, *given[i + 1 :]]) == text:
+                    raise ValueError(
+                        f"the chat template leaves out {name} {short(message[name])} of the {message['role']}'s "
+                        f"message: use a template that writes it, or put {name} in data.fields.ignore"
+                    )
+        return text
+
+    def _end_of_turn(self) -> tuple[str, str, int | None]:
+        """(what the chat template writes after an answer up to its end token, what it writes then, that token)."""
+        try:
+            text = self._render([("user", "a question"), ("assistant", ANSWER)], {})
+        except Exception as error:  # chat templates raise what they like
+            raise ValueError(f"the tokenizer's chat template fails on a question and its answer: {error}") from error
+        _, found, tail = text.rpartition(ANSWER)
+        if not found:
+            raise ValueError(
+                "the tokenizer's chat template leaves the assistant's answers out: use one that writes them"
+            )
+        tokens = {text: token for token, text in self._added().items() if text in tail}
+        if not tokens:
+            return "", tail, None
+        first = min(tokens, key=lambda text: (tail.index(text), -len(text)))
+        end = tail.index(first) + len(first)
+        return tail[:end], tail[end:], tokens[first]
+
+    def _added(self) -> dict[int, str]:
+        """The tokens that stand outside the vocabulary proper, such as <end_of_turn>, and their texts."""
+        added = {token: str(text) for token, text in self.tokenizer.added_tokens_decoder.items()}
+        return {token: text for token, text in added.items() if text.strip()}
+
+    # ---------------------------------------------------------------- tokens
 
     def prompt_ids(self, prompt: Prompt, condition: Mapping[str, float] | None = None) -> list[int]:
-        special = self.config.prompt != "chat"  # a chat template writes its own special tokens
-        return self.tokenizer(self.text(prompt, condition), add_special_tokens=special)["input_ids"]
+        """What the model is given before it answers."""
+        return self._ids([self.text(prompt, condition)])[0]
 
-    def response_ids(self, response: str) -> list[int]:
-        text = self.config.answer_prefix + response
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+    def encode(
+        self, prompt: Prompt, condition: Mapping[str, float] | None, responses: Sequence[Response]
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], bool]:
+        """(ids of the prompt, ids of each response, whether the prompt's are `prompt_ids`).
+
+        Prompt and response together are the ids of the whole text. Where it is not tokenized as the prompt alone and
+        more (tokens merge at the boundary; the chat template writes a prompt otherwise before an answer), the responses
+        begin where the first of them departs from the prompt alone, as TRL's do, so that all share one prompt.
+        """
+        before = self.text(prompt, condition)
+        alone, *wholes = self._ids([before, *(self._whole(before, prompt, condition, r) for r in responses)])
+        wholes = [self._ended(ids) for ids in wholes]
+        shared = min((_common_prefix(alone, whole) for whole in wholes), default=len(alone))
+        if not shared:
+            raise ValueError(
+                f"prompt {short(before)} and response become one token at the start of the text: set "
+                "template.answer_prefix or template.prompt to keep them apart"
+            )
+        return tuple(alone[:shared]), tuple(tuple(whole[shared:]) for whole in wholes), shared == len(alone)
+
+    def encode_record(
+        self, record: Record, condition: Mapping[str, float] | None
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+        """`encode` of all responses of a record; an error names its row."""
+        try:
+            prompt, responses, _ = self.encode(record.prompt, condition, record.responses)
+        except Exception as error:  # tokenizers and chat templates raise what they like
+            raise row_error(record.place, record.prompt, error) from error
+        return prompt, responses
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        if self.closed or (ids and ids[-1] == self.end_id):
+            return ids
+        return [*ids, self.end_id]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of texts, begun as the tokenizer begins one but once (a chat template writes its own start); what the
+        tokenizer puts after a text is left out, since more follows."""
+        if self.chat:
+            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = self.tokenizer(texts, return_special_tokens_mask=True, verbose=False)
+        return [_begun_once(*both) for both in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)]
+
+    def end_ids(self, model: Any) -> list[int]:
+        """The tokens that end an answer: the template's, the tokenizer's and those of the model's generation config."""
+        config = getattr(model, "generation_config", None)
+        given = config.eos_token_id if config is not None else None
+        given = given if isinstance(given, (list, tuple)) else [given]
+        return list(dict.fromkeys(i for i in (*given, self.tokenizer.eos_token_id, self.end_id) if i is not None))
+
+    def set_end(self, model: Any) -> None:
+        """Have `model.generate` end answers where they end in training, too."""
+        if getattr(model, "generation_config", None) is not None:
+            ends = self.end_ids(model)
+            model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
+def row_error(place: str, prompt: Prompt, error: Exception) -> DataError:
+    """What the template or the tokenizer raised, with the row that it was given."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return DataError(f"{place or short(prompt_text(prompt))}: {kind}{error}")
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _begun_once(ids: list[int], added: list[int]) -> list[int]:
+    """`ids` without what the tokenizer added (1 in `added`) after the text, or before one that begins with the same."""
+    end = next((i for i in range(len(ids), 0, -1) if not added[i - 1]), 0)
+    start = next((i for i in range(end) if not added[i]), end)
+    return ids[start if start and ids[start : 2 * start] == ids[:start] else 0 : end]

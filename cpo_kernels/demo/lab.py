@@ -48,7 +48,7 @@ class Lab(ABC):
     own_ratings: ClassVar[dict[str, Any]]  # the trainer's `conditions` of CPSFT
     asked_for: ClassVar[dict[str, Any]]  # of CDPO
     on_pairs: ClassVar[dict[str, Any]] = {}  # of DPO
-    template_config: ClassVar[TemplateConfig] = TemplateConfig()
+    template_config: ClassVar[TemplateConfig] = TemplateConfig(answer_prefix=" ")  # the answer begins a word
     training: dict[str, Any]  # keys of the trainer beside those that every comparison has
     max_new_tokens: ClassVar[int]
     batch_size: ClassVar[int]  # of generation

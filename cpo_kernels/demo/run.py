@@ -78,6 +78,7 @@ def stage_config(stage: str, size: Size, seed: int, folder: Path, progress: bool
         "seed": seed,
         "objectives": [asdict(o) for o in OBJECTIVES],
         "data": {"eval_share": 0.02},
+        "template": {"answer_prefix": " "},  # the tokenizer knows whole words
         "conditions": conditions,
         "loss": {"beta": 0.3},
         "training": {

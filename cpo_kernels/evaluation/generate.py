@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ def greedy_answers(
 ) -> list[str]:
     """The greedy answer to every (prompt, condition), without the template's answer prefix and outer blanks.
 
-    A condition of None or {} shows no tags. The model runs in the dtype of its parameters. `stop` is asked after every
-    token; once it says True the answers end where they are.
+    A condition of None or {} shows no tags. An answer ends at any of `template.end_ids`. The model runs in the dtype of
+    its parameters. `stop` is asked after every token; once it says True the answers end where they are.
     """
     tokenizer, device = template.tokenizer, next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad: int = template.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     prompts = [template.prompt_ids(prompt, condition) for prompt, condition in requests]
+    ends = template.end_ids(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     answers = [""] * len(prompts)
     was_training = model.training
@@ -52,13 +54,14 @@ def greedy_answers(
             top_p=None,
             top_k=None,
             repetition_penalty=1.0,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
             pad_token_id=pad,
             stopping_criteria=[lambda ids, scores, **_: torch.full((len(ids),), stop(), device=device)]
             if stop
             else None,
         )
-        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        answered = [list(takewhile(lambda i: i not in ends, ids)) for ids in output[:, longest:].tolist()]
+        texts = tokenizer.batch_decode(answered, skip_special_tokens=True)
         for i, text in zip(part, texts, strict=True):
             answers[i] = text.removeprefix(template.config.answer_prefix).strip()
     model.train(was_training)

@@ -41,12 +41,10 @@ def score_answers(
     device = next(model.parameters()).device
     groups, place = [], {}
     for number, record in enumerate(records):
-        answers = [template.response_ids(r.text) for r in record.responses]
         for row, condition in enumerate(conditions):
-            prompt = tuple(template.prompt_ids(record.prompt, condition))
+            prompt, answers = template.encode_record(record, condition)
             for start in range(0, len(answers), 8):
-                part = tuple(tuple(ids) for ids in answers[start : start + 8])
-                groups.append(Encoded(prompt, part, (), (), []))
+                groups.append(Encoded(prompt, answers[start : start + 8], (), (), []))
                 place[id(groups[-1])] = number, row, start
     data = DataConfig(max_tokens=max((max(g.rows("padded")) for g in groups), default=1))
     training = TrainingConfig(precision="fp32", rows=rows, tokens_per_microbatch=tokens_per_batch)

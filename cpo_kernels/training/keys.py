@@ -30,6 +30,9 @@ class ModelConfig:
 @dataclass
 class FieldMap:
     prompt: str = key("prompt", "field of the prompt (a.b reads nested fields, here and below)")
+    input: str | None = key(None, "field of a text that follows the prompt after a blank line, such as Alpaca's input")
+    system: str | None = key(None, "field of a system message before the prompt")
+    ignore: list[str] = key([], "columns and keys of messages that say nothing to the model")
     responses: str = key("responses", "layout records: field of the list of responses")
     response: str | None = key(None, "field of a response's text; default text (records), response (answers)")
     ratings: dict | None = key(
@@ -45,7 +48,7 @@ class FieldMap:
 
 @dataclass
 class SourceConfig:
-    path: str = key("", "file (.jsonl, .json, .parquet, .csv; * for several), folder, or hub name")
+    path: str = key("", "file (.jsonl, .json, .parquet, .csv, also .gz; * for several), folder, or hub name")
     layout: str | None = key(None, "how its rows read; default: data.layout")
     split: str = key("train", "split of a folder or hub name, such as train[:1000]")
     subset: str | None = key(None, "configuration of a hub name")
@@ -63,7 +66,7 @@ class DataConfig:
     layout: str = key(
         "records",
         "records (responses in a list) | answers (one a row) | pairs (chosen, rejected: TRL's format), or a published "
-        "schema: ultrafeedback | ultrasafety | helpsteer | pku_saferlhf | hh_rlhf",
+        "schema: ultrafeedback | ultrasafety | helpsteer | pku_saferlhf | hh_rlhf | helpsteer3",
     )
     fields: FieldMap = key(FieldMap, "field names of the files")
     on_bad_line: str = key("error", "error | skip (skip counts and reports)")

@@ -14,6 +14,7 @@ What several processes do otherwise than one stands in `parallel`.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from cpo_kernels.data.packing import Encoded, Unit, epoch_steps
 from cpo_kernels.data.preparation import epoch_length, epochs_of, load_data, units_of
 from cpo_kernels.data.records import Record
+from cpo_kernels.data.sources import notes
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.adapters import add_adapters
@@ -95,6 +97,7 @@ def train(
             model.to(accelerator.device)
         model.eval()
         template = PromptTemplate(tokenizer, config.template, objectives)
+        template.set_end(model)
         initial = fingerprint(model)
         adapted = add_adapters(model, config.training, config.seed)
         if config.training.gradient_checkpointing:
@@ -108,6 +111,8 @@ def train(
     if accelerator.num_processes > 1:
         check_same(accelerator, weights=initial, data=same["data"])
     loop = Loop(config, accelerator, run, model, loss, same)
+    if accelerator.is_main_process:
+        print(*notes(report), sep="\n", end="\n" if notes(report) else "", file=sys.stderr, flush=True)
     with together(accelerator):
         run.begin(report, eval_records)
     loop.run_epochs(*loop.with_reference(epochs, eval_set, report))

@@ -1,0 +1,272 @@
+"""Prompt and response as tokens: those of the whole text, with the end of a turn that the chat template writes."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from tiny import one_thread  # noqa: F401
+from tokenizers_at_odds import CHATML, GEMMA, byte_level, legacy, metaspace
+from transformers import ByT5Tokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from cpo_kernels.data.records import DataError, Record, Response
+from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.evaluation.generate import greedy_answers
+from cpo_kernels.evaluation.likelihood import score_answers
+from cpo_kernels.objectives import Objective
+from cpo_kernels.training.keys import TemplateConfig
+from cpo_kernels.training.loop import train
+
+HONESTY = [Objective("honesty", 1, 5)]
+TOKENIZERS = {
+    "legacy": legacy,
+    "metaspace first": lambda **keys: metaspace("first", **keys),
+    "metaspace always": lambda **keys: metaspace("always", **keys),
+    "byte level": byte_level,
+}
+
+
+def made(tokenizer, prompt="{tags}{prompt}\n", **keys):
+    return PromptTemplate(tokenizer, TemplateConfig(prompt, **keys), HONESTY)
+
+
+def pieces(template, prompt="Sky?", response="Yes", condition=None):
+    prompt, (response,), whole = template.encode(prompt, condition, [Response(response)])
+    return list(prompt), list(response), whole
+
+
+# -------------------------------------------------------------------- one text
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("prefix", ["", " "])
+def test_prompt_and_response_are_the_ids_of_the_whole_text(kind, begins, ends, prefix):
+    """Whatever the tokenizer puts before or after a text: once before the whole, never in between."""
+    tokenizer = TOKENIZERS[kind](begins=begins, ends=ends)
+    prompt, response, whole = pieces(made(tokenizer, answer_prefix=prefix))
+    expected = tokenizer(f"Sky?\n{prefix}Yes")["input_ids"]
+    expected = expected[:-1] if ends else expected
+    assert [*prompt, *response] == [*expected, tokenizer.eos_token_id]
+    assert prompt == made(tokenizer).prompt_ids("Sky?") and whole
+    assert prompt.count(tokenizer.bos_token_id) == begins and tokenizer.eos_token_id not in prompt
+    written = pieces(made(tokenizer, "<s>{tags}{prompt}\n", answer_prefix=prefix))  # a text that holds BOS itself
+    assert (written[0] + written[1]).count(tokenizer.bos_token_id) == 1
+    assert pieces(made(tokenizer, answer_prefix=prefix), response="Yes<eos>")[1] == response  # one end, not two
+
+
+def test_a_dummy_prefix_is_no_part_of_an_answer():
+    source = CHATML.replace("<|im_start|>{{ m.role }}", "<|{{ m.role }}|>")
+    tokenizer = legacy(source.replace("<|im_start|>assistant", "<|assistant|>"))
+    assert tokenizer.convert_ids_to_tokens(pieces(made(tokenizer))[1]) == ["Yes", "<eos>"]
+    assert tokenizer.convert_ids_to_tokens(pieces(made(tokenizer, "chat"))[1]) == ["Yes", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("prompt, response", [("A: ", "Yes"), ("A\n", "\nYes"), ("Sky", "blue")])
+@pytest.mark.parametrize("kind", ["legacy", "metaspace first", "byte level"])
+def test_tokens_that_merge_at_the_boundary_begin_where_trl_lets_them(kind, prompt, response):
+    """One prompt for all responses, up to where the first of them departs; `encode` says that it is not the whole."""
+    from trl.data_utils import common_prefix_length
+
+    tokenizer = TOKENIZERS[kind]()
+    alone, both = (tokenizer(text)["input_ids"] for text in (prompt, prompt + response))
+    length = common_prefix_length(alone, both)
+    ids, (first, second), whole = made(tokenizer, "{tags}{prompt}").encode(
+        prompt, None, [Response(response), Response("!")]
+    )
+    assert (list(ids), whole) == (both[:length], length == len(alone))
+    assert [*ids, *first] == [*both, tokenizer.eos_token_id]
+    assert [*ids, *second] == [*tokenizer(prompt + "!")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_boundary_without_a_token_before_it_is_refused():
+    with pytest.raises(ValueError, match="prompt 'Y' and response become one token at the start of the text"):
+        pieces(made(legacy(), "{tags}{prompt}"), "Y", "es")
+    assert pieces(made(legacy(begins=True), "{tags}{prompt}"), "Y", "es")[0] == [1]
+
+
+def test_a_tokenizer_in_python_that_ends_every_text():
+    tokenizer = ByT5Tokenizer()
+    prompt, response, _ = pieces(made(tokenizer))
+    assert prompt + response == tokenizer("Sky?\nYes")["input_ids"]
+    assert prompt == tokenizer("Sky?\n", add_special_tokens=False)["input_ids"]
+
+
+# -------------------------------------------------------------------- the end of a turn
+
+ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+PHI = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
+PHI += "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+NO_END = "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n{% endfor %}"
+ENDS = {
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "chatml": (CHATML, "<|im_end|>"),
+    "zephyr": (ZEPHYR + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}", "<eos>"),
+    "phi": (PHI, "<|im_end|>"),
+    "no end": (NO_END + "{% if add_generation_prompt %}[assistant]\n{% endif %}", "<eos>"),
+}
+
+
+@pytest.mark.parametrize("kind", ["legacy", "byte level"])
+@pytest.mark.parametrize("name", ENDS)
+def test_a_response_ends_as_the_chat_template_ends_a_turn(name, kind):
+    source, end = ENDS[name]
+    tokenizer = TOKENIZERS[kind](template=source, ends=True, begins=True)
+    template = made(tokenizer, "chat")
+    prompt, response, whole = pieces(template)
+    conversation = [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Yes"}]
+    text = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
+    assert response[-1] == template.end_id == tokenizer.convert_tokens_to_ids(end) and whole
+    ids = prompt + response if name != "no end" else (prompt + response)[:-1]
+    assert text[: len(ids)] == ids  # what follows the end, a line feed, is nothing to learn
+    assert tokenizer.decode(response) == f"Yes{end}"
+    assert pieces(template, response=f"Yes{end}")[1] == response
+
+
+def test_a_prompt_that_is_written_otherwise_before_an_answer():
+    """Gemma 4 and DeepSeek R1 open a thought at the end of a prompt, which a whole conversation does not have."""
+    source = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    template = made(byte_level(source), "chat")
+    prompt, response, whole = pieces(template)
+    assert template.tokenizer.decode(prompt).endswith("assistant\n") and not whole
+    assert template.tokenizer.decode(response) == "Yes<|im_end|>"
+    assert template.tokenizer.decode(template.prompt_ids("Sky?")).endswith("assistant\n<think>")
+
+
+def model_that_says(tokenizer, ids):
+    """A model that writes `ids` after any prompt, then the first of them for ever."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, eos_token_id=tokenizer.eos_token_id))
+    forward, steps = model.forward, [0]
+
+    def says(*args, **keys):
+        out = forward(*args, **keys)
+        out.logits[:, -1] = torch.nn.functional.one_hot(torch.tensor(ids[steps[0] % len(ids)]), len(tokenizer)).float()
+        steps[0] += 1
+        return out
+
+    model.forward = says
+    return model
+
+
+@pytest.mark.parametrize("from_model", [False, True])
+def test_answers_end_where_generate_ends_them(from_model):
+    """With the chat template's end of a turn, and with every end token of the model's generation config."""
+    tokenizer = byte_level(None if from_model else GEMMA)
+    template = made(tokenizer, "{tags}{prompt}" if from_model else "chat")
+    ids = tokenizer("yes<end_of_turn>\nuser<eos>")["input_ids"]
+    model = model_that_says(tokenizer, ids)
+    if from_model:
+        model.generation_config = GenerationConfig(eos_token_id=[2, 4])
+    assert greedy_answers(model, template, [("Sky?", None)], 12) == ["yes"]
+
+
+def test_training_leaves_a_model_that_ends_its_turns(tmp_path):
+    tokenizer = byte_level(GEMMA)
+    config = tiny.config("cpsft", template={"prompt": "chat"}, training={"max_steps": 1})
+    result = train(config | {"run_dir": str(tmp_path / "run")}, tokenizer=tokenizer, records=tiny.records(4))
+    saved = json.loads((tmp_path / "run/model/generation_config.json").read_text())
+    assert set(saved["eos_token_id"]) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")}
+    assert set(result.template.end_ids(result.model)) == set(saved["eos_token_id"])
+
+
+# -------------------------------------------------------------------- what a message says beside its text
+
+CALL = [{"type": "function", "function": {"name": "sky", "arguments": {"at": "noon"}}}]
+OTHER = [{"type": "function", "function": {"name": "sea", "arguments": {}}}]
+
+
+def calls(value):
+    return json.dumps({"tool_calls": value})
+
+
+def test_tool_calls_go_through_the_template():
+    template = made(byte_level(CHATML), "chat")
+    _, ids, _ = template.encode("Sky?", None, [Response("", {}, calls(CALL)), Response("", {}, calls(OTHER))])
+    first, second = map(template.tokenizer.decode, ids)
+    assert first == f"<call>{json.dumps(CALL)}</call><|im_end|>" and "sea" in second
+    talk = (("user", "Sky?"), ("assistant", "", calls(CALL)), ("tool", "blue"))
+    assert template.text(talk, {"honesty": 5}) == (
+        "<|im_start|>user\n<honesty: 5> Sky?<|im_end|>\n<|im_start|>assistant\n"
+        f"<call>{json.dumps(CALL)}</call><|im_end|>\n<|im_start|>tool\nblue<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "source, talk, reason",
+    [
+        (GEMMA, (("user", "Sky?", '{"name": "Ada"}'),), "leaves out name 'Ada' of the user's message"),
+        (GEMMA, (("user", "a"), ("assistant", "", calls(CALL)), ("user", "b")), "leaves out tool_calls"),
+        (CHATML, (("user", "Sky?", '{"weight": 0}'),), "leaves out weight 0"),
+        (
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}",
+            (("system", "Be kind."), ("user", "Sky?")),
+            "leaves out content 'Be kind.' of the system's message",
+        ),
+        (CHATML, (("options", "", '{"tools": [{"name": "sky"}]}'), ("user", "Sky?")), "takes no tools from a row"),
+        (CHATML, (("options", "", '{"chat_template_kwargs": {"deep": true}}'), ("user", "Sky?")), "takes no deep"),
+        (CHATML, (("options", "", '{"chat_template_kwargs": {"tokenize": true}}'), ("user", "b")), "takes no tokenize"),
+    ],
+)
+def test_what_the_template_leaves_out_is_refused_by_name(source, talk, reason):
+    with pytest.raises(ValueError, match=reason):
+        made(byte_level(source), "chat").text(talk)
+
+
+def test_tools_and_template_options_reach_the_template():
+    source = "{% for t in tools or [] %}T:{{ t.name }} {% endfor %}{% if deep %}deep {% endif %}" + CHATML
+    talk = (("options", "", '{"tools": [{"name": "sky"}], "chat_template_kwargs": {"deep": true}}'), ("user", "Sky?"))
+    assert made(byte_level(source), "chat").text(talk).startswith("T:sky deep <|im_start|>user\nSky?")
+
+
+def test_a_text_prompt_has_no_place_for_them():
+    with pytest.raises(ValueError, match="no place for .*tool_calls.*: use chat"):
+        made(byte_level()).encode("Sky?", None, [Response("", {}, calls(CALL))])
+
+
+# -------------------------------------------------------------------- rows that fail here
+
+
+def test_an_error_of_template_or_tokenizer_names_the_row():
+    template = made(byte_level(GEMMA), "chat")
+    record = Record((("system", "Be kind."), ("user", "Sky?")), (Response("Yes", {}, place="r.jsonl:7"),), "r.jsonl:7")
+    with pytest.raises(DataError, match="r.jsonl:7: TemplateError: System role not supported"):
+        score_answers(torch.nn.Linear(1, 1), template, [record], [{}])
+
+
+def rows(tmp_path):
+    """Four rows: in the second the template refuses a role, in the fourth one of three answers."""
+
+    def row(prompt, *texts):
+        return {
+            "prompt": prompt,
+            "responses": [{"text": t, "ratings": {"honesty": 1 + i}} for i, t in enumerate(texts)],
+        }
+
+    strange = {"role": "assistant", "content": "x", "name": "Ada"}
+    system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "b?"}]
+    made = [row("a?", "x", "y"), row(system, "x", "y"), row("c?", "x", "y"), row("d?", "x", strange, "z")]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+    return str(tmp_path / "r.jsonl")
+
+
+def test_rows_that_fail_are_named_or_skipped_and_counted(tmp_path):
+    path, tokenizer = rows(tmp_path), byte_level(GEMMA)
+    sections = {"template": {"prompt": "chat"}, "training": {"max_steps": 1}, "objectives": [tiny.OBJECTIVES[0]]}
+    data = {"train": [path], "eval_share": 0.0}
+    with pytest.raises(DataError, match="r.jsonl:2: TemplateError: System role not supported"):
+        train(
+            tiny.config("dpo", data=data, conditions={"responses": None, "per_prompt": 1}, **sections),
+            tokenizer=tokenizer,
+        )
+    skipping = tiny.config(
+        "dpo", data=data | {"on_bad_line": "skip"}, conditions={"responses": None, "per_prompt": 1}, **sections
+    )
+    report = train(skipping, tokenizer=tokenizer).report
+    assert report["bad_lines"] == 2 and [reason.split(": ")[0][-1] for reason in report["bad_line_reasons"]] == [
+        "2",
+        "4",
+    ]
+    assert report["train"]["units"] == 3  # a, c, and d with the pair of its other answers
