@@ -9,10 +9,12 @@ from tiny import one_thread  # noqa: F401
 from tokenizers_at_odds import CHATML, GEMMA, byte_level, legacy, metaspace
 from transformers import ByT5Tokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from cpo_kernels.data.command import main as count
 from cpo_kernels.data.records import DataError, Record, Response
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.likelihood import score_answers
+from cpo_kernels.evaluation.run import main as evaluate
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.keys import TemplateConfig
 from cpo_kernels.training.loop import train
@@ -252,21 +254,40 @@ def rows(tmp_path):
     return str(tmp_path / "r.jsonl")
 
 
-def test_rows_that_fail_are_named_or_skipped_and_counted(tmp_path):
+@pytest.fixture
+def recipe(tmp_path):
     path, tokenizer = rows(tmp_path), byte_level(GEMMA)
-    sections = {"template": {"prompt": "chat"}, "training": {"max_steps": 1}, "objectives": [tiny.OBJECTIVES[0]]}
-    data = {"train": [path], "eval_share": 0.0}
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = tiny.config("dpo", objectives=tiny.OBJECTIVES[:1], conditions={"responses": None, "per_prompt": 1})
+    config["model"]["tokenizer"] = str(tmp_path / "tokenizer")
+    config["training"] |= {"max_steps": 1}
+    return config | {"template": {"prompt": "chat"}, "data": {"train": [path], "eval": [path]}}
+
+
+def test_rows_that_fail_are_named(recipe, tmp_path):
     with pytest.raises(DataError, match="r.jsonl:2: TemplateError: System role not supported"):
-        train(
-            tiny.config("dpo", data=data, conditions={"responses": None, "per_prompt": 1}, **sections),
-            tokenizer=tokenizer,
-        )
-    skipping = tiny.config(
-        "dpo", data=data | {"on_bad_line": "skip"}, conditions={"responses": None, "per_prompt": 1}, **sections
-    )
-    report = train(skipping, tokenizer=tokenizer).report
-    assert report["bad_lines"] == 2 and [reason.split(": ")[0][-1] for reason in report["bad_line_reasons"]] == [
-        "2",
-        "4",
-    ]
-    assert report["train"]["units"] == 3  # a, c, and d with the pair of its other answers
+        train(recipe)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(DataError, match="r.jsonl:2: TemplateError: System role not supported"):
+        count([str(tmp_path / "recipe.yaml")])
+
+
+def test_rows_that_fail_are_skipped_and_counted(recipe, tmp_path, capsys):
+    recipe["data"] |= {"on_bad_line": "skip"}
+    report = train(recipe | {"run_dir": str(tmp_path / "run")}).report
+    assert report["bad_lines"] == 4  # two of each split
+    assert [reason.split(": ")[0][-1] for reason in report["bad_line_reasons"]] == ["2", "4", "2", "4"]
+    assert report["train"]["units"] == 3 and report["train"]["pairs"] == 3  # a, c, and d with its other answers
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert count([str(tmp_path / "recipe.yaml")]) == 0
+    assert "bad rows skipped: 4; the first: " in capsys.readouterr().out
+    out = ["--out", str(tmp_path / "eval.json"), "--condition", "honesty=5", "--max-new-tokens", "1"]
+    assert evaluate([str(tmp_path / "run"), *out]) == 0  # what was held out holds none of them
+    assert evaluate([str(tmp_path / "run"), "--data", recipe["data"]["train"][0], *out]) == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["report"]["bad_lines"] == 2
+    recipe["data"]["train"] = recipe["data"]["eval"] = [str(tmp_path / "bad.jsonl")]
+    (tmp_path / "bad.jsonl").write_text((tmp_path / "r.jsonl").read_text().splitlines()[1])
+    with pytest.raises(
+        ValueError, match="no row is left that chat template and .*; the first: .*bad.jsonl:1"
+    ):
+        train(recipe)

@@ -16,7 +16,7 @@ from typing import Any
 from cpo_kernels.cli import config_arguments
 from cpo_kernels.data.conditions import Draws, Group, ratings_row
 from cpo_kernels.data.packing import encode
-from cpo_kernels.data.preparation import draws_of, load_data
+from cpo_kernels.data.preparation import draws_of, encodable, load_data
 from cpo_kernels.data.records import message_json, prompt_columns
 from cpo_kernels.data.sources import notes
 from cpo_kernels.data.statistics import condition_name, pair_gaps, statistics, table
@@ -36,10 +36,10 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(config.model)  # before the data, which takes longer
     records, held_out, objectives = load_data(config, None, None, report, quiet=not config.training.progress)
     template = PromptTemplate(tokenizer, config.template, objectives)
+    records = encodable(config.data, records, template, report)
+    held_out = encodable(config.data, held_out, template, report, may_be_empty=True)
     draws = draws_of(config, records, objectives)
-    skipped = report if config.data.on_bad_line == "skip" else None
-    limits = config.data.max_prompt_tokens, config.data.max_tokens
-    units = encode(draws, template, objectives, *limits, report=skipped)
+    units = encode(draws, template, objectives, config.data.max_prompt_tokens, config.data.max_tokens)
     found = statistics(records, draws, units, objectives) | report | {"held_out_records": len(held_out)}
     print(table(found))
     for note in notes(found):

@@ -84,7 +84,7 @@ class Sampler:
         self.records, self.objectives, self.config = records, objectives, config
         self.rng, self.tie_margin = rng, tie_margin
         self.names = [o.name for o in objectives]
-        check(config, self.names)
+        check(config, objectives)
         self.classes = RatingClasses(self.names, config, rng)
         rated = [r.ratings for record in records for r in record.responses]
         self.levels = {name: sorted({r[name] for r in rated if name in r}) for name in self.names}
@@ -261,8 +261,9 @@ def counted(config: ConditionsConfig) -> bool:
     return any(entry.count is not None for entry in config.mixture)
 
 
-def check(config: ConditionsConfig, names: Sequence[str]) -> None:
-    mixture, known = config.mixture, ", ".join(names)
+def check(config: ConditionsConfig, objectives: Sequence[Objective]) -> None:
+    mixture, scale = config.mixture, {o.name: o for o in objectives}
+    names, known = list(scale), ", ".join(scale)
     if not mixture or any(entry.share < 0 for entry in mixture) or not any(entry.share for entry in mixture):
         raise ValueError(f"conditions.mixture needs shares >= 0 that are not all 0, got {mixture}")
     counts = [entry.count for entry in mixture]
@@ -279,8 +280,16 @@ def check(config: ConditionsConfig, names: Sequence[str]) -> None:
         for name in [*(entry.objectives or []), *(entry.values or {}), *(entry.levels or {}), *(entry.rated or [])]:
             if name not in names:
                 raise ValueError(f"conditions.mixture: {name!r} is no objective; objectives: {known}")
+        for name, levels in (entry.values or {}).items():
+            if not isinstance(levels, list) or not levels or not all(_is_level(x, scale[name]) for x in levels):
+                raise ValueError(f"conditions.mixture: values of {name} must be a list of its levels, got {levels!r}")
+        for name, level in (entry.levels or {}).items():
+            if not _is_level(level, scale[name]):
+                raise ValueError(f"conditions.mixture: levels of {name} must be one of its levels, got {level!r}")
     for weight in config.class_weights:
-        if "weight" not in weight or not float(weight["weight"]) >= 0 or set(weight) - {"weight", *names}:
+        right = type(weight.get("weight")) in (int, float) and 0 <= weight["weight"] < math.inf
+        right = right and not set(weight) - {"weight", *names}
+        if not right or not all(_is_level(x, scale[name]) for name, x in weight.items() if name != "weight"):
             raise ValueError(f"conditions.class_weights: write {{objective: level, weight: w >= 0}}, got {weight}")
     if config.class_weights and not config.balance and config.responses is None:
         raise ValueError(
@@ -293,3 +302,7 @@ def check(config: ConditionsConfig, names: Sequence[str]) -> None:
             raise ValueError(f"conditions.{name} must be at least {least}, got {number}")
     if not 0 <= config.strip_best <= 1:
         raise ValueError(f"conditions.strip_best must be in [0, 1], got {config.strip_best}")
+
+
+def _is_level(value: object, objective: Objective) -> bool:
+    return type(value) in (int, float) and objective.low <= float(value) <= objective.high  # type: ignore[arg-type]

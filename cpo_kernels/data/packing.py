@@ -27,10 +27,8 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.batch_plan import BatchPlan
-from cpo_kernels.data.conditions import Draws, Group, ratings_row
-from cpo_kernels.data.records import DataError
-from cpo_kernels.data.sources import count_bad_line
-from cpo_kernels.data.template import PromptTemplate, row_error
+from cpo_kernels.data.conditions import Draws, ratings_row
+from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
 
 
@@ -101,31 +99,17 @@ def encode(
     max_prompt_tokens: int,
     max_tokens: int,
     may_be_empty: bool = False,
-    report: dict[str, Any] | None = None,
 ) -> list[Unit]:
     """Units in tokens. Groups with a prompt that is too long are left out, responses cut; both are counted, and so are
-    prompts whose last tokens depend on the response (`PromptTemplate.encode`).
-
-    Raises DataError with the row of a prompt or a response that the template or the tokenizer fails on; with a `report`
-    it is counted there and left out, of `draws` too."""
+    prompts whose last tokens depend on the response. Raises DataError as `PromptTemplate.encode` does."""
     tokens: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal ones are kept once
     counts = draws.counts
     counts.update(long_prompts=0, cut_responses=0)
-    units: list[Unit] = []
-    usable: list[tuple[Group, ...]] = []
-    bad: dict[str, DataError] = {}
-    for unit in draws.units:
-        groups, encoded = [], []
-        for drawn in unit:
-            group: Group | None = drawn
-            try:
-                prompt, responses, whole = template.encode(drawn.prompt, drawn.tags, drawn.responses)
-            except Exception:  # tokenizers and chat templates raise what they like
-                group = _usable(template, drawn, None if report is None else bad)
-                if group is None:
-                    continue
-                prompt, responses, whole = template.encode(group.prompt, group.tags, group.responses)
-            groups.append(group)
+    units = []
+    for number, unit in enumerate(draws.units):
+        encoded = []
+        for group in unit:
+            prompt, responses, whole = template.encode(group.prompt, group.tags, group.responses)
             room = max_tokens - len(prompt)
             if len(prompt) > max_prompt_tokens or room < 1:
                 counts["long_prompts"] += 1
@@ -136,46 +120,12 @@ def encode(
             prompt, *cut = (tokens.setdefault(ids, ids) for ids in (prompt, *(r[:room] for r in responses)))
             scores = tuple(ratings_row(r.ratings, objectives) for r in group.responses)
             condition = ratings_row(group.condition, objectives)
-            encoded.append(Encoded(prompt, tuple(cut), group.pairs, scores, condition, unit=len(usable)))
+            encoded.append(Encoded(prompt, tuple(cut), group.pairs, scores, condition, unit=number))
         if encoded:
             units.append(tuple(encoded))
-        if groups:
-            usable.append(tuple(groups))
-    draws.units = usable
-    if report is not None:
-        for error in bad.values():
-            count_bad_line(report, error)
     if not units and not may_be_empty:
-        if bad:
-            raise ValueError(f"no row is left that template and tokenizer take; the first: {next(iter(bad.values()))}")
         raise ValueError(f"every prompt is longer than data.max_prompt_tokens {max_prompt_tokens} or fills max_tokens")
     return units
-
-
-def _usable(template: PromptTemplate, group: Group, bad: dict[str, DataError] | None) -> Group | None:
-    """The group without what template or tokenizer fail on, which `bad` gets by its row; raised where that is None."""
-    failures = _failures(template, group)
-    if bad is None:
-        raise next(iter(failures.values()))
-    for i, error in failures.items():
-        bad.setdefault(group.responses[i].place or str(error), error)
-    left = [i for i in range(len(group.responses)) if i not in failures]
-    number = {i: number for number, i in enumerate(left)}
-    pairs = tuple((number[a], number[b]) for a, b in group.pairs if a in number and b in number)
-    if not left or (group.pairs and not pairs):
-        return None
-    return replace(group, responses=tuple(group.responses[i] for i in left), pairs=pairs)
-
-
-def _failures(template: PromptTemplate, group: Group) -> dict[int, DataError]:
-    """What the template or the tokenizer fails on, by number of the response; all of them where it is the prompt."""
-    failures = {}
-    for i, response in enumerate(group.responses):
-        try:
-            template.encode(group.prompt, group.tags, [response])
-        except Exception as error:  # they raise what they like
-            failures[i] = row_error(response.place, group.prompt, error)
-    return failures
 
 
 def epoch_steps(units: Sequence[Unit], batch_size: int, window: int, seed: int) -> list[list[Encoded]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cpo_kernels.data.conditions import Draws, prepare
 from cpo_kernels.data.packing import Unit, encode
-from cpo_kernels.data.records import Record
-from cpo_kernels.data.sources import load_records, overall_objective, split_by_prompt
+from cpo_kernels.data.records import DataError, Record
+from cpo_kernels.data.sources import count_bad_line, load_records, overall_objective, split_by_prompt
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.keys import Config, TrainingConfig
+from cpo_kernels.training.keys import Config, DataConfig, TrainingConfig
 
 
 def load_data(
@@ -40,6 +41,35 @@ def load_data(
     return records, eval_records, objectives
 
 
+def encodable(
+    data: DataConfig,
+    records: Sequence[Record],
+    template: PromptTemplate,
+    report: dict[str, Any],
+    may_be_empty: bool = False,
+) -> Sequence[Record]:
+    """With `data.on_bad_line: skip` the records without the rows that chat template or tokenizer fail on, which are
+    counted in the report; otherwise all of them: whoever comes to such a row raises."""
+    if data.on_bad_line != "skip":
+        return records
+    kept, bad = [], dict[str, DataError]()
+    for record in records:
+        responses = []
+        for response in record.responses:
+            try:
+                template.encode(record.prompt, None, [response], record.place)
+                responses.append(response)
+            except DataError as error:
+                bad.setdefault(response.place or str(error), error)
+        if responses or not record.responses:
+            kept.append(replace(record, responses=tuple(responses)))
+    for failure in bad.values():
+        count_bad_line(report, failure)
+    if bad and not kept and not may_be_empty:
+        raise ValueError(f"no row is left that chat template and tokenizer take; the first: {next(iter(bad.values()))}")
+    return kept
+
+
 def units_of(
     split: str,
     config: Config,
@@ -55,8 +85,7 @@ def units_of(
     if split == "eval" and 0 < config.training.eval_size < len(draws.units):
         draws.units = random.Random(config.seed).sample(draws.units, config.training.eval_size)
     limits = config.data.max_prompt_tokens, config.data.max_tokens
-    skipped = report if config.data.on_bad_line == "skip" else None
-    units = encode(draws, template, objectives, *limits, split == "eval", skipped)
+    units = encode(draws, template, objectives, *limits, may_be_empty=split == "eval")
     report[split] = {"prompts": len({record.prompt for record in records}), "units": len(units)} | draws.counts
     return units
 

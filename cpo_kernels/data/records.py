@@ -73,6 +73,12 @@ def _opener(path: str | Path) -> Callable[..., Any]:
     return OPENERS.get(Path(path).suffix.lower(), open)
 
 
+def suffix_of(path: str | Path) -> str:
+    """The file's ending, in lower case, without that of its packing."""
+    name = Path(path).name.lower()
+    return Path(name[: -len(packed)] if (packed := Path(name).suffix) in OPENERS else name).suffix
+
+
 def open_text(path: str | Path, **keys: Any) -> Any:
     """The file as text (UTF-8, with or without a byte order mark), unpacked if its name ends in .gz, .bz2 or .xz."""
     return _opener(path)(path, "rt", encoding="utf-8-sig", **keys)
@@ -106,6 +112,14 @@ def _object(line: bytes) -> dict[str, Any]:
 def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 10) : error.end + 10]
+        raise ValueError(f"{short(near)} holds half a surrogate pair, which is no character: repair the text") from None
 
 
 def write_records(records: Sequence[Record], path: str | Path) -> None:

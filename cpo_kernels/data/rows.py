@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cpo_kernels.data.records import OPENERS, DataError, open_text, read_jsonl
+from cpo_kernels.data.records import OPENERS, DataError, open_text, read_jsonl, suffix_of
 from cpo_kernels.training.keys import SourceConfig
 
 BUILDERS = {".json": "json", ".parquet": "parquet"}
@@ -51,7 +51,7 @@ def read_rows(source: SourceConfig, quiet: bool = True) -> Iterator[Row]:
 def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
     path = source.path
     files = sorted(glob.glob(path, recursive=True)) if "*" in path else [path]
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     local = suffix in (*READ_HERE, *BUILDERS)
     if not files or (local and not all(Path(file).is_file() for file in files)):
         raise FileNotFoundError(f"data file {path!r} does not exist")
@@ -73,12 +73,6 @@ def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
     return ((f"{path}:row {number}", row) for number, row in enumerate(rows, 1)), total
 
 
-def _suffix(path: str) -> str:
-    """The file's ending without that of its packing."""
-    name = Path(path).name.lower()
-    return Path(name[: -len(packed)] if (packed := Path(name).suffix) in OPENERS else name).suffix
-
-
 def _refuse(source: SourceConfig, names: list[str]) -> None:
     """Keys that a source of this kind would ignore."""
     plain = SourceConfig(source.path)
@@ -93,7 +87,7 @@ def _load(source: SourceConfig, files: list[str]) -> Any:
         raise ImportError(f"{source.path}: this source needs `datasets`: pip install datasets") from None
     path, keep = source.path, {"split": source.split, "streaming": source.streaming}
     try:
-        if suffix := BUILDERS.get(_suffix(path)):
+        if suffix := BUILDERS.get(suffix_of(path)):
             return datasets.load_dataset(suffix, data_files=files, **keep)
         if not any((Path(path) / name).exists() for name in ("state.json", "dataset_dict.json")):
             return datasets.load_dataset(path, source.subset, data_dir=source.data_dir, **keep)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cpo_kernels.data.fields import is_empty
 from cpo_kernels.data.layouts import LAYOUTS, OVERALL, TELLING, layout_of
-from cpo_kernels.data.records import DataError, Record, prompt_text, short
+from cpo_kernels.data.records import DataError, Record, check_text, prompt_text
 from cpo_kernels.data.rows import read_rows
 from cpo_kernels.data.schemas import SCHEMAS
 from cpo_kernels.objectives import Objective
@@ -92,14 +92,6 @@ def _record(row: dict[str, Any] | DataError, convert: Callable[[dict], Record], 
     except ValueError as error:
         raise DataError(f"{place}: {error}") from None
     return Record(record.prompt, tuple(replace(r, place=place) for r in record.responses), place)
-
-
-def check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        near = text[max(0, error.start - 10) : error.end + 10]
-        raise ValueError(f"{short(near)} holds half a surrogate pair, which is no character: repair the text") from None
 
 
 def _check_columns(columns: Counter[str], fields: FieldMap, path: str, report: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from cpo_kernels.data.records import (
     DataError,
     Message,
     Prompt,
-    Record,
     Response,
     message_json,
     prompt_json,
@@ -166,34 +165,38 @@ class PromptTemplate:
         return self._ids([self.text(prompt, condition)])[0]
 
     def encode(
-        self, prompt: Prompt, condition: Mapping[str, float] | None, responses: Sequence[Response]
+        self, prompt: Prompt, condition: Mapping[str, float] | None, responses: Sequence[Response], place: str = ""
     ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], bool]:
         """(ids of the prompt, ids of each response, whether the prompt's are `prompt_ids`).
 
         Prompt and response together are the ids of the whole text. Where it is not tokenized as the prompt alone and
         more (tokens merge at the boundary; the chat template writes a prompt otherwise before an answer), the responses
         begin where the first of them departs from the prompt alone, as TRL's do, so that all share one prompt.
+
+        Raises DataError with the row (`place`, or the response's) that chat template or tokenizer fail on.
         """
-        before = self.text(prompt, condition)
-        alone, *wholes = self._ids([before, *(self._whole(before, prompt, condition, r) for r in responses)])
+        response = None
+        try:
+            before = self.text(prompt, condition)
+            texts = [before]
+            for response in responses:
+                texts.append(self._whole(before, prompt, condition, response))
+            response = None
+            alone, *wholes = self._ids(texts)
+        except Exception as error:  # they raise what they like
+            place = (response or next(iter(responses), Response(""))).place or place or short(prompt_text(prompt))
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise DataError(f"{place}: {kind}{error}") from error
         wholes = [self._ended(ids) for ids in wholes]
-        shared = min((_common_prefix(alone, whole) for whole in wholes), default=len(alone))
-        if not shared:
-            raise ValueError(
-                f"prompt {short(before)} and response become one token at the start of the text: set "
+        lengths = [_common_prefix(alone, whole) for whole in wholes]
+        if 0 in lengths:
+            place = responses[lengths.index(0)].place or place or short(prompt_text(prompt))
+            raise DataError(
+                f"{place}: prompt {short(before)} and response become one token at the start of the text: set "
                 "template.answer_prefix or template.prompt to keep them apart"
             )
+        shared = min(lengths, default=len(alone))
         return tuple(alone[:shared]), tuple(tuple(whole[shared:]) for whole in wholes), shared == len(alone)
-
-    def encode_record(
-        self, record: Record, condition: Mapping[str, float] | None
-    ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-        """`encode` of all responses of a record; an error names its row."""
-        try:
-            prompt, responses, _ = self.encode(record.prompt, condition, record.responses)
-        except Exception as error:  # tokenizers and chat templates raise what they like
-            raise row_error(record.place, record.prompt, error) from error
-        return prompt, responses
 
     def _ended(self, ids: list[int]) -> list[int]:
         if self.closed or (ids and ids[-1] == self.end_id):
@@ -220,12 +223,6 @@ class PromptTemplate:
         if getattr(model, "generation_config", None) is not None:
             ends = self.end_ids(model)
             model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-
-
-def row_error(place: str, prompt: Prompt, error: Exception) -> DataError:
-    """What the template or the tokenizer raised, with the row that it was given."""
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return DataError(f"{place or short(prompt_text(prompt))}: {kind}{error}")
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

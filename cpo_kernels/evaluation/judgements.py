@@ -35,6 +35,8 @@ def evaluate(
     Likelihood and matching need rated responses in `records`. Without `tags` the model gets the bare prompt, whatever
     is requested.
     """
+    for record in records:  # a row that the template fails on is named before any work
+        template.encode(record.prompt, {}, record.responses, record.place)
     objectives = template.tags.objectives
     rated = any(record.responses for record in records)
     asked: list[Mapping[str, float]] = [*conditions, {}]

@@ -42,7 +42,7 @@ def score_answers(
     groups, place = [], {}
     for number, record in enumerate(records):
         for row, condition in enumerate(conditions):
-            prompt, answers = template.encode_record(record, condition)
+            prompt, answers, _ = template.encode(record.prompt, condition, record.responses, record.place)
             for start in range(0, len(answers), 8):
                 groups.append(Encoded(prompt, answers[start : start + 8], (), (), []))
                 place[id(groups[-1])] = number, row, start

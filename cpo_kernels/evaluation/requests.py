@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from cpo_kernels.data.fields import prompt_of
-from cpo_kernels.data.records import DataError, Record, read_jsonl
+from cpo_kernels.data.records import DataError, Record, check_text, open_text, prompt_text, read_jsonl, suffix_of
 from cpo_kernels.objectives import Objective, TagTemplate
 
 MOST = 200  # conditions of a grid that nobody asked for by name
@@ -73,17 +73,20 @@ def parse_objective(text: str) -> Objective:
 
 def read_prompts(path: str | Path) -> list[Record]:
     """Prompts without rated responses: JSONL with `prompt` (a text or messages), or a text file, one prompt a line."""
-    if Path(path).suffix == ".jsonl":
+    if suffix_of(path) in (".jsonl", ".ndjson"):
         records = []
         for number, row in read_jsonl(path):
             if isinstance(row, DataError):
                 raise row
             try:
-                records.append(Record(prompt_of(row, "prompt"), ()))
+                record = Record(prompt_of(row, "prompt"), (), f"{path}:{number}")
+                check_text(prompt_text(record.prompt))
+                records.append(record)
             except ValueError as error:
                 raise DataError(f"{path}:{number}: {error}") from None
     else:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        with open_text(path) as file:
+            lines = file.read().split("\n")
         records = [Record(line.strip(), ()) for line in lines if line.strip()]
     if not records:
         raise ValueError(f"{path} holds no prompts")

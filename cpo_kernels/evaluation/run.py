@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cpo_kernels.data.fields import prompt_of
+from cpo_kernels.data.preparation import encodable
 from cpo_kernels.data.records import Record, prompt_json, prompt_text
-from cpo_kernels.data.sources import load_records
+from cpo_kernels.data.sources import load_records, notes
+from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.achieved import win_rates
 from cpo_kernels.evaluation.greedy import NO_COMMENT
 from cpo_kernels.evaluation.judgements import evaluate, score
@@ -29,6 +31,7 @@ from cpo_kernels.evaluation.tables import rated_table, score_table
 from cpo_kernels.objectives import Objective, TagTemplate
 from cpo_kernels.training.checkpoints import atomic_text
 from cpo_kernels.training.keys import DataConfig
+from cpo_kernels.training.models import load_tokenizer
 from cpo_kernels.training.rundir import versions
 
 
@@ -45,8 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
         need_matplotlib()  # before the work of hours
     if args.answers:
-        everything = json.loads(args.answers.read_text(encoding="utf-8"))
-        objectives = [Objective(**o) for o in everything["objectives"]]
+        everything, objectives = _earlier(args.answers)
         out = args.out or (args.report or args.answers.parent) / "eval.json"
         scorer = _scorer(args, objectives, out)
         entries = [entry for result in everything["results"].values() for entry in result["conditions"]]
@@ -78,10 +80,28 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _earlier(path: Path) -> tuple[dict[str, Any], list[Objective]]:
+    """The results file of an earlier evaluation, and its objectives."""
+    try:
+        everything = json.loads(path.read_text(encoding="utf-8"))
+        objectives = [Objective(**o) for o in everything["objectives"]]
+        entries = [entry for result in everything["results"].values() for entry in result["conditions"]]
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise TypeError("its conditions are no objects")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no results file of `cpo-kernels eval` ({type(error).__name__}: {error}): name the JSON file "
+            "that --out wrote"
+        ) from None
+    return everything, objectives
+
+
 def _answer(args: Any, sources: Sequence[Source], objectives: Sequence[Objective]) -> dict[str, Any]:
     """Every model's answers and likelihoods: the results file without scores."""
     report: dict[str, Any] = {}
     records = _records(args, sources[0], objectives, report)
+    for note in notes(report):
+        print(note)
     conditions = _conditions(args, sources[0], objectives, records)
     if not args.no_generate:
         count = len(sources) * len(records) * (len(conditions) + 1)
@@ -244,6 +264,9 @@ def _records(args: Any, source: Source, objectives: Sequence[Objective], report:
         records = read_prompts(args.prompts)
     elif args.data:
         records = load_records(args.data, source.config.data, objectives, report)
+        if source.config.data.on_bad_line == "skip":
+            template = PromptTemplate(load_tokenizer(source.model), source.config.template, objectives)
+            records = list(encodable(source.config.data, records, template, report))
     else:  # the trainer writes its own layout
         held_out = source.folder and source.folder / "eval_records.jsonl"
         if not held_out or not held_out.exists():
@@ -277,7 +300,10 @@ def _scorer(args: Any, objectives: Sequence[Objective], out: Path) -> Scorer | N
 def _judge(args: Any, url: str, objectives: list[Objective], cache: Path) -> Scorer:
     if not args.judge_model:
         raise ValueError("--scorer judge:URL needs --judge-model NAME")
-    options = json.loads(args.judge_options)
+    try:
+        options = json.loads(args.judge_options)
+    except ValueError:
+        options = None
     if not isinstance(options, dict):
         raise ValueError(f"--judge-options must be a JSON object, got {args.judge_options!r}")
     template = Path(args.judge_template).read_text(encoding="utf-8") if args.judge_template else PROMPT

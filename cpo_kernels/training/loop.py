@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cpo_kernels.data.packing import Encoded, Unit, epoch_steps
-from cpo_kernels.data.preparation import epoch_length, epochs_of, load_data, units_of
+from cpo_kernels.data.preparation import encodable, epoch_length, epochs_of, load_data, units_of
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.sources import notes
 from cpo_kernels.data.template import PromptTemplate
@@ -98,6 +98,8 @@ def train(
         model.eval()
         template = PromptTemplate(tokenizer, config.template, objectives)
         template.set_end(model)
+        records = encodable(config.data, records, template, report)
+        eval_records = encodable(config.data, eval_records, template, report, may_be_empty=True)
         initial = fingerprint(model)
         adapted = add_adapters(model, config.training, config.seed)
         if config.training.gradient_checkpointing:
