@@ -1,6 +1,7 @@
 """Prompt and response as tokens: those of the whole text, with the end of a turn that the chat template writes."""
 
 import json
+import os
 
 import pytest
 import tiny
@@ -69,11 +70,9 @@ def test_a_dummy_prefix_is_no_part_of_an_answer():
 @pytest.mark.parametrize("kind", ["legacy", "metaspace first", "byte level"])
 def test_tokens_that_merge_at_the_boundary_begin_where_trl_lets_them(kind, prompt, response):
     """One prompt for all responses, up to where the first of them departs; `encode` says that it is not the whole."""
-    from trl.data_utils import common_prefix_length
-
     tokenizer = TOKENIZERS[kind]()
     alone, both = (tokenizer(text)["input_ids"] for text in (prompt, prompt + response))
-    length = common_prefix_length(alone, both)
+    length = len(os.path.commonprefix([alone, both]))
     ids, (first, second), whole = made(tokenizer, "{tags}{prompt}").encode(
         prompt, None, [Response(response), Response("!")]
     )
@@ -175,6 +174,7 @@ def test_training_leaves_a_model_that_ends_its_turns(tmp_path):
 
 
 # -------------------------------------------------------------------- what a message says beside its text
+
 
 CALL = [{"type": "function", "function": {"name": "sky", "arguments": {"at": "noon"}}}]
 OTHER = [{"type": "function", "function": {"name": "sea", "arguments": {}}}]
@@ -287,7 +287,5 @@ def test_rows_that_fail_are_skipped_and_counted(recipe, tmp_path, capsys):
     assert json.loads((tmp_path / "eval.json").read_text())["report"]["bad_lines"] == 2
     recipe["data"]["train"] = recipe["data"]["eval"] = [str(tmp_path / "bad.jsonl")]
     (tmp_path / "bad.jsonl").write_text((tmp_path / "r.jsonl").read_text().splitlines()[1])
-    with pytest.raises(
-        ValueError, match="no row is left that chat template and .*; the first: .*bad.jsonl:1"
-    ):
+    with pytest.raises(ValueError, match="no row is left that chat template and .*; the first: .*bad.jsonl:1"):
         train(recipe)

@@ -150,8 +150,11 @@ class PromptTemplate:
         if not tokens:
             return "", tail, None
         first = min(tokens, key=lambda text: (tail.index(text), -len(text)))
-        end = tail.index(first) + len(first)
-        return tail[:end], tail[end:], tokens[first]
+        end, last = tail.index(first) + len(first), first
+        while following := [text for text in tokens if tail.startswith(text, end)]:  # Cohere's end in two tokens
+            last = max(following, key=len)
+            end += len(last)
+        return tail[:end], tail[end:], tokens[last]
 
     def _added(self) -> dict[int, str]:
         """The tokens that stand outside the vocabulary proper, such as <end_of_turn>, and their texts."""
