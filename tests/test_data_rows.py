@@ -6,6 +6,7 @@ import json
 import lzma
 import re
 
+import datasets
 import pytest
 import tiny
 from tiny import one_thread  # noqa: F401
@@ -312,13 +313,39 @@ def test_a_file_without_a_good_row_is_named(tmp_path):
         load_records([tmp_path / "r.jsonl"], data(on_bad_line="skip"), HONESTY, {})
 
 
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("r.json", b"", "the file is empty"),
+        ("r.parquet", b"", "the file is empty"),
+        ("r.json", json.dumps([LINE, 3]).encode(), "a .json file is a list of objects, or one object a line"),
+        ("r.json", b"3", "a .json file is a list of objects, or one object a line"),
+        ("r.jsonl.gz", TEXT, "Not a gzipped file"),
+        ("r.jsonl", TEXT.decode().encode("utf-16"), "save the file as UTF-8"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, monkeypatch, name, content, reason):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}.*{reason}"):
+        load_records([tmp_path / name], data(), HONESTY, {})
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.json.gz"])
+def test_json_arrays(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    content = json.dumps([LINE]).encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert load_records([tmp_path / name], data(), HONESTY, {}) == [Record("a", (Response("b", {"honesty": 5.0}),))]
+
+
 # -------------------------------------------------------------------- values of a recipe and of a results file
 
 
 @pytest.mark.parametrize(
     "sections, reason",
     [
-        ({"objectives": 0.5}, "objectives.*mapping of keys.*0.5"),
+        ({"objectives": 0.5}, r"objectives\[0\]: expected a mapping of keys, got 0.5 \(keys: name, low, high, ...\)"),
         ({"objectives": "honesty"}, "objectives.*mapping of keys.*'honesty'"),
         ({"objectives": {"honesty": 5}}, "objectives.*honesty"),
         ({"conditions": {"mixture": [{"sampler": "grid", "values": {"honesty": 5}}]}}, "values.*honesty.*list.*5"),

@@ -98,7 +98,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | DataErr
 
 
 def _object(line: bytes) -> dict[str, Any]:
-    text = line.decode("utf-8").strip()
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{error}: save the file as UTF-8") from None
     hint = "; a file that is one JSON array ends in .json" if text.startswith("[") else ""
     try:
         row = json.loads(text)

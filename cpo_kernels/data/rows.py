@@ -45,7 +45,7 @@ def read_rows(source: SourceConfig, quiet: bool = True) -> Iterator[Row]:
     ) as error:  # of one row they are values
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{source.path}: {error}") from None
+        raise _damaged(source.path, error) from None
 
 
 def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
@@ -65,12 +65,19 @@ def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
     if suffix in READ_HERE:
         read = _read_csv if suffix == ".csv" else read_jsonl
         return ((f"{file}:{line}", row) for file in files for line, row in read(file)), None
+    if local and (empty := [file for file in files if not Path(file).stat().st_size]):
+        raise DataError(f"{empty[0]}: the file is empty")
     rows = _load(source, files)
     try:
         total = len(rows)
     except TypeError:  # a stream
         total = None
     return ((f"{path}:row {number}", row) for number, row in enumerate(rows, 1)), total
+
+
+def _damaged(path: str, error: BaseException) -> DataError:
+    form = "; a .json file is a list of objects, or one object a line" if suffix_of(path) == ".json" else ""
+    return DataError(f"{path}: {error}{form}")
 
 
 def _refuse(source: SourceConfig, names: list[str]) -> None:
@@ -93,7 +100,7 @@ def _load(source: SourceConfig, files: list[str]) -> Any:
             return datasets.load_dataset(path, source.subset, data_dir=source.data_dir, **keep)
         saved = datasets.load_from_disk(path)
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"{path}: {error.__cause__ or error}") from None
+        raise _damaged(path, error.__cause__ or error) from None
     _refuse(source, ["subset", "data_dir", "streaming", *([] if isinstance(saved, dict) else ["split"])])
     if isinstance(saved, dict) and source.split not in saved:
         raise ValueError(f"source {path} has no split {source.split!r}, but {', '.join(saved)}")

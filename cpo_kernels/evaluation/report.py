@@ -11,6 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from cpo_kernels.data.fields import prompt_of
+from cpo_kernels.data.records import prompt_text
 from cpo_kernels.evaluation.tables import percent
 
 PROMPTS, CONDITIONS = 6, 12  # shown as samples
@@ -223,7 +225,7 @@ def _samples(everything: Mapping[str, Any]) -> str:
                 entry = result["conditions"][row]
                 body += f'<td data-model="{escape(model)}">{_answer(entry, place, everything["objectives"])}</td>'
             body += "</tr>"
-        title = escape(_prompt_text(prompts[place]))
+        title = escape(prompt_text(prompt_of({"prompt": prompts[place]}, "prompt")))
         table = f'<table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
         blocks.append(f"<details{'' if blocks else ' open'}><summary>{title}</summary>{table}</details>")
     text = f"{len(blocks)} of {len(prompts)} prompts, {len(rows)} of {len(first)} requests."
@@ -264,7 +266,3 @@ def spread(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
-
-
-def _prompt_text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

@@ -86,8 +86,8 @@ def read_prompts(path: str | Path) -> list[Record]:
                 raise DataError(f"{path}:{number}: {error}") from None
     else:
         with open_text(path) as file:
-            lines = file.read().split("\n")
-        records = [Record(line.strip(), ()) for line in lines if line.strip()]
+            lines = enumerate(file.read().split("\n"), 1)
+        records = [Record(line.strip(), (), f"{path}:{number}") for number, line in lines if line.strip()]
     if not records:
         raise ValueError(f"{path} holds no prompts")
     return records

@@ -110,7 +110,8 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     if isinstance(tree, str) and cls in SHORTHAND:
         tree = {SHORTHAND[cls]: tree}
     if not isinstance(tree, Mapping):
-        raise TypeError(f"{prefix.rstrip('.')}: expected a mapping of keys, got {tree!r}")
+        keys = ", ".join(f.name for f in dataclasses.fields(cls)[:3])
+        raise TypeError(f"{prefix.rstrip('.')}: expected a mapping of keys, got {tree!r} (keys: {keys}, ...)")
     hints = typing.get_type_hints(cls)
     for name in tree:
         if name not in hints:
