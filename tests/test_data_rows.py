@@ -101,6 +101,7 @@ def test_empty_and_ignored_keys_say_nothing(tmp_path):
         ),
         ({"prompt": [user("Sky?"), assistant("Blue")]}, "must end with what the user says"),
         ({"prompt": [{"role": "tool", "content": "x"}]}, "needs a message of the user"),
+        ({"prompt": [user([{"type": "text", "text": None}])]}, "only parts of type text"),
         ({"images": ["a.png"]}, "'images' holds ['a.png'], which a text model cannot read"),
         ({"tools": "[{"}, "field 'tools' is no JSON"),
         ({"tools": {"name": "sky"}}, "field 'tools' must be a list"),
@@ -207,6 +208,11 @@ def test_examples_are_rows_that_trl_reads(tmp_path):
     assert json.loads((tmp_path / "out/examples.jsonl").read_text()) == row | {"condition": {}}
 
 
+def test_a_published_schema_has_no_other_columns(tmp_path):
+    with pytest.raises(ValueError, match="data.fields.system: layout ultrasafety has columns of its own"):
+        load(tmp_path, [], layout="ultrasafety", fields={"system": "system"})
+
+
 # -------------------------------------------------------------------- Tulu 3, HelpSteer3
 
 
@@ -272,6 +278,13 @@ def test_prompts_are_read_from_packed_files_too(tmp_path):
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(TEXT))
     (tmp_path / "p.txt.gz").write_bytes(gzip.compress(b"a\n\nb\n"))
     assert read_prompts(tmp_path / "p.jsonl.gz") == [Record("a", ())]
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"prompt": "a", "tools": TOOLS}) + '\n{"prompt": "a", "image": "b.png"}'
+    )
+    with pytest.raises(DataError, match="p.jsonl:2: field 'image' holds 'b.png'"):
+        read_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "tools": TOOLS}))
+    assert read_prompts(tmp_path / "p.jsonl")[0].prompt[0] == ("options", "", keys(tools=TOOLS))
     assert [r.prompt for r in read_prompts(tmp_path / "p.txt.gz")] == ["a", "b"]
 
 

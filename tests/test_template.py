@@ -203,6 +203,11 @@ def test_tool_calls_go_through_the_template():
         (GEMMA, (("user", "a"), ("assistant", "", calls(CALL)), ("user", "b")), "leaves out tool_calls"),
         (CHATML, (("user", "Sky?", '{"weight": 0}'),), "leaves out weight 0"),
         (
+            CHATML.replace("m.content", "(m.content if m.role != 'system' else '')"),
+            (("system", "Sky"), ("user", "Sky?")),  # a text that stands elsewhere, too
+            "leaves out content 'Sky' of the system's message",
+        ),
+        (
             "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}",
             (("system", "Be kind."), ("user", "Sky?")),
             "leaves out content 'Be kind.' of the system's message",

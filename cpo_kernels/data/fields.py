@@ -81,14 +81,18 @@ def message_of(message: dict, path: str, ignored: Sequence[str] = ()) -> Message
     role = message.get("role")
     extra = {name: x for name, x in message.items() if name not in ("role", "content", *ignored) and not is_empty(x)}
     content = message.get("content")
-    if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "".join(str(part.get("text")) for part in content)
+    if isinstance(content, list) and content and all(map(_is_text, content)):
+        content = "".join(part["text"] for part in content)
     if isinstance(content, list) and content:
         raise ValueError(f"field {path!r}: only parts of type text can be trained on, got {short(content)}")
     content = "" if extra and is_empty(content) else content
     if role not in (*ROLES, OPTIONS) or not isinstance(content, str):
         raise ValueError(f"field {path!r}: write {{role: {' | '.join(ROLES)}, content: text}}, got {short(message)}")
     return (role, content, _json(extra, path)) if extra else (role, content)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def answer_of(row: dict, path: str, ignored: Sequence[str] = ()) -> tuple[str, str]:

@@ -37,8 +37,9 @@ RENDERED = ("tools", "chat_template_kwargs")  # columns of TRL's formats that th
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # that no text model reads
 # columns that change what a row means and that are read where a key of data.fields names them
 TELLING = (
-    *("system", "system_prompt", "system_message", "instruction", "input", "context", "history", "documents"),
-    *("weight", "margin", "label", "reasoning_content", "thinking", "tool_calls"),
+    *("system", "system_prompt", "system_message", "developer", "instruction", "input", "question", "query"),
+    *("context", "history", "passage", "persona", "documents", "weight", "margin", "label"),
+    *("reasoning_content", "thinking", "tool_calls"),
 )
 
 

@@ -30,6 +30,12 @@ def load_records(
     something and that nothing reads are counted in report["unread_columns"]."""
     given = [s if isinstance(s, SourceConfig) else SourceConfig(path=str(s)) for s in sources]
     layouts = [source.layout or data.layout for source in given]
+    named = [key for key, value in vars(data.fields).items() if value != getattr(FieldMap(), key)]
+    if named and layouts and not set(layouts) & set(LAYOUTS):
+        raise ValueError(
+            f"data.fields.{named[0]}: layout {layouts[0]} has columns of its own; data.fields is for "
+            f"{', '.join(LAYOUTS)}"
+        )
     _check_objectives(layouts, objectives)
     records: dict[Any, Record] = {}
     for source, layout in zip(given, layouts, strict=True):
@@ -87,7 +93,7 @@ def _record(row: dict[str, Any] | DataError, convert: Callable[[dict], Record], 
         raise row
     try:
         record = convert(row)
-        for text in (prompt_text(record.prompt), *(response.text for response in record.responses)):
+        for text in (prompt_text(record.prompt), *(r.text + r.extra for r in record.responses)):
             check_text(text)
     except ValueError as error:
         raise DataError(f"{place}: {error}") from None

@@ -121,14 +121,19 @@ class PromptTemplate:
 
         text = render(given)
         for i, message in enumerate(given):
-            lost = [name for name in message if name not in ("role", "content")]
+            said = [name for name in message if name not in ("role", "content")]
+            plain = message["role"] in ("user", "assistant") and not said
             if i < len(given) - 1:  # of earlier turns a template may drop what it knows: a thought, say
-                lost = [name for name in lost if not re.search(rf"\bm\w*(\.|\[['\"]){name}\b", source)]
-            if message["content"].strip() not in text:
-                lost.append("content")
-            for name in lost:
+                said = [name for name in said if not re.search(rf"\bm\w*(\.|\[['\"]){name}\b", source)]
+            if message["content"].strip() and not (plain and message["content"].strip() in text):
+                said.append("content")
+            for name in said:
                 other = message | {name: ANSWER} if name == "content" else {k: message[k] for k in message if k != name}
-                if render([*given[:i], other, *given[i + 1 :]]) == text:
+                try:
+                    lost = render([*given[:i], other, *given[i + 1 :]]) == text
+                except Exception:  # it reads what is not there now
+                    lost = False
+                if lost:
                     raise ValueError(
                         f"the chat template leaves out {name} {short(message[name])} of the {message['role']}'s "
                         f"message: use a template that writes it, or put {name} in data.fields.ignore"

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from cpo_kernels.data.fields import prompt_of
+from cpo_kernels.data.layouts import row_prompt
 from cpo_kernels.data.records import DataError, Record, check_text, open_text, prompt_text, read_jsonl, suffix_of
 from cpo_kernels.objectives import Objective, TagTemplate
+from cpo_kernels.training.keys import FieldMap
 
 MOST = 200  # conditions of a grid that nobody asked for by name
 
@@ -79,7 +80,7 @@ def read_prompts(path: str | Path) -> list[Record]:
             if isinstance(row, DataError):
                 raise row
             try:
-                record = Record(prompt_of(row, "prompt"), (), f"{path}:{number}")
+                record = Record(row_prompt(row, FieldMap()), (), f"{path}:{number}")
                 check_text(prompt_text(record.prompt))
                 records.append(record)
             except ValueError as error:
