@@ -125,6 +125,13 @@ def test_a_response_ends_as_the_chat_template_ends_a_turn(name, kind):
     assert pieces(template, response=f"Yes{end}")[1] == response
 
 
+def test_an_end_of_two_tokens():
+    """Cohere's: the model's own end token is the second."""
+    template = made(byte_level(CHATML.replace("<|im_end|>", "<end_of_turn><|im_end|>")), "chat")
+    assert template.tokenizer.decode(pieces(template)[1]) == "Yes<end_of_turn><|im_end|>"
+    assert template.end_id == template.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
 def test_a_prompt_that_is_written_otherwise_before_an_answer():
     """Gemma 4 and DeepSeek R1 open a thought at the end of a prompt, which a whole conversation does not have."""
     source = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
@@ -290,6 +297,10 @@ def test_rows_that_fail_are_skipped_and_counted(recipe, tmp_path, capsys):
     assert evaluate([str(tmp_path / "run"), *out]) == 0  # what was held out holds none of them
     assert evaluate([str(tmp_path / "run"), "--data", recipe["data"]["train"][0], *out]) == 0
     assert json.loads((tmp_path / "eval.json").read_text())["report"]["bad_lines"] == 2
+    system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "b?"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in ("a?", system)))
+    with pytest.raises(DataError, match="p.jsonl:2: TemplateError: System role not supported"):
+        evaluate([str(tmp_path / "run"), "--prompts", str(tmp_path / "p.jsonl"), *out])
     recipe["data"]["train"] = recipe["data"]["eval"] = [str(tmp_path / "bad.jsonl")]
     (tmp_path / "bad.jsonl").write_text((tmp_path / "r.jsonl").read_text().splitlines()[1])
     with pytest.raises(ValueError, match="no row is left that chat template and .*; the first: .*bad.jsonl:1"):
