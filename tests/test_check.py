@@ -160,6 +160,7 @@ def test_nothing_goes_on_after_an_interrupt():
 
 def deadly_cases():
     """dies, hangs and fine; what is fine comes first where they run one after the other."""
+
     def dies(home, seen):
         os._exit(3)
 

@@ -11,7 +11,6 @@ seconds. Exit status 1 where a case failed, or did not run before --time-limit.
 
 import argparse
 import fnmatch
-import json
 import math
 import multiprocessing
 import os
@@ -31,7 +30,7 @@ import torch
 
 from cpo_kernels import homes
 from cpo_kernels.check.compare import Case, Home, Seen, Skip
-from cpo_kernels.environment import describe
+from cpo_kernels.environment import describe, write_results
 
 HOMES = ("cpu", "triton", "cuda")
 SAVE_S = 2.0  # between two writes of the results file
@@ -362,16 +361,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out:
             left = len(jobs) - len(results)
             content = {"environment": environment, "counts": counts(results), "left": left, "cases": results}
-            whole = args.out.with_name(f"{args.out.name}.tmp")
-            whole.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(whole, args.out)
+            write_results(args.out, content)
 
     if args.in_process:
         running = run_here(jobs, args.device, all_cases, deadline)
     else:
         running = run_beside(jobs, args.device, all_cases, args.case_limit, args.processes, deadline)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
     results = report(running, jobs, args.device, save)
     count = counts(results) | {"not run": len(jobs) - len(results)}
     print(", ".join(f"{n} {s}" for s, n in count.items() if n) + f" in {time.perf_counter() - start:.0f} s")
