@@ -57,9 +57,14 @@ gpu-check: .venv/test
 gpu-bench: .venv/bench
 	$(BIN)/cpo-kernels bench --set gpu --out benchmarks/results/gpu.json $(ARGS)
 
-compile-check: .venv/test
+# The Triton of torch 2.10 and 2.11, the oldest that the library runs with, beside the pinned one.
+.venv/triton-3.6: .venv/torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==3.6.0
+
+compile-check: .venv/test .venv/triton-3.6
 	$(BIN)/python -W ignore -m benchmarks.compile_table --check $(ARGS)
 	$(BIN)/python -m benchmarks.compile_table_cuda --check $(ARGS)
+	TRITON_SITE=.venv/triton-3.6 $(BIN)/python -m pytest tests/test_triton_binding.py
 
 sanitize: .venv/test
 	PYTHON=$(BIN)/python tools/sanitize_cpu.sh $(ARGS)
