@@ -155,6 +155,31 @@ def test_roofline_shows_floor_and_measurement():
     assert "cuda 6.0× naive and 1.5× torch.compile, cpo.token_logps 3.0× naive and 0.8× torch.compile" in text
 
 
+def test_figures_of_a_gpu_come_from_both_files(results):
+    """gpu.json of the first call and gpu-more.json of the second (tools/gpu.sh), here with the figures of a CPU."""
+    first, more = copy.deepcopy(results), copy.deepcopy(results)
+    first["environment"]["gpu"] = "a card"
+    for row in first["workloads"][1]["subjects"].values():
+        row.pop("median_s", None)
+        row["why"] = side_by_side.TIME_LIMIT
+    del first["workloads"][2]
+    first |= {"growth": [], "cold_start": {}}
+    whole = plot.with_more(first, more)
+    kept = whole["workloads"]
+    assert kept[0] is first["workloads"][0] and kept[1] is more["workloads"][1] and kept[-1] is more["workloads"][2]
+    assert len(kept) == len(results["workloads"])
+    assert whole["growth"] == more["growth"] and whole["cold_start"] == more["cold_start"]
+    assert plot.with_more({}, {}) == {} and plot.with_more(first, {}) is first
+    text = plot.readme_gpu_table(whole)
+    assert text.count("× ·") == 3 * 3 and "forward" in text.splitlines()[0] and "a card, " in text
+    assert "`token_logps_fused_` not measured" in text
+    row = {"median_s": 1.0, "ratio": 1.1, "ratio_spread": [1.0, 1.2]}
+    keys = {"rows": roofline.ROWS, "vocab": roofline.VOCAB, "dtype": "bfloat16"}
+    whole["workloads"].append({"family": "tokens", **keys, "subjects": {"fused_cuda": row, "fused_triton": row}})
+    assert "`token_logps_fused_` triton 91% of the copy rate, cuda 91% of the copy rate" in plot.readme_gpu_table(whole)
+    assert plot.readme_gpu_table({}) == "On a GPU: not measured."
+
+
 def test_exponent():
     assert exponent([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
     assert exponent([1, 2, 4], [5, 5, 5]) == pytest.approx(0)

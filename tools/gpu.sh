@@ -41,6 +41,7 @@ processes=${PROCESSES:-$(nproc)}
 pack=${PACK:-build/gpu}
 mkdir -p "$out"
 log=$out/gpu.log
+touch "$log"
 failed=0
 export PYTHONUNBUFFERED=1 PYTHONPATH=$pack/site${PYTHONPATH:+:$PYTHONPATH}
 
@@ -54,7 +55,7 @@ limit_of() {  # seconds that the i-th step may take: its share, and what the lat
 timed() {  # name, seconds, command...
   local name=$1 limit=$2 start=$SECONDS before
   shift 2
-  before=$(wc -c <"$log" 2>/dev/null || echo 0)
+  before=$(wc -c <"$log")
   timeout -k 5 "$limit" "$@" >>"$log" 2>&1 </dev/null
   status=$?
   [ $status -eq 0 ] || failed=1
