@@ -2,7 +2,9 @@
 
 import json
 import types
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tiny
 from tiny import one_thread  # noqa: F401
@@ -10,8 +12,10 @@ from tiny import one_thread  # noqa: F401
 from cpo_kernels import cli
 from cpo_kernels.cli import main, split_overrides
 from cpo_kernels.data.records import write_records
+from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training.config import config_keys, read_config, write_config
 from cpo_kernels.training.keys import Config, SourceConfig
+from cpo_kernels.training.models import check_model_path
 
 
 def test_every_key_has_a_line_of_help():
@@ -100,8 +104,6 @@ def test_wrong_types_are_named(override, reason):
 
 
 def test_recipes_are_valid():
-    from pathlib import Path
-
     recipes = list((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
@@ -145,6 +147,88 @@ def test_errors_are_printed_without_a_traceback(recipe, tmp_path, capsys):
     assert main(["train", str(recipe), "--on-bad-line", "skip", "--overwrite"]) == 0
     assert f"bad lines skipped: 1\n  {tmp_path}/data.jsonl:13:" in capsys.readouterr().out
     assert json.loads((tmp_path / "run/data.json").read_text())["bad_lines"] == 1
+
+
+def test_what_is_not_there_is_said_at_once(recipe, tmp_path, capsys, monkeypatch):
+    """Before anything is read or loaded, and with one question to the hub at most."""
+    asked = []
+
+    def unreachable(self, name, timeout):
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    def not_yet(*args, **keys):
+        raise AssertionError("loaded already")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(loop_module, "load_data", not_yet)
+    monkeypatch.setattr(loop_module, "load_model", not_yet)
+    bare, run = tmp_path / "bare", tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    bare.mkdir()
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text('{"base_model_name_or_path": "gone/base"}')
+    for folder, kind in ((run / "model", "qwen2"), (bare, "llama"), (tmp_path / "tokenizer", "llama")):
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    plain = ["--model.tokenizer", "null"]
+    for given, reason, calls in [
+        (["--data.train", "[]"], "data.train is empty: say what to train on, --data.train FILE", []),
+        (["--data.train", "no.jsonl"], "data.train[0]: data file 'no.jsonl' does not exist", []),
+        (["--data.eval", f"{tmp_path}/no"], f"data.eval[0]: {tmp_path}/no does not exist\n", []),
+        (
+            ["--data.eval", "org/gone"],
+            "data.eval[0]: org/gone does not exist here, and the hub does not answer",
+            ["org/gone"],
+        ),
+        (["--data.train", "[{layout: pairs}]"], "data.train[0].path is empty", []),
+        (
+            ["--model", "gone"],
+            "model.name: gone does not exist here, and the hub does not answer (ConnectionErr",
+            ["gone"],
+        ),
+        (["--model", "a/b/c"], "model.name: a/b/c does not exist\n", []),
+        (["--model", str(recipe)], "is a file; give its folder", []),
+        (["--model", str(run)], f"is a run directory; its model is in {run / 'model'}", []),
+        (["--model", str(tmp_path)], "holds no model: no config.json", []),
+        (["--model", str(adapters)], "holds adapters over another model: gone/base does not exist", ["gone/base"]),
+        (["--model", str(bare), *plain], f"{bare} holds no tokenizer (", []),
+        (
+            ["--model", str(run / "model"), *plain],
+            "holds no tokenizer (its vocabulary is empty): give one with --model.",
+            [],
+        ),
+        (["--model", str(bare), "--model.tokenizer", "gone"], "model.tokenizer: gone does not exist here", ["gone"]),
+    ]:
+        asked.clear()
+        assert main(["train", str(recipe), *given]) == 2
+        error = capsys.readouterr().err
+        assert reason in error and error.count("\n") == 1 and asked == calls, error
+
+    def absent(self, name, timeout):
+        raise huggingface_hub.errors.RepositoryNotFoundError(
+            "404", response=types.SimpleNamespace(headers={}, request=None)
+        )
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", absent)
+    with pytest.raises(
+        FileNotFoundError, match="model.name: a/b does not exist, neither here nor as a model on the hub"
+    ):
+        check_model_path("a/b")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: None)
+    check_model_path("a/b")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", not_yet)
+    (tmp_path / "models--a--b/snapshots/1").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    check_model_path("a/b")
+
+
+def test_data_is_said_to_be_missing_by_data_too(capsys):
+    """The first thing that one types."""
+    for command in ("train", "data"):
+        assert main([command, str(Path(__file__).parent.parent / "recipes/truthfulqa_cpsft.yaml")]) == 2
+        assert "data.train is empty" in capsys.readouterr().err
 
 
 def test_keys_and_usage(capsys):

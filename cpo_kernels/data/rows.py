@@ -34,14 +34,24 @@ def read_rows(source: SourceConfig, quiet: bool = True) -> Iterator[Row]:
         raise DataError(f"{source.path}: {error}") from None
 
 
-def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
+def source_files(source: SourceConfig, key: str = "data") -> list[str]:
+    """The paths of a source. Raises FileNotFoundError where it is not there, which the message calls `key`."""
     path = source.path
+    if not path:
+        raise ValueError(f"{key}.path is empty: give a file, a folder or a hub name")
     files = sorted(glob.glob(path, recursive=True)) if "*" in path else [path]
-    suffix = Path(path).suffix
-    local = suffix in (".jsonl", ".csv", *BUILDERS)
-    if not files or (local and not all(Path(file).is_file() for file in files)):
-        raise FileNotFoundError(f"data file {path!r} does not exist")
-    if local:
+    if not files or (_is_local(path) and not all(Path(file).is_file() for file in files)):
+        raise FileNotFoundError(f"{key}: data file {path!r} does not exist")
+    return files
+
+
+def _is_local(path: str) -> bool:
+    return Path(path).suffix in (".jsonl", ".csv", *BUILDERS)
+
+
+def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
+    path, suffix, files = source.path, Path(source.path).suffix, source_files(source)
+    if _is_local(path):
         _refuse(source, ["subset", "data_dir", "split", *([] if suffix in BUILDERS else ["streaming"])])
     if suffix in (".jsonl", ".csv"):
         read = _read_csv if suffix == ".csv" else read_jsonl

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cpo_kernels.data.packing import Encoded, Unit, epoch_steps
-from cpo_kernels.data.preparation import epoch_length, epochs_of, load_data, units_of
+from cpo_kernels.data.preparation import check_sources, epoch_length, epochs_of, load_data, units_of
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
@@ -38,7 +38,14 @@ from cpo_kernels.training.config import read_config
 from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss
 from cpo_kernels.training.model_card import model_card
-from cpo_kernels.training.models import fingerprint, load_model, save_model, select_trainable
+from cpo_kernels.training.models import (
+    check_model_path,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    save_model,
+    select_trainable,
+)
 from cpo_kernels.training.optim import make_optimizer, peak_memory_gib, schedule
 from cpo_kernels.training.parallel import (
     SHARDED,
@@ -89,6 +96,12 @@ def train(
         check_launcher(accelerator, config)
         quiet = not (config.training.progress and accelerator.is_main_process)
         run = RunDir(config, accelerator.is_main_process)
+        check_sources(config.data, records, eval_records)
+        if model is None and config.model.name and not config.model.config:
+            check_model_path(config.model.name)
+        tokenizer = (
+            load_tokenizer(config.model) if tokenizer is None else tokenizer
+        )  # before the data, which takes longer
         records, eval_records, objectives = load_data(config, records, eval_records, report, quiet)
         model, tokenizer = load_model(config.model, model, tokenizer, config.seed)
         if accelerator.distributed_type not in SHARDED:  # those bring it there in pieces
