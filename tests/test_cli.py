@@ -1,7 +1,10 @@
 """Config files, overrides, and the command."""
 
+import dataclasses
 import json
+import math
 import types
+import typing
 from pathlib import Path
 
 import huggingface_hub
@@ -100,6 +103,81 @@ def test_unknown_keys_offer_the_nearest(override, reason):
 )
 def test_wrong_types_are_named(override, reason):
     with pytest.raises(TypeError, match=reason):
+        read_config({}, [override])
+
+
+def numeric_keys(cls=Config, wrap=lambda tree: tree):
+    """(value -> a recipe that gives it, key) of every key of a number or numbers, in lists of sections too."""
+    for f in dataclasses.fields(cls):
+        outer = typing.get_type_hints(cls)[f.name]
+        hints = {outer, *typing.get_args(outer), *(t for arg in typing.get_args(outer) for t in typing.get_args(arg))}
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        times = max(1, len(default or [])) if any(typing.get_origin(t) is list for t in hints) else 0
+
+        def give(value, name=f.name, times=times):
+            return wrap({name: [value] * times if times else value})
+
+        sections = [t for t in hints if dataclasses.is_dataclass(t)]
+        for section in sections:
+            yield from numeric_keys(section, give)
+        if not sections and hints & {int, float}:
+            yield pytest.param(give, f, int in hints, id=f"{cls.__name__}.{f.name}")
+
+
+@pytest.mark.parametrize("give, key, whole", [*numeric_keys()])
+def test_every_number_has_a_range(give, key, whole):
+    """What lies outside is refused with the key, the value and the range."""
+    interval = key.metadata["range"]
+    assert interval, f"{key.name} has none"
+    low, high = map(float, interval[1:-1].split(", "))
+    step, kind = (1, int) if whole else (1e-6, float)
+    outside = [math.nan, math.inf, -math.inf, ".nan", "-inf", 10**400, True, "much", [[1]]]
+    inside = []
+    for end, out, closed in ((low, -step, interval[0] == "["), (high, step, interval[-1] == "]")):
+        if math.isfinite(end):
+            outside += [kind(end + out), kind(end + 7 * out), *([] if closed else [kind(end)])]
+            inside += [kind(end if closed else end - out)]
+    for value in outside:
+        with pytest.raises((ValueError, TypeError), match=rf"\b{key.name}(\[0\])?: ") as error:
+            read_config(give(value))
+        assert str(value) in str(error.value) and key.metadata["help"] in str(error.value)
+    for value in [*inside, 3 if whole else 0.25]:
+        try:
+            read_config(give(value))
+        except ValueError as error:  # of the name that an objective lacks here
+            assert "cannot stand in a tag" in str(error)
+
+
+def test_numbers_are_kept_as_they_are():
+    """2**31 + 1 has no float32, 1e3 is a text in YAML."""
+    config = read_config({"seed": 2**31 + 1, "training": {"batch_size": "1e1", "lr": 1, "max_steps": None}})
+    assert config.seed == 2**31 + 1 and config.training.batch_size == 10 and config.training.lr == 1.0
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ("training.clip=-1", r"training.clip: -1.0 is not in \[0, inf\) \(largest gradient norm; 0: no clipping\)"),
+        ("training.clip=null", r"training.clip: expected float, got None \(.*0: no clipping"),
+        ("training.max_steps=-1", r"training.max_steps: -1 is not in \[0, inf\) .*0 or null: as many as epochs say"),
+        ("training.checkpoint_every=-1", "steps between checkpoints; 0: none"),
+        ("training.batch_size=0", r"training.batch_size: 0 is not in \[1, inf\)"),
+        ("training.epochs=0", r"training.epochs: 0.0 is not in \(0, inf\)"),
+        ("training.betas=[0.9]", r"training.betas: AdamW takes two numbers, got \[0.9\]"),
+        ("loss.beta=-0.1", r"loss.beta: -0.1 is not in \(0, inf\)"),
+        ("loss.options={label_smoothing: 1.5}", r"loss: label_smoothing must be in \[0, 1\)"),
+        ("loss.options={tie_margin: x}", "loss: tie_margin must be a number"),
+        ("loss.options={memory_budget: -1}", "loss: memory_budget must be a positive number of bytes, got -1"),
+        ("loss.options={beta: 1}", "loss.options: beta comes from loss.beta"),
+        ("loss.options={scale: 2}", "loss.options: scale comes from the model"),
+        ("loss.weights=[1, 1]", "loss: loss_weights .* must have one number per loss type"),
+        ("loss.type=nosuch", "loss: unknown loss_type 'nosuch'"),
+        ("objectives=[{name: a, low: 2, high: 1}]", "objective 'a': low must be below high"),
+        ("objectives=[{name: a}, {name: a}]", "loss: objective 'a' is given 2 times"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_when_the_recipe_is_read(override, reason):
+    with pytest.raises((ValueError, TypeError), match=reason):
         read_config({}, [override])
 
 
