@@ -90,12 +90,28 @@ def train(
     finite.
     """
     accelerator = make_accelerator()
-    report: dict[str, Any] = {}
     with together(accelerator):
         config = read_config(source, overrides)
         check_launcher(accelerator, config)
-        quiet = not (config.training.progress and accelerator.is_main_process)
         run = RunDir(config, accelerator.is_main_process)
+    try:
+        return _train(config, accelerator, run, model, tokenizer, records, eval_records)
+    finally:
+        run.close()
+
+
+def _train(
+    config: Config,
+    accelerator: Accelerator,
+    run: RunDir,
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Record] | None,
+    eval_records: Sequence[Record] | None,
+) -> TrainResult:
+    report: dict[str, Any] = {}
+    quiet = not (config.training.progress and accelerator.is_main_process)
+    with together(accelerator):
         check_sources(config.data, records, eval_records)
         if model is None and config.model.name and not config.model.config:
             check_model_path(config.model.name)
@@ -210,14 +226,13 @@ class Loop:
                         state = {"step": step, "tokens": tokens} | same
                         save_checkpoint(run.folder / "checkpoints", tensors, state, training.keep)
         bar.close()
-        run.close()
         self.model.eval()
 
     def steps_of(self, epochs: Sequence[Sequence[Unit]]) -> int:
-        """Steps of `training.epochs`, the last of which may be a part."""
+        """Steps of `training.epochs`, the last of which may be a part; at least one."""
         whole, part = divmod(self.training.epochs, 1)
         lengths = [epoch_length(epochs[min(i, len(epochs) - 1)], self.training) for i in range(int(whole) + 1)]
-        return sum(lengths[:-1]) + math.ceil(part * lengths[-1] - 1e-9)  # 1.1 - 1 is a little more than 0.1
+        return max(1, sum(lengths[:-1]) + math.ceil(part * lengths[-1] - 1e-9))  # 1.1 - 1 is a little more than 0.1
 
     def batches(self, epochs: Sequence[Sequence[Unit]], start: int) -> Iterator[tuple[float, list[Encoded]]]:
         """(epochs passed after it, groups) of each step from number `start` on, without end."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
-from accelerate.utils.environment import parse_flag_from_env
+from accelerate.utils.environment import get_int_from_env, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,11 +32,24 @@ def make_accelerator() -> Accelerator:
     return Accelerator(kwargs_handlers=[handler])
 
 
+def launched_processes() -> int:
+    """How many processes the launcher started, from the variables of torchrun and MPI that accelerate reads."""
+    launchers = ("", "PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
+    sizes = [get_int_from_env([f"{name or 'WORLD_'}SIZE" for name in launchers], 1)]
+    sizes += [1 + get_int_from_env([f"{name}{rank}" for name in launchers], 0) for rank in ("RANK", "LOCAL_RANK")]
+    return max(sizes)
+
+
 def check_launcher(accelerator: Accelerator, config: Config) -> None:
     """Raises ValueError where the launcher's settings and the recipe's cannot both hold."""
     state, kind, training = accelerator.state, accelerator.distributed_type, config.training
     fsdp, deepspeed = kind == DistributedType.FSDP, kind == DistributedType.DEEPSPEED
+    launched = launched_processes()
     refused = {
+        f"{launched} processes, but accelerate found no GPU, so that each of them would train by itself; start one "
+        "process, or set ACCELERATE_USE_CPU=true for processes that share the work of a CPU": (
+            launched > 1 and accelerator.num_processes == 1
+        ),
         f"mixed_precision: {state.mixed_precision}; set it to no: training.precision decides": (
             state.mixed_precision != "no"
         ),
