@@ -39,7 +39,9 @@ from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss
 from cpo_kernels.training.model_card import model_card
 from cpo_kernels.training.models import (
+    base_of_adapters,
     check_model_path,
+    check_saving,
     fingerprint,
     load_model,
     load_tokenizer,
@@ -119,6 +121,7 @@ def _train(
             load_tokenizer(config.model) if tokenizer is None else tokenizer
         )  # before the data, which takes longer
         records, eval_records, objectives = load_data(config, records, eval_records, report, quiet)
+        merged_into = base_of_adapters(config.model) if model is None else None
         model, tokenizer = load_model(config.model, model, tokenizer, config.seed)
         if accelerator.distributed_type not in SHARDED:  # those bring it there in pieces
             model.to(accelerator.device)
@@ -126,6 +129,8 @@ def _train(
         template = PromptTemplate(tokenizer, config.template, objectives)
         initial = fingerprint(model)
         adapted = add_adapters(model, config.training, config.seed)
+        if run.writes and config.training.save_model:
+            check_saving(model, tokenizer)
         if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.training.compile:
@@ -145,7 +150,7 @@ def _train(
     with together(accelerator):
         run.save_data(report, eval_records)
         if run.writes and saving:
-            card = model_card(config, template, objectives, run.metrics)
+            card = model_card(config, template, objectives, run.metrics, merged_into)
             save_model(saved, tokenizer, run.folder / "model", card, weights)
     return TrainResult(model, tokenizer, template, objectives, run.metrics, report, list(eval_records))
 

@@ -6,20 +6,22 @@ import importlib.util
 import json
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 from cpo_kernels.hub import check_exists
-from cpo_kernels.training.adapters import quantization
+from cpo_kernels.training.adapters import adapted_model, merge_adapters, quantization
 from cpo_kernels.training.attention import set_attention
 from cpo_kernels.training.checkpoints import atomic_folder
 from cpo_kernels.training.keys import ModelConfig, TrainingConfig
 
 
 def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, seed: int = 0) -> tuple[Any, Any]:
-    """(model, tokenizer) with float32 parameters; either may be given as an object instead."""
+    """(model, tokenizer) with float32 parameters; either may be given as an object instead. Adapters of a folder are
+    merged into the model that they are laid over, but for a quantized one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, gguf = _resolve(config)
@@ -40,13 +42,25 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
         check_model_path(str(config.name))
         if gguf and config.quantize:
             raise ValueError(f"model.quantize: {gguf} is quantized already; save the model as safetensors first")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source, **quantization(config))
+        options = {"dtype": torch.float32, **source, **quantization(config)}
+        base = base_of_adapters(config)
+        model = AutoModelForCausalLM.from_pretrained(base or folder, **options)
+        if base and getattr(model, "hf_quantizer", None):  # merging would round
+            model.load_adapter(folder)
+        elif base:
+            model = merge_adapters(model, folder)
         if gguf:  # the weights are dequantized: let the model be saved as what it is
             model.is_quantized, model.hf_quantizer = False, None
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
     set_attention(model, config.attention)
     return model, tokenizer
+
+
+def base_of_adapters(config: ModelConfig) -> str | None:
+    """The model that the adapters of `model.name` are merged into as they are loaded; None where there are none."""
+    folder, gguf = _resolve(config)
+    return None if not folder or gguf or config.quantize or config.config else adapted_model(folder)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -150,6 +164,16 @@ def fingerprint(model: Any) -> str:
         hashed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
+
+
+def check_saving(model: Any, tokenizer: Any) -> None:
+    """Raises ValueError where what a run will save at its end cannot be saved, for whatever reason."""
+    with TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            raise ValueError(f"the trained model could not be saved: {type(error).__name__}: {error}") from error
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, card: str, weights: dict[str, torch.Tensor] | None) -> None:

@@ -145,10 +145,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def to_save(model: Any, module: Any, adapted: Any, accelerator: Accelerator) -> tuple[Any, dict[str, Tensor] | None]:
-    """(what saves itself, weights that take the place of its own or None). Adapters are merged, except over a 4-bit
+    """(what saves itself, weights that take the place of its own or None). Adapters are merged, except over a quantized
     base. The weights of a sharded model come whole to the main process's CPU; it stays as it is."""
     if accelerator.distributed_type not in SHARDED:
-        if adapted is None or getattr(model, "is_loaded_in_4bit", False):
+        if adapted is None or getattr(model, "hf_quantizer", None):
             return adapted or model, None
         return adapted.merge_and_unload(), None
     weights = {}
