@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -16,6 +17,7 @@ from cpo_kernels import cli
 from cpo_kernels.cli import main, split_overrides
 from cpo_kernels.data.records import write_records
 from cpo_kernels.training import loop as loop_module
+from cpo_kernels.training.aliases import ALIASES
 from cpo_kernels.training.config import config_keys, read_config, write_config
 from cpo_kernels.training.keys import Config, SourceConfig
 from cpo_kernels.training.models import check_model_path
@@ -75,7 +77,13 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys, package,
 @pytest.mark.parametrize(
     "override, reason",
     [
-        ("training.learning_rate=1", "unknown key training.learning_rate; did you mean training."),
+        ("training.learning_rate=1", "unknown key training.learning_rate: here it is training.lr$"),
+        ("learning_rate=1", "unknown key learning_rate: here it is training.lr$"),
+        ("loss.per_device_train_batch_size=1", "`training.batch_size` is the whole step's"),
+        ("training.bf16=true", "unknown key training.bf16: write `training.precision`: bf16"),
+        ("training.seed=1", "unknown key training.seed; did you mean seed?"),
+        ("loss.label_smoothing=0.1", "it stands in `loss.options`: {label_smoothing: 0.1}"),
+        ("data.colour=red", "unknown key data.colour; there is data.train, data.eval, data.eval_share, "),
         ("training.batchsize=1", "unknown key training.batchsize; did you mean training.batch_size?"),
         ("trainin.lr=1", "unknown key trainin; did you mean training?"),
         ("beta=1", "unknown key beta; did you mean loss.beta?"),
@@ -146,6 +154,40 @@ def test_every_number_has_a_range(give, key, whole):
             read_config(give(value))
         except ValueError as error:  # of the name that an objective lacks here
             assert "cannot stand in a tag" in str(error)
+
+
+def test_names_of_transformers_trl_and_peft_lead_to_keys():
+    """Every one of the table to a key that there is, or to a sentence whose keys there are."""
+    keys = {name for name, _, _ in config_keys()} | {"training.lora"}
+    for name, known in ALIASES.items():
+        named = re.findall(r"`([^` ]+)`", known.replace("`accelerate launch`", "")) if " " in known else [known]
+        assert set(named) <= keys, name
+        assert name not in {key.rpartition(".")[2] for key in keys}, f"{name} is never looked up"
+    for named in (
+        "bf16",
+        "optim",
+        "max_length",
+        "adam_beta1",
+        "output_dir",
+        "report_to",
+        "dtype",
+        "lora_r",
+        "loss_type",
+    ):
+        section = {"training": {named: 1}}
+        with pytest.raises(ValueError, match=rf"unknown key training.{named}(:|; there is)"):
+            read_config(section)
+
+
+def test_a_key_without_its_section_is_led_there_too(recipe, capsys):
+    for given, reason in (
+        (["--learning_rate", "1e-4"], "unknown key learning_rate: here it is training.lr"),
+        (["--lr=1"], "unknown key lr; did you mean training.lr?"),
+        (["--per-device-train-batch-size", "4"], "`training.batch_size` is the whole step's"),
+        (["--nonsense"], "unknown key nonsense; there is stage, run_dir, seed"),
+    ):
+        assert main(["train", str(recipe), *given]) == 2
+        assert reason in capsys.readouterr().err
 
 
 def test_numbers_are_kept_as_they_are():

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from cpo_kernels.objectives import Objective
+from cpo_kernels.training.aliases import ALIASES
 from cpo_kernels.training.keys import CHOICES, SHORTHAND, Config, in_range
 
 
@@ -105,13 +106,21 @@ def _set(tree: dict, name: str, value: Any) -> None:
         tree[last] = value
 
 
-def _unknown(name: str, cls: type, prefix: str) -> str:
+def unknown_key(name: str, cls: type = Config, prefix: str = "") -> str:
+    """The message for a key that the section `prefix` of class `cls` has not: the right one, or what there is."""
     every = [full for full, _, _ in config_keys()]
-    near = [full for full in every if full.rpartition(".")[2] == name]  # the right name in the wrong place
-    here = [prefix + f.name for f in dataclasses.fields(cls)]
-    near = near or difflib.get_close_matches(prefix + name, here, n=1, cutoff=0.5)
-    near = near or difflib.get_close_matches(prefix + name, every, n=1, cutoff=0)
-    return f"unknown key {prefix}{name}; did you mean {near[0]}?"
+    short = name.rpartition(".")[2]
+    near = [full for full in every if full.rpartition(".")[2] == short]  # the right name in the wrong place
+    if not near and short in ALIASES:
+        known = ALIASES[short]
+        return f"unknown key {prefix}{name}: " + (known if " " in known else f"here it is {known}")
+    here = {f.name: prefix + f.name for f in dataclasses.fields(cls)}
+    near = near or [here[found] for found in difflib.get_close_matches(short, here, n=1, cutoff=0.6)]
+    names = {full.rpartition(".")[2]: full for full in every}
+    near = near or [names[found] for found in difflib.get_close_matches(short, names, n=1, cutoff=0.75)]
+    return f"unknown key {prefix}{name}; " + (
+        f"did you mean {near[0]}?" if near else f"there is {', '.join(here.values())}"
+    )
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
@@ -124,7 +133,7 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for name in tree:
         if name not in hints:
-            raise ValueError(_unknown(str(name), cls, prefix))
+            raise ValueError(unknown_key(str(name), cls, prefix))
     fields = {f.name: f.metadata for f in dataclasses.fields(cls)}
     values = {name: _coerce(hints[name], value, prefix + name, **fields[name]) for name, value in tree.items()}
     return cls(**values)
