@@ -63,13 +63,14 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def config_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted name, default, help) of every key."""
+    """(dotted name, default, help with its range) of every key."""
     for f in dataclasses.fields(cls):
         default = f.default_factory() if callable(f.default_factory) else f.default
         if dataclasses.is_dataclass(default):
             yield from config_keys(type(default), f"{prefix}{f.name}.")
         else:
-            yield prefix + f.name, default, f.metadata["help"]
+            range = f.metadata["range"]
+            yield prefix + f.name, default, f.metadata["help"] + (f"; in {range}" if range else "")
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -151,13 +152,16 @@ def _coerce(hint: Any, value: Any, name: str, help: str, range: str | None) -> A
         item = typing.get_args(hint)[0]
         values = value if isinstance(value, (list, tuple)) else [value]
         return [_coerce(item, v, f"{name}[{i}]", help, range) for i, v in enumerate(values)]
+    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+        item = typing.get_args(hint)[1]
+        return {key: _coerce(item, v, f"{name}.{key}", help, range) for key, v in value.items()}
     if hint in (int, float):
         number = _number(hint, value)
         if number is not None and not in_range(number, str(range)):
             raise ValueError(f"{name}: {number} is not in {range} ({help})")
         if number is not None:
             return number
-    elif isinstance(value, hint):
+    elif isinstance(value, typing.get_origin(hint) or hint):
         return value
     raise TypeError(f"{name}: expected {hint.__name__}, got {value!r} ({help})")
 

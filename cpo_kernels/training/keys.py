@@ -12,8 +12,8 @@ SEEDS = "[0, 4294967296)"  # epochs add multiples of 2**32
 
 
 def key(default: Any, help: str, range: str | None = None) -> Any:
-    """A key of a config. `range` is the interval of a number, or of each number of a list, such as [0, 1): a square
-    bracket includes its end. Every key of numbers has one."""
+    """A key of a config. `range` is the interval of a number, or of each number of a list or dict, such as [0, 1): a
+    square bracket includes its end. Every key of numbers has one."""
     metadata = {"help": help, "range": range}
     if isinstance(default, (list, dict, type)):
         factory = default if isinstance(default, type) else lambda: type(default)(default)
@@ -105,9 +105,11 @@ class MixConfig:
         None, "in place of shares: pairs (cdpo) or responses (cpsft) that this entry draws", "[0, inf)"
     )
     objectives: list[str] | None = key(None, "objectives conditioned on; default: all")
-    levels: dict | None = key(None, "only ratings like these: {honesty: 5}")
+    levels: dict[str, float] | None = key(None, "only ratings like these: {honesty: 5}", "(-inf, inf)")
     rated: list[str] | None = key(None, "only responses rated on all of these; default: those in `objectives`")
-    values: dict | None = key(None, "grid: {objective: [values]}; default: the ratings seen in the data")
+    values: dict[str, list[float]] | None = key(
+        None, "grid: {objective: [values]}; default: the ratings seen in the data", "(-inf, inf)"
+    )
 
 
 @dataclass
@@ -129,7 +131,9 @@ class ConditionsConfig:
         False, "draw conditions, responses and pairs of every epoch by themselves, not once for all epochs"
     )
     balance: bool = key(False, "draw rating classes (all ratings of a response together) equally often")
-    class_weights: list[dict] = key([], "changes to that: [{honesty: 1, helpfulness: 1, weight: 0.1}]; others 1")
+    class_weights: list[dict[str, float]] = key(
+        [], "changes to that: [{honesty: 1, helpfulness: 1, weight: 0.1}]; others 1", "(-inf, inf)"
+    )
     strip_best: float = key(
         0.5, "share of best-on-everything conditions that get no tags (no tag means best)", "[0, 1]"
     )
