@@ -167,7 +167,7 @@ def fingerprint(model: Any) -> str:
 
 
 def check_saving(model: Any, tokenizer: Any) -> None:
-    """Raises ValueError where what a run will save at its end cannot be saved, for whatever reason."""
+    """Raises ValueError where `save_pretrained` refuses what a run will save at its end."""
     with TemporaryDirectory() as folder:
         try:
             model.save_pretrained(folder, state_dict={})
