@@ -46,8 +46,8 @@ def check_launcher(accelerator: Accelerator, config: Config) -> None:
     fsdp, deepspeed = kind == DistributedType.FSDP, kind == DistributedType.DEEPSPEED
     launched = launched_processes()
     refused = {
-        f"{launched} processes, but accelerate found no GPU, so that each of them would train by itself; start one "
-        "process, or set ACCELERATE_USE_CPU=true for processes that share the work of a CPU": (
+        f"{launched} processes, but accelerate found no GPU or no LOCAL_RANK, so that each would train by itself; start "
+        "one, or let torchrun start them, with ACCELERATE_USE_CPU=true where processes share the work of a CPU": (
             launched > 1 and accelerator.num_processes == 1
         ),
         f"mixed_precision: {state.mixed_precision}; set it to no: training.precision decides": (
