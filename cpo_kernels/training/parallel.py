@@ -46,7 +46,7 @@ def check_launcher(accelerator: Accelerator, config: Config) -> None:
     fsdp, deepspeed = kind == DistributedType.FSDP, kind == DistributedType.DEEPSPEED
     launched = launched_processes()
     refused = {
-        f"{launched} processes, but accelerate found no GPU or no LOCAL_RANK, so that each would train by itself; start "
+        f"{launched} processes, but accelerate found no GPU or no LOCAL_RANK, so that each trains by itself; start "
         "one, or let torchrun start them, with ACCELERATE_USE_CPU=true where processes share the work of a CPU": (
             launched > 1 and accelerator.num_processes == 1
         ),
