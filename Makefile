@@ -3,6 +3,7 @@
 # make bench   ours against naive PyTorch and the peers; writes benchmarks/results/cpu.json (ARGS="--set ci": seconds)
 # make gpu-check  every kernel on a GPU against the float64 oracle; writes benchmarks/results/check-gpu.json
 # make gpu-bench  make bench on a GPU, within 8 minutes; writes benchmarks/results/gpu.json
+# make gpu-pack  on a machine without a GPU: what tools/gpu.sh would build on one with, for sm_90, in build/gpu
 # make lint    ruff and mypy
 # make compile-check  every GPU kernel compiled without a GPU, its machine code compared with benchmarks/results/compile
 # make sanitize  the C++ kernels of the CPU under AddressSanitizer and UBSan (minutes)
@@ -16,7 +17,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu-check gpu-bench compile-check sanitize audit docs lint wheel wheel-matrix clean
+.PHONY: demo test bench gpu-check gpu-bench gpu-pack compile-check sanitize audit docs lint wheel wheel-matrix clean
 
 # torch first: the extension is built against it, without build isolation.
 .venv/torch: constraints.txt
@@ -57,9 +58,17 @@ gpu-check: .venv/test
 gpu-bench: .venv/bench
 	$(BIN)/cpo-kernels bench --set gpu --out benchmarks/results/gpu.json $(ARGS)
 
-compile-check: .venv/test
+# The Triton of torch 2.10 and 2.11, the oldest that the library runs with, beside the pinned one.
+.venv/triton-3.6: .venv/torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==3.6.0
+
+gpu-pack: .venv/torch
+	PYTHON=$(BIN)/python tools/gpu_pack.sh
+
+compile-check: .venv/test .venv/triton-3.6
 	$(BIN)/python -W ignore -m benchmarks.compile_table --check $(ARGS)
 	$(BIN)/python -m benchmarks.compile_table_cuda --check $(ARGS)
+	TRITON_SITE=.venv/triton-3.6 $(BIN)/python -m pytest tests/test_triton_binding.py
 
 sanitize: .venv/test
 	PYTHON=$(BIN)/python tools/sanitize_cpu.sh $(ARGS)

@@ -187,7 +187,7 @@ def unguarded(rows: list[dict[str, object]]) -> list[str]:
     return [
         f"{name}: no barrier between the edges and the write"
         for name in edged
-        if barriers[name] <= barriers.get(name.replace(" edges", ""), -1)
+        if barriers[name] <= barriers.get(name.replace(" edges", "").replace(" off 16 bytes", ""), -1)
     ]
 
 

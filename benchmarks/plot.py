@@ -23,6 +23,7 @@ README_ROWS = (
     "products", "ours", "cce", "naive_unmasked", "naive_unmasked_compiled", "torch_chunked", "naive", "liger",
     "trl_unmasked", "trl",
 )  # fmt: skip
+GPU_ROWS = (*README_ROWS[:2], "ours_triton", "ours_cuda", "ours_two_pass", "cce_exact", *README_ROWS[2:])
 INK, FAINT, OURS, THEIRS = "#30343b", "#c9ccd1", "#1f5fa8", "#a9b4c2"
 Result = dict[str, Any]
 
@@ -34,11 +35,11 @@ def head_results(content: Result) -> list[Result]:
     return [r for r in content["workloads"] if r["family"] == "head"]
 
 
-def headline(content: Result) -> list[Result]:
-    """Workloads that differ from the first in dtype and mode alone: README's columns."""
+def headline(content: Result, modes: Sequence[str]) -> list[Result]:
+    """Workloads that differ from the first in dtype and mode only: README's columns."""
     loads = head_results(content)
     keys = ("head", "groups", "responses", "length", "prompt", "reference", "softcap")
-    return [r for r in loads if all(r[k] == loads[0][k] for k in keys) and r["mode"] != "forward"]
+    return [r for r in loads if all(r[k] == loads[0][k] for k in keys) and r["mode"] in modes]
 
 
 def cell(row: Result) -> str:
@@ -48,25 +49,68 @@ def cell(row: Result) -> str:
     return f"{row['ratio']:.2f}× · {memory}"
 
 
-def readme_table(content: Result) -> str:
-    loads, env = headline(content), content["environment"]
+def readme_table(
+    content: Result, rows: Sequence[str] = README_ROWS, modes: Sequence[str] = ("trainable", "frozen")
+) -> str:
+    loads, env = headline(content, modes), content["environment"]
     heads = [f"{r['dtype']}, {r['mode']}" for r in loads]
-    names = [n for n in README_ROWS if n in loads[0]["subjects"]]
+    names = [n for n in rows if n in loads[0]["subjects"]]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name in names:
-        lines.append(f"| {HEAD_SUBJECTS[name].label} | " + " | ".join(cell(r["subjects"][name]) for r in loads) + " |")
+        cells = [cell(r["subjects"].get(name, {"why": "not asked for"})) for r in loads]
+        lines.append(f"| {HEAD_SUBJECTS[name].label} | " + " | ".join(cells) + " |")
     first = loads[0]
     shown = {"torch", *(HEAD_SUBJECTS[n].package for n in names)}
-    floors = ", ".join(f"{r['subjects']['products']['median_s'] * 1e3:.0f} ms" for r in loads)
+    floors = ", ".join(f"{r['subjects']['products'].get('median_s', 0) * 1e3:.0f} ms" for r in loads)
     versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if name in shown)
     lines += [
         "",
         f"Head {first['head']} ({first['hidden']} × {first['vocab']}), {first['pairs']} pairs of {first['length']} "
         f"tokens of which {first['prompt']} are prompt, forward and backward: time as a multiple of the bare products "
-        f"({floors}), then peak memory beyond inputs, gradients included. {processor(env)}, "
+        f"({floors}), then peak memory beyond inputs, gradients included. {machine(env)}, "
         f"Python {env['python']}, {versions}; {env['date'][:10]}, {commits(loads)}.",
     ]
     return "\n".join(lines)
+
+
+def readme_gpu_table(content: Result) -> str:
+    """The head in every mode, and the kernels' share of the copy rate."""
+    if not content:
+        return "On a GPU: not measured."
+    kernels = [f"`{name}` {roofline.measured_kernel(content, name)}" for name in roofline.KERNELS if "token" in name]
+    size = f"Kernels on logits of {roofline.ROWS} × {roofline.VOCAB}, bfloat16"
+    parts = [f"{size}, bytes over time: {'; '.join(kernels)}."]
+    if head_results(content):
+        parts.insert(0, readme_table(content, GPU_ROWS, ("trainable", "frozen", "forward")))
+    return "\n\n".join(parts)
+
+
+def with_more(content: Result, more: Result) -> Result:
+    """Two files of one machine (tools/gpu.sh): of a workload that stands in both the run that measured more rows."""
+    if not content or not more:
+        return content or more
+
+    def measured(result: Result) -> int:
+        return sum("median_s" in row for row in result["subjects"].values())
+
+    kept = list(content["workloads"])
+    for result in more["workloads"]:
+        keys = result.keys() - {"subjects", "commit", "load"}
+        same = [k for k, r in enumerate(kept) if r.keys() >= keys and all(r[key] == result[key] for key in keys)]
+        if not same:
+            kept.append(result)
+        elif measured(result) > measured(kept[same[0]]):
+            kept[same[0]] = result
+    late = {key: more[key] for key in ("growth", "cold_start") if more.get(key) and not content.get(key)}
+    return {**content, **late, "workloads": kept}
+
+
+def gpu_results() -> Result:
+    return with_more(*(roofline.read(RESULTS / name) for name in ("gpu.json", "gpu-more.json")))
+
+
+def machine(environment: Result) -> str:
+    return (f"{environment['gpu']}, " if "gpu" in environment else "") + processor(environment)
 
 
 def commits(results: Sequence[Result]) -> str:
@@ -79,9 +123,8 @@ def setting(content: Result, results: Sequence[Result]) -> str:
     """What these results of the file were measured on."""
     env = content["environment"]
     versions = ", ".join(f"{n} {v}" for n, v in env["versions"].items() if v != "not installed")
-    card = f"{env['gpu']}, " if "gpu" in env else ""
     return (
-        f"{card}{processor(env)}, Python {env['python']}, {versions}; {env['date'][:10]}, "
+        f"{machine(env)}, Python {env['python']}, {versions}; {env['date'][:10]}, "
         f"{commits(results)}; `{content['command']}`."
     )
 
@@ -100,7 +143,7 @@ def measured_growth(content: Result) -> list[Result]:
 
 def sections() -> dict[str, str]:
     """Name of a table in docs/performance.md -> its text."""
-    cpu, gpu = (roofline.read(RESULTS / f"{name}.json") for name in ("cpu", "gpu"))
+    cpu, gpu = roofline.read(RESULTS / "cpu.json"), gpu_results()
     profiled = roofline.read(RESULTS / "profile-cpu.json")
     made = {"roofline": roofline.tables(gpu), "cpu profile": profile.table(profiled) if profiled else "not measured"}
     pairs = roofline.read(RESULTS / "long-pairs-cpu.json")
@@ -133,11 +176,8 @@ def fill(text: str, name: str, table: str) -> str:
 def texts() -> dict[Path, str]:
     """File -> what it should hold."""
     readme, performance = ROOT / "README.md", ROOT / "docs" / "performance.md"
-    made = {
-        readme: fill(
-            readme.read_text(), "benchmarks/results/cpu.json", readme_table(roofline.read(RESULTS / "cpu.json"))
-        )
-    }
+    page = fill(readme.read_text(), "benchmarks/results/cpu.json", readme_table(roofline.read(RESULTS / "cpu.json")))
+    made = {readme: fill(page, "benchmarks/results/gpu.json", readme_gpu_table(gpu_results()))}
     page = performance.read_text()
     for name, table in sections().items():
         page = fill(page, name, table)
@@ -234,8 +274,8 @@ def main() -> int:
     for path, text in different.items():
         path.write_text(text)
         print(f"wrote {path}")
-    for device in ("cpu", "gpu"):
-        if content := roofline.read(RESULTS / f"{device}.json"):
+    for device, content in (("cpu", roofline.read(RESULTS / "cpu.json")), ("gpu", gpu_results())):
+        if content and head_results(content):
             draw(content, device)
     if content := roofline.read(CLAIMS):
         finished(claims_report.figure(content), ROOT / "docs" / "claims.png")

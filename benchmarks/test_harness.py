@@ -14,10 +14,11 @@ import torch
 
 from benchmarks import compare, long_pairs, plot, profile, roofline
 from cpo_kernels import planner
-from cpo_kernels.bench import report, run, side_by_side
+from cpo_kernels.bench import growth, report, run, side_by_side
 from cpo_kernels.bench.families import FAMILIES
-from cpo_kernels.bench.growth import exponent
+from cpo_kernels.bench.growth import Growth, exponent
 from cpo_kernels.bench.head import Head
+from cpo_kernels.bench.resume import finished
 from cpo_kernels.bench.sets import SETS, Run
 from cpo_kernels.bench.side_by_side import Bench, described, summary
 from cpo_kernels.bench.subject import Family, Step, Subject
@@ -154,6 +155,31 @@ def test_roofline_shows_floor_and_measurement():
     assert "cuda 6.0× naive and 1.5× torch.compile, cpo.token_logps 3.0× naive and 0.8× torch.compile" in text
 
 
+def test_figures_of_a_gpu_come_from_both_files(results):
+    """gpu.json of the first call and gpu-more.json of the second (tools/gpu.sh), here with the figures of a CPU."""
+    first, more = copy.deepcopy(results), copy.deepcopy(results)
+    first["environment"]["gpu"] = "a card"
+    for row in first["workloads"][1]["subjects"].values():
+        row.pop("median_s", None)
+        row["why"] = side_by_side.TIME_LIMIT
+    del first["workloads"][2]
+    first |= {"growth": [], "cold_start": {}}
+    whole = plot.with_more(first, more)
+    kept = whole["workloads"]
+    assert kept[0] is first["workloads"][0] and kept[1] is more["workloads"][1] and kept[-1] is more["workloads"][2]
+    assert len(kept) == len(results["workloads"])
+    assert whole["growth"] == more["growth"] and whole["cold_start"] == more["cold_start"]
+    assert plot.with_more({}, {}) == {} and plot.with_more(first, {}) is first
+    text = plot.readme_gpu_table(whole)
+    assert text.count("× ·") == 3 * 3 and "forward" in text.splitlines()[0] and "a card, " in text
+    assert "`token_logps_fused_` not measured" in text
+    row = {"median_s": 1.0, "ratio": 1.1, "ratio_spread": [1.0, 1.2]}
+    keys = {"rows": roofline.ROWS, "vocab": roofline.VOCAB, "dtype": "bfloat16"}
+    whole["workloads"].append({"family": "tokens", **keys, "subjects": {"fused_cuda": row, "fused_triton": row}})
+    assert "`token_logps_fused_` triton 91% of the copy rate, cuda 91% of the copy rate" in plot.readme_gpu_table(whole)
+    assert plot.readme_gpu_table({}) == "On a GPU: not measured."
+
+
 def test_exponent():
     assert exponent([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
     assert exponent([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
@@ -248,6 +274,66 @@ def test_the_truth_may_take_longer_than_a_subject(toys, monkeypatch):
     assert limits["first"] == limits["check"] == 10 and limits["keep"] == 600
     bench(deadline=time.monotonic() + 100).measure("toys", Head("tiny", 4, 8), ["floor", "right"])
     assert 90 < limits["keep"] <= 100
+
+
+def test_a_slow_start_is_no_failure(toys, monkeypatch):
+    """Loading imports transformers and TRL or reads a model: minutes where nothing is cached, also before each turn."""
+    monkeypatch.setitem(FAMILIES, "toys", replace(FAMILIES["toys"], apart=True))
+    limits = []
+
+    def load(self, workload, limit_s, real=Here.load):
+        limits.append(limit_s)
+        real(self, workload, limit_s)
+
+    monkeypatch.setattr(Here, "load", load)
+    bench(deadline=time.monotonic() + 1000, subject_s=1).measure("toys", Head("tiny", 4, 8), ["floor", "right"])
+    assert len(limits) == 3 + 2 * 3 and min(limits) == side_by_side.LOAD_S >= 300
+    limits.clear()
+    bench(deadline=time.monotonic() + 50, subject_s=1).measure("toys", Head("tiny", 4, 8), ["floor"])
+    assert 40 < limits[0] <= 50  # within the run's own limit
+
+
+def test_the_file_is_written_after_every_subject_and_round(toys, tmp_path, monkeypatch):
+    """What a signal cuts off is there, and --resume measures the rest."""
+    seen = []
+    monkeypatch.setattr(run, "write", lambda out, content: seen.append(copy.deepcopy(content["workloads"])))
+    runs = (Run("toys", Head("tiny", 4, 8), ("floor", "right")),)
+    monkeypatch.setitem(SETS, "ci", replace(SETS["ci"], runs=runs, growth=(), rounds=2))
+    monkeypatch.setattr(run.report, "title", lambda result: "toys")
+    monkeypatch.setattr(run.report, "table", lambda result: "")
+    monkeypatch.setattr(run, "wrong_results", lambda results: [])
+    monkeypatch.setattr(run, "PARTS", ("toys",))
+    run.main(["--set", "ci", "--device", "cpu", "--only", "toys", "--out", str(tmp_path / "results.json")])
+    subjects = [workload["subjects"] for (workload,) in seen]
+    assert [[row.get("rounds", row.get("why")) for row in rows.values()] for rows in subjects] == [
+        [side_by_side.TIME_LIMIT] * 2, [side_by_side.TIME_LIMIT] * 2, [1, 1], [2, 2], [2, 2],
+    ]  # fmt: skip
+    assert "first_s" in subjects[0]["floor"] and "first_s" not in subjects[0]["right"]
+    assert not finished(seen[0][0], ["floor", "right"]) and finished(seen[-1][0], ["floor", "right"])
+
+
+def test_rounds_before_the_time_limit_count(toys, monkeypatch):
+    one = bench(rounds=5)
+    monkeypatch.setitem(FAMILIES, "toys", replace(FAMILIES["toys"], apart=True))
+
+    def ask(self, command, *arguments, limit_s, real=Here.ask):
+        if command == "turn" and Here.turns.count("right") == 2:
+            one.deadline = time.monotonic() - 1
+        return real(self, command, *arguments, limit_s=limit_s)
+
+    monkeypatch.setattr(Here, "ask", ask)
+    rows = one.measure("toys", Head("tiny", 4, 8), ["floor", "right"])
+    assert [row["rounds"] for row in rows.values()] == [2, 2] and not any("why" in row for row in rows.values())
+
+
+def test_growth_is_written_after_every_point(toys, monkeypatch):
+    known = []
+    one = Growth(Head("tiny", 4, 8), "groups", (2, 4))
+    monkeypatch.setitem(FAMILIES, "head", FAMILIES["toys"])
+    monkeypatch.setattr(growth, "SUBJECTS", ("floor", "right"))
+    whole = growth.measure(bench(rounds=1), one, lambda row: known.append(copy.deepcopy(row)))
+    assert [len(row["points"]) for row in known] == [1, 2] and known[-1] == whole
+    assert known[0]["seen"]["right"]["time"] is None and whole["seen"]["right"]["time"] is not None
 
 
 def test_after_the_time_limit_nothing_begins(toys):

@@ -4,16 +4,18 @@ Figures that are quoted come from `cpo-kernels bench`: there the subjects take t
 """
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cpo_kernels.bench import training_step
+from cpo_kernels.bench import measure, training_step
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.head import Head
 from cpo_kernels.bench.measure import Clock, differences, peak_bytes, project
 from cpo_kernels.bench.preference import Preference
+from cpo_kernels.bench.subject import Step
 from cpo_kernels.bench.tokens import Tokens
 from cpo_kernels.bench.training_step import TrainingStep
 
@@ -106,10 +108,63 @@ def test_a_wrong_gradient_shows_in_the_projection():
 
 
 def test_clock_and_memory():
-    from cpo_kernels.bench.subject import Step
-
     kept = []
     step = Step(lambda: kept.append(torch.ones(4 << 20)) or {}, kept.clear, repeats=4)  # 16 MiB
     assert 0 < Clock(CPU).turn(step, 0.01) < 1
     peak = peak_bytes(step, CPU)
     assert peak is None or 15 << 20 < peak < 40 << 20
+
+
+class StubGpu:
+    """A stream that notes what is queued, and when: it works its queue off in order and has seconds of its own."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.work_s, self.sleeps = [], 0.0, []
+        stub = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                stub.calls.append("event")
+                self.at = stub.work_s
+
+            def synchronize(self):
+                stub.calls.append("wait")
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        class Other:
+            def zero_(self):
+                stub.calls.append("fill L2")
+
+        def sleep(cycles):
+            stub.calls.append("sleep")
+            stub.sleeps.append(cycles / measure.CYCLES)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+        self.clock = Clock(CPU)
+        self.clock.device, self.clock.other = torch.device("cuda"), Other()
+
+    def step(self, host_s, device_s):
+        def run():
+            self.calls.append("step")
+            time.sleep(host_s)
+            self.work_s += device_s
+            return {}
+
+        return Step(run, lambda: self.calls.append("prepare"), repeats=2)
+
+
+def test_the_device_is_busy_while_the_step_is_queued(monkeypatch):
+    """Both events stand in the queue behind a sleep that outlasts the host, and nothing waits between them."""
+    gpu = StubGpu(monkeypatch)
+    assert gpu.clock.turn(gpu.step(0.003, 7e-6), 0.0) == pytest.approx(3.5e-6)  # of two repeats
+    order = ["prepare", "fill L2", "sleep", "event", "step", "event", "wait"]
+    assert gpu.calls == 2 * order
+    assert gpu.sleeps[0] == 0 and 0.006 <= gpu.sleeps[1] <= measure.LONGEST_SLEEP_S
+    gpu.clock.turn(gpu.step(0.03, 7e-6), 0.0)  # bound by the host
+    assert gpu.sleeps[-1] == pytest.approx(measure.LONGEST_SLEEP_S)

@@ -91,6 +91,8 @@ def train(argv: Sequence[str]) -> int:
 def config_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """(arguments, overrides) of a command that takes a recipe and any key of it: --training.lr 1e-4, training.lr=1e-4.
     Without a recipe only `--keys` may stand."""
+    from cpo_kernels.training.config import unknown_key
+
     assert parser.description
     parser.description += " Any key of the config can be overridden: --training.lr 1e-4, training.lr=1e-4."
     parser.add_argument("config", nargs="?", help="YAML recipe; `cpo-kernels train --keys` lists what it may hold")
@@ -98,6 +100,10 @@ def config_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tu
     parser.add_argument("--on-bad-line", choices=("error", "skip"), help="same as --data.on_bad_line")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     plain, overrides = split_overrides(argv)
+    known = [option for action in parser._actions for option in action.option_strings]
+    for name in (arg.partition("=")[0] for arg in plain if arg.startswith("--")):
+        if not any(option.startswith(name) for option in known):  # a key, written without its section
+            raise ValueError(unknown_key(name[2:].replace("-", "_")))
     args = parser.parse_intermixed_args(plain)
     if args.config is None and not getattr(args, "keys", False):
         parser.error("name a YAML recipe")

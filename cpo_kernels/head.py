@@ -12,7 +12,7 @@ from torch import Tensor
 from cpo_kernels import homes, ops
 from cpo_kernels.checks import check_dtype, check_label_range, check_labels, check_types
 from cpo_kernels.logits import HeadOptions, head_options
-from cpo_kernels.planner import budget_rows
+from cpo_kernels.planner import budget_rows, row_stride
 from cpo_kernels.products import product
 from cpo_kernels.sharded import VocabShards, local_head
 
@@ -159,7 +159,7 @@ class Head:
     def __init__(self, weight: Tensor, bias: Tensor, options: HeadOptions, max_rows: int, impl: str) -> None:
         self.weight, self.bias, self.options = weight, bias, options
         self.kernels = homes.kernels(impl, weight)
-        self.buffer = weight.new_empty(max_rows, weight.shape[0])
+        self.buffer = weight.new_empty(max_rows, row_stride(weight.shape[0], weight.dtype, weight.device))
 
     def logits(self, x: Tensor) -> Tensor:
         """[n, H] -> [n, V], valid until the next call."""
@@ -192,7 +192,8 @@ class Head:
     def columns(self, x: Tensor, part: slice) -> Tensor:
         """Logits of x [n, H] in some columns, [n, v], in the buffer unless one column of all rows exceeds it."""
         n, weight = x.shape[0], self.weight[part]
-        size = n * weight.shape[0]
+        stride = row_stride(weight.shape[0], weight.dtype, weight.device)
+        size = n * stride
         flat = self.buffer.view(-1) if size <= self.buffer.numel() else self.buffer.new_empty(size)
-        out = flat[:size].view(n, weight.shape[0])
+        out = flat[:size].view(n, stride)[:, : weight.shape[0]]
         return product(x, weight.t(), out, self.bias[part] if self.bias.numel() else None)

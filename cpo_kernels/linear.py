@@ -19,7 +19,7 @@ from cpo_kernels.second_pass import second_pass
 from cpo_kernels.sharded import VocabShards
 
 
-@functional_op("linear_token_logps")
+@functional_op("linear_token_logps", waits=True)
 def linear_token_logps_op(
     hidden: Tensor,
     weight: Tensor,
@@ -75,7 +75,7 @@ def _(hidden, weight, bias, labels, index, ref_hidden, i, s, c, v, extras, want_
     return logp, lse, extra, dx, hidden.new_empty(ref_hidden.shape[0], dtype=acc)
 
 
-@functional_op("linear_token_logps_backward")
+@functional_op("linear_token_logps_backward", waits=True)
 def linear_token_logps_backward_op(
     hidden: Tensor,
     weight: Tensor,

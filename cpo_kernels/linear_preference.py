@@ -22,7 +22,7 @@ from cpo_kernels.products import product
 from cpo_kernels.second_pass import second_pass
 
 
-@ops.functional_op("linear_preference")
+@ops.functional_op("linear_preference", waits=True)
 def linear_preference_op(
     hidden: Tensor,
     weight: Tensor,

@@ -15,7 +15,7 @@ from cpo_kernels.products import product
 from cpo_kernels.sharded import VocabShards
 
 
-@functional_op("linear_nll")
+@functional_op("linear_nll", waits=True)
 def linear_nll_op(
     hidden: Tensor,
     weight: Tensor,

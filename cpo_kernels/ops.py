@@ -94,10 +94,12 @@ def _(seq_logps, ref_logps, lengths, pairs, *args):
 BODIES: dict[Any, Callable[..., Any]] = {}  # of the functional ops, for tests that watch them at work
 
 
-def functional_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+def functional_op(name: str, waits: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """An opaque op without mutation, run with autocast off: its products take the dtypes they are given.
 
     A parameter that is a NamedTuple stands for its fields, one argument each, in the schema and in calls of the op.
+    waits: the host may wait for the device inside, where no plan or index spares it. torch.compile then leaves the op
+    out of its CUDA graphs (mode="reduce-overhead"), whose capture would fail.
 
     torch.library.custom_op would do the same and import torch._dynamo at the first call: 2.0 s against 0.1 s to the
     first loss of a process (2 cores, torch 2.13).
@@ -120,7 +122,8 @@ def functional_op(name: str) -> Callable[[Callable[..., Any]], Any]:
                 return function(*args)
 
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        _library.define(name + torch.library.infer_schema(run, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+        tags = [torch.Tag.pt2_compliant_tag, *[torch.Tag.cudagraph_unsafe] * waits]
+        _library.define(name + torch.library.infer_schema(run, mutates_args=()), tags=tags)
         _library.impl(name, run, "CompositeExplicitAutograd")
         op = getattr(torch.ops.cpo_kernels, name).default
         BODIES[op] = run

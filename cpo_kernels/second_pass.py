@@ -17,15 +17,14 @@ from cpo_kernels import ops
 from cpo_kernels.columns import columns_bwd_
 from cpo_kernels.head import Head
 from cpo_kernels.head_grads import scale_rows, sum_powers
-from cpo_kernels.planner import chunks, even_rows
+from cpo_kernels.planner import ALIGN, chunks, even_rows
 from cpo_kernels.products import add_product, product
 from cpo_kernels.sharded import columns_here
 
-ALIGN = 64  # columns: rows of a slab begin where the kernels' widest loads may
-
 
 def slabs(num_rows: int, num_columns: int, elements: int) -> list[slice]:
-    """Even slabs of columns, of which num_rows * columns <= elements; at least one column at a time."""
+    """Even slabs of columns, of which num_rows * columns <= elements; at least one column at a time, and multiples of
+    ALIGN where there are that many: rows of a slab begin where the kernels' widest loads may."""
     most = max(1, elements // max(num_rows, 1))
     if most < ALIGN or most >= num_columns:
         step = even_rows(num_columns, most)

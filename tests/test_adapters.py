@@ -15,6 +15,7 @@ from cpo_kernels.evaluation.loading import find_model, load
 from cpo_kernels.training import adapters as adapters_module
 from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training.config import read_config
+from cpo_kernels.training.keys import CHOICES
 from cpo_kernels.training.loop import train
 from cpo_kernels.training.models import fingerprint, load_model
 
@@ -193,6 +194,117 @@ def test_packages_that_are_missing_are_named(base, monkeypatch):
             run("cpsft", **keys)
 
 
+# -------------------------------------------------------------------- a model folder that holds adapters
+
+ADAPTERS = {
+    "layers": {"target_modules": ["q_proj", "down_proj"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embeddings": {"target_modules": ["embed_tokens"]},
+    "both, tied": {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved embeddings": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 40]},
+    "dora": {"target_modules": ["q_proj"], "use_dora": True},
+    "rank-stabilized, biases": {"target_modules": "all-linear", "use_rslora": True, "bias": "all"},
+}
+
+
+def adapters_over(base, folder, **keys):
+    """Adapters that do something, saved in `folder`; the PeftModel."""
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load_model(read_config({"model": str(base)}).model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **keys))
+    for name, p in adapted.named_parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))), alpha=0.1)
+    adapted.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return adapted.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(2, 20).reshape(2, 9)).logits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_a_folder_become_part_of_its_model(tmp_path, base, kind):
+    """The base ties its head to its embeddings; saved and read again it computes the same."""
+    expected = logits(adapters_over(base, tmp_path / "adapters", **ADAPTERS[kind]))
+    model = load_model(read_config({"model": str(tmp_path / "adapters")}).model)[0].eval()
+    model.save_pretrained(tmp_path / "plain")
+    again = load_model(read_config({"model": {"name": str(tmp_path / "plain"), "tokenizer": str(base)}}).model)[0]
+    assert float((logits(load_model(read_config({"model": str(base)}).model)[0]) - expected).abs().max()) > 1e-3
+    for found in (model, again.eval()):
+        assert not adapters_module.has_adapters(found)
+        torch.testing.assert_close(logits(found), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", CHOICES["training.train"])
+def test_a_run_from_a_folder_of_adapters_saves_what_it_trained(tmp_path, base, kind, monkeypatch):
+    """And its reference is the model with those adapters."""
+    start = adapters_over(base, tmp_path / "adapters", **ADAPTERS["layers"])
+    captured = []
+    real = loop_module.Loop.run_epochs
+    monkeypatch.setattr(
+        loop_module.Loop,
+        "run_epochs",
+        lambda self, epochs, *rest: captured.extend(g for unit in epochs[0] for g in unit) or real(self, epochs, *rest),
+    )
+    model = {"name": str(tmp_path / "adapters"), "config": None}
+    training = {**LORA, "train": kind, "k": 1, "max_steps": 3}
+    result = train(tiny.config("cdpo", run_dir=str(tmp_path / "run"), model=model, training=training), records=RECORDS)
+    assert values(result, "loss")[0] == pytest.approx(math.log(2))
+    with torch.no_grad():
+        expected = torch.cat([naive_seq_logps(start, g) for g in captured[:3]])
+    found = torch.tensor([x for g in captured[:3] for x in g.ref_logps], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    saved = load_model(read_config({"model": str(tmp_path / "run/model")}).model)[0].eval()
+    torch.testing.assert_close(logits(saved), logits(result.model), atol=1e-5, rtol=1e-4)
+    assert float((logits(saved) - logits(start)).abs().max()) > 1e-3
+    assert (tmp_path / "run/model/model.safetensors").exists()
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert f"- base: {tmp_path}/adapters, adapters, merged into {base} before training" in card
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", CHOICES["training.train"])
+def test_a_given_model_with_adapters_is_refused(tmp_path, base, kind):
+    """Its own adapters would be trained or not, and saved or not, apart from what training.train says."""
+    adapted = adapters_over(base, tmp_path, **ADAPTERS["layers"])
+    for model in (adapted, adapted.get_base_model()):
+        with pytest.raises(ValueError, match=f"has adapters already, beside which training.train: {kind} cannot"):
+            train(
+                tiny.config("cdpo", training={"train": kind}), model=model, tokenizer=tiny.tokenizer(), records=RECORDS
+            )
+
+
+def test_adapters_that_are_no_weights_are_refused(tmp_path, base):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load_model(read_config({"model": str(base)}).model)
+    peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match="adapters of type PROMPT_TUNING cannot become part of the model's weights"):
+        load_model(read_config({"model": {"name": str(tmp_path), "tokenizer": str(base)}}).model)
+
+
+@pytest.mark.parametrize("kind", CHOICES["training.train"])
+def test_what_cannot_be_saved_is_said_before_the_first_step(tmp_path, base, kind, monkeypatch):
+    """Published models have such generation settings; transformers refuses to write them."""
+    model = load_model(read_config({"model": str(base)}).model)[0]
+    model.generation_config.temperature = 0.6
+    monkeypatch.setattr(loop_module, "Loop", None)
+    with pytest.raises(
+        ValueError, match="the trained model could not be saved: ValueError: GenerationConfig is invalid"
+    ):
+        keys = {"run_dir": str(tmp_path / "run"), "training": {**LORA, "train": kind}}
+        train(tiny.config("cdpo", **keys), model=model, tokenizer=tiny.tokenizer(), records=RECORDS)
+    assert not (tmp_path / "run").exists()
+
+
 # -------------------------------------------------------------------- the card
 
 
@@ -207,6 +319,12 @@ def test_the_model_card_says_how_to_write_the_tags_and_its_example_runs(tmp_path
     monkeypatch.chdir(tmp_path / "run/model")
     exec(code, {})
     assert len(capsys.readouterr().out) > 0
+    assert "No tag at all asks for the best on everything." in card
+    for mixture, said in (("attained", False), ("none", True)):
+        keys = {"strip_best": 0, "mixture": [{"share": 1}, {"sampler": mixture}]}
+        run("cdpo", run_dir=str(tmp_path / mixture), training={"max_steps": 1}, conditions=keys)
+        card = (tmp_path / mixture / "model/README.md").read_text()
+        assert ("No tag at all" in card) == said and ("trained with tags on every prompt" in card) != said
     plain = run("dpo", run_dir=str(tmp_path / "dpo"), training={"max_steps": 1})
     card = (tmp_path / "dpo/model/README.md").read_text()
     assert "## Tags" not in card and "'Who was Ada Lovelace?'" in card and plain.model is not None

@@ -343,6 +343,19 @@ def test_adapters_that_the_base_model_would_drop_are_refused():
     refused(peft.get_peft_model(make("LlamaForCausalLM"), prompt), "PROMPT_TUNING adapter adds virtual tokens")
 
 
+def test_trained_rows_of_the_head_are_refused_for_what_they_are():
+    """With the advice that holds for a tied head, where peft puts them by itself."""
+    for tied, indices in ((True, [3, 4]), (False, {"lm_head": [3, 4]})):
+        model = make("LlamaForCausalLM", tie_word_embeddings=tied)
+        refused(
+            lora(model, trainable_token_indices=indices),
+            r"puts rows of its own .* Leave trainable_token_indices out; modules_to_save=\['lm_head'\] trains the head",
+        )
+    lora_only = lora(make("LlamaForCausalLM", tie_word_embeddings=False), trainable_token_indices=[3, 4])
+    assert_same(lora_only, make_batch())  # of the embeddings alone
+    assert_same(lora(make("LlamaForCausalLM", tie_word_embeddings=True), modules_to_save=["lm_head"]), make_batch())
+
+
 def test_wrappers():
     model, batch = make("LlamaForCausalLM"), make_batch()
     refused(nn.DataParallel(model), "DataParallel gathers the weights")

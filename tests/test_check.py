@@ -3,6 +3,9 @@
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -19,14 +22,18 @@ def check(tmp_path, only, *arguments):
     return run.main([*flags, *arguments]), json.loads(out.read_text())
 
 
-@pytest.mark.parametrize(
-    "only",
-    ["sizes/*", "layouts/*", "options/*", "extreme/*", "labels*", "same-bits*", "sequence_sum/*", "loss-types/*"],
-)
-def test_the_cpu_home_passes(tmp_path, only):
-    status, result = check(tmp_path, only, "--quick")
+NEEDS_GPU = {"no-wait", "cuda-graph"}  # groups of which nothing runs on a CPU
+NEEDS_MEMORY = ("N=1100,V=50257", "beyond-2^31/bfloat16/elements")  # 5 GiB, which a GPU has
+
+
+@pytest.mark.parametrize("group", sorted({case.group for case in run.all_cases()} - NEEDS_GPU))
+def test_the_cpu_home_passes(tmp_path, group):
+    """Every case, not the quick ones alone: sequence_sum/float64 without weights failed here for weeks unseen."""
+    status, result = check(tmp_path, f"{group}/*")
     assert status == 0
-    assert result["counts"]["passed"] == len(result["cases"]) > 0
+    skipped = [c["case"] for c in result["cases"] if c["status"] == "skipped"]
+    assert all(case.endswith(NEEDS_MEMORY) for case in skipped)
+    assert result["counts"]["passed"] == len(result["cases"]) - len(skipped) > 0
     assert result["environment"]["versions"]["torch"] != "not installed"
 
 
@@ -83,6 +90,55 @@ def test_finished_groups_are_saved_before_the_rest_has_run(tmp_path, monkeypatch
     assert {c["case"].partition("/")[0] for c in result["cases"]} == {"extreme"} and result["left"] == 1
 
 
+def test_a_killed_check_keeps_its_finished_cases(tmp_path):
+    """In the middle of a group, by a signal that nothing can catch."""
+    out = tmp_path / "check.json"
+    program = (
+        "from tests import test_check; from cpo_kernels.check import run\n"
+        "run.SAVE_S, run.all_cases = 0.0, test_check.deadly_cases\n"
+        f"run.main(['--device', 'cpu', '--impl', 'cpu', '--only', 'fine*', 'hangs*', '--out', {str(out)!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (out.exists() and len(json.loads(out.read_text())["cases"]) == 2):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    result = json.loads(out.read_text())
+    assert [c["status"] for c in result["cases"]] == ["passed", "passed"] and result["left"] == 2
+
+
+def test_a_time_limit_ends_the_check_with_what_has_run(tmp_path, monkeypatch, capsys):
+    """A case that hangs is given up at the limit, what has run is reported, and the exit status says that it is not
+    all."""
+    out = tmp_path / "check.json"
+    monkeypatch.setattr(run, "all_cases", deadly_cases)
+    start = time.monotonic()
+    arguments = ["--device", "cpu", "--impl", "cpu", "--only", "fine*", "hangs*", "--out", str(out)]
+    assert run.main([*arguments, "--time-limit", "15"]) == 1
+    assert time.monotonic() - start < 60
+    result = json.loads(out.read_text())
+    assert result["counts"] == {"passed": 2, "failed": 0, "crashed": 0, "skipped": 0} and result["left"] == 2
+    printed = capsys.readouterr().out
+    assert "2 passed, 2 not run" in printed and "hangs" in printed
+
+
+def test_a_time_limit_in_the_process_itself(tmp_path, monkeypatch):
+    def slow(home, seen):
+        time.sleep(0.3)
+
+    monkeypatch.setattr(run, "all_cases", lambda: [Case(f"slow/{k}", slow) for k in range(40)])
+    status, result = check(tmp_path, "slow/*", "--time-limit", "1")
+    assert status == 1 and 0 < len(result["cases"]) < 40 and result["left"] == 40 - len(result["cases"])
+
+
+@pytest.mark.parametrize("option", ["--time-limit", "--case-limit"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+def test_a_limit_that_is_no_time(option, value):
+    with pytest.raises(ValueError, match=f"{option} {value}: give a positive number of seconds"):
+        run.main(["--device", "cpu", option, value])
+
+
 def test_a_case_that_kills_its_process_beside_others(tmp_path):
     """Each of two processes loses one case and goes on."""
     jobs = [("cpu", name) for name in ("dies/0", "dies/1", "fine/2", "fine/3")]
@@ -103,6 +159,8 @@ def test_nothing_goes_on_after_an_interrupt():
 
 
 def deadly_cases():
+    """dies, hangs and fine; what is fine comes first where they run one after the other."""
+
     def dies(home, seen):
         os._exit(3)
 
@@ -110,4 +168,4 @@ def deadly_cases():
         time.sleep(1000)
 
     cases = [Case(f"dies/{k}", dies, True) for k in (0, 1)] + [Case(f"hangs/{k}", hangs, True) for k in (4, 5)]
-    return cases + [Case(f"fine/{k}", lambda home, seen: None, True) for k in (2, 3)]
+    return [Case(f"fine/{k}", lambda home, seen: None, True) for k in (2, 3)] + cases

@@ -1,8 +1,14 @@
 """Config files, overrides, and the command."""
 
+import dataclasses
 import json
+import math
+import re
 import types
+import typing
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tiny
 from tiny import one_thread  # noqa: F401
@@ -10,8 +16,11 @@ from tiny import one_thread  # noqa: F401
 from cpo_kernels import cli
 from cpo_kernels.cli import main, split_overrides
 from cpo_kernels.data.records import write_records
+from cpo_kernels.training import loop as loop_module
+from cpo_kernels.training.aliases import ALIASES
 from cpo_kernels.training.config import config_keys, read_config, write_config
 from cpo_kernels.training.keys import Config, SourceConfig
+from cpo_kernels.training.models import check_model_path
 
 
 def test_every_key_has_a_line_of_help():
@@ -68,7 +77,13 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys, package,
 @pytest.mark.parametrize(
     "override, reason",
     [
-        ("training.learning_rate=1", "unknown key training.learning_rate; did you mean training."),
+        ("training.learning_rate=1", "unknown key training.learning_rate: here it is training.lr$"),
+        ("learning_rate=1", "unknown key learning_rate: here it is training.lr$"),
+        ("loss.per_device_train_batch_size=1", "`training.batch_size` is the whole step's"),
+        ("training.bf16=true", "unknown key training.bf16: write `training.precision`: bf16"),
+        ("training.seed=1", "unknown key training.seed; did you mean seed?"),
+        ("loss.label_smoothing=0.1", "it stands in `loss.options`: {label_smoothing: 0.1}"),
+        ("data.colour=red", "unknown key data.colour; there is data.train, data.eval, data.eval_share, "),
         ("training.batchsize=1", "unknown key training.batchsize; did you mean training.batch_size?"),
         ("trainin.lr=1", "unknown key trainin; did you mean training?"),
         ("beta=1", "unknown key beta; did you mean loss.beta?"),
@@ -99,9 +114,127 @@ def test_wrong_types_are_named(override, reason):
         read_config({}, [override])
 
 
-def test_recipes_are_valid():
-    from pathlib import Path
+def filled(hint, value, times):
+    """`value` in the lists and dicts of `hint`; a list repeats it."""
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) is list:
+        return [filled(parts[0], value, 1)] * times
+    if typing.get_origin(hint) is dict:
+        return {"honesty": filled(parts[1], value, times)}
+    return filled(parts[0], value, times) if parts else value
 
+
+def numeric_keys(cls=Config, wrap=lambda tree: tree):
+    """(value -> a recipe that gives it, key, whether it is whole) of every key of numbers, in lists of sections too."""
+    for f in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[f.name]
+        innermost = {hint}
+        while parts := {part for t in innermost for part in typing.get_args(t)}:
+            innermost = {t for t in innermost if not typing.get_args(t)} | parts
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        times = max(1, len(default)) if isinstance(default, list) else 1
+
+        def give(value, name=f.name, hint=hint, times=times):
+            return wrap({name: filled(hint, value, times)})
+
+        for section in filter(dataclasses.is_dataclass, innermost):
+            yield from numeric_keys(section, give)
+        if innermost & {int, float}:
+            yield pytest.param(give, f, int in innermost, id=f"{cls.__name__}.{f.name}")
+
+
+@pytest.mark.parametrize("give, key, whole", [*numeric_keys()])
+def test_every_number_has_a_range(give, key, whole):
+    """What lies outside is refused with the key, the value and the range."""
+    interval = key.metadata["range"]
+    assert interval, f"{key.name} has none"
+    low, high = map(float, interval[1:-1].split(", "))
+    step, kind = (1, int) if whole else (1e-6, float)
+    outside = [math.nan, math.inf, -math.inf, ".nan", "-inf", 10**400, True, "much", [[1]]]
+    inside = []
+    for end, out, closed in ((low, -step, interval[0] == "["), (high, step, interval[-1] == "]")):
+        if math.isfinite(end):
+            outside += [kind(end + out), kind(end + 7 * out), *([] if closed else [kind(end)])]
+            inside += [kind(end if closed else end - out)]
+    for value in outside:
+        with pytest.raises((ValueError, TypeError), match=rf"\b{key.name}[^ ]*: ") as error:
+            read_config(give(value))
+        assert str(value) in str(error.value) and key.metadata["help"] in str(error.value)
+    for value in [*inside, 3 if whole else 0.25]:
+        try:
+            read_config(give(value))
+        except ValueError as error:  # of the name that an objective lacks here
+            assert "cannot stand in a tag" in str(error)
+
+
+def test_names_of_transformers_trl_and_peft_lead_to_keys():
+    """Every one of the table to a key that there is, or to a sentence whose keys there are."""
+    keys = {name for name, _, _ in config_keys()} | {"training.lora"}
+    for name, known in ALIASES.items():
+        named = re.findall(r"`([^` ]+)`", known.replace("`accelerate launch`", "")) if " " in known else [known]
+        assert set(named) <= keys, name
+        assert name not in {key.rpartition(".")[2] for key in keys}, f"{name} is never looked up"
+    for named in (
+        "bf16",
+        "optim",
+        "max_length",
+        "adam_beta1",
+        "output_dir",
+        "report_to",
+        "dtype",
+        "lora_r",
+        "loss_type",
+    ):
+        section = {"training": {named: 1}}
+        with pytest.raises(ValueError, match=rf"unknown key training.{named}(:|; there is)"):
+            read_config(section)
+
+
+def test_a_key_without_its_section_is_led_there_too(recipe, capsys):
+    for given, reason in (
+        (["--learning_rate", "1e-4"], "unknown key learning_rate: here it is training.lr"),
+        (["--lr=1"], "unknown key lr; did you mean training.lr?"),
+        (["--per-device-train-batch-size", "4"], "`training.batch_size` is the whole step's"),
+        (["--nonsense"], "unknown key nonsense; there is stage, run_dir, seed"),
+    ):
+        assert main(["train", str(recipe), *given]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_numbers_are_kept_as_they_are():
+    """2**31 + 1 has no float32, 1e3 is a text in YAML."""
+    config = read_config({"seed": 2**31 + 1, "training": {"batch_size": "1e1", "lr": 1, "max_steps": None}})
+    assert config.seed == 2**31 + 1 and config.training.batch_size == 10 and config.training.lr == 1.0
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ("training.clip=-1", r"training.clip: -1.0 is not in \[0, inf\) \(largest gradient norm; 0: no clipping\)"),
+        ("training.clip=null", r"training.clip: expected float, got None \(.*0: no clipping"),
+        ("training.max_steps=-1", r"training.max_steps: -1 is not in \[0, inf\) .*0 or null: as many as epochs say"),
+        ("training.checkpoint_every=-1", "steps between checkpoints; 0: none"),
+        ("training.batch_size=0", r"training.batch_size: 0 is not in \[1, inf\)"),
+        ("training.epochs=0", r"training.epochs: 0.0 is not in \(0, inf\)"),
+        ("training.betas=[0.9]", r"training.betas: AdamW takes two numbers, got \[0.9\]"),
+        ("loss.beta=-0.1", r"loss.beta: -0.1 is not in \(0, inf\)"),
+        ("loss.options={label_smoothing: 1.5}", r"loss: label_smoothing must be in \[0, 1\)"),
+        ("loss.options={tie_margin: x}", "loss: tie_margin must be a number"),
+        ("loss.options={memory_budget: -1}", "loss: memory_budget must be a positive number of bytes, got -1"),
+        ("loss.options={beta: 1}", "loss.options: beta comes from loss.beta"),
+        ("loss.options={scale: 2}", "loss.options: scale comes from the model"),
+        ("loss.weights=[1, 1]", "loss: loss_weights .* must have one number per loss type"),
+        ("loss.type=nosuch", "loss: unknown loss_type 'nosuch'"),
+        ("objectives=[{name: a, low: 2, high: 1}]", "objective 'a': low must be below high"),
+        ("objectives=[{name: a}, {name: a}]", "loss: objective 'a' is given 2 times"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_when_the_recipe_is_read(override, reason):
+    with pytest.raises((ValueError, TypeError), match=reason):
+        read_config({}, [override])
+
+
+def test_recipes_are_valid():
     recipes = list((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
@@ -145,6 +278,88 @@ def test_errors_are_printed_without_a_traceback(recipe, tmp_path, capsys):
     assert main(["train", str(recipe), "--on-bad-line", "skip", "--overwrite"]) == 0
     assert f"bad lines skipped: 1\n  {tmp_path}/data.jsonl:13:" in capsys.readouterr().out
     assert json.loads((tmp_path / "run/data.json").read_text())["bad_lines"] == 1
+
+
+def test_what_is_not_there_is_said_at_once(recipe, tmp_path, capsys, monkeypatch):
+    """Before anything is read or loaded, and with one question to the hub at most."""
+    asked = []
+
+    def unreachable(self, name, timeout):
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    def not_yet(*args, **keys):
+        raise AssertionError("loaded already")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(loop_module, "load_data", not_yet)
+    monkeypatch.setattr(loop_module, "load_model", not_yet)
+    bare, run = tmp_path / "bare", tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    bare.mkdir()
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text('{"base_model_name_or_path": "gone/base"}')
+    for folder, kind in ((run / "model", "qwen2"), (bare, "llama"), (tmp_path / "tokenizer", "llama")):
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    plain = ["--model.tokenizer", "null"]
+    for given, reason, calls in [
+        (["--data.train", "[]"], "data.train is empty: say what to train on, --data.train FILE", []),
+        (["--data.train", "no.jsonl"], "data.train[0]: data file 'no.jsonl' does not exist", []),
+        (["--data.eval", f"{tmp_path}/no"], f"data.eval[0]: {tmp_path}/no does not exist\n", []),
+        (
+            ["--data.eval", "org/gone"],
+            "data.eval[0]: org/gone does not exist here, and the hub does not answer",
+            ["org/gone"],
+        ),
+        (["--data.train", "[{layout: pairs}]"], "data.train[0].path is empty", []),
+        (
+            ["--model", "gone"],
+            "model.name: gone does not exist here, and the hub does not answer (ConnectionErr",
+            ["gone"],
+        ),
+        (["--model", "a/b/c"], "model.name: a/b/c does not exist\n", []),
+        (["--model", str(recipe)], "is a file; give its folder", []),
+        (["--model", str(run)], f"is a run directory; its model is in {run / 'model'}", []),
+        (["--model", str(tmp_path)], "holds no model: no config.json", []),
+        (["--model", str(adapters)], "holds adapters over another model: gone/base does not exist", ["gone/base"]),
+        (["--model", str(bare), *plain], f"{bare} holds no tokenizer (", []),
+        (
+            ["--model", str(run / "model"), *plain],
+            "holds no tokenizer (its vocabulary is empty): give one with --model.",
+            [],
+        ),
+        (["--model", str(bare), "--model.tokenizer", "gone"], "model.tokenizer: gone does not exist here", ["gone"]),
+    ]:
+        asked.clear()
+        assert main(["train", str(recipe), *given]) == 2
+        error = capsys.readouterr().err
+        assert reason in error and error.count("\n") == 1 and asked == calls, error
+
+    def absent(self, name, timeout):
+        raise huggingface_hub.errors.RepositoryNotFoundError(
+            "404", response=types.SimpleNamespace(headers={}, request=None)
+        )
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", absent)
+    with pytest.raises(
+        FileNotFoundError, match="model.name: a/b does not exist, neither here nor as a model on the hub"
+    ):
+        check_model_path("a/b")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: None)
+    check_model_path("a/b")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", not_yet)
+    (tmp_path / "models--a--b/snapshots/1").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    check_model_path("a/b")
+
+
+def test_data_is_said_to_be_missing_by_data_too(capsys):
+    """The first thing that one types."""
+    for command in ("train", "data"):
+        assert main([command, str(Path(__file__).parent.parent / "recipes/truthfulqa_cpsft.yaml")]) == 2
+        assert "data.train is empty" in capsys.readouterr().err
 
 
 def test_keys_and_usage(capsys):

@@ -303,9 +303,9 @@ def test_missing_ratings_stay_missing():
         ({"mixture": [{"objectives": ["humour"]}]}, "'humour' is no objective"),
         ({"mixture": [{"share": 0}]}, "not all 0"),
         ({"class_weights": [{"honesty": 1}]}, "class_weights"),
-        ({"per_prompt": 0}, "per_prompt must be at least 1, got 0"),
-        ({"responses": 1}, "responses must be at least 2, got 1"),
-        ({"strip_best": 2}, "strip_best"),
+        ({"per_prompt": 0}, r"per_prompt: 0 is not in \[1, inf\)"),
+        ({"responses": 1}, r"responses: 1 is not in \[2, inf\)"),
+        ({"strip_best": 2}, r"strip_best: 2.0 is not in \[0, 1\]"),
     ],
 )
 def test_bad_conditions(keys, reason):

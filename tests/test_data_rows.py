@@ -102,6 +102,8 @@ def test_empty_and_ignored_keys_say_nothing(tmp_path):
         ({"prompt": [user("Sky?"), assistant("Blue")]}, "must end with what the user says"),
         ({"prompt": [{"role": "tool", "content": "x"}]}, "needs a message of the user"),
         ({"prompt": [user([{"type": "text", "text": None}])]}, "only parts of type text"),
+        ({"prompt": [{"role": "options", "content": "x"}, user("Sky?")]}, "write {role: system"),
+        ({"prompt": [{"role": "options", "name": "x"}, user("Sky?")]}, "write {role: system"),
         ({"images": ["a.png"]}, "'images' holds ['a.png'], which a text model cannot read"),
         ({"tools": "[{"}, "field 'tools' is no JSON"),
         ({"tools": {"name": "sky"}}, "field 'tools' must be a list"),
@@ -159,6 +161,11 @@ def test_prompts_in_several_columns(tmp_path):
         ValueError, match="data.fields.system: no row of .* has 'sytem'; columns: instruction, input, sys"
     ):
         load(tmp_path, rows, HONESTY, layout="answers", fields={**fields, "system": "sytem"})
+    nested = [{"prompt": "a", "response": "x", "ratings": {}, "meta": {"system": "Be kind."}}]
+    (record,) = load(tmp_path, nested, HONESTY, layout="answers", fields={"system": "meta.system"})
+    assert record.prompt[0] == ("system", "Be kind.")
+    with pytest.raises(ValueError, match="no row of .* has 'meta.sytem'"):
+        load(tmp_path, nested, HONESTY, layout="answers", fields={"system": "meta.sytem"})
     other = {"prompt": [{"role": "system", "content": "Be brief."}, user("a")], "system": "Be kind.", "responses": []}
     with pytest.raises(
         DataError, match="rows.jsonl:1: .*'system' says 'Be kind.', the prompt's own system message other"
@@ -361,7 +368,7 @@ def test_json_arrays(tmp_path, monkeypatch, name):
         ({"objectives": 0.5}, r"objectives\[0\]: expected a mapping of keys, got 0.5 \(keys: name, low, high, ...\)"),
         ({"objectives": "honesty"}, "objectives.*mapping of keys.*'honesty'"),
         ({"objectives": {"honesty": 5}}, "objectives.*honesty"),
-        ({"conditions": {"mixture": [{"sampler": "grid", "values": {"honesty": 5}}]}}, "values.*honesty.*list.*5"),
+        ({"conditions": {"mixture": [{"sampler": "grid", "values": {"honesty": 9}}]}}, r"values.*honesty.*levels.*9"),
         ({"conditions": {"mixture": [{"values": {"honesty": ["high"]}}]}}, "values.*honesty.*'high'"),
         ({"conditions": {"mixture": [{"levels": {"honesty": [5]}}]}}, r"levels.*honesty.*\[5\]"),
         (

@@ -6,9 +6,11 @@ from heads import EVERY_HOME, HOMES, LOW_PRECISION, make_batch, relative_error, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
-from cpo_kernels import linear, nll, ops, reference
+from cpo_kernels import head, linear, nll, ops, planner, reference
+from cpo_kernels.check.run import poisoned
 
 FLOAT32 = 1e-5  # relative, the project's bound for float32
+SIGNS = torch.tensor([1.0, -1.0], dtype=torch.float64)  # of chosen and rejected
 ROW = 101 * 8  # bytes of one row of float64 logits of the default batch
 
 
@@ -397,7 +399,7 @@ def test_two_runs_give_the_same_bits(dtype):
         ({"vocab_size": 102}, r"vocab_size must lie in \[1, 101\].*got 102"),
         ({"memory_budget": 0}, "memory_budget must be a positive number of bytes, got 0"),
         ({"impl": "fast"}, "impl must be one of.*got 'fast'"),
-        ({"impl": "cuda"}, "impl='cuda' is not available"),
+        ({"impl": "cuda"}, "impl='cuda' (is not available|takes GPU tensors)"),
     ],
 )
 def test_misuse_names_the_value(change, message):
@@ -407,6 +409,47 @@ def test_misuse_names_the_value(change, message):
         cpo.linear_token_logps(**kwargs)
     with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
         cpo.linear_nll(**kwargs)
+
+
+@pytest.mark.parametrize("impl", EVERY_HOME)
+@pytest.mark.parametrize("budget", [None, 5 * ROW, 3 * ROW, 1], ids=["one chunk", "chunks", "columns", "one row"])
+def test_padded_rows_change_nothing(monkeypatch, impl, budget):
+    """Rows of an odd vocabulary are padded on a GPU; here on a CPU, with padding that shows where it is read."""
+    monkeypatch.setattr(head, "row_stride", lambda width, dtype, device: width + 27)
+    batch, given = make_batch(4, 5), {"memory_budget": budget, "impl": impl}
+    truth = reference.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias, softcap=3.0)
+    upstream = torch.linspace(-1, 2, truth.numel(), dtype=torch.float64).view(truth.shape)
+    want = torch.autograd.grad(truth, batch.leaves, upstream, retain_graph=True)
+    nll = -truth.sum() / (batch.labels != -100).sum()
+    want_nll = torch.autograd.grad(nll, batch.leaves, retain_graph=True)
+    loss = torch.nn.functional.softplus(-0.1 * (truth.sum(1) - batch.ref_logps).view(2, 2).T.mv(SIGNS)).mean()
+    want_loss = torch.autograd.grad(loss, batch.leaves)
+    with poisoned():
+        logps = cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias, softcap=3.0, **given)
+        got = torch.autograd.grad(logps, batch.leaves, upstream)
+        ours = cpo.linear_nll(batch.hidden, batch.weight, batch.labels, batch.bias, softcap=3.0, **given)
+        got_nll = torch.autograd.grad(ours, batch.leaves)
+        out = cpo.FusedLinearCPOLoss(softcap=3.0, **given)(
+            batch.hidden, batch.weight, batch.labels, batch.bias, ref_logps=batch.ref_logps
+        )
+        got_loss = torch.autograd.grad(out.loss, batch.leaves)
+    assert relative_error(logps, truth) < 1e-12 and relative_error(ours, nll) < 1e-12
+    assert relative_error(out.loss, loss) < 1e-12
+    for seen, right in ((got, want), (got_nll, want_nll), (got_loss, want_loss)):
+        assert all(relative_error(a, b) < 1e-11 for a, b in zip(seen, right, strict=True))
+
+
+def test_rows_of_logits_begin_on_16_bytes_on_a_gpu():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert planner.row_stride(50_257, torch.bfloat16, gpu) == 50_304  # GPT-2
+    assert planner.row_stride(32_001, torch.float32, gpu) == 32_064
+    assert planner.row_stride(128_256, torch.bfloat16, gpu) == 128_256
+    assert planner.row_stride(50_257, torch.bfloat16, cpu) == 50_257
+    assert planner.row_stride(7, torch.bfloat16, gpu) == 7  # a few columns of very many rows
+    plan = cpo.explain(1000, 768, 50_257, device="cuda", train_head=False)
+    assert plan.logits_bytes == 1000 * 50_304 * 2
+    budget = 100 * 50_257 * 2
+    assert cpo.explain(1000, 768, 50_257, device="cuda", memory_budget=budget).logits_bytes <= budget
 
 
 def test_explain_follows_the_budget():

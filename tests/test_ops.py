@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,7 @@ def test_compile_without_graph_breaks_or_recompiles(train_head):
 
 def test_a_home_by_name_never_falls_back(monkeypatch):
     logits, labels = torch.randn(2, 5), torch.tensor([1, 2])
+    monkeypatch.setitem(homes._MISSING, "cuda", "this installation has no CUDA C++ extension")
     with pytest.raises(RuntimeError, match="impl='cuda' is not available: .*no CUDA C\\+\\+ extension"):
         cpo.token_logps(logits, labels, impl="cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -147,6 +149,28 @@ def test_a_home_by_name_never_falls_back(monkeypatch):
         cpo.token_logps(logits, labels, impl="quick")
     with pytest.raises(ValueError, match="takes CPU tensors, got a tensor on meta"):
         cpo.token_logps(logits.to("meta"), labels.to("meta"), impl="cpu")
+
+
+@pytest.mark.parametrize("capability, fused", [((8, 0), "triton"), ((9, 0), "cuda"), ((10, 0), "triton")])
+def test_auto_on_a_gpu_takes_each_op_from_the_home_of_the_table(monkeypatch, capability, fused):
+    """As far as a CPU shows it: the device is played, and what would run is looked at."""
+    gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(homes, "_load_extension", lambda name: "")
+    monkeypatch.setitem(homes._MISSING, "cuda", "this installation has no CUDA C++ extension")
+    homes._preferred_kernels.cache_clear()
+    triton = homes.kernels("auto", gpu)
+    assert triton is homes.kernels("triton", gpu)
+    monkeypatch.setitem(homes._MISSING, "cuda", "")
+    chosen = homes.kernels("auto", gpu)
+    for op in ops.SCHEMAS:
+        wanted = fused if op == "token_logps_fused_" else "triton"
+        assert getattr(chosen, op) is getattr(homes.kernels(wanted, gpu), op)
+    assert homes.kernels("triton", gpu) is triton  # by name there is no mixture
+    monkeypatch.setattr(homes, "_load_extension", lambda name: "built for another machine")
+    homes._preferred_kernels.cache_clear()
+    assert homes.kernels("auto", gpu) is triton
+    homes._preferred_kernels.cache_clear()
 
 
 def test_without_the_extension_the_reference_takes_over_and_says_so_once():

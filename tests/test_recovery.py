@@ -1,5 +1,8 @@
 """What a run survives: SIGKILL at any moment, a full disk, cut files. What stops it: numbers that are not finite."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
@@ -7,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
 from cpo_kernels.training.models import fingerprint, load_model
 from cpo_kernels.training.reference import read_cache
+from cpo_kernels.training.rundir import hold
 
 
 def test_killed_runs_end_as_an_unbroken_one(tmp_path):
@@ -44,6 +49,68 @@ def test_killed_runs_end_as_an_unbroken_one(tmp_path):
         )
         assert rows == expected, entry["kills"]
         assert entry["result"]["weights"] == whole["weights"], entry["kills"]
+
+
+@contextlib.contextmanager
+def other_process(folder):
+    """Another process that writes into the run directory `folder`."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            folder.mkdir(exist_ok=True)
+            lock = hold(folder / "lock")
+            os.write(told, b"1")
+            time.sleep(600)
+            lock.close()
+        finally:
+            os._exit(1)
+    assert os.read(ready, 1) == b"1"
+    yield child
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_one_process_writes_into_a_run_directory(tmp_path, monkeypatch):
+    """From its first file to its last one, whatever the other was told; a killed one holds nothing."""
+    folder = tmp_path / "run"
+    ways: list[dict] = [{}, {"resume": True}, {"overwrite": True}]
+    with other_process(folder) as child:
+        for way in ways:
+            with pytest.raises(
+                ValueError, match=rf"another process writes there \(process {child} on .*\): end it, or"
+            ):
+                run(**settings(tmp_path, **way))
+    whole = run(**settings(tmp_path))  # the lock's file is still there
+    assert not (folder / "lock").exists() and (folder / "model").exists()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    real = loop_module.load_data
+    for way in ways[1:]:  # the other one begins while this one reads its data
+        with contextlib.ExitStack() as stack:
+            monkeypatch.setattr(
+                loop_module,
+                "load_data",
+                lambda *given, s=stack: s.enter_context(other_process(folder)) and real(*given),
+            )
+            with pytest.raises(ValueError, match="another process writes there"):
+                run(**settings(tmp_path, **way))
+        (folder / "lock").unlink()
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    monkeypatch.setattr(loop_module, "load_data", real)
+    assert curve(run(**settings(tmp_path, overwrite=True))) == curve(whole)
+    with pytest.raises(FloatingPointError):  # what stops with an error lets go too
+        run(**settings(tmp_path, overwrite=True, lr=1e30))
+    assert not (folder / "lock").exists()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def lockf(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.warns(UserWarning, match="lock cannot be locked .*No locks available.* run one process in this folder"):
+        run(**settings(tmp_path))
 
 
 def settings(tmp_path, **training):

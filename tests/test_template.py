@@ -81,6 +81,16 @@ def test_tokens_that_merge_at_the_boundary_begin_where_trl_lets_them(kind, promp
     assert [*ids, *second] == [*tokenizer(prompt + "!")["input_ids"], tokenizer.eos_token_id]
 
 
+def test_boundaries_that_move_are_counted_and_named(capsys):
+    answers = [Response(text, {"honesty": 5.0}) for text in ("Yes", "!")]  # "A: " ends in the blank of "▁Yes"
+    records = [Record(f"{x}: ", (answer,)) for x in "ABCDEF" for answer in answers]
+    config = tiny.config("cpsft", objectives=tiny.OBJECTIVES[:1], data={"eval_share": 0.0}, training={"max_steps": 1})
+    config["conditions"] = {"strip_best": 1}
+    report = train(config, tokenizer=metaspace("first"), records=records).report
+    assert report["train"]["moved_boundaries"] == 6
+    assert "6 prompts end in tokens that depend on the response" in capsys.readouterr().err
+
+
 def test_a_boundary_without_a_token_before_it_is_refused():
     with pytest.raises(ValueError, match="prompt 'Y' and response become one token at the start of the text"):
         pieces(made(legacy(), "{tags}{prompt}"), "Y", "es")

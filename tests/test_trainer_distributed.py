@@ -353,23 +353,25 @@ def test_zero3_is_one_process(tmp_path):
 # ------------------------------------------------------------------------------------------------ launched from a shell
 
 
-def launch(folder, *overrides):
-    """`accelerate launch` of our command, on two CPU processes."""
+def launch(folder, launcher, **environment):
+    """Our command on two CPU processes of a launcher."""
     tiny.tokenizer().save_pretrained(folder / "tokenizer")
     answers = [{"prompt": r.prompt, "responses": [vars(a) for a in r.responses]} for r in RECORDS]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     config = tiny.config(run_dir=str(folder / "run"), training={"max_steps": 2})
     config["model"]["tokenizer"], config["data"]["train"] = str(folder / "tokenizer"), [str(folder / "data.jsonl")]
     (folder / "recipe.yaml").write_text(json.dumps(config))  # JSON is YAML
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml")]
-    command += ["--num_processes", "2", "--main_process_port", str(free_port())]
-    command += ["-m", "cpo_kernels.cli", "train", str(folder / "recipe.yaml"), *overrides]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *launcher, "-m", "cpo_kernels.cli", "train", str(folder / "recipe.yaml")]
+    environment = (
+        os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
+    )
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_accelerate_launches_the_command(tmp_path):
-    done = launch(tmp_path)
+    settings = ["--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2"]
+    launcher = ["accelerate.commands.launch", *settings, "--main_process_port", str(free_port())]
+    done = launch(tmp_path, launcher, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("train: prompts 10") == 1  # the main process alone speaks
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -379,6 +381,15 @@ def test_accelerate_launches_the_command(tmp_path):
     for name in ("loss", "grad_norm", "eval_loss"):
         found, expected = ([row[name] for row in metrics if name in row] for metrics in (rows, one.metrics))
         assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_torchrun_without_gpus_is_refused(tmp_path):
+    """Accelerate would start each rank as a run of its own, in one run directory."""
+    done = launch(tmp_path, ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())])
+    assert (
+        done.returncode and "ValueError: the launcher asks for 2 processes, but accelerate found no GPU" in done.stderr
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_of_the_launcher_that_cannot_be_kept_are_refused(monkeypatch):
@@ -394,6 +405,11 @@ def test_settings_of_the_launcher_that_cannot_be_kept_are_refused(monkeypatch):
 
     assert "mixed_precision: bf16; set it to no" in message(ACCELERATE_MIXED_PRECISION="bf16")
     assert "gradient_accumulation_steps; leave it at 1" in message(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2")
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        assert "3 processes, but accelerate found no GPU" in message(**{name: "3"}), name
+    for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"):
+        assert "2 processes, but accelerate found no GPU" in message(**{name: "1"}), name
+    assert message(WORLD_SIZE="1", RANK="0") == "nothing was raised"
 
 
 def test_accelerate_reads_the_configs():

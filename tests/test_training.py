@@ -322,6 +322,8 @@ def test_steps_of_parts_of_an_epoch(epochs, steps):
     assert result.metrics[-1]["step"] == steps
     parts = types.SimpleNamespace(training=read_config({"training": {"epochs": 1.1, "batch_size": 1}}).training)
     assert loop_module.Loop.steps_of(parts, [[None] * 10]) == 11
+    parts.training.epochs = 1e-12  # a run without a step would save the model that it began with
+    assert loop_module.Loop.steps_of(parts, [[None] * 10]) == 1
 
 
 def test_atomic_folder_is_whole_or_absent(tmp_path):

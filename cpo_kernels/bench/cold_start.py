@@ -43,6 +43,8 @@ def measure(device: str, runs: int, limit_s: float) -> dict[str, Any]:
         try:
             first = once(device, cache, limit_s)
             rest = [once(device, cache, limit_s) for _ in range(runs)]
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
+        except RuntimeError as error:
             return {"why": str(error)}
+        except subprocess.TimeoutExpired:
+            return {"why": f"a process took more than {limit_s:.0f} s"}
     return {"runs": runs, "first": first, "again": {k: statistics.median(r[k] for r in rest) for k in first}}

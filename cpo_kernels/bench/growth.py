@@ -1,7 +1,7 @@
 """How time and memory of the head grow with one size, and the exponent fitted to it against the one expected."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,15 +60,18 @@ def fitted(over: str, points: Sequence[Row]) -> dict[str, Row]:
     return fits
 
 
-def measure(bench: Bench, growth: Growth) -> Row:
-    points = []
+def measure(bench: Bench, growth: Growth, progress: Callable[[Row], None]) -> Row:
+    """`progress` gets what is known after every point."""
+    points: list[Row] = []
+    known: Row = {}
     for workload in growth.workloads():
-        points.append(
-            described("head", workload, bench.device) | {"subjects": bench.measure("head", workload, SUBJECTS)}
-        )
-    return {
-        "over": growth.over,
-        "expected": EXPECTED[growth.over],
-        "seen": fitted(growth.over, points),
-        "points": points,
-    }
+        rows = bench.measure("head", workload, SUBJECTS)
+        points.append(described("head", workload, bench.device) | {"subjects": rows})
+        known = {
+            "over": growth.over,
+            "expected": EXPECTED[growth.over],
+            "seen": fitted(growth.over, points),
+            "points": points,
+        }
+        progress(known)
+    return known

@@ -9,9 +9,17 @@ from torch import Tensor
 
 from cpo_kernels.bench.subject import Outcome, Step
 
+CYCLES = 2e9  # a second, of a GPU's clock at most: what sleeps so many cycles sleeps a second at least
+LONGEST_SLEEP_S = 0.02
+
 
 class Clock:
-    """Seconds of a step: on a GPU between two device events, after its L2 cache was filled with something else."""
+    """Seconds of a step: on a GPU between two device events, after its L2 cache was filled with something else.
+
+    The device sleeps while the host queues the step between its events, so that what is timed is the device's work and
+    not the 20 to 30 us that Python takes before a launch. The sleep is twice the shortest that queueing took so far, up
+    to LONGEST_SLEEP_S: a step that keeps the host longer waits for the device, or is bound by the host for users too.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -19,27 +27,35 @@ class Clock:
             l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
             self.other = torch.empty(2 * l2, dtype=torch.int8, device=device)
 
-    def time(self, step: Step) -> float:
+    def time(self, step: Step, queued_s: float = 0.0) -> tuple[float, float]:
+        """(seconds of one run, seconds until the host had queued the step); queued_s: the latter of earlier steps."""
         step.prepare()
         if self.device.type != "cuda":
             start = time.perf_counter()
             step.run()
-            return (time.perf_counter() - start) / step.repeats
+            seconds = time.perf_counter() - start
+            return seconds / step.repeats, seconds
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.other.zero_()
+        torch.cuda._sleep(int(CYCLES * min(2 * queued_s, LONGEST_SLEEP_S)))
         begin.record()
+        start = time.perf_counter()
         step.run()
+        queued_s = time.perf_counter() - start
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / step.repeats
+        return begin.elapsed_time(end) / 1e3 / step.repeats, queued_s
 
     def turn(self, step: Step, seconds: float) -> float:
         """Median of as many runs as fill `seconds`; of several the first does not count, it finds cold caches."""
         times: list[float] = []
+        queued: list[float] = []
         start = time.perf_counter()
         least = 2 if self.device.type == "cuda" else 1  # the first allocates what the turn before gave back
         while len(times) < least or time.perf_counter() - start < seconds:
-            times.append(self.time(step))
+            taken, host_s = self.time(step, min(queued, default=0.0))
+            times.append(taken)
+            queued.append(host_s)
         return statistics.median(times[1:] or times)
 
 

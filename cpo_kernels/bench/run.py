@@ -6,12 +6,11 @@ cpo-kernels bench --list
 
 Every subject runs in a process of its own on the same tensors; the processes take turns in changing order. Results are
 checked first: one that is wrong is listed and not timed, and the exit status is 1 if it is ours. The file is written
-after every workload; --resume goes on with one that a time limit or an interrupt cut off. Ratios are medians over
-rounds of the ratio to the floor in the same round.
+after every subject and every round; --resume goes on with one that a time limit, a signal or an interrupt cut off.
+Ratios are medians over rounds of the ratio to the floor in the same round.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -27,9 +26,9 @@ from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.head import HEADS, MODES, Head, head
 from cpo_kernels.bench.resume import Kept
 from cpo_kernels.bench.sets import SETS, Run, Set
-from cpo_kernels.bench.side_by_side import Bench, described
+from cpo_kernels.bench.side_by_side import TIME_LIMIT, Bench, described
 from cpo_kernels.bench.training_step import TrainingStep
-from cpo_kernels.environment import describe
+from cpo_kernels.environment import describe, write_results
 
 PARTS = (*FAMILIES, "growth", "cold_start")
 PACKAGES = ("cut-cross-entropy", "liger-kernel", "trl", "transformers")
@@ -89,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         prog="cpo-kernels bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--set", choices=SETS, default="gpu" if gpu else "default", help="default here: %(default)s")
-    made.add_argument("--out", type=Path, metavar="FILE", help="results as JSON, written after every workload")
+    made.add_argument("--out", type=Path, metavar="FILE", help="results as JSON, written as they come")
     made.add_argument("--resume", action="store_true", help="keep what the file at --out holds, measure the rest")
     made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the set")
     subjects = sorted({n for family in FAMILIES.values() for n in family.subjects})
@@ -119,8 +118,7 @@ def load() -> float:
 
 def write(out: Path | None, content: dict[str, Any]) -> None:
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        write_results(out, content)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,28 +150,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     if load() > 0.5:
         print(f"load {load()}: other work runs here, times will suffer", file=sys.stderr)
     try:
-        if "cold_start" in args.only and not args.workload and not content["cold_start"]:
-            content["cold_start"] = cold_start.measure(args.device, chosen.cold_starts, bench.limit_s())
-            print(f"cold start\n{report.cold_start_table(content['cold_start'])}", flush=True)
-            write(args.out, content)
         found = [kept.workload(described(r.family, r.workload, device), r.subjects) for r in runs]
         others = kept.others([described(r.family, r.workload, device) for r in runs])
         grown = [kept.growth(one, device) for one in growths]
         for k, run in enumerate(runs):
-            result = found[k]
-            if result is None:
-                result = described(run.family, run.workload, device) | {"commit": commit, "load": load()}
+            result = found[k] or described(run.family, run.workload, device) | {"commit": commit, "load": load()}
+
+            def keep(rows: dict[str, Any], k: int = k, result: dict[str, Any] = result) -> None:
+                found[k] = result | {"subjects": rows}
+                content["workloads"] = [*others, *(known for known in found if known)]
+                write(args.out, content)
+
+            if found[k] is None:
+                bench.progress = keep
                 result["subjects"] = bench.measure(run.family, run.workload, run.subjects)
-                found[k] = result
-            content["workloads"] = [*others, *(result for result in found if result)]
+                keep(result["subjects"])
             print(f"\n{report.title(result)}\n{report.table(result)}", flush=True)
-            write(args.out, content)
+        bench.progress = lambda rows: None
         for k, one in enumerate(growths):
-            grown[k] = grown[k] or growth.measure(bench, one) | {"commit": commit}
-            content["growth"] = [result for result in grown if result]
-            write(args.out, content)
+
+            def grow(known: dict[str, Any], k: int = k) -> None:
+                grown[k] = known | {"commit": commit}
+                content["growth"] = [result for result in grown if result]
+                write(args.out, content)
+
+            if grown[k] is None:
+                growth.measure(bench, one, grow)
         if growths:
             print(f"\n{report.growth_table(content['growth'])}", flush=True)
+        if "cold_start" in args.only and not args.workload and "first" not in content["cold_start"]:
+            left = deadline - time.monotonic()
+            wanted = {"why": TIME_LIMIT} if left <= 0 else cold_start.measure(args.device, chosen.cold_starts, left)
+            content["cold_start"] = wanted
+            print(f"\ncold start\n{report.cold_start_table(wanted)}", flush=True)
+            write(args.out, content)
     finally:
         bench.close()
     if args.out:

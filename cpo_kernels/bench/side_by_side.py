@@ -3,7 +3,7 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from cpo_kernels.bench.worker import Failed, Worker
 
 Row = dict[str, Any]
 TIME_LIMIT = "the time limit of the run was reached"
+# Loading may take this long: where nothing is cached, importing transformers and TRL or reading a model takes minutes.
+LOAD_S = 300.0
 TRUTH_S = 600.0  # the truth is not timed: float32 over 32k rows of SmolLM2's head takes a minute on two cores
 
 
@@ -23,8 +25,9 @@ TRUTH_S = 600.0  # the truth is not timed: float32 over 32k rows of SmolLM2's he
 class Bench:
     """How to measure, and the processes of the family at hand.
 
-    rounds: turns of each subject. turn_s: seconds that a turn fills at least. subject_s: longest wait for one answer.
-    deadline: `time.monotonic()` after which nothing is begun.
+    rounds: turns of each subject. turn_s: seconds that a turn fills at least. subject_s: longest wait for one answer,
+    except that loading may take LOAD_S. deadline: `time.monotonic()` after which nothing is begun. progress: gets the
+    rows of the workload at hand as far as they are known, after every subject and every round.
     """
 
     device: torch.device
@@ -33,6 +36,7 @@ class Bench:
     turn_s: float
     subject_s: float
     deadline: float = float("inf")
+    progress: Callable[[dict[str, Row]], None] = lambda rows: None
     family: str = ""
     workers: dict[str, Worker] = field(default_factory=dict)
 
@@ -42,6 +46,9 @@ class Bench:
         if left <= 0:
             raise Failed(TIME_LIMIT)
         return min(longest_s or self.subject_s, left)
+
+    def load_s(self) -> float:
+        return self.limit_s(max(LOAD_S, self.subject_s))
 
     def worker(self, family: str, subject: str) -> Worker:
         if family != self.family:
@@ -86,21 +93,20 @@ class Bench:
                 except Failed as failed:
                     rows[name]["why"] = TIME_LIMIT if time.monotonic() > self.deadline else str(failed)
                     workers.pop(name).stop()
-        times = self.take_turns(workers, rows, workload if known.apart else None)
+                self.progress(unfinished(rows))
+        self.take_turns(workers, rows, workload if known.apart else None, known.floor)
         for worker in workers.values() if not known.apart else ():
             self.unload(worker)
-        for name, seen in times.items():
-            rows[name] |= summary(seen, times.get(known.floor, []))
         return rows
 
     def keep_truth(self, worker: Worker, workload: Any, path: str) -> None:
-        worker.load(workload, self.limit_s())
+        worker.load(workload, self.load_s())
         worker.ask("keep", path, limit_s=self.limit_s(max(TRUTH_S, self.subject_s)))
         self.unload(worker)
 
     def examine(self, worker: Worker, workload: Any, truth: str, limits: Any) -> Row:
         """First step, differences from the truth, peak memory. A wrong result is not timed."""
-        worker.load(workload, self.limit_s())
+        worker.load(workload, self.load_s())
         row: Row = {"first_s": worker.ask("first", limit_s=self.limit_s())}
         row["differences"] = worker.ask("check", truth, limit_s=self.limit_s())
         for name, difference in row["differences"].items():
@@ -109,8 +115,9 @@ class Bench:
         row["peak_bytes"] = worker.ask("memory", limit_s=self.limit_s())
         return row
 
-    def take_turns(self, workers: dict[str, Worker], rows: dict[str, Row], apart: Any) -> dict[str, list[float]]:
-        """Seconds of each round; the order moves on by one every round and turns around every other.
+    def take_turns(self, workers: dict[str, Worker], rows: dict[str, Row], apart: Any, floor: str) -> None:
+        """Adds the summary of every round so far to the rows; the order moves on by one every round and turns around
+        every other.
 
         apart: the workload, where a subject is loaded for its turn alone; None where all are loaded.
         """
@@ -126,22 +133,33 @@ class Bench:
                     continue
                 try:
                     if apart is not None:
-                        workers[name].load(apart, self.subject_s)
+                        workers[name].load(apart, self.load_s())
                         workers[name].ask("first", limit_s=self.subject_s)
                     times[name].append(workers[name].ask("turn", self.turn_s, limit_s=self.subject_s))
                     if apart is not None:
                         workers[name].stop()  # trainers leave references to their model behind
                 except Failed as failed:
+                    if r and time.monotonic() > self.deadline:
+                        return  # the rounds before count
+                    for key in summary([1.0], [1.0]):
+                        rows[name].pop(key, None)
                     rows[name]["why"] = str(failed)
                     del times[name]
                     workers.pop(name).stop()
-        return times
+            for name, seen in times.items():
+                rows[name] |= summary(seen, times.get(floor, []))
+            self.progress(unfinished(rows))
 
     def unload(self, worker: Worker) -> None:
         try:
             worker.ask("unload", limit_s=60)
         except Failed:
             worker.stop()
+
+
+def unfinished(rows: dict[str, Row]) -> dict[str, Row]:
+    """As they stand in a file if nothing follows: what has no time yet was cut off."""
+    return {n: row if "median_s" in row or "why" in row else {**row, "why": TIME_LIMIT} for n, row in rows.items()}
 
 
 def summary(seen: list[float], floor: list[float]) -> Row:

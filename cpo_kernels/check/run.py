@@ -5,13 +5,13 @@ cpo-kernels check --impl cuda --only 'sizes/bfloat16*'
 cpo-kernels check --processes 8                    # Triton compiles hundreds of specialisations, most of the time
 
 One line per group of cases: their number, the worst error as a share of its tolerance, PASS or FAIL. The cases run in
-processes of their own: one that crashes or hangs is reported, and the rest goes on. FILE is written anew after each
-group. Exit status 1 where a case failed.
+processes of their own: one that crashes or hangs is reported, and the rest goes on. FILE is written anew every two
+seconds. Exit status 1 where a case failed, or did not run before --time-limit.
 """
 
 import argparse
 import fnmatch
-import json
+import math
 import multiprocessing
 import os
 import queue
@@ -30,9 +30,10 @@ import torch
 
 from cpo_kernels import homes
 from cpo_kernels.check.compare import Case, Home, Seen, Skip
-from cpo_kernels.environment import describe
+from cpo_kernels.environment import describe, write_results
 
 HOMES = ("cpu", "triton", "cuda")
+SAVE_S = 2.0  # between two writes of the results file
 Job = tuple[str, str]  # home, case
 Result = dict[str, Any]
 
@@ -105,9 +106,13 @@ def device_lost(home: Home) -> bool:
     return False
 
 
-def run_here(jobs: Sequence[Job], device: str, build: Callable[[], list[Case]]) -> Iterator[Result]:
+def run_here(
+    jobs: Sequence[Job], device: str, build: Callable[[], list[Case]], deadline: float = math.inf
+) -> Iterator[Result]:
     cases = {case.name: case for case in build()}
     for home, name in jobs:
+        if time.monotonic() > deadline:
+            return
         yield run_case(Home(home, torch.device(device)), cases[name])
 
 
@@ -169,9 +174,15 @@ def run_apart(
 
 
 def run_beside(
-    jobs: Sequence[Job], device: str, build: Callable[[], list[Case]], limit_s: float, processes: int
+    jobs: Sequence[Job],
+    device: str,
+    build: Callable[[], list[Case]],
+    limit_s: float,
+    processes: int,
+    deadline: float = math.inf,
 ) -> Iterator[Result]:
-    """The same in several processes at once; results in the order in which they come."""
+    """The same in several processes at once, until `deadline` on the monotonic clock; results in the order in which
+    they come."""
     results: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()
 
@@ -190,7 +201,11 @@ def run_beside(
     working = len(parts)
     try:
         while working:
-            result = results.get()
+            try:
+                left = deadline - time.monotonic()
+                result = results.get(timeout=max(left, 0.0) if left < math.inf else None)
+            except queue.Empty:
+                return
             if isinstance(result, BaseException):
                 raise result
             if result is None:
@@ -240,7 +255,7 @@ class Group:
 def report(
     results: Iterable[Result], jobs: Sequence[Job], device: str, save: Callable[[list[Result]], None]
 ) -> list[Result]:
-    """Prints each group as it ends, and saves what is known by then; results in the order of `jobs`."""
+    """Prints each group as it ends, those cut off last; saves every SAVE_S. Results in the order of `jobs`."""
 
     def key(home: str, case: str) -> tuple[str, str]:
         return home, case.partition("/")[0]
@@ -249,15 +264,30 @@ def report(
     groups = {k: Group(*k) for k in left}
     place = {job: i for i, job in enumerate(jobs)}
     seen: list[Result] = []
-    for result in results:
-        group = groups[key(result["home"], result["case"])]
-        group.results.append(result)
-        seen.append(result)
-        left[group.home, group.name] -= 1
-        if not left[group.home, group.name]:
-            print("\n".join([group.line(), *group.details(device)]), flush=True)
-            seen.sort(key=lambda r: place[r["home"], r["case"]])
-            save(seen)
+    saved_at = -math.inf
+
+    def save_now() -> None:
+        nonlocal saved_at
+        seen.sort(key=lambda r: place[r["home"], r["case"]])
+        save(seen)
+        saved_at = time.monotonic()
+
+    try:
+        for result in results:
+            group = groups[key(result["home"], result["case"])]
+            group.results.append(result)
+            seen.append(result)
+            left[group.home, group.name] -= 1
+            if not left[group.home, group.name]:
+                print("\n".join([group.line(), *group.details(device)]), flush=True)
+            if time.monotonic() - saved_at > SAVE_S:
+                save_now()
+    finally:
+        save_now()
+    for k, count in left.items():
+        if count:
+            cut = groups[k]
+            print("\n".join([f"{cut.line()}, {count} not run", *cut.details(device)]), flush=True)
     return seen
 
 
@@ -295,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--case-limit", type=float, default=300, metavar="SECONDS", help="a case hangs after this (default %(default)s)"
     )
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="end after this time, with what has run")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument(
         "--in-process", action="store_true", help="no process of their own: for debuggers and sanitizers"
@@ -303,6 +334,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.processes < 1 or (args.in_process and args.processes > 1):
         raise ValueError(f"--processes {args.processes}: at least 1, and 1 with --in-process")
+    for option, value in (("--case-limit", args.case_limit), ("--time-limit", args.time_limit)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{option} {value:g}: give a positive number of seconds")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no GPU here, use --device cpu")
@@ -319,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(names))
         return 0
     start = time.perf_counter()
+    deadline = time.monotonic() + (args.time_limit or math.inf)
     jobs = [(h, n) for h in chosen for n in names]
     environment = describe(device) if args.out else {}
 
@@ -326,21 +361,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out:
             left = len(jobs) - len(results)
             content = {"environment": environment, "counts": counts(results), "left": left, "cases": results}
-            whole = args.out.with_name(f"{args.out.name}.tmp")
-            whole.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(whole, args.out)
+            write_results(args.out, content)
 
     if args.in_process:
-        running = run_here(jobs, args.device, all_cases)
+        running = run_here(jobs, args.device, all_cases, deadline)
     else:
-        running = run_beside(jobs, args.device, all_cases, args.case_limit, args.processes)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    count = counts(report(running, jobs, args.device, save))
+        running = run_beside(jobs, args.device, all_cases, args.case_limit, args.processes, deadline)
+    results = report(running, jobs, args.device, save)
+    count = counts(results) | {"not run": len(jobs) - len(results)}
     print(", ".join(f"{n} {s}" for s, n in count.items() if n) + f" in {time.perf_counter() - start:.0f} s")
     if args.out:
         print(f"wrote {args.out}")
-    return 1 if count["failed"] or count["crashed"] else 0
+    return 1 if count["failed"] or count["crashed"] or count["not run"] else 0
 
 
 if __name__ == "__main__":

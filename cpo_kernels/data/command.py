@@ -16,7 +16,7 @@ from typing import Any
 from cpo_kernels.cli import config_arguments
 from cpo_kernels.data.conditions import Draws, Group, ratings_row
 from cpo_kernels.data.packing import encode
-from cpo_kernels.data.preparation import draws_of, encodable, load_data
+from cpo_kernels.data.preparation import check_sources, draws_of, encodable, load_data
 from cpo_kernels.data.records import message_json, prompt_columns
 from cpo_kernels.data.sources import notes
 from cpo_kernels.data.statistics import condition_name, pair_gaps, statistics, table
@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = config_arguments(parser, argv)
     config = read_config(args.config, overrides)
     report: dict[str, Any] = {}
+    check_sources(config.data)
     tokenizer = load_tokenizer(config.model)  # before the data, which takes longer
     records, held_out, objectives = load_data(config, None, None, report, quiet=not config.training.progress)
     template = PromptTemplate(tokenizer, config.template, objectives)

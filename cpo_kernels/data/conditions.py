@@ -264,11 +264,11 @@ def counted(config: ConditionsConfig) -> bool:
 def check(config: ConditionsConfig, objectives: Sequence[Objective]) -> None:
     mixture, scale = config.mixture, {o.name: o for o in objectives}
     names, known = list(scale), ", ".join(scale)
-    if not mixture or any(entry.share < 0 for entry in mixture) or not any(entry.share for entry in mixture):
-        raise ValueError(f"conditions.mixture needs shares >= 0 that are not all 0, got {mixture}")
+    if not any(entry.share for entry in mixture):
+        raise ValueError(f"conditions.mixture needs shares that are not all 0, got {mixture}")
     counts = [entry.count for entry in mixture]
-    if counted(config) and any(count is None or count < 0 for count in counts):
-        raise ValueError(f"conditions.mixture: every entry needs a count >= 0 where one has it, got {counts}")
+    if counted(config) and None in counts:
+        raise ValueError(f"conditions.mixture: every entry needs a count where one has it, got {counts}")
     if counted(config) and (config.per_prompt, config.draws) != (1, 1):
         raise ValueError(
             f"conditions.mixture draws by count, which per_prompt {config.per_prompt} and draws {config.draws} have no "
@@ -296,12 +296,6 @@ def check(config: ConditionsConfig, objectives: Sequence[Objective]) -> None:
             "conditions.class_weights act where conditions.balance or conditions.responses draws by class: set one of "
             "them, or leave the weights out"
         )
-    for name, least in (("per_prompt", 1), ("draws", 1), ("responses", 2), ("pairs", 1)):
-        number = getattr(config, name)
-        if number is not None and number < least:
-            raise ValueError(f"conditions.{name} must be at least {least}, got {number}")
-    if not 0 <= config.strip_best <= 1:
-        raise ValueError(f"conditions.strip_best must be in [0, 1], got {config.strip_best}")
 
 
 def _is_level(value: object, objective: Objective) -> bool:

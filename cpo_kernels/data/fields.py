@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from cpo_kernels.data.records import OPTIONS, ROLES, Message, Prompt, short
+from cpo_kernels.data.records import OPTIONS, RENDERED, ROLES, Message, Prompt, short
 from cpo_kernels.objectives import Objective
 
 _MISSING = object()
@@ -22,6 +22,14 @@ def get(row: dict, path: str) -> Any:
         near = difflib.get_close_matches(path, list(row), n=1)
         raise ValueError(f"no field {path!r}{f', did you mean {near[0]!r}?' if near else ''}; fields: {', '.join(row)}")
     return value
+
+
+def has(row: dict, path: str) -> bool:
+    try:
+        get(row, path)
+    except ValueError:
+        return False
+    return True
 
 
 def find(row: dict, path: str | None) -> Any:
@@ -78,7 +86,7 @@ def messages_of(row: dict, path: str, ignored: Sequence[str] = ()) -> tuple[Mess
 
 def message_of(message: dict, path: str, ignored: Sequence[str] = ()) -> Message:
     """Role and text, and what else the message says, which the chat template has to render."""
-    role = message.get("role")
+    role = str(message.get("role"))
     extra = {name: x for name, x in message.items() if name not in ("role", "content", *ignored) and not is_empty(x)}
     content = message.get("content")
     if isinstance(content, list) and content and all(map(_is_text, content)):
@@ -86,7 +94,8 @@ def message_of(message: dict, path: str, ignored: Sequence[str] = ()) -> Message
     if isinstance(content, list) and content:
         raise ValueError(f"field {path!r}: only parts of type text can be trained on, got {short(content)}")
     content = "" if extra and is_empty(content) else content
-    if role not in (*ROLES, OPTIONS) or not isinstance(content, str):
+    options = role == OPTIONS and not content and bool(extra) and not set(extra) - set(RENDERED)
+    if not (options or role in ROLES) or not isinstance(content, str):
         raise ValueError(f"field {path!r}: write {{role: {' | '.join(ROLES)}, content: text}}, got {short(message)}")
     return (role, content, _json(extra, path)) if extra else (role, content)
 

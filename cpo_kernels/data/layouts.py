@@ -26,14 +26,13 @@ from cpo_kernels.data.fields import (
     rating_of,
     text_of,
 )
-from cpo_kernels.data.records import OPTIONS, Message, Prompt, Record, Response, short
+from cpo_kernels.data.records import OPTIONS, RENDERED, Message, Prompt, Record, Response, short
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.keys import FieldMap
 
 LAYOUTS = ("records", "answers", "pairs")
 OVERALL = "overall"  # the objective of pairs without a configured one
 Convert = Callable[[dict], Record]
-RENDERED = ("tools", "chat_template_kwargs")  # columns of TRL's formats that the chat template gets
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # that no text model reads
 # columns that change what a row means and that are read where a key of data.fields names them
 TELLING = (

@@ -11,10 +11,24 @@ from typing import Any
 from cpo_kernels.data.conditions import Draws, prepare
 from cpo_kernels.data.packing import Unit, encode
 from cpo_kernels.data.records import DataError, Record
+from cpo_kernels.data.rows import source_files
 from cpo_kernels.data.sources import count_bad_line, load_records, overall_objective, split_by_prompt
 from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.hub import check_exists
 from cpo_kernels.objectives import Objective
 from cpo_kernels.training.keys import Config, DataConfig, TrainingConfig
+
+
+def check_sources(data: DataConfig, records: Any = None, eval_records: Any = None) -> None:
+    """Raises ValueError or FileNotFoundError where a source that a run will read is not there; given records take the
+    place of theirs."""
+    if records is None and not data.train:
+        raise ValueError("data.train is empty: say what to train on, --data.train FILE (or a folder or hub name)")
+    reads = {"train": data.train if records is None else [], "eval": data.eval if eval_records is None else []}
+    for split, sources in reads.items():
+        for number, source in enumerate(sources):
+            for path in source_files(source, f"data.{split}[{number}]"):
+                check_exists(path, f"data.{split}[{number}]", "dataset")
 
 
 def load_data(

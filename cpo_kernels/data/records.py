@@ -25,6 +25,7 @@ Message = tuple[str, ...]  # role and text; then, where a message has other keys
 Prompt = str | tuple[Message, ...]
 ROLES = ("system", "user", "assistant", "tool", "developer")
 OPTIONS = "options"
+RENDERED = ("tools", "chat_template_kwargs")  # its keys: columns of TRL's formats that the chat template gets
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 

@@ -24,6 +24,7 @@ from cpo_kernels.data.records import OPENERS, DataError, open_text, read_jsonl, 
 from cpo_kernels.training.keys import SourceConfig
 
 BUILDERS = {".json": "json", ".parquet": "parquet"}
+DAMAGED = (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error, LZMAError)
 READ_HERE = (".jsonl", ".ndjson", ".csv")
 Row = tuple[str, dict[str, Any] | DataError]  # `file:line` or `source:row`, and what stands there
 
@@ -35,37 +36,40 @@ def read_rows(source: SourceConfig, quiet: bool = True) -> Iterator[Row]:
         rows, total = islice(rows, source.rows), min(total or source.rows, source.rows)
     try:
         yield from tqdm(rows, f"read {Path(source.path).name}", total, disable=quiet, unit=" rows", leave=False)
-    except (
-        ValueError,
-        csv.Error,
-        EOFError,
-        gzip.BadGzipFile,
-        zlib.error,
-        LZMAError,
-    ) as error:  # of one row they are values
+    except DAMAGED as error:  # not of one row: those come as values
         if isinstance(error, DataError):
             raise
         raise _damaged(source.path, error) from None
 
 
-def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
+def source_files(source: SourceConfig, key: str = "data") -> list[str]:
+    """The paths of a source. Raises FileNotFoundError where it is not there, which the message calls `key`."""
     path = source.path
+    if not path:
+        raise ValueError(f"{key}.path is empty: give a file, a folder or a hub name")
     files = sorted(glob.glob(path, recursive=True)) if "*" in path else [path]
-    suffix = suffix_of(path)
-    local = suffix in (*READ_HERE, *BUILDERS)
-    if not files or (local and not all(Path(file).is_file() for file in files)):
-        raise FileNotFoundError(f"data file {path!r} does not exist")
-    if local:
-        _refuse(source, ["subset", "data_dir", "split", *([] if suffix in BUILDERS else ["streaming"])])
-    elif any(Path(file).is_file() for file in files):
+    if not files or (_is_local(path) and not all(Path(file).is_file() for file in files)):
+        raise FileNotFoundError(f"{key}: data file {path!r} does not exist")
+    if not _is_local(path) and any(Path(file).is_file() for file in files):
         raise ValueError(
-            f"data file {path!r}: the ending says how a file reads, which is none of "
+            f"{key}: data file {path!r}: the ending says how a file reads, which is none of "
             f"{', '.join((*READ_HERE, *BUILDERS))} here, packed as {', '.join(OPENERS)} or not at all"
         )
+    return files
+
+
+def _is_local(path: str) -> bool:
+    return suffix_of(path) in (*READ_HERE, *BUILDERS)
+
+
+def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
+    path, suffix, files = source.path, suffix_of(source.path), source_files(source)
+    if _is_local(path):
+        _refuse(source, ["subset", "data_dir", "split", *([] if suffix in BUILDERS else ["streaming"])])
     if suffix in READ_HERE:
         read = _read_csv if suffix == ".csv" else read_jsonl
         return ((f"{file}:{line}", row) for file in files for line, row in read(file)), None
-    if local and (empty := [file for file in files if not Path(file).stat().st_size]):
+    if _is_local(path) and (empty := [file for file in files if not Path(file).stat().st_size]):
         raise DataError(f"{empty[0]}: the file is empty")
     rows = _load(source, files)
     try:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cpo_kernels.data.fields import is_empty
+from cpo_kernels.data.fields import has, is_empty
 from cpo_kernels.data.layouts import LAYOUTS, OVERALL, TELLING, layout_of
 from cpo_kernels.data.records import DataError, Record, check_text, prompt_text
 from cpo_kernels.data.rows import read_rows
@@ -51,6 +51,7 @@ def load_records(
                 continue
             assert isinstance(row, dict)  # or `_record` would have raised it
             columns.update({name: int(not is_empty(value)) for name, value in row.items()})
+            columns.update({name: 0 for name in (data.fields.system, data.fields.input) if name and has(row, name)})
             key = place if apart else record.prompt
             if key in records:
                 record = replace(records[key], responses=records[key].responses + record.responses)
@@ -104,7 +105,7 @@ def _check_columns(columns: Counter[str], fields: FieldMap, path: str, report: d
     """Named columns that no row has are an error; telling ones that nothing names are counted."""
     for key in ("system", "input"):
         name = getattr(fields, key)
-        if name is not None and name.partition(".")[0] not in columns:
+        if name is not None and name not in columns:
             raise ValueError(f"data.fields.{key}: no row of {path} has {name!r}; columns: {', '.join(columns)}")
     rules = [rule["field"] if isinstance(rule, dict) else rule for rule in (fields.ratings or {}).values()]
     named = [x for x in vars(fields).values() if isinstance(x, str)]

@@ -131,11 +131,18 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
     if "peft" in sys.modules:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
+        from peft.utils.other import TrainableTokensWrapper
 
         if isinstance(layer, ModulesToSaveWrapper):
             names = [] if layer.disable_adapters else layer.active_adapters
             known = names and all(name in layer.modules_to_save for name in names)
             layer = layer.modules_to_save[names[0]] if known else layer.original_module
+        if isinstance(layer, TrainableTokensWrapper):
+            raise ValueError(
+                "trainable_token_indices puts rows of its own in place of the head's (of a tied head those of the "
+                "embeddings): they are not part of the weight that the fused head multiplies with. Leave "
+                "trainable_token_indices out; modules_to_save=['lm_head'] trains the head"
+            )
         if isinstance(layer, BaseTunerLayer):
             raise ValueError(
                 f"the head is a {type(layer).__name__}: its adapter is not part of the weight that the fused head "

@@ -69,12 +69,20 @@ def _y_of(x, inner, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _row_start(logits, row, stride, width, VEC: tl.constexpr, EDGES: tl.constexpr):
-    """(row pointer, pointer to its first 16-byte boundary, columns before that)."""
+    """(row pointer, pointer to its first 16-byte boundary, columns before that).
+
+    EDGES: 0 where every row begins and ends on a boundary, 1 where the base pointer does, 2 where not even that one.
+    """
     start = row * stride
-    if not EDGES:
+    if EDGES == 0:
         return logits + start, logits + tl.multiple_of(start, VEC), 0
+    base = logits
+    if EDGES == 2:  # count from the boundary before it: 16-byte accesses need a pointer that is known to be on one
+        address = logits.to(tl.int64)
+        base = tl.multiple_of((address - address % 16).to(logits.dtype), 16)
+        start += address % 16 * VEC // 16
     head = ((VEC - start % VEC) % VEC).to(tl.int32)
-    return logits + start, logits + tl.multiple_of(start + head, VEC), tl.minimum(head, width)
+    return base + start, base + tl.multiple_of(start + head, VEC), tl.minimum(head, width)
 
 
 @triton.jit
@@ -394,12 +402,12 @@ class _Rows:
         self.vec = 16 // logits.element_size()
         nat = softcap or scale
         self.nat, self.scale, self.inner = nat, scale, scale / softcap if softcap else 0.0
-        aligned = logits.data_ptr() % 16 == 0 and self.stride % self.vec == 0
+        edges = bool(self.stride % self.vec or self.width % self.vec or vocab_size % self.vec)
         self.acc = ops.acc_dtype(logits.dtype)
         self.flags = {
             "ACC": ACC_TYPES["fp64" if self.acc == torch.float64 else "fp32"],
             "VEC": self.vec,
-            "EDGES": not aligned or bool(self.width % self.vec or vocab_size % self.vec),
+            "EDGES": 2 if logits.data_ptr() % 16 else int(edges),
             "SOFTCAP": softcap > 0,
         }
         if homes.checks_enabled():
@@ -503,7 +511,10 @@ def variants() -> Iterator[Variant]:
     for name, kernel, launch, fixed in jobs:
         free = [flag for flag in ("EDGES", "SOFTCAP", "EXTRAS") if flag in kernel.arg_names]
         for dtype in ("bf16", "fp16", "fp32", "fp64"):
-            for values in itertools.product((False, True), repeat=len(free)):
+            chosen = list(itertools.product((0, 1), repeat=len(free)))
+            if "EDGES" in free:
+                chosen.append((2, *(0 for _ in free[1:])))
+            for values in chosen:
                 flags = {**dict(zip(free, values, strict=True)), **fixed}
                 shape = launch
                 if isinstance(launch, int):  # bytes of a row
@@ -518,9 +529,10 @@ def _variant(name: str, kernel: Any, dtype: str, launch: tuning.Launch, flags: d
     types |= {n: "i32" for n in ("stride", "rows", "width", "columns", "pieces", "ignore_index")}
     signature = {n: "constexpr" if n in constexprs else types.get(n, "*" + acc) for n in kernel.arg_names}
     aligned = {n for n, t in signature.items() if t[0] == "*" and n not in GENERAL["do_not_specialize_on_alignment"]}
-    if not flags.get("EDGES", True):
-        aligned |= {"stride", "width", "columns"}
-    label = " ".join([name, dtype, *(n.lower() for n, on in flags.items() if on is True)])
+    edges = flags.get("EDGES", 1)
+    aligned |= {"stride", "width", "columns"} if edges == 0 else set()
+    aligned -= {"logits"} if edges == 2 else set()
+    label = " ".join([name, dtype, *(n.lower() for n, on in flags.items() if on), *["off 16 bytes"] * (edges == 2)])
     label += f" {launch.warps} warps" if name == "fused" else ""
     kept = {n: constexprs[n] for n in signature if n in constexprs}
     plain = not any(flags.get(n) for n in ("EDGES", "SOFTCAP", "EXTRAS"))

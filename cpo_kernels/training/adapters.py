@@ -7,31 +7,71 @@ are those of the base, which is the model with its adapters off.
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpo_kernels.training.keys import ModelConfig, TrainingConfig
 
 
+def adapted_model(name: str) -> str | None:
+    """The model that the adapters in a folder (or hub name) are laid over; None where it holds a model itself."""
+    from transformers.utils import cached_file
+
+    quietly = {
+        f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    file = cached_file(name, "adapter_config.json", **quietly)
+    return file and json.loads(Path(file).read_text())["base_model_name_or_path"]
+
+
+def merge_adapters(model: Any, folder: str) -> Any:
+    """`model` with the adapters of `folder` in its own weights: a plain model, which trains and is saved as any other.
+
+    Where they change the head or the embeddings alone, tied ones are tied no more."""
+    need("peft", f"model.name {folder} holds adapters, which")
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    adapted: Any = PeftModel.from_pretrained(model, folder)
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        kind = adapted.peft_config["default"].peft_type
+        raise ValueError(
+            f"model.name {folder}: adapters of type {kind.value} cannot become part of the model's weights"
+        )
+    head: Any = model.get_output_embeddings()
+    if tied and any(
+        isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper)) for m in (head, model.get_input_embeddings())
+    ):
+        layer: Any = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    return adapted.merge_and_unload(safe_merge=True)
+
+
 def add_adapters(model: Any, training: TrainingConfig, seed: int) -> Any:
-    """The PeftModel around `model`, whose layers get adapters in place; None where the run trains none."""
-    quantized = getattr(model, "is_loaded_in_4bit", False)
+    """The PeftModel around `model`, whose layers get adapters in place; None where the run trains none. Raises
+    ValueError for a model that has adapters: what such a run trains would not be what it saves."""
+    if has_adapters(model):
+        raise ValueError(
+            f"the model has adapters already, beside which training.train: {training.train} cannot be saved: merge "
+            "them first, peft.AutoPeftModelForCausalLM.from_pretrained(MODEL).merge_and_unload().save_pretrained("
+            "FOLDER), and give FOLDER as model.name"
+        )
     if training.train != "lora":
-        if quantized:
+        if getattr(model, "is_loaded_in_4bit", False):
             raise ValueError(f"a 4-bit model trains adapters only: set training.train: lora (now {training.train})")
         return None
     need("peft", "training.train: lora")
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "the model has adapters already, which new ones would take the place of: merge them first, "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(MODEL).merge_and_unload().save_pretrained(FOLDER), "
-            "and give FOLDER as model.name"
-        )
     lora = training.lora
     torch.manual_seed(seed)  # of the first factors; the second ones start at zero
     targets = "all-linear" if lora.targets == ["all-linear"] else lora.targets  # another text would be a pattern
@@ -45,6 +85,17 @@ def add_adapters(model: Any, training: TrainingConfig, seed: int) -> Any:
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def has_adapters(model: Any) -> bool:
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def merged_weights(weights: dict[str, Tensor], adapted: Any) -> dict[str, Tensor]:

@@ -17,11 +17,19 @@ from typing import Any
 
 import yaml
 
-from cpo_kernels.training.keys import CHOICES, SHORTHAND, Config
+from cpo_kernels.objectives import Objective
+from cpo_kernels.training.aliases import ALIASES
+from cpo_kernels.training.keys import CHOICES, SHORTHAND, Config, in_range
 
 
 def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] = ()) -> Config:
-    """A Config from a YAML file, a dict or a Config, with `section.key=value` overrides (values are YAML)."""
+    """A Config from a YAML file, a dict or a Config, with `section.key=value` overrides (values are YAML).
+
+    Raises ValueError or TypeError for an unknown key, a value of the wrong type, a number out of its range and a loss
+    that cannot be.
+    """
+    from cpo_kernels.training.losses import preference_loss  # reads no config
+
     if isinstance(source, Config):
         tree = dataclasses.asdict(source)
     elif isinstance(source, Mapping):
@@ -40,6 +48,9 @@ def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] 
         value = _get(config, name)
         if value not in choices:
             raise ValueError(f"{name}: {value!r} is none of {', '.join(filter(None, choices))}")
+    if len(config.training.betas) != 2:
+        raise ValueError(f"training.betas: AdamW takes two numbers, got {config.training.betas}")
+    preference_loss(config, [Objective(**vars(objective)) for objective in config.objectives])
     return config
 
 
@@ -52,13 +63,14 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def config_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted name, default, help) of every key."""
+    """(dotted name, default, help with its range) of every key."""
     for f in dataclasses.fields(cls):
         default = f.default_factory() if callable(f.default_factory) else f.default
         if dataclasses.is_dataclass(default):
             yield from config_keys(type(default), f"{prefix}{f.name}.")
         else:
-            yield prefix + f.name, default, f.metadata["help"]
+            range = f.metadata["range"]
+            yield prefix + f.name, default, f.metadata["help"] + (f"; in {range}" if range else "")
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -95,13 +107,21 @@ def _set(tree: dict, name: str, value: Any) -> None:
         tree[last] = value
 
 
-def _unknown(name: str, cls: type, prefix: str) -> str:
+def unknown_key(name: str, cls: type = Config, prefix: str = "") -> str:
+    """The message for a key that the section `prefix` of class `cls` has not: the right one, or what there is."""
     every = [full for full, _, _ in config_keys()]
-    near = [full for full in every if full.rpartition(".")[2] == name]  # the right name in the wrong place
-    here = [prefix + f.name for f in dataclasses.fields(cls)]
-    near = near or difflib.get_close_matches(prefix + name, here, n=1, cutoff=0.5)
-    near = near or difflib.get_close_matches(prefix + name, every, n=1, cutoff=0)
-    return f"unknown key {prefix}{name}; did you mean {near[0]}?"
+    short = name.rpartition(".")[2]
+    near = [full for full in every if full.rpartition(".")[2] == short]  # the right name in the wrong place
+    if not near and short in ALIASES:
+        known = ALIASES[short]
+        return f"unknown key {prefix}{name}: " + (known if " " in known else f"here it is {known}")
+    here = {f.name: prefix + f.name for f in dataclasses.fields(cls)}
+    near = near or [here[found] for found in difflib.get_close_matches(short, here, n=1, cutoff=0.6)]
+    names = {full.rpartition(".")[2]: full for full in every}
+    near = near or [names[found] for found in difflib.get_close_matches(short, names, n=1, cutoff=0.75)]
+    return f"unknown key {prefix}{name}; " + (
+        f"did you mean {near[0]}?" if near else f"there is {', '.join(here.values())}"
+    )
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
@@ -115,12 +135,14 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for name in tree:
         if name not in hints:
-            raise ValueError(_unknown(str(name), cls, prefix))
-    return cls(**{name: _coerce(hints[name], value, prefix + str(name)) for name, value in tree.items()})
+            raise ValueError(unknown_key(str(name), cls, prefix))
+    fields = {f.name: f.metadata for f in dataclasses.fields(cls)}
+    values = {name: _coerce(hints[name], value, prefix + name, **fields[name]) for name, value in tree.items()}
+    return cls(**values)
 
 
-def _coerce(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the type a key declares; YAML reads 1e-4 as a string and one list item as a scalar."""
+def _coerce(hint: Any, value: Any, name: str, help: str, range: str | None) -> Any:
+    """`value` as the type a key declares, in its range; YAML reads 1e-4 as a string and one list item as a scalar."""
     if typing.get_origin(hint) is types.UnionType:
         if value is None:
             return None
@@ -130,14 +152,27 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     if typing.get_origin(hint) is list:
         item = typing.get_args(hint)[0]
         values = value if isinstance(value, (list, tuple)) else [value]
-        return [_coerce(item, v, f"{name}[{i}]") for i, v in enumerate(values)]
-    try:
-        if hint is float and not isinstance(value, bool):
-            return float(value)
-        if hint is int and not isinstance(value, bool) and float(value) == int(float(value)):
-            return int(float(value))
-    except (TypeError, ValueError):
-        pass
-    if hint is not float and isinstance(value, hint) and (hint is not int or not isinstance(value, bool)):
+        return [_coerce(item, v, f"{name}[{i}]", help, range) for i, v in enumerate(values)]
+    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+        item = typing.get_args(hint)[1]
+        return {key: _coerce(item, v, f"{name}.{key}", help, range) for key, v in value.items()}
+    if hint in (int, float):
+        number = _number(hint, value)
+        if number is not None and not in_range(number, str(range)):
+            raise ValueError(f"{name}: {number} is not in {range} ({help})")
+        if number is not None:
+            return number
+    elif isinstance(value, typing.get_origin(hint) or hint):
         return value
-    raise TypeError(f"{name}: expected {hint.__name__}, got {value!r}")
+    raise TypeError(f"{name}: expected {hint.__name__}, got {value!r} ({help})")
+
+
+def _number(hint: type, value: Any) -> Any:
+    """`value` as an int (of 64 bits) or float; None where it is none."""
+    if isinstance(value, bool):
+        return None
+    try:
+        number = value if isinstance(value, int) else float(value)
+        return hint(number) if hint is float or (number == int(number) and abs(number) < 2**63) else None
+    except (TypeError, ValueError, OverflowError):
+        return None

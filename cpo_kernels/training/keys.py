@@ -8,11 +8,25 @@ from typing import Any
 STAGES = ("cpsft", "cdpo", "sft", "dpo")
 
 
-def key(default: Any, help: str) -> Any:
+SEEDS = "[0, 4294967296)"  # epochs add multiples of 2**32
+
+
+def key(default: Any, help: str, range: str | None = None) -> Any:
+    """A key of a config. `range` is the interval of a number, or of each number of a list or dict, such as [0, 1): a
+    square bracket includes its end. Every key of numbers has one."""
+    metadata = {"help": help, "range": range}
     if isinstance(default, (list, dict, type)):
         factory = default if isinstance(default, type) else lambda: type(default)(default)
-        return field(default_factory=factory, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def in_range(value: float, range: str) -> bool:
+    """Whether an interval as in `key` holds the number; NaN is in none."""
+    low, high = map(float, range[1:-1].split(", "))
+    return (low < value or (range[0] == "[" and value == low)) and (
+        value < high or (range[-1] == "]" and value == high)
+    )
 
 
 @dataclass
@@ -54,15 +68,17 @@ class SourceConfig:
     subset: str | None = key(None, "configuration of a hub name")
     data_dir: str | None = key(None, "folder inside a hub name, such as harmless-base of Anthropic/hh-rlhf")
     streaming: bool = key(False, "read while it downloads and keep nothing on disk")
-    rows: int | None = key(None, "only so many rows from its start")
+    rows: int | None = key(None, "only so many rows from its start; default: all", "[1, inf)")
 
 
 @dataclass
 class DataConfig:
     train: list[SourceConfig] = key([], "sources: paths or hub names, or {path, layout, split, ...}")
     eval: list[SourceConfig] = key([], "sources held out; empty: eval_share of the training prompts")
-    eval_share: float = key(0.05, "share of the prompts held out for evaluation (a prompt is never on both sides)")
-    split_seed: int = key(0, "seed of that split, apart from `seed` so that runs can share a split")
+    eval_share: float = key(
+        0.05, "share of the prompts held out for evaluation (a prompt is never on both sides)", "[0, 1)"
+    )
+    split_seed: int = key(0, "seed of that split, apart from `seed` so that runs can share a split", SEEDS)
     layout: str = key(
         "records",
         "records (responses in a list) | answers (one a row) | pairs (chosen, rejected: TRL's format), or a published "
@@ -70,8 +86,10 @@ class DataConfig:
     )
     fields: FieldMap = key(FieldMap, "field names of the files")
     on_bad_line: str = key("error", "error | skip (skip counts and reports)")
-    max_prompt_tokens: int = key(512, "a longer prompt is left out and counted (cutting could lose its tags)")
-    max_tokens: int = key(1024, "prompt and response; a longer response is cut at its end and counted")
+    max_prompt_tokens: int = key(
+        512, "a longer prompt is left out and counted (cutting could lose its tags)", "[1, inf)"
+    )
+    max_tokens: int = key(1024, "prompt and response; a longer response is cut at its end and counted", "[1, inf)")
 
 
 @dataclass
@@ -85,52 +103,68 @@ class TemplateConfig:
 @dataclass
 class MixConfig:
     sampler: str = key("attained", "attained | best | grid | none")
-    share: float = key(1.0, "part of the draws, relative to the other entries")
-    count: int | None = key(None, "in place of shares: pairs (cdpo) or responses (cpsft) that this entry draws")
+    share: float = key(1.0, "part of the draws, relative to the other entries", "[0, inf)")
+    count: int | None = key(
+        None, "in place of shares: pairs (cdpo) or responses (cpsft) that this entry draws", "[0, inf)"
+    )
     objectives: list[str] | None = key(None, "objectives conditioned on; default: all")
-    levels: dict | None = key(None, "only ratings like these: {honesty: 5}")
+    levels: dict[str, float] | None = key(None, "only ratings like these: {honesty: 5}", "(-inf, inf)")
     rated: list[str] | None = key(None, "only responses rated on all of these; default: those in `objectives`")
-    values: dict | None = key(None, "grid: {objective: [values]}; default: the ratings seen in the data")
+    values: dict[str, list[float]] | None = key(
+        None, "grid: {objective: [values]}; default: the ratings seen in the data", "(-inf, inf)"
+    )
 
 
 @dataclass
 class ConditionsConfig:
     mixture: list[MixConfig] = key([MixConfig()], "where conditions come from, with shares")
-    per_prompt: int = key(1, "cdpo: different conditions of one prompt in one batch, over the same responses")
-    responses: int | None = key(None, "cdpo, dpo: responses of a prompt in a batch, spread over rating classes")
-    pairs: int | None = key(None, "cdpo, dpo: at most so many pairs per prompt and condition; default: all non-ties")
-    draws: int = key(1, "cdpo, dpo: how often a prompt is drawn, each time with other responses and conditions")
+    per_prompt: int = key(
+        1, "cdpo: different conditions of one prompt in one batch, over the same responses", "[1, inf)"
+    )
+    responses: int | None = key(
+        None, "cdpo, dpo: responses of a prompt in a batch, spread over rating classes; default: all", "[2, inf)"
+    )
+    pairs: int | None = key(
+        None, "cdpo, dpo: at most so many pairs per prompt and condition; default: all non-ties", "[1, inf)"
+    )
+    draws: int = key(
+        1, "cdpo, dpo: how often a prompt is drawn, each time with other responses and conditions", "[1, inf)"
+    )
     anew: bool = key(
         False, "draw conditions, responses and pairs of every epoch by themselves, not once for all epochs"
     )
     balance: bool = key(False, "draw rating classes (all ratings of a response together) equally often")
-    class_weights: list[dict] = key([], "changes to that: [{honesty: 1, helpfulness: 1, weight: 0.1}]; others 1")
-    strip_best: float = key(0.5, "share of best-on-everything conditions that get no tags (no tag means best)")
+    class_weights: list[dict[str, float]] = key(
+        [], "changes to that: [{honesty: 1, helpfulness: 1, weight: 0.1}]; others 1", "(-inf, inf)"
+    )
+    strip_best: float = key(
+        0.5, "share of best-on-everything conditions that get no tags (no tag means best)", "[0, 1]"
+    )
     sft_responses: str = key("best", "sft: train on the best responses of a prompt | all")
 
 
 @dataclass
 class ObjectiveConfig:
     name: str = key("", "its name in ratings and tags")
-    low: float = key(1.0, "lowest rating")
-    high: float = key(5.0, "highest rating; higher is better")
-    weight: float = key(1.0, "omega, its weight in the value R")
-    strength: float = key(1.0, "lambda, strength of a condition on it")
+    low: float = key(1.0, "lowest rating", "(-inf, inf)")
+    high: float = key(5.0, "highest rating; higher is better", "(-inf, inf)")
+    weight: float = key(1.0, "omega, its weight in the value R", "[0, inf)")
+    strength: float = key(1.0, "lambda, strength of a condition on it", "[0, inf)")
 
 
 @dataclass
 class LossConfig:
-    beta: float = key(0.1, "strength of the pull to the reference model")
+    beta: float = key(0.1, "strength of the pull to the reference model", "(0, inf)")
     type: list[str] = key(["sigmoid"], "cdpo, dpo: loss type, or a list of types to add")
-    weights: list[float] | None = key(None, "weights of that list")
+    weights: list[float] | None = key(None, "weights of that list", "(0, inf)")
     options: dict = key({}, "further options of FusedLinearCPOLoss: {label_smoothing: 0.1, tau: 1, ...}")
 
 
 @dataclass
 class LoraKeys:
-    r: int = key(64, "rank")
-    alpha: int = key(64, "an adapter counts alpha / r times")
-    dropout: float = key(0.0, "before an adapter")
+    r: int = key(64, "rank", "[1, inf)")
+    alpha: int = key(64, "an adapter counts alpha / r times", "[1, inf)")
+    dropout: float = key(0.0, "before an adapter", "[0, 1)")
     targets: list[str] = key(["all-linear"], "names of layers, or all-linear: all but the head")
 
 
@@ -140,35 +174,41 @@ class TrainingConfig:
         "all", "all | body (all but embeddings and head) | last_k (the last k layers and the final norm) | lora (peft)"
     )
     lora: LoraKeys = key(LoraKeys, "adapters, with train: lora")
-    k: int = key(4, "layers trained with train: last_k")
-    epochs: float = key(1.0, "passes over the prepared data")
-    max_steps: int | None = key(None, "optimizer steps; overrides epochs")
+    k: int = key(4, "layers trained with train: last_k", "[1, inf)")
+    epochs: float = key(1.0, "passes over the prepared data, may end amid one", "(0, inf)")
+    max_steps: int | None = key(None, "optimizer steps; overrides epochs; 0 or null: as many as epochs say", "[0, inf)")
     batch_size: int = key(
-        16, "per optimizer step, on all processes: responses (cpsft, sft), prompts with all their groups (cdpo, dpo)"
+        16,
+        "per optimizer step, on all processes: responses (cpsft, sft), prompts with all their groups (cdpo, dpo)",
+        "[1, inf)",
     )
     tokens_per_microbatch: int = key(
-        2048, "tokens of one forward pass on one process; a larger step accumulates gradients"
+        2048, "tokens of one forward pass on one process; a larger step accumulates gradients", "[1, inf)"
     )
-    window: int = key(1, "steps whose examples are sorted by length together: less padding, less random steps")
+    window: int = key(
+        1, "steps whose examples are sorted by length together: less padding, less random steps", "[1, inf)"
+    )
     rows: str = key(
         "shared",
         "shared (a prompt runs once for all its responses, several prompts a row) | packed (each response with its "
         "prompt, end to end) | padded (one response a row: any model)",
     )
-    lr: float = key(1e-5, "peak learning rate")
+    lr: float = key(1e-5, "peak learning rate", "(0, inf)")
     schedule: str = key("linear", "decay to zero after warm-up: linear | cosine | constant (none)")
-    warmup: float = key(0.1, "warm-up: steps, or below 1 a share of all steps")
+    warmup: float = key(0.1, "warm-up: steps, or below 1 a share of all steps", "[0, inf)")
     optimizer: str = key("adamw", "adamw | adamw_8bit, paged_adamw, paged_adamw_8bit (bitsandbytes)")
-    betas: list[float] = key([0.9, 0.999], "AdamW")
-    weight_decay: float = key(0.0, "AdamW, on matrices only")
-    clip: float = key(1.0, "largest gradient norm; 0: no clipping")
+    betas: list[float] = key([0.9, 0.999], "AdamW", "[0, 1)")
+    weight_decay: float = key(0.0, "AdamW, on matrices only", "[0, inf)")
+    clip: float = key(1.0, "largest gradient norm; 0: no clipping", "[0, inf)")
     gradient_checkpointing: bool = key(False, "keep one activation a layer and compute the rest again: less memory")
     compile: bool = key(False, "torch.compile the body, once for all lengths")
     precision: str = key("bf16", "bf16 (autocast, parameters stay float32) | fp32 (as the parameters are)")
-    eval_every: int = key(0, "steps between evaluations; 0: at the start and the end")
-    eval_size: int = key(128, "held-out responses (cpsft, sft) or prompts (cdpo, dpo) of an evaluation; 0: all")
-    checkpoint_every: int = key(0, "steps between checkpoints; 0: none")
-    keep: int = key(2, "checkpoints kept")
+    eval_every: int = key(0, "steps between evaluations; 0: at the start and the end", "[0, inf)")
+    eval_size: int = key(
+        128, "held-out responses (cpsft, sft) or prompts (cdpo, dpo) of an evaluation; 0: all", "[0, inf)"
+    )
+    checkpoint_every: int = key(0, "steps between checkpoints; 0: none", "[0, inf)")
+    keep: int = key(2, "newest checkpoints kept", "[1, inf)")
     resume: bool = key(False, "continue from the newest checkpoint in run_dir")
     overwrite: bool = key(False, "delete an earlier run in run_dir")
     save_model: bool = key(True, "save model and tokenizer in run_dir/model at the end")
@@ -182,7 +222,7 @@ class Config:
     run_dir: str | None = key(
         None, "folder for config, metrics, versions, checkpoints and model; none: nothing written"
     )
-    seed: int = key(0, "of conditions, draws, order and initial weights")
+    seed: int = key(0, "of conditions, draws, order and initial weights", SEEDS)
     cache_dir: str | None = key(None, "folder of the reference log-probs; default: run_dir/reference")
     objectives: list[ObjectiveConfig] = key([], "the ratings that count")
     model: ModelConfig = key(ModelConfig, "where the model comes from")

@@ -29,7 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cpo_kernels.data.packing import Encoded, Unit, epoch_steps
-from cpo_kernels.data.preparation import encodable, epoch_length, epochs_of, load_data, units_of
+from cpo_kernels.data.preparation import (
+    check_sources,
+    encodable,
+    epoch_length,
+    epochs_of,
+    load_data,
+    units_of,
+)
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.sources import notes
 from cpo_kernels.data.template import PromptTemplate
@@ -40,7 +47,16 @@ from cpo_kernels.training.config import read_config
 from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss
 from cpo_kernels.training.model_card import model_card
-from cpo_kernels.training.models import fingerprint, load_model, save_model, select_trainable
+from cpo_kernels.training.models import (
+    base_of_adapters,
+    check_model_path,
+    check_saving,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    save_model,
+    select_trainable,
+)
 from cpo_kernels.training.optim import make_optimizer, peak_memory_gib, schedule
 from cpo_kernels.training.parallel import (
     SHARDED,
@@ -85,13 +101,35 @@ def train(
     finite.
     """
     accelerator = make_accelerator()
-    report: dict[str, Any] = {}
     with together(accelerator):
         config = read_config(source, overrides)
         check_launcher(accelerator, config)
-        quiet = not (config.training.progress and accelerator.is_main_process)
         run = RunDir(config, accelerator.is_main_process)
+    try:
+        return _train(config, accelerator, run, model, tokenizer, records, eval_records)
+    finally:
+        run.close()
+
+
+def _train(
+    config: Config,
+    accelerator: Accelerator,
+    run: RunDir,
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Record] | None,
+    eval_records: Sequence[Record] | None,
+) -> TrainResult:
+    report: dict[str, Any] = {}
+    quiet = not (config.training.progress and accelerator.is_main_process)
+    with together(accelerator):
+        check_sources(config.data, records, eval_records)
+        if model is None and config.model.name and not config.model.config:
+            check_model_path(config.model.name)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(config.model)  # before the data, which takes longer
         records, eval_records, objectives = load_data(config, records, eval_records, report, quiet)
+        merged_into = base_of_adapters(config.model) if model is None else None
         model, tokenizer = load_model(config.model, model, tokenizer, config.seed)
         if accelerator.distributed_type not in SHARDED:  # those bring it there in pieces
             model.to(accelerator.device)
@@ -102,6 +140,8 @@ def train(
         eval_records = encodable(config.data, eval_records, template, report, may_be_empty=True)
         initial = fingerprint(model)
         adapted = add_adapters(model, config.training, config.seed)
+        if run.writes and config.training.save_model:
+            check_saving(model, tokenizer)
         if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.training.compile:
@@ -113,8 +153,8 @@ def train(
     if accelerator.num_processes > 1:
         check_same(accelerator, weights=initial, data=same["data"])
     loop = Loop(config, accelerator, run, model, loss, same)
-    if accelerator.is_main_process:
-        print(*notes(report), sep="\n", end="\n" if notes(report) else "", file=sys.stderr, flush=True)
+    for note in notes(report) if accelerator.is_main_process else ():
+        print(note, file=sys.stderr, flush=True)
     with together(accelerator):
         run.begin(report, eval_records)
     loop.run_epochs(*loop.with_reference(epochs, eval_set, report))
@@ -123,7 +163,7 @@ def train(
     with together(accelerator):
         run.save_data(report, eval_records)
         if run.writes and saving:
-            card = model_card(config, template, objectives, run.metrics)
+            card = model_card(config, template, objectives, run.metrics, merged_into)
             save_model(saved, tokenizer, run.folder / "model", card, weights)
     return TrainResult(model, tokenizer, template, objectives, run.metrics, report, list(eval_records))
 
@@ -204,14 +244,13 @@ class Loop:
                         state = {"step": step, "tokens": tokens} | same
                         save_checkpoint(run.folder / "checkpoints", tensors, state, training.keep)
         bar.close()
-        run.close()
         self.model.eval()
 
     def steps_of(self, epochs: Sequence[Sequence[Unit]]) -> int:
-        """Steps of `training.epochs`, the last of which may be a part."""
+        """Steps of `training.epochs`, the last of which may be a part; at least one."""
         whole, part = divmod(self.training.epochs, 1)
         lengths = [epoch_length(epochs[min(i, len(epochs) - 1)], self.training) for i in range(int(whole) + 1)]
-        return sum(lengths[:-1]) + math.ceil(part * lengths[-1] - 1e-9)  # 1.1 - 1 is a little more than 0.1
+        return max(1, sum(lengths[:-1]) + math.ceil(part * lengths[-1] - 1e-9))  # 1.1 - 1 is a little more than 0.1
 
     def batches(self, epochs: Sequence[Sequence[Unit]], start: int) -> Iterator[tuple[float, list[Encoded]]]:
         """(epochs passed after it, groups) of each step from number `start` on, without end."""

@@ -16,6 +16,7 @@ import cpo_kernels as cpo
 from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
 from cpo_kernels.integrations.heads import HeadParts, head_layer, lm_head
 from cpo_kernels.objectives import Objective, format_number, value_gap
+from cpo_kernels.planner import budget_rows
 from cpo_kernels.products import cpu_multiplies
 from cpo_kernels.training.attention import attention_inputs, check_rows, row_tokens
 from cpo_kernels.training.keys import Config
@@ -41,6 +42,25 @@ class StepTotal:
         return StepTotal(sum(g.labels for g in groups), sum(len(g.pairs) for g in groups))
 
 
+# what a recipe says elsewhere, or the model does
+NO_OPTIONS = {"objectives": "objectives", "beta": "loss.beta", "loss_type": "loss.type", "loss_weights": "loss.weights"}
+NO_OPTIONS |= dict.fromkeys(("ignore_index", "softcap", "scale", "vocab_size"), "the model")
+
+
+def preference_loss(config: Config, objectives: Sequence[Objective], **head: Any) -> cpo.FusedLinearCPOLoss:
+    """The loss of `config.loss`. Raises ValueError or TypeError where its options cannot be."""
+    loss = config.loss
+    for name in loss.options:
+        if name in NO_OPTIONS:
+            raise ValueError(f"loss.options: {name} comes from {NO_OPTIONS[name]}; leave it out here")
+    keys = {"loss_weights": loss.weights, **loss.options, **head}
+    try:
+        budget_rows(1, torch.float32, torch.device("cpu"), loss.options.get("memory_budget"))
+        return cpo.FusedLinearCPOLoss(objectives or None, loss.beta, loss.type, **keys)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"loss: {error}") from None
+
+
 class StageLoss:
     """The loss of a stage: mean NLL of the labels (cpsft, sft), or the preference loss of the pairs (cdpo, dpo)."""
 
@@ -59,16 +79,8 @@ class StageLoss:
         self.has_pairs = config.stage in ("cdpo", "dpo")
         self.loss_fn: Any = None
         if self.has_pairs:
-            loss = config.loss
-            self.loss_fn = cpo.FusedLinearCPOLoss(
-                objectives,
-                loss.beta,
-                loss.type,
-                softcap=lm_head(model).softcap,
-                scale=lm_head(model).scale,
-                loss_weights=loss.weights,
-                **loss.options,
-            )
+            head = lm_head(model)
+            self.loss_fn = preference_loss(config, objectives, softcap=head.softcap, scale=head.scale)
         self.needs_reference = self.has_pairs and self.loss_fn.options.needs_reference
         self.metrics = METRICS[: len(METRICS) if self.needs_reference else -1] if self.has_pairs else METRICS[:1]
         self.module: Any = StageModule(model, self.loss_fn, self.bf16)  # until `parallel.prepare` wraps it

