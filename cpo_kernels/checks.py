@@ -1,11 +1,13 @@
-"""The types of what the public functions take; one message for each kind."""
+"""The types of what the public functions take, one message for each kind; and when values may be read."""
 
 import numbers
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS: dict[str, Any] = {
@@ -56,3 +58,18 @@ def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> Non
             f"label {int(labels[tuple(position)])} is out of range at {position}: it must be in [0, {vocab_size}) or "
             f"equal ignore_index = {ignore_index}"
         )
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether a check may read values: always on the CPU; on a GPU, where that waits, only under CPO_KERNELS_CHECK=1.
+    Not while torch traces or captures."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    return checks_enabled() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def checks_enabled() -> bool:
+    """CPO_KERNELS_CHECK=1 turns on the checks that would cost a device-to-host copy on a GPU."""
+    return os.environ.get("CPO_KERNELS_CHECK", "0") == "1"

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from cpo_kernels import ops, reference
+from cpo_kernels.checks import checks_enabled as checks_enabled
+from cpo_kernels.checks import may_read as may_read
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 # What `auto` takes on a GPU in place of Triton, by op and compute capability. Predicted from the machine code, not
@@ -128,18 +129,3 @@ def _kernels_of(home: str) -> Any:
     if home == "cuda" and (reason := _load_extension("_C_cuda")):
         raise RuntimeError(f"impl='cuda': the CUDA extension could not be loaded: {reason}")
     return reference if home == "reference" else ops.COMPILED
-
-
-def may_read(tensor: Tensor) -> bool:
-    """Whether a check may read values: always on the CPU; on a GPU, where that waits, only under CPO_KERNELS_CHECK=1.
-    Not while torch traces or captures."""
-    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
-        return False
-    if tensor.device.type == "cpu":
-        return True
-    return checks_enabled() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def checks_enabled() -> bool:
-    """CPO_KERNELS_CHECK=1 turns on the checks that would cost a device-to-host copy on a GPU."""
-    return os.environ.get("CPO_KERNELS_CHECK", "0") == "1"

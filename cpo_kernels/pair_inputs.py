@@ -9,7 +9,7 @@ from torch import Tensor
 from cpo_kernels import homes
 from cpo_kernels.checks import check_types
 from cpo_kernels.loss_options import LossOptions, check_options
-from cpo_kernels.objectives import Objective
+from cpo_kernels.objectives import Objective, check_scale
 from cpo_kernels.preference import PreferenceArgs
 from cpo_kernels.reference.loss_types import LOSS_TYPES
 
@@ -75,7 +75,12 @@ def kernel_args(
     if given.conditions is not None:
         check_domain("conditions", given.conditions)
     conditions = pair_conditions(given.conditions, pairs, num_sequences, num_objectives, device)
-    objectives = empty64 if options.objectives is None else objective_rows(options.objectives, device)
+    objectives = empty64
+    if options.objectives is not None:
+        objectives = objective_rows(options.objectives, device)
+        for name, value in (("scores", given.scores), ("conditions", given.conditions)):
+            if value is not None:
+                check_scale(name, value, options.objectives)
 
     for name, value in (("pair_weights", given.pair_weights), ("pair_betas", given.pair_betas)):
         if value is not None:
@@ -122,8 +127,6 @@ def check_pairs(pairs: Tensor, num_sequences: int, device: torch.device) -> None
 
 # What values must be; names that are not here may hold anything.
 DOMAINS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "scores": ("finite, or NaN where not rated", lambda t: ~t.isinf()),
-    "conditions": ("finite, or NaN where not conditioned", lambda t: ~t.isinf()),
     "pair_weights": ("finite", torch.isfinite),
     "pair_betas": ("positive and finite", lambda t: t.isfinite() & (t > 0)),
 }

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -388,12 +389,46 @@ def test_pairs_with_two_conditions_are_refused():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("number", [-float("inf"), float("inf"), 5.01, 0.0, 1e300, -3])
 @pytest.mark.parametrize("name", ["scores", "conditions"])
-def test_infinite_ratings_are_refused(name):
-    tensors = {"scores": torch.ones(4, 2), "conditions": torch.ones(2, 2)}
-    tensors[name][1, 0] = -float("inf")
-    with pytest.raises(ValueError, match=rf"{name} must be finite, or NaN.*got -inf at \[1, 0\]"):
-        cpo.preference_loss(torch.zeros(4), ref_logps=torch.zeros(4), objectives=OBJECTIVES, **tensors)
+def test_ratings_outside_their_scale_are_refused(name, number):
+    """At every door, and by a plan before the step that it is for; NaN stays "none"."""
+    scores, conditions = torch.full((4, 2), NAN).double(), torch.full((4, 2), NAN).double()
+    tensors = {"scores": scores, "conditions": conditions}
+    tensors[name][1::2, 1] = number
+    batch = make_batch(dtype=torch.float32)
+    loss, fused = cpo.CPOLoss(OBJECTIVES), cpo.FusedLinearCPOLoss(OBJECTIVES)
+    inputs = (batch.hidden, batch.weight, batch.labels)
+    planned = dict(vocab_size=101, dtype=torch.float32, device="cpu")
+    doors = [
+        lambda: cpo.preference_loss(torch.zeros(4), ref_logps=torch.zeros(4), objectives=OBJECTIVES, **tensors),
+        lambda: loss(torch.zeros(4), ref_logps=torch.zeros(4), **tensors),
+        lambda: fused(*inputs, ref_logps=batch.ref_logps, **tensors),
+        lambda: fused.plan(batch.labels, **planned, **tensors),
+        lambda: fused.plan(batch.labels, **planned, **tensors, all_positions=True),
+        lambda: cpo.value(scores, conditions, OBJECTIVES),
+    ]
+    for door in doors:
+        message = rf"{name}: {re.escape(str(float(number)))} at \[1, 1\] is outside \[1, 5\], .* objective 'honesty'"
+        with pytest.raises(ValueError, match=message):
+            door()
+        tensors[name][1::2, 1] = 5.0
+        door()
+        tensors[name][1::2, 1] = number
+
+
+def test_the_ends_of_a_scale_are_rounded_as_its_ratings_are():
+    """0.1 and 0.7 are other numbers in 16, 32 and 64 bit; whole numbers and truth values are ratings as well."""
+    tenths = [cpo.Objective("a", 0.1, 0.7)]
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        scores = torch.tensor([[0.1], [0.7]], dtype=dtype)
+        for given in (scores, scores.double() if dtype == torch.float32 else scores):
+            out = cpo.preference_loss(torch.zeros(2), ref_logps=torch.zeros(2), scores=given, objectives=tenths)
+            assert out.order.tolist() == [-1]
+    for scores in (torch.tensor([[0], [1]]), torch.tensor([[False], [True]])):
+        harmless = [cpo.Objective("harmlessness", 0, 1)]
+        out = cpo.preference_loss(torch.zeros(2), ref_logps=torch.zeros(2), scores=scores, objectives=harmless)
+        assert out.order.tolist() == [-1]
 
 
 def test_negative_lengths_are_refused():
