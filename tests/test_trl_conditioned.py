@@ -87,6 +87,7 @@ def test_orientation(tmp_path, name):
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
         {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
         {"max_length": 12},
+        {"torch_compile": True, "torch_compile_backend": "eager"},  # the wrapped reference has no truth value
     ],
     ids=lambda options: "-".join(options),
 )
