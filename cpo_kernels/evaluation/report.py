@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cpo_kernels.evaluation.tables import percent
+from cpo_kernels.evaluation.tables import percent, unscored
 
 PROMPTS, CONDITIONS = 6, 12  # shown as samples
 
@@ -177,8 +177,11 @@ def _glance(results: Mapping[str, Any], objectives: Sequence[Mapping[str, Any]])
     for model, result in results.items():
         volume = "-" if result["hypervolume"] != result["hypervolume"] else f"{result['hypervolume']:.1%}"
         volumes.append([model, volume, f"{len(result['front'])} of {len(result['points'])}"])
-    return _table(["", "rank correlation", "mean error", "monotone"], rows) + _table(
-        ["", "hypervolume", "on the front"], volumes
+    missing = "".join(f'<p class="soft">{escape(line)}</p>' for line in unscored(results).splitlines())
+    return (
+        _table(["", "rank correlation", "mean error", "monotone"], rows)
+        + _table(["", "hypervolume", "on the front"], volumes)
+        + missing
     )
 
 
