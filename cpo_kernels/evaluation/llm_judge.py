@@ -42,8 +42,11 @@ Reply with one JSON object that holds a number for each quality, and nothing els
 
 TRANSIENT = {408, 409, 425, 429, *range(500, 600)}  # worth another try
 # parts of an error that is about one text, not about the server or the key
-ABOUT_THE_TEXT = ("content_filter", "content_policy", "content management policy", "moderation", "flagged")
-ABOUT_THE_TEXT += ("context_length", "context length", "maximum context")
+ABOUT_THE_TEXT = re.compile(
+    "content_filter|content_policy|content management policy|moderation|flagged|context_length|context length|"
+    "maximum context",
+    re.I,
+)
 # what an error object of status 200 may say in place of a status; the first that fits
 CODES = {"rate_limit": 429, "quota": 429, "authentication": 401, "api_key": 401, "permission": 403, "not_found": 404}
 CODES |= {"content": 400, "context": 400, "invalid": 400}
@@ -213,8 +216,7 @@ class Judge:
         if key:
             text = text.replace(key, "***")  # some servers quote it
         problem = f"judge {self.url.rstrip('/')}/chat/completions: {'' if code is None else f'{code} '}{text[:500]}"
-        lower = text.lower()
-        if code == 413 or (code in (None, 400, 403, 422) and any(part in lower for part in ABOUT_THE_TEXT)):
+        if code == 413 or (code in (None, 400, 403, 422) and ABOUT_THE_TEXT.search(text)):
             return NoScore(problem, final=True)
         if code is None or code in TRANSIENT:
             return Transient(problem, _seconds(retry_after))
@@ -230,7 +232,7 @@ def _code(error: Any) -> int | None:
     fields = [error.get(name) for name in ("code", "status", "type")] if isinstance(error, dict) else [error]
     for value in fields:
         if str(value).isdecimal():
-            return int(value)
+            return int(str(value))
     words = " ".join(str(value) for value in fields).lower()
     return next((code for word, code in CODES.items() if word in words), None)
 

@@ -63,7 +63,8 @@ def base_of_adapters(config: ModelConfig) -> str | None:
     return None if not folder or gguf or config.quantize or config.config else adapted_model(folder)
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
+def load_tokenizer(config: ModelConfig, option: str = "--model.tokenizer FOLDER") -> Any:
+    """The tokenizer of `config`; where there is none, the ValueError names the `option` that gives one."""
     from transformers import AutoTokenizer
 
     folder: str | None
@@ -83,7 +84,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
             return tokenizer
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-    raise ValueError(f"{folder} holds no tokenizer ({reason}): give one with --model.tokenizer FOLDER")
+    raise ValueError(f"{folder} holds no tokenizer ({reason}): give one with {option}")
 
 
 def check_model_path(name: str, key: str = "model.name") -> None:
