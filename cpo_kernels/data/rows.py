@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cpo_kernels.data.records import DataError, read_jsonl
+from cpo_kernels.extras import explained
 from cpo_kernels.training.keys import SourceConfig
 
 BUILDERS = {".json": "json", ".parquet": "parquet"}
@@ -74,8 +75,8 @@ def _refuse(source: SourceConfig, names: list[str]) -> None:
 def _load(source: SourceConfig, files: list[str]) -> Any:
     try:
         import datasets
-    except ImportError:
-        raise ImportError(f"{source.path}: this source needs `datasets`: pip install datasets") from None
+    except ModuleNotFoundError as error:
+        raise explained(error, f"the source {source.path}") from None
     path, keep = source.path, {"split": source.split, "streaming": source.streaming}
     try:
         if Path(path).suffix in BUILDERS:

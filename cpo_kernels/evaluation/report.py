@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_kernels.evaluation.tables import percent, unscored
+from cpo_kernels.extras import install_line
 
 PROMPTS, CONDITIONS = 6, 12  # shown as samples
 
@@ -83,7 +84,8 @@ MEANINGS = {
 
 def need_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--report draws with matplotlib, which is not installed: pip install 'cpo-kernels[plot]'")
+        line = install_line("matplotlib")
+        raise ValueError(f"--report draws with matplotlib, which is not installed: {line}")
 
 
 def write_report(everything: Mapping[str, Any], folder: Path) -> Path:

@@ -24,10 +24,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import trl
 from torch import Tensor
-from trl.trainer import dpo_trainer
-from trl.trainer.utils import get_config_model_id
+
+from cpo_kernels.extras import explained
+
+try:
+    import trl
+    from trl.trainer import dpo_trainer
+    from trl.trainer.utils import get_config_model_id
+except ModuleNotFoundError as error:
+    raise explained(error, __name__) from error
 
 from cpo_kernels.integrations.conditioned import RATING_KEYS, conditioned_loss
 from cpo_kernels.integrations.fused_head import add_fused_head
