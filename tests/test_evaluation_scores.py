@@ -314,6 +314,25 @@ def test_a_model_without_a_tokenizer_names_the_option(run, tmp_path, capsys, mon
     assert "model.tokenizer: nowhere does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name, text, reason",
+    [
+        ("model.safetensors", "cut", "model cannot be loaded (SafetensorError: "),
+        ("tokenizer.json", '{"a": 1}', "model holds no tokenizer (KeyError: "),
+        ("config.json", '{"model_type": "nonsense"}', "model cannot be loaded (ValueError: "),
+        ("config.json", "{", "model holds no tokenizer (OSError: "),
+    ],
+)
+def test_a_broken_model_is_one_line(run, tmp_path, capsys, name, text, reason):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "model" / name).write_text(text)
+    assert main(["eval", str(tmp_path / "run"), "--condition", "honesty=5"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert reason in error and error.startswith("cpo-kernels eval: ValueError: ")
+
+
 JUDGE = ["--scorer", "judge:http://x/v1", "--judge-model", "m"]
 
 
