@@ -60,7 +60,8 @@ def objectives_tensor(objectives: Sequence[Objective] | Tensor) -> Tensor:
             raise ValueError(f"a tensor of objectives must have shape [2, K], got {[*objectives.shape]}")
         return objectives.to(torch.float64)
     if not isinstance(objectives, Sequence) or not all(isinstance(o, Objective) for o in objectives):
-        raise TypeError(f"objectives must be a list of Objective, got {objectives!r:.80}")
+        hint = ": put it into a list" if isinstance(objectives, Objective) else ""
+        raise TypeError(f"objectives must be a list of Objective, got {objectives!r:.80}{hint}")
     names = [objective.name for objective in objectives]
     for name in names:
         if names.count(name) > 1:
@@ -166,7 +167,10 @@ def _ratings(name: str, values: Tensor | Sequence) -> Tensor:
         raise TypeError(f"{name} must be numbers, one for each objective, got {values!r:.80}")
     if isinstance(values, Tensor) and values.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {values.layout}")
-    return torch.as_tensor(values, dtype=torch.float64)
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be numbers, NaN for none, got {values!r:.80}: {error}") from None
 
 
 def _check_width(name: str, tensor: Tensor, weight: Tensor) -> None:

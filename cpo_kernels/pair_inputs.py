@@ -49,7 +49,9 @@ def kernel_args(
         if value is None:
             return empty64
         if tuple(value.shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+            token = name == "ref_logps" and value.dim() == 2 and value.shape[0] == shape[0] and value.shape[1] != 1
+            hint = ": sum the token log-probs of each sequence, .sum(1)" if token else ""
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}{hint}")
         check_domain(name, value)
         return value.detach().to(device, torch.float64)
 
@@ -115,7 +117,8 @@ def kernel_args(
 
 def check_pairs(pairs: Tensor, num_sequences: int, device: torch.device) -> None:
     if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"pairs must be int64 of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
+        hint = ": use pairs.long()" if pairs.dim() == 2 and pairs.shape[1] == 2 else ""
+        raise ValueError(f"pairs must be int64 of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}{hint}")
     if pairs.device != device:
         raise ValueError(f"pairs are on {pairs.device} and the log-probs on {device}: move one of them")
     if homes.may_read(pairs):
@@ -174,7 +177,9 @@ def pair_conditions(
     if list(conditions.shape) == shapes[0]:
         return conditions
     if list(conditions.shape) != shapes[1]:
-        raise ValueError(f"conditions must have shape {shapes[0]} or {shapes[1]}, got {list(conditions.shape)}")
+        one = list(conditions.shape) in ([num_objectives], [1, num_objectives])
+        hint = f": use conditions.expand({shapes[0][0]}, {num_objectives}) for the same in every pair" if one else ""
+        raise ValueError(f"conditions must have shape {shapes[0]} or {shapes[1]}, got {list(conditions.shape)}{hint}")
     first, second = conditions[pairs[:, 0]], conditions[pairs[:, 1]]
     if homes.may_read(conditions):
         same = (first == second) | (first.isnan() & second.isnan())
