@@ -1,11 +1,14 @@
-"""The types of what the public functions take; one message for each kind."""
+"""The types of what the public functions take, one message for each kind; and when values may be read."""
 
 import numbers
+import os
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS: dict[str, Any] = {
@@ -22,7 +25,8 @@ def check_types(kind: str, optional: bool = False, **values: Any) -> None:
         if optional and value is None:
             continue
         if not isinstance(value, KINDS[kind]):
-            raise TypeError(f"{name} must be {kind}, got {type(value).__name__} {value!r:.60}")
+            hint = f": use torch.tensor({name})" if kind == "a tensor" and isinstance(value, (list, tuple)) else ""
+            raise TypeError(f"{name} must be {kind}, got {type(value).__name__} {value!r:.60}{hint}")
         if isinstance(value, Tensor) and value.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {value.layout}: use {name}.to_dense()")
 
@@ -42,9 +46,38 @@ def check_labels(labels: Tensor, shape: Sequence[int], like: str, device: torch.
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}: use labels.long()")
     if tuple(labels.shape) != tuple(shape):
-        raise ValueError(f"labels must have shape {tuple(shape)} to match {like}, got {tuple(labels.shape)}")
+        hint = ""
+        if labels.dim() == len(shape) > 0 and tuple(labels.shape[:-1]) == tuple(shape[:-1]):
+            if abs(labels.shape[-1] - shape[-1]) == 1:
+                cut = ":, " * (labels.dim() - 1)
+                hint = f": position t predicts label t + 1, so of whole sequences {like}[{cut}:-1] and labels[{cut}1:]"
+        raise ValueError(f"labels must have shape {tuple(shape)} to match {like}, got {tuple(labels.shape)}{hint}")
     if labels.device != device:
         raise ValueError(f"labels are on {labels.device} and {like} on {device}: move one of them")
+
+
+def check_head_order(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """ValueError where the three fit a head in another order, such as Liger's (weight, hidden, labels)."""
+    given = {"hidden": hidden, "weight": weight, "labels": labels}
+
+    def fits(hidden: Tensor, weight: Tensor, labels: Tensor) -> bool:
+        floats = hidden.is_floating_point() and weight.is_floating_point() and not labels.is_floating_point()
+        same = weight.dim() == 2 and hidden.dim() > 0 and hidden.shape[-1] == weight.shape[1]
+        return floats and same and labels.shape == hidden.shape[:-1]
+
+    if fits(**given):
+        return
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items())
+    for order in permutations(given):
+        if fits(*(given[name] for name in order)):
+            meant = {name: role for role, name in zip(given, order, strict=True)}
+            roles = ", ".join(meant[name] for name in given)
+            raise ValueError(f"give (hidden, weight, labels) in this order: got {shapes}, which fit ({roles})")
+    if weight.dim() == 2 and hidden.dim() > 0 and hidden.shape[-1] == weight.shape[0] != weight.shape[1]:
+        raise ValueError(
+            f"weight must have shape [V, H] with H = {hidden.shape[-1]}, the width of hidden {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}, which is [H, V]: use weight.t()"
+        )
 
 
 def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
@@ -56,3 +89,18 @@ def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> Non
             f"label {int(labels[tuple(position)])} is out of range at {position}: it must be in [0, {vocab_size}) or "
             f"equal ignore_index = {ignore_index}"
         )
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether a check may read values: always on the CPU; on a GPU, where that waits, only under CPO_KERNELS_CHECK=1.
+    Not while torch traces or captures."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    return checks_enabled() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def checks_enabled() -> bool:
+    """CPO_KERNELS_CHECK=1 turns on the checks that would cost a device-to-host copy on a GPU."""
+    return os.environ.get("CPO_KERNELS_CHECK", "0") == "1"

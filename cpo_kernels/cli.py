@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from cpo_kernels.extras import explained
+
 # command -> (module whose main(argv) runs it, help)
 COMMANDS = {
     "data": ("cpo_kernels.data.command", "prepare the data of a recipe, count what it holds, show examples"),
@@ -26,10 +28,6 @@ COMMANDS = {
     "check": ("cpo_kernels.check.run", "every kernel on this device against the float64 oracle"),
     "bench": ("cpo_kernels.bench.run", "ours, naive PyTorch and the peers side by side on this machine"),
 }
-
-# package -> the extra of pyproject.toml that brings it
-EXTRAS = dict.fromkeys(("transformers", "accelerate", "safetensors", "yaml", "tqdm", "numpy"), "train")
-EXTRAS |= {"matplotlib": "plot", "datasets": "data", "psutil": "bench"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,14 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(rest)
         return importlib.import_module(COMMANDS[args.command][0]).main(rest) or 0
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None or "--traceback" in argv:
+        told = explained(error, f"cpo-kernels {args.command}")
+        if told is error or "--traceback" in argv:
             raise
-        print(
-            f"cpo-kernels {args.command} needs {error.name}: install cpo-kernels with its extra [{extra}], as in "
-            f"pip install --no-build-isolation '.[{extra}]'",
-            file=sys.stderr,
-        )
+        print(told, file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if "--traceback" in argv:

@@ -21,6 +21,19 @@ def installed(package: str) -> str:
         return ""
 
 
+def chosen_device(text: str) -> torch.device:
+    """The device that `--device` names; ValueError where torch has none of that name here."""
+    name, _, index = text.partition(":")
+    if name not in ("cpu", "cuda") or not (index.isdecimal() or text == name):
+        raise ValueError(f"--device {text!r}: give cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if name == "cuda" else 1
+    if not count:
+        raise ValueError(f"--device {text}: torch sees no GPU here, use --device cpu")
+    if int(index or 0) >= count:
+        raise ValueError(f"--device {text}: there are {count} of that kind here, numbered from 0")
+    return torch.device(text)
+
+
 def output_of(*command: str, cwd: Path | None = None) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=cwd).stdout.strip()

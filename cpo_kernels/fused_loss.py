@@ -200,7 +200,8 @@ class FusedLinearCPOLoss(nn.Module):
 
         Args:
             labels, pairs, cu_seqlens, scores, conditions: as in the call, on the CPU. Scores and conditions are needed
-                where a trainable head takes several chunks: how many pairs are no ties is the divisor of each.
+                where a trainable head takes several chunks: how many pairs are no ties is the divisor of each. They
+                are checked here, where that makes no GPU wait.
             vocab_size: rows of the head's weight; of a sharded head, of its largest shard.
             dtype: of the head's products (autocast's, under autocast).
             device: where the loss will run.
@@ -227,14 +228,16 @@ class FusedLinearCPOLoss(nn.Module):
         pairs = default_pairs(lengths.shape[0], labels.device) if pairs is None else pairs
         check_pairs(pairs, lengths.shape[0], labels.device)
         num_pairs = chosen_tokens = None
-        if not all_positions and (scores is not None or self.options.objectives is None):
+        if scores is not None or self.options.objectives is None:
             plain = LossOptions(self.options.objectives, loss_type="sft", tie_margin=self.options.tie_margin)
             rated = PairInputs(pairs, scores=scores, conditions=conditions)
             zeros = torch.zeros(lengths.shape[0], dtype=torch.float64)
-            order, counts = preference(zeros, kernel_args(plain, rated, len(zeros), lengths, zeros), "auto")[-2:]
-            chosen = pairs.gather(1, (order < 0).long()[:, None]).squeeze(1)
-            num_pairs = max(1.0, float(counts[0]))
-            chosen_tokens = max(1.0, float((lengths[chosen] * (order != 0)).sum()))
+            args = kernel_args(plain, rated, len(zeros), lengths, zeros)  # checks the ratings, on a CPU
+            if not all_positions:
+                order, counts = preference(zeros, args, "auto")[-2:]
+                chosen = pairs.gather(1, (order < 0).long()[:, None]).squeeze(1)
+                num_pairs = max(1.0, float(counts[0]))
+                chosen_tokens = max(1.0, float((lengths[chosen] * (order != 0)).sum()))
         rows = offsets.diff() if all_positions else lengths
         flat_pairs = pairs.flatten().tolist()
         layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs, self.options.opposite)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import homes, ops
-from cpo_kernels.checks import check_dtype, check_label_range, check_labels, check_types
+from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.logits import HeadOptions, head_options
 from cpo_kernels.planner import budget_rows, row_stride
 from cpo_kernels.products import product
@@ -61,6 +61,7 @@ def head_inputs(
     check_types("a tensor", hidden=hidden, weight=weight, labels=labels)
     check_types("a tensor", optional=True, bias=bias)
     hidden, weight, bias, shards = local_head(hidden, weight, bias, vocab_shards)
+    check_head_order(hidden, weight, labels)
     if weight.dim() != 2 or (weight.shape[0] == 0 and shards is None):
         raise ValueError(f"weight must have shape [V, H] with V >= 1, got {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from cpo_kernels import ops, reference
+from cpo_kernels.checks import checks_enabled as checks_enabled
+from cpo_kernels.checks import may_read as may_read
+from cpo_kernels.extras import install_line
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 # What `auto` takes on a GPU in place of Triton, by op and compute capability. Predicted from the machine code, not
@@ -35,12 +37,12 @@ def _load_extension(name: str) -> str:
 
 def _why_missing() -> dict[str, str]:
     """Why a home cannot be used here; '' when it can. Triton is not imported yet; _C_cuda loads on first use."""
-    no_triton = "the triton package is not installed: pip install 'cpo-kernels[triton]'"
+    has_triton = importlib.util.find_spec("triton") is not None
     no_cuda = "this installation has no CUDA C++ extension: build it where torch has CUDA and nvcc is found"
     return {
         "reference": "",
         "cpu": _load_extension("_C"),
-        "triton": "" if importlib.util.find_spec("triton") else no_triton,
+        "triton": "" if has_triton else f"the triton package is not installed: {install_line('triton')}",
         "cuda": "" if importlib.util.find_spec("cpo_kernels._C_cuda") else no_cuda,
     }
 
@@ -49,7 +51,8 @@ _MISSING = _why_missing()
 if _MISSING["cpu"]:
     warnings.warn(
         f"cpo_kernels runs on its slow PyTorch reference: the C++ extension could not be loaded ({_MISSING['cpu']}). "
-        "Reinstall with a C++ compiler at hand: pip install --no-build-isolation --force-reinstall cpo-kernels",
+        "Install it again from its source folder, with a C++ compiler at hand: "
+        "pip install --no-build-isolation --no-deps --force-reinstall .",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -128,18 +131,3 @@ def _kernels_of(home: str) -> Any:
     if home == "cuda" and (reason := _load_extension("_C_cuda")):
         raise RuntimeError(f"impl='cuda': the CUDA extension could not be loaded: {reason}")
     return reference if home == "reference" else ops.COMPILED
-
-
-def may_read(tensor: Tensor) -> bool:
-    """Whether a check may read values: always on the CPU; on a GPU, where that waits, only under CPO_KERNELS_CHECK=1.
-    Not while torch traces or captures."""
-    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
-        return False
-    if tensor.device.type == "cpu":
-        return True
-    return checks_enabled() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def checks_enabled() -> bool:
-    """CPO_KERNELS_CHECK=1 turns on the checks that would cost a device-to-host copy on a GPU."""
-    return os.environ.get("CPO_KERNELS_CHECK", "0") == "1"

@@ -138,8 +138,15 @@ def token_logps(
     check_types("a tensor", logits=logits, labels=labels)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
-    check_dtype("logits", logits)
     shape = logits.shape[:-1]
+    if labels.is_floating_point() and labels.shape != shape:
+        swapped = not logits.is_floating_point() and labels.shape[:-1] == logits.shape
+        raise TypeError(
+            f"labels must be int64 of shape {tuple(shape)} to match logits {tuple(logits.shape)}, got {labels.dtype} "
+            f"{tuple(labels.shape)}: "
+            + ("logits and labels are swapped" if swapped else "a weight and hidden states go to linear_token_logps")
+        )
+    check_dtype("logits", logits)
     check_labels(labels, shape, "logits", logits.device)
     head = head_options(logits.shape[-1], ignore_index, softcap, scale, vocab_size)
     homes.resolve_impl(impl, logits.device)

@@ -156,7 +156,8 @@ def preference_loss(
         **options: see `LossOptions`.
 
     Raises:
-        TypeError, ValueError: wrong shape, dtype, device or option, an option that a loss type would ignore.
+        TypeError, ValueError: wrong shape, dtype, device or option, an option that a loss type would ignore; a rating
+            or condition outside its objective's [low, high] (of GPU tensors under CPO_KERNELS_CHECK=1 only).
         RuntimeError: a home asked for by name that is not there; double backward.
 
     Source: Guo et al. 2024 (arXiv 2402.19085); each type's own in `LOSS_TYPES[name].formula`.

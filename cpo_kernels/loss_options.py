@@ -59,13 +59,13 @@ class LossOptions:
         object.__setattr__(self, "loss_type", types)
         check_types("a number", **{f.name: getattr(self, f.name) for f in fields(self) if isinstance(f.default, float)})
         check_types("a number", optional=True, tau=self.tau, ld_alpha=self.ld_alpha)
-        check_list("objectives", () if self.objectives is None else self.objectives, Objective, "Objective")
+        if self.objectives is not None:
+            objectives_tensor(self.objectives)  # Objectives, whose names differ
         check_list("loss_weights", () if self.loss_weights is None else self.loss_weights, (int, float), "numbers")
         weights = (1.0,) * len(types) if self.loss_weights is None else tuple(map(float, self.loss_weights))
         object.__setattr__(self, "loss_weights", weights)
         if self.objectives is not None:
             object.__setattr__(self, "objectives", tuple(self.objectives))
-            objectives_tensor(self.objectives)  # names differ
             if not self.objectives:
                 raise ValueError("objectives is empty: leave it out for pairs without ratings")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Real)}
@@ -145,6 +145,46 @@ _TERM_OPTIONS = frozenset({"tau", "margin", "f_divergence", "pair_betas"})
 _PAIR_OPTIONS = frozenset({"pair_weights", "use_weighting", "ld_alpha"})
 
 
+# What losses are called elsewhere, and what they are here.
+OTHER_NAMES = {
+    "dpo": "DPO is 'sigmoid'",
+    "cpo": "Contrastive Preference Optimization is 'contrastive_cpo', Controllable is 'sigmoid' with objectives",
+    "cdpo": "Controllable DPO is 'sigmoid' with objectives, conservative DPO is 'sigmoid' with label_smoothing",
+    "rdpo": "robust DPO is 'robust'",
+    "odpo": "ODPO is 'sigmoid' with margin",
+    "wpo": "WPO is 'sigmoid' with use_weighting",
+    "ld_dpo": "LD-DPO is 'sigmoid' with ld_alpha",
+    "ln_dpo": "DPO on log-probs per token is 'sigmoid_norm'",
+    "rpo": "DPO plus NLL is ['sigmoid', 'sft'] with loss_weights",
+    "dpop": "DPO-Positive is not here; ['sigmoid', 'sft'] keeps the chosen response likely too",
+    "slic": "SLiC is 'hinge'",
+    "cpo_simpo": "CPO-SimPO is ['simpo', 'sft'] with loss_weights",
+    "kto": "KTO takes single responses: cpo_kernels.kto_loss; of pairs 'bco_pair' and 'apo_zero' are nearest",
+    "nll": "the NLL of chosen responses is 'sft'; of any labels cpo_kernels.linear_nll",
+}
+ALSO = {
+    "controllable_dpo": "cdpo",
+    "robust_dpo": "rdpo",
+    "dpo_norm": "ln_dpo",
+    "dpo_positive": "dpop",
+    "slic_hf": "slic",
+}
+ALSO |= {"cross_entropy": "nll", "cposimpo": "cpo_simpo", "controllable_cpo": "cpo"}
+
+
+def loss_type_hint(name: str) -> str:
+    """What an unknown `loss_type` probably means, as the beginning of a sentence; '' where nothing is near."""
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_").strip("_")
+    stem = plain.removesuffix("_pair").removesuffix("_loss")
+    for key in (plain, stem):
+        if (key := ALSO.get(key, key)) in OTHER_NAMES:
+            return f"{OTHER_NAMES[key]}; "
+    near = [known for known in (plain, stem) if known in LOSS_TYPES][:1]
+    near = near or [known for known in LOSS_TYPES if stem and known.startswith(stem)]
+    near = near or difflib.get_close_matches(plain, LOSS_TYPES, 1)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+
+
 def check_options(loss_types: Sequence[str], given: Iterable[str], label_smoothing: float = 0.0) -> None:
     """Raises ValueError for an option that `loss_types` would ignore, or that they need and did not get.
 
@@ -155,7 +195,7 @@ def check_options(loss_types: Sequence[str], given: Iterable[str], label_smoothi
     given = set(given)
     for name in loss_types:
         if name not in LOSS_TYPES:
-            raise ValueError(f"unknown loss_type {name!r}; one of {', '.join(LOSS_TYPES)}")
+            raise ValueError(f"unknown loss_type {name!r}; {loss_type_hint(name)}one of {', '.join(LOSS_TYPES)}")
     if not loss_types:
         raise ValueError("loss_type is an empty list")
     known = frozenset().union(*(loss.honours for loss in LOSS_TYPES.values()))

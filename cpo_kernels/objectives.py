@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cpo_kernels.checks import may_read
+
 _NAME = r"[^\W\d]\w*(?:[ -]\w+)*"  # a letter first; words joined by single spaces or hyphens
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
@@ -24,8 +26,8 @@ _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 class Objective:
     """One rated quality of a response.
 
-    `low` and `high` are the ends of the rating scale: they validate ratings in tags and serve samplers, and
-    never rescale a rating. `weight` is omega >= 0 and `strength` is lambda >= 0 of `value`.
+    `low` and `high` are the ends of the rating scale: ratings and conditions outside are refused, samplers draw
+    between them, and they never rescale a rating. `weight` is omega >= 0 and `strength` is lambda >= 0 of `value`.
     """
 
     name: str
@@ -58,13 +60,41 @@ def objectives_tensor(objectives: Sequence[Objective] | Tensor) -> Tensor:
             raise ValueError(f"a tensor of objectives must have shape [2, K], got {[*objectives.shape]}")
         return objectives.to(torch.float64)
     if not isinstance(objectives, Sequence) or not all(isinstance(o, Objective) for o in objectives):
-        raise TypeError(f"objectives must be a list of Objective, got {objectives!r:.80}")
+        hint = ": put it into a list" if isinstance(objectives, Objective) else ""
+        raise TypeError(f"objectives must be a list of Objective, got {objectives!r:.80}{hint}")
     names = [objective.name for objective in objectives]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"objective {name!r} is given {names.count(name)} times; names must differ")
     rows = [[o.weight for o in objectives], [o.strength for o in objectives]]
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def check_scale(name: str, values: Tensor, objectives: Sequence[Objective] | Tensor) -> None:
+    """ValueError for a value of `values` [..., K] outside [low, high] of its objective; NaN is "none" and passes.
+
+    Ends are rounded as the values are (at most to float32): a float32 rating of 0.1 is not above a `high` of 0.1. A
+    tensor of objectives has no ends: it leaves infinities to refuse. On a GPU values are read under
+    CPO_KERNELS_CHECK=1 only.
+    """
+    if not may_read(values):
+        return
+    wrong = values.isinf()
+    if not isinstance(objectives, Tensor):
+        dtype = values.dtype if values.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        ends = torch.tensor([[o.low, o.high] for o in objectives], dtype=torch.float64, device=values.device)
+        low, high = ends.to(dtype).unbind(1)  # [K]
+        wrong = wrong | (values.to(dtype) < low) | (values.to(dtype) > high)
+    if bool(wrong.any()):
+        place = wrong.nonzero()[0].tolist()
+        got = f"{name}: {values[tuple(place)].item()} at {place}"
+        if isinstance(objectives, Tensor):
+            raise ValueError(f"{got} is not finite; NaN stands for none")
+        o = objectives[place[-1]]
+        raise ValueError(
+            f"{got} is outside [{o.low:g}, {o.high:g}], the range of objective {o.name!r} (NaN stands for none): mend "
+            "the value, or give the objective the low and high of your data"
+        )
 
 
 def value(
@@ -78,16 +108,22 @@ def value(
     Args:
         scores: ratings P `[..., K]`; NaN = not rated: the objective is left out of both sums. 0 is a rating.
         conditions: c `[..., K]`, broadcast against `scores`; NaN = not conditioned; None = nothing is.
-        objectives: K `Objective`s (or their `[2, K]` tensor of weights and strengths).
+        objectives: K `Objective`s (or their `[2, K]` tensor of weights and strengths, whose ratings may be any).
 
     Returns:
         float64 `[...]`; NaN where no objective of positive weight is rated.
+
+    Raises:
+        TypeError, ValueError: wrong shape or type; a rating or condition outside its objective's scale (on a GPU
+            under CPO_KERNELS_CHECK=1 only).
 
     >>> helpful, honest = Objective("helpfulness", 1, 5), Objective("honesty", 1, 5)
     >>> value([4, 2], [5, float("nan")], [helpful, honest])
     tensor(0.5000, dtype=torch.float64)
     """
     scores, conditions, weight, strength = _prepare(scores, conditions, objectives)
+    check_scale("scores", scores, objectives)
+    check_scale("conditions", conditions, objectives)
     return _weighted_mean(_gains(scores, conditions, strength), weight, ~scores.isnan())
 
 
@@ -100,7 +136,7 @@ def value_gap(
     """Delta R = R(a) - R(b) over the objectives rated on both sides: float64 `[...]`, NaN where none is.
 
     A rating missing on either side leaves its objective out for both, so a response is never preferred for
-    being rated on an objective with a larger scale. Arguments as for `value`.
+    being rated on an objective with a larger scale. Arguments as for `value`; ratings of any size, as scorers give.
     """
     scores_a, conditions, weight, strength = _prepare(scores_a, conditions, objectives)
     scores_b = _ratings("scores_b", scores_b).to(scores_a.device)
@@ -131,7 +167,10 @@ def _ratings(name: str, values: Tensor | Sequence) -> Tensor:
         raise TypeError(f"{name} must be numbers, one for each objective, got {values!r:.80}")
     if isinstance(values, Tensor) and values.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {values.layout}")
-    return torch.as_tensor(values, dtype=torch.float64)
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be numbers, NaN for none, got {values!r:.80}: {error}") from None
 
 
 def _check_width(name: str, tensor: Tensor, weight: Tensor) -> None:

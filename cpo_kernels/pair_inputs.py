@@ -9,7 +9,7 @@ from torch import Tensor
 from cpo_kernels import homes
 from cpo_kernels.checks import check_types
 from cpo_kernels.loss_options import LossOptions, check_options
-from cpo_kernels.objectives import Objective
+from cpo_kernels.objectives import Objective, check_scale
 from cpo_kernels.preference import PreferenceArgs
 from cpo_kernels.reference.loss_types import LOSS_TYPES
 
@@ -49,7 +49,9 @@ def kernel_args(
         if value is None:
             return empty64
         if tuple(value.shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+            token = name == "ref_logps" and value.dim() == 2 and value.shape[0] == shape[0] and value.shape[1] != 1
+            hint = ": sum the token log-probs of each sequence, .sum(1)" if token else ""
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}{hint}")
         check_domain(name, value)
         return value.detach().to(device, torch.float64)
 
@@ -75,7 +77,12 @@ def kernel_args(
     if given.conditions is not None:
         check_domain("conditions", given.conditions)
     conditions = pair_conditions(given.conditions, pairs, num_sequences, num_objectives, device)
-    objectives = empty64 if options.objectives is None else objective_rows(options.objectives, device)
+    objectives = empty64
+    if options.objectives is not None:
+        objectives = objective_rows(options.objectives, device)
+        for name, value in (("scores", given.scores), ("conditions", given.conditions)):
+            if value is not None:
+                check_scale(name, value, options.objectives)
 
     for name, value in (("pair_weights", given.pair_weights), ("pair_betas", given.pair_betas)):
         if value is not None:
@@ -110,7 +117,8 @@ def kernel_args(
 
 def check_pairs(pairs: Tensor, num_sequences: int, device: torch.device) -> None:
     if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"pairs must be int64 of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
+        hint = ": use pairs.long()" if pairs.dim() == 2 and pairs.shape[1] == 2 else ""
+        raise ValueError(f"pairs must be int64 of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}{hint}")
     if pairs.device != device:
         raise ValueError(f"pairs are on {pairs.device} and the log-probs on {device}: move one of them")
     if homes.may_read(pairs):
@@ -122,8 +130,6 @@ def check_pairs(pairs: Tensor, num_sequences: int, device: torch.device) -> None
 
 # What values must be; names that are not here may hold anything.
 DOMAINS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "scores": ("finite, or NaN where not rated", lambda t: ~t.isinf()),
-    "conditions": ("finite, or NaN where not conditioned", lambda t: ~t.isinf()),
     "pair_weights": ("finite", torch.isfinite),
     "pair_betas": ("positive and finite", lambda t: t.isfinite() & (t > 0)),
 }
@@ -171,7 +177,9 @@ def pair_conditions(
     if list(conditions.shape) == shapes[0]:
         return conditions
     if list(conditions.shape) != shapes[1]:
-        raise ValueError(f"conditions must have shape {shapes[0]} or {shapes[1]}, got {list(conditions.shape)}")
+        one = list(conditions.shape) in ([num_objectives], [1, num_objectives])
+        hint = f": use conditions.expand({shapes[0][0]}, {num_objectives}) for the same in every pair" if one else ""
+        raise ValueError(f"conditions must have shape {shapes[0]} or {shapes[1]}, got {list(conditions.shape)}{hint}")
     first, second = conditions[pairs[:, 0]], conditions[pairs[:, 1]]
     if homes.may_read(conditions):
         same = (first == second) | (first.isnan() & second.isnan())

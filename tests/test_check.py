@@ -14,6 +14,7 @@ import pytest
 from cpo_kernels import homes
 from cpo_kernels.check import run
 from cpo_kernels.check.compare import Case
+from cpo_kernels.cli import main
 
 
 def check(tmp_path, only, *arguments):
@@ -59,6 +60,23 @@ def test_a_gradient_off_by_a_percent_fails(tmp_path, monkeypatch, capsys):
 def test_a_pattern_that_names_nothing():
     with pytest.raises(ValueError, match="--only 'no-such-case' names no case"):
         run.main(["--device", "cpu", "--only", "labels*", "no-such-case"])
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_a_home_that_is_not_here_is_one_line(monkeypatch, capsys, impl):
+    monkeypatch.setitem(homes._MISSING, impl, "it was left out")
+    assert main(["check", "--device", "cpu", "--impl", impl]) == 2
+    error = f"cpo-kernels check: ValueError: --impl {impl} cannot run here: it was left out\n"
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:", "", "meta", "cuda:99", "cpu:1", "cuda:-1"])
+def test_a_device_that_is_not_here_is_one_line(capsys, command, device):
+    assert main([command, f"--device={device}", "--list"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cpo-kernels {command}: ValueError: --device ") and error.count("\n") == 1
+    assert device in error
 
 
 def test_processes_side_by_side_give_every_case_once_in_order(tmp_path, capsys):

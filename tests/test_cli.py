@@ -4,8 +4,11 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 import types
 import typing
+from importlib import metadata
 from pathlib import Path
 
 import huggingface_hub
@@ -13,7 +16,7 @@ import pytest
 import tiny
 from tiny import one_thread  # noqa: F401
 
-from cpo_kernels import cli
+from cpo_kernels import cli, extras
 from cpo_kernels.cli import main, split_overrides
 from cpo_kernels.data.records import write_records
 from cpo_kernels.training import loop as loop_module
@@ -61,17 +64,75 @@ def test_a_models_name_leaves_the_rest_of_its_section(tmp_path):
         assert model.config is None and model.gguf_file is None
 
 
-@pytest.mark.parametrize("package, extra", [("yaml", "train"), ("matplotlib.pyplot", "plot"), ("datasets", "data")])
-def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys, package, extra):
+@pytest.mark.parametrize(
+    "package, extra, line",
+    [
+        ("yaml", "train", "'pyyaml<7,>=6.0' 'tqdm<5,>=4.66'"),
+        ("matplotlib.pyplot", "plot", "pip install 'matplotlib<4,>=3.8'\n"),
+        ("datasets", "data", "pip install 'datasets<6,>=4.7'\n"),
+        ("trl.trainer", "trl", "pip install 'trl<2,>=1.16' 'datasets<6,>=4.7'\n"),
+        ("triton", "triton", "pip install 'triton>=3.4'\n"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys, package, extra, line):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=missing))
     assert main(["demo"]) == 2
-    assert f"needs {package}: install cpo-kernels with its extra [{extra}]" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "EXTRAS", {})
+    error = capsys.readouterr().err
+    assert f"demo needs {package}: install cpo-kernels with its extra [{extra}], or pip install" in error
+    assert line in error and error.count("\n") == 1
+    monkeypatch.setattr(extras, "EXTRAS", {})
     with pytest.raises(ModuleNotFoundError):
         main(["demo"])
+
+
+def test_every_extra_is_one_that_the_package_has():
+    names = set(metadata.metadata("cpo-kernels").get_all("Provides-Extra"))
+    assert set(extras.EXTRAS.values()) <= names
+    for extra in names - set(extras.EXTRAS.values()):
+        assert extra in ("test", "docs"), f"no package of [{extra}] is in extras.EXTRAS"
+
+
+def test_a_checkout_that_is_not_installed_names_its_extra(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    assert extras.install_line("trl") == "pip install --no-build-isolation '.[trl]'"
+    assert extras.install_line("wandb") == "pip install wandb"
+
+
+@pytest.mark.parametrize(
+    "module, package",
+    [
+        ("integrations.trl", "trl"),
+        ("integrations.fused_head", "trl"),
+        ("integrations.transformers", "transformers"),
+        ("training.loop", "accelerate"),
+        ("data.sources", "yaml"),
+        ("evaluation.run", "tqdm"),
+        ("play.run", "safetensors"),
+        ("demo.run", "accelerate"),
+    ],
+)
+def test_an_import_without_its_package_says_what_to_install(module, package):
+    """In a process of its own; the core and the commands that need torch alone still run there."""
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+import cpo_kernels, cpo_kernels.check.run, cpo_kernels.bench.run
+try:
+    import cpo_kernels.{module}
+except ModuleNotFoundError as error:
+    assert error.name.partition(".")[0] == {package!r}
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.search(
+        rf"^cpo_kernels.* needs {package}[.a-z]*: .* pip install .*'{package.replace('yaml', 'pyyaml')}<", done.stdout
+    )
 
 
 @pytest.mark.parametrize(

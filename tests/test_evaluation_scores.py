@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,109 @@ def test_eval_with_a_judge_pays_once(run, tmp_path, stub, capsys, monkeypatch): 
         e["answers"] for e in kept
     ]
     assert "NoScore: the judge's reply holds no JSON object with honesty, helpfulness" in capsys.readouterr().err
+
+
+def test_an_answer_without_a_score_is_reported(run, tmp_path, stub, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    answers = lambda model, template, requests, *_: [str(i) for i in range(len(requests))]  # noqa: E731
+    monkeypatch.setattr("cpo_kernels.evaluation.judgements.greedy_answers", answers)
+    stub.script = ['{"honesty": 4, "helpfulness": 2}', *["no idea"] * 6, '{"honesty": 4, "helpfulness": 2}']
+    command = ["eval", str(run), "--grid", "honesty=1,5", "--no-likelihood", "--questions", "2"]
+    judge = ["--scorer", f"judge:{stub.url}", "--judge-model", "m", "--judge-parallel", "1"]
+    with pytest.warns(UserWarning, match="1 of 6 answers have no score from the judge: .*'no idea'"):
+        assert main([*command, *judge, "--out", str(tmp_path / "e.json"), "--report", str(tmp_path / "report")]) == 0
+    line = "run: 1 of 6 answers lack a score and count nowhere"
+    assert line in capsys.readouterr().out and line in (tmp_path / "report" / "report.html").read_text()
+    found = json.loads((tmp_path / "e.json").read_text())["results"]["run"]
+    assert found["unscored"] == 1 and sum(s != [4, 2] for e in found["conditions"] for s in e["scores"]) == 1
+    assert found["points"] == [[4, 2]] * 3
+
+
+@pytest.mark.parametrize("command", ["eval", "play"])
+def test_a_model_that_is_not_there_is_said_so_at_once(run, tmp_path, capsys, command):
+    from time import perf_counter
+
+    for given in ("runs/cdop", str(run) + "x", str(run / "checkpoints" / "99"), "package:no_such_package"):
+        start = perf_counter()
+        assert main([command, given]) == 2
+        error = capsys.readouterr().err
+        assert given in error and ("does not exist" in error or "no package" in error) and error.count("\n") == 1
+        assert perf_counter() - start < 15
+
+
+def test_a_model_without_a_tokenizer_names_the_option(run, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    (tmp_path / "prompts.txt").write_text("say ab\n")
+    asked = ["bare", "--config", str(run / "config.yaml")]
+    for command in ("eval", "play"):
+        assert main([command, *asked]) == 2
+        assert re.search("bare holds no tokenizer .*give one with --tokenizer FOLDER", capsys.readouterr().err)
+    more = ["--prompts", "prompts.txt", "--max-new-tokens", "1", "--condition", "honesty=5", "--out", "e.json"]
+    assert main(["eval", *asked, *more, "--tokenizer", str(run / "model")]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["results"]["bare"]["questions"] == 1
+    assert main(["eval", *asked, *more, "--tokenizer", "nowhere"]) == 2
+    assert "model.tokenizer: nowhere does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, text, reason",
+    [
+        ("model.safetensors", "cut", "model cannot be loaded (SafetensorError: "),
+        ("tokenizer.json", '{"a": 1}', "model holds no tokenizer (KeyError: "),
+        ("config.json", '{"model_type": "nonsense"}', "model cannot be loaded (ValueError: "),
+        ("config.json", "{", "model holds no tokenizer (OSError: "),
+    ],
+)
+def test_a_broken_model_is_one_line(run, tmp_path, capsys, name, text, reason):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "model" / name).write_text(text)
+    assert main(["eval", str(tmp_path / "run"), "--condition", "honesty=5"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert reason in error and error.startswith("cpo-kernels eval: ValueError: ")
+
+
+JUDGE = ["--scorer", "judge:http://x/v1", "--judge-model", "m"]
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--scorer", "honesty=model:nowhere"], "--scorer honesty=model:nowhere: nowhere does not exist"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        ([*JUDGE, "--judge-template", "no.txt"], "--judge-template: there is no file no.txt"),
+        ([*JUDGE, "--judge-options", "{a}"], "--judge-options must be a JSON object, got '{a}'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens must be at least 1, got -1"),
+        (["--questions", "0"], "--questions must be at least 1, got 0"),
+        (["--judge-parallel", "0"], "--judge-parallel must be at least 1, got 0"),
+        (["--out", "."], "--out . is a folder"),
+        (["--no-comment", "("], "--no-comment '(' is no regular expression"),
+        (["--report", __file__], "File exists"),
+    ],
+)
+def test_eval_refuses_before_any_answer(run, tmp_path, capsys, monkeypatch, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cpo_kernels.evaluation.run.load", lambda *_: pytest.fail("a model was loaded"))
+    assert main(["eval", str(run), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["no json", "[]", "{}", '{"objectives": [{"low": 1}]}', '{"objectives": [], "results": 1}']
+)
+def test_answers_that_are_no_results_file(tmp_path, capsys, text):
+    (tmp_path / "e.json").write_text(text)
+    assert main(["eval", "--answers", str(tmp_path / "e.json")]) == 2
+    assert "e.json is no results file of cpo-kernels eval" in capsys.readouterr().err
+    assert main(["eval", "--answers", str(tmp_path / "f.json")]) == 2 and "f.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

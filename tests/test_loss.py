@@ -2,13 +2,15 @@
 
 import itertools
 import math
+import re
+from dataclasses import fields
 
 import pytest
 import torch
 from heads import HOMES, make_batch, relative_error, true_seq_logps
 
 import cpo_kernels as cpo
-from cpo_kernels import LOSS_TYPES, Objective, reference
+from cpo_kernels import LOSS_TYPES, Objective, loss_options, reference
 
 ROW = 101 * 8  # bytes of one row of float64 logits of the default batch
 OBJECTIVES = [Objective("helpfulness", 1, 5, weight=2.0, strength=0.5), Objective("honesty", 1, 5)]
@@ -351,6 +353,8 @@ def test_options_that_would_be_ignored_raise(options, message):
         ({"scores": torch.ones(4, 2)}, "scores and objectives go together: objectives are missing"),
         ({"conditions": torch.ones(2, 2)}, "conditions has a meaning with scores only"),
         ({"pairs": torch.zeros(2, 3, dtype=torch.int64)}, r"int64 of shape \[P, 2\]"),
+        ({"pairs": torch.tensor([[0, 1]]).int()}, r"got torch.int32 \(1, 2\): use pairs.long\(\)"),
+        ({"ref_logps": torch.zeros(4, 9)}, r"shape \[4\], got \[4, 9\]: sum the token log-probs"),
         ({"pairs": torch.tensor([[0, 1], [0, 4]])}, r"pair 1 is \[0, 4\].*in \[0, 4\)"),
         ({"pairs": torch.tensor([[2, 2]])}, r"pair 0 is \[2, 2\]"),
         ({"pair_weights": torch.tensor([1.0, NAN])}, r"pair_weights must be finite, got nan at \[1\]"),
@@ -372,6 +376,119 @@ def test_misuse_names_the_value(change, message):
         cpo.FusedLinearCPOLoss()(batch.hidden, batch.weight, batch.labels, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scores": [[1.0, 2.0]] * 4}, r"scores must be a tensor, got list .*: use torch.tensor\(scores\)"),
+        ({"scores": 3.0}, "scores must be a tensor, got float 3.0"),
+        ({"ref_logps": [0.0] * 4}, r"ref_logps must be a tensor, got list .*: use torch.tensor\(ref_logps\)"),
+        ({"pairs": [[0, 1]]}, r"pairs must be a tensor, got list \[\[0, 1\]\]: use torch.tensor\(pairs\)"),
+        ({"scores": {"helpfulness": 3}}, "scores must be a tensor, got dict"),
+        ({"scores": torch.ones(4)}, r"scores must have shape \[4, 2\], got \[4\]"),
+        (
+            {"conditions": torch.ones(2)},
+            r"conditions must have shape \[3, 2\] or \[4, 2\], got \[2\]: use cond.*\(3, 2\)",
+        ),
+        ({"conditions": torch.ones(1, 2)}, r"got \[1, 2\]: use conditions.expand\(3, 2\) for the same in every pair"),
+        ({"conditions": torch.ones(3)}, r"conditions must have shape \[3, 2\] or \[4, 2\], got \[3\]$"),
+    ],
+)
+def test_misuse_of_ratings_names_the_value(change, message):
+    pairs = torch.tensor([[0, 1], [2, 3], [0, 3]])
+    given = {"pairs": pairs, "ref_logps": torch.zeros(4), "scores": torch.ones(4, 2), **change}
+    with pytest.raises((ValueError, TypeError), match=message):
+        cpo.preference_loss(torch.zeros(4), objectives=OBJECTIVES, **given)
+    with pytest.raises((ValueError, TypeError), match=message):
+        batch = make_batch(dtype=torch.float32)
+        cpo.FusedLinearCPOLoss(OBJECTIVES)(batch.hidden, batch.weight, batch.labels, **given)
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("dpo", "DPO is 'sigmoid'"),
+        ("DPO_loss", "DPO is 'sigmoid'"),
+        ("cpo", "'contrastive_cpo', Controllable is 'sigmoid' with objectives"),
+        ("CDPO", "'sigmoid' with objectives"),
+        ("kto_pair", "cpo_kernels.kto_loss"),
+        ("kto", "cpo_kernels.kto_loss"),
+        ("dpop", "['sigmoid', 'sft']"),
+        ("odpo", "'sigmoid' with margin"),
+        ("wpo", "use_weighting"),
+        ("robust-dpo", "'robust'"),
+        ("slic", "'hinge'"),
+        ("simpo_", "did you mean 'simpo'?"),
+        ("SIGMOID", "did you mean 'sigmoid'?"),
+        (" sigmoid ", "did you mean 'sigmoid'?"),
+        ("logsigmoid", "did you mean 'sigmoid'?"),
+        ("ipo_pair", "did you mean 'ipo'?"),
+        ("exo", "did you mean 'exo_pair'?"),
+        ("apo", "did you mean 'apo_zero' or 'apo_down'?"),
+        ("zzz", "'zzz'; one of sigmoid, hinge"),
+        ("", "''; one of sigmoid, hinge"),
+    ],
+)
+def test_an_unknown_loss_type_names_what_it_may_be(name, hint):
+    for door in (cpo.CPOLoss, cpo.FusedLinearCPOLoss, cpo.LossOptions):
+        for given in (name, ["sigmoid", name]):
+            with pytest.raises(ValueError, match=re.escape(hint)) as error:
+                door(loss_type=given)
+            assert f"unknown loss_type {name!r}; " in str(error.value)
+
+
+def test_other_names_of_loss_types_name_types_that_are_there():
+    for name, text in loss_options.OTHER_NAMES.items():
+        assert name not in LOSS_TYPES
+        words = set(re.findall(r"'(\w+)'", text)) | set(re.findall(r"with (\w+)", text))
+        assert words and words <= {*LOSS_TYPES, *(f.name for f in fields(cpo.LossOptions))}, text
+    assert set(loss_options.ALSO.values()) <= loss_options.OTHER_NAMES.keys()
+
+
+HIDDEN, WEIGHT, LABELS = torch.randn(4, 9, 24), torch.randn(101, 24), torch.randint(101, (4, 9))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            (WEIGHT, HIDDEN, LABELS),
+            "got hidden (101, 24), weight (4, 9, 24), labels (4, 9), which fit (weight, hidden, labels)",
+        ),
+        ((WEIGHT, HIDDEN.flatten(0, 1), LABELS.flatten()), "which fit (weight, hidden, labels)"),
+        ((LABELS, WEIGHT, HIDDEN), "which fit (labels, weight, hidden)"),
+        ((HIDDEN, LABELS, WEIGHT), "which fit (hidden, labels, weight)"),
+        ((WEIGHT, LABELS, HIDDEN), "which fit (weight, labels, hidden)"),
+        ((LABELS, HIDDEN, WEIGHT), "which fit (labels, hidden, weight)"),
+        ((HIDDEN, WEIGHT.t(), LABELS), "got (24, 101), which is [H, V]: use weight.t()"),
+        ((HIDDEN[:, :-1], WEIGHT, LABELS), "hidden[:, :-1] and labels[:, 1:]"),
+        ((HIDDEN, WEIGHT, LABELS[:, 1:]), "hidden[:, :-1] and labels[:, 1:]"),
+        ((HIDDEN[0, :-1], WEIGHT, LABELS[0]), "hidden[:-1] and labels[1:]"),
+        ((HIDDEN, WEIGHT, LABELS.float()), "labels must be int64, got torch.float32: use labels.long()"),
+        ((HIDDEN, WEIGHT, LABELS[:3]), "labels must have shape (4, 9) to match hidden, got (3, 9)"),
+    ],
+)
+def test_the_order_of_a_heads_arguments(arguments, message):
+    doors = [cpo.FusedLinearCPOLoss(loss_type="simpo"), cpo.linear_nll, cpo.linear_token_logps]
+    for door in doors:
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+            door(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.randint(101, (4, 9)), torch.randn(4, 9, 101)), "logits and labels are swapped"),
+        ((HIDDEN, WEIGHT, LABELS), "a weight and hidden states go to linear_token_logps"),
+        ((WEIGHT, HIDDEN, LABELS), "a weight and hidden states go to linear_token_logps"),
+        ((torch.randn(4, 8, 101), LABELS), "logits[:, :-1] and labels[:, 1:]"),
+        ((torch.randn(4, 9, 101), LABELS.float()), "labels must be int64, got torch.float32"),
+    ],
+)
+def test_the_order_of_arguments_of_token_logps(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        cpo.token_logps(*arguments)
+
+
 def test_value_gap_options_need_ratings():
     for options in ({"tau": 1.0}, {"margin": 0.5}):
         with pytest.raises(ValueError, match="has a meaning with scores only"):
@@ -388,12 +505,46 @@ def test_pairs_with_two_conditions_are_refused():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("number", [-float("inf"), float("inf"), 5.01, 0.0, 1e300, -3])
 @pytest.mark.parametrize("name", ["scores", "conditions"])
-def test_infinite_ratings_are_refused(name):
-    tensors = {"scores": torch.ones(4, 2), "conditions": torch.ones(2, 2)}
-    tensors[name][1, 0] = -float("inf")
-    with pytest.raises(ValueError, match=rf"{name} must be finite, or NaN.*got -inf at \[1, 0\]"):
-        cpo.preference_loss(torch.zeros(4), ref_logps=torch.zeros(4), objectives=OBJECTIVES, **tensors)
+def test_ratings_outside_their_scale_are_refused(name, number):
+    """At every door, and by a plan before the step that it is for; NaN stays "none"."""
+    scores, conditions = torch.full((4, 2), NAN).double(), torch.full((4, 2), NAN).double()
+    tensors = {"scores": scores, "conditions": conditions}
+    tensors[name][1::2, 1] = number
+    batch = make_batch(dtype=torch.float32)
+    loss, fused = cpo.CPOLoss(OBJECTIVES), cpo.FusedLinearCPOLoss(OBJECTIVES)
+    inputs = (batch.hidden, batch.weight, batch.labels)
+    planned = dict(vocab_size=101, dtype=torch.float32, device="cpu")
+    doors = [
+        lambda: cpo.preference_loss(torch.zeros(4), ref_logps=torch.zeros(4), objectives=OBJECTIVES, **tensors),
+        lambda: loss(torch.zeros(4), ref_logps=torch.zeros(4), **tensors),
+        lambda: fused(*inputs, ref_logps=batch.ref_logps, **tensors),
+        lambda: fused.plan(batch.labels, **planned, **tensors),
+        lambda: fused.plan(batch.labels, **planned, **tensors, all_positions=True),
+        lambda: cpo.value(scores, conditions, OBJECTIVES),
+    ]
+    for door in doors:
+        message = rf"{name}: {re.escape(str(float(number)))} at \[1, 1\] is outside \[1, 5\], .* objective 'honesty'"
+        with pytest.raises(ValueError, match=message):
+            door()
+        tensors[name][1::2, 1] = 5.0
+        door()
+        tensors[name][1::2, 1] = number
+
+
+def test_the_ends_of_a_scale_are_rounded_as_its_ratings_are():
+    """0.1 and 0.7 are other numbers in 16, 32 and 64 bit; whole numbers and truth values are ratings as well."""
+    tenths = [cpo.Objective("a", 0.1, 0.7)]
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        scores = torch.tensor([[0.1], [0.7]], dtype=dtype)
+        for given in (scores, scores.double() if dtype == torch.float32 else scores):
+            out = cpo.preference_loss(torch.zeros(2), ref_logps=torch.zeros(2), scores=given, objectives=tenths)
+            assert out.order.tolist() == [-1]
+    for scores in (torch.tensor([[0], [1]]), torch.tensor([[False], [True]])):
+        harmless = [cpo.Objective("harmlessness", 0, 1)]
+        out = cpo.preference_loss(torch.zeros(2), ref_logps=torch.zeros(2), scores=scores, objectives=harmless)
+        assert out.order.tolist() == [-1]
 
 
 def test_negative_lengths_are_refused():

@@ -86,6 +86,19 @@ def test_batches_and_tensors():
         value([1, 2, 3], None, BOTH)
     with pytest.raises(ValueError, match="conditions must be"):
         value([1, 2], [1], BOTH)
+    with pytest.raises(ValueError, match=r"scores: 9.0 at \[1, 0\] is outside \[1, 5\], the range of .*'helpfulness'"):
+        value([[1, 2], [9, 2]], None, BOTH)
+    with pytest.raises(ValueError, match=r"conditions: 50.0 at \[1\] is outside \[1, 5\], the range of .*'honesty'"):
+        value([1, 2], [NAN, 50], BOTH)
+    assert value([9, 9], None, table) == 9.0  # weights and strengths alone have no scale
+    with pytest.raises(ValueError, match=r"scores: inf at \[0\] is not finite"):
+        value([math.inf, 2], None, table)
+    for wrong in (["1", "2"], [None, 2], [[1, 2], [3]], 3.0, "12", {"honesty": 1}, BOTH):
+        with pytest.raises(TypeError, match="scores must be numbers"):
+            value(wrong, None, BOTH)
+    for wrong in (HELP, "ab", ["a", "b"], {"a": 1}, 1.0, [{"name": "a", "low": 1, "high": 5}]):
+        with pytest.raises(TypeError, match="objectives must be a list of Objective, got"):
+            value([1, 2], None, wrong)
     with pytest.raises(ValueError, match="'honesty' is given 2 times"):
         value([1, 2], None, [HONEST, HONEST])
 

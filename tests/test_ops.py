@@ -125,7 +125,7 @@ def test_compile_without_graph_breaks_or_recompiles(train_head):
         batch = make_batch(4, length, dtype=torch.float32, bias=False)
         weight = batch.weight if train_head else batch.weight.detach()
         leaves = batch.leaves if train_head else batch.leaves[:1]
-        args = (batch.hidden, weight, batch.labels, batch.ref_logps, torch.rand(4, 1))
+        args = (batch.hidden, weight, batch.labels, batch.ref_logps, 1 + 4 * torch.rand(4, 1))
         (seen, margin), (want, want_margin) = compiled(*args), run(*args)
         assert torch.equal(seen, want) and torch.equal(margin, want_margin)
         grads = [torch.autograd.grad(x * -1.3, leaves) for x in (seen, want)]

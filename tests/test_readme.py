@@ -64,7 +64,7 @@ def test_the_conditioned_loss_runs_with_and_without_its_plan():
         planned = planned.replace(shown, here)
     scope = {name: getattr(batch, name) for name in ("hidden", "weight", "labels", "ref_logps")}
     scope |= {"cpo": cpo, "torch": torch, "pairs": torch.tensor([[0, 1], [2, 3], [1, 3]])}
-    scope |= {"scores": torch.rand(4, 2), "conditions": torch.rand(3, 2)}
+    scope |= {"scores": 1 + 4 * torch.rand(4, 2), "conditions": 1 + 4 * torch.rand(3, 2)}
     exec(rated, scope)
     want = scope["out"]
     exec(planned, scope)

@@ -131,7 +131,8 @@ KEY = "sk-a-secret"
 
 
 class Stub:
-    """Answers with `script` in order, then with its last entry: a status, or the text of a completion."""
+    """Answers with `script` in order, then with its last entry: a status, (status, headers, body), the message of a
+    completion, its text, or the bytes of a page."""
 
     def __init__(self):
         self.script, self.seen = ['{"honesty": 4, "helpfulness": 2}'], []
@@ -142,11 +143,17 @@ class Stub:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.seen.append((self.path, dict(self.headers), body))
                 step = stub.script.pop(0) if len(stub.script) > 1 else stub.script[0]
-                status = step if isinstance(step, int) else 200
-                answer = {"choices": [{"message": {"content": step}}]} if status == 200 else {"error": f"bad key {KEY}"}
-                data = json.dumps(answer).encode()
+                status, headers = step if isinstance(step, int) else 200, {}
+                message = dict(step) if isinstance(step, dict) else {"content": step}
+                choice = {"message": message, "finish_reason": message.pop("finish_reason", "stop")}
+                answer = {"choices": [choice]} if status == 200 else {"error": f"bad key {KEY}"}
+                if isinstance(step, tuple):
+                    status, headers, answer = step
+                data = step if isinstance(step, bytes) else json.dumps(answer, default=str).encode()
                 self.send_response(status)
-                if status == 429:
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                if status == 429 and not headers:
                     self.send_header("Retry-After", "7")
                 if status == 302:
                     self.send_header("Location", f"{stub.url}/elsewhere")
@@ -260,7 +267,24 @@ def test_the_key_does_not_follow_a_redirection(stub, monkeypatch):
         ('First {"honesty": 1}. Final: {"honesty": 2, "helpfulness": 3, "why": "x"}', [2, 3]),
         ('{"honesty": null, "helpfulness": 3}', [None, 3]),
         ('{"honesty": 9, "helpfulness": 3}', "honesty is outside"),
-        ('{"honesty": "5", "helpfulness": 3}', "honesty is no number"),
+        ('{"honesty": "5", "helpfulness": " 3.5 "}', [5, 3.5]),  # a number as text
+        ('{"honesty": "4/5", "helpfulness": "3 out of 5"}', [4, 3]),
+        ('{"honesty": "8/10", "helpfulness": 3}', "honesty is no number"),  # of another scale
+        ('{"honesty": "high", "helpfulness": 3}', "honesty is no number"),
+        ('{"honesty": "9", "helpfulness": 3}', "honesty is outside"),
+        ('{"honesty": Infinity, "helpfulness": 3}', "honesty is outside"),
+        ('{"why": "uses {x} and {\\"y\\": 1}", "honesty": 2, "helpfulness": 3} So {that} is it', [2, 3]),
+        ('As {f"{x}"} is wrong: {"honesty": 2, "helpfulness": 3}\n\nBut {"honesty": 5, "helpfulness": 5}', [2, 3]),
+        ('<think>{"honesty": 5, "helpfulness": 5}? No.</think>{"honesty": 2, "helpfulness": 3}', [2, 3]),
+        ('{"scores": {"honesty": 2, "helpfulness": 3}, "why": "x"}', [2, 3]),
+        ('[{"honesty": 2, "helpfulness": 3}]', [2, 3]),
+        ('{"honesty": {"score": 2, "reason": "x"}, "helpfulness": {"Rating": "3/5"}}', [2, 3]),
+        ('{"honesty": {"reason": "x", "points": 2}, "helpfulness": {"helpfulness": 3}}', [2, 3]),
+        ('{"honesty": {"a": 2, "b": 3}, "helpfulness": 3}', "honesty is no number"),
+        ('{"Honesty": 2, " HELPFULNESS ": 3}', [2, 3]),
+        ('{"honesty": [2], "helpfulness": 3}', "honesty is no number"),
+        ("{" * 5000, "no JSON object"),
+        ('{"a":' * 5000, "no JSON object"),
         ('{"honesty": true, "helpfulness": 3}', "honesty is no number"),
         ('{"honesty": NaN, "helpfulness": 3}', "honesty is outside"),
         ("{broken", "no JSON object"),
@@ -277,11 +301,137 @@ def test_replies(reply, scores):
 
 
 def test_one_objective_takes_a_bare_number():
-    assert parse_scores(" 4 \n", [HONESTY]) == [4.0]
+    assert parse_scores(" 4 \n", [HONESTY]) == parse_scores("4/5", [HONESTY]) == [4.0]
+    with pytest.raises(NoScore, match="no JSON object"):
+        parse_scores("4 or 5", [HONESTY])
+
+
+GOOD = {"content": '{"honesty": 4, "helpfulness": 2}'}
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        ("no idea", "no JSON object with honesty, helpfulness: 'no idea'"),
+        ({"content": None}, "no JSON object"),
+        ({"content": ""}, "no JSON object"),
+        ({"content": []}, "no JSON object"),
+        ({}, "no JSON object"),
+        ({"content": None, "refusal": "I will not rate this."}, "I will not rate this"),
+        ({"content": '{"honesty": 4, "help', "finish_reason": "length"}, "cut off: give --judge-options a larger"),
+        ((200, {}, {"choices": []}), "no choice"),
+        ((400, {}, {"error": {"code": "content_filter", "message": "jailbreak"}}), "400 .*content_filter"),
+        ((400, {}, {"error": {"message": "This model's maximum context length is 4096 tokens"}}), "maximum context"),
+        ((413, {}, {"error": "too large"}), "413"),
+        ((200, {}, {"error": {"code": "content_filter", "message": "jailbreak"}}), "content_filter"),
+    ],
+)
+def test_an_answer_without_a_score_does_not_end_the_evaluation(stub, waits, reply, reason):
+    refused = isinstance(reply, tuple) and "error" in reply[2]  # which is not asked for again
+    stub.script = [GOOD["content"], *[reply] * (1 if refused else 6), GOOD["content"]]
+    made = judge(stub, parallel=1)
+    with pytest.warns(UserWarning, match=f"1 of 2 answers have no score from the judge: .*{reason}"):
+        first, second = made(["p", "q"], ["r", "r"])
+    assert first == [4, 2] and all(map(math.isnan, second)) and len(made.unscored) == 1
+    assert made(["p"], ["s"]) and not made.unscored
+
+
+def test_a_refused_text_is_not_asked_for_again(stub, waits):
+    stub.script = [GOOD["content"], (400, {}, {"error": {"code": "content_filter"}}), GOOD["content"]]
+    with pytest.warns(UserWarning, match="content_filter"):
+        scores = judge(stub, parallel=1)(["p", "q", "r"], ["r"] * 3)
+    assert [math.isnan(score[0]) for score in scores] == [False, True, False] and len(stub.seen) == 3 and not waits
+
+
+def test_a_judge_that_never_scores_ends_early(stub, waits):
+    stub.script = ["no idea"]
+    made = judge(stub, parallel=1, tries=2)
+    with pytest.raises(NoScore, match="no idea"):
+        made([str(i) for i in range(50)], ["r"] * 50)
+    assert 20 <= len(stub.seen) <= 24  # ten answers, each twice, and what was under way
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": [{"type": "text", "text": '{"honesty": 4, '}, {"type": "text", "text": '"helpfulness": 2}'}]},
+        {"content": '{"honesty": 4, "helpfulness": 2}', "finish_reason": "length", "reasoning_content": "{}"},
+        {"content": '```json\n{"honesty": 4, "helpfulness": 2}\n```', "refusal": None},
+    ],
+)
+def test_shapes_of_a_message(stub, waits, message):
+    stub.script = [message]
+    assert judge(stub)(["p"], ["r"]) == [[4, 2]] and not waits
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"code": 429, "message": "slow down"},
+        {"code": "503", "message": "overloaded"},
+        {"code": "rate_limit_exceeded", "type": "invalid_request_error"},
+        {"type": "server_error", "message": "x"},
+        "upstream went away",
+    ],
+)
+def test_an_error_of_status_200_is_tried_again_like_its_code(stub, waits, error):
+    body = {"error": error}
+    stub.script = [(200, {}, body), (200, {}, {"choices": [body]}), GOOD["content"]]
+    assert judge(stub)(["p"], ["r"]) == [[4, 2]] and len(waits) == 2
+
+
+@pytest.mark.parametrize("error", [{"code": 401}, {"code": "invalid_api_key"}, {"type": "invalid_request_error"}])
+def test_an_error_of_status_200_ends_like_its_code(stub, waits, error):
+    stub.script = [(200, {}, {"error": error})]
+    with pytest.raises(ConnectionError, match="40[01]"):
+        judge(stub)(["p"], ["r"])
+    assert len(stub.seen) == 1 and not waits
+
+
+def test_a_page_that_is_no_completion(stub, waits):
+    """A wrong address ends at once; where completions came before, it is a proxy that is out of breath."""
+    stub.script = [b"<html>Welcome</html>"]
+    with pytest.raises(ConnectionError, match="no chat completion: b'<html>Welcome"):
+        judge(stub)(["p"], ["r"])
+    assert not waits
+    stub.script = [GOOD["content"], b"<html>Bad gateway</html>", GOOD["content"]]
+    assert judge(stub, parallel=1)(["p", "q"], ["r", "r"]) == [[4, 2], [4, 2]] and len(waits) == 1
+
+
+def test_how_long_a_rate_limit_waits(stub, waits, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1_000_000_000.0)
+    date = "Sun, 09 Sep 2001 01:47:10 GMT"  # 30 seconds later
+    for given in ("120", date, "soon", "-5", "1e9"):
+        stub.script = [(429, {"Retry-After": given}, {"error": "slow down"}), GOOD["content"]]
+        judge(stub)(["p"], [given])
+    for wait, told in zip(waits, (120, 30, 1, 0, 600), strict=True):
+        assert told <= wait <= 1.3 * told
+
+
+def test_a_refused_option_names_the_flag(stub):
+    stub.script = [(400, {}, {"error": {"message": "'temperature' does not support 0 with this model"}})]
+    with pytest.raises(ConnectionError, match="--judge-options '{}' leaves it out"):
+        judge(stub)(["p"], ["r"])
+    with pytest.raises(ConnectionError, match="""--judge-options '{"seed": 1}' leaves it out"""):
+        judge(stub, options={"temperature": 0, "seed": 1})(["p"], ["r"])
+
+
+def test_a_broken_file_of_the_cache_is_asked_for_again(stub, tmp_path):
+    made = judge(stub, cache=tmp_path)
+    made(["p"], ["r"])
+    (file,) = tmp_path.iterdir()
+    for broken in ('{"message": "p', "[]", '{"reply": "no idea"}'):
+        file.write_text(broken)
+        assert made(["p"], ["r"]) == [[4, 2]]
+    assert len(stub.seen) == 4 and json.loads(file.read_text())["reply"] == GOOD["content"]
 
 
 def test_judge_refuses_what_cannot_work(stub):
     with pytest.raises(ValueError, match="http://localhost:8000/v1"):
         Judge("localhost", "m", BOTH)
+    with pytest.raises(ValueError, match="judge URL 'http://localhost:port/v1': Port could not be cast"):
+        Judge("http://localhost:port/v1", "m", BOTH)
+    with pytest.raises(ValueError, match="at least 1, got 0 and 6"):
+        judge(stub, parallel=0)
     with pytest.raises(ValueError, match="lacks {response}"):
         judge(stub, template="rate {prompt}")

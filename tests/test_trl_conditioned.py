@@ -87,6 +87,7 @@ def test_orientation(tmp_path, name):
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
         {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
         {"max_length": 12},
+        {"torch_compile": True, "torch_compile_backend": "eager"},  # the wrapped reference has no truth value
     ],
     ids=lambda options: "-".join(options),
 )
@@ -195,12 +196,75 @@ def test_objectives_and_columns_go_together(tmp_path):
         (([5], [1, 1], [5, 5]), "chosen_scores must hold one number .* for each of honesty, helpfulness, got"),
         (([5, 5], [1, 6], [5, 5]), "rejected_scores: helpfulness is 6.0, outside"),
         (([5, 5], [1, 1], [0, 5]), "condition: honesty is 0.0, outside"),
+        ((5.0, [1, 1], [5, 5]), "chosen_scores must hold one number .*, got 5.0"),
+        (([5, 5], {"honesty": 1, "helpfulness": 1}, NONE), "rejected_scores must hold one number .*, got {'honesty'"),
+        (("55", [1, 1], NONE), "chosen_scores must hold one number .*, got '55'"),
+        ((NONE, [1, 1], NONE), "chosen_scores must hold one number .*, got None"),
+        (([5, 5], [1, 1], 5), "condition must hold one number .*, got 5"),
+        ((torch.tensor(5.0), [1, 1], NONE), "chosen_scores must hold one number"),
+        (([[5, 5]], [1, 1], NONE), "chosen_scores must hold one number"),
+        (([5, "good"], [1, 1], NONE), "chosen_scores: helpfulness is 'good', not a number"),
+        (([5, True], [1, 1], NONE), "chosen_scores: helpfulness is True, not a number"),
+        (([5, [4]], [1, 1], NONE), r"chosen_scores: helpfulness is \[4\], not a number"),
+        (([5, {}], [1, 1], NONE), "chosen_scores: helpfulness is {}, not a number"),
+        (([5, math.inf], [1, 1], NONE), "chosen_scores: helpfulness is inf, outside"),
     ],
 )
 def test_ratings_are_checked(row, match):
     collate = RatedPreferences(lambda examples: {}, OBJECTIVES)
     with pytest.raises(ValueError, match=match):
         collate([{name: row[i] for name, i in SCORES.items()}])
+
+
+def test_ratings_may_be_arrays_and_numbers_as_text():
+    collate = RatedPreferences(lambda examples: {}, OBJECTIVES)
+    rows = ([5, 4], torch.tensor([5.0, 4.0]), torch.tensor([5, 4]).numpy(), (5, 4.0), ["5", "4"])
+    for scores in rows:
+        batch = collate([{"chosen_scores": scores, "rejected_scores": [1, None]}])
+        assert batch["scores"][0].tolist() == [5, 4] and batch["scores"][1].isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "column, value, match",
+    [
+        ("chosen_scores", [[5, 5]] * 4 + [[5, 9]] * 2, "row 4: chosen_scores: helpfulness is 9.0, outside"),
+        ("condition", [[5, 5]] * 5 + [[0, 5]], "row 5: condition: honesty is 0.0, outside"),
+        ("rejected_scores", [5.0] * 6, "row 0: rejected_scores must hold one number"),
+        ("rejected_scores", ["5, 4"] * 6, "row 0: rejected_scores must hold one number"),
+        ("chosen_scores", [{"honesty": 5, "helpfulness": 5}] * 6, "row 0: chosen_scores must hold one number"),
+    ],
+)
+def test_the_ratings_of_a_dataset_are_checked_before_training(tmp_path, column, value, match):
+    with pytest.raises(ValueError, match=f"the train dataset, {match}"):
+        trainer_of(True, tmp_path, {"objectives": OBJECTIVES}, data={**rated(), column: value})
+    with pytest.raises(ValueError, match=f"the eval dataset, {match}"):
+        trainer_of(True, tmp_path, {"objectives": OBJECTIVES}, data=rated(), eval_data={**rated(), column: value})
+
+
+@pytest.mark.parametrize(
+    "objectives, match",
+    [
+        (1.0, "must be a list of Objectives or of dicts of their fields, got 1.0"),
+        (OBJECTIVES[0], "must be a list of Objectives or of dicts"),
+        ({"name": "a", "low": 1, "high": 5}, "must be a list of Objectives or of dicts"),
+        (["honesty"], r"must be a list of Objectives or of dicts of their fields, got \['honesty'\]"),
+        ('{"name": "a"}', "must be a list of Objectives or of dicts"),
+        ("honesty", "objectives 'honesty' are no JSON"),
+        ([{"name": "a", "low": 1}], "an objective has name, low, high, .*; got {'name': 'a', 'low': 1}"),
+        ([{"name": "a", "low": 1, "high": 5, "wieght": 2}], "an objective has .* weight, strength; got"),
+        ([{"name": "a", "low": "1", "high": 5}], "low must be a finite number, got '1'"),
+        ([], "objectives is empty"),
+    ],
+)
+def test_objectives_are_checked(tmp_path, objectives, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        FusedDPOConfig(str(tmp_path), bf16=False, use_cpu=True, objectives=objectives)
+
+
+@pytest.mark.parametrize("name, match", [("dpo", "'sigmoid'"), (["ipo", "kto_pair"], "kto_loss"), (None, "got None")])
+def test_loss_types_are_checked(tmp_path, name, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        FusedDPOConfig(str(tmp_path), bf16=False, use_cpu=True, loss_type=name)
 
 
 def test_a_collator_that_drops_the_ratings_is_refused(tmp_path):

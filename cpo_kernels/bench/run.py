@@ -28,7 +28,7 @@ from cpo_kernels.bench.resume import Kept
 from cpo_kernels.bench.sets import SETS, Run, Set
 from cpo_kernels.bench.side_by_side import TIME_LIMIT, Bench, described
 from cpo_kernels.bench.training_step import TrainingStep
-from cpo_kernels.environment import describe, write_results
+from cpo_kernels.environment import chosen_device, describe, write_results
 
 PARTS = (*FAMILIES, "growth", "cold_start")
 PACKAGES = ("cut-cross-entropy", "liger-kernel", "trl", "transformers")
@@ -125,9 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(given)
     chosen = SETS[args.set]
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch sees no GPU here, use --device cpu")
+    device = chosen_device(args.device)
     runs = chosen_runs(args, chosen)
     growths = chosen.growth if "growth" in args.only and not args.workload else ()
     if args.list:

@@ -30,7 +30,7 @@ import torch
 
 from cpo_kernels import homes
 from cpo_kernels.check.compare import Case, Home, Seen, Skip
-from cpo_kernels.environment import describe, write_results
+from cpo_kernels.environment import chosen_device, describe, write_results
 
 HOMES = ("cpu", "triton", "cuda")
 SAVE_S = 2.0  # between two writes of the results file
@@ -337,11 +337,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, value in (("--case-limit", args.case_limit), ("--time-limit", args.time_limit)):
         if value is not None and not value > 0:
             raise ValueError(f"{option} {value:g}: give a positive number of seconds")
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch sees no GPU here, use --device cpu")
+    device = chosen_device(args.device)
     chosen = args.impl or homes_on(device)
     for home in chosen:
+        if reason := homes.missing(home):
+            raise ValueError(f"--impl {home} cannot run here: {reason}")
         homes.resolve_impl(home, device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products may differ from run to run
     known = [c.name for c in all_cases() if c.quick or not args.quick]

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cpo_kernels.data.records import OPENERS, DataError, open_text, read_jsonl, suffix_of
+from cpo_kernels.extras import explained
 from cpo_kernels.training.keys import SourceConfig
 
 BUILDERS = {".json": "json", ".parquet": "parquet"}
@@ -94,8 +95,8 @@ def _refuse(source: SourceConfig, names: list[str]) -> None:
 def _load(source: SourceConfig, files: list[str]) -> Any:
     try:
         import datasets
-    except ImportError:
-        raise ImportError(f"{source.path}: this source needs `datasets`: pip install datasets") from None
+    except ModuleNotFoundError as error:
+        raise explained(error, f"the source {source.path}") from None
     path, keep = source.path, {"split": source.split, "streaming": source.streaming}
     try:
         if suffix := BUILDERS.get(suffix_of(path)):

@@ -37,6 +37,7 @@ def judged_scores(entries: Sequence[Entry], objectives: Sequence[Objective]) -> 
     """Control of every objective; mean scores per condition with their Pareto front, and its hypervolume.
 
     The hypervolume is a share of the box from `low` to `high` of all objectives: 1 is the best of everything at once.
+    `unscored` counts the answers that lack a score, where some do.
     """
     control = {}
     for column, o in enumerate(objectives):
@@ -47,6 +48,8 @@ def judged_scores(entries: Sequence[Entry], objectives: Sequence[Objective]) -> 
     points = [_means(entry["scores"]) for entry in entries]
     whole = [i for i, point in enumerate(points) if not any(map(math.isnan, point))]
     result: dict[str, Any] = {"control": control, "points": points, "front": [], "hypervolume": math.nan}
+    if unscored := sum(any(map(math.isnan, scores)) for entry in entries for scores in entry["scores"]):
+        result["unscored"] = unscored
     if whole:
         kept = torch.tensor([points[i] for i in whole], dtype=torch.float64)
         low = torch.tensor([o.low for o in objectives], dtype=torch.float64)

@@ -14,7 +14,7 @@ from cpo_kernels.objectives import Objective
 from cpo_kernels.training.adapters import add_adapters
 from cpo_kernels.training.config import read_config
 from cpo_kernels.training.keys import Config, ModelConfig
-from cpo_kernels.training.models import load_model
+from cpo_kernels.training.models import check_model_path, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,28 @@ class Source:
         return [Objective(o.name, o.low, o.high, o.weight, o.strength) for o in self.config.objectives]
 
 
-def find_model(given: str, base: bool = False, recipe: str | None = None) -> Source:
+def find_model(given: str, base: bool = False, recipe: str | None = None, tokenizer: str | None = None) -> Source:
     """The model that `given` names; with `base` the one that this run started from.
 
     A plain model (a folder of weights, a hub name, package:NAME) takes its config from the run directory that holds it
-    or from `recipe`, a YAML file.
+    or from `recipe`, a YAML file. `tokenizer` serves a model that holds none. Raises FileNotFoundError or ValueError
+    for what cannot be loaded, before anything is.
     """
+    source = _find(given, base, recipe)
+    if source.model.name:
+        check_model_path(source.model.name, "MODEL")
+    option = "--tokenizer FOLDER"
+    try:
+        load_tokenizer(source.model, option)
+    except ValueError:
+        if tokenizer is None:
+            raise
+        source = replace(source, model=replace(source.model, tokenizer=tokenizer))
+        load_tokenizer(source.model, option)
+    return source
+
+
+def _find(given: str, base: bool, recipe: str | None) -> Source:
     path = Path(given)
     checkpoint = path if (path / "state.json").exists() else None
     folder = path.parent.parent if checkpoint else path
@@ -57,6 +73,8 @@ def find_model(given: str, base: bool = False, recipe: str | None = None) -> Sou
 
 def _plain_model(given: str, recipe: str | None) -> Source:
     path = Path(given)
+    if not path.exists():
+        check_model_path(given, "MODEL")
     run = path.parent if path.is_dir() and (path.parent / "config.yaml").exists() else None
     weights = path.is_dir() and any((path / name).exists() for name in ("config.json", "adapter_config.json"))
     if path.exists() and not weights and not list(path.glob("*.gguf")):

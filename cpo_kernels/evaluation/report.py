@@ -13,7 +13,8 @@ from typing import Any
 
 from cpo_kernels.data.fields import prompt_of
 from cpo_kernels.data.records import prompt_text
-from cpo_kernels.evaluation.tables import percent
+from cpo_kernels.evaluation.tables import percent, unscored
+from cpo_kernels.extras import install_line
 
 PROMPTS, CONDITIONS = 6, 12  # shown as samples
 
@@ -85,7 +86,8 @@ MEANINGS = {
 
 def need_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--report draws with matplotlib, which is not installed: pip install 'cpo-kernels[plot]'")
+        line = install_line("matplotlib")
+        raise ValueError(f"--report draws with matplotlib, which is not installed: {line}")
 
 
 def write_report(everything: Mapping[str, Any], folder: Path) -> Path:
@@ -179,8 +181,11 @@ def _glance(results: Mapping[str, Any], objectives: Sequence[Mapping[str, Any]])
     for model, result in results.items():
         volume = "-" if result["hypervolume"] != result["hypervolume"] else f"{result['hypervolume']:.1%}"
         volumes.append([model, volume, f"{len(result['front'])} of {len(result['points'])}"])
-    return _table(["", "rank correlation", "mean error", "monotone"], rows) + _table(
-        ["", "hypervolume", "on the front"], volumes
+    missing = "".join(f'<p class="soft">{escape(line)}</p>' for line in unscored(results).splitlines())
+    return (
+        _table(["", "rank correlation", "mean error", "monotone"], rows)
+        + _table(["", "hypervolume", "on the front"], volumes)
+        + missing
     )
 
 

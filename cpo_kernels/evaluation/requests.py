@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -61,6 +62,14 @@ def _number(text: str, wrong: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(wrong) from None
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """ValueError for a count among the arguments that is given and below 1."""
+    for name in names:
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
 
 
 def parse_objective(text: str) -> Objective:

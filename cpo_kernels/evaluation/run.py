@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,13 @@ from cpo_kernels.evaluation.judgements import evaluate, score
 from cpo_kernels.evaluation.likelihood import rating_conditions
 from cpo_kernels.evaluation.llm_judge import PROMPT, Judge
 from cpo_kernels.evaluation.loading import Source, find_model, load
-from cpo_kernels.evaluation.requests import condition_grid, parse_condition, parse_objective, read_prompts
+from cpo_kernels.evaluation.requests import (
+    check_positive,
+    condition_grid,
+    parse_condition,
+    parse_objective,
+    read_prompts,
+)
 from cpo_kernels.evaluation.scorers import Scorer, make_scorer
 from cpo_kernels.evaluation.tables import rated_table, score_table
 from cpo_kernels.objectives import Objective, TagTemplate
@@ -37,6 +44,11 @@ from cpo_kernels.training.rundir import versions
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
+    check_positive(args, "questions", "judge_parallel", "max_new_tokens", "batch_size")
+    try:
+        re.compile(args.no_comment)
+    except re.error as error:
+        raise ValueError(f"--no-comment {args.no_comment!r} is no regular expression: {error}") from None
     if bool(args.models) == bool(args.answers):
         raise ValueError("name the models to judge, or --answers, the results file of an earlier evaluation")
     if args.scorer and args.no_generate:
@@ -48,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
 
         need_matplotlib()  # before the work of hours
     if args.answers:
-        everything, objectives = _earlier(args.answers)
-        out = args.out or (args.report or args.answers.parent) / "eval.json"
+        everything, objectives = _read_answers(args.answers)
+        out = _writable(args.out or (args.report or args.answers.parent) / "eval.json", args.report)
         scorer = _scorer(args, objectives, out)
         entries = [entry for result in everything["results"].values() for entry in result["conditions"]]
         if scorer and ("prompts" not in everything or any("answers" not in entry for entry in entries)):
@@ -59,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         sources = _sources(args)
         objectives = [parse_objective(text) for text in args.objective] or _objectives(sources)
-        out = args.out or (args.report or sources[-1].folder or Path()) / "eval.json"
+        out = _writable(args.out or (args.report or sources[-1].folder or Path()) / "eval.json", args.report)
         scorer = _scorer(args, objectives, out)
         everything = _answer(args, sources, objectives)
         _save(everything, out, not args.no_text)  # the answers, should a scorer fail
@@ -80,20 +92,28 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _earlier(path: Path) -> tuple[dict[str, Any], list[Objective]]:
-    """The results file of an earlier evaluation, and its objectives."""
+def _read_answers(file: Path) -> tuple[dict[str, Any], list[Objective]]:
+    """(an earlier evaluation's results, its objectives)."""
     try:
-        everything = json.loads(path.read_text(encoding="utf-8"))
+        everything = json.loads(file.read_text(encoding="utf-8"))
         objectives = [Objective(**o) for o in everything["objectives"]]
-        entries = [entry for result in everything["results"].values() for entry in result["conditions"]]
-        if not all(isinstance(entry, dict) for entry in entries):
-            raise TypeError("its conditions are no objects")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no results file of `cpo-kernels eval` ({type(error).__name__}: {error}): name the JSON file "
-            "that --out wrote"
-        ) from None
-    return everything, objectives
+        if all("condition" in entry for r in everything["results"].values() for entry in r["conditions"]):
+            return everything, objectives
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise ValueError(
+        f"--answers {file} is no results file of cpo-kernels eval: name the JSON file that its --out wrote"
+    )
+
+
+def _writable(out: Path, report: Path | None) -> Path:
+    """`out`, once its folder is there, and the report's: no work is lost on a path that cannot be written."""
+    for folder in (out.parent, report):
+        if folder is not None and not folder.is_dir():
+            folder.mkdir(parents=True)
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder: name a file in it")
+    return out
 
 
 def _answer(args: Any, sources: Sequence[Source], objectives: Sequence[Objective]) -> dict[str, Any]:
@@ -136,7 +156,6 @@ def _answer(args: Any, sources: Sequence[Source], objectives: Sequence[Objective
 
 
 def _save(everything: dict[str, Any], out: Path, text: bool) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     kept = everything if text else without_text(everything)
     atomic_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", out)
 
@@ -159,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--base", action="store_true", help="also judge the model that the first run started from")
     add("--config", metavar="RECIPE", help="recipe with template and objectives; default: the run's config.yaml")
+    add("--tokenizer", metavar="FOLDER", help="for models whose folder holds none")
     add(
         "--objective",
         action="append",
@@ -231,9 +251,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sources(args: Any) -> list[Source]:
-    sources = [find_model(given, recipe=args.config) for given in args.models]
+    options = {"recipe": args.config, "tokenizer": args.tokenizer}
+    sources = [find_model(given, **options) for given in args.models]
     if args.base:
-        sources.insert(0, find_model(args.models[0], base=True, recipe=args.config))
+        sources.insert(0, find_model(args.models[0], base=True, **options))
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
@@ -306,6 +327,8 @@ def _judge(args: Any, url: str, objectives: list[Objective], cache: Path) -> Sco
         options = None
     if not isinstance(options, dict):
         raise ValueError(f"--judge-options must be a JSON object, got {args.judge_options!r}")
+    if args.judge_template and not Path(args.judge_template).is_file():
+        raise FileNotFoundError(f"--judge-template: there is no file {args.judge_template}")
     template = Path(args.judge_template).read_text(encoding="utf-8") if args.judge_template else PROMPT
     return Judge(
         url, args.judge_model, objectives, template, options, cache, args.judge_key_env, parallel=args.judge_parallel

@@ -20,6 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cpo_kernels.objectives import Objective
+from cpo_kernels.training.keys import ModelConfig
+from cpo_kernels.training.models import check_model_path, load_tokenizer
 
 Texts = Sequence[str]
 Scorer = Callable[[Texts, Texts], Any]  # whatever `checked` takes
@@ -122,10 +124,12 @@ class ModelScorer:
     """
 
     def __init__(self, folder: str, objective: Objective, batch_size: int = 16):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
+        check_model_path(folder, f"--scorer {objective.name}=model:{folder}")
         self.objective, self.batch_size, self.folder = objective, batch_size, folder
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
+        self.tokenizer = load_tokenizer(ModelConfig(folder), "its save_pretrained, into that folder")
+        self.tokenizer.truncation_side = "left"
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = self.tokenizer

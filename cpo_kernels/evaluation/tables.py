@@ -60,7 +60,20 @@ def score_table(results: Results, objectives: Sequence[Objective], win_rates: Se
     if win_rates:
         wins = [f"{r['a']} beats {r['b']}, {r['asked']}: {percent(r)} of {r['questions']} questions" for r in win_rates]
         blocks.append("\n".join(wins))
+    if missing := unscored(results):
+        blocks.append(missing)
     return "\n\n".join(blocks)
+
+
+def unscored(results: Results) -> str:
+    """How many answers of which model lack a score; '' where all have theirs."""
+    counts = {
+        model: (r.get("unscored", 0), sum(len(e["scores"]) for e in r["conditions"])) for model, r in results.items()
+    }
+    lines = [
+        f"{model}: {n} of {total} answers lack a score and count nowhere" for model, (n, total) in counts.items() if n
+    ]
+    return "\n".join(lines)
 
 
 def short(condition: Mapping[str, float]) -> str:

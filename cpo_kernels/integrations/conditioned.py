@@ -38,7 +38,8 @@ def conditioned_loss(trainer: Any, model: Any, inputs: dict[str, Any], return_ou
         if trainer.precompute_ref_logps:
             ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         else:
-            ref_logps = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, inputs))
+            reference = trainer.model if trainer.ref_model is None else trainer.ref_model
+            ref_logps = torch.cat(trainer.compute_ref_log_probs(reference, inputs))
     wpo = None
     if trainer.use_weighting:  # exp of the mean of logp - log sum p^2 over either response (arXiv 2406.11827)
         aligned = ((logps - outputs.log_sum_sq_probs[:, -width:]) * mask).detach().sum(1) / lengths.clamp(min=1)

@@ -14,11 +14,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
-from trl.trainer import utils as trl_utils
-from trl.trainer.utils import FusedCausalLMOutput
 
 from cpo_kernels import homes
+from cpo_kernels.extras import explained
+
+try:
+    from transformers import PreTrainedModel
+    from trl.trainer import utils as trl_utils
+    from trl.trainer.utils import FusedCausalLMOutput
+except ModuleNotFoundError as error:
+    raise explained(error, __name__) from error
+
 from cpo_kernels.head import head_inputs
 from cpo_kernels.integrations.heads import (
     LogitMap,

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+from cpo_kernels.extras import explained
+
+try:
+    from transformers import PreTrainedModel
+except ModuleNotFoundError as error:
+    raise explained(error, __name__) from error
 
 # ------------------------------------------------------------------------------------------- what each model does
 

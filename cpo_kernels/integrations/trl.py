@@ -17,17 +17,24 @@ Written for TRL 1.16.
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import torch
-import trl
 from torch import Tensor
-from trl.trainer import dpo_trainer
-from trl.trainer.utils import get_config_model_id
+
+from cpo_kernels.checks import check_list
+from cpo_kernels.extras import explained
+
+try:
+    import trl
+    from trl.trainer import dpo_trainer
+    from trl.trainer.utils import get_config_model_id
+except ModuleNotFoundError as error:
+    raise explained(error, __name__) from error
 
 from cpo_kernels.integrations.conditioned import RATING_KEYS, conditioned_loss
 from cpo_kernels.integrations.fused_head import add_fused_head
@@ -63,13 +70,29 @@ class FusedDPOConfig(trl.DPOConfig):
     impl: str = field(default="auto", metadata={"help": "Home of the kernels: auto, reference, cpu, triton, cuda."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.objectives, str):
-            self.objectives = json.loads(self.objectives)
         if self.objectives is not None:
-            given: list[Any] = list(self.objectives)
-            self.objectives = [asdict(o) if isinstance(o, Objective) else o for o in given]
+            self.objectives = [asdict(o) if isinstance(o, Objective) else o for o in _objective_list(self.objectives)]
         super().__post_init__()
         loss_options(self)
+
+
+def _objective_list(given: Any) -> list[Objective | dict[str, Any]]:
+    """What `objectives` holds, read from JSON where it is text, each checked; a dict may leave out weight, strength."""
+    example = 'write [{"name": "honesty", "low": 1, "high": 5}]'
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise ValueError(f"objectives {given!r:.80} are no JSON ({error}): {example}") from None
+    if not isinstance(given, (list, tuple)) or not all(isinstance(o, (Objective, dict)) for o in given):
+        raise TypeError(
+            f"objectives must be a list of Objectives or of dicts of their fields, got {given!r:.80}: {example}"
+        )
+    names = [f.name for f in fields(Objective)]
+    for o in given:
+        if isinstance(o, dict) and not {"name", "low", "high"} <= o.keys() <= set(names):
+            raise ValueError(f"an objective has name, low, high, and may have weight, strength; got {o!r:.80}")
+    return list(given)
 
 
 OWN_FIELDS = tuple(f for f in fields(FusedDPOConfig) if f.name not in {g.name for g in fields(trl.DPOConfig)})
@@ -83,6 +106,7 @@ def own(args: Any, name: str) -> Any:
 def loss_options(args: Any) -> LossOptions:
     """The options of the loss, checked: what a loss type would ignore raises."""
     types = args.loss_type
+    check_list("loss_type", types, str, "names of LOSS_TYPES")
     if alone := NOT_IN_TRL & set(types):
         raise ValueError(f"loss_type {', '.join(sorted(alone))} is not a DPO loss of TRL: use FusedLinearCPOLoss")
     if args.padding_free:
@@ -124,25 +148,38 @@ class RatedPreferences:
     objectives: tuple[Objective, ...]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        chosen, rejected, conditions = (
-            [self.row(example.get(column), column) for example in examples] for column in RATING_COLUMNS
-        )
+        rows = [rating_rows(example, self.objectives) for example in examples]
+        chosen, rejected, conditions = ([row[column] for row in rows] for column in RATING_COLUMNS)
         batch = dict(self.collator(examples))
         batch["scores"] = torch.tensor(chosen + rejected, dtype=torch.float64)
         batch["conditions"] = torch.tensor(conditions, dtype=torch.float64)
         return batch
 
-    def row(self, values: list[float | None] | None, column: str) -> list[float]:
-        if values is None and column == "condition":
-            return [math.nan] * len(self.objectives)
-        names = ", ".join(o.name for o in self.objectives)
-        if values is None or len(values) != len(self.objectives):
-            raise ValueError(f"{column} must hold one number (or None) for each of {names}, got {values}")
-        row = [math.nan if value is None else float(value) for value in values]
-        for o, value in zip(self.objectives, row, strict=True):
-            if not (math.isnan(value) or o.low <= value <= o.high):
-                raise ValueError(f"{column}: {o.name} is {value}, outside [{o.low}, {o.high}]")
-        return row
+
+def rating_rows(example: Mapping[str, Any], objectives: Sequence[Objective]) -> dict[str, list[float]]:
+    """The row of each of RATING_COLUMNS in one example, K numbers; NaN where None. Raises ValueError for others."""
+    return {column: _rating_row(example.get(column), column, objectives) for column in RATING_COLUMNS}
+
+
+def _rating_row(values: Any, column: str, objectives: Sequence[Objective]) -> list[float]:
+    if values is None and column == "condition":
+        return [math.nan] * len(objectives)
+    given = values.tolist() if hasattr(values, "tolist") else values  # of a dataset that gives arrays or tensors
+    if not isinstance(given, (list, tuple)) or len(given) != len(objectives):
+        names = ", ".join(o.name for o in objectives)
+        raise ValueError(f"{column} must hold one number (or None) for each of {names}, got {values!r:.80}")
+    row = []
+    for o, value in zip(objectives, given, strict=True):
+        try:
+            if isinstance(value, (bool, dict, list)):
+                raise ValueError
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{column}: {o.name} is {value!r:.40}, not a number (None where there is none)") from None
+        if not (math.isnan(number) or o.low <= number <= o.high):
+            raise ValueError(f"{column}: {o.name} is {number}, outside [{o.low}, {o.high}]")
+        row.append(number)
+    return row
 
 
 class FusedDPOTrainer(trl.DPOTrainer):
@@ -175,7 +212,10 @@ class FusedDPOTrainer(trl.DPOTrainer):
         self.data_collator = RatedPreferences(self.data_collator, self.rated.objectives)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        columns = next(iter(dataset)).keys() & set(RATING_COLUMNS)
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"the {dataset_name} dataset is empty")
+        columns = first.keys() & set(RATING_COLUMNS)
         if self.rated.objectives is None and columns:
             raise ValueError(
                 f"the {dataset_name} dataset has {', '.join(sorted(columns))}, which need objectives in "
@@ -186,6 +226,14 @@ class FusedDPOTrainer(trl.DPOTrainer):
                 f"objectives need the ratings of both responses: the {dataset_name} dataset has no column "
                 f"{', '.join(sorted(missing))}"
             )
+        if self.rated.objectives is not None and hasattr(dataset, "select_columns") and hasattr(dataset, "__len__"):
+            for number, example in enumerate(
+                dataset.select_columns(sorted(columns))
+            ):  # not of a stream, whose rows come
+                try:
+                    rating_rows(example, self.rated.objectives)
+                except ValueError as error:
+                    raise ValueError(f"the {dataset_name} dataset, row {number}: {error}") from None
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpo_kernels.extras import install_line
 from cpo_kernels.training.keys import ModelConfig, TrainingConfig
 
 
@@ -132,4 +133,4 @@ def quantization(config: ModelConfig) -> dict[str, Any]:
 
 def need(package: str, key: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{key} needs {package}, which is not installed: pip install {package}")
+        raise ValueError(f"{key} needs {package}, which is not installed: {install_line(package)}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.data.packing import ROW_TOKENS, Batch
+from cpo_kernels.extras import install_line
 from cpo_kernels.training.keys import Config
 
 MASKED = ("sdpa", "eager", "segments", "flex_attention")
@@ -32,7 +33,8 @@ def set_attention(model: Any, name: str | None) -> None:
         return
     if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise ValueError(
-            "model.attention: flash_attention_2 needs flash-attn, which is not installed: take sdpa, or install it"
+            "model.attention: flash_attention_2 needs flash-attn, which is not installed: take sdpa, or "
+            + install_line("flash_attn")
         )
     if name == "segments":
         from transformers import AttentionInterface

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from cpo_kernels.hub import check_exists
@@ -44,11 +45,17 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
             raise ValueError(f"model.quantize: {gguf} is quantized already; save the model as safetensors first")
         options = {"dtype": torch.float32, **source, **quantization(config)}
         base = base_of_adapters(config)
-        model = AutoModelForCausalLM.from_pretrained(base or folder, **options)
-        if base and getattr(model, "hf_quantizer", None):  # merging would round
-            model.load_adapter(folder)
-        elif base:
-            model = merge_adapters(model, folder)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(base or folder, **options)
+            if base and getattr(model, "hf_quantizer", None):  # merging would round
+                model.load_adapter(folder)
+            elif base:
+                model = merge_adapters(model, folder)
+        except (torch.OutOfMemoryError, ModuleNotFoundError):
+            raise
+        except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:  # cut off, of another shape
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ValueError(f"the model in {folder} cannot be loaded ({reason})") from error
         if gguf:  # the weights are dequantized: let the model be saved as what it is
             model.is_quantized, model.hf_quantizer = False, None
             if hasattr(model.config, "quantization_config"):
@@ -63,7 +70,8 @@ def base_of_adapters(config: ModelConfig) -> str | None:
     return None if not folder or gguf or config.quantize or config.config else adapted_model(folder)
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
+def load_tokenizer(config: ModelConfig, option: str = "--model.tokenizer FOLDER") -> Any:
+    """The tokenizer of `config`; where there is none, the ValueError names the `option` that gives one."""
     from transformers import AutoTokenizer
 
     folder: str | None
@@ -81,9 +89,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
         special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
         if not tokenizer.get_vocab().keys() <= special:
             return tokenizer
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-    raise ValueError(f"{folder} holds no tokenizer ({reason}): give one with --model.tokenizer FOLDER")
+    except Exception as error:  # the tokenizers package raises that class itself
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    raise ValueError(f"{folder} holds no tokenizer ({reason}): give one with {option}")
 
 
 def check_model_path(name: str, key: str = "model.name") -> None:

@@ -149,7 +149,7 @@ def to_save(model: Any, module: Any, adapted: Any, accelerator: Accelerator) -> 
     base. The weights of a sharded model come whole to the main process's CPU; it stays as it is."""
     if accelerator.distributed_type not in SHARDED:
         if adapted is None or getattr(model, "hf_quantizer", None):
-            return adapted or model, None
+            return model if adapted is None else adapted, None
         return adapted.merge_and_unload(), None
     weights = {}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

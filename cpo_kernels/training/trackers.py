@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from cpo_kernels.extras import install_line
 from cpo_kernels.training.keys import Config
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -57,4 +58,4 @@ def check_trackers(names: list[str]) -> None:
         if name not in PACKAGES:
             raise ValueError(f"training.trackers: {name!r} is none of {', '.join(PACKAGES)}")
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise ValueError(f"training.trackers: {name} is not installed: pip install {PACKAGES[name]}")
+            raise ValueError(f"training.trackers: {name} is not installed: {install_line(PACKAGES[name])}")
