@@ -132,7 +132,7 @@ done
 for i in "${!steps[@]}"; do
   name=${steps[$i]}
   limit=$(limit_of "$i")
-  if [ "$limit" -lt $((total * least[$name] / 100)) ] || [ "$limit" -lt 1 ]; then
+  if [ "$limit" -lt $((total * least[$name] / 150)) ] || [ "$limit" -lt 1 ]; then  # two thirds of what it needs
     echo "== $name: not begun, $limit s are left of TOTAL_S=$total" | tee -a "$log"
     failed=1
     continue
