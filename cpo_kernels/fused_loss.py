@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpo_kernels import homes, ops
+from cpo_kernels import checks, homes, ops
 from cpo_kernels.batch_plan import BatchPlan, Layout
 from cpo_kernels.checks import DTYPES, check_labels, check_types
 from cpo_kernels.head import HeadInputs, head_inputs
@@ -259,7 +259,7 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
         )
     if plan.index.device != inputs.labels.device:
         raise ValueError(f"the plan is on {plan.index.device} and labels on {inputs.labels.device}: use plan.to(...)")
-    if not plan.all_positions and homes.may_read(inputs.labels):
+    if not plan.all_positions and checks.may_read(inputs.labels):
         labelled = (inputs.labels != inputs.options.ignore_index).nonzero().squeeze(1)
         if lengths.tolist() != plan.layout.lengths or not torch.equal(labelled, plan.index):
             raise ValueError(
@@ -299,7 +299,7 @@ def _ld_weights_op(
     labels: Tensor, cu_seqlens: Tensor, lengths: Tensor, pairs: Tensor, ld_alpha: float, ignore_index: int
 ) -> Tensor:
     """LD-DPO's token weights [M] over the full layout: `ld_alpha` past the pair's shorter length, 1 elsewhere."""
-    if homes.may_read(labels):
+    if checks.may_read(labels):
         ld_token_weights(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), pairs, ld_alpha)  # raises on conflicts
     shared = lengths.clone()
     shared[pairs] = lengths[pairs].amin(1, keepdim=True).expand(-1, 2)

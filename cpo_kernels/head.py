@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes, ops
+from cpo_kernels import checks, homes, ops
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.logits import HeadOptions, head_options
 from cpo_kernels.planner import budget_rows, row_stride
@@ -87,7 +87,7 @@ def head_inputs(
     weight = named["weight"]
     width = weight.shape[0] if shards is None else max(shards.rows)
     options = head_options(shards.vocab_size if shards else width, ignore_index, softcap, scale, vocab_size)
-    if shards is None and homes.may_read(labels):  # shards agree on an error first: no rank is left waiting
+    if shards is None and checks.may_read(labels):  # shards agree on an error first: no rank is left waiting
         check_label_range(labels, options.ignore_index, options.vocab_size)
     return HeadInputs(
         named["hidden"].reshape(-1, weight.shape[1]),
@@ -110,7 +110,7 @@ def check_index(index: Tensor | None, labels: Tensor) -> None:
             f"index must be int64 of shape [n] on {labels.device}, got {index.dtype} {list(index.shape)} on "
             f"{index.device}"
         )
-    if not homes.may_read(index):
+    if not checks.may_read(index):
         return
     if bool(((index < 0) | (index >= labels.numel())).any()):
         raise ValueError(f"index must lie in [0, {labels.numel()}), got {int(index.min())} to {int(index.max())}")

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import ops, reference
-from cpo_kernels.checks import checks_enabled as checks_enabled
-from cpo_kernels.checks import may_read as may_read
 from cpo_kernels.extras import install_line
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes
+from cpo_kernels import checks, homes
 from cpo_kernels.checks import check_dtype, check_label_range, check_labels, check_types
 from cpo_kernels.ops import fake_token_logps, functional_op, refuse_double_backward, refuse_transforms
 
@@ -150,7 +150,7 @@ def token_logps(
     check_labels(labels, shape, "logits", logits.device)
     head = head_options(logits.shape[-1], ignore_index, softcap, scale, vocab_size)
     homes.resolve_impl(impl, logits.device)
-    if homes.may_read(labels):
+    if checks.may_read(labels):
         check_label_range(labels, head.ignore_index, head.vocab_size)
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(1) != 1:

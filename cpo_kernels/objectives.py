@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cpo_kernels.checks import may_read
+from cpo_kernels import checks
 
 _NAME = r"[^\W\d]\w*(?:[ -]\w+)*"  # a letter first; words joined by single spaces or hyphens
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -77,7 +77,7 @@ def check_scale(name: str, values: Tensor, objectives: Sequence[Objective] | Ten
     tensor of objectives has no ends: it leaves infinities to refuse. On a GPU values are read under
     CPO_KERNELS_CHECK=1 only.
     """
-    if not may_read(values):
+    if not checks.may_read(values):
         return
     wrong = values.isinf()
     if not isinstance(objectives, Tensor):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes
+from cpo_kernels import checks
 from cpo_kernels.checks import check_types
 from cpo_kernels.loss_options import LossOptions, check_options
 from cpo_kernels.objectives import Objective, check_scale
@@ -40,7 +40,7 @@ def kernel_args(
     check_pairs(pairs, num_sequences, device)
     if lengths is not None and lengths.device != device:
         raise ValueError(f"lengths are on {lengths.device} and the log-probs on {device}: move one of them")
-    if lengths is not None and homes.may_read(lengths) and bool((lengths < 0).any()):
+    if lengths is not None and checks.may_read(lengths) and bool((lengths < 0).any()):
         raise ValueError(f"lengths must be >= 0, got {int(lengths.min())}")
     num_pairs, num_objectives = pairs.shape[0], len(options.objectives or ())
     empty, empty64 = like.new_empty(0), like.new_empty(0, dtype=torch.float64)
@@ -121,7 +121,7 @@ def check_pairs(pairs: Tensor, num_sequences: int, device: torch.device) -> None
         raise ValueError(f"pairs must be int64 of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}{hint}")
     if pairs.device != device:
         raise ValueError(f"pairs are on {pairs.device} and the log-probs on {device}: move one of them")
-    if homes.may_read(pairs):
+    if checks.may_read(pairs):
         wrong = ((pairs < 0) | (pairs >= num_sequences)).any(1) | (pairs[:, 0] == pairs[:, 1])
         if bool(wrong.any()):
             p = int(wrong.nonzero()[0])
@@ -138,7 +138,7 @@ DOMAINS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 def check_domain(name: str, value: Tensor) -> None:
     if value.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
-    if name in DOMAINS and homes.may_read(value):
+    if name in DOMAINS and checks.may_read(value):
         words, inside = DOMAINS[name]
         wrong = ~inside(value)
         if bool(wrong.any()):
@@ -181,7 +181,7 @@ def pair_conditions(
         hint = f": use conditions.expand({shapes[0][0]}, {num_objectives}) for the same in every pair" if one else ""
         raise ValueError(f"conditions must have shape {shapes[0]} or {shapes[1]}, got {list(conditions.shape)}{hint}")
     first, second = conditions[pairs[:, 0]], conditions[pairs[:, 1]]
-    if homes.may_read(conditions):
+    if checks.may_read(conditions):
         same = (first == second) | (first.isnan() & second.isnan())
         if not bool(same.all()):
             p = int((~same).any(1).nonzero()[0])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes
+from cpo_kernels import checks, homes
 from cpo_kernels.checks import check_types
 from cpo_kernels.ops import functional_op, refuse_double_backward, refuse_transforms
 
@@ -42,7 +42,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
     check_types("a tensor", cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int64 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be int64 of shape [S + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    if not homes.may_read(cu_seqlens):
+    if not checks.may_read(cu_seqlens):
         return
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(

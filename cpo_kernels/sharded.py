@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpo_kernels import homes, ops
+from cpo_kernels import checks, homes, ops
 from cpo_kernels.checks import check_label_range
 from cpo_kernels.columns import columns_bwd_, columns_of
 
@@ -188,7 +188,7 @@ def columns_here(kernels: Any, vocab_size: int) -> tuple[Any, int, int]:
 
 def check_refused(refused: Tensor, labels: Tensor, ignore_index: int, vocab_size: int) -> None:
     """refused [ranks, n]: where a rank's label is out of range. An error on every rank: none is left waiting."""
-    if not homes.may_read(labels) or not bool(refused.any()):
+    if not checks.may_read(labels) or not bool(refused.any()):
         return
     check_label_range(labels, ignore_index, vocab_size)
     rank, row = refused.nonzero()[0].tolist()

@@ -7,7 +7,7 @@ from test_loss import OBJECTIVES, ROW, ratings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
-from cpo_kernels import homes, linear, linear_preference, nll, ops
+from cpo_kernels import checks, linear, linear_preference, nll, ops
 from cpo_kernels.batch_plan import Layout, Tables, linked_groups
 
 BUDGETS = {"one_chunk": None, "chunks": 34 * ROW, "two_pass": 3 * ROW}
@@ -131,7 +131,7 @@ class Waits(TorchDispatchMode):
 
 def test_ops_that_wait_are_left_out_of_cuda_graphs(monkeypatch):
     """torch.compile(mode="reduce-overhead") captures what is not tagged: without a plan that failed in our ops."""
-    monkeypatch.setattr(homes, "may_read", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(checks, "may_read", lambda tensor: False)  # as on a GPU
     batch, rated, mode = make_batch(8), ratings(8), Waits()
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: mode.note() or tolist(tensor))

@@ -11,7 +11,7 @@ from heads import EVERY_HOME, make_batch, relative_error
 from torch.library import opcheck
 
 import cpo_kernels as cpo
-from cpo_kernels import homes, linear, linear_preference, nll, ops, preference, reference, sequences
+from cpo_kernels import checks, homes, linear, linear_preference, nll, ops, preference, reference, sequences
 from cpo_kernels.logits import token_logps_backward_op, token_logps_op
 from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
@@ -223,7 +223,7 @@ def test_misuse_names_the_value(kwargs, message, impl):
 
 def test_a_label_out_of_range_is_nan_without_the_check(monkeypatch):
     """As on a GPU, where the check would make the host wait."""
-    monkeypatch.setattr(homes, "may_read", lambda tensor: False)
+    monkeypatch.setattr(checks, "may_read", lambda tensor: False)
     logits, labels = torch.randn(3, 5, requires_grad=True), torch.tensor([1, 5, -1])
     logps = cpo.token_logps(logits, labels, impl="triton")
     logps.nansum().backward()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes, ops, reference
+from cpo_kernels import checks, ops, reference
 from cpo_kernels.check.compare import GPU_HOMES, Case, Home, Seen, Skip, need_memory, short
 from cpo_kernels.check.tokens import DTYPES, IGNORE, Rows, check_gradient, make_rows
 
@@ -16,7 +16,7 @@ def label_cases() -> Iterator[Case]:
 
         def run(home: Home, seen: Seen, dtype=dtype) -> None:
             rows = make_rows(home, 7, 300, dtype, seed=9, label_limit=290)
-            if home.name not in GPU_HOMES or homes.checks_enabled():
+            if home.name not in GPU_HOMES or checks.checks_enabled():
                 refuses_bad_labels(home, seen, rows)
                 return
             good = rows.labels.clone()

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpo_kernels import homes, ops
+from cpo_kernels import checks, ops
 from cpo_kernels.checks import check_label_range
 from cpo_kernels.kernels import tuning
 from cpo_kernels.kernels.tuning import Variant
@@ -410,7 +410,7 @@ class _Rows:
             "EDGES": 2 if logits.data_ptr() % 16 else int(edges),
             "SOFTCAP": softcap > 0,
         }
-        if homes.checks_enabled():
+        if checks.checks_enabled():
             check_label_range(labels, ignore_index, vocab_size)
 
     @property
