@@ -78,8 +78,8 @@ def cuda_extension() -> Extension | None:
 
 
 def find_nvcc() -> str | None:
-    home = cpp_extension.CUDA_HOME
-    beside = os.path.join(home, "bin", "nvcc") if home else ""
+    backend = cpp_extension.CUDA_HOME
+    beside = os.path.join(backend, "bin", "nvcc") if backend else ""
     return beside if os.path.exists(beside) else shutil.which("nvcc")
 
 

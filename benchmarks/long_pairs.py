@@ -24,10 +24,10 @@ from cpo_kernels.bench.head import BETA, HEADS
 from cpo_kernels.bench.measure import peak_bytes
 from cpo_kernels.bench.subject import Step
 from cpo_kernels.environment import describe, processor
-from cpo_kernels.head import Head
-from cpo_kernels.head_grads import WeightGrad
-from cpo_kernels.logits import HeadOptions
-from cpo_kernels.planner import budget_rows, chunks, even_rows
+from cpo_kernels.head.grads import WeightGrad
+from cpo_kernels.head.inputs import Head
+from cpo_kernels.head.strategy import budget_rows, chunks, even_rows
+from cpo_kernels.ops.token_logps import HeadOptions
 
 CPU = torch.device("cpu")
 CASES = (

@@ -25,9 +25,9 @@ import torch
 from cpo_kernels.data.packing import Encoded
 from cpo_kernels.environment import describe, processor
 from cpo_kernels.objectives import Objective
+from cpo_kernels.recipe.config import read_config
+from cpo_kernels.recipe.keys import Config
 from cpo_kernels.training.attention import set_attention
-from cpo_kernels.training.config import read_config
-from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss, StepTotal
 from cpo_kernels.training.models import load_model
 

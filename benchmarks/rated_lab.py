@@ -22,10 +22,10 @@ from cpo_kernels.data.records import Record, Response
 from cpo_kernels.demo.lab import Lab, Setting
 from cpo_kernels.evaluation.greedy import normalise
 from cpo_kernels.evaluation.statistics import spearman
+from cpo_kernels.head.matmul import cpu_multiplies
 from cpo_kernels.objectives import Objective
-from cpo_kernels.products import cpu_multiplies
-from cpo_kernels.training.config import read_config
-from cpo_kernels.training.keys import TemplateConfig
+from cpo_kernels.recipe.config import read_config
+from cpo_kernels.recipe.keys import TemplateConfig
 from cpo_kernels.training.models import load_model
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "truthfulqa_cpsft.yaml"

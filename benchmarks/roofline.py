@@ -85,7 +85,7 @@ def find(report: dict[str, Any], family: str, subject: str, **keys: Any) -> dict
 
 
 def measured_kernel(report: dict[str, Any], name: str) -> str:
-    """Share of the copy rate of the same run, or time, for each home that was measured."""
+    """Share of the copy rate of the same run, or time, for each backend that was measured."""
     where = KERNELS[name][2]
     if where is None:
         return "not measured"

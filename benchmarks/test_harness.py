@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks import compare, long_pairs, plot, profile, roofline
-from cpo_kernels import planner
 from cpo_kernels.bench import growth, report, run, side_by_side
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.growth import Growth, exponent
@@ -23,6 +22,7 @@ from cpo_kernels.bench.sets import SETS, Run
 from cpo_kernels.bench.side_by_side import Bench, described, summary
 from cpo_kernels.bench.subject import Family, Step, Subject
 from cpo_kernels.bench.worker import Failed, Serving, Worker
+from cpo_kernels.head import strategy
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -427,7 +427,7 @@ def test_workload_from_the_command_line():
 def test_a_pair_beyond_the_budget_in_every_way(monkeypatch, tmp_path):
     """The ways agree, and none but the library's two are called strategies."""
     monkeypatch.setitem(long_pairs.HEADS, "tiny", (24, 1999, None))
-    monkeypatch.setitem(planner.DEFAULT_BUDGET, "cpu", 16 * 1999 * 4)
+    monkeypatch.setitem(strategy.DEFAULT_BUDGET, "cpu", 16 * 1999 * 4)
     out = tmp_path / "pairs.json"
     assert long_pairs.main(["--case", "tiny", "40", "float32", "--rounds", "2", "--out", str(out)]) == 0
     content = json.loads(out.read_text())

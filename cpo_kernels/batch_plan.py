@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cpo_kernels.planner import chunks, even_rows, preference_strategy
+from cpo_kernels.head.strategy import chunks, even_rows, preference_strategy
 
 
 @dataclass

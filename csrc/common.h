@@ -83,7 +83,7 @@ inline Tensor new_vector(const Tensor& like, int64_t size, ScalarType type) {
   return torch::stable::new_empty(like, {size}, type);
 }
 
-// The ops (CPU). Shapes and formulas: cpo_kernels/ops.py.
+// The ops (CPU). Shapes and formulas: cpo_kernels/library.py.
 std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
                                                    double softcap, int64_t vocab_size, bool extras);
 void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int64_t ignore_index, double scale,

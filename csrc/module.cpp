@@ -1,4 +1,4 @@
-// cpo_kernels._C: loading it registers the CPU kernels. The schemas are defined by cpo_kernels/ops.py.
+// cpo_kernels._C: loading it registers the CPU kernels. The schemas are defined by cpo_kernels/library.py.
 #include <Python.h>
 
 #include "common.h"

@@ -1,4 +1,4 @@
-// cpo_kernels._C_cuda: loading it registers the CUDA kernels. The schemas are defined by cpo_kernels/ops.py.
+// cpo_kernels._C_cuda: loading it registers the CUDA kernels. The schemas are defined by cpo_kernels/library.py.
 #include <Python.h>
 
 #include "cuda/ops.h"

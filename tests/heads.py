@@ -7,8 +7,8 @@ from torch import Tensor
 
 from cpo_kernels import reference
 
-HOMES = ("reference", "cpu")
-EVERY_HOME = (*HOMES, "triton")  # seconds a test in the interpreter
+BACKENDS = ("reference", "cpu")
+EVERY_BACKEND = (*BACKENDS, "triton")  # seconds a test in the interpreter
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.check.compare import Home
+from cpo_kernels.check.compare import Backend
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("g++")
@@ -55,8 +55,8 @@ def bites(source: str, folder: Path, sanitizer: str, file: str, there: str, inst
     return done.returncode != 0 and bool(re.search("ThreadSanitizer|AddressSanitizer|runtime error", done.stderr))
 
 
-class HostHome(Home):
-    """A home of `cpo-kernels check` whose kernels are those of the twin: the rules of a GPU on CPU tensors."""
+class HostBackend(Backend):
+    """A backend of `cpo-kernels check` whose kernels are those of the twin: the rules of a GPU on CPU tensors."""
 
     def __init__(self, kernels: Any) -> None:
         super().__init__("cuda", torch.device("cpu"))

@@ -12,10 +12,10 @@ from tiny import one_thread  # noqa: F401
 
 from cpo_kernels.evaluation.likelihood import score_answers
 from cpo_kernels.evaluation.loading import find_model, load
+from cpo_kernels.recipe.config import read_config
+from cpo_kernels.recipe.keys import CHOICES
 from cpo_kernels.training import adapters as adapters_module
 from cpo_kernels.training import loop as loop_module
-from cpo_kernels.training.config import read_config
-from cpo_kernels.training.keys import CHOICES
 from cpo_kernels.training.loop import train
 from cpo_kernels.training.models import fingerprint, load_model
 

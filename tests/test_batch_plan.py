@@ -7,8 +7,11 @@ from test_loss import OBJECTIVES, ROW, ratings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
-from cpo_kernels import checks, linear, linear_preference, nll, ops
+from cpo_kernels import checks, library
 from cpo_kernels.batch_plan import Layout, Tables, linked_groups
+from cpo_kernels.head import nll
+from cpo_kernels.head import preference as head_preference
+from cpo_kernels.head import token_logps as head_token_logps
 
 BUDGETS = {"one_chunk": None, "chunks": 34 * ROW, "two_pass": 3 * ROW}
 aten = torch.ops.aten
@@ -40,12 +43,12 @@ def watched(monkeypatch):
 
             with monkeypatch.context() as patch, NoWaiting():
                 patch.setattr(torch.Tensor, "tolist", checked)
-                return ops.BODIES[op](*args)
+                return library.BODIES[op](*args)
 
         return run
 
-    monkeypatch.setattr(linear_preference, "linear_preference_op", watch(linear_preference.linear_preference_op))
-    monkeypatch.setattr(linear, "linear_token_logps_op", watch(linear.linear_token_logps_op))
+    monkeypatch.setattr(head_preference, "linear_preference_op", watch(head_preference.linear_preference_op))
+    monkeypatch.setattr(head_token_logps, "linear_token_logps_op", watch(head_token_logps.linear_token_logps_op))
     monkeypatch.setattr(nll, "linear_nll_op", watch(nll.linear_nll_op))
 
 
@@ -117,11 +120,11 @@ class Waits(TorchDispatchMode):
         self.waited |= set(self.running)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in ops.BODIES:
+        if func in library.BODIES:
             self.ran.add(func)
             self.running.append(func)
             with self:
-                result = ops.BODIES[func](*args)
+                result = library.BODIES[func](*args)
             self.running.pop()
             return result
         if func in NoWaiting.forbidden:
@@ -145,8 +148,10 @@ def test_ops_that_wait_are_left_out_of_cuda_graphs(monkeypatch):
         for loss_type, more in (("sigmoid", {}), ("aot", {}), ("sigmoid", {"ld_alpha": 0.5})):
             cpo.FusedLinearCPOLoss(OBJECTIVES, loss_type=loss_type, **more)(*leaves, **rated, **ref).loss.backward()
         cpo.CPOLoss(OBJECTIVES)(logps, **rated, **ref).loss.backward()
-    assert mode.ran == set(ops.BODIES)
-    assert mode.waited == {op for op in ops.BODIES if torch.Tag.cudagraph_unsafe in op.tags} and len(mode.waited) == 4
+    assert mode.ran == set(library.BODIES)
+    assert (
+        mode.waited == {op for op in library.BODIES if torch.Tag.cudagraph_unsafe in op.tags} and len(mode.waited) == 4
+    )
 
 
 @pytest.mark.parametrize("train_head", [True, False])
@@ -188,7 +193,7 @@ def test_a_reference_with_the_same_head_shares_the_product(monkeypatch, budget, 
         cells.append(a.shape[0] * b.shape[1] if a.shape[1] == 24 == b.shape[0] else 0)  # X W^T, or some columns of it
         return mm(a, b, **kwargs)
 
-    monkeypatch.setattr(linear.torch, "mm", counting)
+    monkeypatch.setattr(head_token_logps.torch, "mm", counting)
     seen = loss_fn(batch.hidden, weight, batch.labels, ref_hidden=ref.hidden.detach())
     grads = torch.autograd.grad(seen.loss, batch.leaves[: 1 + train_head])
     assert (

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from cpo_kernels import homes
+from cpo_kernels.backends import dispatch
 from cpo_kernels.check import run
 from cpo_kernels.check.compare import Case
 from cpo_kernels.cli import main
@@ -28,7 +28,7 @@ NEEDS_MEMORY = ("N=1100,V=50257", "beyond-2^31/bfloat16/elements")  # 5 GiB, whi
 
 
 @pytest.mark.parametrize("group", sorted({case.group for case in run.all_cases()} - NEEDS_GPU))
-def test_the_cpu_home_passes(tmp_path, group):
+def test_the_cpu_backend_passes(tmp_path, group):
     """Every case, not the quick ones alone: sequence_sum/float64 without weights failed here for weeks unseen."""
     status, result = check(tmp_path, f"{group}/*")
     assert status == 0
@@ -39,19 +39,19 @@ def test_the_cpu_home_passes(tmp_path, group):
 
 
 def test_a_gradient_off_by_a_percent_fails(tmp_path, monkeypatch, capsys):
-    right = homes.kernels
+    right = dispatch.kernels
 
     class Wrong:
-        def __init__(self, home):
-            self.home = home
+        def __init__(self, backend):
+            self.backend = backend
 
         def __getattr__(self, name):
-            return getattr(self.home, name)
+            return getattr(self.backend, name)
 
         def token_logps_bwd_(self, logits, labels, lse, grad, *head):
-            self.home.token_logps_bwd_(logits, labels, lse, grad * 1.01, *head)
+            self.backend.token_logps_bwd_(logits, labels, lse, grad * 1.01, *head)
 
-    monkeypatch.setattr(homes, "kernels", lambda impl, tensor: Wrong(right(impl, tensor)))
+    monkeypatch.setattr(dispatch, "kernels", lambda impl, tensor: Wrong(right(impl, tensor)))
     status, result = check(tmp_path, "sizes/*", "--quick")
     assert status == 1 and result["counts"]["failed"] > 0
     assert "FAIL" in capsys.readouterr().out
@@ -63,8 +63,8 @@ def test_a_pattern_that_names_nothing():
 
 
 @pytest.mark.parametrize("impl", ["cuda", "triton"])
-def test_a_home_that_is_not_here_is_one_line(monkeypatch, capsys, impl):
-    monkeypatch.setitem(homes._MISSING, impl, "it was left out")
+def test_a_backend_that_is_not_here_is_one_line(monkeypatch, capsys, impl):
+    monkeypatch.setitem(dispatch._MISSING, impl, "it was left out")
     assert main(["check", "--device", "cpu", "--impl", impl]) == 2
     error = f"cpo-kernels check: ValueError: --impl {impl} cannot run here: it was left out\n"
     assert capsys.readouterr().err == error
@@ -86,7 +86,7 @@ def test_processes_side_by_side_give_every_case_once_in_order(tmp_path, capsys):
         out = tmp_path / "check.json"
         assert run.main(["--device", "cpu", "--impl", "cpu", "--only", *only, *flags, "--out", str(out)]) == 0
         results.append(json.loads(out.read_text()))
-    beside, apart = ([(c["home"], c["case"], c["status"]) for c in r["cases"]] for r in results)
+    beside, apart = ([(c["backend"], c["case"], c["status"]) for c in r["cases"]] for r in results)
     assert beside == apart and len(beside) == 4 + 1 + 4 and results[0]["left"] == 0
     assert capsys.readouterr().out.count("PASS") == 2 * 3
 
@@ -95,10 +95,10 @@ def test_finished_groups_are_saved_before_the_rest_has_run(tmp_path, monkeypatch
     out = tmp_path / "check.json"
     right = run.run_case
 
-    def killed_at_labels(home, case):
+    def killed_at_labels(backend, case):
         if case.group == "labels":
             raise KeyboardInterrupt
-        return right(home, case)
+        return right(backend, case)
 
     monkeypatch.setattr(run, "run_case", killed_at_labels)
     flags = ["--in-process", "--quick", "--only", "labels*", "extreme*", "--out", str(out)]
@@ -142,7 +142,7 @@ def test_a_time_limit_ends_the_check_with_what_has_run(tmp_path, monkeypatch, ca
 
 
 def test_a_time_limit_in_the_process_itself(tmp_path, monkeypatch):
-    def slow(home, seen):
+    def slow(backend, seen):
         time.sleep(0.3)
 
     monkeypatch.setattr(run, "all_cases", lambda: [Case(f"slow/{k}", slow) for k in range(40)])
@@ -179,11 +179,11 @@ def test_nothing_goes_on_after_an_interrupt():
 def deadly_cases():
     """dies, hangs and fine; what is fine comes first where they run one after the other."""
 
-    def dies(home, seen):
+    def dies(backend, seen):
         os._exit(3)
 
-    def hangs(home, seen):
+    def hangs(backend, seen):
         time.sleep(1000)
 
     cases = [Case(f"dies/{k}", dies, True) for k in (0, 1)] + [Case(f"hangs/{k}", hangs, True) for k in (4, 5)]
-    return [Case(f"fine/{k}", lambda home, seen: None, True) for k in (2, 3)] + cases
+    return [Case(f"fine/{k}", lambda backend, seen: None, True) for k in (2, 3)] + cases

@@ -17,13 +17,14 @@ import tiny
 from tiny import one_thread  # noqa: F401
 
 from cpo_kernels import cli, extras
-from cpo_kernels.cli import main, split_overrides
+from cpo_kernels.cli import main
 from cpo_kernels.data.records import write_records
+from cpo_kernels.hub import check_model_path
+from cpo_kernels.recipe.aliases import ALIASES
+from cpo_kernels.recipe.arguments import split_overrides
+from cpo_kernels.recipe.config import config_keys, read_config, write_config
+from cpo_kernels.recipe.keys import Config, SourceConfig
 from cpo_kernels.training import loop as loop_module
-from cpo_kernels.training.aliases import ALIASES
-from cpo_kernels.training.config import config_keys, read_config, write_config
-from cpo_kernels.training.keys import Config, SourceConfig
-from cpo_kernels.training.models import check_model_path
 
 
 def test_every_key_has_a_line_of_help():

@@ -14,7 +14,7 @@ import pytest
 import test_kernels
 import torch
 
-from cpo_kernels import ops
+from cpo_kernels import library
 
 ROOT = Path(__file__).parent.parent
 BUILD = (
@@ -55,7 +55,7 @@ class CudaKey:
 
 
 def test_every_op_is_registered(extension):
-    for name in ops.SCHEMAS:
+    for name in library.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cpo_kernels::{name}", "CUDA")
 
 

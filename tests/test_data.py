@@ -16,8 +16,8 @@ from cpo_kernels.data.records import DataError, Record, Response, write_records
 from cpo_kernels.data.sources import load_records, overall_objective, split_by_prompt
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective, value
+from cpo_kernels.recipe.config import read_config
 from cpo_kernels.training.attention import dense_mask
-from cpo_kernels.training.config import read_config
 
 OBJECTIVES = [Objective("honesty", 1, 5), Objective("helpfulness", 1, 5)]
 # the published schema of the TruthfulQA ratings; questions and answers written here

@@ -18,7 +18,7 @@ from cpo_kernels.data.records import Record, Response
 from cpo_kernels.data.statistics import pair_counts, statistics
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective, value_gap
-from cpo_kernels.training.config import read_config, write_config
+from cpo_kernels.recipe.config import read_config, write_config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -18,8 +18,8 @@ from cpo_kernels.data.sources import load_records, notes
 from cpo_kernels.evaluation.requests import read_prompts
 from cpo_kernels.evaluation.run import main as evaluate
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.config import read_config
-from cpo_kernels.training.keys import SourceConfig
+from cpo_kernels.recipe.config import read_config
+from cpo_kernels.recipe.keys import SourceConfig
 from cpo_kernels.training.loop import train
 
 HONESTY = [Objective("honesty", 1, 5)]

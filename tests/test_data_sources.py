@@ -13,8 +13,8 @@ from cpo_kernels.data.sources import load_records, overall_objective, split_by_p
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.requests import read_prompts
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.config import read_config
-from cpo_kernels.training.keys import SourceConfig
+from cpo_kernels.recipe.config import read_config
+from cpo_kernels.recipe.keys import SourceConfig
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from heads import HOMES, LOW_PRECISION, make_batch, relative_error, true_seq_logps
+from heads import BACKENDS, LOW_PRECISION, make_batch, relative_error, true_seq_logps
 
 import cpo_kernels as cpo
-from cpo_kernels import LOSS_TYPES, Objective, head
-from cpo_kernels.loss_options import LossOptions
+from cpo_kernels import LOSS_TYPES, Objective
+from cpo_kernels.head import inputs
+from cpo_kernels.losses.options import LossOptions
 
 ROW = 101 * 8
 OBJECTIVES = [Objective("helpfulness", 1, 5, weight=2.0, strength=0.5), Objective("honesty", 1, 5)]
@@ -61,7 +62,7 @@ def test_the_table_says_whose_coefficients_are_opposite(name):
         assert not options_of(name, f_divergence="js_divergence").opposite
 
 
-@pytest.mark.parametrize("impl", HOMES)
+@pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 11])
 def test_loss_and_gradients(impl, case, rows):
@@ -125,8 +126,8 @@ def test_three_products(monkeypatch, bias):
         count[0] += a.shape[0] * a.shape[1] * b.shape[1]
         return addmm(c, a, b, **kwargs)
 
-    monkeypatch.setattr(head.torch, "mm", counting)
-    monkeypatch.setattr(head.torch, "addmm", adding)
+    monkeypatch.setattr(inputs.torch, "mm", counting)
+    monkeypatch.setattr(inputs.torch, "addmm", adding)
     loss_fn = cpo.FusedLinearCPOLoss(memory_budget=5 * 101 * 4)
     for keys, products in (({"ref_logps": ref_logps}, 3), ({"ref_hidden": ref}, 4)):
         count[0] = 0

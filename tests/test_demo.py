@@ -113,7 +113,7 @@ def test_tokenizer_knows_every_word():
 def test_judge_scores_an_untrained_model_the_same_whatever_is_asked():
     """Without tags one answer stands for all requests: rank correlation exactly 0."""
     from cpo_kernels.data.template import PromptTemplate
-    from cpo_kernels.training.keys import TemplateConfig
+    from cpo_kernels.recipe.keys import TemplateConfig
 
     world, tokenizer = World(0), build_tokenizer()
     questions = held_out(world, 3, 0, frozenset())

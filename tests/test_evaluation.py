@@ -18,7 +18,7 @@ from cpo_kernels.evaluation.run import main
 from cpo_kernels.evaluation.statistics import bootstrap_interval, spearman, summary
 from cpo_kernels.evaluation.tables import rated_table
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.keys import TemplateConfig
+from cpo_kernels.recipe.keys import TemplateConfig
 
 OBJECTIVES = [Objective("helpfulness", 1, 5), Objective("honesty", 1, 5)]
 HELPFUL, HONEST = {"helpfulness": 5.0, "honesty": 1.0}, {"helpfulness": 1.0, "honesty": 5.0}
@@ -42,7 +42,7 @@ def records() -> list[Record]:
         return Response(text, dict(ratings))
 
     return [
-        Record("tell me the home of anna .", (rated("home rome .", HELPFUL), rated("i don't know .", HONEST))),
+        Record("tell me the backend of anna .", (rated("backend rome .", HELPFUL), rated("i don't know .", HONEST))),
         Record(
             "tell me the pet and drink of leo .",
             (rated("pet cat , drink tea .", HELPFUL), rated("i don't know .", HONEST), rated("pet dog .", HELPFUL)),

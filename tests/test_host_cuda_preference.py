@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import test_kernels
 import torch
-from host_twin import COMPILER, LIBRARY_FLAGS, HostHome, compile_host
+from host_twin import COMPILER, LIBRARY_FLAGS, HostBackend, compile_host
 
 from cpo_kernels import reference
 from cpo_kernels.check.preference import preference_cases
@@ -21,7 +21,7 @@ def address(tensor):
 
 
 class HostKernels:
-    """The two ops of the twin, with the signatures of ops.py."""
+    """The two ops of the twin, with the signatures of library.py."""
 
     def __init__(self, library: ctypes.CDLL, threads: int, seed: int = 0):
         self.library, self.threads = library, threads
@@ -87,7 +87,7 @@ CASES = {case.name: case for case in preference_cases()}
 @pytest.mark.parametrize("name", CASES)
 def test_check_cases(name, library):
     """The block size of the GPU."""
-    result = run_case(HostHome(HostKernels(library, 256, seed=len(name))), CASES[name])
+    result = run_case(HostBackend(HostKernels(library, 256, seed=len(name))), CASES[name])
     assert result["status"] == "passed", result["wrong"][:3] or result["reason"]
 
 

@@ -6,10 +6,10 @@ import ctypes
 
 import pytest
 import torch
-from host_twin import COMPILER, LIBRARY_FLAGS, HostHome, broken_copy, compile_host
+from host_twin import COMPILER, LIBRARY_FLAGS, HostBackend, broken_copy, compile_host
 
-from cpo_kernels import ops
-from cpo_kernels.check.compare import Home
+from cpo_kernels import library
+from cpo_kernels.check.compare import Backend
 from cpo_kernels.check.limits import limit_cases
 from cpo_kernels.check.run import run_case
 from cpo_kernels.check.tokens import IGNORE, make_rows, token_cases
@@ -45,7 +45,7 @@ CASES = {c.name: c for c in (*token_cases(), *limit_cases()) if not any(part in 
 
 
 class HostKernels:
-    """The token ops of the twin, with the signatures of ops.py."""
+    """The token ops of the twin, with the signatures of library.py."""
 
     def __init__(self, library, block, multiprocessors, clusters, seed=0):
         self.library, self.machine = library, Machine(block, multiprocessors, clusters, seed)
@@ -56,7 +56,7 @@ class HostKernels:
         return ctypes.byref(Call(kind, *sizes, scale, softcap, logits.data_ptr(), labels.data_ptr()))
 
     def forward(self, logits, labels, head, extras, overwrite):
-        labels, rows, acc = labels.contiguous(), logits.shape[0], ops.acc_dtype(logits.dtype)
+        labels, rows, acc = labels.contiguous(), logits.shape[0], library.acc_dtype(logits.dtype)
         outputs = [torch.empty(shape, dtype=acc) for shape in (rows, rows, (4, rows) if extras else 0)]
         if rows:
             pointers = [ctypes.c_void_p(t.data_ptr()) for t in outputs]
@@ -82,7 +82,7 @@ OPS = "tests/host_cuda/token_logps_ops.cpp"
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def host_library(tmp_path_factory):
     target = tmp_path_factory.mktemp("host_cuda") / "token_logps_ops.so"
     return ctypes.CDLL(compile_host(OPS, target, *LIBRARY_FLAGS))
 
@@ -97,17 +97,17 @@ def one_thread():
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("name", CASES)
-def test_check_cases(name, machine, library):
-    result = run_case(HostHome(HostKernels(library, *MACHINES[machine], seed=len(name))), CASES[name])
+def test_check_cases(name, machine, host_library):
+    result = run_case(HostBackend(HostKernels(host_library, *MACHINES[machine], seed=len(name))), CASES[name])
     assert result["status"] == "passed", result["wrong"][:3] or result["reason"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_order_of_threads_gives_the_same_bits(dtype, library):
+def test_every_order_of_threads_gives_the_same_bits(dtype, host_library):
     runs = []
     for seed in range(3):
-        rows = make_rows(Home("cuda", torch.device("cpu")), 4, 9001, dtype, seed=5)
-        kernels = HostKernels(library, 64, 1, 1, seed)
+        rows = make_rows(Backend("cuda", torch.device("cpu")), 4, 9001, dtype, seed=5)
+        kernels = HostKernels(host_library, 64, 1, 1, seed)
         results = kernels.token_logps_fused_(rows.logits, rows.labels, IGNORE, 1.0, 0.0, 8999, True)
         runs.append((*results, rows.logits))
     for run in runs[1:]:
@@ -117,7 +117,7 @@ def test_every_order_of_threads_gives_the_same_bits(dtype, library):
 def test_a_missing_barrier_changes_what_fibers_compute(tmp_path):
     root = broken_copy(tmp_path, "row_sums.h", "  sync_block();\n", "")
     broken = ctypes.CDLL(compile_host(OPS, tmp_path / "ops.so", *LIBRARY_FLAGS, root=root))
-    rows = make_rows(Home("cuda", torch.device("cpu")), 3, 700, torch.float32)
+    rows = make_rows(Backend("cuda", torch.device("cpu")), 3, 700, torch.float32)
     logps = [
         HostKernels(broken, 64, 1, 1, seed).token_logps_fwd(rows.logits, rows.labels, IGNORE, 1.0, 0.0, 700, False)[0]
         for seed in range(4)
@@ -142,8 +142,8 @@ def test_a_missing_barrier_changes_what_fibers_compute(tmp_path):
         (132, 128256, 2, 8, 0, 2, 1),
     ],
 )
-def test_plan(rows, columns, element_size, held, clusters, pieces, cluster, library):
+def test_plan(rows, columns, element_size, held, clusters, pieces, cluster, host_library):
     got = (ctypes.c_int64(), ctypes.c_int64())
     machine, vectors = Machine(512, 132, clusters, 0), ctypes.c_int64(columns * element_size // 16)
-    library.host_plan(ctypes.byref(machine), ctypes.c_int64(rows), vectors, held, *map(ctypes.byref, got))
+    host_library.host_plan(ctypes.byref(machine), ctypes.c_int64(rows), vectors, held, *map(ctypes.byref, got))
     assert (got[0].value, got[1].value) == (pieces, cluster)

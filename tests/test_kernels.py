@@ -1,7 +1,7 @@
-"""The kernels of every home against the oracle in float64: every op, dtype, option and awkward size.
+"""The kernels of every backend against the oracle in float64: every op, dtype, option and awkward size.
 
 Triton's run in its interpreter where there is no GPU. `python tests/test_kernels.py` runs the token op comparisons on
-the CPU home alone; the tests start it once for each instruction set.
+the CPU backend alone; the tests start it once for each instruction set.
 """
 
 import itertools
@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cpo_kernels import homes, reference
-from cpo_kernels.check.compare import Home, short
+from cpo_kernels import reference
+from cpo_kernels.backends import dispatch
+from cpo_kernels.check.compare import Backend, short
 from cpo_kernels.check.run import run_case
 from cpo_kernels.check.tokens import token_cases
 from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
-pytestmark = pytest.mark.skipif(bool(homes.missing("cpu")), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(bool(dispatch.missing("cpu")), reason="the C++ extension is not built")
 
 IGNORE = -100
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -54,33 +55,33 @@ def poisoned_memory_and_one_thread():
     torch.utils.deterministic.fill_uninitialized_memory = previous
 
 
-_home = "cpu"
+_backend = "cpu"
 
 
 def kernels():
-    return homes.kernels(_home, torch.empty(0))
+    return dispatch.kernels(_backend, torch.empty(0))
 
 
 @pytest.fixture(params=["cpu", "triton"])
-def home(request):
-    """The home whose kernels a test calls."""
-    global _home
-    _home = request.param
-    yield _home
-    _home = "cpu"
+def backend(request):
+    """The backend whose kernels a test calls."""
+    global _backend
+    _backend = request.param
+    yield _backend
+    _backend = "cpu"
 
 
-every_home = pytest.mark.usefixtures("home")
+every_backend = pytest.mark.usefixtures("backend")
 
 
 def truncates(dtype):
     """Triton's interpreter rounds float32 to bfloat16 toward zero; GPUs round to nearest."""
-    return _home == "triton" and homes.triton_interpreted() and dtype == torch.bfloat16
+    return _backend == "triton" and dispatch.triton_interpreted() and dtype == torch.bfloat16
 
 
 def assert_same_logps(actual, expected):
     """The same bits, where tiles are the same: the CPU sweeps a row alike in every op, Triton in tiles of the op's."""
-    if _home == "cpu":
+    if _backend == "cpu":
         assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
     else:
         assert_close(actual, expected.double(), LOGP_TOLERANCE[actual.dtype], 1.0, "logp or lse of fused_")
@@ -156,14 +157,14 @@ def check_gradient(actual, expected, labels, vocab_size, tolerance, smallest, wh
 # ------------------------------------------------------------------------------------------------ token log-probs
 
 
-@every_home
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", SIZES)
 def test_sizes(vocab, dtype):
     check_token_ops(*make_rows(5, vocab, dtype, seed=vocab))
 
 
-@every_home
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale, softcap", [(1.0, 5.0), (0.0625, 0.0), (1.7, 30.0), (0.3, 0.5)])
 def test_scale_and_softcap(scale, softcap, dtype):
@@ -172,7 +173,7 @@ def test_scale_and_softcap(scale, softcap, dtype):
     check_token_ops(logits if softcap != 0.5 else logits * 0.1, labels, scale, softcap, loose=2.0)
 
 
-@every_home
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [0, 1, 9])
 def test_rows_strides_and_padded_vocabulary(rows, dtype):
@@ -181,7 +182,7 @@ def test_rows_strides_and_padded_vocabulary(rows, dtype):
     check_token_ops(logits, labels, vocab_size=613)
 
 
-@every_home
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_rows_are_split_over_the_vocabulary(dtype):
     torch.set_num_threads(3)
@@ -194,7 +195,7 @@ def test_few_rows_are_split_over_the_vocabulary(dtype):
     check_token_ops(logits.nan_to_num(neginf=-60), labels, softcap=20.0, loose=2.0)
 
 
-@every_home
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_logits(dtype):
     low, high = (-1e4, 1e4)
@@ -223,11 +224,11 @@ def test_extreme_logits(dtype):
 def test_blocks_masked_with_the_lowest_number(name, dtype, threads):
     torch.set_num_threads(threads)
     case = next(c for c in token_cases() if c.name == f"extreme/{short(dtype)}/masked-with-the-lowest")
-    result = run_case(Home(name, torch.device("cpu")), case)
+    result = run_case(Backend(name, torch.device("cpu")), case)
     assert result["status"] == "passed", result["wrong"][:3]
 
 
-@every_home
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinite_rows(dtype):
     logits, labels = make_rows(5, 300, dtype, seed=5)
@@ -247,7 +248,7 @@ def test_nan_and_infinite_rows(dtype):
     assert logits[[0, 2]].isnan().all()
 
 
-@every_home
+@every_backend
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_16_bit_error_is_no_larger_than_naive(dtype):
     if truncates(dtype):
@@ -266,10 +267,10 @@ def test_16_bit_error_is_no_larger_than_naive(dtype):
     assert (fused - want).norm() <= (naive_logits.grad - want).norm() * (1 + 1e-3)
 
 
-@every_home
+@every_backend
 def test_same_bits_every_time_and_with_every_row_order():
     torch.set_num_threads(3)
-    vocab = 20_001 if _home == "cpu" else 20_000  # Triton's lanes start at a row's first 16-byte boundary
+    vocab = 20_001 if _backend == "cpu" else 20_000  # Triton's lanes start at a row's first 16-byte boundary
     logits, labels = make_rows(33, vocab, torch.bfloat16, seed=7)
     runs = []
     for _ in range(3):
@@ -283,7 +284,7 @@ def test_same_bits_every_time_and_with_every_row_order():
     assert_same_logps(runs[0][0], forward[0])
 
 
-@every_home
+@every_backend
 def test_expanded_labels_and_gradients_are_taken():
     logits, _ = make_rows(4, 50, torch.float32, seed=8)
     labels, ones = torch.tensor([7]).expand(4), torch.ones(1).expand(4)
@@ -293,7 +294,7 @@ def test_expanded_labels_and_gradients_are_taken():
     assert logits.sum(-1).abs().max() < 1e-5  # softmax sums to 1
 
 
-@every_home
+@every_backend
 def test_rows_beyond_2_31_elements_are_addressed():
     """A row stride of 2^30 + 8 elements over memory that is never touched between the rows."""
     stride, rows = 2**30 + 8, 3
@@ -385,7 +386,7 @@ def test_an_unknown_instruction_set_is_refused():
 # ---------------------------------------------------------------------------------------------------- sequences
 
 
-@every_home
+@every_backend
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -497,7 +498,7 @@ OPTION_SETS = (
 )
 
 
-@every_home
+@every_backend
 @pytest.mark.parametrize("loss_type", list(reference.LOSS_TYPES))
 def test_every_loss_type_and_option(loss_type):
     index = list(reference.LOSS_TYPES).index(loss_type)
@@ -514,7 +515,7 @@ def test_every_loss_type_and_option(loss_type):
     check_preference(float32, tolerance=1e-5)
 
 
-@every_home
+@every_backend
 @pytest.mark.parametrize("spread", [1.0, 60.0, 1000.0])
 def test_far_from_the_reference(spread):
     """Sequence log-probs far apart: no overflow, no NaN, the tails of every formula."""
@@ -530,7 +531,7 @@ def test_far_from_the_reference(spread):
         assert got[2].isfinite().all(), name
 
 
-@every_home
+@every_backend
 def test_lists_of_losses_and_reported_rewards():
     names = list(reference.LOSS_TYPES)
     for mix in (["sigmoid", "bco_pair", "sft"], ["simpo", "orpo"], ["contrastive_cpo"], ["aot", "hinge"], ["sft"]):
@@ -543,7 +544,7 @@ def test_lists_of_losses_and_reported_rewards():
         check_preference(without(batch, "pair_betas", "pair_weights", "ref_logps", "margins"))
 
 
-@every_home
+@every_backend
 def test_without_ratings_the_first_is_chosen():
     batch = without(make_batch(31), "scores", "conditions", "objectives")
     got = check_preference(batch)
@@ -551,7 +552,7 @@ def test_without_ratings_the_first_is_chosen():
     check_preference(without(make_batch(32), "conditions"))
 
 
-@every_home
+@every_backend
 def test_ties_give_nothing():
     batch = make_batch(33)
     batch["pairs"] = torch.tensor([[0, 1], [2, 3], [0, 5]])  # unrated, equal, unrated
@@ -562,7 +563,7 @@ def test_ties_give_nothing():
     assert got[6].tolist() == [0, 0, 0] and got[5].isnan().tolist() == [True, False, True]
 
 
-@every_home
+@every_backend
 def test_no_pairs():
     batch = make_batch(34)
     batch["pairs"] = torch.empty(0, 2, dtype=torch.int64)
@@ -572,7 +573,7 @@ def test_no_pairs():
     assert got[0] == 0 and not got[2].any() and got[1].shape == (0,) and got[7].tolist() == [0, 0, 0]
 
 
-@every_home
+@every_backend
 def test_gradient_of_a_shared_response_is_the_sum_over_its_pairs():
     batch = without(make_batch(35, count=40), "scores", "conditions", "objectives")
     whole = kernels().preference(*{**batch, "num_pairs": 1.0}.values())
@@ -586,7 +587,7 @@ def test_gradient_of_a_shared_response_is_the_sum_over_its_pairs():
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
 
 
-@every_home
+@every_backend
 def test_aot_orders_equal_ratios_as_they_come():
     batch = without(make_batch(36), "scores", "conditions", "objectives", "pair_weights", "pair_betas")
     batch["seq_logps"] = torch.tensor([-1.0, -2.0, -1.0, -2.0, -3.0, -3.0, -3.0], dtype=torch.float64)

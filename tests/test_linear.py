@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from heads import EVERY_HOME, HOMES, LOW_PRECISION, make_batch, relative_error, true_seq_logps
+from heads import BACKENDS, EVERY_BACKEND, LOW_PRECISION, make_batch, relative_error, true_seq_logps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
-from cpo_kernels import head, linear, nll, ops, planner, reference
+from cpo_kernels import library, reference
 from cpo_kernels.check.run import poisoned
+from cpo_kernels.head import inputs, nll, strategy
+from cpo_kernels.head import token_logps as head_token_logps
 
 FLOAT32 = 1e-5  # relative, the project's bound for float32
 SIGNS = torch.tensor([1.0, -1.0], dtype=torch.float64)  # of chosen and rejected
@@ -22,7 +24,7 @@ def naive_token_logps(hidden, weight, labels, bias=None):
     return picked * (labels != -100)
 
 
-@pytest.mark.parametrize("impl", HOMES)
+@pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize("budget", [None, 5 * ROW, 1])
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"scale": 0.25, "softcap": 5.0}, {"vocab_size": 97}])
 def test_token_logps_give_the_true_vjp(impl, budget, head):
@@ -50,7 +52,7 @@ def test_token_logps_give_the_true_vjp(impl, budget, head):
     assert relative_error(torch.autograd.grad(frozen, batch.hidden, upstream)[0], want[0]) < 1e-12
 
 
-@pytest.mark.parametrize("impl", EVERY_HOME)
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
 def test_gradcheck(impl):
     batch = make_batch(2, 2, 3, 7) if impl == "triton" else make_batch(2, 4, 5, 11)
 
@@ -61,7 +63,7 @@ def test_gradcheck(impl):
     torch.autograd.gradcheck(lambda *t: cpo.linear_nll(t[0], t[1], batch.labels, t[2], impl=impl), batch.leaves)
 
 
-@pytest.mark.parametrize("impl", HOMES)
+@pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize("budget", [None, 7 * ROW])
 @pytest.mark.parametrize("train_head", [True, False])
 def test_nll_is_the_mean_over_labels(impl, budget, train_head):
@@ -205,7 +207,7 @@ def test_positions_without_label_are_never_projected(monkeypatch, train_head):
         count[0] += a.shape[0] * a.shape[1] * b.shape[1]
         return mm(a, b, **kwargs)
 
-    monkeypatch.setattr(linear.torch, "mm", counting)
+    monkeypatch.setattr(head_token_logps.torch, "mm", counting)
     one = int(batch.lengths().sum()) * 24 * 101
     cpo.linear_token_logps(batch.hidden, weight, batch.labels).sum().backward()
     assert count[0] == (4 if train_head else 2) * one
@@ -241,7 +243,7 @@ def test_no_tensor_grows_with_the_logits():
         watch = Largest()
         with torch.no_grad(), watch:
             empty = batch.weight.new_empty(0)
-            ops.BODIES[nll.linear_nll_op](
+            library.BODIES[nll.linear_nll_op](
                 batch.hidden.view(-1, 8), batch.weight, empty, batch.labels.view(-1), batch.labels[:0].view(0), empty,
                 *head, -1.0,
                 True, True, False, 16, "cpu",
@@ -251,7 +253,7 @@ def test_no_tensor_grows_with_the_logits():
     assert 8 * 1001 < largest(40) <= 16 * 1001 and largest(320) <= 16 * 1001
 
 
-@pytest.mark.parametrize("impl", EVERY_HOME)
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
 def test_no_labels_and_no_rows(impl):
     batch = make_batch()
     none = torch.full_like(batch.labels, -100)
@@ -411,11 +413,11 @@ def test_misuse_names_the_value(change, message):
         cpo.linear_nll(**kwargs)
 
 
-@pytest.mark.parametrize("impl", EVERY_HOME)
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
 @pytest.mark.parametrize("budget", [None, 5 * ROW, 3 * ROW, 1], ids=["one chunk", "chunks", "columns", "one row"])
 def test_padded_rows_change_nothing(monkeypatch, impl, budget):
     """Rows of an odd vocabulary are padded on a GPU; here on a CPU, with padding that shows where it is read."""
-    monkeypatch.setattr(head, "row_stride", lambda width, dtype, device: width + 27)
+    monkeypatch.setattr(inputs, "row_stride", lambda width, dtype, device: width + 27)
     batch, given = make_batch(4, 5), {"memory_budget": budget, "impl": impl}
     truth = reference.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias, softcap=3.0)
     upstream = torch.linspace(-1, 2, truth.numel(), dtype=torch.float64).view(truth.shape)
@@ -441,11 +443,11 @@ def test_padded_rows_change_nothing(monkeypatch, impl, budget):
 
 def test_rows_of_logits_begin_on_16_bytes_on_a_gpu():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert planner.row_stride(50_257, torch.bfloat16, gpu) == 50_304  # GPT-2
-    assert planner.row_stride(32_001, torch.float32, gpu) == 32_064
-    assert planner.row_stride(128_256, torch.bfloat16, gpu) == 128_256
-    assert planner.row_stride(50_257, torch.bfloat16, cpu) == 50_257
-    assert planner.row_stride(7, torch.bfloat16, gpu) == 7  # a few columns of very many rows
+    assert strategy.row_stride(50_257, torch.bfloat16, gpu) == 50_304  # GPT-2
+    assert strategy.row_stride(32_001, torch.float32, gpu) == 32_064
+    assert strategy.row_stride(128_256, torch.bfloat16, gpu) == 128_256
+    assert strategy.row_stride(50_257, torch.bfloat16, cpu) == 50_257
+    assert strategy.row_stride(7, torch.bfloat16, gpu) == 7  # a few columns of very many rows
     plan = cpo.explain(1000, 768, 50_257, device="cuda", train_head=False)
     assert plan.logits_bytes == 1000 * 50_304 * 2
     budget = 100 * 50_257 * 2

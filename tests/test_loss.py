@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from heads import HOMES, make_batch, relative_error, true_seq_logps
+from heads import BACKENDS, make_batch, relative_error, true_seq_logps
 
 import cpo_kernels as cpo
 from cpo_kernels import LOSS_TYPES, Objective, loss_options, reference
@@ -57,7 +57,7 @@ def true_loss(case, batch, rated, token_weights=None):
 BUDGETS = pytest.mark.parametrize("budget", [None, 34 * ROW, 3 * ROW], ids=["one_chunk", "chunks", "two_pass"])
 
 
-@pytest.mark.parametrize("impl", HOMES)
+@pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
 @BUDGETS
 def test_fused_loss_and_gradients(case, budget, impl):
@@ -94,7 +94,7 @@ def check_loss_and_gradients(case, budget, impl):
 
 
 @pytest.mark.parametrize(
-    "loss_type, impl", [*itertools.product(["sigmoid", "ipo", "sft", "aot"], HOMES), ("sigmoid", "triton")]
+    "loss_type, impl", [*itertools.product(["sigmoid", "ipo", "sft", "aot"], BACKENDS), ("sigmoid", "triton")]
 )
 def test_gradcheck(loss_type, impl):
     batch = make_batch(4, 2, 2, 4, seed=2) if impl == "triton" else make_batch(4, 3, 4, 7, seed=2)

@@ -1,4 +1,4 @@
-"""The op table: torch.library's own checks, logits-level autograd, torch.compile and the choice of a home."""
+"""The op table: torch.library's own checks, logits-level autograd, torch.compile and the choice of a backend."""
 
 import subprocess
 import sys
@@ -7,12 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.testing
-from heads import EVERY_HOME, make_batch, relative_error
+from heads import EVERY_BACKEND, make_batch, relative_error
 from torch.library import opcheck
 
 import cpo_kernels as cpo
-from cpo_kernels import checks, homes, linear, linear_preference, nll, ops, preference, reference, sequences
-from cpo_kernels.logits import token_logps_backward_op, token_logps_op
+from cpo_kernels import checks, library, reference
+from cpo_kernels.backends import dispatch
+from cpo_kernels.head import nll
+from cpo_kernels.head import preference as head_preference
+from cpo_kernels.head import token_logps as head_token_logps
+from cpo_kernels.ops import preference, sequence_logps
+from cpo_kernels.ops.token_logps import token_logps_backward_op, token_logps_op
 from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
 
@@ -42,17 +47,20 @@ def op_samples(impl):
     empty, none = logp.new_empty(0), labels.new_empty(0)
     yield token_logps_op, (logits, labels, *head, True, impl)
     yield token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), *head, impl)
-    yield sequences.sequence_logps_op, (logp, cu_seqlens, empty, True, impl)
+    yield sequence_logps.sequence_logps_op, (logp, cu_seqlens, empty, True, impl)
     yield preference.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
-    yield linear.linear_token_logps_op, (hidden, weight, bias, labels, none, hidden + 1, *head, True, True, 16, impl)
     yield (
-        linear.linear_token_logps_backward_op,
+        head_token_logps.linear_token_logps_op,
+        (hidden, weight, bias, labels, none, hidden + 1, *head, True, True, 16, impl),
+    )
+    yield (
+        head_token_logps.linear_token_logps_backward_op,
         (hidden, weight, bias, labels, none, lse, torch.randn_like(lse), *head, True, True, True, 16, impl),
     )
     yield nll.linear_nll_op, (hidden, weight, bias, labels, none, empty, *head, -1.0, True, True, True, 16, impl)
     for limit in (1000, 4):
         yield (
-            linear_preference.linear_preference_op,
+            head_preference.linear_preference_op,
             (
                 hidden, weight, bias, labels, empty, hidden[:0].view(0), *preference_args(batch, torch.float32), *head,
                 True, False, False, True, True, True, limit, none, none, none, impl,
@@ -60,19 +68,19 @@ def op_samples(impl):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", EVERY_HOME)
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
 @pytest.mark.parametrize("index", range(9))
 def test_opcheck(index, impl):
     op, args = list(op_samples(impl))[index]
     opcheck(op, args)
 
 
-def test_every_home_has_the_five_kernels():
-    for name in ops.SCHEMAS:
+def test_every_backend_has_the_five_kernels():
+    for name in library.SCHEMAS:
         assert callable(getattr(reference, name)) and callable(getattr(torch.ops.cpo_kernels, name))
 
 
-@pytest.mark.parametrize("impl", EVERY_HOME)
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
 @pytest.mark.parametrize("shape", [(3, 5), (7,), (0,), (2, 0, 3)])
 def test_token_logps_of_any_leading_shape(impl, shape):
     logits = torch.randn(*shape, 33, dtype=torch.float64, requires_grad=True)
@@ -85,7 +93,7 @@ def test_token_logps_of_any_leading_shape(impl, shape):
     assert relative_error(got, truth) < 1e-12
 
 
-@pytest.mark.parametrize("impl", EVERY_HOME)
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
 def test_token_logps_gradcheck_and_saved_logits(impl):
     logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, -100, 8, 3])
@@ -134,15 +142,15 @@ def test_compile_without_graph_breaks_or_recompiles(train_head):
     assert frames[0] == frames[-1]
 
 
-def test_a_home_by_name_never_falls_back(monkeypatch):
+def test_a_backend_by_name_never_falls_back(monkeypatch):
     logits, labels = torch.randn(2, 5), torch.tensor([1, 2])
-    monkeypatch.setitem(homes._MISSING, "cuda", "this installation has no CUDA C++ extension")
+    monkeypatch.setitem(dispatch._MISSING, "cuda", "this installation has no CUDA C++ extension")
     with pytest.raises(RuntimeError, match="impl='cuda' is not available: .*no CUDA C\\+\\+ extension"):
         cpo.token_logps(logits, labels, impl="cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="impl='triton' takes GPU tensors.*got a tensor on cpu"):
         cpo.token_logps(logits, labels, impl="triton")
-    monkeypatch.setitem(homes._MISSING, "triton", "no such package")
+    monkeypatch.setitem(dispatch._MISSING, "triton", "no such package")
     with pytest.raises(RuntimeError, match="impl='triton' is not available: no such package"):
         cpo.token_logps(logits, labels, impl="triton")
     with pytest.raises(ValueError, match="got 'quick'"):
@@ -152,25 +160,25 @@ def test_a_home_by_name_never_falls_back(monkeypatch):
 
 
 @pytest.mark.parametrize("capability, fused", [((8, 0), "triton"), ((9, 0), "cuda"), ((10, 0), "triton")])
-def test_auto_on_a_gpu_takes_each_op_from_the_home_of_the_table(monkeypatch, capability, fused):
+def test_auto_on_a_gpu_takes_each_op_from_the_backend_of_the_table(monkeypatch, capability, fused):
     """As far as a CPU shows it: the device is played, and what would run is looked at."""
     gpu = SimpleNamespace(device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(homes, "_load_extension", lambda name: "")
-    monkeypatch.setitem(homes._MISSING, "cuda", "this installation has no CUDA C++ extension")
-    homes._preferred_kernels.cache_clear()
-    triton = homes.kernels("auto", gpu)
-    assert triton is homes.kernels("triton", gpu)
-    monkeypatch.setitem(homes._MISSING, "cuda", "")
-    chosen = homes.kernels("auto", gpu)
-    for op in ops.SCHEMAS:
+    monkeypatch.setattr(dispatch, "_load_extension", lambda name: "")
+    monkeypatch.setitem(dispatch._MISSING, "cuda", "this installation has no CUDA C++ extension")
+    dispatch._preferred_kernels.cache_clear()
+    triton = dispatch.kernels("auto", gpu)
+    assert triton is dispatch.kernels("triton", gpu)
+    monkeypatch.setitem(dispatch._MISSING, "cuda", "")
+    chosen = dispatch.kernels("auto", gpu)
+    for op in library.SCHEMAS:
         wanted = fused if op == "token_logps_fused_" else "triton"
-        assert getattr(chosen, op) is getattr(homes.kernels(wanted, gpu), op)
-    assert homes.kernels("triton", gpu) is triton  # by name there is no mixture
-    monkeypatch.setattr(homes, "_load_extension", lambda name: "built for another machine")
-    homes._preferred_kernels.cache_clear()
-    assert homes.kernels("auto", gpu) is triton
-    homes._preferred_kernels.cache_clear()
+        assert getattr(chosen, op) is getattr(dispatch.kernels(wanted, gpu), op)
+    assert dispatch.kernels("triton", gpu) is triton  # by name there is no mixture
+    monkeypatch.setattr(dispatch, "_load_extension", lambda name: "built for another machine")
+    dispatch._preferred_kernels.cache_clear()
+    assert dispatch.kernels("auto", gpu) is triton
+    dispatch._preferred_kernels.cache_clear()
 
 
 def test_without_the_extension_the_reference_takes_over_and_says_so_once():
@@ -214,7 +222,7 @@ raise SystemExit(f"import cpo_kernels loads {extra}" if extra else 0)
         ({"logits": torch.zeros(2, 0)}, r"V >= 1, got \(2, 0\)"),
     ],
 )
-@pytest.mark.parametrize("impl", EVERY_HOME)
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
 def test_misuse_names_the_value(kwargs, message, impl):
     args = {"logits": torch.zeros(2, 5), "labels": torch.tensor([1, 2]), "impl": impl, **kwargs}
     with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):

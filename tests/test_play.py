@@ -16,7 +16,7 @@ from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.objectives import Objective
 from cpo_kernels.play import server as play
-from cpo_kernels.training.keys import TemplateConfig
+from cpo_kernels.recipe.keys import TemplateConfig
 
 OBJECTIVES = [Objective("honesty", 1, 5), Objective("warmth", 0, 0.5)]
 

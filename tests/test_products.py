@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cpo_kernels as cpo
-from cpo_kernels import products
-from cpo_kernels.products import SLAB, add_product, adds_products, product
+from cpo_kernels.head import matmul
+from cpo_kernels.head.matmul import SLAB, add_product, adds_products, product
 
 # [m, k, n]: the longest side is each in turn, below, at and beyond a slab
 SHAPES = [(3, 5, 2 * SLAB + 7), (2 * SLAB + 7, 3, 5), (3, 2 * SLAB + 7, 5), (5, 3, SLAB), (4, 4, 4), (1, 1, 1)]
@@ -21,7 +21,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def slabs(monkeypatch):
     """As if this CPU had no 16-bit products: torch's are an error."""
-    monkeypatch.setattr(products, "cpu_multiplies", lambda dtype: dtype not in DTYPES)
+    monkeypatch.setattr(matmul, "cpu_multiplies", lambda dtype: dtype not in DTYPES)
 
     def guarded(torchs):
         @wraps(torchs)
@@ -84,15 +84,15 @@ def test_the_default_dtype_does_not_matter(slabs):
 
 def test_products_follow_onednn(monkeypatch):
     """Without oneDNN, or with it switched off, 16-bit products are torch's own loops."""
-    monkeypatch.setattr(products, "_onednn_multiplies", lambda dtype: True)
-    assert products.cpu_multiplies(torch.bfloat16)
+    monkeypatch.setattr(matmul, "_onednn_multiplies", lambda dtype: True)
+    assert matmul.cpu_multiplies(torch.bfloat16)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not products.cpu_multiplies(torch.bfloat16) and products.cpu_multiplies(torch.float32)
+        assert not matmul.cpu_multiplies(torch.bfloat16) and matmul.cpu_multiplies(torch.float32)
     monkeypatch.undo()
-    products._onednn_multiplies.cache_clear()
+    matmul._onednn_multiplies.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not products._onednn_multiplies(torch.bfloat16)
-    products._onednn_multiplies.cache_clear()
+    assert not matmul._onednn_multiplies(torch.bfloat16)
+    matmul._onednn_multiplies.cache_clear()
 
 
 class Live(TorchDispatchMode):
@@ -119,7 +119,7 @@ class Live(TorchDispatchMode):
 def test_the_plan_counts_slabs(rows, hidden, vocab, slabs):
     x, w = torch.randn(rows, hidden).bfloat16(), torch.randn(vocab, hidden).bfloat16()
     g = torch.randn(rows, vocab).bfloat16()
-    counted = products.slab_bytes(rows, hidden, x.dtype, x.device)
+    counted = matmul.slab_bytes(rows, hidden, x.dtype, x.device)
     for a, b in ((x, w.t()), (g, w), (g.t(), x)):
         out = torch.empty(len(a), b.shape[1], dtype=a.dtype)
         with Live() as live:
@@ -127,7 +127,7 @@ def test_the_plan_counts_slabs(rows, hidden, vocab, slabs):
         assert 0.7 * counted <= live.peak <= counted
     layout = cpo.explain(rows, hidden, vocab)
     assert layout.extra_bytes == 2 * rows * (vocab + hidden) + counted
-    assert products.slab_bytes(rows, hidden, torch.float32, x.device) == 0
+    assert matmul.slab_bytes(rows, hidden, torch.float32, x.device) == 0
 
 
 def test_float32_is_left_to_torch(slabs):
@@ -138,8 +138,8 @@ def test_float32_is_left_to_torch(slabs):
 
 
 def test_what_the_cpu_multiplies_is_left_to_torch(monkeypatch):
-    monkeypatch.setattr(products, "cpu_multiplies", lambda dtype: True)
-    monkeypatch.setattr(products, "_in_float32", None)
+    monkeypatch.setattr(matmul, "cpu_multiplies", lambda dtype: True)
+    monkeypatch.setattr(matmul, "_in_float32", None)
     a, b, _ = operands(5, 7, 9, torch.bfloat16)
     assert torch.equal(product(a, b, torch.empty(5, 9, dtype=a.dtype)), a @ b)
 
@@ -174,10 +174,8 @@ STRATEGIES = {
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_loss_does_not_notice(strategy, dtype, slabs, monkeypatch):
     """Loss and gradients in 16 bit against float32; every product of 16-bit matrices goes by slabs."""
-    seen, slab = [], products._in_float32
-    monkeypatch.setattr(
-        products, "_in_float32", lambda a, *rest, **kind: seen.append(a.dtype) or slab(a, *rest, **kind)
-    )
+    seen, slab = [], matmul._in_float32
+    monkeypatch.setattr(matmul, "_in_float32", lambda a, *rest, **kind: seen.append(a.dtype) or slab(a, *rest, **kind))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4 if strategy != "deferred" else 2, 12, 16, generator=generator).to(dtype)
     weight = (torch.randn(3000, 16, generator=generator) / 4).to(dtype)

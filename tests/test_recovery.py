@@ -20,9 +20,9 @@ import torch
 from test_training import RECORDS, TIMES, curve, run, values
 from tiny import one_thread  # noqa: F401
 
+from cpo_kernels.recipe.config import read_config
 from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training.checkpoints import checkpoints
-from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
 from cpo_kernels.training.models import fingerprint, load_model
 from cpo_kernels.training.reference import read_cache

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 
 from cpo_kernels import reference
-from cpo_kernels.loss_options import check_options
+from cpo_kernels.losses.options import check_options
 from cpo_kernels.objectives import Objective, objectives_tensor
 from cpo_kernels.reference.loss_types import LOSS_TYPES
 from cpo_kernels.reference.pairs import pair_loss

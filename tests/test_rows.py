@@ -10,9 +10,9 @@ from tiny import one_thread  # noqa: F401
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from cpo_kernels.data.packing import ROWS, collate
+from cpo_kernels.recipe.config import read_config
 from cpo_kernels.training import attention
 from cpo_kernels.training.attention import attention_inputs, dense_mask
-from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
 from cpo_kernels.training.losses import StepTotal
 from cpo_kernels.training.models import load_model

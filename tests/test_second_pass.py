@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from heads import HOMES, LOW_PRECISION, relative_error
+from heads import BACKENDS, LOW_PRECISION, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
-from cpo_kernels.second_pass import ALIGN, slabs
+from cpo_kernels.head.recompute import ALIGN, slabs
 
 
 @given(st.integers(0, 10_000), st.integers(0, 300_000), st.integers(0, 2**28))
@@ -33,7 +33,7 @@ def gradients(hidden, weight, labels, bias, upstream, **options):
     return torch.autograd.grad(logp, [t for t in (hidden, weight, bias) if t is not None and t.requires_grad], upstream)
 
 
-@pytest.mark.parametrize("impl", HOMES)
+@pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize(
     "head", [{}, {"softcap": 2.0, "scale": 0.5}, {"vocab_size": 700}, {"vocab_size": 130}], ids=str
 )
@@ -109,7 +109,7 @@ def test_dw_has_no_float32_copy():
 
 def test_a_row_without_log_sum_exp_is_nan_alone():
     """On a GPU a label out of range leaves its row's log-sum-exp NaN: so is its dX, and no other row's."""
-    from cpo_kernels.columns import columns_bwd_
+    from cpo_kernels.backends.vocab_parallel import columns_bwd_
 
     logits = torch.randn(3, 40)
     lse = torch.logsumexp(logits, 1)

@@ -15,7 +15,7 @@ from heads import make_batch, relative_error
 from processes import run_processes
 
 import cpo_kernels as cpo
-from cpo_kernels import sharded
+from cpo_kernels.backends import vocab_parallel
 
 VOCAB, ROW = 101, 101 * 8
 # Rows by number of ranks. In `even` the last rank has fewer; `far` leaves the labels, below 60, to one rank.
@@ -140,7 +140,7 @@ def sent(shards):
             calls.append((name, *(tuple(t.shape) for t in tensors[-1:])))
             return function(*tensors, **kwargs)
 
-        return mock.patch.object(sharded.dist, name, call)
+        return mock.patch.object(vocab_parallel.dist, name, call)
 
     batch = batch_of({})
     hidden, weight, bias = head_of({}, batch, shards)
@@ -168,7 +168,9 @@ def misuse(shards):
         with pytest.raises(ValueError) as error:
             cpo.linear_token_logps(**given)
         messages.append(str(error.value))
-    with mock.patch.object(sharded, "check_refused"):  # a GPU's labels are not looked at: NaN for that token alone
+    with mock.patch.object(
+        vocab_parallel, "check_refused"
+    ):  # a GPU's labels are not looked at: NaN for that token alone
         labels = batch.labels.clone()
         labels[0, -1], labels[1, -1] = VOCAB, -5
         logps = cpo.linear_token_logps(hidden, weight, labels, vocab_shards=shards)

@@ -17,7 +17,7 @@ from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.likelihood import score_answers
 from cpo_kernels.evaluation.run import main as evaluate
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.keys import TemplateConfig
+from cpo_kernels.recipe.keys import TemplateConfig
 from cpo_kernels.training.loop import train
 
 HONESTY = [Objective("honesty", 1, 5)]

@@ -10,7 +10,7 @@ from tokenizers_at_odds import byte_level
 
 from cpo_kernels.data.records import DataError, Response, message_json
 from cpo_kernels.data.template import PromptTemplate
-from cpo_kernels.training.keys import TemplateConfig
+from cpo_kernels.recipe.keys import TemplateConfig
 
 trl = pytest.importorskip("trl")
 FOLDER = Path(trl.__file__).parent / "chat_templates"

@@ -25,8 +25,8 @@ from tiny import one_thread  # noqa: F401
 from torch.distributed.fsdp import FSDPModule
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from cpo_kernels.recipe.config import read_config
 from cpo_kernels.training import checkpoints, loop, losses, parallel
-from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
 from cpo_kernels.training.models import load_model
 from cpo_kernels.training.parallel import whole

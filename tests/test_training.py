@@ -16,10 +16,10 @@ from cpo_kernels.data.packing import collate
 from cpo_kernels.data.preparation import load_data, units_of
 from cpo_kernels.data.records import Record, Response
 from cpo_kernels.objectives import value_gap
+from cpo_kernels.recipe.config import read_config
 from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training import losses as losses_module
 from cpo_kernels.training.checkpoints import atomic_folder, checkpoints
-from cpo_kernels.training.config import read_config
 from cpo_kernels.training.loop import train
 from cpo_kernels.training.losses import StageLoss, StepTotal
 from cpo_kernels.training.models import fingerprint, load_model, select_trainable

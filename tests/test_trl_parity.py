@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from cpo_kernels import reference
-from cpo_kernels.loss_options import check_options
+from cpo_kernels.losses.options import check_options
 from cpo_kernels.reference.loss_types import LOSS_TYPES
 from cpo_kernels.reference.terms import F_DIVERGENCES, OPTION_DEFAULTS
 

@@ -46,10 +46,11 @@ cd "$work"
 "$work/venv/bin/python" - <<'PYTHON'
 import torch
 import cpo_kernels
-from cpo_kernels import homes, reference
+from cpo_kernels import reference
+from cpo_kernels.backends import dispatch
 
 print(f"torch {torch.__version__}, cpo_kernels from {cpo_kernels.__file__}")
-assert not homes.missing("cpu"), homes.missing("cpu")
+assert not dispatch.missing("cpu"), dispatch.missing("cpu")
 logits, labels = torch.randn(5, 1000), torch.tensor([1, 2, -100, 3, 999])
 options = (labels, -100, 1.0, 0.0, 1000, True)
 for got, want in zip(

@@ -85,8 +85,8 @@ bench() {  # file, options...
 }
 
 loads() {  # both extensions, and the kernels of every backend of the device
-  timed "$1" "$limit" "$python" -W error::RuntimeWarning -c "import torch; from cpo_kernels import homes
-for impl in '${impls[*]}'.split(): homes.kernels(impl, torch.empty(0, device='$device'))
+  timed "$1" "$limit" "$python" -W error::RuntimeWarning -c "import torch; from cpo_kernels.backends import dispatch
+for impl in '${impls[*]}'.split(): dispatch.kernels(impl, torch.empty(0, device='$device'))
 print('loaded: ${impls[*]}')"
   return $status
 }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import cpo_kernels as cpo
-from cpo_kernels import homes
+from cpo_kernels.backends import dispatch
 from cpo_kernels.bench.head import BETA, Batch, Head, TokenLogps, from_token_logps, gathered
 from cpo_kernels.bench.subject import Outcome, Step, Subject, gpu_only
 
@@ -82,8 +82,8 @@ def our_token_logps(b: Batch) -> TokenLogps:
     return lambda x, weight: cpo.linear_token_logps(x, weight, b.labels, softcap=b.workload.softcap)
 
 
-def needs_home(impl: str) -> Callable[[Head, torch.device], str]:
-    return lambda workload, device: gpu_only(workload, device) or homes.missing(impl)
+def needs_backend(impl: str) -> Callable[[Head, torch.device], str]:
+    return lambda workload, device: gpu_only(workload, device) or dispatch.missing(impl)
 
 
 def trainable_alone(workload: Head, device: torch.device) -> str:
@@ -116,8 +116,8 @@ def naive(rows_alone: bool, compiled: bool) -> Callable[[Batch], Step]:
 SUBJECTS = {
     "products": Subject("bare matrix products (the floor)", products),
     "ours": Subject("**cpo-kernels**", fused_loss()),
-    "ours_triton": Subject("cpo-kernels, Triton", fused_loss("triton"), refuses=needs_home("triton")),
-    "ours_cuda": Subject("cpo-kernels, CUDA C++", fused_loss("cuda"), refuses=needs_home("cuda")),
+    "ours_triton": Subject("cpo-kernels, Triton", fused_loss("triton"), refuses=needs_backend("triton")),
+    "ours_cuda": Subject("cpo-kernels, CUDA C++", fused_loss("cuda"), refuses=needs_backend("cuda")),
     "ours_two_pass": Subject(
         "cpo-kernels, two_pass: a group exceeds the budget", fused_loss(two_pass=True), refuses=trainable_alone
     ),

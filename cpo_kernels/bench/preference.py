@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes
+from cpo_kernels.backends import dispatch
 from cpo_kernels.bench.subject import Family, Outcome, Step, Subject
-from cpo_kernels.bench.tokens import HOMES, home
+from cpo_kernels.bench.tokens import BACKENDS, runs_on
 from cpo_kernels.check.preference import make_batch
 
 REPEATS = 20  # runs a step: one alone is shorter than what starts it
@@ -64,7 +64,7 @@ def repeated(run: Callable[[], Outcome], device: torch.device) -> Step:
 
 def kernel(impl: str) -> Callable[[Batch], Step]:
     def build(b: Batch) -> Step:
-        op = homes.kernels(impl, b.args[0]).preference
+        op = dispatch.kernels(impl, b.args[0]).preference
         return repeated(lambda: outcome(op(*b.args)), b.device)
 
     return build
@@ -72,13 +72,13 @@ def kernel(impl: str) -> Callable[[Batch], Step]:
 
 def plain(b: Batch) -> Step:
     """The formulas in plain PyTorch, one operation after the other."""
-    kernels = homes.kernels("reference", b.args[0])
+    kernels = dispatch.kernels("reference", b.args[0])
     return Step(lambda: outcome(kernels.preference(*b.args)))
 
 
 def truth(b: Batch) -> Outcome:
     exact = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in b.args]
-    return outcome(homes.kernels("reference", exact[0]).preference(*exact))
+    return outcome(dispatch.kernels("reference", exact[0]).preference(*exact))
 
 
 def limits(workload: Preference) -> dict[str, float]:
@@ -87,6 +87,6 @@ def limits(workload: Preference) -> dict[str, float]:
 
 SUBJECTS = {
     "reference": Subject("the same in plain PyTorch", plain),
-    **{f"preference_{i}": Subject(f"preference, {i}", kernel(i), refuses=home(i)) for i in HOMES},
+    **{f"preference_{i}": Subject(f"preference, {i}", kernel(i), refuses=runs_on(i)) for i in BACKENDS},
 }
 FAMILY = Family(Preference, Batch, SUBJECTS, "", truth, limits)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 import cpo_kernels as cpo
-from cpo_kernels import homes
+from cpo_kernels.backends import dispatch
 from cpo_kernels.bench.head import capped
 from cpo_kernels.bench.subject import Family, Outcome, Step, Subject
-from cpo_kernels.logits import head_options
+from cpo_kernels.ops.token_logps import head_options
 
-HOMES = ("cpu", "triton", "cuda")
+BACKENDS = ("cpu", "triton", "cuda")
 SIDE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
@@ -56,7 +56,7 @@ def copy(b: Batch) -> Step:
 
 def forward(impl: str) -> Callable[[Batch], Step]:
     def build(b: Batch) -> Step:
-        op = homes.kernels(impl, b.logits).token_logps_fwd
+        op = dispatch.kernels(impl, b.logits).token_logps_fwd
         return Step(lambda: {"logp": op(b.logits, b.labels, *b.head, False)[0]})
 
     return build
@@ -64,7 +64,7 @@ def forward(impl: str) -> Callable[[Batch], Step]:
 
 def backward(impl: str) -> Callable[[Batch], Step]:
     def build(b: Batch) -> Step:
-        kernels = homes.kernels(impl, b.logits)
+        kernels = dispatch.kernels(impl, b.logits)
         lse = kernels.token_logps_fwd(b.logits, b.labels, *b.head, False)[1]
 
         def run() -> Outcome:
@@ -78,7 +78,7 @@ def backward(impl: str) -> Callable[[Batch], Step]:
 
 def fused(impl: str) -> Callable[[Batch], Step]:
     def build(b: Batch) -> Step:
-        op = homes.kernels(impl, b.logits).token_logps_fused_
+        op = dispatch.kernels(impl, b.logits).token_logps_fused_
 
         def run() -> Outcome:
             return {"logp": op(b.work, b.labels, *b.head, False)[0], "unit_dlogits": b.work}
@@ -137,20 +137,22 @@ def limits(workload: Tokens) -> dict[str, float]:
     return {"logp": 1e-5, "dlogits": grad, "unit_dlogits": grad}
 
 
-def home(impl: str) -> Callable[[Tokens, torch.device], str]:
+def runs_on(impl: str) -> Callable[[Tokens, torch.device], str]:
     def refuses(workload: Tokens, device: torch.device) -> str:
-        if device.type != SIDE[impl] and not (impl == "triton" and homes.triton_interpreted()):
-            return f"the {impl} home does not run on {device.type}"
-        return homes.missing(impl)
+        if device.type != SIDE[impl] and not (impl == "triton" and dispatch.triton_interpreted()):
+            return f"the {impl} backend does not run on {device.type}"
+        return dispatch.missing(impl)
 
     return refuses
 
 
 SUBJECTS = {
     "copy": Subject("device copy (the floor)", copy, traffic=2),
-    **{f"forward_{i}": Subject(f"token_logps_fwd, {i}", forward(i), refuses=home(i), traffic=1) for i in HOMES},
-    **{f"backward_{i}": Subject(f"token_logps_bwd_, {i}", backward(i), refuses=home(i), traffic=2) for i in HOMES},
-    **{f"fused_{i}": Subject(f"token_logps_fused_, {i}", fused(i), refuses=home(i), traffic=2) for i in HOMES},
+    **{f"forward_{i}": Subject(f"token_logps_fwd, {i}", forward(i), refuses=runs_on(i), traffic=1) for i in BACKENDS},
+    **{
+        f"backward_{i}": Subject(f"token_logps_bwd_, {i}", backward(i), refuses=runs_on(i), traffic=2) for i in BACKENDS
+    },
+    **{f"fused_{i}": Subject(f"token_logps_fused_, {i}", fused(i), refuses=runs_on(i), traffic=2) for i in BACKENDS},
     "ours": Subject("cpo.token_logps, forward and gradient", with_autograd(ours, True)),
     "naive_forward": Subject("naive float32 log_softmax, forward", with_autograd(naive, False)),
     "naive": Subject("naive float32 log_softmax, forward and gradient", with_autograd(naive, True)),

@@ -109,13 +109,13 @@ def pairs_of(w: TrainingStep) -> tuple[TokenGroup, ...]:
 
 
 def model_config(model: str) -> Any:
-    from cpo_kernels.training.keys import ModelConfig
+    from cpo_kernels.recipe.keys import ModelConfig
 
     return ModelConfig(name=model)
 
 
 def tokenizer_of(model: str) -> Any:
-    from cpo_kernels.training.models import load_tokenizer
+    from cpo_kernels.data.tokenizer import load_tokenizer
 
     return load_tokenizer(model_config(model))
 
@@ -203,8 +203,8 @@ def shared_prompts(b: Batch) -> Step:
     """The step of our trainer, with `training.rows: shared` and `model.attention: segments`."""
     from cpo_kernels.data.packing import Encoded
     from cpo_kernels.objectives import Objective
+    from cpo_kernels.recipe.config import read_config
     from cpo_kernels.training.attention import set_attention
-    from cpo_kernels.training.config import read_config
     from cpo_kernels.training.losses import StageLoss, StepTotal
 
     precision = "bf16" if b.workload.dtype == "bfloat16" else "fp32"

@@ -1,4 +1,4 @@
-"""What every case of `cpo-kernels check` uses: homes, tolerances, and the comparison with the oracle."""
+"""What every case of `cpo-kernels check` uses: backends, tolerances, and the comparison with the oracle."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes
+from cpo_kernels.backends import dispatch
 
 
 class Tolerance(NamedTuple):
@@ -25,7 +25,7 @@ TOLERANCES = {
     torch.float16: Tolerance(2e-6, 5e-4),
 }
 GPU_LOGP = 1e-5  # exp2 of a GPU is an approximation
-GPU_HOMES = ("triton", "cuda")
+GPU_BACKENDS = ("triton", "cuda")
 
 
 class Skip(Exception):
@@ -33,15 +33,15 @@ class Skip(Exception):
 
 
 @dataclass
-class Home:
-    """A home on a device."""
+class Backend:
+    """A backend on a device."""
 
     name: str
     device: torch.device
 
     @property
     def kernels(self) -> Any:
-        return homes.kernels(self.name, torch.empty(0, device=self.device))
+        return dispatch.kernels(self.name, torch.empty(0, device=self.device))
 
     @property
     def on_gpu(self) -> bool:
@@ -49,7 +49,7 @@ class Home:
 
     def tolerance(self, dtype: torch.dtype) -> Tolerance:
         known = TOLERANCES[dtype]
-        if self.name in GPU_HOMES and dtype != torch.float64:
+        if self.name in GPU_BACKENDS and dtype != torch.float64:
             return known._replace(logp=GPU_LOGP)
         return known
 
@@ -121,7 +121,7 @@ class Case:
     """`name` is group/what; `run` fills a `Seen` or raises."""
 
     name: str
-    run: Callable[[Home, Seen], None]
+    run: Callable[[Backend, Seen], None]
     quick: bool = False
 
     @property
@@ -142,12 +142,12 @@ def relative_error(seen: Tensor, truth: Tensor, norm: float = float("inf")) -> f
     return float(error.nan_to_num(nan=float("inf")))
 
 
-def need_memory(home: Home, size: int) -> None:
+def need_memory(backend: Backend, size: int) -> None:
     """On a GPU skips where `size` bytes are not free; on a CPU where so much would really be touched."""
     gib = size / 2**30
-    if home.on_gpu:
+    if backend.on_gpu:
         torch.cuda.empty_cache()
-        if torch.cuda.mem_get_info(home.device)[0] < size:
+        if torch.cuda.mem_get_info(backend.device)[0] < size:
             raise Skip(f"needs {gib:.1f} GiB of free GPU memory")
     elif gib > 4.5:
         raise Skip(f"needs a GPU with {gib:.1f} GiB free")

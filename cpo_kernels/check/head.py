@@ -1,6 +1,6 @@
 """Cases of `cpo-kernels check`: the public functions from hidden states, and gradients, against the float64 oracle.
 
-Truth is `reference.linear_token_logps` in float64 under autograd and, for the preference loss, the reference home on
+Truth is `reference.linear_token_logps` in float64 under autograd and, for the preference loss, the reference backend on
 its sequence log-probs. Upstream gradients are random.
 """
 
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpo_kernels import reference
-from cpo_kernels.check.compare import Case, Home, Seen, relative_error, short
+from cpo_kernels.check.compare import Backend, Case, Seen, relative_error, short
 from cpo_kernels.check.tokens import DTYPES, IGNORE
-from cpo_kernels.fused_loss import FusedLinearCPOLoss
-from cpo_kernels.linear import linear_token_logps
-from cpo_kernels.loss import preference_loss
-from cpo_kernels.nll import linear_nll
+from cpo_kernels.head.nll import linear_nll
+from cpo_kernels.head.token_logps import linear_token_logps
+from cpo_kernels.losses.fused import FusedLinearCPOLoss
+from cpo_kernels.losses.preference import preference_loss
 from cpo_kernels.objectives import Objective
 
 VOCAB, WIDTH = 509, 48
@@ -53,12 +53,12 @@ class Batch:
         head = [self.weight] if self.bias is None else [self.weight, self.bias]
         return [self.hidden] * train[0] + head * train[1]
 
-    def to(self, home: Home, dtype: torch.dtype, train: tuple[bool, bool]) -> "Batch":
+    def to(self, backend: Backend, dtype: torch.dtype, train: tuple[bool, bool]) -> "Batch":
         def move(t: Tensor, trains: bool) -> Tensor:
-            return t.to(home.device, dtype, copy=True).requires_grad_(trains)
+            return t.to(backend.device, dtype, copy=True).requires_grad_(trains)
 
         bias = None if self.bias is None else move(self.bias, train[1])
-        rest = (t.to(home.device) for t in (self.labels, self.ref_logps, self.scores, self.conditions))
+        rest = (t.to(backend.device) for t in (self.labels, self.ref_logps, self.scores, self.conditions))
         return Batch(move(self.hidden, train[0]), move(self.weight, train[1]), bias, *rest)
 
 
@@ -100,7 +100,7 @@ Function = Callable[[Batch], Tensor]
 
 
 def check_function(
-    home: Home,
+    backend: Backend,
     seen: Seen,
     bias: bool,
     seed: int,
@@ -121,7 +121,7 @@ def check_function(
     errors: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for k in range(1 if exact_dtype else BATCHES):
         batch = make_batch(bias, seed + 100 * k)
-        exact = batch.to(home, torch.float64, TRAIN[train])
+        exact = batch.to(backend, torch.float64, TRAIN[train])
         want = truth(exact)
         upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(2 + k), dtype=torch.float64)
 
@@ -131,9 +131,9 @@ def check_function(
             return [value, *torch.autograd.grad(value, b.leaves(TRAIN[train]), up)]
 
         wanted = results(truth, exact)
-        got = results(ours, batch.to(home, dtype, TRAIN[train]))
-        again = results(ours, batch.to(home, dtype, TRAIN[train]))
-        plain = wanted if exact_dtype else results(naive, batch.to(home, dtype, TRAIN[train]))
+        got = results(ours, batch.to(backend, dtype, TRAIN[train]))
+        again = results(ours, batch.to(backend, dtype, TRAIN[train]))
+        plain = wanted if exact_dtype else results(naive, batch.to(backend, dtype, TRAIN[train]))
         for name, g, a, w, n in zip(names, got, again, wanted, plain, strict=True):
             seen.require(f"{name} has shape {list(g.shape)}", g.shape == w.shape)
             seen.same(f"{name} of a second run", a, g)
@@ -159,32 +159,32 @@ def token_cases() -> Iterator[Case]:
         if head_name != "plain" and (budget_name == "tiny" or train == "head-only"):
             continue
 
-        def logps(home: Home, seen: Seen, head=head, rows=rows, train=train, dtype=dtype) -> None:
-            options = {**head, "memory_budget": budget_bytes(rows, dtype), "impl": home.name}
+        def logps(backend: Backend, seen: Seen, head=head, rows=rows, train=train, dtype=dtype) -> None:
+            options = {**head, "memory_budget": budget_bytes(rows, dtype), "impl": backend.name}
 
             def ours(b: Batch) -> Tensor:
                 return linear_token_logps(b.hidden, b.weight, b.labels, b.bias, **options)
 
             bias = train != "frozen"
             naive = lambda b: naive_token_logps(b, **head)  # noqa: E731
-            check_function(home, seen, bias, 3, dtype, train, ours, lambda b: true_token_logps(b, **head), naive)
+            check_function(backend, seen, bias, 3, dtype, train, ours, lambda b: true_token_logps(b, **head), naive)
             if train == "all":
                 with torch.no_grad():
-                    low = make_batch(bias, 3).to(home, dtype, (False, False))
+                    low = make_batch(bias, 3).to(backend, dtype, (False, False))
                     extra = linear_token_logps(low.hidden, low.weight, low.labels, low.bias, extras=True, **options)
                     seen.same("value without gradients", extra[0], ours(low))
 
-        def nll(home: Home, seen: Seen, head=head, rows=rows, train=train, dtype=dtype) -> None:
+        def nll(backend: Backend, seen: Seen, head=head, rows=rows, train=train, dtype=dtype) -> None:
             budget = budget_bytes(rows, dtype)
-            weights = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(5)).to(home.device)
+            weights = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(5)).to(backend.device)
 
             def ours(b: Batch) -> Tensor:
                 options = {**head, "token_weights": weights, "num_tokens": 37.0, "memory_budget": budget}
-                return linear_nll(b.hidden, b.weight, b.labels, b.bias, impl=home.name, **options)
+                return linear_nll(b.hidden, b.weight, b.labels, b.bias, impl=backend.name, **options)
 
             truth = lambda b: -(true_token_logps(b, **head) * weights).sum() / 37.0  # noqa: E731
             naive = lambda b: -(naive_token_logps(b, **head) * weights).sum() / 37.0  # noqa: E731
-            check_function(home, seen, True, 4, dtype, train, ours, truth, naive)
+            check_function(backend, seen, True, 4, dtype, train, ours, truth, naive)
 
         quick = head_name == "softcap" and budget_name == "chunks" and dtype in (torch.float32, torch.bfloat16)
         name = f"{short(dtype)}/{train},{head_name},{budget_name}"
@@ -200,27 +200,27 @@ def preference_cases() -> Iterator[Case]:
     for loss_type, dtypes in plans:
         for dtype, (budget_name, rows), train in itertools.product(dtypes, BUDGETS, ("all", "frozen")):
 
-            def run(home: Home, seen: Seen, loss_type=loss_type, dtype=dtype, rows=rows, train=train) -> None:
+            def run(backend: Backend, seen: Seen, loss_type=loss_type, dtype=dtype, rows=rows, train=train) -> None:
                 kind = reference.LOSS_TYPES[loss_type]
                 options: dict[str, Any] = {"objectives": OBJECTIVES, "beta": 0.3, "loss_type": loss_type}
                 if loss_type in ("exo_pair", "robust"):
                     options["label_smoothing"] = 0.1
                 budget = budget_bytes(rows, dtype)
-                ours = FusedLinearCPOLoss(memory_budget=budget, impl=home.name, **options)
+                ours = FusedLinearCPOLoss(memory_budget=budget, impl=backend.name, **options)
 
                 def tensors(b: Batch) -> dict[str, Any]:
                     given: dict[str, Any] = {"scores": b.scores, "conditions": b.conditions}
                     if kind.needs_reference:
                         given["ref_logps"] = b.ref_logps
                     if "margins" in kind.honours:
-                        given["margins"] = torch.linspace(-1, 1, len(b.labels), dtype=torch.float64).to(home.device)
+                        given["margins"] = torch.linspace(-1, 1, len(b.labels), dtype=torch.float64).to(backend.device)
                     return given
 
                 def padded(b: Batch) -> Tensor:
                     return ours(b.hidden, b.weight, b.labels, b.bias, **tensors(b)).loss
 
                 def packed(b: Batch) -> Tensor:
-                    cu = torch.arange(len(b.labels) + 1, device=home.device) * b.labels.shape[1]
+                    cu = torch.arange(len(b.labels) + 1, device=backend.device) * b.labels.shape[1]
                     hidden = b.hidden.flatten(0, 1)
                     return ours(hidden, b.weight, b.labels.flatten(), b.bias, cu_seqlens=cu, **tensors(b)).loss
 
@@ -234,7 +234,7 @@ def preference_cases() -> Iterator[Case]:
 
                 truth, naive = after(true_token_logps), after(naive_token_logps)
                 for function in (padded, packed):
-                    check_function(home, seen, train == "all", 6, dtype, train, function, truth, naive)
+                    check_function(backend, seen, train == "all", 6, dtype, train, function, truth, naive)
 
             quick = loss_type == "sigmoid" and dtype in (torch.float32, torch.bfloat16) and train == "all"
             yield Case(f"FusedLinearCPOLoss/{short(dtype)}/{loss_type},{train},{budget_name}", run, quick)

@@ -1,4 +1,4 @@
-"""Cases of `cpo-kernels check`: sequence sums and the preference op of a home against the float64 oracle."""
+"""Cases of `cpo-kernels check`: sequence sums and the preference op of a backend against the float64 oracle."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import reference
-from cpo_kernels.check.compare import Case, Home, Seen, short
+from cpo_kernels.check.compare import Backend, Case, Seen, short
 from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
 NAMES = ("loss", "losses", "gradient", "chosen_rewards", "rejected_rewards", "value_gap", "order", "counts")
@@ -39,7 +39,7 @@ def exact_sums(logps: Tensor, cu: Tensor, weights: Tensor, average: bool) -> Ten
 def sum_cases() -> Iterator[Case]:
     for average, weighted, dtype in itertools.product((False, True), (False, True), FLOATS):
 
-        def run(home: Home, seen: Seen, average=average, weighted=weighted, dtype=dtype) -> None:
+        def run(backend: Backend, seen: Seen, average=average, weighted=weighted, dtype=dtype) -> None:
             generator = torch.Generator().manual_seed(10)
             count = 70_003
             logps = (torch.randn(count, generator=generator, dtype=torch.float64) * 10 - 5).to(dtype)
@@ -51,12 +51,12 @@ def sum_cases() -> Iterator[Case]:
                 inside = weights[low:high].double()
                 want = exact_sums(logps, cu, weights, average)
                 scale = reference.sequence_sum(logps[low:high].double().abs(), cu - low, inside, average)
-                got = home.kernels.sequence_sum(*(t.to(home.device) for t in (logps, cu, weights)), average)
+                got = backend.kernels.sequence_sum(*(t.to(backend.device) for t in (logps, cu, weights)), average)
                 seen.require(f"sum has dtype {got.dtype} instead of {dtype}", got.dtype == dtype)
-                floor = scale.clamp(min=1e-300).to(home.device)  # sum |L|: what rounding is relative to
-                seen.close("sum", got, want.to(home.device), 2 * torch.finfo(dtype).eps, floor)
-                seen.require("an empty sequence is not 0", not got[(cu.diff() == 0).to(home.device)].any())
-                again = home.kernels.sequence_sum(*(t.to(home.device) for t in (logps, cu, weights)), average)
+                floor = scale.clamp(min=1e-300).to(backend.device)  # sum |L|: what rounding is relative to
+                seen.close("sum", got, want.to(backend.device), 2 * torch.finfo(dtype).eps, floor)
+                seen.require("an empty sequence is not 0", not got[(cu.diff() == 0).to(backend.device)].any())
+                again = backend.kernels.sequence_sum(*(t.to(backend.device) for t in (logps, cu, weights)), average)
                 seen.same("sum of a second run", again, got)
 
         yield Case(f"sequence_sum/{short(dtype)}/average={average},weighted={weighted}", run, average and weighted)
@@ -115,38 +115,40 @@ def typed(batch: dict[str, Any], loss_type: str, **options: float) -> dict[str, 
     return without(batch, "pair_weights", "pair_betas") if loss_type.startswith("aot") else batch
 
 
-def check_preference(home: Home, seen: Seen, batch: dict[str, Any], tolerance: float, label: str) -> tuple[Tensor, ...]:
-    given = {k: v.to(home.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def check_preference(
+    backend: Backend, seen: Seen, batch: dict[str, Any], tolerance: float, label: str
+) -> tuple[Tensor, ...]:
+    given = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     exact: dict[str, Any] = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()
     }
     want = reference.preference(*exact.values())
-    got = home.kernels.preference(*given.values())
-    again = home.kernels.preference(*given.values())
+    got = backend.kernels.preference(*given.values())
+    again = backend.kernels.preference(*given.values())
     for name, a, b, c in zip(NAMES, got, want, again, strict=True):
         seen.same(f"{label} {name} of a second run", c, a)
         if a.is_floating_point():
             seen.require(f"{label} {name} has dtype {a.dtype}", a.dtype == batch["seq_logps"].dtype)
-            seen.close(f"{label} {name}", a, b.to(home.device), tolerance)
+            seen.close(f"{label} {name}", a, b.to(backend.device), tolerance)
         else:
-            seen.same(f"{label} {name}", a, b.to(home.device))
+            seen.same(f"{label} {name}", a, b.to(backend.device))
     return got
 
 
 def loss_cases() -> Iterator[Case]:
     for loss_type, dtype in itertools.product(TYPES, FLOATS):
 
-        def run(home: Home, seen: Seen, loss_type=loss_type, dtype=dtype) -> None:
+        def run(backend: Backend, seen: Seen, loss_type=loss_type, dtype=dtype) -> None:
             tolerance = 1e-5 if dtype == torch.float32 else 1e-11
             for seed, options in enumerate(OPTION_SETS):
                 batch = {**typed(make_batch(seed, dtype=dtype), loss_type, **options), "loss_weights": [0.7]}
                 label = ",".join(f"{k}={v}" for k, v in options.items()) or "defaults"
-                got = check_preference(home, seen, batch, tolerance, label)
+                got = check_preference(backend, seen, batch, tolerance, label)
                 seen.require(f"{label}: no pair counts", got[7][0] > 0 and got[2].any())
-            check_preference(home, seen, {**batch, "num_pairs": 17.0, "chosen_tokens": 400.0}, tolerance, "divisors")
+            check_preference(backend, seen, {**batch, "num_pairs": 17.0, "chosen_tokens": 400.0}, tolerance, "divisors")
             # More pairs than one block or tile holds, and more objectives.
             big = typed(make_batch(50, sequences=900, count=2500, objectives=9, dtype=dtype), loss_type)
-            check_preference(home, seen, big, tolerance, "2500 pairs")
+            check_preference(backend, seen, big, tolerance, "2500 pairs")
 
         yield Case(f"loss-types/{short(dtype)}/{loss_type}", run, loss_type in ("sigmoid", "ipo", "aot", "orpo"))
 
@@ -157,10 +159,10 @@ def far_cases() -> Iterator[Case]:
         if loss_type == "discopop" and spread > 60:
             continue  # e^-u is astronomically large by definition
 
-        def run(home: Home, seen: Seen, spread=spread, loss_type=loss_type) -> None:
+        def run(backend: Backend, seen: Seen, spread=spread, loss_type=loss_type) -> None:
             batch = make_batch(20)
             batch["ref_logps"] = batch["seq_logps"] + spread * torch.linspace(-1, 1, 7, dtype=torch.float64)
-            got = check_preference(home, seen, typed(batch, loss_type, label_smoothing=0.05), 1e-9, loss_type)
+            got = check_preference(backend, seen, typed(batch, loss_type, label_smoothing=0.05), 1e-9, loss_type)
             seen.require("the gradient is not finite", got[2].isfinite().all())
 
         yield Case(f"far/float64/{loss_type},spread={spread:g}", run, loss_type == "sigmoid")
@@ -169,43 +171,43 @@ def far_cases() -> Iterator[Case]:
 def layout_cases() -> Iterator[Case]:
     """Lists of losses, absent inputs, ties, no pairs."""
 
-    def lists(home: Home, seen: Seen) -> None:
+    def lists(backend: Backend, seen: Seen) -> None:
         for mix in (["sigmoid", "bco_pair", "sft"], ["simpo", "orpo"], ["contrastive_cpo"], ["aot", "hinge"], ["sft"]):
             weights = [1.0, 0.5, 2.0][: len(mix)]
             batch = {**make_batch(30), "loss_types": [TYPES.index(n) for n in mix], "loss_weights": weights}
             bare = without(batch, "pair_betas", "pair_weights")
-            check_preference(home, seen, bare, 1e-11, "+".join(mix))
+            check_preference(backend, seen, bare, 1e-11, "+".join(mix))
             check_preference(
-                home, seen, without(bare, "ref_logps", "margins"), 1e-11, "+".join(mix) + " reference-free"
+                backend, seen, without(bare, "ref_logps", "margins"), 1e-11, "+".join(mix) + " reference-free"
             )
 
-    def absent(home: Home, seen: Seen) -> None:
+    def absent(backend: Backend, seen: Seen) -> None:
         batch = without(make_batch(31), "scores", "conditions", "objectives")
-        got = check_preference(home, seen, batch, 1e-11, "no ratings")
+        got = check_preference(backend, seen, batch, 1e-11, "no ratings")
         seen.require("without ratings the first of a pair is not chosen", (got[6] == 1).all())
-        check_preference(home, seen, without(make_batch(32), "conditions"), 1e-11, "no conditions")
+        check_preference(backend, seen, without(make_batch(32), "conditions"), 1e-11, "no conditions")
 
-    def ties(home: Home, seen: Seen) -> None:
+    def ties(backend: Backend, seen: Seen) -> None:
         batch = without(make_batch(33), "pair_weights", "pair_betas")
         batch["pairs"] = torch.tensor([[0, 1], [2, 3], [0, 5]])  # unrated, equal, unrated
         batch["conditions"] = torch.full((3, 3), math.nan, dtype=torch.float64)
-        got = check_preference(home, seen, batch, 1e-11, "ties")
+        got = check_preference(backend, seen, batch, 1e-11, "ties")
         seen.require("ties give a loss or a gradient", got[0] == 0 and not got[1].any() and not got[2].any())
 
-    def no_pairs(home: Home, seen: Seen) -> None:
+    def no_pairs(backend: Backend, seen: Seen) -> None:
         batch = without(make_batch(34), "pair_weights", "pair_betas")
         batch["pairs"] = torch.empty(0, 2, dtype=torch.int64)
         batch["conditions"] = torch.empty(0, 3, dtype=torch.float64)
-        check_preference(home, seen, batch, 1e-11, "no pairs")
+        check_preference(backend, seen, batch, 1e-11, "no pairs")
 
-    def equal_ratios(home: Home, seen: Seen) -> None:
+    def equal_ratios(backend: Backend, seen: Seen) -> None:
         names = ("scores", "conditions", "objectives", "pair_weights", "pair_betas")
         batch = without(make_batch(36), *names)
         batch["seq_logps"] = torch.tensor([-1.0, -2.0, -1.0, -2.0, -3.0, -3.0, -3.0], dtype=torch.float64)
         batch["ref_logps"] = torch.zeros(7, dtype=torch.float64)
         batch["pairs"] = torch.tensor([[2, 3], [0, 1], [4, 5], [6, 5], [4, 6]])
         for name in ("aot", "aot_unpaired"):  # ties in the sort keep the order of the pairs
-            check_preference(home, seen, {**batch, "loss_types": [TYPES.index(name)]}, 1e-11, name)
+            check_preference(backend, seen, {**batch, "loss_types": [TYPES.index(name)]}, 1e-11, name)
 
     for function in (lists, absent, ties, no_pairs, equal_ratios):
         yield Case(f"pairs/float64/{function.__name__}", function, True)

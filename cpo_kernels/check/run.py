@@ -1,6 +1,6 @@
 """`cpo-kernels check`: every kernel and public function on this device against the float64 oracle.
 
-cpo-kernels check                                  # every home of the GPU, or of the CPU where there is none
+cpo-kernels check                                  # every backend of the GPU, or of the CPU where there is none
 cpo-kernels check --impl cuda --only 'sizes/bfloat16*'
 cpo-kernels check --processes 8                    # Triton compiles hundreds of specialisations, most of the time
 
@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 
-from cpo_kernels import homes
-from cpo_kernels.check.compare import Case, Home, Seen, Skip
+from cpo_kernels.backends import dispatch
+from cpo_kernels.check.compare import Backend, Case, Seen, Skip
 from cpo_kernels.environment import chosen_device, describe, write_results
 
-HOMES = ("cpu", "triton", "cuda")
+BACKENDS = ("cpu", "triton", "cuda")
 SAVE_S = 2.0  # between two writes of the results file
-Job = tuple[str, str]  # home, case
+Job = tuple[str, str]  # backend, case
 Result = dict[str, Any]
 
 
@@ -68,15 +68,15 @@ def poisoned() -> Iterator[None]:
         deterministic.fill_uninitialized_memory = fill
 
 
-def run_case(home: Home, case: Case) -> Result:
+def run_case(backend: Backend, case: Case) -> Result:
     """Never raises. `fatal`: the GPU takes no more work from this process."""
     seen, start = Seen(), time.perf_counter()
     status, reason, fatal = "passed", "", False
     try:
         with poisoned():
-            case.run(home, seen)
-            if home.on_gpu:
-                torch.cuda.synchronize(home.device)
+            case.run(backend, seen)
+            if backend.on_gpu:
+                torch.cuda.synchronize(backend.device)
         if seen.wrong:
             status = "failed"
     except Skip as skip:
@@ -84,9 +84,9 @@ def run_case(home: Home, case: Case) -> Result:
     except Exception as error:
         status, reason = "crashed", f"{type(error).__name__}: {error}"
         seen.wrong.append(traceback.format_exc(limit=-4))
-        fatal = home.on_gpu and device_lost(home)
+        fatal = backend.on_gpu and device_lost(backend)
     return {
-        "home": home.name,
+        "backend": backend.name,
         "case": case.name,
         "status": status,
         "worst": seen.worst,
@@ -98,9 +98,9 @@ def run_case(home: Home, case: Case) -> Result:
     }
 
 
-def device_lost(home: Home) -> bool:
+def device_lost(backend: Backend) -> bool:
     try:
-        torch.cuda.synchronize(home.device)
+        torch.cuda.synchronize(backend.device)
     except Exception:
         return True
     return False
@@ -110,10 +110,10 @@ def run_here(
     jobs: Sequence[Job], device: str, build: Callable[[], list[Case]], deadline: float = math.inf
 ) -> Iterator[Result]:
     cases = {case.name: case for case in build()}
-    for home, name in jobs:
+    for backend, name in jobs:
         if time.monotonic() > deadline:
             return
-        yield run_case(Home(home, torch.device(device)), cases[name])
+        yield run_case(Backend(backend, torch.device(device)), cases[name])
 
 
 def work(connection: Any, jobs: Sequence[Job], device: str, build: Callable[[], list[Case]]) -> None:
@@ -165,9 +165,9 @@ def run_apart(
             count = (
                 1 if done or len(left) == len(jobs) else len(left)
             )  # a process that cannot even start is not retried
-            for home, name in left[:count]:
+            for backend, name in left[:count]:
                 yield {
-                    "home": home, "case": name, "status": "crashed", "worst": 0.0, "where": "", "wrong": [],
+                    "backend": backend, "case": name, "status": "crashed", "worst": 0.0, "where": "", "wrong": [],
                     "reason": died, "seconds": 0.0, "fatal": True,
                 }  # fmt: skip
             del left[:count]
@@ -223,9 +223,9 @@ def run_beside(
 
 @dataclass
 class Group:
-    """The line of one home and group."""
+    """The line of one backend and group."""
 
-    home: str
+    backend: str
     name: str
     results: list[Result] = field(default_factory=list)
 
@@ -239,7 +239,7 @@ class Group:
         error = f"worst {worst['worst']:.2f} of tolerance" if worst and worst["where"] else ""
         verdict = "FAIL" if self.failures else "PASS" if ran else "skipped"
         seconds = sum(r["seconds"] for r in self.results)
-        return f"{self.home:9} {self.name:20} {len(ran):4} cases  {error:28} {seconds:6.1f} s  {verdict}"
+        return f"{self.backend:9} {self.name:20} {len(ran):4} cases  {error:28} {seconds:6.1f} s  {verdict}"
 
     def details(self, device: str) -> list[str]:
         lines = []
@@ -247,7 +247,7 @@ class Group:
             lines.append(f"  {r['case']}: {r['reason'] or r['wrong'][0]}")
             if len(r["wrong"]) > 1:
                 lines.append(f"    and {len(r['wrong']) - 1} more")
-            lines.append(f"    again: cpo-kernels check --device {device} --impl {r['home']} --only '{r['case']}'")
+            lines.append(f"    again: cpo-kernels check --device {device} --impl {r['backend']} --only '{r['case']}'")
         lines += [f"  {r['case']}: skipped: {r['reason']}" for r in self.results if r["status"] == "skipped"]
         return lines
 
@@ -257,8 +257,8 @@ def report(
 ) -> list[Result]:
     """Prints each group as it ends, those cut off last; saves every SAVE_S. Results in the order of `jobs`."""
 
-    def key(home: str, case: str) -> tuple[str, str]:
-        return home, case.partition("/")[0]
+    def key(backend: str, case: str) -> tuple[str, str]:
+        return backend, case.partition("/")[0]
 
     left = Counter(key(*job) for job in jobs)
     groups = {k: Group(*k) for k in left}
@@ -268,17 +268,17 @@ def report(
 
     def save_now() -> None:
         nonlocal saved_at
-        seen.sort(key=lambda r: place[r["home"], r["case"]])
+        seen.sort(key=lambda r: place[r["backend"], r["case"]])
         save(seen)
         saved_at = time.monotonic()
 
     try:
         for result in results:
-            group = groups[key(result["home"], result["case"])]
+            group = groups[key(result["backend"], result["case"])]
             group.results.append(result)
             seen.append(result)
-            left[group.home, group.name] -= 1
-            if not left[group.home, group.name]:
+            left[group.backend, group.name] -= 1
+            if not left[group.backend, group.name]:
                 print("\n".join([group.line(), *group.details(device)]), flush=True)
             if time.monotonic() - saved_at > SAVE_S:
                 save_now()
@@ -296,14 +296,16 @@ def counts(results: Iterable[Result]) -> dict[str, int]:
     return {status: found[status] for status in ("passed", "failed", "crashed", "skipped")}
 
 
-def homes_on(device: torch.device) -> list[str]:
-    """Every home that runs on this device; not the reference, which is the oracle."""
+def backends_on(device: torch.device) -> list[str]:
+    """Every backend that runs on this device; not the reference, which is the oracle."""
     wanted = ["cpu"] if device.type == "cpu" else ["triton", "cuda"]
-    if device.type == "cpu" and homes.triton_interpreted():
+    if device.type == "cpu" and dispatch.triton_interpreted():
         wanted.append("triton")
-    found = [name for name in wanted if not homes.missing(name)]
+    found = [name for name in wanted if not dispatch.missing(name)]
     if not found:
-        raise ValueError(f"no kernels to check on {device}: " + "; ".join(f"{n}: {homes.missing(n)}" for n in wanted))
+        raise ValueError(
+            f"no kernels to check on {device}: " + "; ".join(f"{n}: {dispatch.missing(n)}" for n in wanted)
+        )
     return found
 
 
@@ -316,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="cpo-kernels check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default=default_device(), help="cuda, cuda:1 or cpu; default %(default)s")
-    parser.add_argument("--impl", nargs="+", choices=HOMES, help="homes; default: all that run on the device")
+    parser.add_argument("--impl", nargs="+", choices=BACKENDS, help="backends; default: all that run on the device")
     parser.add_argument("--quick", action="store_true", help="a part of the cases, in seconds")
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="PATTERN", help="cases by name, with * and ? as in a shell"
@@ -338,11 +340,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value is not None and not value > 0:
             raise ValueError(f"{option} {value:g}: give a positive number of seconds")
     device = chosen_device(args.device)
-    chosen = args.impl or homes_on(device)
-    for home in chosen:
-        if reason := homes.missing(home):
-            raise ValueError(f"--impl {home} cannot run here: {reason}")
-        homes.resolve_impl(home, device)
+    chosen = args.impl or backends_on(device)
+    for backend in chosen:
+        if reason := dispatch.missing(backend):
+            raise ValueError(f"--impl {backend} cannot run here: {reason}")
+        dispatch.resolve_impl(backend, device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products may differ from run to run
     known = [c.name for c in all_cases() if c.quick or not args.quick]
     for pattern in args.only:

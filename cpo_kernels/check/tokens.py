@@ -1,4 +1,4 @@
-"""Cases of `cpo-kernels check`: the token log-prob ops of a home against the float64 oracle."""
+"""Cases of `cpo-kernels check`: the token log-prob ops of a backend against the float64 oracle."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpo_kernels import reference
-from cpo_kernels.check.compare import Case, Home, Seen, need_memory, relative_error, short
+from cpo_kernels.check.compare import Backend, Case, Seen, need_memory, relative_error, short
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,7 +60,7 @@ class Rows:
 
 
 def make_rows(
-    home: Home,
+    backend: Backend,
     rows: int,
     width: int,
     dtype: torch.dtype,
@@ -77,11 +77,11 @@ def make_rows(
     storage[:, offset : offset + width] = values.to(dtype)
     labels = torch.randint(0, label_limit or width, (rows,), generator=generator)
     labels[2::3] = IGNORE
-    return Rows(storage.to(home.device), offset, width, labels.to(home.device))
+    return Rows(storage.to(backend.device), offset, width, labels.to(backend.device))
 
 
 def check_token_ops(
-    home: Home,
+    backend: Backend,
     seen: Seen,
     rows: Rows,
     scale: float = 1.0,
@@ -90,10 +90,10 @@ def check_token_ops(
     loose: float = 1.0,
 ) -> None:
     """All three token ops. `loose` widens what the rounding of a large lse costs bwd_."""
-    kernels, labels, dtype = home.kernels, rows.labels, rows.storage.dtype
+    kernels, labels, dtype = backend.kernels, rows.labels, rows.storage.dtype
     vocab_size = vocab_size or rows.width
     options = (labels, IGNORE, scale, softcap, vocab_size)
-    tolerance = home.tolerance(dtype)
+    tolerance = backend.tolerance(dtype)
     exact = rows.logits.double()
     want_logp, want_lse, want_extra = reference.token_logps_fwd(exact, *options, True)
 
@@ -118,7 +118,7 @@ def check_token_ops(
     check_gradient(seen, "fused_", fused, want, labels, vocab_size, tolerance.grad)
     seen.require("fused_ wrote outside its rows", rows.outside(storage).isnan().all())
 
-    upstream = torch.randn(len(labels), generator=torch.Generator().manual_seed(1), dtype=lse.dtype).to(home.device)
+    upstream = torch.randn(len(labels), generator=torch.Generator().manual_seed(1), dtype=lse.dtype).to(backend.device)
     want = exact.clone()
     reference.token_logps_bwd_(want, labels, want_lse, upstream.double(), IGNORE, scale, softcap, vocab_size)
     storage, grad = rows.copy()
@@ -153,10 +153,10 @@ def check_gradient(
 def size_cases() -> Iterator[Case]:
     for (rows, width, quick), dtype in itertools.product(SIZES, DTYPES):
 
-        def run(home: Home, seen: Seen, rows=rows, width=width, dtype=dtype) -> None:
+        def run(backend: Backend, seen: Seen, rows=rows, width=width, dtype=dtype) -> None:
             if rows * width > 2**25:
-                need_memory(home, 12 * 8 * rows * width)  # a dozen copies in float64
-            check_token_ops(home, seen, make_rows(home, rows, width, dtype, seed=width))
+                need_memory(backend, 12 * 8 * rows * width)  # a dozen copies in float64
+            check_token_ops(backend, seen, make_rows(backend, rows, width, dtype, seed=width))
 
         yield Case(f"sizes/{short(dtype)}/N={rows},V={width}", run, quick)
 
@@ -169,11 +169,13 @@ def layout_cases() -> Iterator[Case]:
     )  # fmt: skip
     for (rows, stride, offset, vocab), dtype in itertools.product(layouts, DTYPES):
 
-        def run(home: Home, seen: Seen, rows=rows, stride=stride, offset=offset, vocab=vocab, dtype=dtype) -> None:
+        def run(
+            backend: Backend, seen: Seen, rows=rows, stride=stride, offset=offset, vocab=vocab, dtype=dtype
+        ) -> None:
             width = min(700, stride - offset) if stride < 1000 else stride - offset
-            made = make_rows(home, rows, width, dtype, seed=rows, stride=stride, offset=offset, label_limit=vocab)
+            made = make_rows(backend, rows, width, dtype, seed=rows, stride=stride, offset=offset, label_limit=vocab)
             made.logits[:, vocab:] = math.inf
-            check_token_ops(home, seen, made, vocab_size=vocab)
+            check_token_ops(backend, seen, made, vocab_size=vocab)
 
         name = f"layouts/{short(dtype)}/N={rows},stride={stride},offset={offset},vocab_size={vocab}"
         yield Case(name, run, rows == 9)
@@ -185,13 +187,13 @@ def option_cases() -> Iterator[Case]:
         ((1.0, 5.0, 4.0), (0.0625, 0.0, 4.0), (1.7, 30.0, 4.0), (0.3, 0.5, 0.4)), DTYPES
     ):
 
-        def run(home: Home, seen: Seen, scale=scale, softcap=softcap, spread=spread, dtype=dtype) -> None:
+        def run(backend: Backend, seen: Seen, scale=scale, softcap=softcap, spread=spread, dtype=dtype) -> None:
             shapes = [(4, 1111, 1111), (4, 20_001, 19_997)]  # one piece of a row, and several
-            if home.on_gpu:
+            if backend.on_gpu:
                 shapes.append((1100, 50_257, 50_250))
             for count, width, vocab in shapes:
-                rows = make_rows(home, count, width, dtype, seed=2, spread=spread, label_limit=vocab)
-                check_token_ops(home, seen, rows, scale, softcap, vocab, loose=2.0)
+                rows = make_rows(backend, count, width, dtype, seed=2, spread=spread, label_limit=vocab)
+                check_token_ops(backend, seen, rows, scale, softcap, vocab, loose=2.0)
 
         yield Case(f"options/{short(dtype)}/scale={scale},softcap={softcap}", run, scale == 1.7)
 
@@ -199,8 +201,8 @@ def option_cases() -> Iterator[Case]:
 def extreme_cases() -> Iterator[Case]:
     for dtype in DTYPES:
 
-        def extreme(home: Home, seen: Seen, dtype=dtype) -> None:
-            rows = make_rows(home, 7, 5000, dtype, seed=4)
+        def extreme(backend: Backend, seen: Seen, dtype=dtype) -> None:
+            rows = make_rows(backend, 7, 5000, dtype, seed=4)
             x, low, high = rows.logits, -1e4, 1e4
             rows.labels[:] = torch.tensor([0, 4999, 17, 4990, 30, 4100, 77])
             x[0] = low  # all strongly negative: a maximum that starts at 0 gives NaN
@@ -214,23 +216,23 @@ def extreme_cases() -> Iterator[Case]:
             x[5] *= 30  # sums must be raised from tile to tile
             x[6] = torch.linspace(-90, 90, 5000)
             # lse at 1e4 rounds to 5e-4 in float32, and the softmax rebuilt from it in bwd_ carries that.
-            check_token_ops(home, seen, rows, loose=1.0 if dtype == torch.float64 else 100.0)
-            logp, lse, _ = home.kernels.token_logps_fwd(x, rows.labels, IGNORE, 1.0, 0.0, 5000, False)
+            check_token_ops(backend, seen, rows, loose=1.0 if dtype == torch.float64 else 100.0)
+            logp, lse, _ = backend.kernels.token_logps_fwd(x, rows.labels, IGNORE, 1.0, 0.0, 5000, False)
             seen.require("fwd logp of a label that has everything is not 0", logp[1] == 0)
             seen.require("fwd lse of a label that has everything is not its logit", lse[1] == x[1, 4999].to(lse.dtype))
 
-        def split(home: Home, seen: Seen, dtype=dtype) -> None:
+        def split(backend: Backend, seen: Seen, dtype=dtype) -> None:
             width = 2 * 16384 + 77
-            rows = make_rows(home, 2, width, dtype, seed=3, label_limit=2 * 16384)
+            rows = make_rows(backend, 2, width, dtype, seed=3, label_limit=2 * 16384)
             rows.labels[:] = torch.tensor([31_000, 25_000])
             rows.logits[0, 10_000:30_000] = -math.inf
             rows.logits[1, :20_000] = -math.inf  # a first piece of nothing
-            check_token_ops(home, seen, rows, vocab_size=width - 3)
+            check_token_ops(backend, seen, rows, vocab_size=width - 3)
 
-        def lowest(home: Home, seen: Seen, dtype=dtype) -> None:
+        def lowest(backend: Backend, seen: Seen, dtype=dtype) -> None:
             """Whole tiles, and whole pieces of split rows, of the most negative number, which masks use for -inf."""
             width, lowest = 70_000, torch.finfo(dtype).min
-            rows = make_rows(home, 5, width, dtype, seed=8)
+            rows = make_rows(backend, 5, width, dtype, seed=8)
             x, labels, options = rows.logits, rows.labels, (IGNORE, 1.0, 0.0, width)
             x[0, :4096] = lowest
             x[1, :40_000] = lowest
@@ -238,30 +240,30 @@ def extreme_cases() -> Iterator[Case]:
             x[3, :8192] = max(-3e10, lowest)
             x[4, :33_000] = x[4, 36_000:] = lowest
             labels[:] = torch.tensor([width - 1, 50_000, 17, 9_000, 35_000])
-            tolerance = home.tolerance(dtype)
+            tolerance = backend.tolerance(dtype)
             (_, exact), (_, fused), (_, grad) = rows.copy(), rows.copy(), rows.copy()
             exact = exact.double()
             want = reference.token_logps_fwd(exact, labels, *options, True)
             reference.token_logps_fused_(exact, labels, *options, False)
-            logp, lse, extra = home.kernels.token_logps_fwd(x, labels, *options, True)
+            logp, lse, extra = backend.kernels.token_logps_fwd(x, labels, *options, True)
             seen.close("fwd logp", logp, want[0], tolerance.logp)
             seen.close("fwd lse", lse, want[1], tolerance.logp)
             # Not the mean of z, whose sum overflows.
             seen.close("fwd entropy and sum of squares", extra[:2], want[2][:2], 4 * tolerance.logp)
-            home.kernels.token_logps_fused_(fused, labels, *options, False)
+            backend.kernels.token_logps_fused_(fused, labels, *options, False)
             check_gradient(seen, "fused_", fused, exact, labels, width, tolerance.grad)
-            home.kernels.token_logps_bwd_(grad, labels, lse, torch.ones_like(lse), *options)
+            backend.kernels.token_logps_bwd_(grad, labels, lse, torch.ones_like(lse), *options)
             check_gradient(seen, "bwd_", grad, exact, labels, width, tolerance.grad)
             x[0, 5] = math.nan  # in a tile of nothing else, and still seen
             x[1] = lowest
-            logp = home.kernels.token_logps_fwd(x, labels, *options, False)[0]
+            logp = backend.kernels.token_logps_fwd(x, labels, *options, False)[0]
             equal = (logp[1] + math.log(width)).abs() < 1e-4
             seen.require("fwd logp of a row of the lowest alone is neither NaN nor right", equal or logp[1].isnan())
             seen.require("fwd logp is not NaN where a row holds NaN", logp[0].isnan())
             seen.require("fwd logp is NaN where no row holds NaN", not logp[2:].isnan().any())
 
-        def not_finite(home: Home, seen: Seen, dtype=dtype) -> None:
-            rows = make_rows(home, 5, 300, dtype, seed=5)
+        def not_finite(backend: Backend, seen: Seen, dtype=dtype) -> None:
+            rows = make_rows(backend, 5, 300, dtype, seed=5)
             x = rows.logits
             rows.labels[:] = torch.tensor([3, 4, 5, 6, IGNORE])
             x[0, 299] = math.nan  # in the tail
@@ -270,10 +272,10 @@ def extreme_cases() -> Iterator[Case]:
             x[2] = -math.inf
             x[3, 7] = math.inf
             x[4] = math.nan  # ignored: must not leak
-            logp, _, extra = home.kernels.token_logps_fwd(x, rows.labels, IGNORE, 1.0, 0.0, 300, True)
+            logp, _, extra = backend.kernels.token_logps_fwd(x, rows.labels, IGNORE, 1.0, 0.0, 300, True)
             seen.require("fwd logp of a row with NaN, +inf or only -inf is not NaN", logp[:4].isnan().all())
             seen.require("fwd of an ignored row is not 0", logp[4] == 0 and not extra[:, 4].any())
-            home.kernels.token_logps_fused_(x, rows.labels, IGNORE, 1.0, 0.0, 300, False)
+            backend.kernels.token_logps_fused_(x, rows.labels, IGNORE, 1.0, 0.0, 300, False)
             seen.require("fused_ of a row with NaN, +inf or only -inf holds no NaN", x[:4].isnan().any(1).all())
             seen.require("fused_ of an ignored row is not 0", not x[4].any())
 
@@ -287,8 +289,8 @@ def naive_cases() -> Iterator[Case]:
     """16 bit: the error against float64 is no larger than that of PyTorch in the same dtype, plus 1e-3 relative."""
     for dtype in LOW_PRECISION:
 
-        def run(home: Home, seen: Seen, dtype=dtype) -> None:
-            rows = make_rows(home, 8, 3001, dtype, seed=6, spread=3.0)
+        def run(backend: Backend, seen: Seen, dtype=dtype) -> None:
+            rows = make_rows(backend, 8, 3001, dtype, seed=6, spread=3.0)
             labels = rows.labels.masked_fill(rows.labels == IGNORE, 1)
             exact = rows.logits.double()
             want_grad = F.one_hot(labels, 3001) - exact.softmax(-1)
@@ -297,7 +299,7 @@ def naive_cases() -> Iterator[Case]:
             naive = leaf.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
             (naive_grad,) = torch.autograd.grad(naive.sum(), leaf)
             _, fused = rows.copy()
-            logp, _, _ = home.kernels.token_logps_fused_(fused, labels, IGNORE, 1.0, 0.0, 3001, False)
+            logp, _, _ = backend.kernels.token_logps_fused_(fused, labels, IGNORE, 1.0, 0.0, 3001, False)
             for name, ours, theirs, truth in (("logp", logp, naive, want), ("gradient", fused, naive_grad, want_grad)):
                 bound = relative_error(theirs, truth, 2) + 1e-3
                 seen.measured(f"{name} against naive", relative_error(ours, truth, 2), bound)

@@ -5,30 +5,30 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cpo_kernels.check.compare import Case, Home, Seen, Skip, short
+from cpo_kernels.check.compare import Backend, Case, Seen, Skip, short
 from cpo_kernels.check.head import OBJECTIVES, TRAIN, VOCAB, Batch, budget_bytes, make_batch
-from cpo_kernels.fused_loss import FusedLinearCPOLoss
-from cpo_kernels.nll import linear_nll
+from cpo_kernels.head.nll import linear_nll
+from cpo_kernels.losses.fused import FusedLinearCPOLoss
 
 DTYPES = (torch.bfloat16, torch.float32)
 ROW_BUDGETS = (("one-chunk", None), ("chunks", 48), ("two-pass", 7))
 BETA = 0.3
 
 
-def need_gpu(home: Home) -> None:
-    if not home.on_gpu:
+def need_gpu(backend: Backend) -> None:
+    if not backend.on_gpu:
         raise Skip("needs a GPU")
 
 
 def step_of(
-    home: Home, dtype: torch.dtype, rows: int | None, train: str, all_positions: bool
+    backend: Backend, dtype: torch.dtype, rows: int | None, train: str, all_positions: bool
 ) -> tuple[Batch, Callable]:
     """A batch on the device, and a function that runs the loss under a plan and returns the loss and its gradients."""
     cpu = make_batch(bias=False, seed=11)
-    loss_fn = FusedLinearCPOLoss(OBJECTIVES, BETA, memory_budget=budget_bytes(rows, dtype), impl=home.name)
+    loss_fn = FusedLinearCPOLoss(OBJECTIVES, BETA, memory_budget=budget_bytes(rows, dtype), impl=backend.name)
     scored = {} if all_positions else {"scores": cpu.scores, "conditions": cpu.conditions}
-    plan = loss_fn.plan(cpu.labels, VOCAB, dtype, device=home.device, all_positions=all_positions, **scored)
-    plan, batch = plan.to(home.device), cpu.to(home, dtype, TRAIN[train])
+    plan = loss_fn.plan(cpu.labels, VOCAB, dtype, device=backend.device, all_positions=all_positions, **scored)
+    plan, batch = plan.to(backend.device), cpu.to(backend, dtype, TRAIN[train])
     num_pairs = 3.0 if all_positions else None  # a graph's chunks take their divisor from the caller
 
     def step() -> list[Tensor]:
@@ -46,11 +46,11 @@ def waiting_cases() -> Iterator[Case]:
         for name, rows in ROW_BUDGETS:
             for train in TRAIN:
 
-                def loss(home: Home, seen: Seen, dtype=dtype, rows=rows, train=train) -> None:
-                    need_gpu(home)
-                    _, step = step_of(home, dtype, rows, train, False)
+                def loss(backend: Backend, seen: Seen, dtype=dtype, rows=rows, train=train) -> None:
+                    need_gpu(backend)
+                    _, step = step_of(backend, dtype, rows, train, False)
                     want = step()  # compiles
-                    torch.cuda.synchronize(home.device)
+                    torch.cuda.synchronize(backend.device)
                     torch.cuda.set_sync_debug_mode("error")
                     try:
                         got = step()
@@ -61,17 +61,17 @@ def waiting_cases() -> Iterator[Case]:
 
                 yield Case(f"no-wait/{short(dtype)}/FusedLinearCPOLoss,{train},{name}", loss, train == "all")
 
-        def supervised(home: Home, seen: Seen, dtype=dtype) -> None:
-            need_gpu(home)
+        def supervised(backend: Backend, seen: Seen, dtype=dtype) -> None:
+            need_gpu(backend)
             batch = make_batch(bias=False, seed=12)
-            index = (batch.labels.flatten() != -100).nonzero().squeeze(1).to(home.device)
-            batch = batch.to(home, dtype, TRAIN["all"])
+            index = (batch.labels.flatten() != -100).nonzero().squeeze(1).to(backend.device)
+            batch = batch.to(backend, dtype, TRAIN["all"])
 
             def step() -> Tensor:
-                return linear_nll(batch.hidden, batch.weight, batch.labels, index=index, impl=home.name)
+                return linear_nll(batch.hidden, batch.weight, batch.labels, index=index, impl=backend.name)
 
             want = torch.autograd.grad(step(), batch.leaves(TRAIN["all"]))
-            torch.cuda.synchronize(home.device)
+            torch.cuda.synchronize(backend.device)
             torch.cuda.set_sync_debug_mode("error")
             try:
                 got = torch.autograd.grad(step(), batch.leaves(TRAIN["all"]))
@@ -89,20 +89,20 @@ def graph_cases() -> Iterator[Case]:
         for name, rows in ROW_BUDGETS:
             for train in ("all", "frozen"):
 
-                def run(home: Home, seen: Seen, dtype=dtype, rows=rows, train=train) -> None:
-                    need_gpu(home)
-                    batch, step = step_of(home, dtype, rows, train, True)
-                    side = torch.cuda.Stream(home.device)
-                    side.wait_stream(torch.cuda.current_stream(home.device))
+                def run(backend: Backend, seen: Seen, dtype=dtype, rows=rows, train=train) -> None:
+                    need_gpu(backend)
+                    batch, step = step_of(backend, dtype, rows, train, True)
+                    side = torch.cuda.Stream(backend.device)
+                    side.wait_stream(torch.cuda.current_stream(backend.device))
                     with torch.cuda.stream(side):
                         for _ in range(3):
                             step()
-                    torch.cuda.current_stream(home.device).wait_stream(side)
+                    torch.cuda.current_stream(backend.device).wait_stream(side)
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
                         captured = step()
                     for seed in (21, 22):
-                        fresh = make_batch(bias=False, seed=seed).to(home, dtype, (False, False))
+                        fresh = make_batch(bias=False, seed=seed).to(backend, dtype, (False, False))
                         with torch.no_grad():
                             for mine, other in zip(vars(batch).values(), vars(fresh).values(), strict=True):
                                 if mine is not None:

@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from typing import Any
 
 from cpo_kernels.data.records import Record, Response
-from cpo_kernels.training.keys import ConditionsConfig
+from cpo_kernels.recipe.keys import ConditionsConfig
 
 
 class RatingClasses:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpo_kernels.cli import config_arguments
 from cpo_kernels.data.conditions import Draws, Group, ratings_row
 from cpo_kernels.data.packing import encode
 from cpo_kernels.data.preparation import check_sources, draws_of, encodable, load_data
@@ -21,9 +20,10 @@ from cpo_kernels.data.records import message_json, prompt_columns
 from cpo_kernels.data.sources import notes
 from cpo_kernels.data.statistics import condition_name, pair_gaps, statistics, table
 from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.objectives import Objective, value
-from cpo_kernels.training.config import read_config
-from cpo_kernels.training.models import load_tokenizer
+from cpo_kernels.recipe.arguments import config_arguments
+from cpo_kernels.recipe.config import read_config
 
 
 def main(argv: Sequence[str]) -> int:

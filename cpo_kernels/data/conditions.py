@@ -25,7 +25,7 @@ import torch
 from cpo_kernels.data.classes import RatingClasses, quotas
 from cpo_kernels.data.records import Prompt, Record, Response
 from cpo_kernels.objectives import Objective, value, value_gap
-from cpo_kernels.training.keys import ConditionsConfig, MixConfig
+from cpo_kernels.recipe.keys import ConditionsConfig, MixConfig
 
 SAMPLERS = ("attained", "best", "grid", "none")
 Condition = dict[str, float]

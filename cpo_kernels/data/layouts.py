@@ -28,7 +28,7 @@ from cpo_kernels.data.fields import (
 )
 from cpo_kernels.data.records import OPTIONS, RENDERED, Message, Prompt, Record, Response, short
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.keys import FieldMap
+from cpo_kernels.recipe.keys import FieldMap
 
 LAYOUTS = ("records", "answers", "pairs")
 OVERALL = "overall"  # the objective of pairs without a configured one

@@ -16,7 +16,7 @@ from cpo_kernels.data.sources import count_bad_line, load_records, overall_objec
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.hub import check_exists
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.keys import Config, DataConfig, TrainingConfig
+from cpo_kernels.recipe.keys import Config, DataConfig, TrainingConfig
 
 
 def check_sources(data: DataConfig, records: Any = None, eval_records: Any = None) -> None:

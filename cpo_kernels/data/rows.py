@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cpo_kernels.data.records import OPENERS, DataError, open_text, read_jsonl, suffix_of
 from cpo_kernels.extras import explained
-from cpo_kernels.training.keys import SourceConfig
+from cpo_kernels.recipe.keys import SourceConfig
 
 BUILDERS = {".json": "json", ".parquet": "parquet"}
 DAMAGED = (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error, LZMAError)

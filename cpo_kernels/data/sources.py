@@ -15,7 +15,7 @@ from cpo_kernels.data.records import DataError, Record, check_text, prompt_text
 from cpo_kernels.data.rows import read_rows
 from cpo_kernels.data.schemas import SCHEMAS
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.keys import DataConfig, FieldMap, SourceConfig
+from cpo_kernels.recipe.keys import DataConfig, FieldMap, SourceConfig
 
 
 def load_records(

@@ -19,7 +19,7 @@ from cpo_kernels.data.records import (
     short,
 )
 from cpo_kernels.objectives import Objective, TagTemplate
-from cpo_kernels.training.keys import TemplateConfig
+from cpo_kernels.recipe.keys import TemplateConfig
 
 RESERVED = ("tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
 ANSWER = "an answer"  # of a conversation that shows how the chat template ends one

@@ -17,7 +17,7 @@ from torch import Tensor
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.keys import TemplateConfig
+from cpo_kernels.recipe.keys import TemplateConfig
 from cpo_kernels.training.loop import train
 
 State = dict[str, Tensor]

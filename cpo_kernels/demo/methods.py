@@ -28,7 +28,7 @@ from cpo_kernels.data.records import Record, Response
 from cpo_kernels.demo.lab import Lab, Setting, State
 from cpo_kernels.evaluation.pareto import pareto_front
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.config import read_config
+from cpo_kernels.recipe.config import read_config
 from cpo_kernels.training.loop import Loop
 from cpo_kernels.training.losses import StageLoss
 from cpo_kernels.training.models import fingerprint

@@ -13,7 +13,7 @@ from cpo_kernels.data.packing import Encoded
 from cpo_kernels.data.records import Record, Response
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.statistics import summary
-from cpo_kernels.training.keys import Config, DataConfig, TrainingConfig
+from cpo_kernels.recipe.keys import Config, DataConfig, TrainingConfig
 from cpo_kernels.training.losses import StageLoss
 
 Condition = Mapping[str, float]

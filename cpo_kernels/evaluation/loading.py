@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.data.tokenizer import load_tokenizer
+from cpo_kernels.hub import check_model_path
 from cpo_kernels.objectives import Objective
+from cpo_kernels.recipe.config import read_config
+from cpo_kernels.recipe.keys import Config, ModelConfig
 from cpo_kernels.training.adapters import add_adapters
-from cpo_kernels.training.config import read_config
-from cpo_kernels.training.keys import Config, ModelConfig
-from cpo_kernels.training.models import check_model_path, load_model, load_tokenizer
+from cpo_kernels.training.models import load_model
 
 
 @dataclass(frozen=True)

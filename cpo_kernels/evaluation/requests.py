@@ -10,7 +10,7 @@ from pathlib import Path
 from cpo_kernels.data.layouts import row_prompt
 from cpo_kernels.data.records import DataError, Record, check_text, open_text, prompt_text, read_jsonl, suffix_of
 from cpo_kernels.objectives import Objective, TagTemplate
-from cpo_kernels.training.keys import FieldMap
+from cpo_kernels.recipe.keys import FieldMap
 
 MOST = 200  # conditions of a grid that nobody asked for by name
 

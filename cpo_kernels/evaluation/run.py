@@ -20,6 +20,7 @@ from cpo_kernels.data.preparation import encodable
 from cpo_kernels.data.records import Record, prompt_json, prompt_text
 from cpo_kernels.data.sources import load_records, notes
 from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.evaluation.achieved import win_rates
 from cpo_kernels.evaluation.greedy import NO_COMMENT
 from cpo_kernels.evaluation.judgements import evaluate, score
@@ -36,9 +37,8 @@ from cpo_kernels.evaluation.requests import (
 from cpo_kernels.evaluation.scorers import Scorer, make_scorer
 from cpo_kernels.evaluation.tables import rated_table, score_table
 from cpo_kernels.objectives import Objective, TagTemplate
+from cpo_kernels.recipe.keys import DataConfig
 from cpo_kernels.training.checkpoints import atomic_text
-from cpo_kernels.training.keys import DataConfig
-from cpo_kernels.training.models import load_tokenizer
 from cpo_kernels.training.rundir import versions
 
 

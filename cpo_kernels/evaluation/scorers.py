@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cpo_kernels.data.tokenizer import load_tokenizer
+from cpo_kernels.hub import check_model_path
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.keys import ModelConfig
-from cpo_kernels.training.models import check_model_path, load_tokenizer
+from cpo_kernels.recipe.keys import ModelConfig
 
 Texts = Sequence[str]
 Scorer = Callable[[Texts, Texts], Any]  # whatever `checked` takes

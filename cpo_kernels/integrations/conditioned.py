@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.sequences import sequence_logps
+from cpo_kernels.ops.sequence_logps import sequence_logps
 
 RATING_KEYS = {"scores", "conditions"}
 NOT_OF_THE_MODEL = RATING_KEYS | {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}

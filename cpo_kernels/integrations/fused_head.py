@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cpo_kernels import homes
+from cpo_kernels.backends import dispatch
 from cpo_kernels.extras import explained
 
 try:
@@ -25,7 +25,8 @@ try:
 except ModuleNotFoundError as error:
     raise explained(error, __name__) from error
 
-from cpo_kernels.head import head_inputs
+from cpo_kernels.head.inputs import head_inputs
+from cpo_kernels.head.token_logps import LinearTokenLogps, token_logps_of
 from cpo_kernels.integrations.heads import (
     LogitMap,
     backbone,
@@ -35,8 +36,7 @@ from cpo_kernels.integrations.heads import (
     parallel_input,
 )
 from cpo_kernels.integrations.transformers import shift_labels
-from cpo_kernels.linear import LinearTokenLogps, token_logps_of
-from cpo_kernels.logits import token_extras
+from cpo_kernels.ops.token_logps import token_extras
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -57,7 +57,7 @@ def add_fused_head(
     """
     if unknown := set(outputs) - set(FIELDS):
         raise ValueError(f"outputs must be among {', '.join(FIELDS)}, got {', '.join(sorted(unknown))}")
-    homes.check_impl(impl)
+    dispatch.check_impl(impl)
     head_layer(model)
     numbers = logit_map(model, softcap, scale)
     original = model.forward

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpo_kernels.head.token_logps import linear_token_logps
 from cpo_kernels.integrations.heads import (
     HEADS,
     HeadParts,
@@ -25,7 +26,6 @@ from cpo_kernels.integrations.heads import (
     lm_head,
     parallel_input,
 )
-from cpo_kernels.linear import linear_token_logps
 
 __all__ = [
     "HEADS",

@@ -38,8 +38,8 @@ except ModuleNotFoundError as error:
 
 from cpo_kernels.integrations.conditioned import RATING_KEYS, conditioned_loss
 from cpo_kernels.integrations.fused_head import add_fused_head
-from cpo_kernels.loss import CPOLoss
-from cpo_kernels.loss_options import LossOptions
+from cpo_kernels.losses.options import LossOptions
+from cpo_kernels.losses.preference import CPOLoss
 from cpo_kernels.objectives import Objective
 
 RATING_COLUMNS = ("chosen_scores", "rejected_scores", "condition")
@@ -67,7 +67,7 @@ class FusedDPOConfig(trl.DPOConfig):
     head_softcap: float | None = field(default=None, metadata={"help": "Softcap of the logits of an unknown model."})
     head_scale: float | None = field(default=None, metadata={"help": "Scale of the logits of an unknown model."})
     memory_budget: int | None = field(default=None, metadata={"help": "Bytes of logits held at a time."})
-    impl: str = field(default="auto", metadata={"help": "Home of the kernels: auto, reference, cpu, triton, cuda."})
+    impl: str = field(default="auto", metadata={"help": "Backend of the kernels: auto, reference, cpu, triton, cuda."})
 
     def __post_init__(self) -> None:
         if self.objectives is not None:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpo_kernels import checks, ops
+from cpo_kernels import checks, library
 from cpo_kernels.checks import check_label_range
 from cpo_kernels.kernels import tuning
 from cpo_kernels.kernels.tuning import Variant
@@ -403,7 +403,7 @@ class _Rows:
         nat = softcap or scale
         self.nat, self.scale, self.inner = nat, scale, scale / softcap if softcap else 0.0
         edges = bool(self.stride % self.vec or self.width % self.vec or vocab_size % self.vec)
-        self.acc = ops.acc_dtype(logits.dtype)
+        self.acc = library.acc_dtype(logits.dtype)
         self.flags = {
             "ACC": ACC_TYPES["fp64" if self.acc == torch.float64 else "fp32"],
             "VEC": self.vec,
@@ -468,7 +468,7 @@ def _forward(rows: _Rows, extras: bool, write: bool) -> tuple[Tensor, Tensor, Te
 def token_logps_fwd(
     logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int, extras: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [N, V], labels [N] -> logp [N], lse [N], extra [4, N] or [0]; 0 at ignored rows. See `ops`."""
+    """logits [N, V], labels [N] -> logp [N], lse [N], extra [4, N] or [0]; 0 at ignored rows. See `library`."""
     return _forward(_Rows(logits, labels, ignore_index, scale, softcap, vocab_size), extras, False)
 
 

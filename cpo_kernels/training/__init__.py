@@ -1,4 +1,4 @@
-"""The trainer: `config` (every key with its help), `models`, `reference`, `checkpoints`, and `loop.train`."""
+"""The trainer: `models`, `reference`, `checkpoints`, and `loop.train`; every key of a recipe is in `recipe.keys`."""
 
 from cpo_kernels.extras import need
 

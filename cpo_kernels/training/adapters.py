@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cpo_kernels.extras import install_line
-from cpo_kernels.training.keys import ModelConfig, TrainingConfig
+from cpo_kernels.recipe.keys import ModelConfig, TrainingConfig
 
 
 def adapted_model(name: str) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cpo_kernels.data.packing import ROW_TOKENS, Batch
 from cpo_kernels.extras import install_line
-from cpo_kernels.training.keys import Config
+from cpo_kernels.recipe.keys import Config
 
 MASKED = ("sdpa", "eager", "segments", "flex_attention")
 BY_PLACE = ("gpt_neo", "mpt", "bloom")  # windows or alibi that ignore position_ids

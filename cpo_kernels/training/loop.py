@@ -40,20 +40,20 @@ from cpo_kernels.data.preparation import (
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.sources import notes
 from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.data.tokenizer import load_tokenizer
+from cpo_kernels.hub import check_model_path
 from cpo_kernels.objectives import Objective
+from cpo_kernels.recipe.config import read_config
+from cpo_kernels.recipe.keys import Config
 from cpo_kernels.training.adapters import add_adapters
 from cpo_kernels.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint, training_state
-from cpo_kernels.training.config import read_config
-from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss
 from cpo_kernels.training.model_card import model_card
 from cpo_kernels.training.models import (
     base_of_adapters,
-    check_model_path,
     check_saving,
     fingerprint,
     load_model,
-    load_tokenizer,
     save_model,
     select_trainable,
 )

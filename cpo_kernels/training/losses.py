@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import cpo_kernels as cpo
 from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
+from cpo_kernels.head.matmul import cpu_multiplies
 from cpo_kernels.integrations.heads import HeadParts, head_layer, lm_head
 from cpo_kernels.objectives import Objective, format_number, value_gap
-from cpo_kernels.planner import budget_rows
-from cpo_kernels.products import cpu_multiplies
+from cpo_kernels.recipe.keys import Config
+from cpo_kernels.recipe.loss import preference_loss
 from cpo_kernels.training.attention import attention_inputs, check_rows, row_tokens
-from cpo_kernels.training.keys import Config
 
 # Means over a step; ties are counted. cpsft and sft have the loss alone, losses without a reference no log_ratio.
 #   rewards    beta (log pi - log pi_ref) of the preferred and the other response, over pairs; margin: their difference
@@ -40,25 +40,6 @@ class StepTotal:
     @staticmethod
     def of(groups: Sequence[Encoded]) -> StepTotal:
         return StepTotal(sum(g.labels for g in groups), sum(len(g.pairs) for g in groups))
-
-
-# what a recipe says elsewhere, or the model does
-NO_OPTIONS = {"objectives": "objectives", "beta": "loss.beta", "loss_type": "loss.type", "loss_weights": "loss.weights"}
-NO_OPTIONS |= dict.fromkeys(("ignore_index", "softcap", "scale", "vocab_size"), "the model")
-
-
-def preference_loss(config: Config, objectives: Sequence[Objective], **head: Any) -> cpo.FusedLinearCPOLoss:
-    """The loss of `config.loss`. Raises ValueError or TypeError where its options cannot be."""
-    loss = config.loss
-    for name in loss.options:
-        if name in NO_OPTIONS:
-            raise ValueError(f"loss.options: {name} comes from {NO_OPTIONS[name]}; leave it out here")
-    keys = {"loss_weights": loss.weights, **loss.options, **head}
-    try:
-        budget_rows(1, torch.float32, torch.device("cpu"), loss.options.get("memory_budget"))
-        return cpo.FusedLinearCPOLoss(objectives or None, loss.beta, loss.type, **keys)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"loss: {error}") from None
 
 
 class StageLoss:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective, format_number
-from cpo_kernels.training.keys import ConditionsConfig, Config
+from cpo_kernels.recipe.keys import ConditionsConfig, Config
 
 STAGES = {
     "cpsft": "Supervised fine-tuning on responses under the ratings that they really have (CPSFT).",

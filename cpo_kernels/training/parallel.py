@@ -19,8 +19,8 @@ from accelerate.utils.environment import get_int_from_env, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cpo_kernels.recipe.keys import Config
 from cpo_kernels.training.adapters import merged_weights
-from cpo_kernels.training.keys import Config
 from cpo_kernels.training.losses import StageLoss
 
 T = TypeVar("T")

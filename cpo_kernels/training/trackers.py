@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_kernels.extras import install_line
-from cpo_kernels.training.keys import Config
+from cpo_kernels.recipe.keys import Config
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 

@@ -1,4 +1,4 @@
-// Vectors in plain C++: the fallback for every processor, and the home of what the x86 headers do not override.
+// Vectors in plain C++: the fallback for every processor, and the place of what the x86 headers do not override.
 // A compiler turns the fixed-length loops into whatever the baseline has (SSE2, NEON).
 // Included inside the anonymous namespace of one kernel file; include nothing here.
 

@@ -33,7 +33,7 @@ inline void check_device(const char* name, const Tensor& t, const char* like_nam
         like_name, " on ", device_of(like), ": move one of them");
 }
 
-// Shapes and formulas: cpo_kernels/ops.py.
+// Shapes and formulas: cpo_kernels/library.py.
 std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
                                                    double softcap, int64_t vocab_size, bool extras);
 void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int64_t ignore_index, double scale,

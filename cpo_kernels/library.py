@@ -6,9 +6,8 @@
     sequence_sum        token log-probs [N], cu_seqlens [S+1] -> [S]
     preference          sequence log-probs [S], pairs [P, 2], ratings -> loss, gradient, metrics
 
-Every home (`homes`) offers these. The in-place kernels cannot carry autograd: what torch.compile and autograd see are
-functional ops, which choose a home when they run (`logits`, `sequences`, `preference`, `linear`, `nll`,
-`linear_preference`).
+Every backend offers these. The in-place kernels cannot carry autograd: what torch.compile and autograd see are
+functional ops, which choose a backend when they run (in `ops` and `head`).
 """
 
 import inspect

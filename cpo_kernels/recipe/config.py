@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.aliases import ALIASES
-from cpo_kernels.training.keys import CHOICES, SHORTHAND, Config, in_range
+from cpo_kernels.recipe.aliases import ALIASES
+from cpo_kernels.recipe.keys import CHOICES, SHORTHAND, Config, in_range
+from cpo_kernels.recipe.loss import preference_loss
 
 
 def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] = ()) -> Config:
@@ -28,8 +29,6 @@ def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] 
     Raises ValueError or TypeError for an unknown key, a value of the wrong type, a number out of its range and a loss
     that cannot be.
     """
-    from cpo_kernels.training.losses import preference_loss  # reads no config
-
     if isinstance(source, Config):
         tree = dataclasses.asdict(source)
     elif isinstance(source, Mapping):

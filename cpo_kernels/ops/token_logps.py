@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels import checks, homes
+from cpo_kernels import checks
+from cpo_kernels.backends import dispatch
 from cpo_kernels.checks import check_dtype, check_label_range, check_labels, check_types
-from cpo_kernels.ops import fake_token_logps, functional_op, refuse_double_backward, refuse_transforms
+from cpo_kernels.library import fake_token_logps, functional_op, refuse_double_backward, refuse_transforms
 
 
 class HeadOptions(NamedTuple):
@@ -53,7 +54,7 @@ def token_logps_op(
     extras: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return homes.kernels(impl, logits).token_logps_fwd(logits, labels, *options, extras)
+    return dispatch.kernels(impl, logits).token_logps_fwd(logits, labels, *options, extras)
 
 
 @torch.library.register_fake("cpo_kernels::token_logps")
@@ -71,7 +72,7 @@ def token_logps_backward_op(
     impl: str,
 ) -> Tensor:
     dlogits = logits.clone(memory_format=torch.contiguous_format)
-    homes.kernels(impl, logits).token_logps_bwd_(dlogits, labels, lse, grad.contiguous(), *options)
+    dispatch.kernels(impl, logits).token_logps_bwd_(dlogits, labels, lse, grad.contiguous(), *options)
     return dlogits
 
 
@@ -121,14 +122,14 @@ def token_logps(
         scale: factor on the logits (Cohere, Granite) before the cap.
         vocab_size: columns from here on are padding and count as -inf.
         extras: also return `TokenExtras` (entropy, log sum p^2, mean logit, is_top1).
-        impl: the home, see `cpo_kernels.homes`; a home asked for by name never falls back.
+        impl: the backend, see `cpo_kernels.backends.dispatch`; a backend asked for by name never falls back.
 
     Returns:
         [...] float32 (float64 for float64 logits), or a pair of it and `TokenExtras`.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, option, or (on the CPU) a label outside [0, vocab_size).
-        RuntimeError: a home asked for by name that is not there; double backward.
+        RuntimeError: a backend asked for by name that is not there; double backward.
 
     Example:
         >>> token_logps(torch.zeros(2, 4), torch.tensor([1, -100]))
@@ -149,7 +150,7 @@ def token_logps(
     check_dtype("logits", logits)
     check_labels(labels, shape, "logits", logits.device)
     head = head_options(logits.shape[-1], ignore_index, softcap, scale, vocab_size)
-    homes.resolve_impl(impl, logits.device)
+    dispatch.resolve_impl(impl, logits.device)
     if checks.may_read(labels):
         check_label_range(labels, head.ignore_index, head.vocab_size)
     rows = logits.reshape(-1, logits.shape[-1])

@@ -13,13 +13,12 @@ than the vocabulary has words. On two cores in bfloat16, times of 3 products, me
 import torch
 from torch import Tensor
 
-from cpo_kernels import ops
-from cpo_kernels.columns import columns_bwd_
-from cpo_kernels.head import Head
-from cpo_kernels.head_grads import scale_rows, sum_powers
-from cpo_kernels.planner import ALIGN, chunks, even_rows
-from cpo_kernels.products import add_product, product
-from cpo_kernels.sharded import columns_here
+from cpo_kernels import library
+from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here
+from cpo_kernels.head.grads import scale_rows, sum_powers
+from cpo_kernels.head.inputs import Head
+from cpo_kernels.head.matmul import add_product, product
+from cpo_kernels.head.strategy import ALIGN, chunks, even_rows
 
 
 def slabs(num_rows: int, num_columns: int, elements: int) -> list[slice]:
@@ -40,7 +39,7 @@ def second_pass(
 
     x [n, H], labels, lse and coef [n]; lse of the whole vocabulary. What is not needed is [0].
     """
-    weight, acc = head.weight, ops.acc_dtype(x.dtype)
+    weight, acc = head.weight, library.acc_dtype(x.dtype)
     options = head.options
     kernels, first, count = columns_here(head.kernels, options.vocab_size)
     parts = slabs(x.shape[0], weight.shape[0], head.buffer.numel())

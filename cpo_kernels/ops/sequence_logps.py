@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor
 
-from cpo_kernels import checks, homes
+from cpo_kernels import checks
+from cpo_kernels.backends import dispatch
 from cpo_kernels.checks import check_types
-from cpo_kernels.ops import functional_op, refuse_double_backward, refuse_transforms
+from cpo_kernels.library import functional_op, refuse_double_backward, refuse_transforms
 
 
 @functional_op("sequence_logps")
 def sequence_logps_op(
     token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor, average: bool, impl: str
 ) -> Tensor:
-    return homes.kernels(impl, token_logps).sequence_sum(token_logps, cu_seqlens, token_weights, average)
+    return dispatch.kernels(impl, token_logps).sequence_sum(token_logps, cu_seqlens, token_weights, average)
 
 
 @torch.library.register_fake("cpo_kernels::sequence_logps")
@@ -71,7 +72,7 @@ def sequence_logps(
 
     Raises:
         TypeError, ValueError: wrong dtype or shape, or (on the CPU) offsets that do not rise from 0 to N.
-        RuntimeError: a home asked for by name that is not there; double backward.
+        RuntimeError: a backend asked for by name that is not there; double backward.
     """
     refuse_transforms()
     check_types("a tensor", token_logps=token_logps)

@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes, ops
+from cpo_kernels import library
+from cpo_kernels.backends import dispatch
+from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.checks import check_types
-from cpo_kernels.head import Head, check_index, head_inputs, labelled_rows
-from cpo_kernels.head_grads import WeightGrad, fake_known_loss, known_loss_grads
-from cpo_kernels.linear import token_logps_of
-from cpo_kernels.logits import HeadOptions
-from cpo_kernels.ops import functional_op
-from cpo_kernels.planner import chunks, even_rows
-from cpo_kernels.products import product
-from cpo_kernels.sharded import VocabShards
+from cpo_kernels.head.grads import WeightGrad, fake_known_loss, known_loss_grads
+from cpo_kernels.head.inputs import Head, check_index, head_inputs, labelled_rows
+from cpo_kernels.head.matmul import product
+from cpo_kernels.head.strategy import chunks, even_rows
+from cpo_kernels.head.token_logps import token_logps_of
+from cpo_kernels.library import functional_op
+from cpo_kernels.ops.token_logps import HeadOptions
 
 
 @functional_op("linear_nll", waits=True)
@@ -38,7 +39,7 @@ def linear_nll_op(
     step = even_rows(count, row_limit)
     head = Head(weight, bias, options, min(step, count), impl)
     labelled = rows.labels != options.ignore_index
-    weights = labelled.to(ops.acc_dtype(hidden.dtype))
+    weights = labelled.to(library.acc_dtype(hidden.dtype))
     if token_weights.numel():
         weights = torch.where(labelled, rows.gather(token_weights), 0.0)
     coef = -weights / (num_tokens if num_tokens > 0 else labelled.sum().clamp(min=1))
@@ -58,7 +59,7 @@ def linear_nll_op(
 
 @torch.library.register_fake("cpo_kernels::linear_nll")
 def _(hidden, weight, bias, labels, index, token_weights, i, s, c, v, n, need_dx, need_dw, need_db, row_limit, impl):
-    acc = ops.acc_dtype(hidden.dtype)
+    acc = library.acc_dtype(hidden.dtype)
     return hidden.new_empty((), dtype=acc), *fake_known_loss(hidden, weight, need_dx, need_dw, need_db)
 
 
@@ -108,13 +109,13 @@ def linear_nll(
     """
     head = (ignore_index, softcap, scale, vocab_size, memory_budget)
     inputs = head_inputs(hidden, weight, labels, bias, *head, vocab_shards)
-    homes.resolve_impl(impl, hidden.device)
+    dispatch.resolve_impl(impl, hidden.device)
     check_index(index, labels)
     check_types("a tensor", optional=True, token_weights=token_weights)
     check_types("a number", optional=True, num_tokens=num_tokens)
     if num_tokens is not None and not num_tokens > 0:
         raise ValueError(f"num_tokens must be positive, got {num_tokens}: leave it out to count the labels")
-    acc = ops.acc_dtype(inputs.hidden.dtype)
+    acc = library.acc_dtype(inputs.hidden.dtype)
     if token_weights is None:
         weights = inputs.hidden.new_empty(0, dtype=acc)
     elif token_weights.shape != labels.shape:
@@ -138,5 +139,5 @@ def linear_nll(
         num_tokens or -1.0,
         i.needs,
         i.row_limit,
-        i.home(impl),
+        i.backend(impl),
     )

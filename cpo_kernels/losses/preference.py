@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpo_kernels import homes, ops
+from cpo_kernels import library
+from cpo_kernels.backends import dispatch
 from cpo_kernels.checks import check_types
-from cpo_kernels.loss_options import LossOptions
+from cpo_kernels.losses.inputs import PairInputs, kernel_args
+from cpo_kernels.losses.options import LossOptions
 from cpo_kernels.objectives import Objective
-from cpo_kernels.pair_inputs import PairInputs, kernel_args
-from cpo_kernels.preference import preference
+from cpo_kernels.ops.preference import preference
 
 
 class PreferenceOutput(NamedTuple):
@@ -69,7 +70,7 @@ class CPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.options = LossOptions.of({"objectives": objectives, "beta": beta, "loss_type": loss_type, **options})
-        homes.check_impl(impl)
+        dispatch.check_impl(impl)
         self.impl = impl
 
     def forward(
@@ -87,7 +88,7 @@ class CPOLoss(nn.Module):
         chosen_tokens: float | None = None,
     ) -> PreferenceOutput:
         """See `preference_loss`."""
-        ops.refuse_transforms()
+        library.refuse_transforms()
         check_types("a tensor", seq_logps=seq_logps)
         check_types("a tensor", optional=True, lengths=lengths)
         if seq_logps.dim() != 1 or seq_logps.dtype not in (torch.float32, torch.float64):
@@ -158,7 +159,7 @@ def preference_loss(
     Raises:
         TypeError, ValueError: wrong shape, dtype, device or option, an option that a loss type would ignore; a rating
             or condition outside its objective's [low, high] (of GPU tensors under CPO_KERNELS_CHECK=1 only).
-        RuntimeError: a home asked for by name that is not there; double backward.
+        RuntimeError: a backend asked for by name that is not there; double backward.
 
     Source: Guo et al. 2024 (arXiv 2402.19085); each type's own in `LOSS_TYPES[name].formula`.
     """

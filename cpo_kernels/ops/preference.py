@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes
-from cpo_kernels.batch_plan import Part, Tables
-from cpo_kernels.ops import fake_preference, functional_op, refuse_double_backward
+from cpo_kernels.backends import dispatch
+from cpo_kernels.library import fake_preference, functional_op, refuse_double_backward
 
 
 class PreferenceArgs(NamedTuple):
@@ -37,24 +36,6 @@ class PreferenceArgs(NamedTuple):
         if not weights.numel():
             return self
         return self._replace(pair_weights=weights * self.pair_weights if self.pair_weights.numel() else weights)
-
-    def narrow(self, tables: Tables, part: Part) -> "PreferenceArgs":
-        """Only this chunk's sequences and pairs, renumbered."""
-        sequences, pairs = tables.sequences[part.sequences], tables.pair_order[part.pairs]
-
-        def pick(t: Tensor, index: Tensor) -> Tensor:
-            return t.index_select(0, index) if t.numel() else t
-
-        return self._replace(
-            ref_logps=pick(self.ref_logps, sequences),
-            lengths=pick(self.lengths, sequences),
-            pairs=tables.local_pairs[part.pairs],
-            scores=pick(self.scores, sequences),
-            conditions=pick(self.conditions, pairs),
-            pair_weights=pick(self.pair_weights, pairs),
-            pair_betas=pick(self.pair_betas, pairs),
-            margins=pick(self.margins, sequences),
-        )
 
     def counted(self, kernels: Any, dtype: torch.dtype) -> Tensor:
         """[2] pairs that are no ties, and labelled tokens of their chosen sides: known from the ratings alone."""
@@ -91,7 +72,7 @@ def wpo_weights(aligned: Tensor, lengths: Tensor, pairs: Tensor) -> Tensor:
 def preference_op(
     seq_logps: Tensor, args: PreferenceArgs, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return homes.kernels(impl, seq_logps).preference(seq_logps, *args)
+    return dispatch.kernels(impl, seq_logps).preference(seq_logps, *args)
 
 
 @torch.library.register_fake("cpo_kernels::preference_loss")

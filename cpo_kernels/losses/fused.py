@@ -6,21 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpo_kernels import checks, homes, ops
+from cpo_kernels import checks, library
+from cpo_kernels.backends import dispatch
+from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.batch_plan import BatchPlan, Layout
 from cpo_kernels.checks import DTYPES, check_labels, check_types
-from cpo_kernels.head import HeadInputs, head_inputs
-from cpo_kernels.linear import token_logps_of
-from cpo_kernels.linear_preference import linear_preference
-from cpo_kernels.loss import PreferenceOutput, output
-from cpo_kernels.loss_options import LossOptions
+from cpo_kernels.head.inputs import HeadInputs, head_inputs
+from cpo_kernels.head.preference import linear_preference
+from cpo_kernels.head.strategy import budget_rows
+from cpo_kernels.head.token_logps import token_logps_of
+from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args
+from cpo_kernels.losses.options import LossOptions
+from cpo_kernels.losses.preference import PreferenceOutput, output
 from cpo_kernels.objectives import Objective
-from cpo_kernels.pair_inputs import PairInputs, check_pairs, default_pairs, kernel_args
-from cpo_kernels.planner import budget_rows
-from cpo_kernels.preference import PreferenceArgs, preference, wpo_weights
+from cpo_kernels.ops.preference import PreferenceArgs, preference, wpo_weights
+from cpo_kernels.ops.sequence_logps import SequenceLogps, check_cu_seqlens, sequence_logps_op
 from cpo_kernels.reference.sequences import ld_token_weights
-from cpo_kernels.sequences import SequenceLogps, check_cu_seqlens, sequence_logps_op
-from cpo_kernels.sharded import VocabShards
 
 
 class FusedLinearCPOLoss(nn.Module):
@@ -36,7 +37,7 @@ class FusedLinearCPOLoss(nn.Module):
     Raises:
         TypeError, ValueError: an unknown option, or one that the loss type would ignore; in the call wrong dtypes,
             shapes, devices or, on the CPU, values.
-        RuntimeError: a home asked for by name that is not there; double backward.
+        RuntimeError: a backend asked for by name that is not there; double backward.
 
     Example:
         >>> loss_fn = FusedLinearCPOLoss(beta=0.1)
@@ -61,7 +62,7 @@ class FusedLinearCPOLoss(nn.Module):
         super().__init__()
         self.options = LossOptions.of({"objectives": objectives, "beta": beta, "loss_type": loss_type, **options})
         self.head = (ignore_index, softcap, scale, vocab_size, memory_budget)
-        homes.check_impl(impl)
+        dispatch.check_impl(impl)
         self.impl = impl
 
     def forward(
@@ -95,7 +96,7 @@ class FusedLinearCPOLoss(nn.Module):
         """
         inputs = head_inputs(hidden, weight, labels, bias, *self.head, vocab_shards)
         check_types("a tensor", optional=True, pairs=pairs, ref_hidden=ref_hidden, cu_seqlens=cu_seqlens)
-        homes.resolve_impl(self.impl, hidden.device)
+        dispatch.resolve_impl(self.impl, hidden.device)
         cu_seqlens = sequence_offsets(hidden, labels, cu_seqlens)
         lengths = label_counts(inputs.labels, cu_seqlens, inputs.options.ignore_index)
         num_sequences = lengths.shape[0]
@@ -110,7 +111,7 @@ class FusedLinearCPOLoss(nn.Module):
                 chosen_tokens = plan.chosen_tokens
         elif pairs is None:
             pairs = default_pairs(num_sequences, hidden.device)
-        acc = ops.acc_dtype(inputs.hidden.dtype)
+        acc = library.acc_dtype(inputs.hidden.dtype)
         token_weights = inputs.hidden.new_empty(0, dtype=acc)
         if self.options.ld_alpha is not None:
             token_weights = _ld_weights_op(
@@ -294,7 +295,7 @@ def label_counts(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tenso
     return before[cu_seqlens].diff()
 
 
-@ops.functional_op("ld_token_weights")
+@library.functional_op("ld_token_weights")
 def _ld_weights_op(
     labels: Tensor, cu_seqlens: Tensor, lengths: Tensor, pairs: Tensor, ld_alpha: float, ignore_index: int
 ) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cpo_kernels.checks import check_types
-from cpo_kernels.products import slab_bytes
+from cpo_kernels.head.matmul import slab_bytes
 
 # Default bytes of one chunk of logits. CPU: 512 float32 rows of a 151,936-word vocabulary (297 MiB) make one chunk,
 # which needs no accumulator of dW. GPU: 1 GiB, and no more than 8192 rows, derived and not measured. A chunk of n rows

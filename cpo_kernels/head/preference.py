@@ -12,17 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes, ops
-from cpo_kernels.batch_plan import Layout, Tables, to_device
-from cpo_kernels.head import Head, HeadInputs, Rows, gather_rows, labelled_index
-from cpo_kernels.head_grads import WeightGrad, fake_known_loss, known_loss_grads
-from cpo_kernels.logits import HeadOptions
-from cpo_kernels.preference import PreferenceArgs, wpo_weights
-from cpo_kernels.products import product
-from cpo_kernels.second_pass import second_pass
+from cpo_kernels import library
+from cpo_kernels.backends import dispatch
+from cpo_kernels.batch_plan import Layout, Part, Tables, to_device
+from cpo_kernels.head.grads import WeightGrad, fake_known_loss, known_loss_grads
+from cpo_kernels.head.inputs import Head, HeadInputs, Rows, gather_rows, labelled_index
+from cpo_kernels.head.matmul import product
+from cpo_kernels.head.recompute import second_pass
+from cpo_kernels.ops.preference import PreferenceArgs, wpo_weights
+from cpo_kernels.ops.token_logps import HeadOptions
 
 
-@ops.functional_op("linear_preference", waits=True)
+@library.functional_op("linear_preference", waits=True)
 def linear_preference_op(
     hidden: Tensor,
     weight: Tensor,
@@ -55,7 +56,7 @@ def linear_preference_op(
     lengths, pairs = args.lengths, args.pairs
     if not args.scores.numel():
         args = args.with_divisors(pairs.shape[0])  # no ratings, no ties
-    kernels, acc = homes.kernels(impl, weight), ops.acc_dtype(hidden.dtype)
+    kernels, acc = dispatch.kernels(impl, weight), library.acc_dtype(hidden.dtype)
     if plan_host.numel():
         layout, index = Layout.unpack(plan_host), plan_index
     else:
@@ -90,6 +91,25 @@ def linear_preference_op(
 Outputs = tuple[tuple[Tensor, ...], Tensor, Tensor]  # of the preference kernel, seq_logps [s], coefficients of rows [n]
 
 
+def narrow(args: PreferenceArgs, tables: Tables, part: Part) -> PreferenceArgs:
+    """Only this chunk's sequences and pairs, renumbered."""
+    sequences, pairs = tables.sequences[part.sequences], tables.pair_order[part.pairs]
+
+    def pick(t: Tensor, index: Tensor) -> Tensor:
+        return t.index_select(0, index) if t.numel() else t
+
+    return args._replace(
+        ref_logps=pick(args.ref_logps, sequences),
+        lengths=pick(args.lengths, sequences),
+        pairs=tables.local_pairs[part.pairs],
+        scores=pick(args.scores, sequences),
+        conditions=pick(args.conditions, pairs),
+        pair_weights=pick(args.pair_weights, pairs),
+        pair_betas=pick(args.pair_betas, pairs),
+        margins=pick(args.margins, sequences),
+    )
+
+
 class _Pass:
     """One run over the rows, by the strategy of that name."""
 
@@ -106,14 +126,14 @@ class _Pass:
     ) -> None:
         self.rows, self.ref, self.token_weights, self.args = rows, ref, token_weights, args
         self.layout, self.tables, self.weighted, self.needs = layout, tables, weighted, needs
-        self.acc = ops.acc_dtype(rows.x.dtype)
+        self.acc = library.acc_dtype(rows.x.dtype)
         self.dx: Tensor  # [n, H] without coefficients
         self.head_grads: tuple[Tensor, Tensor, Tensor]  # dW up to a power of two, db, power
 
     def preference(self, head: Head, index: int, logp: Tensor, extra: Tensor, ref_logp: Tensor) -> Outputs:
         """The loss of chunk `index` from the log-probs of its rows."""
         part = self.layout.parts[index]
-        args = self.args.narrow(self.tables, part) if len(self.layout.chunks) > 1 else self.args
+        args = narrow(self.args, self.tables, part) if len(self.layout.chunks) > 1 else self.args
         weights = self.token_weights[part.rows] if self.token_weights.numel() else self.token_weights
         offsets = self.tables.offsets(part, index)
 
@@ -198,9 +218,9 @@ class _Pass:
 
 @torch.library.register_fake("cpo_kernels::linear_preference")
 def _(hidden, weight, bias, labels, token_weights, ref_hidden, ref_logps, lengths, pairs, *rest):
-    acc = ops.acc_dtype(hidden.dtype)
+    acc = library.acc_dtype(hidden.dtype)
     seq_logps = hidden.new_empty(lengths.shape[0], dtype=acc)
-    loss, losses, _, *metrics = ops.fake_preference(seq_logps, pairs)
+    loss, losses, _, *metrics = library.fake_preference(seq_logps, pairs)
     return loss, losses, seq_logps, *metrics, *fake_known_loss(hidden, weight, *rest[-8:-5])
 
 
@@ -234,5 +254,5 @@ def linear_preference(
     i = inputs
     flags = (*i.options, use_weighting, couples_pairs, opposite, *i.needs, i.row_limit)
     return _LinearPreference.apply(
-        i.hidden, i.weight, i.bias, i.labels, token_weights, ref_hidden, args, flags, plan, i.home(impl)
+        i.hidden, i.weight, i.bias, i.labels, token_weights, ref_hidden, args, flags, plan, i.backend(impl)
     )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels import ops
-from cpo_kernels.ops import refuse_double_backward
-from cpo_kernels.products import add_product, adds_products, product
+from cpo_kernels import library
+from cpo_kernels.head.matmul import add_product, adds_products, product
+from cpo_kernels.library import refuse_double_backward
 
 WEIGHT_SLAB = 8192  # vocabulary rows of dW accumulated at a time when several chunks add up in 16 bit
 
@@ -18,7 +18,7 @@ WEIGHT_SLAB = 8192  # vocabulary rows of dW accumulated at a time when several c
 def multiply(values: Tensor, factor: Tensor) -> Tensor:
     """values * factor in the dtype of `values`, multiplied in float32 (float64) and rounded once."""
     if values.device.type == "cpu" or torch.compiler.is_compiling():
-        return (values * factor.to(ops.acc_dtype(values.dtype))).to(values.dtype)
+        return (values * factor.to(library.acc_dtype(values.dtype))).to(values.dtype)
     return torch.mul(values, factor.view(-1, 1), out=torch.empty_like(values))  # one pass, no float32 copy
 
 
@@ -67,7 +67,7 @@ class WeightGrad:
     scale: Tensor | None = None
 
     def __init__(self, weight: Tensor, steepest: float, num_chunks: int, need_dw: bool, need_db: bool) -> None:
-        acc = ops.acc_dtype(weight.dtype)
+        acc = library.acc_dtype(weight.dtype)
         self.dtype, self.need_dw, self.need_db = weight.dtype, need_dw, need_db
         dtype = self.dtype if num_chunks == 1 else acc
         self.dw = weight.new_empty(weight.shape if need_dw else 0, dtype=dtype)
@@ -118,7 +118,7 @@ class WeightGrad:
             self.db *= self.scale
         if self.dw.dtype != self.dtype and self.dtype == torch.bfloat16 and self.scale is not None:
             self.dw = torch.mul(self.dw, self.scale, out=torch.empty_like(self.dw, dtype=self.dtype))
-        elif self.dw.dtype == ops.acc_dtype(self.dtype) and self.scale is not None:
+        elif self.dw.dtype == library.acc_dtype(self.dtype) and self.scale is not None:
             self.dw *= self.scale
         if self.dw.dtype != self.dtype and self.dw.numel():
             if self.dtype == torch.float16:
@@ -140,7 +140,7 @@ def fake_known_loss(
     hidden: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Shapes of what `known_loss_grads` takes: dX, coefficients, dW, db, power."""
-    acc = ops.acc_dtype(hidden.dtype)
+    acc = library.acc_dtype(hidden.dtype)
     dx, dw, db = fake_grads(hidden, weight, need_dx, need_dw, need_db)
     return dx, hidden.new_empty(hidden.shape[0], dtype=acc), dw, db.to(acc), hidden.new_empty((), dtype=acc)
 

@@ -1,4 +1,4 @@
-"""The homes of the five kernels: `reference` (plain PyTorch, any device), `cpu` (C++ extension), `triton` and `cuda`.
+"""The backends of the five kernels: `reference` (plain PyTorch, any device), `cpu` (C++), `triton` and `cuda` (C++).
 
 Imports no Triton, and the CUDA extension on its first use alone.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels import ops, reference
+from cpo_kernels import library, reference
 from cpo_kernels.extras import install_line
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -34,7 +34,7 @@ def _load_extension(name: str) -> str:
 
 
 def _why_missing() -> dict[str, str]:
-    """Why a home cannot be used here; '' when it can. Triton is not imported yet; _C_cuda loads on first use."""
+    """Why a backend cannot be used here; '' when it can. Triton is not imported yet; _C_cuda loads on first use."""
     has_triton = importlib.util.find_spec("triton") is not None
     no_cuda = "this installation has no CUDA C++ extension: build it where torch has CUDA and nvcc is found"
     return {
@@ -61,7 +61,7 @@ if (torch.version.cuda or torch.version.hip) and _MISSING["triton"] and _MISSING
 
 
 def missing(impl: str) -> str:
-    """Why a home cannot be used here; '' when it can."""
+    """Why a backend cannot be used here; '' when it can."""
     return _MISSING[impl]
 
 
@@ -71,7 +71,7 @@ def triton_interpreted() -> bool:
 
 
 def check_impl(impl: str) -> None:
-    """Raises where `impl` is no home, or one that is not there: a home asked for by name never falls back."""
+    """Raises where `impl` is no backend, or one that is not there: a backend asked for by name never falls back."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl != "auto" and missing(impl):
@@ -81,17 +81,17 @@ def check_impl(impl: str) -> None:
 def _auto_impl(device: torch.device) -> str:
     if device.type == "cpu":
         return "reference" if missing("cpu") else "cpu"
-    for home in ("triton", "cuda"):
-        if device.type == "cuda" and not missing(home):
-            return home
+    for backend in ("triton", "cuda"):
+        if device.type == "cuda" and not missing(backend):
+            return backend
     return "reference"
 
 
 def resolve_impl(impl: str, device: torch.device) -> str:
-    """The home that `impl` names for tensors on `device`.
+    """The backend that `impl` names for tensors on `device`.
 
     auto: `cpu` for CPU tensors, `triton` (or `cuda`, where there is no Triton) for GPU tensors, else `reference`. On a
-    GPU single ops may come from another home: `PREFERRED`.
+    GPU single ops may come from another backend: `PREFERRED`.
     """
     check_impl(impl)
     if impl == "auto":
@@ -105,13 +105,13 @@ def resolve_impl(impl: str, device: torch.device) -> str:
 
 
 def kernels(impl: str, tensor: Tensor) -> Any:
-    """The namespace that holds the five kernels of a home, `impl@shards` for a vocabulary spread over ranks."""
+    """The namespace that holds the five kernels of a backend, `impl@shards` for a vocabulary spread over ranks."""
     if "@" in impl:
-        return importlib.import_module("cpo_kernels.sharded").sharded_kernels(impl, tensor)
-    home = resolve_impl(impl, tensor.device)
-    if impl == "auto" and home == "triton" and not missing("cuda"):
+        return importlib.import_module("cpo_kernels.backends.vocab_parallel").sharded_kernels(impl, tensor)
+    backend = resolve_impl(impl, tensor.device)
+    if impl == "auto" and backend == "triton" and not missing("cuda"):
         return _preferred_kernels(torch.cuda.get_device_capability(tensor.device))
-    return _kernels_of(home)
+    return _kernels_of(backend)
 
 
 @cache
@@ -119,13 +119,13 @@ def _preferred_kernels(capability: tuple[int, int]) -> Any:
     """Triton's kernels, but for those of PREFERRED where the CUDA extension can be loaded."""
     if _load_extension("_C_cuda"):
         return _kernels_of("triton")
-    chosen = {op: PREFERRED.get((op, capability), "triton") for op in ops.SCHEMAS}
-    return SimpleNamespace(**{op: getattr(_kernels_of(home), op) for op, home in chosen.items()})
+    chosen = {op: PREFERRED.get((op, capability), "triton") for op in library.SCHEMAS}
+    return SimpleNamespace(**{op: getattr(_kernels_of(backend), op) for op, backend in chosen.items()})
 
 
-def _kernels_of(home: str) -> Any:
-    if home == "triton":
+def _kernels_of(backend: str) -> Any:
+    if backend == "triton":
         return importlib.import_module("cpo_kernels.kernels")
-    if home == "cuda" and (reason := _load_extension("_C_cuda")):
+    if backend == "cuda" and (reason := _load_extension("_C_cuda")):
         raise RuntimeError(f"impl='cuda': the CUDA extension could not be loaded: {reason}")
-    return reference if home == "reference" else ops.COMPILED
+    return reference if backend == "reference" else library.COMPILED

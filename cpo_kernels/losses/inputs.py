@@ -8,9 +8,9 @@ from torch import Tensor
 
 from cpo_kernels import checks
 from cpo_kernels.checks import check_types
-from cpo_kernels.loss_options import LossOptions, check_options
+from cpo_kernels.losses.options import LossOptions, check_options
 from cpo_kernels.objectives import Objective, check_scale
-from cpo_kernels.preference import PreferenceArgs
+from cpo_kernels.ops.preference import PreferenceArgs
 from cpo_kernels.reference.loss_types import LOSS_TYPES
 
 

@@ -1,6 +1,6 @@
 """Token log-probs of a head, and their gradient for any loss that follows (strategies forward, frozen, recompute).
 
-Logits of one chunk of rows exist at a time. `planner` names the strategies.
+Logits of one chunk of rows exist at a time. `strategy` names the strategies.
 """
 
 from typing import Any
@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels import homes, ops
-from cpo_kernels.head import Head, HeadInputs, check_index, head_inputs, labelled_rows
-from cpo_kernels.head_grads import fake_grads, restore, scale_rows
-from cpo_kernels.logits import HeadOptions, token_extras
-from cpo_kernels.ops import functional_op, refuse_double_backward
-from cpo_kernels.planner import chunks, even_rows
-from cpo_kernels.products import product
-from cpo_kernels.second_pass import second_pass
-from cpo_kernels.sharded import VocabShards
+from cpo_kernels import library
+from cpo_kernels.backends import dispatch
+from cpo_kernels.backends.vocab_parallel import VocabShards
+from cpo_kernels.head.grads import fake_grads, restore, scale_rows
+from cpo_kernels.head.inputs import Head, HeadInputs, check_index, head_inputs, labelled_rows
+from cpo_kernels.head.matmul import product
+from cpo_kernels.head.recompute import second_pass
+from cpo_kernels.head.strategy import chunks, even_rows
+from cpo_kernels.library import functional_op, refuse_double_backward
+from cpo_kernels.ops.token_logps import HeadOptions, token_extras
 
 
 @functional_op("linear_token_logps", waits=True)
@@ -38,7 +39,7 @@ def linear_token_logps_op(
     Returns logp [M], lse [M], extra [4, M] or [0], dx [M, H] or [0] (for an incoming gradient of 1) and ref_logp [M]
     or [0], the log-probs of ref_hidden through the same head.
     """
-    acc, size, shared = ops.acc_dtype(hidden.dtype), hidden.shape[0], ref_hidden.numel() > 0
+    acc, size, shared = library.acc_dtype(hidden.dtype), hidden.shape[0], ref_hidden.numel() > 0
     rows = labelled_rows(hidden, labels, options.ignore_index, index)
     count = rows.x.shape[0]
     step = even_rows(count, row_limit)
@@ -68,7 +69,7 @@ def linear_token_logps_op(
 
 @torch.library.register_fake("cpo_kernels::linear_token_logps")
 def _(hidden, weight, bias, labels, index, ref_hidden, i, s, c, v, extras, want_dx, row_limit, impl):
-    acc, size = ops.acc_dtype(hidden.dtype), hidden.shape[0]
+    acc, size = library.acc_dtype(hidden.dtype), hidden.shape[0]
     extra = hidden.new_empty((4, size) if extras else (0,), dtype=acc)
     dx = hidden.new_empty(hidden.shape if want_dx else (0,))
     logp, lse = (hidden.new_empty(size, dtype=acc) for _ in range(2))
@@ -148,7 +149,7 @@ def token_logps_of(
     i = inputs
     index = i.labels.new_empty(0) if index is None else index
     ref_hidden = i.weight.new_empty(0) if ref_hidden is None else ref_hidden
-    flags = (i.options, extras, i.needs[0], i.train_head, i.row_limit, i.home(impl))
+    flags = (i.options, extras, i.needs[0], i.train_head, i.row_limit, i.backend(impl))
     return function.apply(i.hidden, i.weight, i.bias, i.labels, index, ref_hidden, *flags)
 
 
@@ -192,11 +193,11 @@ def linear_token_logps(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or option; on the CPU also a label outside [0, vocab_size).
-        RuntimeError: a home asked for by name that is not there; double backward.
+        RuntimeError: a backend asked for by name that is not there; double backward.
     """
     head = (ignore_index, softcap, scale, vocab_size, memory_budget)
     inputs = head_inputs(hidden, weight, labels, bias, *head, vocab_shards)
-    homes.resolve_impl(impl, hidden.device)
+    dispatch.resolve_impl(impl, hidden.device)
     check_index(index, labels)
     logp, extra, _ = token_logps_of(inputs, extras, impl, index)
     shape = labels.shape

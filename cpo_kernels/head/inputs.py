@@ -1,7 +1,7 @@
 """The head's inputs, checked once at the door, and the logits of one chunk of rows at a time.
 
-Rows without a label are dropped before the first product. Products go to the vendor's library, the kernels of a home do
-everything between them in place.
+Rows without a label are dropped before the first product. Products go to the vendor's library, the kernels of a
+backend do everything between them in place.
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cpo_kernels import checks, homes, ops
+from cpo_kernels import checks, library
+from cpo_kernels.backends import dispatch
+from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
-from cpo_kernels.logits import HeadOptions, head_options
-from cpo_kernels.planner import budget_rows, row_stride
-from cpo_kernels.products import product
-from cpo_kernels.sharded import VocabShards, local_head
+from cpo_kernels.head.matmul import product
+from cpo_kernels.head.strategy import budget_rows, row_stride
+from cpo_kernels.head.vocab_parallel import local_head
+from cpo_kernels.ops.token_logps import HeadOptions, head_options
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class HeadInputs:
     width: int  # columns of logits for which row_limit was made: V, or the largest shard's
     shards: VocabShards | None
 
-    def home(self, impl: str) -> str:
+    def backend(self, impl: str) -> str:
         """Where the kernels of this head are."""
-        return impl if self.shards is None else self.shards.home(impl)
+        return impl if self.shards is None else self.shards.backend(impl)
 
     @property
     def needs(self) -> tuple[bool, bool, bool]:
@@ -57,7 +59,7 @@ def head_inputs(
     vocab_shards: VocabShards | None = None,
 ) -> HeadInputs:
     """Check once, at the door; under autocast cast as F.linear would."""
-    ops.refuse_transforms()
+    library.refuse_transforms()
     check_types("a tensor", hidden=hidden, weight=weight, labels=labels)
     check_types("a tensor", optional=True, bias=bias)
     hidden, weight, bias, shards = local_head(hidden, weight, bias, vocab_shards)
@@ -159,7 +161,7 @@ class Head:
 
     def __init__(self, weight: Tensor, bias: Tensor, options: HeadOptions, max_rows: int, impl: str) -> None:
         self.weight, self.bias, self.options = weight, bias, options
-        self.kernels = homes.kernels(impl, weight)
+        self.kernels = dispatch.kernels(impl, weight)
         self.buffer = weight.new_empty(max_rows, row_stride(weight.shape[0], weight.dtype, weight.device))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ class Head:
         """
         n = x.shape[0]
         if ref is None:
-            return self.logits(x), self.weight.new_empty(0, dtype=ops.acc_dtype(self.weight.dtype))
+            return self.logits(x), self.weight.new_empty(0, dtype=library.acc_dtype(self.weight.dtype))
         if 2 * n <= self.buffer.shape[0]:
             both = self.logits(torch.cat([x, ref]))
             return both[:n], self.kernels.token_logps_fwd(both[n:], labels, *self.options, False)[0]

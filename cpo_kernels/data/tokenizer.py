@@ -1,0 +1,32 @@
+"""The tokenizer of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cpo_kernels.hub import check_exists, check_model_path, model_source
+from cpo_kernels.recipe.keys import ModelConfig
+
+
+def load_tokenizer(config: ModelConfig, option: str = "--model.tokenizer FOLDER") -> Any:
+    """The tokenizer of `config`; where there is none, the ValueError names the `option` that gives one."""
+    from transformers import AutoTokenizer
+
+    folder: str | None
+    if config.tokenizer:
+        check_exists(config.tokenizer, "model.tokenizer")
+        folder, gguf = config.tokenizer, None
+    elif config.name:
+        check_model_path(config.name)
+        folder, gguf = model_source(config)
+    else:
+        raise ValueError("no tokenizer: set model.tokenizer or model.name, or pass one to train()")
+    reason = "its vocabulary is empty"  # what transformers makes for some models where the files are missing
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+        if not tokenizer.get_vocab().keys() <= special:
+            return tokenizer
+    except Exception as error:  # the tokenizers package raises that class itself
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    raise ValueError(f"{folder} holds no tokenizer ({reason}): give one with {option}")

@@ -1,0 +1,1 @@
+"""The public losses, their options and inputs."""

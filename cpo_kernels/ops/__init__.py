@@ -1,0 +1,1 @@
+"""The ops over logits, token and sequence log-probs, with autograd."""

@@ -1,0 +1,31 @@
+"""The preference loss that a recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cpo_kernels.head.strategy import budget_rows
+from cpo_kernels.losses.fused import FusedLinearCPOLoss
+from cpo_kernels.objectives import Objective
+from cpo_kernels.recipe.keys import Config
+
+# what a recipe says elsewhere, or the model does
+NO_OPTIONS = {"objectives": "objectives", "beta": "loss.beta", "loss_type": "loss.type", "loss_weights": "loss.weights"}
+NO_OPTIONS |= dict.fromkeys(("ignore_index", "softcap", "scale", "vocab_size"), "the model")
+
+
+def preference_loss(config: Config, objectives: Sequence[Objective], **head: Any) -> FusedLinearCPOLoss:
+    """The loss of `config.loss`. Raises ValueError or TypeError where its options cannot be."""
+    loss = config.loss
+    for name in loss.options:
+        if name in NO_OPTIONS:
+            raise ValueError(f"loss.options: {name} comes from {NO_OPTIONS[name]}; leave it out here")
+    keys = {"loss_weights": loss.weights, **loss.options, **head}
+    try:
+        budget_rows(1, torch.float32, torch.device("cpu"), loss.options.get("memory_budget"))
+        return FusedLinearCPOLoss(objectives or None, loss.beta, loss.type, **keys)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"loss: {error}") from None
