@@ -41,7 +41,7 @@ def hub_source(text: str, depth: int, namespace: str) -> str:
     dots = "." * (depth + 1)
     text = re.sub(r"^(\s*)from cpo_kernels import", rf"\1from {dots} import", text, flags=re.M)
     text = re.sub(r"^(\s*)from cpo_kernels\.", rf"\1from {dots}", text, flags=re.M)
-    text = re.sub(r'(import_module|find_spec)\(f?"cpo_kernels\.', r'\1(f"{__package__}.', text)
+    text = re.sub(r'(import_module|find_spec)\((f?)"cpo_kernels\.([^"]+)"\)', rf'\1(\2"{dots}\3", __package__)', text)
     for before in ("torch.ops.cpo_kernels", '"cpo_kernels::', 'Library("cpo_kernels"'):
         text = text.replace(before, before.replace("cpo_kernels", namespace))
     return text
