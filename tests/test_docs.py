@@ -13,7 +13,14 @@ import pytest
 import cpo_kernels
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("fused_loss", "logits", "loss", "objectives", "planner", "sharded")
+MODULES = (
+    "losses.fused",
+    "ops.token_logps",
+    "losses.preference",
+    "objectives",
+    "head.strategy",
+    "backends.vocab_parallel",
+)
 INTEGRATIONS = ("fused_head", "heads", "transformers", "trl")
 
 
