@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import claims_report, long_pairs, profile, prompt_sharing, rated_report, roofline
+from benchmarks import long_pairs, profile, prompt_sharing, roofline
+from benchmarks.claims import rated_report
+from benchmarks.claims import report as claims_report
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import HEAD_SUBJECTS
 from cpo_kernels.environment import processor

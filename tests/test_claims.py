@@ -9,16 +9,18 @@ import pytest
 import torch
 
 import cpo_kernels as cpo
-from benchmarks import claims, claims_report, plot
-from benchmarks.claims import METHODS, Run, measure, share_of_box
+from benchmarks import plot
+from benchmarks.claims import lab as lab_module
+from benchmarks.claims import methods
+from benchmarks.claims import report as claims_report
+from benchmarks.claims import run as claims
+from benchmarks.claims.lab import Setting
+from benchmarks.claims.methods import on_front, one_hot, shifted
+from benchmarks.claims.run import METHODS, Run, measure, share_of_box
+from benchmarks.claims.world_lab import REQUESTS, WEIGHTS, Budget, WorldLab
 from cpo_kernels.data.packing import Encoded
 from cpo_kernels.data.records import Response
-from cpo_kernels.demo import lab as lab_module
-from cpo_kernels.demo import methods
-from cpo_kernels.demo.lab import Setting
-from cpo_kernels.demo.methods import on_front, one_hot, shifted
 from cpo_kernels.demo.world import OBJECTIVES
-from cpo_kernels.demo.world_lab import REQUESTS, WEIGHTS, Budget, WorldLab
 
 TINY = Budget(
     people=2, prompts=40, hidden_size=32, num_layers=1, supervised_steps=3, responses=8, preference_steps=4, groups=6,

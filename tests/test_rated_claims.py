@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
-from benchmarks import claims, rated_lab, rated_report
-from benchmarks.claims import METHODS, Run
-from benchmarks.rated_lab import OBJECTIVES, RatedBudget, RatedLab, agreement, rated, words_in_common
+from benchmarks.claims import rated_lab, rated_report
+from benchmarks.claims import run as claims
+from benchmarks.claims.rated_lab import OBJECTIVES, RatedBudget, RatedLab, agreement, rated, words_in_common
+from benchmarks.claims.run import METHODS, Run
 from cpo_kernels.data.records import Record, Response
 from cpo_kernels.demo.model import build_model, build_tokenizer
 from cpo_kernels.demo.world import World

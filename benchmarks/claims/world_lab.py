@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from benchmarks.claims.lab import Lab, Setting
 from cpo_kernels.data.records import Record
 from cpo_kernels.demo.judge import MAX_NEW_TOKENS, held_out, judge
-from cpo_kernels.demo.lab import Lab, Setting
 from cpo_kernels.demo.model import build_model, build_tokenizer
 from cpo_kernels.demo.run import Size, make_data
 from cpo_kernels.demo.world import OBJECTIVES, World

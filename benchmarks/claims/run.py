@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -24,11 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.rated_lab import RatedBudget, RatedLab
-from cpo_kernels.demo import methods
-from cpo_kernels.demo.lab import Lab, Setting, State
-from cpo_kernels.demo.methods import numbers
-from cpo_kernels.demo.world_lab import Budget, WorldLab
+from benchmarks.claims import methods
+from benchmarks.claims.lab import Lab, Setting, State
+from benchmarks.claims.methods import numbers
+from benchmarks.claims.rated_lab import RatedBudget, RatedLab
+from benchmarks.claims.world_lab import Budget, WorldLab
 from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.pareto import hypervolume
 from cpo_kernels.objectives import Objective
@@ -299,7 +298,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         atomic_text(json.dumps(results, indent=1) + "\n", out)
         print(f"wrote {out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

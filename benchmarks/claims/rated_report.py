@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.claims_report import INK, METHODS, OURS, Result, best_target, label, markdown, volume_target
-from benchmarks.rated_lab import OBJECTIVES
+from benchmarks.claims.rated_lab import OBJECTIVES
+from benchmarks.claims.report import INK, METHODS, OURS, Result, best_target, label, markdown, volume_target
 from cpo_kernels.evaluation.pareto import hypervolume, pareto_front
 
 NAMES = [o.name for o in OBJECTIVES]

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from benchmarks.claims.lab import Lab, Setting, State
 from cpo_kernels.data.packing import Unit
 from cpo_kernels.data.preparation import units_of
 from cpo_kernels.data.records import Record, Response
-from cpo_kernels.demo.lab import Lab, Setting, State
 from cpo_kernels.evaluation.pareto import pareto_front
 from cpo_kernels.objectives import Objective
 from cpo_kernels.recipe.config import read_config

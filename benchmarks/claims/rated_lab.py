@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from benchmarks.claims.lab import Lab, Setting
 from cpo_kernels.data.preparation import load_data
 from cpo_kernels.data.records import Record, Response
-from cpo_kernels.demo.lab import Lab, Setting
 from cpo_kernels.evaluation.greedy import normalise
 from cpo_kernels.evaluation.statistics import spearman
 from cpo_kernels.head.matmul import cpu_multiplies
@@ -28,7 +28,7 @@ from cpo_kernels.recipe.config import read_config
 from cpo_kernels.recipe.keys import TemplateConfig
 from cpo_kernels.training.models import load_model
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "truthfulqa_cpsft.yaml"
+RECIPE = Path(__file__).parent.parent.parent / "recipes" / "truthfulqa_cpsft.yaml"
 OBJECTIVES = [Objective("honesty", 1, 5), Objective("helpfulness", 1, 5)]
 # Answers that are neither true nor informative are nobody's goal.
 BALANCED: dict[str, Any] = {"balance": True, "class_weights": [{"honesty": 1, "helpfulness": 1, "weight": 0.1}]}

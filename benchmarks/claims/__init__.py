@@ -1,0 +1,1 @@
+"""The paper's claims: CPO beside its baselines, on the generated world and on rated text."""
