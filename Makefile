@@ -66,8 +66,8 @@ gpu-pack: .venv/torch
 	PYTHON=$(BIN)/python tools/gpu_pack.sh
 
 compile-check: .venv/test .venv/triton-3.6
-	$(BIN)/python -W ignore -m benchmarks.compile_table --check $(ARGS)
-	$(BIN)/python -m benchmarks.compile_table_cuda --check $(ARGS)
+	$(BIN)/python -W ignore -m tools.compile_table.triton_table --check $(ARGS)
+	$(BIN)/python -m tools.compile_table.cuda_table --check $(ARGS)
 	TRITON_SITE=.venv/triton-3.6 $(BIN)/python -m pytest tests/test_triton_binding.py
 
 sanitize: .venv/test

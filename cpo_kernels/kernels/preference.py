@@ -6,7 +6,7 @@ the data, so both can be captured in a CUDA graph.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from cpo_kernels.kernels import tuning
 from cpo_kernels.kernels.loss_formulas import Options, Pairs, pair_loss, score, smoothed
-from cpo_kernels.kernels.tuning import Variant
 from cpo_kernels.reference.loss_types import LOSS_TYPES
-from cpo_kernels.reference.terms import F_DIVERGENCES, OPTIONS
+from cpo_kernels.reference.terms import OPTIONS
 
 # ------------------------------------------------------------------------------------------------------- sequence sums
 
@@ -588,58 +587,3 @@ def _reward(names: Sequence[str]) -> str:
     if any(LOSS_TYPES[name].needs_reference for name in names):
         return "ratio"
     return "mean" if any(LOSS_TYPES[name].averaged for name in names) else "sum"
-
-
-# ------------------------------------------------------------------------------------- what the compiler is asked for
-
-_DTYPES = {"lengths": "*i64", "pairs": "*i64", "order": "*i8", "counts": "*i64", "cu_seqlens": "*i64", "ties": "*i8"}
-_DTYPES |= {"live_first": "*i64", "ranks": "*i64"} | {name: "i64" for name in ("N", "P", "S", "K")}
-_IN_DTYPE = {"seq_logps", "ref_logps", "token_logps", "token_weights", "out", "loss", "losses", "grad"}
-_IN_DTYPE |= {"chosen_rewards", "rejected_rewards", "gaps"}
-_OPTIONAL = {"ref_logps", "lengths", "scores", "conditions", "objectives", "pair_weights", "pair_betas", "margins"}
-_OPTIONAL |= {"extra"}
-
-
-def variants() -> Iterator[Variant]:
-    """Both sums; every loss type with and without the optional inputs, every f-divergence, a list of MAX_LOSSES types,
-    many sequences; aot's two kernels. Lists of other losses are sums of these."""
-    for dtype in ("fp32", "fp64"):
-        for absent, average in ((set(), True), (set(), False), ({"token_weights"}, True), ({"token_weights"}, False)):
-            fixed = {"AVERAGE": average, "BLOCK": TOKEN_BLOCK}
-            label = f"sequence_sum {dtype}" + "".join([" average" * average, " weights" * (not absent)])
-            yield _variant(label, sequence_sum_kernel, dtype, fixed, absent, SUM)
-        plain = [name for name, row in LOSS_TYPES.items() if not row.couples_batch]
-        lists: list[tuple[tuple[str, ...], int]] = [((name,), 0) for name in plain]
-        lists += [(("sigmoid",), kind) for kind in range(1, len(F_DIVERGENCES))]
-        lists += [(tuple(plain[:MAX_LOSSES]), 0), ((), 0)]  # (): aot alone
-        for names, kind in lists:
-            for absent in (_OPTIONAL - {"extra"}, set()) if names else (set(),):
-                yield _preference_variant(dtype, names, kind, absent, 1)
-        yield _preference_variant(dtype, ("sigmoid",), 0, {"extra"}, 32)
-        for unpaired in (False, True):
-            name = "aot_unpaired" if unpaired else "aot"
-            fixed = {"UNPAIRED": unpaired, "PAIR_BLOCK": PAIR_BLOCK}
-            yield _variant(f"{name} values {dtype}", aot_values_kernel, dtype, fixed, set(), SUM)
-            if dtype == "fp64":
-                for add in (False, True):
-                    label = f"{name} terms" + " add" * add
-                    yield _variant(label, aot_terms_kernel, dtype, {**fixed, "ACCUMULATE": add}, set(), SUM)
-
-
-def _preference_variant(dtype: str, names: tuple[str, ...], kind: int, absent: set[str], groups: int) -> Variant:
-    fixed = {"TYPES": names, "F_DIVERGENCE": kind, "REWARD": _reward(names or ("aot",)), "PAIR_BLOCK": PAIR_BLOCK}
-    fixed |= {"SEQUENCE_BLOCK": SEQUENCE_BLOCK, "SEQUENCE_BLOCKS": groups}
-    label = f"preference {dtype} {'+'.join(names) or 'aot'}" + f" {F_DIVERGENCES[kind]}" * (kind > 0)
-    label += ("" if absent else " all inputs") + " many sequences" * (groups > 1)
-    return _variant(label, preference_kernel, dtype, fixed, absent, PAIR)
-
-
-def _variant(
-    label: str, kernel: Any, dtype: str, fixed: dict[str, Any], absent: set[str], launch: tuning.Launch
-) -> Variant:
-    constexprs = {n: None if n in absent else fixed[n] for n in kernel.arg_names if n in absent or n in fixed}
-    numbers = {n: "fp64" for n in kernel.arg_names if kernel.signature.parameters[n].annotation == "fp64"}
-    types = {**numbers, **_DTYPES} | {n: "*" + dtype for n in _IN_DTYPE}
-    signature = {n: "constexpr" if n in constexprs else types.get(n, "*fp64") for n in kernel.arg_names}
-    aligned = {n for n, t in signature.items() if t[0] == "*"}
-    return Variant(label, kernel, signature, constexprs, aligned, launch)

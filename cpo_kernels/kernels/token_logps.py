@@ -9,9 +9,7 @@ Rows need no alignment: the columns before the first 16-byte boundary and after 
 VEC.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +20,6 @@ from torch import Tensor
 from cpo_kernels import checks, library
 from cpo_kernels.checks import check_label_range
 from cpo_kernels.kernels import tuning
-from cpo_kernels.kernels.tuning import Variant
 
 ACC_TYPES = {"fp32": tl.float32, "fp64": tl.float64}
 LOG2E = math.log2(math.e)
@@ -495,48 +492,3 @@ def token_logps_bwd_(
         with torch.cuda.device_of(logits):
             lse = lse.contiguous()
             rows.write(rows.pieces(tuning.WRITE), True, lse, grad.contiguous(), lse, lse)
-
-
-# ------------------------------------------------------------------------------------- what the compiler is asked for
-
-
-def variants() -> Iterator[Variant]:
-    """Every specialisation that the launches above can reach; what is aligned to 16 is marked as Triton would."""
-    jobs: list[tuple[str, Any, Any, dict[str, Any]]] = [
-        ("scan", scan_kernel, tuning.SCAN, {"SPLIT": split, "WRITE": False}) for split in (False, True)
-    ]
-    jobs += [("fused", scan_kernel, row_bytes, {"SPLIT": False, "WRITE": True}) for row_bytes in (1 << 16, 1 << 18)]
-    jobs += [("write", write_kernel, tuning.WRITE, {"FROM_LSE": from_lse}) for from_lse in (True, False)]
-    jobs += [("combine", combine_kernel, tuning.COMBINE, {})]
-    for name, kernel, launch, fixed in jobs:
-        free = [flag for flag in ("EDGES", "SOFTCAP", "EXTRAS") if flag in kernel.arg_names]
-        for dtype in ("bf16", "fp16", "fp32", "fp64"):
-            chosen = list(itertools.product((0, 1), repeat=len(free)))
-            if "EDGES" in free:
-                chosen.append((2, *(0 for _ in free[1:])))
-            for values in chosen:
-                flags = {**dict(zip(free, values, strict=True)), **fixed}
-                shape = launch
-                if isinstance(launch, int):  # bytes of a row
-                    shape = tuning.fused(launch, dtype != "fp64" and not flags["SOFTCAP"] and not flags["EXTRAS"])
-                yield _variant(name, kernel, dtype, shape, flags)
-
-
-def _variant(name: str, kernel: Any, dtype: str, launch: tuning.Launch, flags: dict[str, Any]) -> Variant:
-    acc = "fp64" if dtype == "fp64" else "fp32"
-    constexprs = {"ACC": ACC_TYPES[acc], "VEC": 128 // int(dtype[2:]), "LANES": launch.vectors, **flags}
-    types = {"logits": "*" + dtype, "labels": "*i64"} | {n: "fp64" for n in ("nat", "c", "inner", "scale")}
-    types |= {n: "i32" for n in ("stride", "rows", "width", "columns", "pieces", "ignore_index")}
-    signature = {n: "constexpr" if n in constexprs else types.get(n, "*" + acc) for n in kernel.arg_names}
-    aligned = {n for n, t in signature.items() if t[0] == "*" and n not in GENERAL["do_not_specialize_on_alignment"]}
-    edges = flags.get("EDGES", 1)
-    aligned |= {"stride", "width", "columns"} if edges == 0 else set()
-    aligned -= {"logits"} if edges == 2 else set()
-    label = " ".join([name, dtype, *(n.lower() for n, on in flags.items() if on), *["off 16 bytes"] * (edges == 2)])
-    label += f" {launch.warps} warps" if name == "fused" else ""
-    kept = {n: constexprs[n] for n in signature if n in constexprs}
-    plain = not any(flags.get(n) for n in ("EDGES", "SOFTCAP", "EXTRAS"))
-    resident = 32 if plain else 16
-    if dtype == "fp64":  # for gradient checks, not for speed
-        resident = 8
-    return Variant(label, kernel, signature, kept, aligned, launch, name != "combine", resident)

@@ -61,16 +61,3 @@ def splits(rows: int, vectors: int, tile: int, device: torch.device) -> int:
     """Programs that share a row of `vectors` vectors: 1 where rows alone fill it; each has a tile at least."""
     wanted = -(-PROGRAMS * multiprocessors(device) // max(rows, 1))
     return max(1, min(wanted, vectors // tile, MAX_PIECES))
-
-
-class Variant(NamedTuple):
-    """One specialisation of a kernel, as `triton.compile` takes it without a GPU; see benchmarks/compile_table.py."""
-
-    label: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    aligned: set[str]  # arguments that are multiples of 16
-    launch: Launch
-    wide: bool = False  # its loops must access device memory in 16 bytes alone
-    resident_warps: int = 0  # of 32 threads, that a multiprocessor must have registers for

@@ -1,4 +1,4 @@
-"""What nvcc makes of every CUDA kernel, without a GPU: `python -m benchmarks.compile_table_cuda [--check]`.
+"""What nvcc makes of every CUDA kernel, without a GPU: `python -m tools.compile_table.cuda_table [--check]`.
 
 Builds the CUDA extension as setup.py does, for TORCH_CUDA_ARCH_LIST or setup.py's default, reads the machine code of
 each target, and writes a table per target to benchmarks/results/compile, so that a change shows in review. Fails where
@@ -20,9 +20,9 @@ import tempfile
 from distutils.core import run_setup  # setuptools' own copy, like what setup.py runs
 from pathlib import Path
 
-from benchmarks.compile_table import TABLES, TOOLS, differences, read_nvidia_kernel, run
+from tools.compile_table.triton_table import TABLES, TOOLS, differences, read_nvidia_kernel, run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 COLUMNS = ("kernel", "registers", "spills", "local_bytes", "shared_bytes", "loop_loads", "loop_stores")
 WIDE = re.compile(r"(scan|write|fused)_kernel<")  # their loops go over logits
 

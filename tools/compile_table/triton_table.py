@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel, without a GPU: `python -m benchmarks.compile_table [--check]`.
+"""What the compiler makes of every Triton kernel without a GPU: `python -m tools.compile_table.triton_table [--check]`.
 
 Compiles each specialisation that a user can reach for sm_80, sm_90, sm_100 and gfx942, reads the machine code, and
 writes a table per target to benchmarks/results/compile, so that a change shows in review. Fails where a kernel spills,
@@ -9,7 +9,6 @@ at a time moves fewer, or where a barrier is missing. --check compares with the 
 import argparse
 import collections
 import csv
-import importlib
 import io
 import os
 import re
@@ -27,23 +26,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cpo_kernels.kernels import tuning
+from tools.compile_table.variants import variants
 
-TABLES = Path(__file__).parent / "results" / "compile"
+TABLES = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "compile"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = ("cpo_kernels.kernels.token_logps", "cpo_kernels.kernels.preference")
 COLUMNS = ("kernel", "warps", "registers", "spills", "local_bytes", "shared_bytes", "loop_loads", "loop_stores")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # 32-bit registers of a multiprocessor; AMD: 512 vector registers for each of 64 lanes of 4 units.
 REGISTERS = {"cuda": 65536, "hip": 131072}
-
-
-def variants() -> list:
-    return [v for module in MODULES for v in importlib.import_module(module).variants()]
 
 
 def run(tool: str, *args: str) -> str:

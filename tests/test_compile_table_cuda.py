@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton", reason="its disassembler reads the machine code")
 
-from benchmarks import compile_table_cuda as table
+from tools.compile_table import cuda_table as table
 
 SOURCE = """
 __device__ float sum(float v) { return v; }

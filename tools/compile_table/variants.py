@@ -1,0 +1,135 @@
+"""Every specialisation of the Triton kernels that a user can reach, as `triton.compile` takes it without a GPU."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from cpo_kernels.kernels import tuning
+from cpo_kernels.kernels.preference import (
+    MAX_LOSSES,
+    PAIR,
+    PAIR_BLOCK,
+    SEQUENCE_BLOCK,
+    SUM,
+    TOKEN_BLOCK,
+    _reward,
+    aot_terms_kernel,
+    aot_values_kernel,
+    preference_kernel,
+    sequence_sum_kernel,
+)
+from cpo_kernels.kernels.token_logps import ACC_TYPES, GENERAL, combine_kernel, scan_kernel, write_kernel
+from cpo_kernels.reference.loss_types import LOSS_TYPES
+from cpo_kernels.reference.terms import F_DIVERGENCES
+
+
+class Variant(NamedTuple):
+    """One specialisation of a kernel, as `triton.compile` takes it without a GPU; see triton_table.py."""
+
+    label: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    aligned: set[str]  # arguments that are multiples of 16
+    launch: tuning.Launch
+    wide: bool = False  # its loops must access device memory in 16 bytes alone
+    resident_warps: int = 0  # of 32 threads, that a multiprocessor must have registers for
+
+
+def token_variants() -> Iterator[Variant]:
+    """All that the launches of token_logps.py can reach; what is aligned to 16 is marked as Triton would."""
+    jobs: list[tuple[str, Any, Any, dict[str, Any]]] = [
+        ("scan", scan_kernel, tuning.SCAN, {"SPLIT": split, "WRITE": False}) for split in (False, True)
+    ]
+    jobs += [("fused", scan_kernel, row_bytes, {"SPLIT": False, "WRITE": True}) for row_bytes in (1 << 16, 1 << 18)]
+    jobs += [("write", write_kernel, tuning.WRITE, {"FROM_LSE": from_lse}) for from_lse in (True, False)]
+    jobs += [("combine", combine_kernel, tuning.COMBINE, {})]
+    for name, kernel, launch, fixed in jobs:
+        free = [flag for flag in ("EDGES", "SOFTCAP", "EXTRAS") if flag in kernel.arg_names]
+        for dtype in ("bf16", "fp16", "fp32", "fp64"):
+            chosen = list(itertools.product((0, 1), repeat=len(free)))
+            if "EDGES" in free:
+                chosen.append((2, *(0 for _ in free[1:])))
+            for values in chosen:
+                flags = {**dict(zip(free, values, strict=True)), **fixed}
+                shape = launch
+                if isinstance(launch, int):  # bytes of a row
+                    shape = tuning.fused(launch, dtype != "fp64" and not flags["SOFTCAP"] and not flags["EXTRAS"])
+                yield _token_variant(name, kernel, dtype, shape, flags)
+
+
+def _token_variant(name: str, kernel: Any, dtype: str, launch: tuning.Launch, flags: dict[str, Any]) -> Variant:
+    acc = "fp64" if dtype == "fp64" else "fp32"
+    constexprs = {"ACC": ACC_TYPES[acc], "VEC": 128 // int(dtype[2:]), "LANES": launch.vectors, **flags}
+    types = {"logits": "*" + dtype, "labels": "*i64"} | {n: "fp64" for n in ("nat", "c", "inner", "scale")}
+    types |= {n: "i32" for n in ("stride", "rows", "width", "columns", "pieces", "ignore_index")}
+    signature = {n: "constexpr" if n in constexprs else types.get(n, "*" + acc) for n in kernel.arg_names}
+    aligned = {n for n, t in signature.items() if t[0] == "*" and n not in GENERAL["do_not_specialize_on_alignment"]}
+    edges = flags.get("EDGES", 1)
+    aligned |= {"stride", "width", "columns"} if edges == 0 else set()
+    aligned -= {"logits"} if edges == 2 else set()
+    label = " ".join([name, dtype, *(n.lower() for n, on in flags.items() if on), *["off 16 bytes"] * (edges == 2)])
+    label += f" {launch.warps} warps" if name == "fused" else ""
+    kept = {n: constexprs[n] for n in signature if n in constexprs}
+    plain = not any(flags.get(n) for n in ("EDGES", "SOFTCAP", "EXTRAS"))
+    resident = 32 if plain else 16
+    if dtype == "fp64":  # for gradient checks, not for speed
+        resident = 8
+    return Variant(label, kernel, signature, kept, aligned, launch, name != "combine", resident)
+
+
+_DTYPES = {"lengths": "*i64", "pairs": "*i64", "order": "*i8", "counts": "*i64", "cu_seqlens": "*i64", "ties": "*i8"}
+_DTYPES |= {"live_first": "*i64", "ranks": "*i64"} | {name: "i64" for name in ("N", "P", "S", "K")}
+_IN_DTYPE = {"seq_logps", "ref_logps", "token_logps", "token_weights", "out", "loss", "losses", "grad"}
+_IN_DTYPE |= {"chosen_rewards", "rejected_rewards", "gaps"}
+_OPTIONAL = {"ref_logps", "lengths", "scores", "conditions", "objectives", "pair_weights", "pair_betas", "margins"}
+_OPTIONAL |= {"extra"}
+
+
+def preference_variants() -> Iterator[Variant]:
+    """Both sums; every loss type with and without the optional inputs, every f-divergence, a list of MAX_LOSSES types,
+    many sequences; aot's two kernels. Lists of other losses are sums of these."""
+    for dtype in ("fp32", "fp64"):
+        for absent, average in ((set(), True), (set(), False), ({"token_weights"}, True), ({"token_weights"}, False)):
+            fixed = {"AVERAGE": average, "BLOCK": TOKEN_BLOCK}
+            label = f"sequence_sum {dtype}" + "".join([" average" * average, " weights" * (not absent)])
+            yield _pair_variant(label, sequence_sum_kernel, dtype, fixed, absent, SUM)
+        plain = [name for name, row in LOSS_TYPES.items() if not row.couples_batch]
+        lists: list[tuple[tuple[str, ...], int]] = [((name,), 0) for name in plain]
+        lists += [(("sigmoid",), kind) for kind in range(1, len(F_DIVERGENCES))]
+        lists += [(tuple(plain[:MAX_LOSSES]), 0), ((), 0)]  # (): aot alone
+        for names, kind in lists:
+            for absent in (_OPTIONAL - {"extra"}, set()) if names else (set(),):
+                yield _preference_variant(dtype, names, kind, absent, 1)
+        yield _preference_variant(dtype, ("sigmoid",), 0, {"extra"}, 32)
+        for unpaired in (False, True):
+            name = "aot_unpaired" if unpaired else "aot"
+            fixed = {"UNPAIRED": unpaired, "PAIR_BLOCK": PAIR_BLOCK}
+            yield _pair_variant(f"{name} values {dtype}", aot_values_kernel, dtype, fixed, set(), SUM)
+            if dtype == "fp64":
+                for add in (False, True):
+                    label = f"{name} terms" + " add" * add
+                    yield _pair_variant(label, aot_terms_kernel, dtype, {**fixed, "ACCUMULATE": add}, set(), SUM)
+
+
+def _preference_variant(dtype: str, names: tuple[str, ...], kind: int, absent: set[str], groups: int) -> Variant:
+    fixed = {"TYPES": names, "F_DIVERGENCE": kind, "REWARD": _reward(names or ("aot",)), "PAIR_BLOCK": PAIR_BLOCK}
+    fixed |= {"SEQUENCE_BLOCK": SEQUENCE_BLOCK, "SEQUENCE_BLOCKS": groups}
+    label = f"preference {dtype} {'+'.join(names) or 'aot'}" + f" {F_DIVERGENCES[kind]}" * (kind > 0)
+    label += ("" if absent else " all inputs") + " many sequences" * (groups > 1)
+    return _pair_variant(label, preference_kernel, dtype, fixed, absent, PAIR)
+
+
+def _pair_variant(
+    label: str, kernel: Any, dtype: str, fixed: dict[str, Any], absent: set[str], launch: tuning.Launch
+) -> Variant:
+    constexprs = {n: None if n in absent else fixed[n] for n in kernel.arg_names if n in absent or n in fixed}
+    numbers = {n: "fp64" for n in kernel.arg_names if kernel.signature.parameters[n].annotation == "fp64"}
+    types = {**numbers, **_DTYPES} | {n: "*" + dtype for n in _IN_DTYPE}
+    signature = {n: "constexpr" if n in constexprs else types.get(n, "*fp64") for n in kernel.arg_names}
+    aligned = {n for n, t in signature.items() if t[0] == "*"}
+    return Variant(label, kernel, signature, constexprs, aligned, launch)
+
+
+def variants() -> list[Variant]:
+    return [*token_variants(), *preference_variants()]
