@@ -4,7 +4,7 @@
 # make gpu-check  every kernel on a GPU against the float64 oracle; writes benchmarks/results/check-gpu.json
 # make gpu-bench  make bench on a GPU, within 8 minutes; writes benchmarks/results/gpu.json
 # make gpu-pack  on a machine without a GPU: what tools/gpu.sh would build on one with, for sm_90, in build/gpu
-# make lint    ruff and mypy
+# make lint    ruff, mypy, clang-format, codespell
 # make compile-check  every GPU kernel compiled without a GPU, its machine code compared with benchmarks/results/compile
 # make sanitize  the C++ kernels of the CPU under AddressSanitizer and UBSan (minutes)
 # make audit   known vulnerabilities of what .venv holds, by pip-audit
@@ -86,6 +86,8 @@ docs: .venv/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/host_cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 wheel: .venv/torch

@@ -84,9 +84,7 @@ CPO_HOST_DEVICE CPO_NOINLINE inline double sigmoid(double x) {
   const double e = exp(-fabs(x));
   return x >= 0.0 ? 1.0 / (1.0 + e) : e / (1.0 + e);
 }
-CPO_HOST_DEVICE CPO_NOINLINE inline double log_sigmoid(double x) {
-  return (x < 0.0 ? x : 0.0) - log1p(exp(-fabs(x)));
-}
+CPO_HOST_DEVICE CPO_NOINLINE inline double log_sigmoid(double x) { return (x < 0.0 ? x : 0.0) - log1p(exp(-fabs(x))); }
 
 struct ValueAndSlope {
   double value, slope;
@@ -178,8 +176,8 @@ CPO_HOST_DEVICE inline LossTerm exo_pair_loss(const LossPair& p, const LossOptio
 // -log sigmoid(beta r_w) - (log sigmoid(-beta r_w) + log sigmoid(-beta r_l)) / 2
 CPO_HOST_DEVICE inline LossTerm nca_pair_loss(const LossPair& p) {
   const double w = p.beta * (p.chosen - p.chosen_ref), l = p.beta * (p.rejected - p.rejected_ref);
-  return {-log_sigmoid(w) - 0.5 * (log_sigmoid(-w) + log_sigmoid(-l)),
-          p.beta * (0.5 * sigmoid(w) - sigmoid(-w)), p.beta * 0.5 * sigmoid(l)};
+  return {-log_sigmoid(w) - 0.5 * (log_sigmoid(-w) + log_sigmoid(-l)), p.beta * (0.5 * sigmoid(w) - sigmoid(-w)),
+          p.beta * 0.5 * sigmoid(l)};
 }
 
 // (-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2 e), u = beta delta, e = label_smoothing
@@ -221,8 +219,8 @@ CPO_HOST_DEVICE inline LossTerm discopop_loss(const LossPair& p, const LossOptio
   const double v = d.u / o.discopop_tau, m = sigmoid(v), rest = sigmoid(-v);
   const double exponential = exp(log_sigmoid(v) - d.u);
   const double value = -rest * log_sigmoid(d.u) + exponential;
-  const double slope = m * rest / o.discopop_tau * log_sigmoid(d.u) - rest * sigmoid(-d.u) +
-                       exponential * (rest / o.discopop_tau - 1.0);
+  const double slope =
+      m * rest / o.discopop_tau * log_sigmoid(d.u) - rest * sigmoid(-d.u) + exponential * (rest / o.discopop_tau - 1.0);
   return chain({value, slope}, d.du_chosen, d.du_rejected);
 }
 
@@ -277,8 +275,7 @@ CPO_HOST_DEVICE CPO_NOINLINE inline ValueAndSlope alpha_reward(double logp, doub
 CPO_HOST_DEVICE inline LossTerm alphapo_loss(const LossPair& p, const LossOptions& o) {
   const ValueAndSlope w = alpha_reward(p.chosen, p.chosen_length, o.alphapo_alpha);
   const ValueAndSlope l = alpha_reward(p.rejected, p.rejected_length, o.alphapo_alpha);
-  return chain(soft_logistic(p.beta * (w.value - l.value) - o.simpo_gamma, p, o), p.beta * w.slope,
-               -p.beta * l.slope);
+  return chain(soft_logistic(p.beta * (w.value - l.value) - o.simpo_gamma, p, o), p.beta * w.slope, -p.beta * l.slope);
 }
 
 // -log sigmoid((beta (r_w - r_l) - (m_w - m_l)) / modpo_weight)

@@ -17,8 +17,8 @@ constexpr const char* kOp = "preference";
 // A float tensor as doubles; empty where it is not given.
 std::vector<double> read_doubles(const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
-  check(type == ScalarType::Double || type == ScalarType::Float, kOp, ": ", name,
-        " must be float64 or float32, got ", name_of(type));
+  check(type == ScalarType::Double || type == ScalarType::Float, kOp, ": ", name, " must be float64 or float32, got ",
+        name_of(type));
   const Tensor packed = dense(tensor);
   std::vector<double> values(packed.numel());
   if (values.empty()) return values;
@@ -156,8 +156,8 @@ Result solve(const Batch& b, double num_pairs, double chosen_tokens) {
   for (int64_t p = 0; p < b.num_pairs; ++p) {
     if (r.order[p] == 0) continue;
     const int64_t w = chosen_of(b, r, p), l = rejected_of(b, r, p);
-    LossPair pair{b.logps[w],     b.logps[l], b.ref_of(w), b.ref_of(l),          b.length_of(w), b.length_of(l), 0.0, 0.0,
-                  b.beta(p), std::fabs(r.gaps[p]), nll_scale};
+    LossPair pair{b.logps[w], b.logps[l], b.ref_of(w), b.ref_of(l),          b.length_of(w), b.length_of(l),
+                  0.0,        0.0,        b.beta(p),   std::fabs(r.gaps[p]), nll_scale};
     if (!b.margins.empty()) {
       pair.chosen_margin = b.margins[w];
       pair.rejected_margin = b.margins[l];
@@ -195,8 +195,9 @@ std::vector<int64_t> read_pairs(const Tensor& tensor, int64_t sequences) {
 }
 
 void check_losses(const Batch& b, double chosen_tokens) {
-  check(!b.types.empty() && b.types.size() == b.type_weights.size(), kOp, ": loss_types and loss_weights must have one ",
-        "entry for each loss, got ", b.types.size(), " and ", b.type_weights.size());
+  check(!b.types.empty() && b.types.size() == b.type_weights.size(), kOp,
+        ": loss_types and loss_weights must have one ", "entry for each loss, got ", b.types.size(), " and ",
+        b.type_weights.size());
   for (int64_t type : b.types) {
     check(type >= 0 && type < kNumLossTypes, kOp, ": loss_types must be in [0, ", int(kNumLossTypes), "), got ", type);
     const bool needs_lengths = divides_by_length(int(type)) || (has_nll(int(type), b.options) && chosen_tokens < 0);

@@ -40,8 +40,8 @@ void sum_sequences(const T* logps, const int64_t* cu, const T* weights, bool ave
 Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average) {
   const char* op = "sequence_sum";
   const ScalarType type = token_logps.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Double, op,
-        ": token_logps must be float32 or float64, got ", name_of(type));
+  check(type == ScalarType::Float || type == ScalarType::Double, op, ": token_logps must be float32 or float64, got ",
+        name_of(type));
   check(token_logps.dim() == 1, op, ": token_logps must have shape [N], got ", shape_of(token_logps));
   check_dtype("cu_seqlens", cu_seqlens, ScalarType::Long);
   check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op, ": cu_seqlens must have shape [S + 1], got ",

@@ -38,8 +38,8 @@ const IsaKernels* choose_kernels() {
     check(name.empty(), "CPO_KERNELS_CPU_ISA=avx2, but this processor has no AVX2 with FMA and F16C");
   }
 #endif
-  check(name.empty(), "CPO_KERNELS_CPU_ISA must be portable, avx2 or avx512 (this build and processor permitting), got '",
-        name, "'");
+  check(name.empty(),
+        "CPO_KERNELS_CPU_ISA must be portable, avx2 or avx512 (this build and processor permitting), got '", name, "'");
   return kernels_portable();
 }
 
@@ -127,8 +127,8 @@ Rows describe(const char* op, const Tensor& logits, const Tensor& labels, int64_
 void combine(const Rows& rows, Partial& a, const Partial& b) {
   Partial low = a, high = b;
   if (a.max_y > b.max_y) std::swap(low, high);
-  // Columns of -inf alone have sums of 0 whatever their shift is (NaN where they held one); c times the most negative number
-  // is a shift of -inf.
+  // Columns of -inf alone have sums of 0 whatever their shift is (NaN where they held one); c times the most negative
+  // number is a shift of -inf.
   const double step = std::isinf(low.max_y) || low.shift == high.shift ? 0.0 : low.shift - high.shift;
   lower(low, step, rows.type == kFloat64 ? std::exp(step) : std::exp2(step));
   a.shift = high.shift;
@@ -161,9 +161,9 @@ RowResult finish(const Rows& rows, int64_t i, const Partial& sums, double* extra
   if (extra) {
     const double unit = rows.type == kFloat64 ? 1.0 : kLn2;
     const double top_t = rows.map.c * sums.max_y - sums.shift;
-    extra[0] = log_sum - unit * (sums.sum_t / sums.sum - top_t);              // entropy
+    extra[0] = log_sum - unit * (sums.sum_t / sums.sum - top_t);             // entropy
     extra[1] = std::log(sums.sum_sq / (sums.top * sums.top)) - 2 * log_sum;  // log sum p^2
-    extra[2] = rows.map.nat * sums.sum_y / rows.columns;                      // mean z
+    extra[2] = rows.map.nat * sums.sum_y / rows.columns;                     // mean z
     extra[3] = y_label == sums.max_y && !std::isnan(sums.sum) ? 1.0 : 0.0;
   }
   return r;
@@ -197,9 +197,7 @@ void write_gradient(const Rows& rows, int64_t i, const RowGradient& g, int64_t b
   const int64_t offset = begin * rows.element_size;
   rows.kernels->gradient(row + offset, end - begin, rows.map, g.shift, g.factor, next + offset);
   const int64_t label = rows.labels[i];
-  if (label >= begin && label < end) {
-    store_element(rows.type, row + label * rows.element_size, g.at_label);
-  }
+  if (label >= begin && label < end) { store_element(rows.type, row + label * rows.element_size, g.at_label); }
   if (end == rows.columns) clear(rows, i, rows.columns);
 }
 
@@ -252,7 +250,8 @@ std::vector<Partial> scan_pieces(const Rows& rows, bool extras) {
 }
 
 template <typename Acc>
-void store_row(const Rows& rows, int64_t i, const RowResult* r, const double* extra, Acc* logp, Acc* lse, Acc* extra_out) {
+void store_row(const Rows& rows, int64_t i, const RowResult* r, const double* extra, Acc* logp, Acc* lse,
+               Acc* extra_out) {
   logp[i] = r ? Acc(r->logp) : Acc(0);
   lse[i] = r ? Acc(r->lse) : Acc(0);
   if (!extra_out) return;
@@ -296,8 +295,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits,
   if (kOverwrite) check_writable(op, logits);
   Tensor logp = new_vector(logits, rows.count, rows.acc());
   Tensor lse = new_vector(logits, rows.count, rows.acc());
-  Tensor extra = extras ? torch::stable::new_empty(logits, {4, rows.count}, rows.acc())
-                        : new_vector(logits, 0, rows.acc());
+  Tensor extra =
+      extras ? torch::stable::new_empty(logits, {4, rows.count}, rows.acc()) : new_vector(logits, 0, rows.acc());
   if (rows.type == kFloat64) {
     run<double, kOverwrite>(rows, extras, mutable_data_of<double>(logp), mutable_data_of<double>(lse),
                             extras ? mutable_data_of<double>(extra) : nullptr);

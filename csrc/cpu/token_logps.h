@@ -34,8 +34,9 @@ struct Partial {
   double sum_y;   // sum of y                  (extras)
 };
 
-// Makes sums relative to a shift that is larger by -step, E^step = f: t becomes t + step. The sums of columns that hold the
-// most negative number may have overflowed, and are nothing where f is 0; NaN stays. Static: each instruction set has its own.
+// Makes sums relative to a shift that is larger by -step, E^step = f: t becomes t + step. The sums of columns that hold
+// the most negative number may have overflowed, and are nothing where f is 0; NaN stays. Static: each instruction set
+// has its own.
 static inline void lower(Partial& total, double step, double f) {
   if (f == 0 && total.sum == total.sum) {
     total.sum_t = total.sum = total.sum_sq = 0;

@@ -71,9 +71,7 @@ inline VecF expm1_polynomial(VecF r) {
 }
 
 // x - n log(2), with log(2) in two parts of which the first has zeros to spare for the product with n.
-inline VecF minus_n_log2(VecF x, VecF n) {
-  return fma(n, set1(x, 2.12194440e-4f), fma(n, set1(x, -0.693359375f), x));
-}
+inline VecF minus_n_log2(VecF x, VecF n) { return fma(n, set1(x, 2.12194440e-4f), fma(n, set1(x, -0.693359375f), x)); }
 inline VecD minus_n_log2(VecD x, VecD n) {
   return fma(n, set1(x, -1.90821492927058770002e-10), fma(n, set1(x, -6.93147180369123816490e-01), x));
 }
@@ -110,7 +108,8 @@ inline V to_y(V x, S inner) {
   return y;
 }
 
-// ---- scalars of the 16-bit types, for the last elements of a row ------------------------------------------------------
+// ---- scalars of the 16-bit types, for the last elements of a row
+// ------------------------------------------------------
 
 inline float to_acc(float x) { return x; }
 inline double to_acc(double x) { return x; }
@@ -121,7 +120,8 @@ inline void from_acc(double& to, double x) { to = x; }
 inline void from_acc(BFloat16& to, float x) { from_float(to, x); }
 inline void from_acc(Half& to, float x) { from_float(to, x); }
 
-// ---- scan ------------------------------------------------------------------------------------------------------------
+// ---- scan
+// ------------------------------------------------------------------------------------------------------------
 
 // Largest y of x[0..n). kTail: n < 4 * kLanes elements in natural order (T is the accumulation type).
 template <typename T, bool kSoftcap, bool kTail>
@@ -248,7 +248,8 @@ Partial scan_row(const T* x, long n, const RowMap& map) {
   return total;
 }
 
-// ---- gradient ----------------------------------------------------------------------------------------------------------
+// ---- gradient
+// ----------------------------------------------------------------------------------------------------------
 
 template <bool kSoftcap, typename V, typename S>
 inline V gradient_of(V x, S inner, V c, V minus_shift, V factor) {
@@ -294,7 +295,8 @@ void gradient_row(T* x, long n, const RowMap& map, double shift, double factor, 
   }
 }
 
-// ---- the table -----------------------------------------------------------------------------------------------------------
+// ---- the table
+// -----------------------------------------------------------------------------------------------------------
 
 template <typename T>
 Partial scan(const void* x, int64_t n, const RowMap& map, bool extras) {

@@ -36,9 +36,7 @@ inline double reduce_add(VecF a) {
   return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
 inline float reduce_max(VecF a) { return _mm512_reduce_max_ps(a.v); }
-inline VecF round_nearest(VecF a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline VecF round_nearest(VecF a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecF pow2(VecF n) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), n.v)}; }
 
 inline VecD set1(VecD, double x) { return {_mm512_set1_pd(x)}; }
@@ -62,9 +60,7 @@ inline VecD first_lanes(VecD a, VecD b, long n) {
 }
 inline double reduce_add(VecD a) { return _mm512_reduce_add_pd(a.v); }
 inline double reduce_max(VecD a) { return _mm512_reduce_max_pd(a.v); }
-inline VecD round_nearest(VecD a) {
-  return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline VecD round_nearest(VecD a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VecD pow2(VecD n) { return {_mm512_scalef_pd(_mm512_set1_pd(1.0), n.v)}; }
 inline VecD zero_below(VecD a, VecD x, VecD limit) {
   return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, limit.v, _CMP_NLT_UQ), a.v)};
@@ -97,9 +93,8 @@ inline void load2(const BFloat16* p, VecF& a, VecF& b) {
 }
 #ifdef __AVX512BF16__
 inline void store2(BFloat16* p, VecF a, VecF b) {
-  alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
-                                                       21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
-                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);  // the 16 even elements, then the 16 odd ones
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
 }

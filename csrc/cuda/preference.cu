@@ -24,8 +24,8 @@ struct Inputs {
   }
   FloatArray floats(const char* name, const Tensor& tensor) {
     const ScalarType type = tensor.scalar_type();
-    check(type == ScalarType::Double || type == ScalarType::Float, kOp, ": ", name,
-          " must be float64 or float32, got ", name_of(type));
+    check(type == ScalarType::Double || type == ScalarType::Float, kOp, ": ", name, " must be float64 or float32, got ",
+          name_of(type));
     return {keep(name, tensor).const_data_ptr(), type == ScalarType::Double};
   }
   FloatArray vector(const char* name, const Tensor& tensor, int64_t size) {
@@ -107,9 +107,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefe
   Tensor gap = new_vector(seq_logps, in.num_pairs, type), order = new_vector(pairs, in.num_pairs, ScalarType::Char);
   Tensor counts = new_vector(pairs, 3, ScalarType::Long);
   const auto to = [&](Tensor& t) { return FloatOutput{t.mutable_data_ptr(), type == ScalarType::Double}; };
-  const PreferenceOutput out{to(loss),     to(losses), to(grad),
-                             to(chosen),   to(rejected), to(gap),
-                             mutable_data_of<int8_t>(order), mutable_data_of<int64_t>(counts)};
+  const PreferenceOutput out{to(loss),
+                             to(losses),
+                             to(grad),
+                             to(chosen),
+                             to(rejected),
+                             to(gap),
+                             mutable_data_of<int8_t>(order),
+                             mutable_data_of<int64_t>(counts)};
   launch_preference(in, out, on.stream());
   return {loss, losses, grad, chosen, rejected, gap, order, counts};
 }

@@ -19,10 +19,10 @@ constexpr int kHeldPlain = 8, kHeldBeside = 5;
 // Exponentials are E^(c y - shift), E = 2 for float (one instruction) and e for double: c = nat / log E.
 template <typename T>
 struct Problem {
-  T* logits;               // [rows, width], `stride` elements from row to row
-  const int64_t* labels;   // [rows]
+  T* logits;              // [rows, width], `stride` elements from row to row
+  const int64_t* labels;  // [rows]
   int64_t rows, stride, ignore_index;
-  int width, columns;      // the vocabulary is the first `columns`
+  int width, columns;  // the vocabulary is the first `columns`
   AccOf<T> nat, c, inner, scale;
 };
 

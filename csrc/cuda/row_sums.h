@@ -9,9 +9,9 @@ namespace cpo::cuda {
 
 template <typename Acc>
 struct Sums {
-  Acc top;                     // largest y
-  Acc sum;                     // of e = E^(c y - shift), shift = shift_of(top)
-  Acc sum_t, sum_sq, sum_y;    // extras: of e (c y - shift), e^2, y
+  Acc top;                   // largest y
+  Acc sum;                   // of e = E^(c y - shift), shift = shift_of(top)
+  Acc sum_t, sum_sq, sum_y;  // extras: of e (c y - shift), e^2, y
 
   CPO_DEVICE static Sums none() { return {-Acc(INFINITY), 0, 0, 0, 0}; }
 };
@@ -24,7 +24,8 @@ CPO_DEVICE Acc shift_of(Acc top, Acc c) {
 }
 
 // Makes the sums relative to a larger top; the factor is the caller's to apply to `sum`. Where nothing is left of them
-// they become 0 by choice, not by product: relative to a top such as -3e38 that masks use for -inf, they may be infinite.
+// they become 0 by choice, not by product: relative to a top such as -3e38 that masks use for -inf, they may be
+// infinite.
 template <bool kExtras, typename Acc>
 CPO_DEVICE Acc raise(Sums<Acc>& a, Acc top, Acc c) {
   const Acc step = a.top == top ? Acc(0) : mul_rn(a.top, c) - shift_of(top, c);

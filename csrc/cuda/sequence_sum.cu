@@ -19,8 +19,8 @@ void sum(const Tensor& logps, const Tensor& cu, const Tensor& weights, bool aver
 // cu_seqlens stays on the device: a sequence that leaves the tokens becomes NaN instead of an error.
 Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average) {
   const ScalarType type = token_logps.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Double, kOp,
-        ": token_logps must be float32 or float64, got ", name_of(type));
+  check(type == ScalarType::Float || type == ScalarType::Double, kOp, ": token_logps must be float32 or float64, got ",
+        name_of(type));
   check(token_logps.dim() == 1, kOp, ": token_logps must have shape [N], got ", shape_of(token_logps));
   check_dtype("cu_seqlens", cu_seqlens, ScalarType::Long);
   check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, kOp, ": cu_seqlens must have shape [S + 1], got ",

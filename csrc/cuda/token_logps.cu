@@ -14,8 +14,7 @@ void check_on_device(const char* op, const Tensor& logits, const Tensor& labels)
   check(logits.is_cuda(), op, ": logits must be a CUDA tensor");
   check_device("labels", labels, "logits", logits);
   check(logits.size(0) <= kMaxGrid, op, ": logits may have at most ", kMaxGrid, " rows, got ", logits.size(0));
-  check(logits.size(1) <= kMaxColumns, op, ": logits may have at most ", kMaxColumns, " columns, got ",
-        logits.size(1));
+  check(logits.size(1) <= kMaxColumns, op, ": logits may have at most ", kMaxColumns, " columns, got ", logits.size(1));
 }
 
 // A copy from the device that the stream must be waited for; without it a label out of range makes its row NaN.

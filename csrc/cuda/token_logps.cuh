@@ -67,8 +67,7 @@ combine_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, const Sums<AccOf
 // softmaxes [rows] with grad = 1, or, where they are null, lse and grads [rows].
 template <typename T, int kThreads, bool kSoftcap>
 CPO_KERNEL(kThreads, blocks_for<T>(kThreads))
-write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const AccOf<T>* lse,
-             const AccOf<T>* grads) {
+write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const AccOf<T>* lse, const AccOf<T>* grads) {
   using Acc = AccOf<T>;
   const int64_t i = block_index() / pieces, label = p.labels[i];
   const Row<T> row(p.logits + i * p.stride, p.columns);

@@ -19,8 +19,16 @@ Problem<T> problem_of(T* logits, const int64_t* labels, int64_t rows, int64_t st
                       int64_t ignore_index, double scale, double softcap) {
   using Acc = AccOf<T>;
   const double nat = softcap > 0 ? softcap : scale;
-  return {logits, labels, rows, stride, ignore_index, int(width), int(columns),
-          Acc(nat), Acc(sizeof(Acc) == 4 ? nat * 1.4426950408889634 : nat), Acc(softcap > 0 ? scale / softcap : 0.0),
+  return {logits,
+          labels,
+          rows,
+          stride,
+          ignore_index,
+          int(width),
+          int(columns),
+          Acc(nat),
+          Acc(sizeof(Acc) == 4 ? nat * 1.4426950408889634 : nat),
+          Acc(softcap > 0 ? scale / softcap : 0.0),
           Acc(scale)};
 }
 
