@@ -18,7 +18,7 @@ from cpo_kernels import library
 
 ROOT = Path(__file__).parent.parent
 BUILD = (
-    "import sys; from pathlib import Path; from benchmarks.compile_table_cuda import build; build(Path(sys.argv[1]))"
+    "import sys; from pathlib import Path; from tools.compile_table.cuda_table import build; build(Path(sys.argv[1]))"
 )
 STREAM = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
 
