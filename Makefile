@@ -47,7 +47,7 @@ CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 JOBS ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
 
 test: .venv/test
-	OMP_NUM_THREADS=$$(( ($(CORES) + $(JOBS) - 1) / $(JOBS) )) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests benchmarks $(ARGS)
+	OMP_NUM_THREADS=$$(( ($(CORES) + $(JOBS) - 1) / $(JOBS) )) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=10 tests benchmarks $(ARGS)
 
 bench: .venv/bench
 	$(BIN)/cpo-kernels bench --device cpu --set default --out benchmarks/results/cpu.json $(ARGS)

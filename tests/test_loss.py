@@ -65,9 +65,11 @@ def test_fused_loss_and_gradients(case, budget, impl):
 
 
 @pytest.mark.parametrize("case", [CASES[0], {"loss_type": "aot"}, {"loss_type": ["simpo", "sft"]}], ids=str)
-@BUDGETS
+@pytest.mark.parametrize("budget", [None, 34 * ROW, 9 * ROW], ids=["one_chunk", "chunks", "two_pass"])
 def test_fused_loss_and_gradients_in_triton(case, budget):
     """The kernels' own tests go through every type and option; here each strategy, seconds in the interpreter."""
+    plan = cpo.FusedLinearCPOLoss(memory_budget=budget).plan(make_batch(8).labels, 101, torch.float64, device="cpu")
+    assert plan.layout.strategy == ("two_pass" if budget == 9 * ROW else "pairs")
     check_loss_and_gradients(case, budget, "triton")
 
 
