@@ -1,6 +1,6 @@
 # make demo    the main job on embedded defaults: a tiny model learns to follow requested scores (two cores, minutes)
 # make test    the unit tests, in a process for each core, up to four (JOBS=1: one)
-# make bench   ours against naive PyTorch and the peers; writes benchmarks/results/cpu.json (ARGS="--set ci": seconds)
+# make bench   ours against naive PyTorch and the baselines; writes benchmarks/results/cpu.json (ARGS="--set ci": seconds)
 # make gpu-check  every kernel on a GPU against the float64 oracle; writes benchmarks/results/check-gpu.json
 # make gpu-bench  make bench on a GPU, within 8 minutes; writes benchmarks/results/gpu.json
 # make gpu-pack  on a machine without a GPU: what tools/gpu.sh would build on one with, for sm_90, in build/gpu
@@ -34,7 +34,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PIP) --no-build-isolation -e '.[test]'
 	touch $@
 
-# The peers without what they pull in: torch is there, and their CUDA parts are not needed.
+# The baselines without what they pull in: torch is there, and their CUDA parts are not needed.
 .venv/bench: .venv/test
 	$(PIP) --no-deps liger-kernel cut-cross-entropy
 	touch $@

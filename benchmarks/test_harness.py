@@ -236,7 +236,7 @@ def test_only_right_results_are_timed_and_nothing_is_dropped(toys):
         "family": "head",
         "subjects": {"ours": rows["wrong"], "trl": rows["wrong"]},
     }
-    assert len(run.wrong_results([result])) == 1  # ours fails the run, a peer does not
+    assert len(run.wrong_results([result])) == 1  # ours fails the run, a baseline does not
 
 
 def test_subjects_take_turns_in_changing_order(toys):

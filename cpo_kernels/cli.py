@@ -26,7 +26,7 @@ COMMANDS = {
     "play": ("cpo_kernels.play.run", "a local page with a slider per objective that generates from a model"),
     "demo": ("cpo_kernels.demo.run", "the whole method on a small generated world, in minutes on a CPU"),
     "check": ("cpo_kernels.check.run", "every kernel on this device against the float64 oracle"),
-    "bench": ("cpo_kernels.bench.run", "ours, naive PyTorch and the peers side by side on this machine"),
+    "bench": ("cpo_kernels.bench.run", "ours, naive PyTorch and the baselines side by side on this machine"),
 }
 
 

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import test_kernels
 import torch
-from host_twin import COMPILER, LIBRARY_FLAGS, HostBackend, compile_host
+from host_emulation import COMPILER, LIBRARY_FLAGS, HostBackend, compile_host
 
 from cpo_kernels import reference
 from cpo_kernels.check.preference import preference_cases
@@ -21,7 +21,7 @@ def address(tensor):
 
 
 class HostKernels:
-    """The two ops of the twin, with the signatures of library.py."""
+    """The two ops of the host emulation, with the signatures of library.py."""
 
     def __init__(self, library: ctypes.CDLL, threads: int, seed: int = 0):
         self.library, self.threads = library, threads

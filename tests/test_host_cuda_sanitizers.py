@@ -1,7 +1,7 @@
 """The CUDA kernels as programs of real threads under the sanitizers, which find nothing, and find what is broken."""
 
 import pytest
-from host_twin import COMPILER, bites, run_sanitized
+from host_emulation import COMPILER, bites, run_sanitized
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 

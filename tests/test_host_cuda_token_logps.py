@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 import torch
-from host_twin import COMPILER, LIBRARY_FLAGS, HostBackend, broken_copy, compile_host
+from host_emulation import COMPILER, LIBRARY_FLAGS, HostBackend, broken_copy, compile_host
 
 from cpo_kernels import library
 from cpo_kernels.check.compare import Backend
@@ -45,7 +45,7 @@ CASES = {c.name: c for c in (*token_cases(), *limit_cases()) if not any(part in 
 
 
 class HostKernels:
-    """The token ops of the twin, with the signatures of library.py."""
+    """The token ops of the host emulation, with the signatures of library.py."""
 
     def __init__(self, library, block, multiprocessors, clusters, seed=0):
         self.library, self.machine = library, Machine(block, multiprocessors, clusters, seed)

@@ -2,7 +2,7 @@
 # A quarter of an hour on a GPU, most wanted first: tools/gpu.sh OUT first, then tools/gpu.sh OUT second (or single steps).
 #
 #   first    build  quick-cuda  quick-triton  kernels  head                      TOTAL_S=410
-#   second   check-cuda  check-triton  memcheck  racecheck  peers  training  growth  cold    TOTAL_S=330
+#   second   check-cuda  check-triton  memcheck  racecheck  baselines  training  growth  cold    TOTAL_S=330
 #
 # build takes the extensions from build/gpu (tools/gpu_pack.sh) where they fit the sources, else compiles them. A step may
 # take its share of TOTAL_S, and never what the later ones need at least. Everything is saved as it comes: OUT/gpu.log, a
@@ -12,12 +12,12 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 first=(build quick-cuda quick-triton kernels head)
-second=(check-cuda check-triton memcheck racecheck peers training growth cold)
+second=(check-cuda check-triton memcheck racecheck baselines training growth cold)
 # Percent of TOTAL_S: at most, and at least where time is short.
 declare -A most=([build]=25 [quick-cuda]=15 [quick-triton]=27 [kernels]=27 [head]=40
-  [check-cuda]=15 [check-triton]=30 [memcheck]=12 [racecheck]=12 [peers]=30 [training]=20 [growth]=15 [cold]=10)
+  [check-cuda]=15 [check-triton]=30 [memcheck]=12 [racecheck]=12 [baselines]=30 [training]=20 [growth]=15 [cold]=10)
 declare -A least=([build]=1 [quick-cuda]=8 [quick-triton]=15 [kernels]=17 [head]=25
-  [check-cuda]=9 [check-triton]=15 [memcheck]=7 [racecheck]=7 [peers]=18 [training]=12 [growth]=8 [cold]=5)
+  [check-cuda]=9 [check-triton]=15 [memcheck]=7 [racecheck]=7 [baselines]=18 [training]=12 [growth]=8 [cold]=5)
 
 usage() {
   echo "usage: tools/gpu.sh OUT first|second|STEP...; steps: ${first[*]} ${second[*]}" >&2
@@ -147,7 +147,7 @@ for i in "${!steps[@]}"; do
     check-cuda) check cuda --processes $((processes < 4 ? processes : 4)) --out "$out/check-cuda.json" ;;
     check-triton) check triton --processes "$processes" --out "$out/check-triton.json" ;;
     memcheck | racecheck) sanitize ;;
-    peers) bench gpu-more.json --only head ;;
+    baselines) bench gpu-more.json --only head ;;
     training) bench gpu-more.json --only training_step ;;
     growth) bench gpu-more.json --only growth ;;
     cold) bench gpu-more.json --only cold_start ;;

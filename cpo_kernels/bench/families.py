@@ -1,9 +1,9 @@
 """Every family of subjects by name."""
 
-from cpo_kernels.bench import head, head_subjects, peers, preference, tokens, training_step
+from cpo_kernels.bench import baselines, head, head_subjects, preference, tokens, training_step
 from cpo_kernels.bench.subject import Family
 
-HEAD_SUBJECTS = {**head_subjects.SUBJECTS, **peers.SUBJECTS}
+HEAD_SUBJECTS = {**head_subjects.SUBJECTS, **baselines.SUBJECTS}
 FAMILIES = {
     "head": Family(head.Head, head.Batch, HEAD_SUBJECTS, "products", head.truth, head.limits),
     "tokens": tokens.FAMILY,

@@ -1,6 +1,6 @@
 """The head's workload, its tensors and its truth: a preference loss from hidden states, forward and backward.
 
-Every subject (`head_subjects`, `peers`) computes -mean log sigmoid(beta * d) over the pairs.
+Every subject (`head_subjects`, `baselines`) computes -mean log sigmoid(beta * d) over the pairs.
 """
 
 from collections.abc import Callable

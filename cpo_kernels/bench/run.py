@@ -1,4 +1,4 @@
-"""`cpo-kernels bench`: ours, naive PyTorch and the peers side by side on this machine.
+"""`cpo-kernels bench`: ours, naive PyTorch and the baselines side by side on this machine.
 
 cpo-kernels bench --set default --out results.json      # gpu where there is one
 cpo-kernels bench --set default --only head --subjects products ours cce --workload head=llama-3-8b,mode=frozen
@@ -72,7 +72,7 @@ def chosen_runs(args: argparse.Namespace, known: Set) -> list[Run]:
 
 
 def wrong_results(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Subjects of ours whose result was wrong: everything that is no peer and no naive form."""
+    """Subjects of ours whose result was wrong: everything that is no baseline and no naive form."""
     found = []
     for result in results:
         for name, row in result["subjects"].items():

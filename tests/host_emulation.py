@@ -56,7 +56,7 @@ def bites(source: str, folder: Path, sanitizer: str, file: str, there: str, inst
 
 
 class HostBackend(Backend):
-    """A backend of `cpo-kernels check` whose kernels are those of the twin: the rules of a GPU on CPU tensors."""
+    """A backend of `cpo-kernels check` with the kernels of the host emulation: a GPU's rules on CPU tensors."""
 
     def __init__(self, kernels: Any) -> None:
         super().__init__("cuda", torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The head by the peers, each as its project documents it; imported where it runs."""
+"""The head by the baselines, each as its project documents it; imported where it runs."""
 
 from collections.abc import Callable
 
@@ -84,8 +84,8 @@ def liger(b: Batch) -> Step:
     return Step(run)
 
 
-def no_softcap(peer: str) -> Callable[[Head, torch.device], str]:
-    return lambda workload, device: f"{peer} has no softcap" if workload.softcap else ""
+def no_softcap(baseline: str) -> Callable[[Head, torch.device], str]:
+    return lambda workload, device: f"{baseline} has no softcap" if workload.softcap else ""
 
 
 def torch_without_it(workload: Head, device: torch.device) -> str:
