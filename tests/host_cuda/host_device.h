@@ -1,5 +1,5 @@
-// The host emulation of csrc/cuda/device.h: the same names on a CPU, so that the kernel sources run where there is no GPU.
-// Define CPO_HOST_CUDA and include this folder. One of two engines runs the threads of a cluster (or lone block):
+// The host emulation of csrc/cuda/device.h: the same names on a CPU, so that the kernel sources run where there is no
+// GPU. Define CPO_HOST_CUDA and include this folder. One of two engines runs the threads of a cluster (or lone block):
 //
 //   fibers (default)         one OS thread; between two barriers the fibers run in an order drawn from `host_seed`.
 //   CPO_HOST_THREADS         real threads, for ThreadSanitizer and AddressSanitizer; small blocks, it is slow.
