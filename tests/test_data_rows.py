@@ -178,7 +178,7 @@ def test_tools_and_template_options_are_part_of_the_prompt(tmp_path):
 def test_prompts_in_several_columns(tmp_path):
     rows = [
         {"instruction": "Translate.", "input": "ciel", "system": "Be kind.", "response": "sky", "ratings": {}},
-        {"instruction": "Sing.", "input": "", "system": None, "response": "la", "ratings": {}},
+        {"instruction": "Sing.", "input": " ", "system": None, "response": "la", "ratings": {}},
     ]
     fields = {"prompt": "instruction", "input": "input", "system": "system"}
     first, second = load(tmp_path, rows, HONESTY, layout="answers", fields=fields)

@@ -44,13 +44,18 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
         if gguf and config.quantize:
             raise ValueError(f"model.quantize: {gguf} is quantized already; save the model as safetensors first")
         options = {"dtype": torch.float32, **source, **quantization(config)}
-        base = base_of_adapters(config)
+        adapters, base = [], base_of_adapters(config)
+        below = folder
+        while base is not None:  # adapters may lie over adapters
+            adapters.append(below)
+            below, base = base, adapted_model(base) if base != below else None
         try:
-            model = AutoModelForCausalLM.from_pretrained(base or folder, **options)
-            if base and getattr(model, "hf_quantizer", None):  # merging would round
-                model.load_adapter(folder)
-            elif base:
-                model = merge_adapters(model, folder)
+            model = AutoModelForCausalLM.from_pretrained(below, **options)
+            for adapter in reversed(adapters):
+                if getattr(model, "hf_quantizer", None):  # merging would round
+                    model.load_adapter(adapter)
+                else:
+                    model = merge_adapters(model, adapter)
         except (torch.OutOfMemoryError, ModuleNotFoundError):
             raise
         except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:  # cut off, of another shape
@@ -110,6 +115,8 @@ def check_model_path(name: str, key: str = "model.name") -> None:
     if not (path / "adapter_config.json").exists():
         raise ValueError(f"{key}: the folder {name} holds no model: no config.json, adapter_config.json or GGUF file")
     base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if base and Path(base).exists() and path.samefile(base):
+        raise ValueError(f"{key}: {name} holds adapters over itself: name their model in its adapter_config.json")
     return check_model_path(str(base), f"{key}: {name} holds adapters over another model")
 
 
