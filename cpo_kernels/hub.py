@@ -54,6 +54,8 @@ def check_model_path(name: str, key: str = "model.name") -> None:
     if not (path / "adapter_config.json").exists():
         raise ValueError(f"{key}: the folder {name} holds no model: no config.json, adapter_config.json or GGUF file")
     base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if base and Path(base).exists() and path.samefile(base):
+        raise ValueError(f"{key}: {name} holds adapters over itself: name their model in its adapter_config.json")
     return check_model_path(str(base), f"{key}: {name} holds adapters over another model")
 
 

@@ -9,6 +9,7 @@ import tiny
 import torch
 from test_training import RECORDS, curve, naive_seq_logps, run, values
 from tiny import one_thread  # noqa: F401
+from transformers import AutoModelForCausalLM
 
 from cpo_kernels.evaluation.likelihood import score_answers
 from cpo_kernels.evaluation.loading import find_model, load
@@ -239,6 +240,60 @@ def test_adapters_of_a_folder_become_part_of_its_model(tmp_path, base, kind):
     for found in (model, again.eval()):
         assert not adapters_module.has_adapters(found)
         torch.testing.assert_close(logits(found), expected, atol=1e-5, rtol=1e-4)
+
+
+def saved_adapters(folder, model, **keys):
+    """Logits of `model` with adapters, which are saved in `folder` with tokens and all."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **keys)).eval()
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return logits(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], None])
+def test_adapters_with_tokens_of_their_own(tmp_path, tie, saved):
+    config = read_config(tiny.config(model={"config": {**tiny.MODEL, "tie_word_embeddings": tie}})).model
+    load_model(config, None, tiny.tokenizer())[0].save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    expected = saved_adapters(tmp_path / "sft", model, target_modules=["q_proj"], modules_to_save=saved)
+    loaded = load_model(read_config({"model": str(tmp_path / "sft")}).model)[0].eval()
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_without_the_rows_of_their_tokens_are_refused(tmp_path):
+    config = read_config(tiny.config(model={"config": {**tiny.MODEL, "tie_word_embeddings": False}})).model
+    load_model(config, None, tiny.tokenizer())[0].save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    saved_adapters(tmp_path / "sft", model, target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"trained with 105 tokens over a model of 102, and hold only .*embed_tokens"):
+        load_model(read_config({"model": str(tmp_path / "sft")}).model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_over_adapters(tmp_path, base):
+    """All of them count, in their order; none may lie beside the weights, or over itself."""
+    saved_adapters(tmp_path / "sft", AutoModelForCausalLM.from_pretrained(base), target_modules=["q_proj"])
+    model = load_model(read_config({"model": str(tmp_path / "sft")}).model)[0]
+    model.name_or_path = str(tmp_path / "sft")
+    expected = saved_adapters(tmp_path / "dpo", model, target_modules=["q_proj", "v_proj"])
+    loaded = load_model(read_config({"model": str(tmp_path / "dpo")}).model)[0].eval()
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+    both = shutil.copytree(base, tmp_path / "both")
+    saved_adapters(both, AutoModelForCausalLM.from_pretrained(both), target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="holds adapters beside its weights; merge them into it first"):
+        load_model(read_config({"model": str(both)}).model)
+    (both / "config.json").unlink()
+    with pytest.raises(ValueError, match="both holds adapters over itself"):
+        load_model(read_config({"model": str(both)}).model)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -205,6 +205,14 @@ def numeric_keys(cls=Config, wrap=lambda tree: tree):
             yield pytest.param(give, f, int in innermost, id=f"{cls.__name__}.{f.name}")
 
 
+def test_numbers_that_yaml_reads_as_texts_are_numbers_in_options_too(tmp_path):
+    text = "loss: {options: {tie_margin: 1e-3, f_divergence: js_divergence}}\n"
+    (tmp_path / "c.yaml").write_text(text + "model: {config: {model_type: llama, rms_norm_eps: 1e-6}}\n")
+    config = read_config(tmp_path / "c.yaml", ["loss.options.label_smoothing=1e-1"])
+    assert config.loss.options == {"tie_margin": 1e-3, "f_divergence": "js_divergence", "label_smoothing": 0.1}
+    assert config.model.config == {"model_type": "llama", "rms_norm_eps": 1e-6}
+
+
 @pytest.mark.parametrize("give, key, whole", [*numeric_keys()])
 def test_every_number_has_a_range(give, key, whole):
     """What lies outside is refused with the key, the value and the range."""

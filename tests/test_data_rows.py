@@ -15,11 +15,12 @@ from tokenizers_at_odds import CHATML, byte_level
 from cpo_kernels.data.command import main
 from cpo_kernels.data.records import DataError, Record, Response, write_records
 from cpo_kernels.data.sources import load_records, notes
+from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.evaluation.requests import read_prompts
 from cpo_kernels.evaluation.run import main as evaluate
 from cpo_kernels.objectives import Objective
 from cpo_kernels.recipe.config import read_config
-from cpo_kernels.recipe.keys import SourceConfig
+from cpo_kernels.recipe.keys import SourceConfig, TemplateConfig
 from cpo_kernels.training.loop import train
 
 HONESTY = [Objective("honesty", 1, 5)]
@@ -46,7 +47,7 @@ def assistant(text, **keys):
 
 
 def keys(**extra):
-    return json.dumps(extra, sort_keys=True)
+    return json.dumps(extra)
 
 
 # -------------------------------------------------------------------- messages
@@ -127,6 +128,31 @@ def test_what_cannot_be_honoured_is_refused_with_its_row(tmp_path, change, reaso
     assert report["bad_lines"] == 1
 
 
+def test_tools_and_calls_are_written_as_the_row_has_them(tmp_path):
+    """In its order of keys, and from a table without those of other rows."""
+
+    def row(name, **arguments):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": arguments}}}
+        prompt = [user("Sky?"), assistant("", tool_calls=[call]), {"role": "tool", "content": "blue"}]
+        return {"prompt": prompt, "chosen": [assistant("Yes")], "rejected": [assistant("No")], "tools": [tool]}
+
+    rows = [row("sky", at="noon", zone="utc"), row("sea", depth=3, at=None)]
+    expected = load(tmp_path, rows, layout="pairs")
+    source = "{{ tools | tojson }}" + CHATML
+    text = PromptTemplate(byte_level(source), TemplateConfig("chat"), []).text(expected[0].prompt)
+    assert json.dumps(rows[0]["tools"]) in text and json.dumps(rows[0]["prompt"][1]["tool_calls"]) in text
+    assert '"at": null' in expected[1].prompt[0][2]  # which this row itself says
+    del rows[1]["prompt"][1]["tool_calls"][0]["function"]["arguments"]["at"]  # and from its tools
+    expected = load(tmp_path, rows, layout="pairs")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "t.parquet")
+    for found, record in zip(
+        load_records([tmp_path / "t.parquet"], data(layout="pairs"), [], {}), expected, strict=True
+    ):
+        assert json.loads(found.prompt[0][2]) == json.loads(record.prompt[0][2])
+        assert json.loads(found.prompt[2][2]) == json.loads(record.prompt[2][2])
+
+
 def test_tools_and_template_options_are_part_of_the_prompt(tmp_path):
     rows = [
         {
@@ -152,7 +178,7 @@ def test_tools_and_template_options_are_part_of_the_prompt(tmp_path):
 def test_prompts_in_several_columns(tmp_path):
     rows = [
         {"instruction": "Translate.", "input": "ciel", "system": "Be kind.", "response": "sky", "ratings": {}},
-        {"instruction": "Sing.", "input": "", "system": None, "response": "la", "ratings": {}},
+        {"instruction": "Sing.", "input": " ", "system": None, "response": "la", "ratings": {}},
     ]
     fields = {"prompt": "instruction", "input": "input", "system": "system"}
     first, second = load(tmp_path, rows, HONESTY, layout="answers", fields=fields)

@@ -97,6 +97,14 @@ def test_a_boundary_without_a_token_before_it_is_refused():
     assert pieces(made(legacy(begins=True), "{tags}{prompt}"), "Y", "es")[0] == [1]
 
 
+@pytest.mark.parametrize("kind", ["legacy", "byte level"])
+def test_an_empty_response_after_a_prompt_that_ends_in_the_end_token(kind):
+    """It is the end token alone, not nothing."""
+    template = made(TOKENIZERS[kind](), "{tags}{prompt}<eos>")
+    assert pieces(template, response="")[1] == [template.end_id] == pieces(template, response="<eos>")[1]
+    assert pieces(template, response="Yes")[1][-1] == template.end_id
+
+
 def test_a_tokenizer_in_python_that_ends_every_text():
     tokenizer = ByT5Tokenizer()
     prompt, response, _ = pieces(made(tokenizer))
@@ -150,6 +158,31 @@ def test_a_prompt_that_is_written_otherwise_before_an_answer():
     assert template.tokenizer.decode(prompt).endswith("assistant\n") and not whole
     assert template.tokenizer.decode(response) == "Yes<|im_end|>"
     assert template.tokenizer.decode(template.prompt_ids("Sky?")).endswith("assistant\n<think>")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("source", [GEMMA, CHATML, ENDS["no end"][0]])
+def test_a_prompt_is_encoded_once_for_all_its_responses(source, kind, monkeypatch):
+    """Up to its last special token, where the tokenizer cuts every text: the ids are those of the whole texts."""
+    tokenizer = TOKENIZERS[kind](template=source)
+    template, texts = made(tokenizer, "chat"), []
+    ids = template._ids
+    monkeypatch.setattr(template, "_ids", lambda given: texts.extend(given) or ids(given))
+    for prompt in ("Sky?", "Sky <|im_end|>\n Sky?", "▁ é\n"):
+        answers = ["Yes", "", "\n\nYes ", "<start_of_turn>No", " Sky<eos>"]
+        prompt_ids, responses, _ = template.encode(prompt, {"honesty": 5}, [Response(answer) for answer in answers])
+        before = template.text(prompt, {"honesty": 5})
+        for answer, response in zip(answers, responses, strict=True):
+            whole = ids([template._whole(before, prompt, {"honesty": 5}, Response(answer))])[0]
+            assert [*prompt_ids, *response][: len(whole)] == whole
+    assert sum("<honesty: 5>" in text for text in texts) == (13 if source == ENDS["no end"][0] else 3)
+
+
+def test_a_prompt_that_becomes_another_before_an_answer_is_refused():
+    """Else all from there on, what the user says too, would be trained as the response."""
+    counted = made(byte_level("{{ messages | length }}" + CHATML), "chat")
+    with pytest.raises(ValueError, match=r"'1<\|im_start\|>user.* of this prompt otherwise where an answer follows"):
+        pieces(counted)
 
 
 def model_that_says(tokenizer, ids):
@@ -237,6 +270,28 @@ def test_tool_calls_go_through_the_template():
 def test_what_the_template_leaves_out_is_refused_by_name(source, talk, reason):
     with pytest.raises(ValueError, match=reason):
         made(byte_level(source), "chat").text(talk)
+
+
+@pytest.mark.parametrize("read", ["m.thought", "m['thought']", "m.get('thought')", "messages[loop.index0].thought"])
+def test_an_earlier_thought_may_be_dropped_however_the_template_reads_it(read):
+    source = CHATML.replace("{{ m.content }}", "{% if loop.last %}{{ " + read + " or '' }}{% endif %}{{ m.content }}")
+    template, thought = made(byte_level(source), "chat"), json.dumps({"thought": "hm"})
+    assert "hm" not in template.text((("user", "a"), ("assistant", "b", thought), ("user", "c")))
+    _, (response,), _ = template.encode("a", None, [Response("b", {}, thought)])
+    assert template.tokenizer.decode(response) == "hmb<|im_end|>"
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_any_text_of_a_message_may_stand_in_the_prompt(role):
+    """Also the one that a template is tried with."""
+    talk = (("user", "a"), (role, "an answer"), ("user", "b"))
+    assert "an answer" in made(byte_level(CHATML), "chat").text(talk)
+
+
+def test_what_a_template_leaves_out_of_a_message_cannot_be_ignored():
+    source = CHATML.replace("m.content", "(m.content if m.role != 'system' else '')")
+    with pytest.raises(ValueError, match="use a template that writes it, or take it out of the row"):
+        made(byte_level(source), "chat").text((("system", "Be kind."), ("user", "Sky?")))
 
 
 def test_tools_and_template_options_reach_the_template():

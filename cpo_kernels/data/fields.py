@@ -128,7 +128,7 @@ def is_empty(value: Any) -> bool:
 
 def _json(value: Any, path: str) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+        return json.dumps(value, ensure_ascii=False)  # in the order of the row, which the template writes
     except TypeError as error:
         raise ValueError(f"field {path!r}: {error}, in {short(value)}") from None
 

@@ -94,10 +94,11 @@ def with_columns(prompt: Prompt, row: dict, fields: FieldMap) -> Prompt:
 
 
 def _column(row: dict, path: str | None) -> str | None:
-    """The text of an optional column; None where it is empty."""
+    """The text of an optional column; None where it is blank."""
     if path is None or is_empty(find(row, path)):
         return None
-    return text_of(row, path)
+    text = text_of(row, path)
+    return text if text.strip() else None
 
 
 def _option(row: dict, name: str) -> Any:

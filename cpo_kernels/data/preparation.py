@@ -68,7 +68,12 @@ def encodable(
         return records
     kept, bad = [], dict[str, DataError]()
     for record in records:
-        responses = []
+        try:
+            template.encode(record.prompt, None, record.responses, record.place)
+            kept.append(record)
+            continue
+        except DataError:
+            responses = []
         for response in record.responses:
             try:
                 template.encode(record.prompt, None, [response], record.place)

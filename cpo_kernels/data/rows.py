@@ -77,7 +77,18 @@ def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
         total = len(rows)
     except TypeError:  # a stream
         total = None
-    return ((f"{path}:row {number}", row) for number, row in enumerate(rows, 1)), total
+    return ((f"{path}:row {number}", _without_others_keys(row)) for number, row in enumerate(rows, 1)), total
+
+
+def _without_others_keys(value: Any, inside: bool = False) -> Any:
+    """`value` without the nulls in tools and calls of tools: Arrow gives every object there all keys that any row has,
+    and the chat template would write them."""
+    if isinstance(value, list):
+        return [_without_others_keys(item, inside) for item in value]
+    if isinstance(value, dict):
+        given = value.items() if not inside else ((name, x) for name, x in value.items() if x is not None)
+        return {name: _without_others_keys(x, inside or name in ("tools", "tool_calls")) for name, x in given}
+    return value
 
 
 def _damaged(path: str, error: BaseException) -> DataError:

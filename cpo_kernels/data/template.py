@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,9 @@ class PromptTemplate:
         if end is None:
             raise ValueError("the tokenizer has no end token (eos_token_id); responses could not end")
         self.end_id: int = end
+        tokens = tokenizer.added_tokens_decoder if self.chat and getattr(tokenizer, "is_fast", False) else {}
+        whole = {i: t for i, t in tokens.items() if t.special and not (t.normalized or t.single_word)}
+        self.cuts = {str(token): i for i, token in whole.items()}
 
     # ---------------------------------------------------------------- text
 
@@ -95,6 +99,23 @@ class PromptTemplate:
             f"the chat template ends this answer in {text[-20:]!r} and others in {self.closing + self.after!r}"
         )
 
+    def _check_begun(self, texts: Sequence[str], prompt: Prompt, condition: Mapping[str, float] | None) -> None:
+        """Raises ValueError where the prompt's own text, the first of `texts`, is another before an answer: all from
+        there on, the user's words too, would count as the response."""
+        before, common = texts[0], os.path.commonprefix(list(texts))
+        if not self.chat or len(common) == len(before):
+            return
+        options, messages = self._conversation(prompt, condition)
+        asked = os.path.commonprefix([before, self._render(messages, options)])  # without what begins an answer
+        ends = tuple(self._added().values())
+        while (shorter := asked.rstrip()) != asked or asked.endswith(ends):  # ... and what ends the last turn
+            asked = shorter if shorter != asked else asked[: -max(len(end) for end in ends if asked.endswith(end))]
+        if len(common) < len(asked):
+            raise ValueError(
+                f"the chat template writes {short(asked[len(common) :])} of this prompt otherwise where an answer "
+                "follows: use a template that writes a prompt the same way in both"
+            )
+
     def _conversation(self, prompt: Prompt, condition: Mapping[str, float] | None) -> tuple[dict, list[Message]]:
         tagged = self.tagged(prompt, condition)
         messages: list[Message] = [("user", tagged)] if isinstance(tagged, str) else list(tagged)
@@ -124,19 +145,22 @@ class PromptTemplate:
             said = [name for name in message if name not in ("role", "content")]
             plain = message["role"] in ("user", "assistant") and not said
             if i < len(given) - 1:  # of earlier turns a template may drop what it knows: a thought, say
-                said = [name for name in said if not re.search(rf"\bm\w*(\.|\[['\"]){name}\b", source)]
+                reads = r"\bm\w*(\[[^]]*\])?(\.|\[['\"]|\.get\(['\"])"
+                said = [name for name in said if not re.search(rf"{reads}{re.escape(name)}\b", source)]
             if message["content"].strip() and not (plain and message["content"].strip() in text):
                 said.append("content")
             for name in said:
-                other = message | {name: ANSWER} if name == "content" else {k: message[k] for k in message if k != name}
+                other = {k: v for k, v in message.items() if k != name}
+                other |= {name: message[name] + ANSWER} if name == "content" else {}
                 try:
                     lost = render([*given[:i], other, *given[i + 1 :]]) == text
                 except Exception:  # it reads what is not there now
                     lost = False
                 if lost:
+                    instead = "take it out of the row" if name == "content" else f"put {name} in data.fields.ignore"
                     raise ValueError(
                         f"the chat template leaves out {name} {short(message[name])} of the {message['role']}'s "
-                        f"message: use a template that writes it, or put {name} in data.fields.ignore"
+                        f"message: use a template that writes it, or {instead}"
                     )
         return text
 
@@ -190,12 +214,13 @@ class PromptTemplate:
             for response in responses:
                 texts.append(self._whole(before, prompt, condition, response))
             response = None
-            alone, *wholes = self._ids(texts)
+            self._check_begun(texts, prompt, condition)
+            alone, *wholes = self._ids_of_one_prompt(texts)
         except Exception as error:  # they raise what they like
             place = (response or next(iter(responses), Response(""))).place or place or short(prompt_text(prompt))
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise DataError(f"{place}: {kind}{error}") from error
-        wholes = [self._ended(ids) for ids in wholes]
+        wholes = [self._ended(ids, alone) for ids in wholes]
         lengths = [_common_prefix(alone, whole) for whole in wholes]
         if 0 in lengths:
             place = responses[lengths.index(0)].place or place or short(prompt_text(prompt))
@@ -206,10 +231,24 @@ class PromptTemplate:
         shared = min(lengths, default=len(alone))
         return tuple(alone[:shared]), tuple(tuple(whole[shared:]) for whole in wholes), shared == len(alone)
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        if self.closed or (ids and ids[-1] == self.end_id):
-            return ids
-        return [*ids, self.end_id]
+    def _ended(self, ids: list[int], prompt: list[int]) -> list[int]:
+        """With one end token, which a prompt that ends in one does not stand in for."""
+        said = ids[_common_prefix(prompt, ids) :]
+        return ids if self.closed or said[-1:] == [self.end_id] else [*ids, self.end_id]
+
+    def _ids_of_one_prompt(self, texts: list[str]) -> list[list[int]]:
+        """The ids of texts that begin alike, the first of them the prompt. Where a chat template writes a special token
+        the tokenizer cuts a text there before it does anything else: what stands before the last such token that
+        all texts have is encoded once."""
+        common = os.path.commonprefix(texts)
+        cut = max((common.rfind(token) for token in self.cuts), default=-1)
+        if cut <= 0 or len(texts) < 2:
+            return self._ids(texts)
+        prompt, tail, *tails = self._ids([texts[0], *(text[cut:] for text in texts)])
+        start = len(prompt) - len(tail)
+        if prompt[start:] != tail or tail[0] not in self.cuts.values():
+            return self._ids(texts)
+        return [prompt, *(prompt[:start] + ids for ids in tails)]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """The ids of texts, begun as the tokenizer begins one but once (a chat template writes its own start); what the

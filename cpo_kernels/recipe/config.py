@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -162,8 +163,15 @@ def _coerce(hint: Any, value: Any, name: str, help: str, range: str | None) -> A
         if number is not None:
             return number
     elif isinstance(value, typing.get_origin(hint) or hint):
-        return value
+        return _numbers(value) if hint is dict else value
     raise TypeError(f"{name}: expected {hint.__name__}, got {value!r} ({help})")
+
+
+def _numbers(value: Any) -> Any:
+    """`value` with the numbers that YAML reads as texts, 1e-6 and the like."""
+    if isinstance(value, dict):
+        return {name: _numbers(x) for name, x in value.items()}
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value) else value
 
 
 def _number(hint: type, value: Any) -> Any:

@@ -37,9 +37,14 @@ def merge_adapters(model: Any, folder: str) -> Any:
     need("peft", f"model.name {folder} holds adapters, which")
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
+    if has_adapters(model):  # transformers lays a folder's own adapters over its model as it loads it
+        raise ValueError(
+            f"model.name {folder}: the model below holds adapters beside its weights; merge them into it first"
+        )
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    _resize(model, load_peft_weights(folder, device="cpu"), folder, tied)
     adapted: Any = PeftModel.from_pretrained(model, folder)
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = adapted.peft_config["default"].peft_type
@@ -55,6 +60,27 @@ def merge_adapters(model: Any, folder: str) -> Any:
         layer.weight = nn.Parameter(layer.weight.detach().clone())
         model.config.tie_word_embeddings = False
     return adapted.merge_and_unload(safe_merge=True)
+
+
+def _resize(model: Any, saved: dict[str, Tensor], folder: str, tied: bool) -> None:
+    """Give embeddings and head the rows that `saved` has of them: those of tokens that came with the adapters."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    stems = [f"base_model.model.{name}." for name, module in model.named_modules() if module in ends]
+    found = {
+        stem: len(weight)
+        for stem in stems
+        for name, weight in saved.items()
+        if name.startswith(stem) and name.endswith(".weight")
+    }
+    rows, had = set(found.values()), len(ends[0].weight)
+    if not rows or rows == {had}:
+        return
+    if len(rows) > 1 or (len(found) < len(stems) and not tied):
+        raise ValueError(
+            f"model.name {folder}: the adapters were trained with {max(rows)} tokens over a model of {had}, and hold "
+            f"only {', '.join(found)}weight: save embeddings and head with them (peft's modules_to_save)"
+        )
+    model.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def add_adapters(model: Any, training: TrainingConfig, seed: int) -> Any:

@@ -44,13 +44,18 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
         if gguf and config.quantize:
             raise ValueError(f"model.quantize: {gguf} is quantized already; save the model as safetensors first")
         options = {"dtype": torch.float32, **source, **quantization(config)}
-        base = base_of_adapters(config)
+        adapters, base = [], base_of_adapters(config)
+        below = folder
+        while base is not None:  # adapters may lie over adapters
+            adapters.append(below)
+            below, base = base, adapted_model(base) if base != below else None
         try:
-            model = AutoModelForCausalLM.from_pretrained(base or folder, **options)
-            if base and getattr(model, "hf_quantizer", None):  # merging would round
-                model.load_adapter(folder)
-            elif base:
-                model = merge_adapters(model, folder)
+            model = AutoModelForCausalLM.from_pretrained(below, **options)
+            for adapter in reversed(adapters):
+                if getattr(model, "hf_quantizer", None):  # merging would round
+                    model.load_adapter(adapter)
+                else:
+                    model = merge_adapters(model, adapter)
         except (torch.OutOfMemoryError, ModuleNotFoundError):
             raise
         except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:  # cut off, of another shape
