@@ -72,7 +72,7 @@ def test_a_models_name_leaves_the_rest_of_its_section(tmp_path):
         ("matplotlib.pyplot", "plot", "pip install 'matplotlib<4,>=3.8'\n"),
         ("datasets", "data", "pip install 'datasets<6,>=4.7'\n"),
         ("trl.trainer", "trl", "pip install 'trl<2,>=1.16' 'datasets<6,>=4.7'\n"),
-        ("triton", "triton", "pip install 'triton>=3.4'\n"),
+        ("triton", "triton", "pip install 'triton>=3.6'\n"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys, package, extra, line):
