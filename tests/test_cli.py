@@ -430,3 +430,12 @@ def test_keys_and_usage(capsys):
     for wrong in (["train"], ["fly"], []):
         with pytest.raises(SystemExit):
             main(wrong)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base_model_name_or_path": null}', "itself"])
+def test_adapters_over_no_model(tmp_path, text):
+    if text == "itself":
+        text = json.dumps({"base_model_name_or_path": str(tmp_path)})
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="model.name: .*adapter_config.json names no model as base_model_name_or_path"):
+        check_model_path(str(tmp_path))

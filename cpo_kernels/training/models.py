@@ -109,8 +109,14 @@ def check_model_path(name: str, key: str = "model.name") -> None:
         raise ValueError(f"{key}: {name} is a run directory; its model is in {path / 'model'}")
     if not (path / "adapter_config.json").exists():
         raise ValueError(f"{key}: the folder {name} holds no model: no config.json, adapter_config.json or GGUF file")
-    base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    return check_model_path(str(base), f"{key}: {name} holds adapters over another model")
+    try:
+        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        usable = isinstance(base, str) and Path(base).resolve() != path.resolve()
+    except (ValueError, LookupError, TypeError):
+        usable = False
+    if not usable:
+        raise ValueError(f"{key}: {path / 'adapter_config.json'} names no model as base_model_name_or_path")
+    return check_model_path(base, f"{key}: {name} holds adapters over another model")
 
 
 def _package_folder(name: str) -> str:
