@@ -93,9 +93,11 @@ def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> Non
 
 def may_read(tensor: Tensor) -> bool:
     """Whether a check may read values: always on the CPU; on a GPU, where that waits, only under CPO_KERNELS_CHECK=1.
-    Not while torch traces or captures."""
+    Not while torch traces, transforms or captures."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY):
+        return False  # vmap and make_fx, which take no value of a tensor
     if tensor.device.type == "cpu":
         return True
     return checks_enabled() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

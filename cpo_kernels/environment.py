@@ -34,6 +34,19 @@ def chosen_device(text: str) -> torch.device:
     return torch.device(text)
 
 
+def check_options(out: Path | None, **numbers: float | None) -> None:
+    """ValueError for a number that is given and not positive, IsADirectoryError for an `out` that is a folder; makes
+    the folder of `out`."""
+    for name, value in numbers.items():
+        if value is not None and not value > 0:
+            unit = " of seconds" if name.endswith("limit") else ""
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: give a positive number{unit}")
+    if out is not None:
+        if out.is_dir():
+            raise IsADirectoryError(f"--out {out} is a folder: name a file in it")
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+
 def output_of(*command: str, cwd: Path | None = None) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=cwd).stdout.strip()
@@ -94,7 +107,6 @@ def processor(described: dict[str, Any]) -> str:
 
 def write_results(out: Path, content: dict[str, Any]) -> None:
     """As JSON, in one piece: a process that is killed leaves the file before or the file after."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     whole = out.with_name(f"{out.name}.tmp")
     whole.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(whole, out)

@@ -38,9 +38,10 @@ def check_exists(name: str, key: str, kind: str = "model") -> None:
     raise FileNotFoundError(f"{key}: {name} does not exist{reason}") from None
 
 
-def check_model_path(name: str, key: str = "model.name") -> None:
+def check_model_path(name: str, key: str = "model.name", over: tuple[Path, ...] = ()) -> None:
     """Raises FileNotFoundError or ValueError, within seconds, where `name` is neither a folder that holds a model (or
-    adapters over one) nor a model that the hub has. `key` is what the message calls it."""
+    adapters over one) nor a model that the hub has. `key` is what the message calls it, `over` the folders
+    whose adapters lie over it."""
     path = Path(name)
     if name.startswith("package:"):
         return check_model_path(package_folder(name), f"{key} {name}")
@@ -53,10 +54,16 @@ def check_model_path(name: str, key: str = "model.name") -> None:
         raise ValueError(f"{key}: {name} is a run directory; its model is in {path / 'model'}")
     if not (path / "adapter_config.json").exists():
         raise ValueError(f"{key}: the folder {name} holds no model: no config.json, adapter_config.json or GGUF file")
-    base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if base and Path(base).exists() and path.samefile(base):
+    try:
+        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError):
+        base = None
+    if not (isinstance(base, str) and base):
+        raise ValueError(f"{key}: {path / 'adapter_config.json'} names no model as base_model_name_or_path")
+    over = (*over, path.resolve())
+    if Path(base).resolve() in over:
         raise ValueError(f"{key}: {name} holds adapters over itself: name their model in its adapter_config.json")
-    return check_model_path(str(base), f"{key}: {name} holds adapters over another model")
+    return check_model_path(base, f"{key}: {name} holds adapters over another model", over)
 
 
 def package_folder(name: str) -> str:

@@ -79,6 +79,24 @@ def test_a_device_that_is_not_here_is_one_line(capsys, command, device):
     assert device in error
 
 
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_results_that_cannot_be_written_are_said_before_the_work(capsys, command, tmp_path):
+    assert main([command, "--device=cpu", "--list", f"--out={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert f"--out {tmp_path} is a folder" in error and error.count("\n") == 1
+    assert not list(tmp_path.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("option", ["--time-limit=nan", "--time-limit=0", "--rounds=-1", "--rounds=0", "--threads=0"])
+def test_numbers_of_bench_are_positive(capsys, option):
+    assert main(["bench", "--device=cpu", "--list", option]) == 2
+    assert f"{option.replace('=', ' ')}: give a positive number" in capsys.readouterr().err
+
+
+def test_a_time_limit_of_any_length():
+    assert run.main(["--device", "cpu", "--only", "sizes/float32/N=1,V=1", "--time-limit", "1e300"]) == 0
+
+
 def test_processes_side_by_side_give_every_case_once_in_order(tmp_path, capsys):
     only = ["labels*", "extreme/float32/not-finite", "sizes/*/N=5,V=2"]
     results = []

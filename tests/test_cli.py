@@ -439,3 +439,21 @@ def test_keys_and_usage(capsys):
     for wrong in (["train"], ["fly"], []):
         with pytest.raises(SystemExit):
             main(wrong)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_adapters_over_themselves(tmp_path, length):
+    """a over itself; a over b over a; ..."""
+    folders = [tmp_path / name for name in "abc"[:length]]
+    for folder, base in zip(folders, [*folders[1:], folders[0]], strict=True):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    with pytest.raises(ValueError, match="holds adapters over itself"):
+        check_model_path(str(folders[0]))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base_model_name_or_path": null}'])
+def test_adapters_over_no_model(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="model.name: .*adapter_config.json names no model as base_model_name_or_path"):
+        check_model_path(str(tmp_path))

@@ -117,7 +117,18 @@ def test_extensions_that_do_not_fit_are_compiled_there(tree, stale):
     assert (tree / "cpo_kernels/_C.abi3.so").read_text().strip() == "right"
 
 
-@pytest.mark.parametrize("arguments", [(), ("third",), ("head", "heads")])
+@pytest.mark.parametrize("slow", ["dispatch.kernels", "get_device_capability"])
+def test_a_build_that_hangs_takes_the_share_of_one_step(tree, slow):
+    """Loading what was packed, asking the device, compiling and loading again: together 2 s, and 1 s each after it."""
+    if slow == "get_device_capability":
+        (tree / "csrc" / "kernel.cu").write_text("a later source")
+    _, calls, log, seconds = run(tree, "build", "head", slow=slow, total=8)
+    limits = [int(line.split()[-1]) for line in log.splitlines() if line.startswith(("== build", "== compile"))]
+    assert seconds < 15 and sorted(limits)[:-1] == [1] * (len(limits) - 1) and max(limits) <= 2
+    assert steps(calls)[-1] == "bench head"
+
+
+@pytest.mark.parametrize("arguments", [(), ("third",), ("head", "heads"), ("first", "check-cuda")])
 def test_unknown_steps_run_nothing(tree, arguments):
     status, calls, text, _ = run(tree, *arguments)
     assert status == 2 and not calls and "usage: tools/gpu.sh OUT first|second|STEP..." in text

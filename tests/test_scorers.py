@@ -276,15 +276,25 @@ def test_the_key_does_not_follow_a_redirection(stub, monkeypatch):
         ('{"why": "uses {x} and {\\"y\\": 1}", "honesty": 2, "helpfulness": 3} So {that} is it', [2, 3]),
         ('As {f"{x}"} is wrong: {"honesty": 2, "helpfulness": 3}\n\nBut {"honesty": 5, "helpfulness": 5}', [2, 3]),
         ('<think>{"honesty": 5, "helpfulness": 5}? No.</think>{"honesty": 2, "helpfulness": 3}', [2, 3]),
+        ('<think>{"honesty": 5, "helpfulness": 5}? Or', "no JSON object"),  # cut off before the answer
+        ('[THINK]{"honesty": 5, "helpfulness": 5}[/THINK]{"honesty": 2, "helpfulness": 3}', [2, 3]),
+        ('<reasoning>{"honesty": 5, "helpfulness": 5}</reasoning> {"honesty": 2, "helpfulness": 3}', [2, 3]),
+        (
+            '<|channel|>analysis<|message|>{"honesty": 5, "helpfulness": 5}<|end|><|start|>assistant<|channel|>final'
+            '<|message|>{"honesty": 2, "helpfulness": 3}',
+            [2, 3],
+        ),
+        ('{"why": "</think> stands in it", "honesty": 2, "helpfulness": 3}', [2, 3]),
         ('{"scores": {"honesty": 2, "helpfulness": 3}, "why": "x"}', [2, 3]),
         ('[{"honesty": 2, "helpfulness": 3}]', [2, 3]),
         ('{"honesty": {"score": 2, "reason": "x"}, "helpfulness": {"Rating": "3/5"}}', [2, 3]),
         ('{"honesty": {"reason": "x", "points": 2}, "helpfulness": {"helpfulness": 3}}', [2, 3]),
         ('{"honesty": {"a": 2, "b": 3}, "helpfulness": 3}', "honesty is no number"),
+        ('{"honesty": {"confidence": 2}, "helpfulness": 3}', "honesty is no number"),
         ('{"Honesty": 2, " HELPFULNESS ": 3}', [2, 3]),
         ('{"honesty": [2], "helpfulness": 3}', "honesty is no number"),
         ("{" * 5000, "no JSON object"),
-        ('{"a":' * 5000, "no JSON object"),
+        ('{"a":' * 100_000, "no JSON object"),
         ('{"honesty": true, "helpfulness": 3}', "honesty is no number"),
         ('{"honesty": NaN, "helpfulness": 3}', "honesty is outside"),
         ("{broken", "no JSON object"),
@@ -298,6 +308,10 @@ def test_replies(reply, scores):
             parse_scores(reply, BOTH)
     else:
         assert [None if math.isnan(score) else score for score in parse_scores(reply, BOTH)] == scores
+
+
+def test_names_that_differ_in_case_alone_are_two():
+    assert parse_scores('{"honesty": 5, "Honesty": 1}', [HONESTY, Objective("Honesty", 1, 5)]) == [5, 1]
 
 
 def test_one_objective_takes_a_bare_number():
@@ -408,6 +422,44 @@ def test_how_long_a_rate_limit_waits(stub, waits, monkeypatch):
         assert told <= wait <= 1.3 * told
 
 
+@pytest.mark.parametrize(
+    "page",
+    [
+        (503, {"Transfer-Encoding": "chunked"}, {"error": "busy"}),  # the body is none
+        (200, {}, {"error": {"code": "1302", "message": "busy"}}),  # a number of the server's own
+        (200, {}, {"error": {"code": 0, "message": "busy"}}),
+    ],
+)
+def test_an_error_that_is_odd_is_tried_again(stub, waits, page):
+    stub.script = [page, GOOD["content"]]
+    assert judge(stub)(["p"], ["r"]) == [[4, 2]] and len(waits) == 1
+
+
+def test_a_page_of_open_brackets_is_no_completion(stub):
+    stub.script = [b"[" * 100_000]
+    with pytest.raises(ConnectionError, match="no chat completion"):
+        judge(stub)(["p"], ["r"])
+
+
+def test_a_key_from_a_file_and_one_that_no_header_takes(stub, monkeypatch):
+    """No message shows it."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    judge(stub)(["p"], ["r"])
+    assert stub.seen[0][1]["Authorization"] == f"Bearer {KEY}"
+    for wrong in (f"{KEY}\nsecond", f"{KEY}\u2192"):
+        monkeypatch.setenv("OPENAI_API_KEY", wrong)
+        with pytest.raises(ValueError, match="OPENAI_API_KEY holds characters") as caught:
+            judge(stub)(["p"], ["r"])
+        assert KEY not in str(caught.value)
+
+
+def test_half_a_character_in_a_reply_is_kept(stub, tmp_path):
+    stub.script = ['\ud800 {"honesty": 4, "helpfulness": 2}']
+    for _ in range(2):
+        assert judge(stub, cache=tmp_path)(["p"], ["r"]) == [[4, 2]]
+    assert len(stub.seen) == 1
+
+
 def test_a_refused_option_names_the_flag(stub):
     stub.script = [(400, {}, {"error": {"message": "'temperature' does not support 0 with this model"}})]
     with pytest.raises(ConnectionError, match="--judge-options '{}' leaves it out"):
@@ -431,6 +483,9 @@ def test_judge_refuses_what_cannot_work(stub):
         Judge("localhost", "m", BOTH)
     with pytest.raises(ValueError, match="judge URL 'http://localhost:port/v1': Port could not be cast"):
         Judge("http://localhost:port/v1", "m", BOTH)
+    for url in ("http://a..b/v1", "http://local host/v1", "http://localhost/\u00e9", "http://\u2603.org/v1"):
+        with pytest.raises(ValueError, match="judge URL"):
+            Judge(url, "m", BOTH)
     with pytest.raises(ValueError, match="at least 1, got 0 and 6"):
         judge(stub, parallel=0)
     with pytest.raises(ValueError, match="lacks {response}"):

@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
-from cpo_kernels.head.recompute import ALIGN, slabs
+from cpo_kernels.head import inputs
+from cpo_kernels.head.recompute import ALIGN, second_pass, slabs
+from cpo_kernels.ops.token_logps import HeadOptions
 
 
 @given(st.integers(0, 10_000), st.integers(0, 300_000), st.integers(0, 2**28))
@@ -26,6 +28,20 @@ def test_slabs_take_every_column_once(num_rows, num_columns, elements):
     assert widest <= 1 or num_rows * widest <= elements
     if len(parts) > 1 and widest >= ALIGN:
         assert all(part.start % ALIGN == 0 for part in parts)
+
+
+def test_padded_rows_stay_in_the_buffer(monkeypatch):
+    """Rows of V = 777 are padded to 832 elements, as on a GPU: 65 rows fit a buffer of 64 without their padding."""
+    monkeypatch.setattr(inputs, "row_stride", lambda width, dtype, device: -(-width // ALIGN) * ALIGN)
+    options = HeadOptions(-100, 1.0, 0.0, 777)
+    made = inputs.Head(torch.randn(777, 12), torch.empty(0), options, 64, "cpu")
+    starts = []
+    columns = made.columns
+    made.columns = lambda x, part: starts.append((g := columns(x, part)).data_ptr()) or g
+    x, labels = torch.randn(65, 12), torch.arange(65)
+    lse = (x @ made.weight.t()).logsumexp(1)
+    second_pass(made, x, labels, lse, torch.ones(65), True, True, False)
+    assert {*starts} == {made.buffer.data_ptr()}
 
 
 def gradients(hidden, weight, labels, bias, upstream, **options):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from heads import make_batch, relative_error
 from torch import func
+from torch.fx.experimental import proxy_tensor
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
@@ -43,3 +44,9 @@ def test_the_reference_runs_under_grad():
     (want,) = torch.autograd.grad(cpo.linear_token_logps(x, WEIGHT, LABELS).square().sum(), x)
     seen = func.grad(lambda t: reference.linear_token_logps(t, WEIGHT, LABELS).square().sum())(HIDDEN)
     assert relative_error(seen, want) < 1e-12
+
+
+@pytest.mark.parametrize("traced", [func.vmap, lambda f: lambda x: proxy_tensor.make_fx(f)(x)(x)])
+def test_value_is_plain_pytorch(traced):
+    objectives, ratings = [cpo.Objective("a", 0, 1), cpo.Objective("b", 0, 1)], torch.rand(3, 2)
+    assert torch.equal(traced(lambda x: cpo.value(x, None, objectives))(ratings), cpo.value(ratings, None, objectives))

@@ -26,9 +26,10 @@ usage() {
 out=${1:-}
 shift || usage
 case ${1:-} in
+  '') usage ;;
+  first | second) [ $# -eq 1 ] || usage ;;&
   first) steps=("${first[@]}") total=${TOTAL_S:-410} ;;
   second) steps=("${second[@]}") total=${TOTAL_S:-330} ;;
-  '') usage ;;
   *) steps=("$@") total=${TOTAL_S:-410} ;;
 esac
 for name in "${steps[@]}"; do [ -n "${most[$name]:-}" ] || { echo "unknown step $name" >&2; usage; }; done
@@ -92,6 +93,7 @@ print('loaded: ${impls[*]}')"
 }
 
 build() {
+  local targets until=$((SECONDS + limit))
   if [ "$device" = cpu ]; then
     loads build
     return
@@ -101,9 +103,11 @@ build() {
     loads build && return
   fi
   echo "no extensions of these sources in $pack that load here: compiling" | tee -a "$log"
-  local targets
-  targets=$($python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+  limit=$((until > SECONDS ? until - SECONDS : 1))  # 0 would be none
+  targets=$(timeout -k 5 "$limit" "$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+  limit=$((until > SECONDS ? until - SECONDS : 1))
   timed compile "$limit" env TORCH_CUDA_ARCH_LIST="$targets" "$python" setup.py build_ext --inplace
+  limit=$((until > SECONDS ? until - SECONDS : 1))
   loads build
 }
 

@@ -28,7 +28,7 @@ from cpo_kernels.bench.resume import Kept
 from cpo_kernels.bench.sets import SETS, Run, Set
 from cpo_kernels.bench.side_by_side import TIME_LIMIT, Bench, described
 from cpo_kernels.bench.training_step import TrainingStep
-from cpo_kernels.environment import chosen_device, describe, write_results
+from cpo_kernels.environment import check_options, chosen_device, describe, write_results
 
 PARTS = (*FAMILIES, "growth", "cold_start")
 PACKAGES = ("cut-cross-entropy", "liger-kernel", "trl", "transformers")
@@ -124,6 +124,7 @@ def write(out: Path | None, content: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(given)
+    check_options(args.out, time_limit=args.time_limit, rounds=args.rounds, threads=args.threads)
     chosen = SETS[args.set]
     device = chosen_device(args.device)
     runs = chosen_runs(args, chosen)

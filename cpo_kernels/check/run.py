@@ -30,7 +30,7 @@ import torch
 
 from cpo_kernels.backends import dispatch
 from cpo_kernels.check.compare import Backend, Case, Seen, Skip
-from cpo_kernels.environment import chosen_device, describe, write_results
+from cpo_kernels.environment import check_options, chosen_device, describe, write_results
 
 BACKENDS = ("cpu", "triton", "cuda")
 SAVE_S = 2.0  # between two writes of the results file
@@ -203,7 +203,7 @@ def run_beside(
         while working:
             try:
                 left = deadline - time.monotonic()
-                result = results.get(timeout=max(left, 0.0) if left < math.inf else None)
+                result = results.get(timeout=max(left, 0.0) if left < threading.TIMEOUT_MAX else None)
             except queue.Empty:
                 return
             if isinstance(result, BaseException):
@@ -336,9 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.processes < 1 or (args.in_process and args.processes > 1):
         raise ValueError(f"--processes {args.processes}: at least 1, and 1 with --in-process")
-    for option, value in (("--case-limit", args.case_limit), ("--time-limit", args.time_limit)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{option} {value:g}: give a positive number of seconds")
+    check_options(args.out, case_limit=args.case_limit, time_limit=args.time_limit)
     device = chosen_device(args.device)
     chosen = args.impl or backends_on(device)
     for backend in chosen:

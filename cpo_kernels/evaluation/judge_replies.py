@@ -11,7 +11,11 @@ from typing import Any
 from cpo_kernels.objectives import Objective
 
 NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+))(?:\s*(?:/|out of|of)\s*(\d+\.?\d*))?"  # 4, 4/5, 4 out of 5
-THOUGHTS = re.compile(r".*</think(?:ing)?>", re.S)  # reasoning that a server leaves in the reply
+# reasoning that a server leaves in the reply: how it begins, and how it ends
+THOUGHT = r"think|thinking|thoughts?|reasoning|analysis|reflection"
+BEGIN = re.compile(rf"\s*(?:<(?:{THOUGHT})>|\[THINK\]|<\|channel\|>analysis)", re.I)
+END = re.compile(rf"</(?:{THOUGHT})>|\[/THINK\]|<\|channel\|>final(?:<\|message\|>)?", re.I)
+SCORE_KEYS = ("score", "rating", "value", "points", "grade", "stars", "level", "number")
 
 
 class NoScore(ValueError):
@@ -24,27 +28,34 @@ class NoScore(ValueError):
 
 def parse_scores(reply: str, objectives: Sequence[Objective]) -> list[float]:
     """The scores in the first JSON object of the reply that holds one for every objective, itself or in an object
-    within it; of a single objective also a reply that is a number and nothing else. null is NaN, not rated."""
-    text = THOUGHTS.sub("", reply)
-    found = next((scores for o in _objects(text) if (scores := _holder(o, objectives)) is not None), None)
+    within it; of a single objective also a reply that is a number and nothing else. null is NaN, not rated. Objects
+    that stand in the model's thoughts before its answer do not count."""
+    ends = [match.end() for match in END.finditer(reply)]
+    answer = ends[-1] if ends else len(reply) if BEGIN.match(reply) else 0  # thoughts that were cut off have no answer
+    # an object may hold such a mark as text: the ones that end before it are thoughts
+    objects = (found for found, end in _objects(reply) if end > answer)
+    found = next((scores for o in objects if (scores := _holder(o, objectives)) is not None), None)
+    text = reply[answer:]
     if found is None and len(objectives) == 1 and re.fullmatch(NUMBER, text.strip()):
-        found = {_key(objectives[0].name): text}
+        found = {objectives[0].name: text}
     if found is None:
         names = ", ".join(o.name for o in objectives)
         raise NoScore(f"the judge's reply holds no JSON object with {names}: {reply[:200]!r}")
-    return [_score(found[_key(o.name)], o, reply) for o in objectives]
+    return [_score(_named(found, o.name), o, reply) for o in objectives]
 
 
-def _objects(text: str) -> Iterator[Any]:
-    """Every JSON object of the text that stands in no other, in order."""
+def _objects(text: str) -> Iterator[tuple[Any, int]]:
+    """(object, where it ends) of every JSON object of the text that stands in no other, in order."""
     decoder, place = json.JSONDecoder(), text.find("{")
     while place >= 0:
         end = place + 1
         try:
             found, end = decoder.raw_decode(text, place)
-            yield found
-        except (ValueError, RecursionError):  # a brace of prose
+            yield found, end
+        except ValueError:  # a brace of prose
             pass
+        except RecursionError:  # thousands of open braces: every next one would go as deep
+            return
         place = text.find("{", end)
 
 
@@ -52,12 +63,16 @@ def _key(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
+def _named(found: dict[str, Any], name: str) -> Any:
+    """The value under `name`, or else under the name that is written most alike."""
+    return found[name] if name in found else {_key(key): value for key, value in found.items()}[_key(name)]
+
+
 def _holder(found: Any, objectives: Sequence[Objective]) -> dict[str, Any] | None:
     """The object with a key for every objective: `found`, or the first within it."""
     if isinstance(found, dict):
-        named = {_key(name): value for name, value in found.items()}
-        if all(_key(o.name) in named for o in objectives):
-            return named
+        if {_key(o.name) for o in objectives} <= {_key(name) for name in found}:
+            return found
         found = list(found.values())
     if not isinstance(found, list):
         return None
@@ -68,9 +83,7 @@ def _score(value: Any, objective: Objective, reply: str) -> float:
     """A number; as text, also as a share of the scale's high end (4/5, 4 out of 5); or the one score of an object."""
     if isinstance(value, dict):
         named = {_key(name): x for name, x in value.items()}
-        known = [named[name] for name in ("score", "rating", "value", _key(objective.name)) if name in named]
-        numbers = [x for x in value.values() if isinstance(x, (int, float)) and not isinstance(x, bool)]
-        value = (known or (numbers if len(numbers) == 1 else [value]))[0]
+        value = next((named[name] for name in (*SCORE_KEYS, _key(objective.name)) if name in named), value)
     if isinstance(value, str) and (match := re.fullmatch(NUMBER, value.strip())):
         value = float(match[1]) if match[2] is None or float(match[2]) == objective.high else value
     if value is None:

@@ -91,14 +91,22 @@ class Judge:
     _scored: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if not re.match(r"https?://[^/]", self.url):
+        if not re.match(r"(?i:https?)://[^/]", self.url):
             raise ValueError(
                 f"judge URL {self.url!r} must begin with http:// or https://, such as http://localhost:8000/v1"
             )
         try:
-            urllib.parse.urlsplit(self.url).port  # noqa: B018 (raises where it is no number)
+            parts = urllib.parse.urlsplit(self.url)
+            parts.port  # noqa: B018 (raises where it is no number)
+            (parts.hostname or "").encode("idna")
+            if not re.fullmatch(r"[!-~]+", self.url):
+                raise ValueError("write it in ASCII without blanks (percent-encoded, a host as xn--...)")
         except ValueError as error:
             raise ValueError(f"judge URL {self.url!r}: {error}") from None
+        if not re.fullmatch(r"[ -~]*", self._key()):
+            raise ValueError(
+                f"the API key in the environment variable {self.key_env} holds characters that no header can"
+            )
         if min(self.parallel, self.tries) < 1:
             raise ValueError(f"the judge's parallel and tries must be at least 1, got {self.parallel} and {self.tries}")
         missing = [name for name in ("{prompt}", "{response}") if name not in self.template]
@@ -164,13 +172,16 @@ class Judge:
         self._scored = True
         if file:
             temporary = file.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps({"message": message, "reply": reply}, ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(json.dumps({"message": message, "reply": reply}), encoding="utf-8")
             temporary.replace(file)
         return found
 
+    def _key(self) -> str:
+        return os.environ.get(self.key_env, "").strip()  # of a file it ends with a line break
+
     def _reply(self, body: dict[str, Any]) -> tuple[str, bool]:
         """The text of one completion, and whether it was cut off at its longest."""
-        key = os.environ.get(self.key_env, "")
+        key = self._key()
         address = self.url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
         if key:
@@ -179,8 +190,13 @@ class Judge:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 data = answer.read()
         except urllib.error.HTTPError as error:
-            text = error.read(2000).decode("utf-8", "replace")
+            try:
+                text = error.read(2000).decode("utf-8", "replace")
+            except (OSError, http.client.HTTPException) as cut:  # the status is known all the same
+                text = type(cut).__name__
             raise self._refusal(error.code, f"{error.reason}: {text}", error.headers.get("Retry-After")) from None
+        except UnicodeError as error:  # redirected to a name that is none
+            raise ConnectionError(f"judge {address}: {error}") from None
         except (OSError, http.client.HTTPException) as error:  # unreachable, cut off, too slow
             problem = getattr(error, "reason", None) or str(error) or type(error).__name__
             raise Transient(f"judge {address}: {problem}") from None
@@ -197,13 +213,13 @@ class Judge:
             return text, choice.get("finish_reason") == "length"
         except (NoScore, ConnectionError):
             raise
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             kind = Transient if self._answered else ConnectionError  # a wrong address never gave one
             raise kind(f"judge {address}: this is no chat completion: {data[:200]!r}") from None
 
     def _refusal(self, code: int | None, text: str, retry_after: str | None) -> Exception:
         """What an error of the server means: another try, one text that it does not take, or the end."""
-        key = os.environ.get(self.key_env, "")
+        key = self._key()
         if key:
             text = text.replace(key, "***")  # some servers quote it
         problem = f"judge {self.url.rstrip('/')}/chat/completions: {'' if code is None else f'{code} '}{text[:500]}"
@@ -222,7 +238,7 @@ def _code(error: Any) -> int | None:
     """The HTTP status that an error object names, as a number or in words; None where it names none."""
     fields = [error.get(name) for name in ("code", "status", "type")] if isinstance(error, dict) else [error]
     for value in fields:
-        if str(value).isdecimal():
+        if re.fullmatch("[1-5][0-9][0-9]", str(value)):  # others are numbers of the server's own
             return int(str(value))
     words = " ".join(str(value) for value in fields).lower()
     return next((code for word, code in CODES.items() if word in words), None)

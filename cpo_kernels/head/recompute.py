@@ -42,7 +42,7 @@ def second_pass(
     weight, acc = head.weight, library.acc_dtype(x.dtype)
     options = head.options
     kernels, first, count = columns_here(head.kernels, options.vocab_size)
-    parts = slabs(x.shape[0], weight.shape[0], head.buffer.numel())
+    parts = slabs(x.shape[0], weight.shape[0], head.buffer.shape[0] * weight.shape[0])  # padding of rows apart
     power, db_power = sum_powers(coef, x, abs(options.scale))
     scaled, ones = scale_rows(x, coef / power), torch.ones_like(lse)
     dx = x.new_empty(x.shape if need_dx else 0, dtype=x.dtype if len(parts) == 1 else acc)
