@@ -42,7 +42,7 @@ def records() -> list[Record]:
         return Response(text, dict(ratings))
 
     return [
-        Record("tell me the backend of anna .", (rated("backend rome .", HELPFUL), rated("i don't know .", HONEST))),
+        Record("tell me the home of anna .", (rated("home rome .", HELPFUL), rated("i don't know .", HONEST))),
         Record(
             "tell me the pet and drink of leo .",
             (rated("pet cat , drink tea .", HELPFUL), rated("i don't know .", HONEST), rated("pet dog .", HELPFUL)),

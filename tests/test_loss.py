@@ -10,7 +10,8 @@ import torch
 from heads import BACKENDS, make_batch, relative_error, true_seq_logps
 
 import cpo_kernels as cpo
-from cpo_kernels import LOSS_TYPES, Objective, loss_options, reference
+from cpo_kernels import LOSS_TYPES, Objective, reference
+from cpo_kernels.losses.options import ALSO, OTHER_NAMES
 
 ROW = 101 * 8  # bytes of one row of float64 logits of the default batch
 OBJECTIVES = [Objective("helpfulness", 1, 5, weight=2.0, strength=0.5), Objective("honesty", 1, 5)]
@@ -439,11 +440,11 @@ def test_an_unknown_loss_type_names_what_it_may_be(name, hint):
 
 
 def test_other_names_of_loss_types_name_types_that_are_there():
-    for name, text in loss_options.OTHER_NAMES.items():
+    for name, text in OTHER_NAMES.items():
         assert name not in LOSS_TYPES
         words = set(re.findall(r"'(\w+)'", text)) | set(re.findall(r"with (\w+)", text))
         assert words and words <= {*LOSS_TYPES, *(f.name for f in fields(cpo.LossOptions))}, text
-    assert set(loss_options.ALSO.values()) <= loss_options.OTHER_NAMES.keys()
+    assert set(ALSO.values()) <= OTHER_NAMES.keys()
 
 
 HIDDEN, WEIGHT, LABELS = torch.randn(4, 9, 24), torch.randn(101, 24), torch.randint(101, (4, 9))

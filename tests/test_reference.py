@@ -572,7 +572,7 @@ def test_options_that_are_honoured(types, given, smoothing):
 @pytest.mark.parametrize(
     "types, given, smoothing, message",
     [
-        (["dpo"], set(), 0.0, "unknown loss_type 'dpo'; one of sigmoid, hinge"),
+        (["dpo"], set(), 0.0, "unknown loss_type 'dpo'; DPO is 'sigmoid'; one of sigmoid, hinge"),
         ([], set(), 0.0, "empty"),
         (["sigmoid"], {"gamma"}, 0.0, "unknown option 'gamma'"),
         (["sigmoid"], {"simpo_gamma"}, 0.0, "simpo_gamma has no meaning for loss_type 'sigmoid'; it works with simpo"),

@@ -1,4 +1,4 @@
-"""The Triton backend: the five kernels of `library.SCHEMAS` on NVIDIA and AMD GPUs, on CPU tensors in its interpreter."""
+"""The Triton backend: the five kernels of `library.SCHEMAS` on NVIDIA and AMD GPUs, or interpreted on CPU tensors."""
 
 from cpo_kernels.kernels.preference import preference, sequence_sum
 from cpo_kernels.kernels.token_logps import token_logps_bwd_, token_logps_fused_, token_logps_fwd
