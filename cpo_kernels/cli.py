@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: Sequence[str]) -> int:
     from cpo_kernels.recipe.arguments import config_arguments
-    from cpo_kernels.recipe.config import config_keys
+    from cpo_kernels.recipe.config import config_keys, read_config
 
     parser = argparse.ArgumentParser(prog="cpo-kernels train", description="Train one stage.")
     parser.add_argument("--resume", action="store_true", help="same as --training.resume true")
@@ -70,12 +71,15 @@ def train(argv: Sequence[str]) -> int:
             print(f"{name:32} {default!s:14} {help}")
         return 0
     overrides += [f"training.{name}=true" for name in ("resume", "overwrite") if getattr(args, name)]
+    config = read_config(args.config, overrides)
+    if not config.run_dir and os.environ.get("RANK", "0") == "0":
+        print("run_dir is not set: neither model nor metrics are kept (--run_dir FOLDER keeps them)", file=sys.stderr)
 
     from accelerate import PartialState
 
     from cpo_kernels.training.loop import train
 
-    result = train(args.config, overrides=overrides)
+    result = train(config)
     ranks = PartialState()
     if ranks.is_main_process:
         print(summary(result))

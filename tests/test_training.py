@@ -17,6 +17,7 @@ from cpo_kernels.data.preparation import load_data, units_of
 from cpo_kernels.data.records import Record, Response
 from cpo_kernels.objectives import value_gap
 from cpo_kernels.recipe.config import read_config
+from cpo_kernels.recipe.keys import ModelConfig
 from cpo_kernels.training import loop as loop_module
 from cpo_kernels.training import losses as losses_module
 from cpo_kernels.training.checkpoints import atomic_folder, checkpoints
@@ -251,8 +252,18 @@ def test_resumed_run_has_the_curve_of_an_unbroken_one(tmp_path, monkeypatch, sta
     assert rows == resumed.metrics
     with pytest.raises(ValueError, match=r"cannot resume .*: training.lr was 0.003 and is 0.1 now"):
         run(stage, **settings("broken", resume=True, lr=0.1))
-    with pytest.raises(ValueError, match="holds a run: set training.resume or training.overwrite"):
+    with pytest.raises(ValueError, match="holds a run: give --resume .*, --overwrite or another run_dir"):
         run(stage, **settings("broken"))
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path):
+    """It was trained anew from its first step, in place of the model that it had."""
+    settings = {"run_dir": str(tmp_path / "run"), "training": {"max_steps": 2, "checkpoint_every": 0}}
+    before = fingerprint(run(**settings).model)
+    settings["training"]["resume"] = True
+    with pytest.raises(ValueError, match="is finished and holds no checkpoint to go on from: .*--overwrite"):
+        run(**settings)
+    assert fingerprint(load_model(ModelConfig(str(tmp_path / "run" / "model")))[0]) == before
 
 
 def test_resume_refuses_another_model(tmp_path):

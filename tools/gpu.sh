@@ -60,6 +60,7 @@ timed() {  # name, seconds, command...
   timeout -k 5 "$limit" "$@" >>"$log" 2>&1 </dev/null
   status=$?
   [ $status -eq 0 ] || failed=1
+  [ $status -eq 124 ] || [ $status -eq 137 ] && echo "stopped at its share of $limit s: raise TOTAL_S" >>"$log"
   tail -c "+$((before + 1))" "$log" | tail -n 25 | cut -c -240
   echo "== $name: exit $status after $((SECONDS - start)) s of at most $limit" | tee -a "$log"
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from cpo_kernels.hub import check_exists, check_model_path, model_source
@@ -20,7 +21,9 @@ def load_tokenizer(config: ModelConfig, option: str = "--model.tokenizer FOLDER"
         check_model_path(config.name)
         folder, gguf = model_source(config)
     else:
-        raise ValueError("no tokenizer: set model.tokenizer or model.name, or pass one to train()")
+        raise ValueError("model.name is empty: --model FOLDER names a model, --model.tokenizer FOLDER a tokenizer")
+    if gguf and importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{folder}: {gguf} is a GGUF file, which needs the gguf package: pip install --no-deps gguf")
     reason = "its vocabulary is empty"  # what transformers makes for some models where the files are missing
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))

@@ -270,7 +270,7 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
     if plan.layout.row_limit != inputs.row_limit:
         raise ValueError(
             f"the plan was made for chunks of {plan.layout.row_limit} rows, this head takes {inputs.row_limit}: give "
-            f"plan() its vocab_size {inputs.width}, dtype {inputs.weight.dtype} and device"
+            f"plan() its vocab_size {inputs.width}, dtype {inputs.weight.dtype}, device {inputs.weight.device.type!r}"
         )
 
 

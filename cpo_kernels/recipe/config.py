@@ -35,7 +35,7 @@ def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] 
     elif isinstance(source, Mapping):
         tree = _copy(source)
     else:
-        tree = _yaml(Path(source).read_text(encoding="utf-8"), str(source)) or {}
+        tree = _yaml(_recipe(Path(source)).read_text(encoding="utf-8"), str(source)) or {}
         if not isinstance(tree, dict):
             raise ValueError(f"{source}: a config is a mapping of keys, got {type(tree).__name__}")
     for override in overrides:
@@ -52,6 +52,15 @@ def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] 
         raise ValueError(f"training.betas: AdamW takes two numbers, got {config.training.betas}")
     preference_loss(config, [Objective(**vars(objective)) for objective in config.objectives])
     return config
+
+
+def _recipe(path: Path) -> Path:
+    if not path.exists():
+        beside = [other.name for other in path.parent.glob("*.y*ml")]
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise FileNotFoundError(f"the recipe {path} does not exist{hint}")
+    return path
 
 
 def config_text(config: Config) -> str:

@@ -54,6 +54,11 @@ class RunDir:
             self.lock = hold(self.folder / "lock")
         if config.training.resume and (self.folder / "config.yaml").exists():
             self._check_same(config)
+            if (self.folder / "model").exists() and not any((self.folder / "checkpoints").glob("step-*")):
+                raise ValueError(
+                    f"run_dir {self.path} is finished and holds no checkpoint to go on from: training.overwrite "
+                    "(--overwrite) starts it again, another run_dir keeps it"
+                )
         elif is_main:
             self._check_free()
 
@@ -62,7 +67,7 @@ class RunDir:
         there = (self.folder / "config.yaml").exists()
         if there and not self.config.training.overwrite:
             raise ValueError(
-                f"run_dir {self.path} holds a run: set training.resume or training.overwrite, or another run_dir"
+                f"run_dir {self.path} holds a run: give --resume (training.resume), --overwrite or another run_dir"
             )
         return there
 
