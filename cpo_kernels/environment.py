@@ -1,8 +1,6 @@
 """What a result was measured on: hardware, versions, date and commit, for the files of `check` and `bench`."""
 
 import datetime
-import json
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -103,10 +101,3 @@ def describe(device: torch.device, packages: Sequence[str] = (), threads: int | 
 def processor(described: dict[str, Any]) -> str:
     """The CPU of `describe`, with the vector instructions that torch uses: not every CPU of a name has the same."""
     return f"{described['cpu']} ({described['cpu_capability']}), {described['threads']} threads"
-
-
-def write_results(out: Path, content: dict[str, Any]) -> None:
-    """As JSON, in one piece: a process that is killed leaves the file before or the file after."""
-    whole = out.with_name(f"{out.name}.tmp")
-    whole.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(whole, out)

@@ -18,10 +18,11 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import tiny  # noqa: E402
 
+from cpo_kernels import files  # noqa: E402
 from cpo_kernels.training import checkpoints, loop, rundir  # noqa: E402
 from cpo_kernels.training.models import fingerprint  # noqa: E402
 
-EVENTS = ("save_file", "_fsync", "replace", "rmtree", "update", "log")
+EVENTS = ("save_file", "fsync", "replace", "rmtree", "update", "log")
 STAGE = {"max_steps": 6, "checkpoint_every": 2, "eval_every": 3, "keep": 1, "tokens_per_microbatch": 400}
 
 
@@ -45,7 +46,7 @@ def watch(kill: tuple[str, int] | None) -> Counter:
 
         setattr(owner, name, wrapped)
 
-    owners = (checkpoints, checkpoints, checkpoints.os, checkpoints.shutil, loop, rundir.RunDir)
+    owners = (checkpoints, files, checkpoints.os, checkpoints.shutil, loop, rundir.RunDir)
     for owner, name in zip(owners, EVENTS, strict=True):
         wrap(owner, name)
     return counts

@@ -30,8 +30,8 @@ from benchmarks.claims.rated_lab import RatedBudget, RatedLab
 from benchmarks.claims.world_lab import Budget, WorldLab
 from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.pareto import hypervolume
+from cpo_kernels.files import atomic_text
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.checkpoints import atomic_text
 from cpo_kernels.training.rundir import versions
 
 SEARCH_SEED = 100

@@ -11,6 +11,7 @@ Ratios are medians over rounds of the ratio to the floor in the same round.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -28,7 +29,8 @@ from cpo_kernels.bench.resume import Kept
 from cpo_kernels.bench.sets import SETS, Run, Set
 from cpo_kernels.bench.side_by_side import TIME_LIMIT, Bench, described
 from cpo_kernels.bench.training_step import TrainingStep
-from cpo_kernels.environment import check_options, chosen_device, describe, write_results
+from cpo_kernels.environment import check_options, chosen_device, describe
+from cpo_kernels.files import atomic_text
 
 PARTS = (*FAMILIES, "growth", "cold_start")
 PACKAGES = ("cut-cross-entropy", "liger-kernel", "trl", "transformers")
@@ -118,7 +120,7 @@ def load() -> float:
 
 def write(out: Path | None, content: dict[str, Any]) -> None:
     if out is not None:
-        write_results(out, content)
+        atomic_text(json.dumps(content, indent=1) + "\n", out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ seconds. Exit status 1 where a case failed, or did not run before --time-limit.
 
 import argparse
 import fnmatch
+import json
 import math
 import multiprocessing
 import os
@@ -30,7 +31,8 @@ import torch
 
 from cpo_kernels.backends import dispatch
 from cpo_kernels.check.compare import Backend, Case, Seen, Skip
-from cpo_kernels.environment import check_options, chosen_device, describe, write_results
+from cpo_kernels.environment import check_options, chosen_device, describe
+from cpo_kernels.files import atomic_text
 
 BACKENDS = ("cpu", "triton", "cuda")
 SAVE_S = 2.0  # between two writes of the results file
@@ -361,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out:
             left = len(jobs) - len(results)
             content = {"environment": environment, "counts": counts(results), "left": left, "cases": results}
-            write_results(args.out, content)
+            atomic_text(json.dumps(content, indent=1) + "\n", args.out)
 
     if args.in_process:
         running = run_here(jobs, args.device, all_cases, deadline)

@@ -21,6 +21,7 @@ from cpo_kernels.data.records import Record, prompt_json, prompt_text
 from cpo_kernels.data.sources import load_records, notes
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.data.tokenizer import load_tokenizer
+from cpo_kernels.environment import check_options
 from cpo_kernels.evaluation.achieved import win_rates
 from cpo_kernels.evaluation.greedy import NO_COMMENT
 from cpo_kernels.evaluation.judgements import evaluate, score
@@ -36,9 +37,9 @@ from cpo_kernels.evaluation.requests import (
 )
 from cpo_kernels.evaluation.scorers import Scorer, make_scorer
 from cpo_kernels.evaluation.tables import rated_table, score_table
+from cpo_kernels.files import atomic_text
 from cpo_kernels.objectives import Objective, TagTemplate
 from cpo_kernels.recipe.keys import DataConfig
-from cpo_kernels.training.checkpoints import atomic_text
 from cpo_kernels.training.rundir import versions
 
 
@@ -108,11 +109,9 @@ def _read_answers(file: Path) -> tuple[dict[str, Any], list[Objective]]:
 
 def _writable(out: Path, report: Path | None) -> Path:
     """`out`, once its folder is there, and the report's: no work is lost on a path that cannot be written."""
-    for folder in (out.parent, report):
-        if folder is not None and not folder.is_dir():
-            folder.mkdir(parents=True)
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a folder: name a file in it")
+    check_options(out)
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
     return out
 
 

@@ -62,7 +62,8 @@ ALIGN = 64  # columns
 
 def row_stride(width: int, dtype: torch.dtype, device: torch.device) -> int:
     """Elements from one row of logits [n, width] to the next: on a GPU rows of an odd width (GPT-2's 50,257) are padded
-    to begin on 16-byte boundaries. Not measured on a GPU; on a CPU oneDNN packs what it multiplies in any case."""
+    to begin on 16-byte boundaries. Not measured on a GPU; on a CPU padding changes nothing: three bfloat16 products of
+    1024 x 768 x 50,257 took 1.00 times as long with it (0.82 to 1.31 beside other work)."""
     if device.type == "cpu" or width < ALIGN or width * dtype.itemsize % 16 == 0:
         return width
     return -(-width // ALIGN) * ALIGN

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cpo_kernels import files
+
 Named = Sequence[tuple[str, nn.Parameter]]
 FILES = ("model.safetensors", "optimizer.safetensors")
 State = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, dict]]
@@ -58,10 +60,10 @@ def save_checkpoint(folder: Path, tensors: State, state: dict, keep: int) -> Non
     """Write folder/step-N of state["step"], then delete all but the newest `keep`. Raises OSError where it cannot be
     written; the checkpoints before it stay."""
     path = folder / f"step-{state['step']:06d}"
-    *files, numbers = tensors
+    *parts, numbers = tensors
     try:
         with atomic_folder(path) as temporary:
-            for name, file in zip(FILES, files, strict=True):
+            for name, file in zip(FILES, parts, strict=True):
                 save_file(file, temporary / name)
             (temporary / "state.json").write_text(json.dumps(state | {"optimizer": numbers}))
     except (OSError, SafetensorError) as error:
@@ -130,27 +132,11 @@ class atomic_folder:  # noqa: N801 - used as a function
             shutil.rmtree(self.temporary, ignore_errors=True)
             return
         for path in [*_files(self.temporary), self.temporary]:
-            _fsync(path)
+            files.fsync(path)
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(self.temporary, self.folder)
-        _fsync(self.folder.parent)
-
-
-def atomic_text(text: str, path: Path) -> None:
-    """Write a file whole, or leave what was there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs may share a cache
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
+        files.fsync(self.folder.parent)
 
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from cpo_kernels.data.packing import Encoded, Unit
-from cpo_kernels.training.checkpoints import atomic_text
+from cpo_kernels.files import atomic_text
 from cpo_kernels.training.losses import StageLoss
 from cpo_kernels.training.parallel import share, together
 

@@ -23,9 +23,9 @@ import torch
 import yaml
 
 from cpo_kernels.data.records import Record, write_records
+from cpo_kernels.files import atomic_text
 from cpo_kernels.recipe.config import config_keys, config_text
 from cpo_kernels.recipe.keys import Config
-from cpo_kernels.training.checkpoints import atomic_text
 from cpo_kernels.training.trackers import Trackers, check_trackers
 
 # keys that may change between a run and its continuation
