@@ -26,6 +26,14 @@ SCHEMAS = {
     "token_logps_fused_": (
         f"(Tensor(a!) logits, Tensor labels, {_LOGIT_ARGS}, bool extras) -> (Tensor, Tensor, Tensor)"
     ),
+    "live_columns": (
+        f"(Tensor logits, Tensor labels, Tensor lse, float eps, int set_rows, {_LOGIT_ARGS})"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "live_grads": (
+        "(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets, int set_rows,"
+        f" {_LOGIT_ARGS}) -> Tensor"
+    ),
     "sequence_sum": "(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average) -> Tensor",
     "preference": (
         "(Tensor seq_logps, Tensor ref_logps, Tensor lengths, Tensor pairs, Tensor scores, Tensor conditions,"
