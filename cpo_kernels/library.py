@@ -34,6 +34,7 @@ SCHEMAS = {
         "(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets, int set_rows,"
         f" {_LOGIT_ARGS}) -> Tensor"
     ),
+    "live_sum": "(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets) -> Tensor",
     "sequence_sum": "(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average) -> Tensor",
     "preference": (
         "(Tensor seq_logps, Tensor ref_logps, Tensor lengths, Tensor pairs, Tensor scores, Tensor conditions,"

@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CPU, m) {
   m.impl("token_logps_fused_", TORCH_BOX(&cpo::token_logps_fused_));
   m.impl("live_columns", TORCH_BOX(&cpo::live_columns));
   m.impl("live_grads", TORCH_BOX(&cpo::live_grads));
+  m.impl("live_sum", TORCH_BOX(&cpo::live_sum));
   m.impl("sequence_sum", TORCH_BOX(&cpo::sequence_sum));
   m.impl("preference", TORCH_BOX(&cpo::preference));
 }

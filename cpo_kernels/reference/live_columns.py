@@ -81,6 +81,18 @@ def live_grads(
     return torch.cat(parts) if parts else logits.new_empty(0)
 
 
+def live_sum(tail: Tensor, tails: Tensor, made: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of dW [v, H]: sum_k tail_kv tails_k + sum_k made_k of the sets k that have column v, rounded once.
+
+    tail [sets, v] q of the sets, tails [sets, H] sum_t c_t tau_t x_t, made [sum_k a_k, H] = g_A^T (c X) of the sets in
+    turn; columns [sum_k a_k] in [0, v) and offsets [sets + 1] on the host as in `live_grads`.
+    """
+    total = tail.to(tails.dtype).t() @ tails
+    for low, high in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+        total[columns[low:high]] += made[low:high].to(tails.dtype)
+    return total.to(made.dtype)
+
+
 def _softmax(
     logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,19 @@ void check_sets(const char* op, int64_t set_rows) {
   check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
 }
 
+void check_columns(const char* op, const int64_t* columns, const int64_t* offsets, int64_t sets, int64_t count,
+                   int64_t width) {
+  check(offsets[0] == 0 && offsets[sets] == count, op, ": offsets must run from 0 to the number of columns, ", count,
+        ", got ", offsets[0], " to ", offsets[sets]);
+  for (int64_t k = 0; k < sets; ++k) {
+    check(offsets[k] <= offsets[k + 1], op, ": offsets must not fall, got ", offsets[k], " before ", offsets[k + 1]);
+    for (int64_t i = offsets[k]; i < offsets[k + 1]; ++i) {
+      check(columns[i] >= 0 && columns[i] < width && (i == offsets[k] || columns[i - 1] < columns[i]), op,
+            ": the columns of a set must rise within [0, ", width, "), got ", columns[i]);
+    }
+  }
+}
+
 // Row i counts where it has a label and its log-sum-exp is finite.
 template <typename Acc>
 bool counts(const Rows& rows, const Acc* lse, int64_t i) {
@@ -90,6 +103,47 @@ void gather_grads(const Rows& rows, const Acc* lse, const Acc* row_sums, const i
   });
 }
 
+// Rows [begin, end) of out; each set's columns are walked in order.
+template <typename Acc>
+void sum_tile(const RowKernels& kernels, ElementType type, int64_t size, int64_t begin, int64_t end, int64_t width,
+              char* out, const char* tail, int64_t tail_stride, const std::vector<const void*>& terms,
+              const int64_t* columns, const int64_t* offsets, const char* made) {
+  const int64_t sets = int64_t(terms.size());
+  std::vector<int64_t> next(sets);
+  for (int64_t k = 0; k < sets; ++k) {
+    next[k] = std::lower_bound(columns + offsets[k], columns + offsets[k + 1], begin) - columns;
+  }
+  std::vector<Acc> factors(sets);
+  std::vector<const void*> rows;
+  for (int64_t v = begin; v < end; ++v) {
+    rows.clear();
+    for (int64_t k = 0; k < sets; ++k) {
+      factors[k] = Acc(load_element(type, tail + (k * tail_stride + v) * size));
+      if (next[k] < offsets[k + 1] && columns[next[k]] == v) rows.push_back(made + next[k]++ * width * size);
+    }
+    kernels.sum_rows(out + v * width * size, width, factors.data(), terms.data(), sets, rows.data(),
+                     int64_t(rows.size()));
+  }
+}
+
+template <typename Acc>
+void sum_all(ElementType type, int64_t size, const Tensor& out, const Tensor& tail, const Tensor& tails,
+             const Tensor& columns, const int64_t* offsets, const Tensor& made) {
+  const RowKernels& kernels = kernels_for(type);
+  const int64_t sets = tails.size(0), width = tails.size(1), rows = tail.size(1);
+  std::vector<Acc> ordered(size_t(sets * width));
+  std::vector<const void*> terms;
+  for (int64_t k = 0; k < sets; ++k) {
+    kernels.in_lane_order(data_of<Acc>(tails) + k * width, ordered.data() + k * width, width);
+    terms.push_back(ordered.data() + k * width);
+  }
+  torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    sum_tile<Acc>(kernels, type, size, begin, end, width, static_cast<char*>(out.data_ptr()),
+                  static_cast<const char*>(tail.data_ptr()), tail.stride(0), terms, data_of<int64_t>(columns), offsets,
+                  static_cast<const char*>(made.data_ptr()));
+  });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
@@ -126,17 +180,11 @@ Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Ten
   check_vector("offsets", offsets, sets + 1);
   lse = dense(lse), row_sums = dense(row_sums), columns = dense(columns), offsets = dense(offsets);
   const int64_t* ends = data_of<int64_t>(offsets);
-  check(ends[0] == 0 && ends[sets] == columns.numel(), "live_grads: offsets must run from 0 to the number of columns, ",
-        columns.numel(), ", got ", ends[0], " to ", ends[sets]);
+  check_columns("live_grads", data_of<int64_t>(columns), ends, sets, columns.numel(), rows.columns);
   const int64_t* ids = data_of<int64_t>(columns);
   int64_t total = 0;
   for (int64_t k = 0; k < sets; ++k) {
-    check(ends[k] <= ends[k + 1], "live_grads: offsets must not fall");
     total += std::min(set_rows, rows.count - k * set_rows) * (ends[k + 1] - ends[k] + 1);
-    for (int64_t i = ends[k]; i < ends[k + 1]; ++i) {
-      check(ids[i] >= 0 && ids[i] < rows.columns && (i == ends[k] || ids[i - 1] < ids[i]),
-            "live_grads: the columns of a set must rise within [0, ", rows.columns, "), got ", ids[i]);
-    }
   }
   Tensor out = torch::stable::new_empty(logits, {total}, logits.scalar_type());
   char* g = static_cast<char*>(out.mutable_data_ptr());
@@ -144,6 +192,30 @@ Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Ten
     gather_grads(rows, data_of<double>(lse), data_of<double>(row_sums), ids, ends, set_rows, g);
   } else {
     gather_grads(rows, data_of<float>(lse), data_of<float>(row_sums), ids, ends, set_rows, g);
+  }
+  return out;
+}
+
+Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets) {
+  check(tail.dim() == 2 && tails.dim() == 2 && made.dim() == 2, "live_sum: tail, tails and made must be matrices");
+  const int64_t sets = tail.size(0), width = tails.size(1);
+  const ElementType type = element_type("live_sum", made.scalar_type());
+  const ScalarType acc = type == kFloat64 ? ScalarType::Double : ScalarType::Float;
+  check_dtype("tail", tail, made.scalar_type());
+  check_dtype("tails", tails, acc);
+  check_dtype("columns", columns, ScalarType::Long);
+  check_dtype("offsets", offsets, ScalarType::Long);
+  check_matrix("tails", tails, sets, width);
+  check_matrix("made", made, columns.numel(), width);
+  check_vector("offsets", offsets, sets + 1);
+  check(tail.size(1) <= 1 || tail.stride(1) == 1, "live_sum: tail must have unit stride over the columns");
+  tails = dense(tails), made = dense(made), columns = dense(columns), offsets = dense(offsets);
+  check_columns("live_sum", data_of<int64_t>(columns), data_of<int64_t>(offsets), sets, columns.numel(), tail.size(1));
+  Tensor out = torch::stable::new_empty(made, {tail.size(1), width}, made.scalar_type());
+  if (type == kFloat64) {
+    sum_all<double>(type, 8, out, tail, tails, columns, data_of<int64_t>(offsets), made);
+  } else {
+    sum_all<float>(type, type == kFloat32 ? 4 : 2, out, tail, tails, columns, data_of<int64_t>(offsets), made);
   }
   return out;
 }

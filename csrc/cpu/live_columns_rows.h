@@ -135,6 +135,55 @@ double gather_row(const T* x, const int64_t* columns, int64_t n, const RowMap& m
   return -sum;
 }
 
+// ---- sums of rows of dW
+// --------------------------------------------------------------------------------------------------
+
+template <typename T>
+void in_lane_order(const void* from, void* to, int64_t n) {
+  using S = typename AccOf<T>::Scalar;
+  constexpr long kStep = 2 * AccOf<T>::Vec::kLanes;
+  static const LaneOrder<T> order;
+  const long whole = n - n % kStep;
+  for (long i = 0; i < n; ++i) {
+    const long at = i < whole ? i - i % kStep + order.column[i % kStep] : i;
+    static_cast<S*>(to)[i] = static_cast<const S*>(from)[at];
+  }
+}
+
+template <typename T>
+void sum_rows(void* out, int64_t n, const void* factors_v, const void* const* terms_v, int64_t num_terms,
+              const void* const* made_v, int64_t num_made) {
+  using V = typename AccOf<T>::Vec;
+  using S = typename AccOf<T>::Scalar;
+  constexpr long W = V::kLanes;
+  constexpr long kStep = 2 * W;
+  const S* factors = static_cast<const S*>(factors_v);
+  const S* const* terms = reinterpret_cast<const S* const*>(terms_v);
+  const T* const* made = reinterpret_cast<const T* const*>(made_v);
+  const long whole = n - n % kStep;
+  for (long i = 0; i < whole; i += kStep) {
+    V a = set1(V{}, S(0)), b = a;
+    for (int64_t k = 0; k < num_terms; ++k) {
+      const V factor = set1(V{}, factors[k]);
+      a = fma(factor, loadu(V{}, terms[k] + i), a);
+      b = fma(factor, loadu(V{}, terms[k] + i + W), b);
+    }
+    for (int64_t k = 0; k < num_made; ++k) {
+      V c, d;
+      load2(made[k] + i, c, d);
+      a = a + c;
+      b = b + d;
+    }
+    store2(static_cast<T*>(out) + i, a, b);
+  }
+  for (long i = whole; i < n; ++i) {
+    S total = 0;
+    for (int64_t k = 0; k < num_terms; ++k) total += factors[k] * terms[k][i];
+    for (int64_t k = 0; k < num_made; ++k) total += to_acc(made[k][i]);
+    from_acc(static_cast<T*>(out)[i], total);
+  }
+}
+
 // ---- the table
 // -----------------------------------------------------------------------------------------------------------
 
@@ -157,5 +206,5 @@ double gather_entry(const void* x, const int64_t* columns, int64_t n, const RowM
 
 template <typename T>
 constexpr RowKernels row_kernels() {
-  return {scan<T>, gradient<T>, y_of<T>, columns_entry<T>, gather_entry<T>};
+  return {scan<T>, gradient<T>, y_of<T>, columns_entry<T>, gather_entry<T>, sum_rows<T>, in_lane_order<T>};
 }

@@ -38,6 +38,17 @@ inline void store_element(ElementType type, void* p, double x) {
   }
 }
 
+inline ElementType element_type(const char* op, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::Double: return kFloat64;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    default: check(false, op, ": expected float32, bfloat16, float16 or float64, got ", name_of(type));
+  }
+  return kFloat32;
+}
+
 // The problem as every row sees it.
 struct Rows {
   ElementType type;
@@ -69,12 +80,7 @@ inline Rows describe(const char* op, const Tensor& logits, const Tensor& labels,
   check_token_arguments(op, logits, labels, scale, softcap, vocab_size);
   check(logits.is_cpu() && labels.is_cpu(), op, ": logits and labels must be CPU tensors");
   Rows rows{};
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: rows.type = kFloat32; break;
-    case ScalarType::Double: rows.type = kFloat64; break;
-    case ScalarType::BFloat16: rows.type = kBFloat16; break;
-    default: rows.type = kFloat16;
-  }
+  rows.type = element_type(op, logits.scalar_type());
   rows.element_size = rows.type == kFloat64 ? 8 : rows.type == kFloat32 ? 4 : 2;
   rows.count = logits.size(0);
   rows.width = logits.size(1);

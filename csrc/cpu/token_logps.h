@@ -65,6 +65,11 @@ struct RowKernels {
   // out[i] = -s of column columns[i], i in [0, n); returns the sum of s before it is rounded.
   double (*gather)(const void* x, const int64_t* columns, int64_t n, const RowMap& map, double shift, double factor,
                    void* out);
+  // out[i] = sum_k factors[k] * terms[k][i] + sum_j made[j][i], i in [0, n), rounded once. factors and terms are float
+  // or double; terms lie in the order that `in_lane_order` gives them.
+  void (*sum_rows)(void* out, int64_t n, const void* factors, const void* const* terms, int64_t num_terms,
+                   const void* const* made, int64_t num_made);
+  void (*in_lane_order)(const void* from, void* to, int64_t n);
 };
 
 enum ElementType { kFloat32, kBFloat16, kFloat16, kFloat64, kElementTypes };
