@@ -172,13 +172,13 @@ BODIES: dict[Any, Callable[..., Any]] = {}  # of the registered ops, flat, for t
 
 
 def functional_op(
-    name: str, fake: Callable[P, R], waits: bool = False
+    name: str, fake: Callable[..., R], waits: bool = False
 ) -> Callable[[Callable[P, R]], FunctionalOp[P, R]]:
     """An opaque op without mutation, run with autocast off: its products take the dtypes they are given.
 
     A parameter or a result that is a NamedTuple, of NamedTuples perhaps, stands for its fields: those are the arguments
     and results of the registered op. The function, `fake` and callers have the NamedTuples.
-    fake: the function's result on tensors without data: shapes and dtypes.
+    fake: from the function's arguments, a result of its shapes and dtypes.
     waits: the host may wait for the device inside, where no plan or index spares it. torch.compile then leaves the op
     out of its CUDA graphs (mode="reduce-overhead"), whose capture would fail.
 

@@ -117,15 +117,9 @@ class ShardedKernels:
         ]
 
     def token_logps_fwd(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        ignore_index: int,
-        scale: float,
-        softcap: float,
-        vocab_size: int,
+        self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
         extras: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         columns = self.columns(vocab_size)
         mine = columns[self.group.rank()]
         column, here = columns_of(labels, ignore_index, self.start, mine)
@@ -162,29 +156,16 @@ class ShardedKernels:
         return out[0], out[1], out[2:] if extras else lse.new_empty(0)
 
     def token_logps_bwd_(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        lse: Tensor,
-        grad: Tensor,
-        ignore_index: int,
-        scale: float,
-        softcap: float,
-        vocab_size: int,
-    ) -> None:
+        self, logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, ignore_index: int, scale: float,
+        softcap: float, vocab_size: int,
+    ) -> None:  # fmt: skip
         mine = self.columns(vocab_size)[self.group.rank()]
         columns_bwd_(self.kernels, logits, labels, lse, grad, ignore_index, scale, softcap, self.start, mine)
 
     def token_logps_fused_(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        ignore_index: int,
-        scale: float,
-        softcap: float,
-        vocab_size: int,
+        self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
         extras: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         head = ignore_index, scale, softcap, vocab_size
         logp, lse, extra = self.token_logps_fwd(logits, labels, *head, extras)
         self.token_logps_bwd_(logits, labels, lse, torch.ones_like(lse), *head)

@@ -3,7 +3,7 @@
 Logits of one chunk of rows exist at a time. `strategy` names the strategies.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from cpo_kernels.head.matmul import product
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.library import fake_token_logps, functional_op, refuse_double_backward
-from cpo_kernels.ops.token_logps import HeadOptions, token_extras
+from cpo_kernels.ops.token_logps import HeadOptions, TokenExtras, token_extras
 
 
 class TokenArgs(NamedTuple):
@@ -100,11 +100,7 @@ class BackwardArgs(NamedTuple):
     execution: Execution
 
 
-def _fake_backward(tensors: HeadTensors, args: BackwardArgs) -> InputGrads:
-    return fake_grads(tensors, args.needs)
-
-
-@functional_op("linear_token_logps_backward", fake=_fake_backward, waits=True)
+@functional_op("linear_token_logps_backward", fake=lambda tensors, args: fake_grads(tensors, args.needs), waits=True)
 def linear_token_logps_backward_op(tensors: HeadTensors, args: BackwardArgs) -> InputGrads:
     """The vector-Jacobian product of `linear_token_logps` from recomputed logits."""
     rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
@@ -159,6 +155,27 @@ def token_logps_of(
     return logp, extra, ref_logp
 
 
+@overload
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., ignore_index: int = ...,
+    softcap: float | None = ..., scale: float = ..., vocab_size: int | None = ..., extras: Literal[False] = ...,
+    index: Tensor | None = ..., memory_budget: int | None = ..., impl: str = ...,
+    vocab_shards: VocabShards | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., ignore_index: int = ...,
+    softcap: float | None = ..., scale: float = ..., vocab_size: int | None = ..., *, extras: Literal[True],
+    index: Tensor | None = ..., memory_budget: int | None = ..., impl: str = ...,
+    vocab_shards: VocabShards | None = ...,
+) -> tuple[Tensor, TokenExtras]: ...  # fmt: skip
+@overload
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., ignore_index: int = ...,
+    softcap: float | None = ..., scale: float = ..., vocab_size: int | None = ..., extras: bool = ...,
+    index: Tensor | None = ..., memory_budget: int | None = ..., impl: str = ...,
+    vocab_shards: VocabShards | None = ...,
+) -> Tensor | tuple[Tensor, TokenExtras]: ...  # fmt: skip
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -173,7 +190,7 @@ def linear_token_logps(
     memory_budget: int | None = None,
     impl: str = "auto",
     vocab_shards: VocabShards | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, TokenExtras]:
     """Token log-probs from hidden states: logp_t = z_{t,y_t} - logsumexp_v z_{t,v}, z = softcap(scale * (x W^T + b)).
 
     The logits never exist as a whole. The gradient is the true vector-Jacobian product for any upstream gradient: with

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpo_kernels import checks, library
+from cpo_kernels import checks
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.batch_plan import BatchPlan, Layout, PlanTensors
@@ -15,13 +15,13 @@ from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
 from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
 from cpo_kernels.head.strategy import budget_rows
 from cpo_kernels.head.token_logps import token_logps_of
-from cpo_kernels.library import PreferenceResult
+from cpo_kernels.library import PreferenceResult, acc_dtype, functional_op
 from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args
 from cpo_kernels.losses.options import LossOptions
 from cpo_kernels.losses.preference import PreferenceOutput, output
 from cpo_kernels.objectives import Objective
 from cpo_kernels.ops.preference import PreferenceArgs, preference, wpo_weights
-from cpo_kernels.ops.sequence_logps import check_cu_seqlens, sequence_logps_op, sequence_sums
+from cpo_kernels.ops.sequence_logps import SequenceLogps, check_cu_seqlens, sequence_logps_op
 from cpo_kernels.reference.sequences import ld_token_weights
 
 
@@ -123,9 +123,15 @@ class FusedLinearCPOLoss(nn.Module):
                 )
             ref_bias = bias if ref_weight is None and ref_bias is None else ref_bias
             ref_weight = weight if ref_weight is None else ref_weight
-            shared = ref_weight is weight and ref_bias is bias
-            ref_head = None if shared else (ref_weight, ref_bias, vocab_shards)
-            ref_rows, ref_logps = self.reference(inputs, sequences, ref_hidden, labels, ref_head)
+            with torch.no_grad():
+                if ref_weight is weight and ref_bias is bias:  # the policy's head, in the dtype of the products
+                    weight, bias = inputs.tensors.weight, inputs.tensors.bias if inputs.tensors.bias.numel() else None
+                    ref = head_inputs(ref_hidden, weight, labels, bias, self.head, inputs.shards)
+                    ref_rows = ref.tensors.hidden
+                    ref_logps = sequences.token_weights.new_zeros(sequences.lengths.shape)  # filled with the policy's
+                else:
+                    ref = head_inputs(ref_hidden, ref_weight, labels, ref_bias, self.head, vocab_shards)
+                    ref_logps = self.reference_logps(ref, sequences)
         elif ref_weight is not None or ref_bias is not None:
             raise ValueError("ref_weight and ref_bias have a meaning with ref_hidden only")
         given = PairInputs(
@@ -148,34 +154,18 @@ class FusedLinearCPOLoss(nn.Module):
             pairs, tensors = plan.pairs, plan.tensors
         elif pairs is None:
             pairs = default_pairs(lengths.shape[0], labels.device)
-        acc = library.acc_dtype(inputs.tensors.hidden.dtype)
+        acc = acc_dtype(inputs.tensors.hidden.dtype)
         token_weights = inputs.tensors.hidden.new_empty(0, dtype=acc)
         if self.options.ld_alpha is not None:
             ld_weights = _ld_weights_op(labels, offsets, lengths, pairs, self.options.ld_alpha, ignore_index)
             token_weights = ld_weights.to(acc)
         return _Sequences(offsets, lengths, pairs, token_weights, tensors)
 
-    @torch.no_grad()
-    def reference(
-        self,
-        inputs: HeadInputs,
-        sequences: _Sequences,
-        ref_hidden: Tensor,
-        labels: Tensor,
-        head: tuple[Tensor, Tensor | None, VocabShards | None] | None,
-    ) -> tuple[Tensor | None, Tensor]:
-        """Rows [M, H] that go through the policy's head, and log-probs [S]: of `head`, or (head None) to be filled."""
-        if head is None:  # the policy's, already in the dtype of the products
-            own = inputs.tensors
-            ref = head_inputs(
-                ref_hidden, own.weight, labels, own.bias if own.bias.numel() else None, self.head, inputs.shards
-            )
-            return ref.tensors.hidden, sequences.token_weights.new_zeros(sequences.lengths.shape[0])
-        weight, bias, shards = head
-        ref = head_inputs(ref_hidden, weight, labels, bias, self.head, shards)
+    def reference_logps(self, ref: HeadInputs, sequences: _Sequences) -> Tensor:
+        """[S], through the reference model's own head."""
         logps, *_ = token_logps_of(ref, False, self.impl, sequences.plan.row_index)
         token_weights = sequences.token_weights.to(logps.dtype)
-        return None, sequence_logps_op(logps, sequences.offsets, token_weights, False, self.impl)
+        return sequence_logps_op(logps, sequences.offsets, token_weights, False, self.impl)
 
     def from_hidden(
         self, inputs: HeadInputs, sequences: _Sequences, args: PreferenceArgs, ref_rows: Tensor | None
@@ -202,7 +192,7 @@ class FusedLinearCPOLoss(nn.Module):
         """Strategies `frozen` and `forward`: dX is kept per token, so any loss may follow."""
         weighted, offsets, token_weights = self.options.use_weighting, sequences.offsets, sequences.token_weights
         logp, extra, ref_logp = token_logps_of(inputs, weighted, self.impl, sequences.plan.row_index, ref_rows)
-        seq_logps = sequence_sums(logp, offsets, token_weights, False, self.impl)
+        seq_logps: Tensor = SequenceLogps.apply(logp, offsets, token_weights, False, self.impl)
         if ref_rows is not None:
             args = args._replace(ref_logps=sequence_logps_op(ref_logp, offsets, token_weights, False, self.impl))
         if weighted:
@@ -324,13 +314,7 @@ def label_counts(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tenso
     return before[cu_seqlens].diff()
 
 
-def _fake_ld_weights(
-    labels: Tensor, cu_seqlens: Tensor, lengths: Tensor, pairs: Tensor, ld_alpha: float, ignore_index: int
-) -> Tensor:
-    return labels.new_empty(labels.shape, dtype=torch.float64)
-
-
-@library.functional_op("ld_token_weights", fake=_fake_ld_weights)
+@functional_op("ld_token_weights", fake=lambda labels, *_: labels.new_empty(labels.shape, dtype=torch.float64))
 def _ld_weights_op(
     labels: Tensor, cu_seqlens: Tensor, lengths: Tensor, pairs: Tensor, ld_alpha: float, ignore_index: int
 ) -> Tensor:

@@ -65,11 +65,7 @@ def wpo_weights(aligned: Tensor, lengths: Tensor, pairs: Tensor) -> Tensor:
     return (aligned.double() / lengths.clamp(min=1)).exp()[pairs].prod(1)
 
 
-def _fake_preference(seq_logps: Tensor, args: PreferenceArgs, impl: str) -> PreferenceResult:
-    return fake_preference(seq_logps, args.pairs)
-
-
-@functional_op("preference_loss", fake=_fake_preference)
+@functional_op("preference_loss", fake=lambda seq_logps, args, impl: fake_preference(seq_logps, args.pairs))
 def preference_op(seq_logps: Tensor, args: PreferenceArgs, impl: str) -> PreferenceResult:
     return args.run(dispatch.kernels(impl, seq_logps), seq_logps)
 

@@ -11,20 +11,14 @@ from cpo_kernels.checks import check_types
 from cpo_kernels.library import fake_sequence_sum, functional_op, refuse_double_backward, refuse_transforms
 
 
-def _fake_sequence_logps(
-    token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor, average: bool, impl: str
-) -> Tensor:
-    return fake_sequence_sum(token_logps, cu_seqlens)
-
-
-@functional_op("sequence_logps", fake=_fake_sequence_logps)
+@functional_op("sequence_logps", fake=lambda token_logps, cu_seqlens, *_: fake_sequence_sum(token_logps, cu_seqlens))
 def sequence_logps_op(
     token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor, average: bool, impl: str
 ) -> Tensor:
     return dispatch.kernels(impl, token_logps).sequence_sum(token_logps, cu_seqlens, token_weights, average)
 
 
-class _SequenceLogps(torch.autograd.Function):
+class SequenceLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor, average: bool, impl: str
@@ -42,12 +36,6 @@ class _SequenceLogps(torch.autograd.Function):
             grad = grad / counts.clamp(min=1)
         grad = grad.repeat_interleave(counts, output_size=ctx.num_tokens)
         return (grad * token_weights if token_weights.numel() else grad), None, None, None, None
-
-
-def sequence_sums(token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor, average: bool, impl: str) -> Tensor:
-    """`sequence_logps` of checked arguments; token_weights may be [0]."""
-    sums: Tensor = _SequenceLogps.apply(token_logps, cu_seqlens, token_weights, average, impl)
-    return sums
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
@@ -98,4 +86,5 @@ def sequence_logps(
     elif token_weights.shape != token_logps.shape:
         raise ValueError(f"token_weights must have shape {tuple(token_logps.shape)}, got {tuple(token_weights.shape)}")
     weights = token_weights.detach().to(token_logps.dtype)
-    return sequence_sums(token_logps, cu_seqlens, weights, average, impl)
+    seq_logps: Tensor = SequenceLogps.apply(token_logps, cu_seqlens, weights, average, impl)
+    return seq_logps

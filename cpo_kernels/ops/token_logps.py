@@ -1,7 +1,7 @@
 """Token log-probs of logits that exist: the ops, their autograd, the public function."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -52,22 +52,12 @@ def head_options(
     return HeadOptions(int(ignore_index), float(scale), softcap or 0.0, width if vocab_size is None else vocab_size)
 
 
-def _fake_token_logps(logits: Tensor, labels: Tensor, options: HeadOptions, extras: bool, impl: str) -> TokenLogps:
-    return fake_token_logps(logits, extras)
-
-
-@functional_op("token_logps", fake=_fake_token_logps)
+@functional_op("token_logps", fake=lambda logits, labels, options, extras, impl: fake_token_logps(logits, extras))
 def token_logps_op(logits: Tensor, labels: Tensor, options: HeadOptions, extras: bool, impl: str) -> TokenLogps:
     return TokenLogps(*dispatch.kernels(impl, logits).token_logps_fwd(logits, labels, *options, extras))
 
 
-def _fake_backward(
-    logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, options: HeadOptions, impl: str
-) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@functional_op("token_logps_backward", fake=_fake_backward)
+@functional_op("token_logps_backward", fake=lambda logits, *_: logits.new_empty(logits.shape))
 def token_logps_backward_op(
     logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, options: HeadOptions, impl: str
 ) -> Tensor:
@@ -99,6 +89,21 @@ def token_extras(extra: Tensor, shape: Sequence[int]) -> TokenExtras:
     return TokenExtras(entropy, log_sum_sq_probs, mean_logit, is_top1 > 0.5)
 
 
+@overload
+def token_logps(
+    logits: Tensor, labels: Tensor, ignore_index: int = ..., softcap: float | None = ..., scale: float = ...,
+    vocab_size: int | None = ..., extras: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def token_logps(
+    logits: Tensor, labels: Tensor, ignore_index: int = ..., softcap: float | None = ..., scale: float = ...,
+    vocab_size: int | None = ..., *, extras: Literal[True], impl: str = ...,
+) -> tuple[Tensor, TokenExtras]: ...  # fmt: skip
+@overload
+def token_logps(
+    logits: Tensor, labels: Tensor, ignore_index: int = ..., softcap: float | None = ..., scale: float = ...,
+    vocab_size: int | None = ..., extras: bool = ..., impl: str = ...,
+) -> Tensor | tuple[Tensor, TokenExtras]: ...  # fmt: skip
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -108,7 +113,7 @@ def token_logps(
     vocab_size: int | None = None,
     extras: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, TokenExtras]:
     """Log-prob of each label: logp_t = z_{t,y_t} - logsumexp_v z_{t,v}, z = softcap * tanh(scale * logits / softcap).
 
     Args:
