@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
+from cpo_kernels.backends import dispatch
 from cpo_kernels.head import inputs
 from cpo_kernels.head.recompute import ALIGN, second_pass, slabs
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -34,13 +35,13 @@ def test_padded_rows_stay_in_the_buffer(monkeypatch):
     """Rows of V = 777 are padded to 832 elements, as on a GPU: 65 rows fit a buffer of 64 without their padding."""
     monkeypatch.setattr(inputs, "row_stride", lambda width, dtype, device: -(-width // ALIGN) * ALIGN)
     options = HeadOptions(-100, 1.0, 0.0, 777)
-    made = inputs.Head(torch.randn(777, 12), torch.empty(0), options, 64, "cpu")
+    made = inputs.Head(torch.randn(777, 12), torch.empty(0), options, 64, dispatch.kernels("cpu", torch.empty(0)))
     starts = []
     columns = made.columns
     made.columns = lambda x, part: starts.append((g := columns(x, part)).data_ptr()) or g
     x, labels = torch.randn(65, 12), torch.arange(65)
     lse = (x @ made.weight.t()).logsumexp(1)
-    second_pass(made, x, labels, lse, torch.ones(65), True, True, False)
+    second_pass(made, x, labels, lse, torch.ones(65), inputs.Needs(True, True, False))
     assert {*starts} == {made.buffer.data_ptr()}
 
 

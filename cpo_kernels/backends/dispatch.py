@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cpo_kernels import library, reference
 from cpo_kernels.extras import install_line
+from cpo_kernels.library import Kernels
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 # What `auto` takes on a GPU in place of Triton, by op and compute capability. Predicted from the machine code, not
@@ -104,10 +105,8 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     return impl
 
 
-def kernels(impl: str, tensor: Tensor) -> Any:
-    """The namespace that holds the five kernels of a backend, `impl@shards` for a vocabulary spread over ranks."""
-    if "@" in impl:
-        return importlib.import_module("cpo_kernels.backends.vocab_parallel").sharded_kernels(impl, tensor)
+def kernels(impl: str, tensor: Tensor) -> Kernels:
+    """The five kernels of the backend that `impl` names for this tensor."""
     backend = resolve_impl(impl, tensor.device)
     if impl == "auto" and backend == "triton" and not missing("cuda"):
         return _preferred_kernels(torch.cuda.get_device_capability(tensor.device))
@@ -115,17 +114,20 @@ def kernels(impl: str, tensor: Tensor) -> Any:
 
 
 @cache
-def _preferred_kernels(capability: tuple[int, int]) -> Any:
+def _preferred_kernels(capability: tuple[int, int]) -> Kernels:
     """Triton's kernels, but for those of PREFERRED where the CUDA extension can be loaded."""
     if _load_extension("_C_cuda"):
         return _kernels_of("triton")
     chosen = {op: PREFERRED.get((op, capability), "triton") for op in library.SCHEMAS}
-    return SimpleNamespace(**{op: getattr(_kernels_of(backend), op) for op, backend in chosen.items()})
+    mixture: Any = SimpleNamespace(**{op: getattr(_kernels_of(backend), op) for op, backend in chosen.items()})
+    return mixture
 
 
-def _kernels_of(backend: str) -> Any:
+def _kernels_of(backend: str) -> Kernels:
     if backend == "triton":
-        return importlib.import_module("cpo_kernels.kernels")
+        from cpo_kernels import kernels as triton_kernels
+
+        return triton_kernels
     if backend == "cuda" and (reason := _load_extension("_C_cuda")):
         raise RuntimeError(f"impl='cuda': the CUDA extension could not be loaded: {reason}")
     return reference if backend == "reference" else library.COMPILED

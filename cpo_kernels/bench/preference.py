@@ -77,7 +77,7 @@ def plain(b: Batch) -> Step:
 
 
 def truth(b: Batch) -> Outcome:
-    exact = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in b.args]
+    exact: list[Any] = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in b.args]
     return outcome(dispatch.kernels("reference", exact[0]).preference(*exact))
 
 

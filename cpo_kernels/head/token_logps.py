@@ -3,7 +3,7 @@
 Logits of one chunk of rows exist at a time. `strategy` names the strategies.
 """
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -11,101 +11,104 @@ from torch import Tensor
 from cpo_kernels import library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
-from cpo_kernels.head.grads import fake_grads, restore, scale_rows
-from cpo_kernels.head.inputs import Head, HeadInputs, check_index, head_inputs, labelled_rows
+from cpo_kernels.head.grads import InputGrads, fake_grads, restore, scale_rows
+from cpo_kernels.head.inputs import (
+    Execution,
+    HeadConfig,
+    HeadInputs,
+    HeadTensors,
+    Needs,
+    check_index,
+    head_inputs,
+    labelled_rows,
+)
 from cpo_kernels.head.matmul import product
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.head.strategy import chunks, even_rows
-from cpo_kernels.library import functional_op, refuse_double_backward
-from cpo_kernels.ops.token_logps import HeadOptions, token_extras
+from cpo_kernels.library import fake_token_logps, functional_op, refuse_double_backward
+from cpo_kernels.ops.token_logps import HeadOptions, TokenExtras, token_extras
 
 
-@functional_op("linear_token_logps", waits=True)
-def linear_token_logps_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    ref_hidden: Tensor,
-    options: HeadOptions,
-    extras: bool,
-    want_dx: bool,
-    row_limit: int,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden [M, H], labels [M], index [n] of the rows or [0], ref_hidden [M, H] or [0].
+class TokenArgs(NamedTuple):
+    """What `linear_token_logps_op` takes beside the head's tensors."""
 
-    Returns logp [M], lse [M], extra [4, M] or [0], dx [M, H] or [0] (for an incoming gradient of 1) and ref_logp [M]
-    or [0], the log-probs of ref_hidden through the same head.
-    """
-    acc, size, shared = library.acc_dtype(hidden.dtype), hidden.shape[0], ref_hidden.numel() > 0
-    rows = labelled_rows(hidden, labels, options.ignore_index, index)
+    row_index: Tensor  # [n] positions of the rows, or [0]
+    ref_hidden: Tensor  # [M, H] or [0]
+    options: HeadOptions
+    extras: bool
+    want_dx: bool
+    execution: Execution
+
+
+class HeadLogps(NamedTuple):
+    """Log-probs of a head, at all positions."""
+
+    logp: Tensor  # [M]
+    lse: Tensor  # [M]
+    extra: Tensor  # [4, M] or [0]
+    dx: Tensor  # [M, H] for an incoming gradient of 1, or [0]
+    ref_logp: Tensor  # [M], the log-probs of ref_hidden through the same head, or [0]
+
+
+def _fake_forward(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
+    hidden = tensors.hidden
+    logp, lse, extra = fake_token_logps(hidden, args.extras)
+    dx = hidden.new_empty(hidden.shape if args.want_dx else 0)
+    return HeadLogps(logp, lse, extra, dx, hidden.new_empty(args.ref_hidden.shape[0], dtype=logp.dtype))
+
+
+@functional_op("linear_token_logps", fake=_fake_forward, waits=True)
+def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
+    acc, size, row_limit = library.acc_dtype(tensors.hidden.dtype), tensors.hidden.shape[0], args.execution.row_limit
+    shared, extras, want_dx = args.ref_hidden.numel() > 0, args.extras, args.want_dx
+    rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
     count = rows.x.shape[0]
     step = even_rows(count, row_limit)
     max_rows = min(2 * step, row_limit) if shared and count else min(step, count)
-    head = Head(weight, bias, options, max_rows, impl)
+    head = args.execution.head(tensors, args.options, max_rows)
     logp, lse = (rows.x.new_empty(count, dtype=acc) for _ in range(2))
-    ref_x, ref_logp = (rows.gather(ref_hidden) if shared else None), logp.new_empty(count if shared else 0)
+    ref_x, ref_logp = (rows.gather(args.ref_hidden) if shared else None), logp.new_empty(count if shared else 0)
     extra = rows.x.new_empty((count, 4) if extras else (0,), dtype=acc)
     dx = torch.empty_like(rows.x) if want_dx else rows.x.new_empty(0)
     for low, high in chunks(count, step):
         part = slice(low, high)
         inputs = rows.x[part], rows.labels[part], extras, None if ref_x is None else ref_x[part]
         if want_dx:
-            g, logp[part], lse[part], seen, ref_part = head.fused(*inputs)
-            product(g, weight, dx[part])
+            g, logps = head.fused(*inputs)
+            product(g, tensors.weight, dx[part])
         else:
-            logp[part], lse[part], seen, ref_part = head.forward(*inputs)
+            logps = head.forward(*inputs)
+        logp[part], lse[part] = logps.logp, logps.lse
         if extras:
-            extra[part] = seen.t()
+            extra[part] = logps.extra.t()
         if shared:
-            ref_logp[part] = ref_part
+            ref_logp[part] = logps.ref_logp
     extra = rows.scatter(extra, size).t().contiguous() if extras else extra
     dx = rows.scatter(dx, size) if want_dx else dx
     ref_logp = rows.scatter(ref_logp, size) if shared else ref_logp
-    return rows.scatter(logp, size), rows.scatter(lse, size), extra, dx, ref_logp
+    return HeadLogps(rows.scatter(logp, size), rows.scatter(lse, size), extra, dx, ref_logp)
 
 
-@torch.library.register_fake("cpo_kernels::linear_token_logps")
-def _(hidden, weight, bias, labels, index, ref_hidden, i, s, c, v, extras, want_dx, row_limit, impl):
-    acc, size = library.acc_dtype(hidden.dtype), hidden.shape[0]
-    extra = hidden.new_empty((4, size) if extras else (0,), dtype=acc)
-    dx = hidden.new_empty(hidden.shape if want_dx else (0,))
-    logp, lse = (hidden.new_empty(size, dtype=acc) for _ in range(2))
-    return logp, lse, extra, dx, hidden.new_empty(ref_hidden.shape[0], dtype=acc)
+class BackwardArgs(NamedTuple):
+    """What `linear_token_logps_backward_op` takes beside the head's tensors."""
+
+    row_index: Tensor  # [n] positions of the rows, or [0]
+    lse: Tensor  # [M]
+    grad: Tensor  # [M]
+    options: HeadOptions
+    needs: Needs
+    execution: Execution
 
 
-@functional_op("linear_token_logps_backward", waits=True)
-def linear_token_logps_backward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    options: HeadOptions,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-    row_limit: int,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@functional_op("linear_token_logps_backward", fake=lambda tensors, args: fake_grads(tensors, args.needs), waits=True)
+def linear_token_logps_backward_op(tensors: HeadTensors, args: BackwardArgs) -> InputGrads:
     """The vector-Jacobian product of `linear_token_logps` from recomputed logits."""
-    size = hidden.shape[0]
-    rows = labelled_rows(hidden, labels, options.ignore_index, index)
-    count = rows.x.shape[0]
-    lse, grad = rows.gather(lse), rows.gather(grad)
-    head = Head(weight, bias, options, even_rows(count, row_limit), impl)
-    dx, dw, db, power = second_pass(head, rows.x, rows.labels, lse, grad, need_dx, need_dw, need_db)
-    dx = scale_rows(dx, grad) if need_dx else dx
-    return rows.scatter(dx, size) if need_dx else dx, restore(dw, power), db.to(weight.dtype)
-
-
-@torch.library.register_fake("cpo_kernels::linear_token_logps_backward")
-def _(hidden, weight, bias, labels, index, lse, grad, i, s, c, v, need_dx, need_dw, need_db, row_limit, impl):
-    return fake_grads(hidden, weight, need_dx, need_dw, need_db)
+    rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
+    lse, grad = rows.gather(args.lse), rows.gather(args.grad)
+    head = args.execution.head(tensors, args.options, even_rows(rows.x.shape[0], args.execution.row_limit))
+    grads = second_pass(head, rows.x, rows.labels, lse, grad, args.needs)
+    dx = rows.scatter(scale_rows(grads.dx, grad), tensors.hidden.shape[0]) if args.needs.dx else grads.dx
+    return InputGrads(dx, restore(grads.dw, grads.power), grads.db.to(tensors.weight.dtype))
 
 
 class LinearTokenLogps(torch.autograd.Function):
@@ -113,28 +116,25 @@ class LinearTokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, labels, index, ref_hidden, head, extras, train_hidden, train_head, row_limit, impl
-    ):
-        frozen = train_hidden and not train_head
-        logp, lse, extra, dx, ref_logp = linear_token_logps_op(
-            hidden, weight, bias, labels, index, ref_hidden, *head, extras, frozen, row_limit, impl
-        )
-        ctx.frozen, ctx.head, ctx.row_limit, ctx.impl = frozen, head, row_limit, impl
-        ctx.save_for_backward(*((dx,) if frozen else (hidden, weight, bias, labels, index, lse)))
-        ctx.mark_non_differentiable(extra, ref_logp)
-        return logp, extra, ref_logp
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, args: TokenArgs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = HeadTensors(hidden, weight, bias, labels)
+        out = linear_token_logps_op(tensors, args)
+        ctx.frozen, ctx.options, ctx.execution = args.want_dx, args.options, args.execution
+        ctx.save_for_backward(*((out.dx,) if ctx.frozen else (*tensors, args.row_index, out.lse)))
+        ctx.mark_non_differentiable(out.extra, out.ref_logp)
+        return out.logp, out.extra, out.ref_logp
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if ctx.frozen:
-            return scale_rows(ctx.saved_tensors[0], grad), *(None,) * 11
-        hidden, weight, bias, labels, index, lse = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = linear_token_logps_backward_op(
-            hidden, weight, bias, labels, index, lse, grad, *ctx.head, *needs, ctx.row_limit, ctx.impl
-        )
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
+            return scale_rows(ctx.saved_tensors[0], grad), None, None, None, None
+        *tensors, index, lse = ctx.saved_tensors
+        needs = Needs(*ctx.needs_input_grad[:3])
+        args = BackwardArgs(index, lse, grad, ctx.options, needs, ctx.execution)
+        grads = linear_token_logps_backward_op(HeadTensors(*tensors), args)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
 def token_logps_of(
@@ -146,13 +146,36 @@ def token_logps_of(
     function: type[LinearTokenLogps] = LinearTokenLogps,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiable logp [M], extra [4, M] or [0], and ref_logp [M] or [0], of checked inputs."""
-    i = inputs
-    index = i.labels.new_empty(0) if index is None else index
-    ref_hidden = i.weight.new_empty(0) if ref_hidden is None else ref_hidden
-    flags = (i.options, extras, i.needs[0], i.train_head, i.row_limit, i.backend(impl))
-    return function.apply(i.hidden, i.weight, i.bias, i.labels, index, ref_hidden, *flags)
+    tensors, needs = inputs.tensors, inputs.needs
+    index = tensors.labels.new_empty(0) if index is None else index
+    ref_hidden = tensors.weight.new_empty(0) if ref_hidden is None else ref_hidden
+    frozen = needs.dx and not needs.head
+    args = TokenArgs(index, ref_hidden, inputs.options, extras, frozen, inputs.execution(impl))
+    logp, extra, ref_logp = function.apply(*tensors, args)
+    return logp, extra, ref_logp
 
 
+@overload
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., ignore_index: int = ...,
+    softcap: float | None = ..., scale: float = ..., vocab_size: int | None = ..., extras: Literal[False] = ...,
+    index: Tensor | None = ..., memory_budget: int | None = ..., impl: str = ...,
+    vocab_shards: VocabShards | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., ignore_index: int = ...,
+    softcap: float | None = ..., scale: float = ..., vocab_size: int | None = ..., *, extras: Literal[True],
+    index: Tensor | None = ..., memory_budget: int | None = ..., impl: str = ...,
+    vocab_shards: VocabShards | None = ...,
+) -> tuple[Tensor, TokenExtras]: ...  # fmt: skip
+@overload
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., ignore_index: int = ...,
+    softcap: float | None = ..., scale: float = ..., vocab_size: int | None = ..., extras: bool = ...,
+    index: Tensor | None = ..., memory_budget: int | None = ..., impl: str = ...,
+    vocab_shards: VocabShards | None = ...,
+) -> Tensor | tuple[Tensor, TokenExtras]: ...  # fmt: skip
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -167,7 +190,7 @@ def linear_token_logps(
     memory_budget: int | None = None,
     impl: str = "auto",
     vocab_shards: VocabShards | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, TokenExtras]:
     """Token log-probs from hidden states: logp_t = z_{t,y_t} - logsumexp_v z_{t,v}, z = softcap(scale * (x W^T + b)).
 
     The logits never exist as a whole. The gradient is the true vector-Jacobian product for any upstream gradient: with
@@ -195,8 +218,8 @@ def linear_token_logps(
         TypeError, ValueError: wrong dtype, shape, device or option; on the CPU also a label outside [0, vocab_size).
         RuntimeError: a backend asked for by name that is not there; double backward.
     """
-    head = (ignore_index, softcap, scale, vocab_size, memory_budget)
-    inputs = head_inputs(hidden, weight, labels, bias, *head, vocab_shards)
+    config = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget)
+    inputs = head_inputs(hidden, weight, labels, bias, config, vocab_shards)
     dispatch.resolve_impl(impl, hidden.device)
     check_index(index, labels)
     logp, extra, _ = token_logps_of(inputs, extras, impl, index)

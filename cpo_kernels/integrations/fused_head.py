@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     raise explained(error, __name__) from error
 
-from cpo_kernels.head.inputs import head_inputs
+from cpo_kernels.head.inputs import HeadConfig, head_inputs
 from cpo_kernels.head.token_logps import LinearTokenLogps, token_logps_of
 from cpo_kernels.integrations.heads import (
     LogitMap,
@@ -104,10 +104,10 @@ def _forward(
     with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
         # As TRL, a weight of another dtype than the hidden states (a head saved in float32) is cast to theirs.
         w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))
-        i = head_inputs(hidden, w, shifted, b, -100, *numbers, None, memory_budget)
+        inputs = head_inputs(hidden, w, shifted, b, HeadConfig(-100, *numbers, None, memory_budget))
         extras = set(outputs) != {"log_probs"}
         function = _GatheredTokenLogps if hasattr(weight, "ds_id") else LinearTokenLogps
-        logps, extra, _ = token_logps_of(i, extras, impl, function=function)
+        logps, extra, _ = token_logps_of(inputs, extras, impl, function=function)
     fields = {"log_probs": logps.view(shifted.shape)}
     if extras:
         e = token_extras(extra, shifted.shape)

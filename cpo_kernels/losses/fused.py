@@ -1,20 +1,21 @@
 """`preference_loss` fused with the head: from hidden states to the loss and all gradients."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cpo_kernels import checks, library
+from cpo_kernels import checks
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
-from cpo_kernels.batch_plan import BatchPlan, Layout
+from cpo_kernels.batch_plan import BatchPlan, Layout, PlanTensors
 from cpo_kernels.checks import DTYPES, check_labels, check_types
-from cpo_kernels.head.inputs import HeadInputs, head_inputs
-from cpo_kernels.head.preference import linear_preference
+from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
+from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
 from cpo_kernels.head.strategy import budget_rows
 from cpo_kernels.head.token_logps import token_logps_of
+from cpo_kernels.library import PreferenceResult, acc_dtype, functional_op
 from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args
 from cpo_kernels.losses.options import LossOptions
 from cpo_kernels.losses.preference import PreferenceOutput, output
@@ -22,6 +23,16 @@ from cpo_kernels.objectives import Objective
 from cpo_kernels.ops.preference import PreferenceArgs, preference, wpo_weights
 from cpo_kernels.ops.sequence_logps import SequenceLogps, check_cu_seqlens, sequence_logps_op
 from cpo_kernels.reference.sequences import ld_token_weights
+
+
+class _Sequences(NamedTuple):
+    """Where the sequences of a batch are, and which are pairs."""
+
+    offsets: Tensor  # [S + 1] first position of each
+    lengths: Tensor  # [S] labelled positions of each
+    pairs: Tensor  # [P, 2]
+    token_weights: Tensor  # [M], or [0]: 1
+    plan: PlanTensors  # all [0] without a plan
 
 
 class FusedLinearCPOLoss(nn.Module):
@@ -61,7 +72,7 @@ class FusedLinearCPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.options = LossOptions.of({"objectives": objectives, "beta": beta, "loss_type": loss_type, **options})
-        self.head = (ignore_index, softcap, scale, vocab_size, memory_budget)
+        self.head = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget)
         dispatch.check_impl(impl)
         self.impl = impl
 
@@ -94,29 +105,14 @@ class FusedLinearCPOLoss(nn.Module):
         that name, holds the pairs, and keeps the host from waiting for a GPU. DTensors, and vocab_shards (of weight and
         ref_weight): see `linear_token_logps`. The rest: see `preference_loss`.
         """
-        inputs = head_inputs(hidden, weight, labels, bias, *self.head, vocab_shards)
+        inputs = head_inputs(hidden, weight, labels, bias, self.head, vocab_shards)
         check_types("a tensor", optional=True, pairs=pairs, ref_hidden=ref_hidden, cu_seqlens=cu_seqlens)
         dispatch.resolve_impl(self.impl, hidden.device)
-        cu_seqlens = sequence_offsets(hidden, labels, cu_seqlens)
-        lengths = label_counts(inputs.labels, cu_seqlens, inputs.options.ignore_index)
-        num_sequences = lengths.shape[0]
-        own_weight = weight if ref_weight is None else ref_weight
-        own_bias = bias if ref_weight is None and ref_bias is None else ref_bias
-        shared = ref_hidden is not None and own_weight is weight and own_bias is bias
+        sequences = self.sequences(inputs, sequence_offsets(hidden, labels, cu_seqlens), pairs, plan)
         if plan is not None:
-            check_plan(plan, inputs, lengths, pairs)
-            pairs = plan.pairs
             num_pairs = plan.num_pairs if num_pairs is None else num_pairs
             if chosen_tokens is None and self.options.averages_tokens:
                 chosen_tokens = plan.chosen_tokens
-        elif pairs is None:
-            pairs = default_pairs(num_sequences, hidden.device)
-        acc = library.acc_dtype(inputs.hidden.dtype)
-        token_weights = inputs.hidden.new_empty(0, dtype=acc)
-        if self.options.ld_alpha is not None:
-            token_weights = _ld_weights_op(
-                inputs.labels, cu_seqlens, lengths, pairs, self.options.ld_alpha, inputs.options.ignore_index
-            ).to(acc)
         ref_rows = None
         if ref_hidden is not None:
             if ref_logps is not None:
@@ -125,62 +121,85 @@ class FusedLinearCPOLoss(nn.Module):
                 raise ValueError(
                     f"ref_hidden must have shape {list(hidden.shape[:-1])} + [H], got {list(ref_hidden.shape)}"
                 )
-            if shared:  # already in the dtype of the products
-                own_weight, own_bias = inputs.weight, inputs.bias if inputs.bias.numel() else None
+            ref_bias = bias if ref_weight is None and ref_bias is None else ref_bias
+            ref_weight = weight if ref_weight is None else ref_weight
             with torch.no_grad():
-                shards = inputs.shards if shared else vocab_shards
-                ref = head_inputs(ref_hidden, own_weight, labels, own_bias, *self.head, shards)
-                if shared:
-                    ref_rows, ref_logps = ref.hidden, token_weights.new_zeros(num_sequences)  # filled with the policy's
+                if ref_weight is weight and ref_bias is bias:  # the policy's head, in the dtype of the products
+                    weight, bias = inputs.tensors.weight, inputs.tensors.bias if inputs.tensors.bias.numel() else None
+                    ref = head_inputs(ref_hidden, weight, labels, bias, self.head, inputs.shards)
+                    ref_rows = ref.tensors.hidden
+                    ref_logps = sequences.token_weights.new_zeros(sequences.lengths.shape)  # filled with the policy's
                 else:
-                    ref_token_logps, *_ = token_logps_of(ref, False, self.impl, None if plan is None else plan.index)
-                    ref_logps = sequence_logps_op(
-                        ref_token_logps, cu_seqlens, token_weights.to(ref_token_logps.dtype), False, self.impl
-                    )
+                    ref = head_inputs(ref_hidden, ref_weight, labels, ref_bias, self.head, vocab_shards)
+                    ref_logps = self.reference_logps(ref, sequences)
         elif ref_weight is not None or ref_bias is not None:
             raise ValueError("ref_weight and ref_bias have a meaning with ref_hidden only")
-        divisors = num_pairs, chosen_tokens
-        given = PairInputs(pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, *divisors)
-        args = kernel_args(self.options, given, num_sequences, lengths, token_weights)
-        if not inputs.train_head:
-            return self.from_token_logps(inputs, cu_seqlens, lengths, token_weights, args, plan, ref_rows)
-        none = labels.new_empty(0)
-        loss, losses, seq_logps, *metrics = linear_preference(
-            inputs,
-            token_weights,
-            inputs.hidden.new_empty(0) if ref_rows is None else ref_rows,
-            args,
-            self.options.use_weighting,
-            self.options.couples_pairs,
-            self.options.opposite,
-            (none.cpu(), none, none) if plan is None else (plan.host, plan.index, plan.tables),
-            self.impl,
+        given = PairInputs(
+            sequences.pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, num_pairs, chosen_tokens
         )
-        return output(loss, losses, seq_logps, metrics)
+        lengths, token_weights = sequences.lengths, sequences.token_weights
+        args = kernel_args(self.options, given, lengths.shape[0], lengths, token_weights)
+        run = self.from_hidden if inputs.needs.head else self.from_token_logps
+        return output(*run(inputs, sequences, args, ref_rows))
+
+    def sequences(
+        self, inputs: HeadInputs, offsets: Tensor, pairs: Tensor | None, plan: BatchPlan | None
+    ) -> _Sequences:
+        labels, ignore_index = inputs.tensors.labels, inputs.options.ignore_index
+        lengths = label_counts(labels, offsets, ignore_index)
+        none = labels.new_empty(0)
+        tensors = PlanTensors(torch.empty(0, dtype=torch.int64), none, none)
+        if plan is not None:
+            check_plan(plan, inputs, lengths, pairs)
+            pairs, tensors = plan.pairs, plan.tensors
+        elif pairs is None:
+            pairs = default_pairs(lengths.shape[0], labels.device)
+        acc = acc_dtype(inputs.tensors.hidden.dtype)
+        token_weights = inputs.tensors.hidden.new_empty(0, dtype=acc)
+        if self.options.ld_alpha is not None:
+            ld_weights = _ld_weights_op(labels, offsets, lengths, pairs, self.options.ld_alpha, ignore_index)
+            token_weights = ld_weights.to(acc)
+        return _Sequences(offsets, lengths, pairs, token_weights, tensors)
+
+    def reference_logps(self, ref: HeadInputs, sequences: _Sequences) -> Tensor:
+        """[S], through the reference model's own head."""
+        logps, *_ = token_logps_of(ref, False, self.impl, sequences.plan.row_index)
+        token_weights = sequences.token_weights.to(logps.dtype)
+        return sequence_logps_op(logps, sequences.offsets, token_weights, False, self.impl)
+
+    def from_hidden(
+        self, inputs: HeadInputs, sequences: _Sequences, args: PreferenceArgs, ref_rows: Tensor | None
+    ) -> tuple[PreferenceResult, Tensor]:
+        """Strategies `pairs`, `deferred` and `two_pass`: loss and gradients in one op."""
+        options = self.options
+        linear_args = LinearPreferenceArgs(
+            sequences.token_weights,
+            inputs.tensors.hidden.new_empty(0) if ref_rows is None else ref_rows,
+            args,
+            options.use_weighting,
+            options.couples_pairs,
+            options.opposite,
+            inputs.options,
+            inputs.needs,
+            sequences.plan,
+            inputs.execution(self.impl),
+        )
+        return linear_preference(inputs.tensors, linear_args)
 
     def from_token_logps(
-        self,
-        inputs: HeadInputs,
-        cu_seqlens: Tensor,
-        lengths: Tensor,
-        token_weights: Tensor,
-        args: PreferenceArgs,
-        plan: BatchPlan | None,
-        ref_rows: Tensor | None,
-    ) -> PreferenceOutput:
+        self, inputs: HeadInputs, sequences: _Sequences, args: PreferenceArgs, ref_rows: Tensor | None
+    ) -> tuple[PreferenceResult, Tensor]:
         """Strategies `frozen` and `forward`: dX is kept per token, so any loss may follow."""
-        weighted = self.options.use_weighting
-        index = None if plan is None else plan.index
-        logp, extra, ref_logp = token_logps_of(inputs, weighted, self.impl, index, ref_rows)
-        seq_logps = SequenceLogps.apply(logp, cu_seqlens, token_weights, False, self.impl)
+        weighted, offsets, token_weights = self.options.use_weighting, sequences.offsets, sequences.token_weights
+        logp, extra, ref_logp = token_logps_of(inputs, weighted, self.impl, sequences.plan.row_index, ref_rows)
+        seq_logps: Tensor = SequenceLogps.apply(logp, offsets, token_weights, False, self.impl)
         if ref_rows is not None:
-            args = args._replace(ref_logps=sequence_logps_op(ref_logp, cu_seqlens, token_weights, False, self.impl))
+            args = args._replace(ref_logps=sequence_logps_op(ref_logp, offsets, token_weights, False, self.impl))
         if weighted:
             aligned = (logp - extra[1]).detach()
-            sums = sequence_logps_op(aligned, cu_seqlens, aligned.new_empty(0), False, self.impl)
-            args = args.weighted(wpo_weights(sums, lengths, args.pairs))
-        loss, losses, *metrics = preference(seq_logps, args, self.impl)
-        return output(loss, losses, seq_logps, metrics)
+            sums = sequence_logps_op(aligned, offsets, aligned.new_empty(0), False, self.impl)
+            args = args.weighted(wpo_weights(sums, sequences.lengths, args.pairs))
+        return preference(seq_logps, args, self.impl), seq_logps
 
     def plan(
         self,
@@ -221,11 +240,10 @@ class FusedLinearCPOLoss(nn.Module):
             if tensor is not None and tensor.device.type != "cpu":
                 raise ValueError(f"a plan is made from CPU tensors, got {name} on {tensor.device}")
         check_labels(labels, labels.shape, "labels", labels.device)
-        ignore_index, memory_budget = self.head[0], self.head[4]
-        limit = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)
+        limit = budget_rows(vocab_size, dtype, torch.device(device), self.head.memory_budget)
         offsets = sequence_offsets(labels, labels, cu_seqlens)
         flat = labels.reshape(-1)
-        lengths = label_counts(flat, offsets, ignore_index)
+        lengths = label_counts(flat, offsets, self.head.ignore_index)
         pairs = default_pairs(lengths.shape[0], labels.device) if pairs is None else pairs
         check_pairs(pairs, lengths.shape[0], labels.device)
         num_pairs = chosen_tokens = None
@@ -235,14 +253,12 @@ class FusedLinearCPOLoss(nn.Module):
             zeros = torch.zeros(lengths.shape[0], dtype=torch.float64)
             args = kernel_args(plain, rated, len(zeros), lengths, zeros)  # checks the ratings, on a CPU
             if not all_positions:
-                order, counts = preference(zeros, args, "auto")[-2:]
-                chosen = pairs.gather(1, (order < 0).long()[:, None]).squeeze(1)
-                num_pairs = max(1.0, float(counts[0]))
-                chosen_tokens = max(1.0, float((lengths[chosen] * (order != 0)).sum()))
+                counts = args.counted(dispatch.kernels("auto", zeros), zeros.dtype)
+                num_pairs, chosen_tokens = counts.clamp(min=1).double().tolist()
         rows = offsets.diff() if all_positions else lengths
         flat_pairs = pairs.flatten().tolist()
         layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs, self.options.opposite)
-        index = torch.arange(len(flat)) if all_positions else (flat != ignore_index).nonzero().squeeze(1)
+        index = torch.arange(len(flat)) if all_positions else (flat != self.head.ignore_index).nonzero().squeeze(1)
         divisors = num_pairs, chosen_tokens
         return BatchPlan(layout, layout.pack(), index, layout.tables(), pairs, len(flat), *divisors, all_positions)
 
@@ -252,25 +268,28 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
     num_sequences = lengths.shape[0]
     if pairs is not None:
         raise ValueError("give pairs or plan, not both: the plan holds the pairs it was made with")
-    positions = inputs.labels.shape[0]
+    positions = inputs.tensors.labels.shape[0]
     if (plan.num_positions, len(plan.layout.lengths)) != (positions, num_sequences):
         raise ValueError(
             f"the plan was made for {len(plan.layout.lengths)} sequences in {plan.num_positions} positions, got "
             f"{num_sequences} in {positions}: make one for each batch"
         )
-    if plan.index.device != inputs.labels.device:
-        raise ValueError(f"the plan is on {plan.index.device} and labels on {inputs.labels.device}: use plan.to(...)")
-    if not plan.all_positions and checks.may_read(inputs.labels):
-        labelled = (inputs.labels != inputs.options.ignore_index).nonzero().squeeze(1)
+    if plan.index.device != inputs.tensors.labels.device:
+        raise ValueError(
+            f"the plan is on {plan.index.device} and labels on {inputs.tensors.labels.device}: use plan.to(...)"
+        )
+    if not plan.all_positions and checks.may_read(inputs.tensors.labels):
+        labelled = (inputs.tensors.labels != inputs.options.ignore_index).nonzero().squeeze(1)
         if lengths.tolist() != plan.layout.lengths or not torch.equal(labelled, plan.index):
             raise ValueError(
                 f"the plan was made for {plan.layout.lengths} labelled positions a sequence, the labels have "
                 f"{lengths.tolist()}, or others: make it from the labels of this call, or with all_positions=True"
             )
     if plan.layout.row_limit != inputs.row_limit:
+        weight = inputs.tensors.weight
         raise ValueError(
             f"the plan was made for chunks of {plan.layout.row_limit} rows, this head takes {inputs.row_limit}: give "
-            f"plan() its vocab_size {inputs.width}, dtype {inputs.weight.dtype}, device {inputs.weight.device.type!r}"
+            f"plan() its vocab_size {inputs.width}, dtype {weight.dtype}, device {weight.device.type!r}"
         )
 
 
@@ -295,7 +314,7 @@ def label_counts(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tenso
     return before[cu_seqlens].diff()
 
 
-@library.functional_op("ld_token_weights")
+@functional_op("ld_token_weights", fake=lambda labels, *_: labels.new_empty(labels.shape, dtype=torch.float64))
 def _ld_weights_op(
     labels: Tensor, cu_seqlens: Tensor, lengths: Tensor, pairs: Tensor, ld_alpha: float, ignore_index: int
 ) -> Tensor:
@@ -309,8 +328,3 @@ def _ld_weights_op(
     before = torch.cat([rank.new_zeros(1), rank])[cu_seqlens[:-1]]  # [S] labels before each sequence
     last = (before + shared).repeat_interleave(cu_seqlens.diff(), output_size=labels.shape[0])
     return torch.where(labelled & (rank > last), ld_alpha, torch.ones_like(rank, dtype=torch.float64))
-
-
-@torch.library.register_fake("cpo_kernels::ld_token_weights")
-def _(labels, cu_seqlens, lengths, pairs, ld_alpha, ignore_index):
-    return labels.new_empty(labels.shape, dtype=torch.float64)
