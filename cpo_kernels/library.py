@@ -91,6 +91,18 @@ class Kernels(Protocol):
         extras: bool, /,
     ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 
+    def live_columns(
+        self, logits: Tensor, labels: Tensor, lse: Tensor, eps: float, set_rows: int, ignore_index: int, scale: float,
+        softcap: float, vocab_size: int, /,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+    def live_grads(
+        self, logits: Tensor, labels: Tensor, lse: Tensor, row_sums: Tensor, columns: Tensor, offsets: Tensor,
+        set_rows: int, ignore_index: int, scale: float, softcap: float, vocab_size: int, /,
+    ) -> Tensor: ...  # fmt: skip
+
+    def live_sum(self, tail: Tensor, tails: Tensor, made: Tensor, columns: Tensor, offsets: Tensor, /) -> Tensor: ...
+
     def sequence_sum(
         self, token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor, average: bool, /
     ) -> Tensor: ...

@@ -29,6 +29,9 @@ from cpo_kernels.library import Kernels
 NOT_HERE, REFUSED = math.inf, 2.0
 
 
+IGNORED = -(2**62)  # an ignore_index that no label of another rank becomes
+
+
 @dataclass(frozen=True)
 class VocabShards:
     """Which rows of the head each rank of a group holds: rank r those after the rows of ranks 0 to r - 1.
@@ -109,6 +112,7 @@ class ShardedKernels:
         self.kernels, self.group, self.start = kernels, shards.group, shards.start
         self.rows = shards.rows
         self.sequence_sum, self.preference = kernels.sequence_sum, kernels.preference
+        self.live_sum = kernels.live_sum
 
     def columns(self, vocab_size: int) -> list[int]:
         """Columns of each rank that are no padding."""
@@ -170,6 +174,53 @@ class ShardedKernels:
         logp, lse, extra = self.token_logps_fwd(logits, labels, *head, extras)
         self.token_logps_bwd_(logits, labels, lse, torch.ones_like(lse), *head)
         return logp, lse, extra
+
+    def live_columns(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        lse: Tensor,
+        eps: float,
+        set_rows: int,
+        ignore_index: int,
+        scale: float,
+        softcap: float,
+        vocab_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of this rank's columns: the sets of each rank are its own, and so are their tails."""
+        mine = self.columns(vocab_size)[self.group.rank()]
+        if not mine:
+            sets = -(-labels.shape[0] // set_rows)
+            none = lse.new_empty(sets, 0)
+            return none.bool(), none, torch.where(torch.isfinite(lse), 0.0, math.nan)
+        here = self.labels_here(labels, ignore_index)
+        return self.kernels.live_columns(logits, here, lse, eps, set_rows, IGNORED, scale, softcap, mine)
+
+    def live_grads(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        lse: Tensor,
+        row_sums: Tensor,
+        columns: Tensor,
+        offsets: Tensor,
+        set_rows: int,
+        ignore_index: int,
+        scale: float,
+        softcap: float,
+        vocab_size: int,
+    ) -> Tensor:
+        mine = self.columns(vocab_size)[self.group.rank()]
+        if not mine:
+            return row_sums.to(logits.dtype)
+        here = self.labels_here(labels, ignore_index)
+        return self.kernels.live_grads(
+            logits, here, lse, row_sums, columns, offsets, set_rows, IGNORED, scale, softcap, mine
+        )
+
+    def labels_here(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """[n] columns of this rank, negative or too large for labels of others, IGNORED."""
+        return (labels - self.start).masked_fill(labels == ignore_index, IGNORED)
 
 
 def columns_here(kernels: Kernels, vocab_size: int) -> tuple[Kernels, int, int]:

@@ -1,6 +1,6 @@
 """The negative log-likelihood of a head: loss, dX and dW in one forward pass (strategy nll, 3 products)."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.checks import check_types
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
 from cpo_kernels.head.inputs import Execution, HeadConfig, HeadTensors, Needs, check_index, head_inputs, labelled_rows
-from cpo_kernels.head.matmul import product
-from cpo_kernels.head.strategy import chunks, even_rows
+from cpo_kernels.head.live import chunk_grads
+from cpo_kernels.head.strategy import chunks
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import functional_op
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -44,7 +44,7 @@ def linear_nll_op(tensors: HeadTensors, args: NLLArgs) -> NLL:
     options, needs = args.options, args.needs
     rows = labelled_rows(tensors, options.ignore_index, args.row_index)
     count = rows.x.shape[0]
-    step = even_rows(count, args.execution.row_limit)
+    step = args.execution.step(count)
     head = args.execution.head(tensors, options, min(step, count))
     labelled = rows.labels != options.ignore_index
     weights = labelled.to(library.acc_dtype(rows.x.dtype))
@@ -56,10 +56,9 @@ def linear_nll_op(tensors: HeadTensors, args: NLLArgs) -> NLL:
     loss = coef.new_zeros((), dtype=torch.float64)
     for low, high in chunks(count, step):
         part = slice(low, high)
-        g, logps = head.fused(rows.x[part], rows.labels[part])
+        inputs = rows.x[part], rows.labels[part], False, None
+        g, logps, _ = chunk_grads(head, inputs, args.execution, dx[part])
         loss += torch.dot(coef[part].double(), logps.logp.double())
-        if needs.dx:
-            product(g, head.weight, dx[part])
         sums.add(g, rows.x[part], coef[part])
     return NLL(loss.to(coef.dtype), sums.result(dx, coef).scattered(rows, tensors.hidden.shape[0]))
 
@@ -91,6 +90,8 @@ def linear_nll(
     memory_budget: int | None = None,
     impl: str = "auto",
     vocab_shards: VocabShards | None = None,
+    filter_eps: float | Literal["auto"] | None = None,
+    filter_head_grad: bool = False,
 ) -> Tensor:
     """Mean negative log-likelihood of the labels, -sum_t m_t logp_t / num_tokens: the loss of CPSFT, in 3 products.
 
@@ -121,7 +122,7 @@ def linear_nll(
         raise ValueError(f"token_weights must have shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
     else:
         weights = token_weights.detach().reshape(-1).to(acc)
-    if not inputs.needs.head:
+    if not inputs.needs.head or inputs.keeps_live_sets:
         logp, *_ = token_logps_of(inputs, False, impl, index)
         labelled = inputs.tensors.labels != inputs.options.ignore_index
         total = (logp if token_weights is None else logp * torch.where(labelled, weights, 0.0)).sum()

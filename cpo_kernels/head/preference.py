@@ -18,7 +18,7 @@ from cpo_kernels import library
 from cpo_kernels.batch_plan import Layout, Part, PlanTensors, Tables, to_device
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
 from cpo_kernels.head.inputs import Execution, Head, HeadTensors, Needs, RowLogps, Rows, gather_rows, labelled_index
-from cpo_kernels.head.matmul import product
+from cpo_kernels.head.live import chunk_grads, filtered_chunk, no_sums
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.library import PreferenceResult, fake_preference, functional_op
 from cpo_kernels.ops.preference import PreferenceArgs, wpo_weights
@@ -43,6 +43,7 @@ class LinearPreferenceArgs(NamedTuple):
 class LinearPreference(NamedTuple):
     result: PreferenceResult
     seq_logps: Tensor  # [S]
+    filter_sums: Tensor  # [3] of `LiveSets.sums`; 0 without a filter
     grads: HeadGrads
 
 
@@ -50,7 +51,8 @@ def _fake_linear_preference(tensors: HeadTensors, args: LinearPreferenceArgs) ->
     acc = library.acc_dtype(tensors.hidden.dtype)
     seq_logps = tensors.hidden.new_empty(args.loss.lengths.shape[0], dtype=acc)
     result = fake_preference(seq_logps, args.loss.pairs)
-    return LinearPreference(result, seq_logps, fake_head_grads(tensors, args.needs))
+    filter_sums = tensors.hidden.new_empty(3, dtype=torch.float32)
+    return LinearPreference(result, seq_logps, filter_sums, fake_head_grads(tensors, args.needs))
 
 
 @functional_op("linear_preference", fake=_fake_linear_preference, waits=True)
@@ -86,7 +88,7 @@ def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> Li
     if ref is not None:
         max_rows = max(max_rows, min(2 * max_rows, row_limit))
     head = Head(tensors.weight, tensors.bias, args.options, max_rows, kernels)
-    batch = _Batch(head, rows, ref, weights, loss, layout, tables, args.use_weighting, args.needs)
+    batch = _Batch(head, rows, ref, weights, loss, layout, tables, args.use_weighting, args.needs, args.execution)
     out = STRATEGIES[layout.strategy](batch)
     return out._replace(grads=out.grads.scattered(rows, size))
 
@@ -131,6 +133,7 @@ class _Batch:
     tables: Tables
     use_weighting: bool
     needs: Needs
+    execution: Execution
 
     def loss(self, index: int, logps: RowLogps) -> _Loss:
         """The loss of chunk `index` from the log-probs of its rows."""
@@ -188,15 +191,15 @@ def _pairs(batch: _Batch) -> LinearPreference:
     parts = batch.layout.parts
     sums, dx = batch.sums(len(parts))
     losses: list[_Loss] = []
+    filter_sums = no_sums(dx)
     for k, part in enumerate(parts):
         inputs = batch.inputs(part.rows)
-        g, logps = batch.head.fused(*inputs)
+        g, logps, live = chunk_grads(batch.head, inputs, batch.execution, dx[part.rows])
         losses.append(batch.loss(k, logps))
-        if batch.needs.dx:
-            product(g, batch.head.weight, dx[part.rows])
         sums.add(g, inputs[0], losses[-1].coef)
+        filter_sums += live
     result, seq_logps, coef = _merged(losses, batch.tables)
-    return LinearPreference(result, seq_logps, sums.result(dx, coef))
+    return LinearPreference(result, seq_logps, filter_sums, sums.result(dx, coef))
 
 
 def _deferred(batch: _Batch) -> LinearPreference:
@@ -208,26 +211,38 @@ def _deferred(batch: _Batch) -> LinearPreference:
     parts = batch.layout.row_chunks
     sums, dx = batch.sums(len(parts))
     chunks: list[RowLogps] = []
+    filter_sums = no_sums(dx)
     for p in parts:
         inputs = batch.inputs(p)
-        g, logps = batch.head.fused(*inputs)
+        g, logps, live = chunk_grads(batch.head, inputs, batch.execution, dx[p])
         chunks.append(logps)
-        if batch.needs.dx:
-            product(g, batch.head.weight, dx[p])
+        filter_sums += live
         if p is parts[-1]:
             result, seq_logps, coef = batch.loss(0, _joined(chunks))
             sums.scale = result.grad.index_select(0, pair[:1])
         sums.add(g, inputs[0], sign[p])
-    return LinearPreference(result, seq_logps, sums.result(dx, coef))
+    return LinearPreference(result, seq_logps, filter_sums, sums.result(dx, coef))
 
 
 def _two_pass(batch: _Batch) -> LinearPreference:
-    logps = _joined([batch.head.forward(*batch.inputs(p)) for p in batch.layout.row_chunks])
+    rows, execution, parts = batch.rows, batch.execution, batch.layout.row_chunks
+    filtered, filter_sums = execution.filter_eps > 0 and batch.needs.dx, no_sums(rows.x)
+    dx = torch.empty_like(rows.x) if filtered else rows.x.new_empty(0)
+    chunks: list[RowLogps] = []
+    for p in parts:
+        if filtered:  # dX is made here, and the second pass makes dW only
+            _, logps, sets = filtered_chunk(
+                batch.head, batch.inputs(p), execution.filter_eps, execution.set_rows, dx[p], whole=False
+            )
+            filter_sums += sets.sums(batch.head.options.scale)
+        else:
+            logps = batch.head.forward(*batch.inputs(p))
+        chunks.append(logps)
+    logps = _joined(chunks)
     result, seq_logps, coef = batch.loss(0, logps)
-    rows = batch.rows
-    return LinearPreference(
-        result, seq_logps, second_pass(batch.head, rows.x, rows.labels, logps.lse, coef, batch.needs)
-    )
+    needs = batch.needs._replace(dx=batch.needs.dx and not filtered)
+    grads = second_pass(batch.head, rows.x, rows.labels, logps.lse, coef, needs)
+    return LinearPreference(result, seq_logps, filter_sums, grads._replace(dx=dx) if filtered else grads)
 
 
 STRATEGIES: dict[str, Callable[[_Batch], LinearPreference]] = {
@@ -242,17 +257,17 @@ class _LinearPreference(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, args: LinearPreferenceArgs
     ) -> tuple[Tensor, ...]:
-        result, seq_logps, grads = linear_preference_op(HeadTensors(hidden, weight, bias, labels), args)
+        result, seq_logps, sums, grads = linear_preference_op(HeadTensors(hidden, weight, bias, labels), args)
         ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(*result[1:], seq_logps)
-        return *result, seq_logps
+        ctx.mark_non_differentiable(*result[1:], seq_logps, sums)
+        return *result, seq_logps, sums
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return *scaled_grads(ctx, grad_loss), None, None
 
 
-def linear_preference(tensors: HeadTensors, args: LinearPreferenceArgs) -> tuple[PreferenceResult, Tensor]:
-    """The result, whose loss is differentiable, and seq_logps [S]."""
-    *result, seq_logps = _LinearPreference.apply(*tensors, args)
-    return PreferenceResult(*result), seq_logps
+def linear_preference(tensors: HeadTensors, args: LinearPreferenceArgs) -> tuple[PreferenceResult, Tensor, Tensor]:
+    """The result, whose loss is differentiable, seq_logps [S] and filter_sums [3]."""
+    *result, seq_logps, filter_sums = _LinearPreference.apply(*tensors, args)
+    return PreferenceResult(*result), seq_logps, filter_sums

@@ -31,6 +31,7 @@ from cpo_kernels.head.matmul import slab_bytes
 # 122 / H of them, 3% at H = 4096, whatever the chunk is.
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
+SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12, 64 rows 4.4%, whose terms q weigh twice
 PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "deferred": 3, "two_pass": 4, "recompute": 4}
 
 

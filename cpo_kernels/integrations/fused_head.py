@@ -107,7 +107,7 @@ def _forward(
         inputs = head_inputs(hidden, w, shifted, b, HeadConfig(-100, *numbers, None, memory_budget))
         extras = set(outputs) != {"log_probs"}
         function = _GatheredTokenLogps if hasattr(weight, "ds_id") else LinearTokenLogps
-        logps, extra, _ = token_logps_of(inputs, extras, impl, function=function)
+        logps, extra, *_ = token_logps_of(inputs, extras, impl, function=function)
     fields = {"log_probs": logps.view(shifted.shape)}
     if extras:
         e = token_extras(extra, shifted.shape)

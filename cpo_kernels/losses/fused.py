@@ -1,7 +1,7 @@
 """`preference_loss` fused with the head: from hidden states to the loss and all gradients."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.batch_plan import BatchPlan, Layout, PlanTensors
 from cpo_kernels.checks import DTYPES, check_labels, check_types
-from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
+from cpo_kernels.head.inputs import HeadConfig, HeadInputs, check_filter, head_inputs
 from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
 from cpo_kernels.head.strategy import budget_rows
 from cpo_kernels.head.token_logps import token_logps_of
@@ -43,7 +43,8 @@ class FusedLinearCPOLoss(nn.Module):
 
     Args:
         objectives, beta, loss_type, **options: see `preference_loss` and `LossOptions`.
-        ignore_index, softcap, scale, vocab_size, memory_budget, impl: see `linear_token_logps`.
+        ignore_index, softcap, scale, vocab_size, memory_budget, impl, filter_eps, filter_head_grad: see
+            `linear_token_logps`.
 
     Raises:
         TypeError, ValueError: an unknown option, or one that the loss type would ignore; in the call wrong dtypes,
@@ -68,11 +69,14 @@ class FusedLinearCPOLoss(nn.Module):
         vocab_size: int | None = None,
         memory_budget: int | None = None,
         impl: str = "auto",
+        filter_eps: float | Literal["auto"] | None = None,
+        filter_head_grad: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
         self.options = LossOptions.of({"objectives": objectives, "beta": beta, "loss_type": loss_type, **options})
-        self.head = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget)
+        self.head = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget, filter_eps, filter_head_grad)
+        check_filter(filter_eps, filter_head_grad)
         dispatch.check_impl(impl)
         self.impl = impl
 
@@ -139,8 +143,14 @@ class FusedLinearCPOLoss(nn.Module):
         )
         lengths, token_weights = sequences.lengths, sequences.token_weights
         args = kernel_args(self.options, given, lengths.shape[0], lengths, token_weights)
-        run = self.from_hidden if inputs.needs.head else self.from_token_logps
-        return output(*run(inputs, sequences, args, ref_rows))
+        known = inputs.needs.head and not inputs.keeps_live_sets
+        run = self.from_hidden if known else self.from_token_logps
+        result, seq_logps, filter_sums = run(inputs, sequences, args, ref_rows)
+        out = output(result, seq_logps)
+        if not inputs.filter_eps:
+            return out
+        live_share, tail_mass, exact_share = filter_sums / lengths.sum().clamp(min=1)
+        return out._replace(live_share=live_share, tail_mass=tail_mass, exact_share=exact_share)
 
     def sequences(
         self, inputs: HeadInputs, offsets: Tensor, pairs: Tensor | None, plan: BatchPlan | None
@@ -169,7 +179,7 @@ class FusedLinearCPOLoss(nn.Module):
 
     def from_hidden(
         self, inputs: HeadInputs, sequences: _Sequences, args: PreferenceArgs, ref_rows: Tensor | None
-    ) -> tuple[PreferenceResult, Tensor]:
+    ) -> tuple[PreferenceResult, Tensor, Tensor]:
         """Strategies `pairs`, `deferred` and `two_pass`: loss and gradients in one op."""
         options = self.options
         linear_args = LinearPreferenceArgs(
@@ -188,10 +198,12 @@ class FusedLinearCPOLoss(nn.Module):
 
     def from_token_logps(
         self, inputs: HeadInputs, sequences: _Sequences, args: PreferenceArgs, ref_rows: Tensor | None
-    ) -> tuple[PreferenceResult, Tensor]:
+    ) -> tuple[PreferenceResult, Tensor, Tensor]:
         """Strategies `frozen` and `forward`: dX is kept per token, so any loss may follow."""
         weighted, offsets, token_weights = self.options.use_weighting, sequences.offsets, sequences.token_weights
-        logp, extra, ref_logp = token_logps_of(inputs, weighted, self.impl, sequences.plan.row_index, ref_rows)
+        logp, extra, ref_logp, filter_sums = token_logps_of(
+            inputs, weighted, self.impl, sequences.plan.row_index, ref_rows
+        )
         seq_logps: Tensor = SequenceLogps.apply(logp, offsets, token_weights, False, self.impl)
         if ref_rows is not None:
             args = args._replace(ref_logps=sequence_logps_op(ref_logp, offsets, token_weights, False, self.impl))
@@ -199,7 +211,7 @@ class FusedLinearCPOLoss(nn.Module):
             aligned = (logp - extra[1]).detach()
             sums = sequence_logps_op(aligned, offsets, aligned.new_empty(0), False, self.impl)
             args = args.weighted(wpo_weights(sums, sequences.lengths, args.pairs))
-        return preference(seq_logps, args, self.impl), seq_logps
+        return preference(seq_logps, args, self.impl), seq_logps, filter_sums
 
     def plan(
         self,

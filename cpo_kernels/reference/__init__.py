@@ -6,6 +6,7 @@ results are not differentiable. This is the only place allowed to be slow.
 """
 
 from cpo_kernels.reference.kto import kto_kl, kto_loss
+from cpo_kernels.reference.live_columns import live_columns, live_grads, live_sum
 from cpo_kernels.reference.loss_types import LOSS_TYPES
 from cpo_kernels.reference.pairs import pair_loss, preference
 from cpo_kernels.reference.sequences import ld_token_weights, sequence_logps, sequence_sum, wpo_pair_weights
@@ -24,6 +25,9 @@ __all__ = [
     "kto_loss",
     "ld_token_weights",
     "linear_token_logps",
+    "live_columns",
+    "live_grads",
+    "live_sum",
     "pair_loss",
     "preference",
     "sequence_logps",
