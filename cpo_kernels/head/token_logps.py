@@ -146,15 +146,17 @@ class LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, args: TokenArgs
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         tensors = HeadTensors(hidden, weight, bias, labels)
         out = linear_token_logps_op(tensors, args)
         ctx.args = args.options, args.execution, args.keep_live
         ctx.made_dx = args.want_dx
         for_head = (*tensors, args.row_index, out.lse, *out.live)
         ctx.save_for_backward(out.dx, *(() if args.want_dx and not any(ctx.needs_input_grad[1:3]) else for_head))
-        ctx.mark_non_differentiable(out.extra, out.ref_logp, out.filter_sums)
-        return out.logp, out.extra, out.ref_logp, out.filter_sums
+        rest = out.extra, out.ref_logp, out.filter_sums, *out.live  # torch.compile must see tensors of unknown sizes
+        ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)  # logp alone has one: no zeros for the rest
+        return out.logp, *rest
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,7 +188,7 @@ def token_logps_of(
     want_dx = needs.dx and (not needs.head or inputs.filter_eps > 0)
     execution = inputs.execution(impl)
     args = TokenArgs(index, ref_hidden, inputs.options, extras, want_dx, inputs.keeps_live_sets, execution)
-    logp, extra, ref_logp, filter_sums = function.apply(*tensors, args)
+    logp, extra, ref_logp, filter_sums, *_ = function.apply(*tensors, args)
     return logp, extra, ref_logp, filter_sums
 
 
