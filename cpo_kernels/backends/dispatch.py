@@ -8,7 +8,7 @@ import os
 import warnings
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -119,8 +119,7 @@ def _preferred_kernels(capability: tuple[int, int]) -> Kernels:
     if _load_extension("_C_cuda"):
         return _kernels_of("triton")
     chosen = {op: PREFERRED.get((op, capability), "triton") for op in library.SCHEMAS}
-    mixture: Any = SimpleNamespace(**{op: getattr(_kernels_of(backend), op) for op, backend in chosen.items()})
-    return mixture
+    return cast(Kernels, SimpleNamespace(**{op: getattr(_kernels_of(b), op) for op, b in chosen.items()}))
 
 
 def _kernels_of(backend: str) -> Kernels:

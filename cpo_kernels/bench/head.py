@@ -68,12 +68,12 @@ class Head:
     @property
     def gradient_bytes(self) -> int:
         """dX on every position, and dW."""
-        size = getattr(torch, self.dtype).itemsize
+        size: int = getattr(torch, self.dtype).itemsize
         dx = 0 if self.mode == "forward" else self.sequences * self.length * self.hidden
         return size * (dx + (self.vocab * self.hidden if self.mode == "trainable" else 0))
 
 
-def head(name: str, **keys) -> Head:
+def head(name: str, **keys: Any) -> Head:
     hidden, vocab, softcap = HEADS[name]
     return Head(name, hidden, vocab, softcap, **keys)
 

@@ -159,11 +159,13 @@ class Batch:
         logits = self.model(input_ids=self.input_ids, attention_mask=self.mask, use_cache=False).logits[:, :-1].float()
         labels = self.labels[:, 1:]
         logp = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-        return (logp * (labels != -100)).sum(1)
+        sums: Tensor = (logp * (labels != -100)).sum(1)
+        return sums
 
     @property
     def head(self) -> Tensor:
-        return self.model.get_output_embeddings().weight
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.workload.dtype == "bfloat16")
@@ -192,7 +194,7 @@ def loop(b: Batch) -> Step:
     def loss_and_backward() -> Tensor:
         with b.autocast():
             states = backbone(input_ids=b.input_ids, attention_mask=b.mask, use_cache=False).last_hidden_state
-            loss = loss_fn(states[:, :-1], b.head, labels, ref_logps=b.ref_logps, plan=plan).loss
+            loss: Tensor = loss_fn(states[:, :-1], b.head, labels, ref_logps=b.ref_logps, plan=plan).loss
         loss.backward()
         return loss
 

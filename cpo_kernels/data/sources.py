@@ -88,7 +88,7 @@ def notes(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _record(row: dict[str, Any] | DataError, convert: Callable[[dict], Record], place: str) -> Record:
+def _record(row: dict[str, Any] | DataError, convert: Callable[[dict[str, Any]], Record], place: str) -> Record:
     """The record of a row, with its place. Texts that no encoder takes are refused here."""
     if isinstance(row, DataError):
         raise row
@@ -116,7 +116,9 @@ def _check_columns(columns: Counter[str], fields: FieldMap, path: str, report: d
             found[name] = found.get(name, 0) + columns[name]
 
 
-def _converter(layout: str, data: DataConfig, objectives: Sequence[Objective]) -> tuple[Callable[[dict], Record], bool]:
+def _converter(
+    layout: str, data: DataConfig, objectives: Sequence[Objective]
+) -> tuple[Callable[[dict[str, Any]], Record], bool]:
     """(row to record, whether the rows of one prompt stay apart because their ratings hold within the row alone)."""
     if layout in LAYOUTS:
         return layout_of(layout, data.fields, objectives), layout == "pairs"

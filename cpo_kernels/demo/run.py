@@ -94,7 +94,7 @@ def stage_config(stage: str, size: Size, seed: int, folder: Path, progress: bool
     }
 
 
-def make_data(world: World, size: Size, seed: int) -> tuple[list[Record], frozenset]:
+def make_data(world: World, size: Size, seed: int) -> tuple[list[Record], frozenset[Any]]:
     rated = list(world.rated_questions(size.prompts, seed))
     records = [
         Record(q.prompt, tuple(Response(text, {n: float(v) for n, v in world.rate(q, text).items()}) for text in texts))

@@ -20,7 +20,8 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():  # the ops below are missing then
         return False
     supported = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    return getattr(torch.ops.mkldnn, supported)()
+    multiplies: bool = getattr(torch.ops.mkldnn, supported)()
+    return multiplies
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:

@@ -160,7 +160,10 @@ def preference_strategy(num_tokens: int, group_tokens: int, couples_pairs: bool,
     return "deferred" if one_pair else "two_pass"
 
 
-def _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, row_bytes, train_hidden, train_head) -> Plan:
+def _plan(
+    strategy: str, num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, limit: int, row_bytes: int,
+    train_hidden: bool, train_head: bool,
+) -> Plan:  # fmt: skip
     rows = min(num_tokens, limit) if strategy == "pairs" else even_rows(num_tokens, limit)
     chunks = max(1, -(-num_tokens // max(rows, 1)))
     logits = rows * row_bytes

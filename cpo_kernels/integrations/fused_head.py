@@ -64,7 +64,10 @@ def add_fused_head(
 
     # `generate` reads the signature, inspect.unwrap the original.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+    def forward(
+        self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None,
+        shift_labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         given = {name: value for name, value in given.items() if value is not None}
         if not fused_lm_head:
@@ -122,7 +125,7 @@ class _GatheredTokenLogps(LinearTokenLogps):
     """ZeRO-3 takes the weight away after forward; recomputed logits need it once more."""
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         weights = () if ctx.frozen else ctx.saved_tensors[1:3]
         with trl_utils.maybe_gather_lm_head_ctx(*(w for w in weights if hasattr(w, "ds_id"))):
             return LinearTokenLogps.backward(ctx, grad, *_)

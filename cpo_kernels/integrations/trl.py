@@ -255,7 +255,8 @@ class FusedDPOTrainer(trl.DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         inputs = {key: value for key, value in inputs.items() if key not in RATING_KEYS}
-        return super().compute_ref_log_probs(model, inputs)
+        logps: tuple[Tensor, Tensor] = super().compute_ref_log_probs(model, inputs)
+        return logps
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self.cpo_loss is None:

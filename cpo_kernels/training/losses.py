@@ -114,11 +114,13 @@ class StageLoss:
     def seq_logps(self, batch: Batch) -> Tensor:
         """[S] log-probs of the responses, without gradients."""
         with torch.no_grad():
-            return self.module(batch, None)
+            logps: Tensor = self.module(batch, None)
+            return logps
 
     def __call__(self, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
         """(loss of this batch divided by what the step holds, its part of the step's metrics as float64)."""
-        return self.module(batch, total)
+        loss_and_part: tuple[Tensor, Tensor] = self.module(batch, total)
+        return loss_and_part
 
 
 class StageModule(nn.Module):
@@ -142,7 +144,7 @@ class StageModule(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """[N, H]: the last hidden state at each position that predicts a label."""
-        hidden = self.model.base_model(
+        hidden: Tensor = self.model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
@@ -183,11 +185,12 @@ class StageModule(nn.Module):
         return out.loss, torch.stack([metric.double() for metric in metrics])
 
 
-def gathered(layer: nn.Module) -> AbstractContextManager:
+def gathered(layer: nn.Module) -> AbstractContextManager[Any]:
     """The head's weights whole under ZeRO-3, which splits them outside of the layer's own forward."""
     split = [p for p in layer.parameters() if hasattr(p, "ds_id")]
     if not split:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(split)
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(split)
+    return whole

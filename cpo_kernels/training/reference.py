@@ -93,7 +93,8 @@ def write_cache(logps: dict[str, float], path: Path) -> None:
 def read_cache(path: Path) -> dict[str, float]:
     try:
         saved = json.loads(path.read_text())
-        logps, whole = saved["logps"], saved["hash"]
+        logps: dict[str, float] | None = saved["logps"]
+        whole = saved["hash"]
     except (ValueError, KeyError, TypeError):
         logps, whole = None, ""
     if logps is None or _hash(logps) != whole:
