@@ -31,7 +31,7 @@ MODES = ("trainable", "frozen", "forward")
 class Head:
     """`groups` prompts with `responses` each, all pairs of a group; `prompt` of the `length` tokens are the prompt.
 
-    mode: head `trainable`, `frozen` (LoRA: hidden states alone want a gradient) or `forward` (no gradient).
+    mode: head `trainable`, `frozen` (LoRA: only hidden states want a gradient) or `forward` (no gradient).
     reference: its log-probs are `given`, or `computed` in the step from its hidden states: with a head of its own where
         the head is trained, else with the same one.
     """

@@ -27,6 +27,7 @@ class Kept:
     """What an earlier run left in the file, for --resume."""
 
     def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
         self.workloads: list[dict[str, Any]] = content.get("workloads", [])
         self.growths: list[dict[str, Any]] = content.get("growth", [])
 

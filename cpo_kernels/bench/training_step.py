@@ -1,7 +1,7 @@
 """A whole training step of a transformers model: TRL's DPOTrainer as it is, with our head, and loops of ours.
 
 The subjects differ by one cause each, in this order: TRL computes the reference in every step; gets its log-probs; has
-our head (labelled rows alone, fewer products); a plain loop runs a response once for all its pairs; our trainer's rows
+our head (only labelled rows, fewer products); a plain loop runs a response once for all its pairs; our trainer's rows
 run a prompt once for all its responses. The reference is the model as it starts. AdamW runs with learning rate 0: it
 does all its work and every step starts from the same weights.
 """
@@ -285,7 +285,7 @@ def truth(b: Batch) -> Outcome:
 
 
 def limits(workload: TrainingStep) -> dict[str, float]:
-    """In bfloat16 the whole backbone rounds, not the head alone."""
+    """In bfloat16 the whole backbone rounds, not only the head."""
     return {"loss": 0.05, "dw": 0.2} if workload.dtype == "bfloat16" else {"loss": 1e-4, "dw": 1e-3}
 
 

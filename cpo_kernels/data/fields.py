@@ -68,7 +68,7 @@ def prompt_of(row: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> Pr
 
 
 def conversation(messages: tuple[Message, ...], path: str) -> Prompt:
-    """The prompt that these messages are; one message of the user is its text alone."""
+    """The prompt that these messages are; one message of the user is only its text."""
     if not messages or messages[-1][0] not in ("user", "tool") or not messages[-1][1].strip():
         last = messages[-1] if messages else None
         raise ValueError(f"field {path!r}: a prompt must end with what the user says, got {short(last)}")
@@ -78,7 +78,7 @@ def conversation(messages: tuple[Message, ...], path: str) -> Prompt:
 
 
 def messages_of(row: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> tuple[Message, ...]:
-    """The messages of a conversation; one alone may stand without a list."""
+    """The messages of a conversation; a single one may stand without a list."""
     value = get(row, path)
     found = objects([value] if isinstance(value, dict) else value, path)
     return tuple(message_of(message, path, ignored) for message in found)

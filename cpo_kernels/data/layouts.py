@@ -124,7 +124,7 @@ def pair_of(row: dict[str, Any], fields: FieldMap, name: str, scale: dict[str, O
     if chosen is not None and rejected is not None and chosen < rejected:
         raise ValueError(
             f"{fields.score_chosen} {chosen} is below {fields.score_rejected} {rejected}; "
-            "set data.fields.score_chosen: null to go by chosen and rejected alone"
+            "set data.fields.score_chosen: null to go only by chosen and rejected"
         )
     prompt, answers = preference_texts(row, fields)
     rated = zip(answers, (chosen, rejected), strict=True)
@@ -160,7 +160,7 @@ def preference_texts(row: dict[str, Any], fields: FieldMap) -> tuple[Prompt, tup
 
 
 def _whole(prompt: Prompt, before: tuple[Message, ...], fields: FieldMap) -> Prompt:
-    """The conversation before the answer, of which the prompt may name one text of the user alone (Tulu 3)."""
+    """The conversation before the answer, of which the prompt may name only one text of the user (Tulu 3)."""
     whole = conversation(before, fields.chosen)
     said = [text.strip() for role, text, *_ in before if role == "user"]
     if prompt != whole and not (isinstance(prompt, str) and prompt.strip() in said):

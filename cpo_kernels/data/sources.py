@@ -119,7 +119,7 @@ def _check_columns(columns: Counter[str], fields: FieldMap, path: str, report: d
 def _converter(
     layout: str, data: DataConfig, objectives: Sequence[Objective]
 ) -> tuple[Callable[[dict[str, Any]], Record], bool]:
-    """(row to record, whether the rows of one prompt stay apart because their ratings hold within the row alone)."""
+    """(row to record, whether the rows of one prompt stay apart because their ratings hold only within the row)."""
     if layout in LAYOUTS:
         return layout_of(layout, data.fields, objectives), layout == "pairs"
     if layout not in SCHEMAS:
@@ -129,7 +129,7 @@ def _converter(
 
 
 def _check_objectives(layouts: Sequence[str], objectives: Sequence[Objective]) -> None:
-    """Published schemas alone: each objective must be one that some source rates."""
+    """Only published schemas: each objective must be one that some source rates."""
     whole = [layout for layout in layouts if layout in ("hh_rlhf", "helpsteer3")]
     if whole and len(objectives) > 1:
         raise ValueError(

@@ -80,7 +80,7 @@ class PromptTemplate:
         return self.config.prompt.format(tags=self.tags.render(condition or {}), prompt=prompt)
 
     def _whole(self, before: str, prompt: Prompt, condition: Mapping[str, float] | None, response: Response) -> str:
-        """The prompt, whose text alone is `before`, and the response; up to its end token where the chat template
+        """The prompt, whose text by itself is `before`, and the response; up to its end token where the chat template
         writes one."""
         said = self.config.answer_prefix + response.text
         if not self.chat:

@@ -34,7 +34,7 @@ class Size:
     prompts: int = 4000
     hidden_size: int = 128
     num_layers: int = 3
-    sft_epochs: float = 6.0  # on the best answers alone, about a quarter of all
+    sft_epochs: float = 6.0  # only on the best answers, about a quarter of all
     cpsft_epochs: float = 4.0
     preference_epochs: float = 1.0
     batch_size: int = 64

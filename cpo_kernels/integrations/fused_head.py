@@ -92,7 +92,7 @@ def _forward(
     kwargs["use_cache"] = False
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    seen = backbone(model)(*args, **kwargs)
+    states = backbone(model)(*args, **kwargs)
     end = None
     if shifted is None:
         if labels is None:
@@ -100,7 +100,7 @@ def _forward(
         shifted, end = shift_labels(labels), -1
     layer: Any = head_layer(model)
     weight, bias = layer.weight, layer.bias
-    hidden = seen.last_hidden_state.to(weight.device)
+    hidden = states.last_hidden_state.to(weight.device)
     shifted = shifted.to(weight.device)
     if is_tensor_parallel(layer):
         hidden = parallel_input(layer, hidden)
@@ -117,7 +117,7 @@ def _forward(
         fields |= {"entropy": e.entropy, "log_sum_sq_probs": e.log_sum_sq_probs}
         fields |= {"mean_logits": e.mean_logit, "is_top1": e.is_top1}
     fields = {name: fields[name][:, :end] for name in outputs}
-    aux_loss = _aux_loss(seen, config, kwargs) if kwargs.get("output_router_logits") else None
+    aux_loss = _aux_loss(states, config, kwargs) if kwargs.get("output_router_logits") else None
     return FusedCausalLMOutput(**fields, label_mask=(shifted != -100)[:, :end], aux_loss=aux_loss)
 
 
@@ -131,9 +131,9 @@ class _GatheredTokenLogps(LinearTokenLogps):
             return LinearTokenLogps.backward(ctx, grad, *_)
 
 
-def _aux_loss(seen: Any, config: Any, kwargs: dict[str, Any]) -> Any:
+def _aux_loss(states: Any, config: Any, kwargs: dict[str, Any]) -> Any:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     return load_balancing_loss_func(
-        seen.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+        states.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
     )

@@ -75,8 +75,8 @@ def causal_lm_inputs(model: nn.Module, batch: Mapping[str, Any], ignore_index: i
     batch = dict(batch)
     labels = _labels(batch, ignore_index)
     body = backbone(base)
-    known = inspect.signature(body.forward).parameters.keys() | _ATTENTION_KEYS
-    if unknown := batch.keys() - known:
+    accepted = inspect.signature(body.forward).parameters.keys() | _ATTENTION_KEYS
+    if unknown := batch.keys() - accepted:
         raise ValueError(f"batch has {', '.join(sorted(unknown))}, which {type(body).__name__} does not take")
     hidden = body(**{**batch, "use_cache": False}).last_hidden_state
     if parallel:

@@ -39,7 +39,7 @@ class FusedLinearCPOLoss(nn.Module):
     """`preference_loss` from hidden states: the head's log-probs, the loss and all gradients, logits never stored.
 
     With a trainable head 3 matrix products where a group of linked pairs fits the memory budget (else 4), with a frozen
-    one 2, without gradients 1; on labelled rows alone. See `explain` for the plan of a shape.
+    one 2, without gradients 1; only on labelled rows. See `explain` for the plan of a shape.
 
     Args:
         objectives, beta, loss_type, **options: see `preference_loss` and `LossOptions`.

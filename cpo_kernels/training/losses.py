@@ -21,7 +21,7 @@ from cpo_kernels.recipe.keys import Config
 from cpo_kernels.recipe.loss import preference_loss
 from cpo_kernels.training.attention import attention_inputs, check_rows, row_tokens
 
-# Means over a step; ties are counted. cpsft and sft have the loss alone, losses without a reference no log_ratio.
+# Means over a step; ties are counted. cpsft and sft have only the loss, losses without a reference no log_ratio.
 #   rewards    beta (log pi - log pi_ref) of the preferred and the other response, over pairs; margin: their difference
 #   accuracy   share of the pairs whose preferred response has the higher reward
 #   log_ratio  (log pi - log pi_ref) of the responses in the data, nats per token: KL(data || ref) - KL(data || pi). It

@@ -70,7 +70,7 @@ def check_launcher(accelerator: Accelerator, config: Config) -> None:
         "DeepSpeed, which does not train adapters here; take DDP or FSDP2 for training.train: lora": (
             deepspeed and training.train == "lora"
         ),
-        f"{kind.value}, which takes no model.quantize and training.optimizer: adamw alone; take DDP": (
+        f"{kind.value}, which takes no model.quantize and only training.optimizer: adamw; take DDP": (
             kind in SHARDED and (config.model.quantize is not None or training.optimizer != "adamw")
         ),
     }
@@ -102,7 +102,7 @@ def share(parts: Sequence[T], accelerator: Accelerator) -> list[tuple[T, float]]
 
 
 def accumulation(module: Any, last: bool) -> AbstractContextManager[Any]:
-    """Of a micro-batch's forward and backward pass: DDP exchanges gradients in the last one of a step alone. FSDP2 and
+    """Of a micro-batch's forward and backward pass: DDP exchanges gradients only in the last one of a step. FSDP2 and
     ZeRO-3 do so in each, so that no rank holds all gradients."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
 
