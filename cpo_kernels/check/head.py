@@ -160,13 +160,9 @@ def token_cases() -> Iterator[Case]:
             continue
 
         def logps(
-            backend: Backend,
-            seen: Seen,
-            head: dict[str, Any] = head,
-            rows: int | None = rows,
-            train: str = train,
+            backend: Backend, seen: Seen, head: dict[str, Any] = head, rows: int | None = rows, train: str = train,
             dtype: torch.dtype = dtype,
-        ) -> None:
+        ) -> None:  # fmt: skip
             options = {**head, "memory_budget": budget_bytes(rows, dtype), "impl": backend.name}
 
             def ours(b: Batch) -> Tensor:
@@ -183,13 +179,9 @@ def token_cases() -> Iterator[Case]:
                     seen.same("value without gradients", extra[0], ours(low))
 
         def nll(
-            backend: Backend,
-            seen: Seen,
-            head: dict[str, Any] = head,
-            rows: int | None = rows,
-            train: str = train,
+            backend: Backend, seen: Seen, head: dict[str, Any] = head, rows: int | None = rows, train: str = train,
             dtype: torch.dtype = dtype,
-        ) -> None:
+        ) -> None:  # fmt: skip
             budget = budget_bytes(rows, dtype)
             weights = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(5)).to(backend.device)
 
@@ -216,13 +208,9 @@ def preference_cases() -> Iterator[Case]:
         for dtype, (budget_name, rows), train in itertools.product(dtypes, BUDGETS, ("all", "frozen")):
 
             def run(
-                backend: Backend,
-                seen: Seen,
-                loss_type: str = loss_type,
-                dtype: torch.dtype = dtype,
-                rows: int | None = rows,
-                train: str = train,
-            ) -> None:
+                backend: Backend, seen: Seen, loss_type: str = loss_type, dtype: torch.dtype = dtype,
+                rows: int | None = rows, train: str = train,
+            ) -> None:  # fmt: skip
                 kind = reference.LOSS_TYPES[loss_type]
                 options: dict[str, Any] = {"objectives": OBJECTIVES, "beta": 0.3, "loss_type": loss_type}
                 if loss_type in ("exo_pair", "robust"):

@@ -170,14 +170,9 @@ def layout_cases() -> Iterator[Case]:
     for (rows, stride, offset, vocab), dtype in itertools.product(layouts, DTYPES):
 
         def run(
-            backend: Backend,
-            seen: Seen,
-            rows: int = rows,
-            stride: int = stride,
-            offset: int = offset,
-            vocab: int = vocab,
-            dtype: torch.dtype = dtype,
-        ) -> None:
+            backend: Backend, seen: Seen, rows: int = rows, stride: int = stride, offset: int = offset,
+            vocab: int = vocab, dtype: torch.dtype = dtype,
+        ) -> None:  # fmt: skip
             width = min(700, stride - offset) if stride < 1000 else stride - offset
             made = make_rows(backend, rows, width, dtype, seed=rows, stride=stride, offset=offset, label_limit=vocab)
             made.logits[:, vocab:] = math.inf
@@ -194,13 +189,9 @@ def option_cases() -> Iterator[Case]:
     ):
 
         def run(
-            backend: Backend,
-            seen: Seen,
-            scale: float = scale,
-            softcap: float = softcap,
-            spread: float = spread,
+            backend: Backend, seen: Seen, scale: float = scale, softcap: float = softcap, spread: float = spread,
             dtype: torch.dtype = dtype,
-        ) -> None:
+        ) -> None:  # fmt: skip
             shapes = [(4, 1111, 1111), (4, 20_001, 19_997)]  # one piece of a row, and several
             if backend.on_gpu:
                 shapes.append((1100, 50_257, 50_250))

@@ -47,12 +47,9 @@ def waiting_cases() -> Iterator[Case]:
             for train in TRAIN:
 
                 def loss(
-                    backend: Backend,
-                    seen: Seen,
-                    dtype: torch.dtype = dtype,
-                    rows: int | None = rows,
+                    backend: Backend, seen: Seen, dtype: torch.dtype = dtype, rows: int | None = rows,
                     train: str = train,
-                ) -> None:
+                ) -> None:  # fmt: skip
                     need_gpu(backend)
                     _, step = step_of(backend, dtype, rows, train, False)
                     want = step()  # compiles
@@ -96,12 +93,9 @@ def graph_cases() -> Iterator[Case]:
             for train in ("all", "frozen"):
 
                 def run(
-                    backend: Backend,
-                    seen: Seen,
-                    dtype: torch.dtype = dtype,
-                    rows: int | None = rows,
+                    backend: Backend, seen: Seen, dtype: torch.dtype = dtype, rows: int | None = rows,
                     train: str = train,
-                ) -> None:
+                ) -> None:  # fmt: skip
                     need_gpu(backend)
                     batch, step = step_of(backend, dtype, rows, train, True)
                     side = torch.cuda.Stream(backend.device)

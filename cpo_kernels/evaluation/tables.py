@@ -40,7 +40,7 @@ def rated_table(results: Results, objectives: Sequence[Objective]) -> str:
                 lines.append(f"{after} over {before}, {short(new['condition'])}: relative {_points(gain)}")
     for model, result in results.items():
         for row in result.get("changed", ()):
-            change = f"only {row['objective']}, {short(row['from'])} -> {short(row['to'])}"
+            change = f"{row['objective']} alone, {short(row['from'])} -> {short(row['to'])}"
             lines.append(f"{model:<{width}}  {change}: changes {percent(row['changed'])} of the answers")
     return "\n".join(lines)
 

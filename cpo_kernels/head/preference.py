@@ -165,10 +165,6 @@ class _Batch:
         return WeightGrad(self.head.weight, abs(self.head.options.scale), num_chunks, self.needs), dx
 
 
-def _joined(chunks: list[RowLogps]) -> RowLogps:
-    return RowLogps(*(torch.cat(columns, dim=-1) for columns in zip(*chunks, strict=True)))
-
-
 def _merged(chunks: list[_Loss], tables: Tables) -> _Loss:
     """Chunk results back in the caller's order of pairs and sequences; losses and counts add up."""
     if len(chunks) == 1:
@@ -215,14 +211,14 @@ def _deferred(batch: _Batch) -> LinearPreference:
         if batch.needs.dx:
             product(g, batch.head.weight, dx[p])
         if p is parts[-1]:
-            result, seq_logps, coef = batch.loss(0, _joined(chunks))
+            result, seq_logps, coef = batch.loss(0, RowLogps.joined(chunks))
             sums.scale = result.grad.index_select(0, pair[:1])
         sums.add(g, inputs[0], sign[p])
     return LinearPreference(result, seq_logps, sums.result(dx, coef))
 
 
 def _two_pass(batch: _Batch) -> LinearPreference:
-    logps = _joined([batch.head.forward(*batch.inputs(p)) for p in batch.layout.row_chunks])
+    logps = RowLogps.joined([batch.head.forward(*batch.inputs(p)) for p in batch.layout.row_chunks])
     result, seq_logps, coef = batch.loss(0, logps)
     rows = batch.rows
     return LinearPreference(

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from cpo_kernels import library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.head.grads import InputGrads, fake_grads, restore, scale_rows
@@ -18,6 +17,7 @@ from cpo_kernels.head.inputs import (
     HeadInputs,
     HeadTensors,
     Needs,
+    RowLogps,
     check_index,
     head_inputs,
     labelled_rows,
@@ -41,52 +41,42 @@ class TokenArgs(NamedTuple):
 
 
 class HeadLogps(NamedTuple):
-    """Log-probs of a head, at all positions."""
-
-    logp: Tensor  # [M]
-    lse: Tensor  # [M]
-    extra: Tensor  # [4, M] or [0]
+    logps: RowLogps  # at all positions
     dx: Tensor  # [M, H] for an incoming gradient of 1, or [0]
-    ref_logp: Tensor  # [M], the log-probs of ref_hidden through the same head, or [0]
 
 
 def _fake_forward(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     hidden = tensors.hidden
     logp, lse, extra = fake_token_logps(hidden, args.extras)
     dx = hidden.new_empty(hidden.shape if args.want_dx else 0)
-    return HeadLogps(logp, lse, extra, dx, hidden.new_empty(args.ref_hidden.shape[0], dtype=logp.dtype))
+    return HeadLogps(RowLogps(logp, lse, extra, logp.new_empty(args.ref_hidden.shape[0])), dx)
 
 
 @functional_op("linear_token_logps", fake=_fake_forward, waits=True)
 def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
-    acc, size, row_limit = library.acc_dtype(tensors.hidden.dtype), tensors.hidden.shape[0], args.execution.row_limit
-    shared, extras, want_dx = args.ref_hidden.numel() > 0, args.extras, args.want_dx
+    size, row_limit, shared = tensors.hidden.shape[0], args.execution.row_limit, args.ref_hidden.numel() > 0
     rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
     count = rows.x.shape[0]
     step = even_rows(count, row_limit)
     max_rows = min(2 * step, row_limit) if shared and count else min(step, count)
     head = args.execution.head(tensors, args.options, max_rows)
-    logp, lse = (rows.x.new_empty(count, dtype=acc) for _ in range(2))
-    ref_x, ref_logp = (rows.gather(args.ref_hidden) if shared else None), logp.new_empty(count if shared else 0)
-    extra = rows.x.new_empty((count, 4) if extras else (0,), dtype=acc)
-    dx = torch.empty_like(rows.x) if want_dx else rows.x.new_empty(0)
-    for low, high in chunks(count, step):
+    ref_x = rows.gather(args.ref_hidden) if shared else None
+    dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
+    parts: list[RowLogps] = []
+    for low, high in chunks(count, step) or [(0, 0)]:
         part = slice(low, high)
-        inputs = rows.x[part], rows.labels[part], extras, None if ref_x is None else ref_x[part]
-        if want_dx:
+        inputs = rows.x[part], rows.labels[part], args.extras, None if ref_x is None else ref_x[part]
+        if args.want_dx:
             g, logps = head.fused(*inputs)
             product(g, tensors.weight, dx[part])
         else:
             logps = head.forward(*inputs)
-        logp[part], lse[part] = logps.logp, logps.lse
-        if extras:
-            extra[part] = logps.extra.t()
-        if shared:
-            ref_logp[part] = logps.ref_logp
-    extra = rows.scatter(extra, size).t().contiguous() if extras else extra
-    dx = rows.scatter(dx, size) if want_dx else dx
+        parts.append(logps)
+    logp, lse, extra, ref_logp = RowLogps.joined(parts)
+    extra = rows.scatter(extra.t(), size).t().contiguous() if args.extras else extra
+    dx = rows.scatter(dx, size) if args.want_dx else dx
     ref_logp = rows.scatter(ref_logp, size) if shared else ref_logp
-    return HeadLogps(rows.scatter(logp, size), rows.scatter(lse, size), extra, dx, ref_logp)
+    return HeadLogps(RowLogps(rows.scatter(logp, size), rows.scatter(lse, size), extra, ref_logp), dx)
 
 
 class BackwardArgs(NamedTuple):
@@ -119,11 +109,11 @@ class LinearTokenLogps(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, args: TokenArgs
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = HeadTensors(hidden, weight, bias, labels)
-        out = linear_token_logps_op(tensors, args)
+        logps, dx = linear_token_logps_op(tensors, args)
         ctx.frozen, ctx.options, ctx.execution = args.want_dx, args.options, args.execution
-        ctx.save_for_backward(*((out.dx,) if ctx.frozen else (*tensors, args.row_index, out.lse)))
-        ctx.mark_non_differentiable(out.extra, out.ref_logp)
-        return out.logp, out.extra, out.ref_logp
+        ctx.save_for_backward(*((dx,) if ctx.frozen else (*tensors, args.row_index, logps.lse)))
+        ctx.mark_non_differentiable(logps.extra, logps.ref_logp)
+        return logps.logp, logps.extra, logps.ref_logp
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
