@@ -182,7 +182,7 @@ class Tables:
         columns = values.split(sizes)
         self.order = columns[0]  # [n] row of the layout's order -> row in the batch's order
         self.segments = columns[1]  # [n] slot of a row within its chunk
-        self._offsets = columns[2]
+        self._offsets: Tensor = columns[2]
         self.sequences, self.slots = columns[3], columns[4]  # [S] slot -> sequence, and back
         self.pair_order, self.pair_places = columns[5], columns[6]  # [P] likewise
         self.local_pairs = columns[7].view(-1, 2)  # [P, 2] slots within the chunk

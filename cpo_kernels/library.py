@@ -186,7 +186,8 @@ class FunctionalOp(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         out = self.overload(*flatten(args), **kwargs)
-        return out if self.build is None else self.build(iter(out))
+        result: R = out if self.build is None else self.build(iter(out))
+        return result
 
 
 BODIES: dict[Any, Callable[..., Any]] = {}  # of the registered ops, flat, for tests that watch them at work

@@ -146,7 +146,8 @@ def test_compile_without_graph_breaks_or_recompiles(train_head):
 
     def run(hidden, weight, labels, ref_logps, scores):
         out = loss_fn(hidden, weight, labels, ref_logps=ref_logps, scores=scores)
-        return out.loss + cpo.linear_nll(hidden, weight, labels), out.margin
+        logps, _ = cpo.linear_token_logps(hidden, weight, labels, extras=True)
+        return out.loss + cpo.linear_nll(hidden, weight, labels) + logps.mean(), out.margin
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
     frames = []

@@ -1,6 +1,6 @@
 """The backends of the five kernels: `reference` (plain PyTorch, any device), `cpu` (C++), `triton` and `cuda` (C++).
 
-Imports no Triton, and the CUDA extension on its first use alone.
+Imports no Triton, and the CUDA extension only on its first use.
 """
 
 import importlib.util
@@ -8,7 +8,7 @@ import os
 import warnings
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def resolve_impl(impl: str, device: torch.device) -> str:
         return _auto_impl(device)
     wanted = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(impl, device.type)
     if device.type != wanted and not (impl == "triton" and device.type == "cpu" and triton_interpreted()):
-        kind = "CPU tensors" if wanted == "cpu" else "GPU tensors (CPU tensors under TRITON_INTERPRET=1 alone)"
+        kind = "CPU tensors" if wanted == "cpu" else "GPU tensors (CPU tensors only under TRITON_INTERPRET=1)"
         kind = "GPU tensors" if impl == "cuda" else kind
         raise ValueError(f"impl={impl!r} takes {kind}, got a tensor on {device}. Use impl='auto'")
     return impl
@@ -119,8 +119,7 @@ def _preferred_kernels(capability: tuple[int, int]) -> Kernels:
     if _load_extension("_C_cuda"):
         return _kernels_of("triton")
     chosen = {op: PREFERRED.get((op, capability), "triton") for op in library.SCHEMAS}
-    mixture: Any = SimpleNamespace(**{op: getattr(_kernels_of(backend), op) for op, backend in chosen.items()})
-    return mixture
+    return cast(Kernels, SimpleNamespace(**{op: getattr(_kernels_of(b), op) for op, b in chosen.items()}))
 
 
 def _kernels_of(backend: str) -> Kernels:

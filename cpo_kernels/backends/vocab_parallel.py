@@ -38,7 +38,7 @@ class VocabShards:
 
     group: a process group whose ranks see the same hidden states and labels (tensor parallelism). A label out of range
         on one rank is an error on all. Any other wrong argument (dtype, shape, option) raises before something is sent:
-        where one rank alone has it, the others wait in their collective until its process ends or the group's timeout.
+        where only one rank has it, the others wait in their collective until its process ends or the group's timeout.
     rows: how many rows each rank holds, 0 allowed. `VocabShards.of(weight, group)` asks the ranks once.
 
     Raises ValueError where rows are not one number >= 0 for each rank, or all 0.

@@ -12,7 +12,7 @@ from cpo_kernels.bench.subject import Family, Outcome, Step, Subject
 from cpo_kernels.bench.tokens import BACKENDS, runs_on
 from cpo_kernels.check.preference import make_batch
 
-REPEATS = 20  # runs a step: one alone is shorter than what starts it
+REPEATS = 20  # runs a step: a single one is shorter than what starts it
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cpo_kernels.head.inputs import HeadTensors, Needs, Rows
 from cpo_kernels.head.matmul import add_product, adds_products, product
 from cpo_kernels.library import refuse_double_backward
 
-WEIGHT_SLAB = 8192  # vocabulary rows of dW accumulated at a time when several chunks add up in 16 bit
+WEIGHT_TILE = 8192  # vocabulary rows of dW accumulated at a time when several chunks add up in 16 bit
 
 
 def multiply(values: Tensor, factor: Tensor) -> Tensor:
@@ -113,27 +113,27 @@ class WeightGrad:
             add_product(self.dw, g.t(), scaled, self.added == 0)
             self.power = power  # 1 but in float16, which comes here with its only chunk
         else:
-            self.add_slabs(g, scaled, power)
+            self.add_tiles(g, scaled, power)
         self.added += 1
 
-    def add_slabs(self, g: Tensor, scaled: Tensor, power: Tensor) -> None:
-        """A slab of the 16-bit product stays in the cache until it is added: 832 x 896 x 151936 in bfloat16 took 208 ms
-        with the addition, 228 ms as one product without it (2 cores, medians of 5 in one run). The last sum is rounded
-        where it is made."""
+    def add_tiles(self, g: Tensor, scaled: Tensor, power: Tensor) -> None:
+        """A vocab tile of the 16-bit product stays in the cache until it is added: 832 x 896 x 151936 in bfloat16 took
+        208 ms with the addition, 228 ms as one product without it (2 cores, medians of 5 in one run). The last sum is
+        rounded where it is made."""
         last = self.added == self.num_chunks - 1 and g.dtype == torch.bfloat16
         rounded = torch.empty_like(self.dw, dtype=g.dtype) if last else self.dw
-        for low in range(0, g.shape[1], WEIGHT_SLAB):
-            slab = slice(low, low + WEIGHT_SLAB)
-            made = product(g[:, slab].t(), scaled, self.dw.new_empty(self.dw[slab].shape, dtype=g.dtype))
+        for low in range(0, g.shape[1], WEIGHT_TILE):
+            tile = slice(low, low + WEIGHT_TILE)
+            made = product(g[:, tile].t(), scaled, self.dw.new_empty(self.dw[tile].shape, dtype=g.dtype))
             if g.dtype == torch.float16:
                 made = made.float() * power
             if last:
-                total = self.dw[slab] + made
-                rounded[slab] = total if self.scale is None else total * self.scale
+                total = self.dw[tile] + made
+                rounded[tile] = total if self.scale is None else total * self.scale
             elif self.added:
-                self.dw[slab] += made
+                self.dw[tile] += made
             else:
-                self.dw[slab] = made
+                self.dw[tile] = made
         self.dw = rounded
 
     def result(self, dx: Tensor, coef: Tensor) -> HeadGrads:

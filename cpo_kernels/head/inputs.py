@@ -237,6 +237,10 @@ class RowLogps(NamedTuple):
     extra: Tensor  # [4, n] or [0]
     ref_logp: Tensor  # [n], the log-probs of a reference model's rows through the same head, or [0]
 
+    @classmethod
+    def joined(cls, chunks: "list[RowLogps]") -> "RowLogps":
+        return chunks[0] if len(chunks) == 1 else cls(*(torch.cat(c, dim=-1) for c in zip(*chunks, strict=True)))
+
 
 class Head:
     """One head during one op: makes the logits of a chunk in a buffer of `max_rows` that all chunks share."""

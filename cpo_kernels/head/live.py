@@ -214,7 +214,9 @@ def live_head_grads(
     for low, high in chunks(width, even_rows(width, min(_tile_rows(sets, weight), again.most_columns()))):
         spans = [torch.searchsorted(ids, torch.tensor([low, high], device=ids.device)).tolist() for ids in columns]
         ids = [c[a:b] - low for c, (a, b) in zip(columns, spans, strict=True)]
-        parts = [(g[:, a:b], r) for g, r, (a, b) in zip(grads, rows, spans, strict=True)]
+        parts: list[tuple[Tensor, slice | Tensor]] = [
+            (g[:, a:b], r) for g, r, (a, b) in zip(grads, rows, spans, strict=True)
+        ]
         tail = sets.tail[:, low:high]
         if again.index.numel():
             ids.append(torch.arange(high - low, device=x.device))

@@ -168,10 +168,6 @@ class _Batch:
         return WeightGrad(self.head.weight, abs(self.head.options.scale), num_chunks, self.needs), dx
 
 
-def _joined(chunks: list[RowLogps]) -> RowLogps:
-    return RowLogps(*(torch.cat(columns, dim=-1) for columns in zip(*chunks, strict=True)))
-
-
 def _merged(chunks: list[_Loss], tables: Tables) -> _Loss:
     """Chunk results back in the caller's order of pairs and sequences; losses and counts add up."""
     if len(chunks) == 1:
@@ -218,7 +214,7 @@ def _deferred(batch: _Batch) -> LinearPreference:
         chunks.append(logps)
         filter_sums += live
         if p is parts[-1]:
-            result, seq_logps, coef = batch.loss(0, _joined(chunks))
+            result, seq_logps, coef = batch.loss(0, RowLogps.joined(chunks))
             sums.scale = result.grad.index_select(0, pair[:1])
         sums.add(g, inputs[0], sign[p])
     return LinearPreference(result, seq_logps, filter_sums, sums.result(dx, coef))
@@ -238,7 +234,7 @@ def _two_pass(batch: _Batch) -> LinearPreference:
         else:
             logps = batch.head.forward(*batch.inputs(p))
         chunks.append(logps)
-    logps = _joined(chunks)
+    logps = RowLogps.joined(chunks)
     result, seq_logps, coef = batch.loss(0, logps)
     needs = batch.needs._replace(dx=batch.needs.dx and not filtered)
     grads = second_pass(batch.head, rows.x, rows.labels, logps.lse, coef, needs)

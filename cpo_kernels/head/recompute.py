@@ -1,6 +1,6 @@
-"""Gradients of the head from logits made a second time, slab by slab of the vocabulary (two_pass, recompute).
+"""Gradients of the head from logits made a second time, a vocab tile at a time (two_pass, recompute).
 
-With the log-sum-exp of every row known, a slab of columns needs no other: Z_s = X W_s^T, G_s = onehot - softmax,
+With the log-sum-exp of every row known, a tile of columns needs no other: Z_s = X W_s^T, G_s = onehot - softmax,
 
     dW_s = G_s^T (c * X)      whole in one product, written once
     dX  += G_s W_s            [n, H], added in float32
@@ -21,9 +21,9 @@ from cpo_kernels.head.matmul import add_product, product
 from cpo_kernels.head.strategy import ALIGN, chunks, even_rows
 
 
-def slabs(num_rows: int, num_columns: int, elements: int) -> list[slice]:
-    """Even slabs of columns, of which num_rows * columns <= elements; at least one column at a time, and multiples of
-    ALIGN where there are that many: rows of a slab begin where the kernels' widest loads may."""
+def vocab_tiles(num_rows: int, num_columns: int, elements: int) -> list[slice]:
+    """Even tiles of columns, of which num_rows * columns <= elements; at least one column at a time, and multiples of
+    ALIGN where there are that many: rows of a tile begin where the kernels' widest loads may."""
     most = max(1, elements // max(num_rows, 1))
     if most < ALIGN or most >= num_columns:
         step = even_rows(num_columns, most)
@@ -37,7 +37,7 @@ def second_pass(head: Head, x: Tensor, labels: Tensor, lse: Tensor, coef: Tensor
     weight, acc = head.weight, library.acc_dtype(x.dtype)
     options = head.options
     kernels, first, count = columns_here(head.kernels, options.vocab_size)
-    parts = slabs(x.shape[0], weight.shape[0], head.buffer.shape[0] * weight.shape[0])  # padding of rows apart
+    parts = vocab_tiles(x.shape[0], weight.shape[0], head.buffer.shape[0] * weight.shape[0])  # padding of rows apart
     power, db_power = sum_powers(coef, x, abs(options.scale))
     scaled, ones = scale_rows(x, coef / power), torch.ones_like(lse)
     dx = x.new_empty(x.shape if needs.dx else 0, dtype=x.dtype if len(parts) == 1 else acc)

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from cpo_kernels import library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.head.grads import InputGrads, fake_grads, restore, scale_rows
@@ -18,6 +17,7 @@ from cpo_kernels.head.inputs import (
     HeadInputs,
     HeadTensors,
     Needs,
+    RowLogps,
     check_index,
     head_inputs,
     labelled_rows,
@@ -52,13 +52,8 @@ class TokenArgs(NamedTuple):
 
 
 class HeadLogps(NamedTuple):
-    """Log-probs of a head, at all positions."""
-
-    logp: Tensor  # [M]
-    lse: Tensor  # [M]
-    extra: Tensor  # [4, M] or [0]
+    logps: RowLogps  # at all positions
     dx: Tensor  # [M, H] for an incoming gradient of 1, or [0]
-    ref_logp: Tensor  # [M], the log-probs of ref_hidden through the same head, or [0]
     filter_sums: Tensor  # [3] of `LiveSets.sums`; 0 without a filter
     live: LiveTensors
 
@@ -67,48 +62,43 @@ def _fake_forward(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     hidden = tensors.hidden
     logp, lse, extra = fake_token_logps(hidden, args.extras)
     dx = hidden.new_empty(hidden.shape if args.want_dx else 0)
-    ref_logp = hidden.new_empty(args.ref_hidden.shape[0], dtype=logp.dtype)
     live = fake_live_tensors(hidden) if args.keep_live else no_live_tensors(hidden)
-    return HeadLogps(logp, lse, extra, dx, ref_logp, no_sums(hidden), live)
+    logps = RowLogps(logp, lse, extra, logp.new_empty(args.ref_hidden.shape[0]))
+    return HeadLogps(logps, dx, no_sums(hidden), live)
 
 
 @functional_op("linear_token_logps", fake=_fake_forward, waits=True)
 def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
-    execution, size = args.execution, tensors.hidden.shape[0]
-    acc, row_limit, eps = library.acc_dtype(tensors.hidden.dtype), execution.row_limit, execution.filter_eps
-    shared, extras, want_dx = args.ref_hidden.numel() > 0, args.extras, args.want_dx
+    execution, size, shared = args.execution, tensors.hidden.shape[0], args.ref_hidden.numel() > 0
+    row_limit, eps = execution.row_limit, execution.filter_eps
     rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
     count = rows.x.shape[0]
     step = execution.step(count)
     max_rows = min(2 * step, row_limit) if shared and count else min(step, count)
     head = args.execution.head(tensors, args.options, max_rows)
-    logp, lse = (rows.x.new_empty(count, dtype=acc) for _ in range(2))
-    ref_x, ref_logp = (rows.gather(args.ref_hidden) if shared else None), logp.new_empty(count if shared else 0)
-    extra = rows.x.new_empty((count, 4) if extras else (0,), dtype=acc)
-    dx = torch.empty_like(rows.x) if want_dx else rows.x.new_empty(0)
+    ref_x = rows.gather(args.ref_hidden) if shared else None
+    dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
+    parts: list[RowLogps] = []
     filter_sums, live = no_sums(rows.x), list[LiveSets]()
-    for low, high in chunks(count, step):
+    for low, high in chunks(count, step) or [(0, 0)]:
         part = slice(low, high)
-        inputs = rows.x[part], rows.labels[part], extras, None if ref_x is None else ref_x[part]
-        if eps and (want_dx or args.keep_live):
+        inputs = rows.x[part], rows.labels[part], args.extras, None if ref_x is None else ref_x[part]
+        if eps and (args.want_dx or args.keep_live):
             _, logps, sets = filtered_chunk(head, inputs, eps, execution.set_rows, dx[part], whole=False)
             filter_sums += sets.sums(args.options.scale)
             live += [sets] if args.keep_live else []
-        elif want_dx:
+        elif args.want_dx:
             g, logps = head.fused(*inputs)
             product(g, tensors.weight, dx[part])
         else:
             logps = head.forward(*inputs)
-        logp[part], lse[part] = logps.logp, logps.lse
-        if extras:
-            extra[part] = logps.extra.t()
-        if shared:
-            ref_logp[part] = logps.ref_logp
-    extra = rows.scatter(extra, size).t().contiguous() if extras else extra
-    dx = rows.scatter(dx, size) if want_dx else dx
+        parts.append(logps)
+    logp, lse, extra, ref_logp = RowLogps.joined(parts)
+    extra = rows.scatter(extra.t(), size).t().contiguous() if args.extras else extra
+    dx = rows.scatter(dx, size) if args.want_dx else dx
     ref_logp = rows.scatter(ref_logp, size) if shared else ref_logp
-    logp, lse = rows.scatter(logp, size), rows.scatter(lse, size)
-    return HeadLogps(logp, lse, extra, dx, ref_logp, filter_sums, joined(live, rows.x))
+    logps = RowLogps(rows.scatter(logp, size), rows.scatter(lse, size), extra, ref_logp)
+    return HeadLogps(logps, dx, filter_sums, joined(live, rows.x))
 
 
 class BackwardArgs(NamedTuple):
@@ -148,15 +138,15 @@ class LinearTokenLogps(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, args: TokenArgs
     ) -> tuple[Tensor, ...]:
         tensors = HeadTensors(hidden, weight, bias, labels)
-        out = linear_token_logps_op(tensors, args)
+        logps, dx, filter_sums, live = linear_token_logps_op(tensors, args)
         ctx.args = args.options, args.execution, args.keep_live
         ctx.made_dx = args.want_dx
-        for_head = (*tensors, args.row_index, out.lse, *out.live)
-        ctx.save_for_backward(out.dx, *(() if args.want_dx and not any(ctx.needs_input_grad[1:3]) else for_head))
-        rest = out.extra, out.ref_logp, out.filter_sums, *out.live  # torch.compile must see tensors of unknown sizes
+        for_head = (*tensors, args.row_index, logps.lse, *live)
+        ctx.save_for_backward(dx, *(() if args.want_dx and not any(ctx.needs_input_grad[1:3]) else for_head))
+        rest = logps.extra, logps.ref_logp, filter_sums, *live  # torch.compile must see tensors of unknown sizes
         ctx.mark_non_differentiable(*rest)
         ctx.set_materialize_grads(False)  # logp alone has one: no zeros for the rest
-        return out.logp, *rest
+        return logps.logp, *rest
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,8 +157,9 @@ class LinearTokenLogps(torch.autograd.Function):
         if needs.head or not ctx.made_dx:
             options, execution, from_live = ctx.args
             needs = needs._replace(dx=needs.dx and not ctx.made_dx)
-            args = BackwardArgs(*saved[4:6], grad, options, needs, LiveTensors(*saved[6:]), from_live, execution)
-            out = linear_token_logps_backward_op(HeadTensors(*saved[:4]), args)
+            hidden, weight, bias, labels, index, lse, *live = saved
+            args = BackwardArgs(index, lse, grad, options, needs, LiveTensors(*live), from_live, execution)
+            out = linear_token_logps_backward_op(HeadTensors(hidden, weight, bias, labels), args)
             grads = [g if need else made for g, need, made in zip(out, needs, grads, strict=True)]
         return *grads, None, None
 

@@ -75,8 +75,8 @@ def causal_lm_inputs(model: nn.Module, batch: Mapping[str, Any], ignore_index: i
     batch = dict(batch)
     labels = _labels(batch, ignore_index)
     body = backbone(base)
-    known = inspect.signature(body.forward).parameters.keys() | _ATTENTION_KEYS
-    if unknown := batch.keys() - known:
+    accepted = inspect.signature(body.forward).parameters.keys() | _ATTENTION_KEYS
+    if unknown := batch.keys() - accepted:
         raise ValueError(f"batch has {', '.join(sorted(unknown))}, which {type(body).__name__} does not take")
     hidden = body(**{**batch, "use_cache": False}).last_hidden_state
     if parallel:
@@ -91,7 +91,8 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 def _labels(batch: dict[str, Any], ignore_index: int) -> Tensor:
     """Take labels or completion_mask out of `batch`."""
-    labels, mask = batch.pop("labels", None), batch.pop("completion_mask", None)
+    labels: Tensor | None = batch.pop("labels", None)
+    mask: Tensor | None = batch.pop("completion_mask", None)
     if (labels is None) == (mask is None):
         given = "both" if mask is not None else "neither"
         raise ValueError(f"batch must hold labels or completion_mask, got {given}: say once which tokens count")

@@ -58,6 +58,6 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def splits(rows: int, vectors: int, tile: int, device: torch.device) -> int:
-    """Programs that share a row of `vectors` vectors: 1 where rows alone fill it; each has a tile at least."""
+    """Programs that share a row of `vectors` vectors: 1 where rows fill it by themselves; each has a tile at least."""
     wanted = -(-PROGRAMS * multiprocessors(device) // max(rows, 1))
     return max(1, min(wanted, vectors // tile, MAX_PIECES))

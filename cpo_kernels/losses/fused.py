@@ -35,11 +35,30 @@ class _Sequences(NamedTuple):
     plan: PlanTensors  # all [0] without a plan
 
 
+class _Head(NamedTuple):
+    """The policy's head as the caller gave it."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    vocab_shards: VocabShards | None
+
+
+class _Reference(NamedTuple):
+    """The reference model as the caller gave it."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    logps: Tensor | None
+
+
 class FusedLinearCPOLoss(nn.Module):
     """`preference_loss` from hidden states: the head's log-probs, the loss and all gradients, logits never stored.
 
     With a trainable head 3 matrix products where a group of linked pairs fits the memory budget (else 4), with a frozen
-    one 2, without gradients 1; on labelled rows alone. See `explain` for the plan of a shape.
+    one 2, without gradients 1; only on labelled rows. See `explain` for the plan of a shape.
 
     Args:
         objectives, beta, loss_type, **options: see `preference_loss` and `LossOptions`.
@@ -117,30 +136,11 @@ class FusedLinearCPOLoss(nn.Module):
             num_pairs = plan.num_pairs if num_pairs is None else num_pairs
             if chosen_tokens is None and self.options.averages_tokens:
                 chosen_tokens = plan.chosen_tokens
-        ref_rows = None
-        if ref_hidden is not None:
-            if ref_logps is not None:
-                raise ValueError("give ref_logps or ref_hidden, not both")
-            if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-                raise ValueError(
-                    f"ref_hidden must have shape {list(hidden.shape[:-1])} + [H], got {list(ref_hidden.shape)}"
-                )
-            ref_bias = bias if ref_weight is None and ref_bias is None else ref_bias
-            ref_weight = weight if ref_weight is None else ref_weight
-            with torch.no_grad():
-                if ref_weight is weight and ref_bias is bias:  # the policy's head, in the dtype of the products
-                    weight, bias = inputs.tensors.weight, inputs.tensors.bias if inputs.tensors.bias.numel() else None
-                    ref = head_inputs(ref_hidden, weight, labels, bias, self.head, inputs.shards)
-                    ref_rows = ref.tensors.hidden
-                    ref_logps = sequences.token_weights.new_zeros(sequences.lengths.shape)  # filled with the policy's
-                else:
-                    ref = head_inputs(ref_hidden, ref_weight, labels, ref_bias, self.head, vocab_shards)
-                    ref_logps = self.reference_logps(ref, sequences)
-        elif ref_weight is not None or ref_bias is not None:
-            raise ValueError("ref_weight and ref_bias have a meaning with ref_hidden only")
-        given = PairInputs(
-            sequences.pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, num_pairs, chosen_tokens
-        )
+        policy = _Head(hidden, weight, labels, bias, vocab_shards)
+        reference = _Reference(ref_hidden, ref_weight, ref_bias, ref_logps)
+        ref_rows, ref_logps = self.reference(inputs, sequences, policy, reference)
+        divisors = num_pairs, chosen_tokens
+        given = PairInputs(sequences.pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, *divisors)
         lengths, token_weights = sequences.lengths, sequences.token_weights
         args = kernel_args(self.options, given, lengths.shape[0], lengths, token_weights)
         known = inputs.needs.head and not inputs.keeps_live_sets
@@ -171,11 +171,33 @@ class FusedLinearCPOLoss(nn.Module):
             token_weights = ld_weights.to(acc)
         return _Sequences(offsets, lengths, pairs, token_weights, tensors)
 
-    def reference_logps(self, ref: HeadInputs, sequences: _Sequences) -> Tensor:
-        """[S], through the reference model's own head."""
-        logps, *_ = token_logps_of(ref, False, self.impl, sequences.plan.row_index)
-        token_weights = sequences.token_weights.to(logps.dtype)
-        return sequence_logps_op(logps, sequences.offsets, token_weights, False, self.impl)
+    def reference(
+        self, inputs: HeadInputs, sequences: _Sequences, policy: _Head, given: _Reference
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Rows [M, H] that go through the policy's head, where the reference model has the same; ref_logps [S]."""
+        if given.hidden is None:
+            if given.weight is not None or given.bias is not None:
+                raise ValueError("ref_weight and ref_bias have a meaning with ref_hidden only")
+            return None, given.logps
+        if given.logps is not None:
+            raise ValueError("give ref_logps or ref_hidden, not both")
+        if given.hidden.shape[:-1] != policy.hidden.shape[:-1]:
+            raise ValueError(
+                f"ref_hidden must have shape {list(policy.hidden.shape[:-1])} + [H], got {list(given.hidden.shape)}"
+            )
+        bias = policy.bias if given.weight is None and given.bias is None else given.bias
+        weight = policy.weight if given.weight is None else given.weight
+        token_weights = sequences.token_weights
+        with torch.no_grad():
+            if weight is policy.weight and bias is policy.bias:
+                own = inputs.tensors  # already in the dtype of the products
+                bias = own.bias if own.bias.numel() else None
+                ref = head_inputs(given.hidden, own.weight, policy.labels, bias, self.head, inputs.shards)
+                return ref.tensors.hidden, token_weights.new_zeros(sequences.lengths.shape)  # filled with the policy's
+            ref = head_inputs(given.hidden, weight, policy.labels, bias, self.head, policy.vocab_shards)
+            logps, *_ = token_logps_of(ref, False, self.impl, sequences.plan.row_index)
+            weights = token_weights.to(logps.dtype)
+            return None, sequence_logps_op(logps, sequences.offsets, weights, False, self.impl)
 
     def from_hidden(
         self, inputs: HeadInputs, sequences: _Sequences, args: PreferenceArgs, ref_rows: Tensor | None
