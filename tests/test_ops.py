@@ -60,14 +60,14 @@ def op_samples(impl):
     yield token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), options, impl)
     yield sequence_logps.sequence_logps_op, (logp, cu_seqlens, empty, True, impl)
     yield preference.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
-    yield (
-        head_token_logps.linear_token_logps_op,
-        (tensors, head_token_logps.TokenArgs(none, hidden + 1, options, True, True, execution(16))),
-    )
-    yield (
-        head_token_logps.linear_token_logps_backward_op,
-        (tensors, head_token_logps.BackwardArgs(none, lse, torch.randn_like(lse), options, needs, execution(16))),
-    )
+    for filtered in (False, True):
+        where = execution(16)._replace(filter_eps=0.05 * filtered, filter_head_grad=filtered)
+        args = head_token_logps.TokenArgs(none, hidden + 1, options, True, True, filtered, where)
+        yield head_token_logps.linear_token_logps_op, (tensors, args)
+        live = head_token_logps.linear_token_logps_op(tensors, args).live
+        grad = torch.randn_like(lse)
+        back = head_token_logps.BackwardArgs(none, lse, grad, options, needs, live, filtered, where)
+        yield head_token_logps.linear_token_logps_backward_op, (tensors, back)
     yield nll.linear_nll_op, (tensors, nll.NLLArgs(none, empty, options, -1.0, needs, execution(16)))
     for limit in (1000, 4):
         loss, plan = preference_args(batch, torch.float32), PlanTensors(none, none, none)
@@ -76,13 +76,13 @@ def op_samples(impl):
 
 
 @pytest.mark.parametrize("impl", EVERY_BACKEND)
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_opcheck(index, impl):
     op, args = list(op_samples(impl))[index]
     opcheck(op.overload, library.flatten(args))
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_a_fake_has_the_bundles_of_the_op(index):
     """Arguments and results are the same NamedTuples through the op, its fake and torch.compile."""
     op, args = list(op_samples("cpu"))[index]

@@ -149,8 +149,10 @@ class LinearTokenLogps(torch.autograd.Function):
         return logps.logp, *rest
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
+        if grad is None:
+            return (None,) * 5
         made_dx, *saved = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[:3])
         grads: list[Tensor | None] = [scale_rows(made_dx, grad) if needs.dx and ctx.made_dx else None, None, None]
