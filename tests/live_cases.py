@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpo_kernels import library
-from cpo_kernels.reference import live_columns as reference
+from cpo_kernels import library, reference
 
 IGNORE = -100
 

@@ -1,4 +1,4 @@
-"""The Triton backend: the five kernels of `library.SCHEMAS` on NVIDIA and AMD GPUs, or interpreted on CPU tensors."""
+"""The Triton backend: the kernels of `library.SCHEMAS` on NVIDIA and AMD GPUs, or interpreted on CPU tensors."""
 
 from cpo_kernels.kernels.live_columns import live_columns, live_grads
 from cpo_kernels.kernels.preference import preference, sequence_sum
