@@ -107,7 +107,7 @@ def linear_nll(
     Raises:
         TypeError, ValueError: as `linear_token_logps`; token_weights of another shape than labels, num_tokens <= 0.
     """
-    config = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget)
+    config = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget, filter_eps, filter_head_grad)
     inputs = head_inputs(hidden, weight, labels, bias, config, vocab_shards)
     dispatch.resolve_impl(impl, hidden.device)
     check_index(index, labels)

@@ -245,3 +245,46 @@ def live_grads(
             BLOCK=launch.block, **tuning.options(launch),
         )  # fmt: skip
     return out
+
+
+@triton.jit(**GENERAL)
+def sum_sets_kernel(
+    tail, tails, made, places, out, stride, columns, width, sets, tiles,
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of dW: the sets one after the other, in float32 (float64), rounded once."""
+    v = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    h = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    inside = (v < columns)[:, None] & (h < width)[None, :]
+    total = tl.zeros([ROWS, BLOCK], ACC)
+    for _ in range(sets):
+        q = tl.load(tail + v, mask=v < columns, other=0.0).to(ACC)
+        term = tl.load(tails + h, mask=h < width, other=0.0)
+        place = tl.load(places + v, mask=v < columns, other=-1)
+        part = tl.load(made + place[:, None] * width + h[None, :], mask=inside & (place >= 0)[:, None], other=0.0)
+        total += q[:, None] * term[None, :] + part.to(ACC)
+        tail += stride
+        tails += width
+        places += columns
+    tl.store(out + v[:, None] * width + h[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+def live_sum(tail: Tensor, tails: Tensor, made: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of dW [v, H] from the sets' products; see the reference."""
+    (sets, rows), width = tail.shape, tails.shape[1]
+    out = made.new_empty(rows, width)
+    if not out.numel():
+        return out
+    launch = tuning.LIVE_SUM
+    counts = offsets.diff().to(tail.device, non_blocking=True)
+    of_set = torch.arange(sets, device=tail.device).repeat_interleave(counts, output_size=columns.numel())
+    places = torch.full((sets, rows), -1, dtype=torch.int64, device=tail.device)  # of each column in `made`
+    places[of_set, columns] = torch.arange(columns.numel(), device=tail.device)
+    tiles = -(-width // launch.block)
+    with torch.cuda.device_of(tail):
+        sum_sets_kernel[(-(-rows // launch.rows) * tiles,)](
+            tail, tails.contiguous(), made.contiguous(), places, out, tail.stride(0), rows, width, sets, tiles,
+            ACC=ACC_TYPES["fp64" if tails.dtype == torch.float64 else "fp32"], ROWS=launch.rows, BLOCK=launch.block,
+            **tuning.options(launch),
+        )  # fmt: skip
+    return out

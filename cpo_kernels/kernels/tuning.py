@@ -52,6 +52,8 @@ LIVE_SCAN = {"fp32": Tile(warps=4, rows=4, block=512), "fp64": Tile(warps=4, row
 # Eight loads of one number a thread; four rows share the reads of the columns' numbers, four times as wide as theirs.
 LIVE_GATHER = Tile(warps=4, rows=4, block=256)
 LIVE_PREPARE = Tile(warps=4, rows=1, block=128)
+# 16 rows of dW, 128 numbers each: 16 float32 a thread. Reads made and writes dW once; not measured.
+LIVE_SUM = Tile(warps=4, rows=16, block=128)
 
 
 def options(launch: Launch | Tile, amd: bool = bool(torch.version.hip)) -> dict[str, Any]:
