@@ -41,7 +41,6 @@ SCHEMAS = {
 _library = torch.library.Library("cpo_kernels", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
-COMPILED = torch.ops.cpo_kernels  # where the extensions, once loaded, have their kernels
 
 
 class TokenLogps(NamedTuple):
