@@ -2,7 +2,7 @@
 
 Each model answers every prompt under every condition of a grid; a scorer of your choice scores the answers: requested
 against achieved, Pareto front, win rates. Where the questions come with human-rated answers: relative accuracy of each
-condition by likelihood (float32), the ratings of answers that match a rated one, and what only one tag changes.
+condition by likelihood (float32), the ratings of answers that match a rated one, and what one tag alone changes.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         help="in place of the config's (again for more)",
     )
     add("--data", nargs="+", help="rated answers, fields as in the run's config; default: what the run held out")
-    add("--prompts", metavar="FILE", help="only prompts: a text file, one a line, or JSONL with `prompt`")
+    add("--prompts", metavar="FILE", help="prompts alone: a text file, one a line, or JSONL with `prompt`")
     add("--questions", type=int, help="judge the first so many questions only")
     add("--condition", action="append", metavar="honesty=5,helpfulness=1", help="to judge (again for more)")
     add(

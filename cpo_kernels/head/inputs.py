@@ -141,7 +141,8 @@ def head_inputs(
         raise TypeError(f"hidden, weight and bias must share one dtype, got {dtypes}: cast them or use autocast")
     weight = named["weight"]
     width = weight.shape[0] if shards is None else max(shards.rows)
-    options = head_options(shards.vocab_size if shards else width, *config[:4])
+    columns = shards.vocab_size if shards else width
+    options = head_options(columns, config.ignore_index, config.softcap, config.scale, config.vocab_size)
     if shards is None and checks.may_read(labels):  # shards agree on an error first: no rank is left waiting
         check_label_range(labels, options.ignore_index, options.vocab_size)
     rows = named["hidden"].reshape(-1, weight.shape[1])

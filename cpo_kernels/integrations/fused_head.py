@@ -115,7 +115,8 @@ def _forward(
     with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
         # As TRL, a weight of another dtype than the hidden states (a head saved in float32) is cast to theirs.
         w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))
-        inputs = head_inputs(hidden, w, shifted, b, HeadConfig(-100, *numbers, None, **settings))
+        head = HeadConfig(-100, numbers.softcap, numbers.scale, None, **settings)
+        inputs = head_inputs(hidden, w, shifted, b, head)
         extras = set(outputs) != {"log_probs"}
         function = _GatheredTokenLogps if hasattr(weight, "ds_id") else LinearTokenLogps
         logps, extra, *_ = token_logps_of(inputs, extras, impl, function=function)
