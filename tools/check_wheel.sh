@@ -65,6 +65,6 @@ else:
     raise AssertionError("a label out of range went through")
 print("smoke test passed")
 PYTHON
-cp "$root/tests/test_kernels.py" "$work/test_kernels.py"
+cp "$root/tests/kernels/test_kernels.py" "$work/test_kernels.py"
 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider -k "not triton" "$work/test_kernels.py"
 echo "== the wheel works with torch $torch_version"

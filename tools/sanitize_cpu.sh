@@ -45,6 +45,6 @@ for isa in portable $sets; do
   echo "== $isa"
   # -s: a report would be lost with what pytest captures. Left out: what starts processes, rows that need gigabytes.
   LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 CPO_KERNELS_CPU_ISA=$isa PYTHONPATH=. \
-    "$python" "$work/run.py" "$work/lib/cpo_kernels/_C.abi3.so" -q -s -p no:cacheprovider tests/test_kernels.py \
+    "$python" "$work/run.py" "$work/lib/cpo_kernels/_C.abi3.so" -q -s -p no:cacheprovider tests/kernels/test_kernels.py \
     -k "not triton and not instruction_set and not beyond_2_31"
 done
