@@ -70,7 +70,7 @@ def test_specs_say_what_is_wrong(specs, reason):
     ],
 )
 def test_what_a_scorer_returns_is_checked(monkeypatch, scores, reason):
-    monkeypatch.setattr("test_scorers.by_length", lambda prompts, responses: scores)
+    monkeypatch.setattr("tests.evaluation.test_scorers.by_length", lambda prompts, responses: scores)
     with pytest.raises((ValueError, TypeError), match=reason):
         make_scorer([BY_LENGTH], BOTH, no_judge)(["p", "q"], ["r", "s"])
 
