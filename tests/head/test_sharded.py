@@ -17,6 +17,8 @@ from cpo_kernels.backends import vocab_parallel
 from tests.support.heads import make_batch, relative_error
 from tests.support.processes import run_processes
 
+pytestmark = pytest.mark.distributed
+
 VOCAB, ROW = 101, 101 * 8
 # Rows by number of ranks. In `even` the last rank has fewer; `far` leaves the labels, below 60, to one rank.
 LAYOUTS = {

@@ -21,6 +21,8 @@ from tests.integrations.test_causal_lm import make as make_model  # noqa: E402
 from tests.integrations.test_trl_trainer import DATA, TOKENIZER  # noqa: E402
 from tests.integrations.test_trl_trainer import make as make_policy  # noqa: E402
 
+pytestmark = pytest.mark.distributed
+
 LENGTHS = (5, 12)  # of the sequences of each rank
 RATED = {
     **DATA,

@@ -17,6 +17,8 @@ from cpo_kernels.integrations.fused_head import add_fused_head  # noqa: E402
 from cpo_kernels.integrations.transformers import causal_lm_inputs, causal_lm_logps  # noqa: E402
 from tests.integrations.test_causal_lm import make, make_batch, upstream  # noqa: E402
 
+pytestmark = pytest.mark.distributed
+
 PAIRS, REF = torch.tensor([[0, 1], [2, 0]]), torch.tensor([-30.0, -20.0, -25.0])
 
 

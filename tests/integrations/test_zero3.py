@@ -15,6 +15,8 @@ from cpo_kernels.integrations.transformers import CausalLMLogps  # noqa: E402
 from tests.integrations.test_causal_lm import make  # noqa: E402
 from tests.integrations.test_distributed import batch_of, dpo  # noqa: E402
 
+pytestmark = pytest.mark.distributed
+
 
 def zero3(rank):
     """By whether the head is frozen: the loss, and whole gradients of what trains."""

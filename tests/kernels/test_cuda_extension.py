@@ -1,5 +1,5 @@
 """The CUDA extension without a GPU: it builds, links, loads beside a stand-in for libtorch_cuda, registers every op,
-and checks its arguments. The kernels themselves run in test_host_cuda_*.py.
+and checks its arguments. The kernels themselves run in tests/parity.
 """
 
 import ctypes
@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from cpo_kernels import library
-from tests.kernels import test_kernels
+from cpo_kernels.check.errors import error_cases
+from cpo_kernels.check.preference import make_batch
+from tests.support.host_emulation import HostBackend
+from tests.support.parity import parametrize, passes
 
 ROOT = Path(__file__).parents[2]
 BUILD = (
@@ -23,6 +26,7 @@ BUILD = (
 STREAM = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
     pytest.mark.skipif(
         torch.version.cuda is not None, reason="this torch has CUDA: cpo-kernels check loads the real one"
@@ -66,43 +70,14 @@ def test_symbols(extension):
     assert done.returncode == 0, done.stdout
 
 
-def cases_of(test):
-    """Its parameters, without those that only a look at the data shows."""
-    (mark,) = test.pytestmark
-    of_data = ("holds sequence", "with itself", "out of range", "label 45")
-    return [case for case in mark.args[1] if not any(words in case[1] for words in of_data)]
-
-
-@pytest.mark.parametrize("change, message", cases_of(test_kernels.test_preference_errors))
-def test_preference_errors(change, message, extension, monkeypatch):
-    monkeypatch.setattr(test_kernels, "kernels", CudaKey)
-    test_kernels.test_preference_errors(change, message)
-
-
-@pytest.mark.parametrize("change, message", cases_of(test_kernels.test_errors_name_the_argument))
-def test_token_errors(change, message, extension, monkeypatch):
-    monkeypatch.setattr(test_kernels, "kernels", CudaKey)
-    test_kernels.test_errors_name_the_argument(change, message)
+@parametrize([case for case in error_cases() if "writes" not in case.name])
+def test_errors(case, extension):
+    """What would be written is checked last, after the device, and runs on GPUs."""
+    passes(HostBackend(CudaKey()), case)
 
 
 def test_tensors_that_are_not_on_the_gpu(extension):
-    none = torch.empty(0)
     with pytest.raises(RuntimeError, match="preference: seq_logps must be a CUDA tensor"):
-        CudaKey().preference(*test_kernels.make_batch().values())
+        CudaKey().preference(*make_batch().values())
     with pytest.raises(RuntimeError, match="sequence_sum: token_logps must be a CUDA tensor"):
-        CudaKey().sequence_sum(torch.zeros(5), torch.tensor([0, 5]), none, False)
-
-
-@pytest.mark.parametrize(
-    "logps, cu, weights, message",
-    [
-        (torch.zeros(5).bfloat16(), torch.tensor([0, 5]), torch.empty(0), "token_logps must be float32 or .* bfloat16"),
-        (torch.zeros(5, 1), torch.tensor([0, 5]), torch.empty(0), r"token_logps must have shape \[N\], got \[5, 1\]"),
-        (torch.zeros(5), torch.tensor([0, 5]).int(), torch.empty(0), "cu_seqlens must be int64, got int32"),
-        (torch.zeros(5), torch.tensor(5), torch.empty(0), r"cu_seqlens must have shape \[S \+ 1\], got \[\]"),
-        (torch.zeros(5), torch.tensor([0, 5]), torch.zeros(4), r"token_weights must have shape \[5\], got \[4\]"),
-    ],
-)
-def test_sequence_sum_errors(logps, cu, weights, message, extension):
-    with pytest.raises(RuntimeError, match=message):
-        CudaKey().sequence_sum(logps, cu, weights, False)
+        CudaKey().sequence_sum(torch.zeros(5), torch.tensor([0, 5]), torch.empty(0), False)

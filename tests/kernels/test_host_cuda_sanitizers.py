@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.host_emulation import COMPILER, bites, run_sanitized
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")]
 
 MAIN = "tests/host_cuda/{}_main.cpp"
 

@@ -31,6 +31,8 @@ from tests.support.processes import as_launched, exit_codes, free_port, run_proc
 from tests.support.tiny import one_thread  # noqa: F401
 from tests.training.test_training import RECORDS, TIMES
 
+pytestmark = pytest.mark.distributed
+
 TIGHT = 3e-11
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes/accelerate"
