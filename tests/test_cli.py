@@ -14,8 +14,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-import tiny
-from tiny import one_thread  # noqa: F401
 
 from cpo_kernels import cli, extras
 from cpo_kernels.cli import main
@@ -27,6 +25,8 @@ from cpo_kernels.recipe.arguments import split_overrides
 from cpo_kernels.recipe.config import config_keys, read_config, write_config
 from cpo_kernels.recipe.keys import Config, ModelConfig, SourceConfig
 from cpo_kernels.training import loop as loop_module
+from tests.support import tiny
+from tests.support.tiny import one_thread  # noqa: F401
 
 
 def test_every_key_has_a_line_of_help():
