@@ -433,3 +433,23 @@ def test_memory_of_what_is_kept_is_that_of_live_columns():
         live = 0.3 * 512 * 4096 * 4 if train else 0
         inputs = sum(t.untyped_storage().nbytes() for t in (x, weight, labels)) if train else 0
         assert sum(kept) <= most * (x.untyped_storage().nbytes() + inputs + live)
+
+
+def test_explain():
+    """Products that follow from the live share, and what is kept for backward."""
+    shape = {"num_tokens": 1024, "hidden_size": 576, "vocab_size": 49152, "live_share": 0.1}
+    for options, want in (
+        ({"filter_eps": "auto"}, 2.1),
+        ({"filter_eps": "auto", "filter_head_grad": True}, 1.2),
+        ({"filter_eps": "auto", "filter_head_grad": True, "loss": "unknown"}, 1.2),
+        ({"filter_eps": "auto", "loss": "unknown"}, 3.1),
+        ({"filter_eps": "auto", "train_head": False}, 1.1),
+        ({"filter_eps": "auto", "filter_head_grad": True, "train_head": False}, 1.1),
+        ({"filter_eps": "auto", "filter_head_grad": True, "dtype": torch.float32}, 3),
+        ({"filter_eps": 0.01, "filter_head_grad": True, "train_hidden": False}, 1.1),
+        ({"filter_eps": 0.01, "train_hidden": False}, 3),
+        ({"filter_eps": 0.01, "train_hidden": False, "train_head": False}, 1),
+    ):
+        assert cpo.explain(**shape, **options).products == pytest.approx(want), options
+    with pytest.raises(ValueError, match=r"live_share must lie in \[0, 1\], got 2"):
+        cpo.explain(8, 8, 8, live_share=2.0)

@@ -411,3 +411,15 @@ def test_sharded_weights(group):
     (module(**batch) * upstream(batch)).sum().backward()
     for name, p in module.model.named_parameters():
         assert relative_error(p.grad.full_tensor(), truth[name]) < 1e-4, name
+
+
+def test_filtered_gradients():
+    """filter_eps reaches the head: log-probs as ever, gradients of its own."""
+    model, batch = make("LlamaForCausalLM"), make_batch()
+    exact, filtered = (
+        causal_lm_logps(model, batch, filter_eps=eps, filter_head_grad=bool(eps)) for eps in (None, 0.02)
+    )
+    torch.testing.assert_close(exact, filtered)
+    a, b = (grads(model, logps, batch) for logps in (exact, filtered))
+    differences = [float((x - y).norm() / x.norm()) for x, y in zip(a, b, strict=True) if x.norm() > 0]
+    assert 1e-4 < max(differences) < 1.0

@@ -427,3 +427,19 @@ def test_unknown_models_are_refused_unless_their_head_is_given(tmp_path):
     assert_same_run(theirs, run(True, tmp_path, {"head_scale": 1.0}, model=unknown))
     with pytest.raises(RuntimeError, match="impl='cuda' is not available"):
         trainer_of(True, tmp_path, {"impl": "cuda"})
+
+
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_filtered_gradients(tmp_path, filter_head_grad):
+    """The first step has TRL's loss and metrics to rounding, and gradients near its own."""
+    theirs = run(False, tmp_path, {"max_steps": 3})
+    ours = run(True, tmp_path, {"max_steps": 3, "filter_eps": "0.02", "filter_head_grad": filter_head_grad})
+    assert ours[0][0]["loss"] == pytest.approx(theirs[0][0]["loss"], rel=1e-4)
+    errors = [relative_error(ours[1][0][name], g) for name, g in theirs[1][0].items()]
+    assert 1e-4 < max(errors) < 0.5
+
+
+@pytest.mark.parametrize("eps, error", [("high", "got 'high'"), ("2", "got 2.0"), (None, "only")])
+def test_wrong_filters(tmp_path, eps, error):
+    with pytest.raises(ValueError, match=error):
+        FusedDPOConfig(str(tmp_path), filter_eps=eps, filter_head_grad=True, use_cpu=True, bf16=False)

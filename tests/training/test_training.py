@@ -541,3 +541,67 @@ def test_losses_that_average_chosen_tokens_accumulate(kind):
     assert other == pytest.approx(value, rel=1e-6)  # Llama's norms compute in float32
     for gradient, expected in zip(others, gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------- filtered gradients
+
+FILTERED = {"filter_eps": 0.05, "filter_head_grad": True}
+
+
+@pytest.mark.parametrize("stage", ["cpsft", "cdpo"])
+def test_filtered_gradients_reach_the_loss(stage):
+    """Losses are exact at the first step; the update is that of the filtered gradients."""
+    exact, filtered = (run(stage, training={"max_steps": 2}, loss=loss) for loss in ({}, FILTERED))
+    first, second = zip(values(exact, "loss"), values(filtered, "loss"), strict=True)
+    assert first[0] == pytest.approx(first[1], rel=1e-6) and second[0] != second[1]
+    assert exact.metrics[0].keys().isdisjoint(losses_module.FILTER_METRICS)
+
+
+def test_metrics_of_the_filter_are_means_over_the_step():
+    """Over micro-batches, weighted by their tokens; whole sets that are exact in float32 under auto."""
+    for eps, budget in ((0.05, 10_000), (0.05, 200), ("auto", 200)):
+        model, loss, groups = loss_and_groups("cdpo", loss={"filter_eps": eps})
+        loss.budget = budget
+        groups = [replace(g, ref_logps=(-30.0,) * len(g.responses)) for g in groups[:6]]
+        total = loss.total(groups)
+        batches = [loss.collate(part) for part in loss.parts(groups)]
+        parts = [dict(zip(loss.metrics, loss(batch, total)[1].tolist(), strict=True)) for batch in batches]
+        got = {name: sum(part[name] for part in parts) for name in losses_module.FILTER_METRICS}
+        if eps == "auto":
+            assert got == pytest.approx({"live_share": 1.0, "tail_mass": 0.0, "exact_share": 1.0})
+            continue
+        assert len(batches) == 1 or budget == 200
+        live = tail = rows = 0.0
+        for batch in batches:
+            with torch.no_grad():
+                hidden = loss.module.hidden(batch)
+                p = torch.softmax(hidden @ loss.head.weight.t(), -1)
+            for low in range(0, len(p), 128):
+                part, labels = p[low : low + 128], batch.labels[low : low + 128]
+                columns = (part >= eps).any(0)
+                columns[labels] = True
+                exact = columns.float().mean() > 0.5
+                live += len(part) * (1.0 if exact else float(columns.float().mean()))
+                tail += 0.0 if exact else float(part[:, ~columns].sum())
+                rows += len(part)
+        assert got["live_share"] == pytest.approx(live / rows, rel=1e-5)
+        assert got["tail_mass"] == pytest.approx(tail / rows, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss, message",
+    [
+        ({"filter_eps": "high"}, "loss: filter_eps must be None, 'auto' or a number in \\(0, 1\\), got 'high'"),
+        ({"filter_eps": 1.5}, "loss.filter_eps: 1.5 is not in \\(0, 1\\)"),
+        ({"filter_head_grad": True}, "loss: filter_head_grad=True has a meaning with filter_eps only"),
+        ({"options": {"filter_eps": 0.1}}, "filter_eps comes from loss.filter_eps"),
+    ],
+)
+def test_wrong_filters_of_a_recipe(loss, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(tiny.config("cdpo", loss=loss))
+
+
+@pytest.mark.parametrize("given, read", [("auto", "auto"), ("1e-4", 1e-4), (0.01, 0.01), (None, None)])
+def test_filters_of_a_recipe_are_read(given, read):
+    assert read_config(tiny.config("cdpo", loss={"filter_eps": given})).loss.filter_eps == read
