@@ -60,13 +60,15 @@ LIVE_PACK = Tile(warps=4, rows=16, block=128)
 def live_product(itemsize: int, rows: int, aligned: bool = True) -> Tile:
     """Of the products with live columns, for sets of `rows`.
 
-    16 bit: 128 x 256 sums are 128 registers of 8 warps; of four stages one is the columns' numbers, and three steps of
-    64 are 144 kB, which an A100 holds too. Half as wide where g is read one number at a time, into registers. float32
-    and float64 run without tensor cores or few: for parity, not speed.
+    16 bit: 128 x 256 sums are 128 registers of 8 warps. Triton counts a stage for each of two loads that follow each
+    other (a column's number, its row) and for the product: with five, two steps of 64, 96 kB, are in flight beside the
+    one at work, which Hopper holds (148 kB); GPUs without wgmma keep one less (99 kB, of the 99 KiB of an RTX 4090).
+    A quarter of it where g is read one number at a time, into registers. float32 and float64 run without tensor cores or
+    few: for parity, not speed.
     """
     few = max(16, 1 << (min(rows, 128) - 1).bit_length())
     if itemsize == 2:
-        return Tile(8, few, 256 if aligned else 128, depth=64, stages=4)
+        return Tile(8, few, 256, depth=64, stages=5) if aligned else Tile(8, few, 128, depth=32, stages=5)
     return Tile(4, min(few, 32), 64, depth=16, stages=2)
 
 

@@ -177,7 +177,7 @@ def _live_variant(
     off = LIVE_GENERAL["do_not_specialize_on_alignment"]
     at = {n for n, t in signature.items() if t[0] == "*" and n not in off}
     at |= {"stride", "columns", "hidden", "weight_stride"} & set(kernel.arg_names) if aligned else set()
-    resident = 12 if flags.get("SOFTCAP") else 20
+    resident = 12 if flags.get("SOFTCAP") else 20 if aligned else 16
     if dtype == "fp64" or launch.depth:
         resident = 8
     return Variant(label, kernel, signature, constexprs, at, launch, resident_warps=resident)
