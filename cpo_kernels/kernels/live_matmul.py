@@ -5,14 +5,14 @@ eps = 2^-14), 16 bit, H100; the exact products take 10.9 ms each.
 
     dX   1.1 TFLOP. A copy of W_A for each set would write and read 2 x 8.7 GB: rows are read by index. All sets walk
          the vocabulary together (set numbers change fastest in the grid), so HBM gives a row of W once to all that need
-         it; what counts is L2, 128 x 256 tiles at 85 FLOP a byte: 13 GB, 2 to 2.5 ms.
+         it; what counts is L2, 128 x 256 tiles at 85 FLOP a byte: 13 GB, 2.4 ms at 5.5 TB/s.
     dW   1.1 TFLOP too, but adding each set's rows into a float32 dW moves 64 x 0.13 V H 8 bytes = 35 GB: 12 ms, more
          than the exact product. So a program owns rows of dW, holds their sums in registers over all sets, and writes
-         them once. In the order of the vocabulary 99% of the pairs (128 columns, set) hold a live column; sorted by
-         the sets in which they live, in Gray code order, 34% do (2^-12: 21%; 64 columns: 31 and 19%). Those blocks are
-         packed with zeros between, 0.7 GB: 3.0 TFLOP, 5 to 6 ms with the reads and writes of dW.
+         them once. In the order of the vocabulary 99% of the pairs (set, 128 columns) hold a live column; sorted by
+         the sets in which they live, in Gray code order, 34% do (at 2^-12 93 and 21%). Those blocks are packed with
+         zeros between, 0.7 GB: 2.9 TFLOP, 6.2 ms by L2 and 1.8 for packing and the reads and writes of dW.
 
-Deterministic: sums in the order of sets and rows, no atomics.
+benchmarks/roofline.py holds these numbers. Deterministic: sums in the order of sets and rows, no atomics.
 """
 
 import torch
@@ -157,7 +157,7 @@ def live_dx(
 def live_dw_(g: Tensor, columns: Tensor, offsets: Tensor, set_rows: int, scaled_x: Tensor, dw: Tensor) -> None:
     """dw [V, H] (float32; float64 for float64) += g_A^T scaled_x over all sets; scaled_x [N, H] in the dtype of g.
 
-    The host waits once for the number of blocks.
+    The host waits for the number of blocks, which take g.itemsize * N V bytes times their share (see above).
     """
     rows, hidden = scaled_x.shape
     if not (rows and hidden and len(columns)):

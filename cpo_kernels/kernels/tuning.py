@@ -63,8 +63,8 @@ def live_product(itemsize: int, rows: int, aligned: bool = True) -> Tile:
     16 bit: 128 x 256 sums are 128 registers of 8 warps. Triton counts a stage for each of two loads that follow each
     other (a column's number, its row) and for the product: with five, two steps of 64, 96 kB, are in flight beside the
     one at work, which Hopper holds (148 kB); GPUs without wgmma keep one less (99 kB, of the 99 KiB of an RTX 4090).
-    A quarter of it where g is read one number at a time, into registers. float32 and float64 run without tensor cores or
-    few: for parity, not speed.
+    A quarter of it where g is read one number at a time, into registers. float32 and float64 run without tensor cores
+    or few: for parity, not speed.
     """
     few = max(16, 1 << (min(rows, 128) - 1).bit_length())
     if itemsize == 2:
