@@ -1,42 +1,53 @@
-"""Triton's live_columns and live_grads in its interpreter (on CPU tensors), against the reference in float64."""
+"""live_columns, live_grads and the products with live columns through the cases of `cpo-kernels check`: the CPU's
+kernels, and Triton's in its interpreter."""
 
 import pytest
 import torch
-from live_cases import CASES, Case, check, run
 
 from cpo_kernels import kernels
 from cpo_kernels.backends import dispatch
+from cpo_kernels.check.compare import Backend
+from cpo_kernels.check.live import live_cases
+from cpo_kernels.check.run import run_case
+from cpo_kernels.kernels import live_matmul, tuning
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+needs_cpu = pytest.mark.skipif(bool(dispatch.missing("cpu")), reason="the C++ extension is not built")
+CASES = {case.name: case for case in live_cases()}
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory_and_one_thread():
-    """Memory of new tensors is NaN or the largest integer, so that an output element left unwritten shows."""
+def one_thread():
     threads = torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_against_the_reference(name, dtype):
-    check(kernels, CASES[name], dtype, truncates=dtype == torch.bfloat16 and dispatch.triton_interpreted())
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cpu", marks=needs_cpu)])
+def test_check_cases(backend, name):
+    result = run_case(Backend(backend, torch.device("cpu")), CASES[name])
+    skipped = CASES[name].group != "live" and (backend == "cpu" or "bfloat16" in name)
+    assert result["status"] == ("skipped" if skipped else "passed"), result["wrong"][:3] or result["reason"]
 
 
-def test_no_rows():
-    live, tail, row_sums, g = run(kernels, Case(0, 300, 4), torch.float32)
-    assert live.shape == tail.shape == (0, 300) and row_sums.shape == g.shape == (0,)
-
-
-def test_the_same_bits_every_time():
-    first, again = (run(kernels, CASES["last set short, odd sizes"], torch.float32) for _ in range(2))
-    for a, b in zip(first, again, strict=True):
-        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
-
-
-def test_dispatch_offers_them():
+def test_every_backend_offers_them():
     assert dispatch.kernels("triton", torch.empty(0)).live_grads is kernels.live_grads
+    for backend in ("reference", "triton", "cpu"):
+        offered = dispatch.kernels(backend, torch.empty(0))
+        assert callable(offered.live_columns) and callable(offered.live_grads)
+
+
+def test_columns_of_the_same_sets_share_tiles():
+    """Columns of 8 sets, 64 of each, mixed: tiles of 32 by membership hold one set each, in their own order all."""
+    live = torch.arange(8)[:, None] == torch.arange(512)[None, :] % 8
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), live.sum(1).cumsum(0)])
+    places, order, active = live_matmul._tiles(live.nonzero()[:, 1], offsets, 512, 32)
+    assert order.sort().values.equal(torch.arange(512)) and active.sum() == 16
+    k, at = (places >= 0).nonzero(as_tuple=True)
+    assert torch.equal(live.nonzero()[:, 1].view(8, 64)[k, places[k, at].long()], order[at])
+
+
+@pytest.mark.parametrize("rows, tile", [(1, 16), (16, 16), (17, 32), (128, 128), (4096, 128)])
+def test_tiles_fit_sets(rows, tile):
+    assert tuning.live_product(2, rows).rows == tile

@@ -41,9 +41,12 @@ Result = dict[str, Any]
 
 
 def all_cases() -> list[Case]:
-    from cpo_kernels.check import head, limits, preference, tokens, waiting
+    from cpo_kernels.check import head, limits, live, preference, tokens, waiting
 
-    modules = (tokens.token_cases, limits.limit_cases, preference.preference_cases, head.head_cases, waiting.gpu_cases)
+    modules = (
+        tokens.token_cases, limits.limit_cases, live.live_cases, preference.preference_cases, head.head_cases,
+        waiting.gpu_cases,
+    )  # fmt: skip
     cases = [case for cases in modules for case in cases()]
     groups = list(dict.fromkeys(case.group for case in cases))
     return sorted(cases, key=lambda case: groups.index(case.group))
