@@ -41,9 +41,15 @@ Result = dict[str, Any]
 
 
 def all_cases() -> list[Case]:
-    from cpo_kernels.check import edges, errors, extremes, head, preference, tokens, waiting
+    from cpo_kernels.check import edges, errors, extremes, head, live, preference, tokens, waiting
 
-    kernels = (tokens.token_cases, extremes.extreme_cases, edges.edge_cases, preference.preference_cases)
+    kernels = (
+        tokens.token_cases,
+        extremes.extreme_cases,
+        edges.edge_cases,
+        live.live_cases,
+        preference.preference_cases,
+    )
     others = (errors.error_cases, head.head_cases, waiting.gpu_cases)
     cases = [case for cases in (*kernels, *others) for case in cases()]
     groups = list(dict.fromkeys(case.group for case in cases))

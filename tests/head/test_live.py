@@ -1,9 +1,6 @@
 """filter_eps: head gradients on the live columns, against the formula in float64, and all that passes through them."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,9 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import cpo_kernels as cpo
-from cpo_kernels import library, reference
+from cpo_kernels import reference
 from cpo_kernels.head.live import LIVE_LIMIT
-from tests.support import live_cases
 from tests.support.heads import EVERY_BACKEND, relative_error
 from tests.support.processes import run_processes
 
@@ -311,51 +307,7 @@ def test_a_grad_scaler_in_float16():
             assert float((a.double() - b).norm()) <= 0.02 * float(b.norm()) + floor
 
 
-# ------------------------------------------------------------------------------------------------- kernels of the CPU
-
-ISAS = ["portable", "avx2", "avx512"]
-
-
-def check_kernels(dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16)) -> None:
-    for name, dtype in itertools.product(live_cases.CASES, dtypes):
-        live_cases.check(torch.ops.cpo_kernels, live_cases.CASES[name], dtype)
-        check_sum(torch.ops.cpo_kernels, dtype)
-
-
-def check_sum(kernels, dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(0)
-    acc = library.acc_dtype(dtype)
-    for sets, vocab, width in ((1, 1, 1), (3, 50, 33), (5, 131, 64), (2, 70, 7)):
-        live = torch.rand(sets, vocab, generator=g) < 0.3
-        offsets = torch.cat([torch.zeros(1, dtype=torch.long), live.sum(1).cumsum(0)])
-        columns = live.nonzero()[:, 1]
-        tail = torch.randn(sets, vocab + 5, generator=g).to(dtype)[:, :vocab]
-        tails = torch.randn(sets, width, generator=g).to(acc)
-        made = torch.randn(len(columns), width, generator=g).to(dtype)
-        seen = kernels.live_sum(tail, tails, made, columns, offsets)
-        want = reference.live_sum(tail.double(), tails.double(), made.double(), columns, offsets)
-        assert seen.dtype == dtype and relative_error(seen, want) < 2 * torch.finfo(dtype).eps
-
-
-def test_kernels_of_the_cpu():
-    check_kernels()
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa):
-    code = "from tests.head import test_live; test_live.check_kernels()"
-    environment = {**os.environ, "CPO_KERNELS_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if isa != "portable" and "this processor has no" in done.stderr:
-        pytest.skip(done.stderr.splitlines()[-1])
-    assert done.returncode == 0, done.stderr
-
-
-def test_sums_in_triton():
-    from cpo_kernels import kernels
-
-    for dtype in (torch.float64, torch.float32, torch.float16):
-        check_sum(kernels, dtype)
+# -------------------------------------------------------------------------------------------------------- the kernels
 
 
 def test_kernels_refuse_what_does_not_fit():

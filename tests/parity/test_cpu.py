@@ -8,7 +8,16 @@ import pytest
 
 from cpo_kernels.backends import dispatch
 from cpo_kernels.check.compare import Backend
-from tests.support.parity import HEAD, NEEDS_GPU, NEEDS_MEMORY, PREFERENCE, cases_but, parametrize, passes
+from tests.support.parity import (
+    HEAD,
+    LIVE_PRODUCTS,
+    NEEDS_GPU,
+    NEEDS_MEMORY,
+    PREFERENCE,
+    cases_but,
+    parametrize,
+    passes,
+)
 
 pytestmark = pytest.mark.skipif(bool(dispatch.missing("cpu")), reason="the C++ extension is not built")
 
@@ -18,12 +27,15 @@ def backend(device):
     return Backend("cpu", device)
 
 
-@parametrize(cases_but(*NEEDS_GPU, *NEEDS_MEMORY))
+@parametrize(cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *LIVE_PRODUCTS))
 def test_case(case, backend):
     passes(backend, case)
 
 
-TOKEN_OPS = [case.name for case in cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *HEAD, *PREFERENCE, "sizes/*/N=8,V=262144")]
+TOKEN_OPS = [
+    case.name
+    for case in cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *LIVE_PRODUCTS, *HEAD, *PREFERENCE, "sizes/*/N=8,V=262144")
+]
 
 
 def check_with(isa, *names):

@@ -26,8 +26,8 @@ MACHINES = {
 }
 OF_PREFERENCE = ("few rows: pieces", "H100")  # which know two sizes of a block
 # 70,001 rows are there for a grid's second dimension, which no launch has. Argument checks are in .cu files, which
-# tests/kernels/test_cuda_extension.py calls.
-LEFT_OUT = ("sizes/*/N=70001,V=3", "errors/*")
+# tests/kernels/test_cuda_extension.py calls. Live columns: tests/kernels/test_live_columns_host_cuda.py.
+LEFT_OUT = ("sizes/*/N=70001,V=3", "errors/*", "live/*", "live products/*")
 
 
 @pytest.fixture(scope="module")

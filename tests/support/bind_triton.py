@@ -3,7 +3,8 @@
 `python -m tests.support.bind_triton` binds the arguments of each launch, compiles what it asks for and launches
 nothing. The interpreter of the other tests binds nothing: annotations, None arguments, alignment keys and what the
 compiler does not take are seen here only. Prints a line of JSON for each launch: the kernel, its specialisation, and
-how many approximate logarithms and 16-byte accesses its PTX holds. PYTHONPATH may name another Triton.
+how many approximate logarithms, asynchronous copies and 16-byte accesses its PTX holds. PYTHONPATH may name another
+Triton.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from cpo_kernels import kernels
 from cpo_kernels.check.preference import OPTION_SETS, make_batch, typed, without
+from cpo_kernels.kernels import live_matmul
 from cpo_kernels.kernels.preference import MANY_SEQUENCES, MAX_LOSSES
 from cpo_kernels.reference import LOSS_TYPES
 
@@ -56,6 +58,7 @@ def launches(what: str):
             "kernel": self.fn.__name__,
             "specialisation": made.hash,
             "lg2.approx": ptx.count("lg2.approx"),
+            "cp.async": len(re.findall(r"\bcp\.async\.c[ag]\b", ptx)),
             "wide": len(re.findall(r"\b(?:ld|st)\.global\S*\.v4\.b32\b|\b(?:ld|st)\.global\S*\.v2\.b64\b", ptx)),
         }
         print(json.dumps(shown), flush=True)
@@ -117,6 +120,19 @@ def all_live_ops() -> None:
             kernels.live_grads(logits, labels, lse, lse, torch.arange(5), offsets, 32, *head)
 
 
+def all_live_products() -> None:
+    """Rows of g on 16-byte boundaries (8 numbers) and off them."""
+    for dtype, live in itertools.product(DTYPES, (7, 5)):
+        name = f"{str(dtype).removeprefix('torch.')} {live} live"
+        offsets, ids = torch.tensor([0, live, 2 * live]), torch.arange(2 * live) % live
+        g, matrix = torch.zeros(256 * (live + 1), dtype=dtype), torch.zeros(256, 512, dtype=dtype)
+        dw = torch.zeros(256, 512, dtype=torch.promote_types(dtype, torch.float32))
+        with launches(f"live_dx {name}"):
+            live_matmul.live_dx(g, ids, offsets, 128, matrix, matrix[:2], 256)
+        with launches(f"live_dw_ {name}"):
+            live_matmul.live_dw_(g, ids, offsets, 128, matrix, dw)
+
+
 def preference(what: str, batch: dict[str, Any]) -> None:
     with launches(what):
         kernels.preference(*batch.values())
@@ -143,4 +159,5 @@ if __name__ == "__main__":
     print(json.dumps({"triton": triton.__version__}))
     all_token_ops()
     all_live_ops()
+    all_live_products()
     all_preferences()

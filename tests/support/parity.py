@@ -11,6 +11,7 @@ NEEDS_GPU = ("no-wait/*", "cuda-graph/*")
 # 5 GiB, more than a CPU should touch
 NEEDS_MEMORY = ("sizes/*/N=1100,V=50257", "options/*,V=50257", "beyond-2^31/bfloat16/elements")
 HEAD = ("linear_token_logps/*", "linear_nll/*", "FusedLinearCPOLoss/*")
+LIVE_PRODUCTS = ("live products/*",)  # Triton's
 PREFERENCE = ("sequence_sum/*", "loss-types/*", "far/*", "pairs/*")
 
 
