@@ -112,7 +112,10 @@ class ShardedKernels:
         self.kernels, self.group, self.start = kernels, shards.group, shards.start
         self.rows = shards.rows
         self.sequence_sum, self.preference = kernels.sequence_sum, kernels.preference
-        self.live_sum = kernels.live_sum
+        self.live_sum = kernels.live_sum  # of this rank's rows, as the products that Triton has
+        for name in ("live_dx", "live_dw_"):
+            if hasattr(kernels, name):
+                setattr(self, name, getattr(kernels, name))
 
     def columns(self, vocab_size: int) -> list[int]:
         """Columns of each rank that are no padding."""

@@ -11,7 +11,7 @@ backward where dW is filtered too.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,11 @@ class LiveSets:
         g, columns, offsets, exact, tail = tensors
         return cls(g, columns, offsets.tolist(), exact.tolist(), tail, num_rows, set_rows)
 
+    @property
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """g, columns and offsets as Triton's products take them."""
+        return self.g, self.columns, torch.tensor(self.offsets)
+
     def rows(self, k: int) -> slice:
         return slice(k * self.set_rows, min((k + 1) * self.set_rows, self.num_rows))
 
@@ -115,12 +120,21 @@ def joined(parts: list[LiveSets], like: Tensor) -> LiveTensors:
     )
 
 
+def by_index(head: Head) -> Any:
+    """Kernels whose products read rows of W by index, Triton's; None where a copy of W_A goes to the vendor's."""
+    return head.kernels if hasattr(head.kernels, "live_dx") else None
+
+
 def live_sets(head: Head, z: Tensor, labels: Tensor, lse: Tensor, eps: float, set_rows: int) -> LiveSets:
     """Splits the gradient of a chunk's logits z [n, V], which stay as they are. The host waits once, for all |A|."""
     options = head.options
     live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options)
     counts = live.sum(1).tolist()
     exact = [count > LIVE_LIMIT * live.shape[1] for count in counts]
+    if by_index(head) and z.element_size() == 2:  # 7 modulo 8 columns and tau: rows of g keep to 16 bytes
+        missing = torch.tensor([(7 - count) % 8 for count in counts], device=live.device)
+        more = ~live & ((~live).cumsum(1) <= missing[:, None])
+        live, tail, counts = live | more, tail.masked_fill(more, 0.0), (live | more).sum(1).tolist()
     if any(exact):
         live[torch.tensor(exact, device=live.device)] = False
     offsets = [0]
@@ -137,10 +151,13 @@ def live_dx(head: Head, sets: LiveSets, g: Tensor, dx: Tensor) -> None:
     """dX [n, H] of the sum of the log-probs. Rows of exact sets are whole gradients in g [n, V]."""
     weight = head.weight[: sets.tail.shape[1]]
     means = product(sets.tail, weight, weight.new_empty(len(sets.exact), weight.shape[1])) / TAIL_UNIT  # [sets, H]
+    if kernels := by_index(head):
+        dx.copy_(kernels.live_dx(*sets.places, sets.set_rows, weight, means, sets.num_rows))
     for k, (live, columns) in enumerate(zip(sets.grads(), sets.columns_of(), strict=True)):
         rows = sets.rows(k)
         if sets.exact[k]:
             product(g[rows], head.weight, dx[rows])
+        if sets.exact[k] or kernels:
             continue
         weights = weight.new_empty(len(columns) + 1, weight.shape[1])  # W_A, and what stands for the rest
         torch.index_select(weight, 0, columns, out=weights[:-1])
@@ -195,13 +212,13 @@ def live_head_grads(
 ) -> HeadGrads:
     """dW / power [V, H] and db [V] of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n].
 
-    dW is written by tiles of the vocabulary: the products g_A^T (c X) of all sets for a tile, then `live_sum`. Rows of
-    exact sets make their logits again for it.
+    dW is written by tiles of the vocabulary: the products g_A^T (c X) of all sets for a tile, then `live_sum`; or by
+    kernels that add them into a float32 dW by index. Rows of exact sets make their logits again for it.
     """
-    weight, options, acc, width = head.weight, head.options, library.acc_dtype(x.dtype), sets.tail.shape[1]
+    weight, acc, width = head.weight, library.acc_dtype(x.dtype), sets.tail.shape[1]
     dw = weight.new_zeros(weight.shape if need_dw else 0)
     db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
-    power, db_power = sum_powers(coef, x, abs(options.scale))
+    power, db_power = sum_powers(coef, x, abs(head.options.scale))
     out = HeadGrads(x.new_empty(0), coef, dw, db, power)
     if not sets.exact:
         return out
@@ -209,32 +226,51 @@ def live_head_grads(
     rows, grads, columns = [sets.rows(k) for k in range(len(sets.exact))], sets.grads(), sets.columns_of()
     tau = torch.cat([g[:, -1].to(acc) * (not e) for g, e in zip(grads, sets.exact, strict=True)]) / TAIL_UNIT  # [n]
     tails = torch.stack([tau[r] @ scaled[r].to(acc) for r in rows])  # [sets, H]
-    bias_tails = torch.stack([torch.dot(tau[r], bias_coef[r]) for r in rows])  # [sets]
+    if need_db:
+        db[:width] = sets.tail.t().to(acc) @ torch.stack([torch.dot(tau[r], bias_coef[r]) for r in rows])
+        for g, ids, r in zip(grads, columns, rows, strict=True):
+            db[ids] += torch.mv(g[:, :-1].t(), bias_coef[r].to(g.dtype)).to(acc)
+    kernels = by_index(head)
+    if kernels and need_dw:
+        total = sets.tail.t().to(acc) @ tails  # [width, H]
+        kernels.live_dw_(*sets.places, sets.set_rows, scaled, total)
     again = _ExactRows(head, x, labels, lse, torch.cat([torch.arange(r.start, r.stop) for r in exact_rows(sets)]))
-    for low, high in chunks(width, even_rows(width, min(_tile_rows(sets, weight), again.most_columns()))):
-        spans = [torch.searchsorted(ids, torch.tensor([low, high], device=ids.device)).tolist() for ids in columns]
-        ids = [c[a:b] - low for c, (a, b) in zip(columns, spans, strict=True)]
-        parts: list[tuple[Tensor, slice | Tensor]] = [
-            (g[:, a:b], r) for g, r, (a, b) in zip(grads, rows, spans, strict=True)
-        ]
-        tail = sets.tail[:, low:high]
-        if again.index.numel():
-            ids.append(torch.arange(high - low, device=x.device))
-            parts.append((again.grads(low, high), again.index))
-            tail = torch.cat([tail, tail.new_zeros(1, high - low)])
+    again_scaled, again_coef = scaled[again.index], bias_coef[again.index].to(x.dtype)
+    tile = width if kernels else _tile_rows(sets, weight)
+    for low, high in chunks(width, even_rows(width, min(tile, again.most_columns()))):
+        exact = again.grads(low, high)  # [m, high - low]
         if need_db:
-            db[low:high] = tail[: len(rows)].t().to(acc) @ bias_tails
-            for (g, r), at in zip(parts, ids, strict=True):
-                db[low:high][at] += torch.mv(g.t(), bias_coef[r].to(g.dtype)).to(acc)
-        if need_dw:
-            offsets = torch.tensor([0] + [len(at) for at in ids]).cumsum(0)
-            made = weight.new_empty(int(offsets[-1]), weight.shape[1])
-            for (g, r), part in zip(parts, made.split([len(at) for at in ids]), strict=True):
-                if len(part):
-                    product(g.t(), scaled[r], part)
-            extra = tails if len(tail) == len(tails) else torch.cat([tails, torch.zeros_like(tails[:1])])
-            dw[low:high] = head.kernels.live_sum(tail, extra, made, torch.cat(ids), offsets)
+            db[low:high] += torch.mv(exact.t(), again_coef).to(acc)
+        if need_dw and kernels:
+            total[low:high] += exact.t() @ again_scaled
+        elif need_dw:
+            spans = [torch.searchsorted(ids, torch.tensor([low, high])).tolist() for ids in columns]
+            tile_columns = [c[start:end] - low for c, (start, end) in zip(columns, spans, strict=True)]
+            parts = [(g[:, start:end], scaled[r]) for g, r, (start, end) in zip(grads, rows, spans, strict=True)]
+            dw[low:high] = _sum_of_sets(
+                head, sets.tail[:, low:high], tails, [*parts, (exact, again_scaled)],
+                [*tile_columns, torch.arange((high - low) * (len(again_scaled) > 0))],
+            )  # fmt: skip
+    if kernels and need_dw:
+        dw[:width] = total
     return out._replace(db=db * db_power)
+
+
+def _sum_of_sets(
+    head: Head, tail: Tensor, tails: Tensor, parts: list[tuple[Tensor, Tensor]], columns: list[Tensor]
+) -> Tensor:
+    """Rows of dW: the products g^T (c X) of all sets, the exact rows as the last of them, and their tails."""
+    counts = [len(ids) for ids in columns]
+    made = tail.new_empty(sum(counts), tails.shape[1])
+    for (g, x), part in zip(parts, made.split(counts), strict=True):
+        if len(part):
+            product(g.t(), x, part)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    if counts[-1]:
+        tail, tails = torch.cat([tail, torch.zeros_like(tail[:1])]), torch.cat([tails, torch.zeros_like(tails[:1])])
+    else:
+        offsets = offsets[:-1]
+    return head.kernels.live_sum(tail, tails, made, torch.cat(columns), offsets)
 
 
 def exact_rows(sets: LiveSets) -> list[slice]:
@@ -263,6 +299,8 @@ class _ExactRows:
 
     def grads(self, low: int, high: int) -> Tensor:
         """g [m, high - low] in some columns."""
+        if not self.index.numel():
+            return self.x.new_empty(0, high - low)
         options, g = self.head.options, self.head.columns(self.x, slice(low, high))
         columns_bwd_(
             self.kernels, g, self.labels, self.lse, torch.ones_like(self.lse), options.ignore_index, options.scale,
