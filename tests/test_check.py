@@ -24,11 +24,10 @@ def check(tmp_path, only, *arguments):
 
 
 NEEDS_GPU = {"no-wait", "cuda-graph"}  # groups of which nothing runs on a CPU
-TRITONS = {"live products"}  # groups that no other backend has
 NEEDS_MEMORY = ("N=1100,V=50257", "beyond-2^31/bfloat16/elements")  # 5 GiB, which a GPU has
 
 
-@pytest.mark.parametrize("group", sorted({case.group for case in run.all_cases()} - NEEDS_GPU - TRITONS))
+@pytest.mark.parametrize("group", sorted({case.group for case in run.all_cases()} - NEEDS_GPU))
 def test_the_cpu_backend_passes(tmp_path, group):
     """Every case, not the quick ones alone: sequence_sum/float64 without weights failed here for weeks unseen."""
     status, result = check(tmp_path, f"{group}/*")

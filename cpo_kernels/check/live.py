@@ -96,11 +96,10 @@ def check_live(backend: Backend, seen: Seen, shape: Shape, dtype: torch.dtype) -
     head = (IGNORE, shape.scale, shape.softcap, shape.vocab)
     live, tail, row_sums, g = run_live(backend.kernels, shape, rows)
     exact = (rows[0].double(), rows[1], rows[2].double())
-    oracle: Any = reference
     tolerance = max(backend.tolerance(dtype).logp, 1e-12)  # of sums up to `scale`
 
     def wanted(eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        return oracle.live_columns(*exact, eps, shape.set_rows, *head)
+        return reference.live_columns(*exact, eps, shape.set_rows, *head)
 
     surely, at_most = wanted(shape.eps * (1 + 10 * tolerance))[0], wanted(shape.eps * (1 - 10 * tolerance))[0]
     seen.require("live: a column is missing", not bool((surely & ~live).any()))
@@ -109,7 +108,7 @@ def check_live(backend: Backend, seen: Seen, shape: Shape, dtype: torch.dtype) -
     seen.require("live columns have a tail", not bool(tail[live].any()))
     seen.close("tail_columns", tail[~at_most], want_tail[~at_most], 10 * tolerance, 0.1 * shape.scale)
     seen.close("row_sums", row_sums, want_sums, 10 * tolerance, 0.1 * shape.scale)
-    want = oracle.live_grads(*exact, row_sums.double(), *places(live), shape.set_rows, *head)
+    want = reference.live_grads(*exact, row_sums.double(), *places(live), shape.set_rows, *head)
     unit = max(backend.tolerance(dtype).grad, 10 * tolerance)
     if backend.name == "triton" and not backend.on_gpu and dtype == torch.bfloat16:
         unit *= 2  # the interpreter rounds toward zero
