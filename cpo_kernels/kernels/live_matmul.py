@@ -164,7 +164,8 @@ def live_dw_(g: Tensor, columns: Tensor, offsets: Tensor, set_rows: int, scaled_
         return
     set_rows = min(set_rows, rows)
     tile = tuning.live_product(g.dtype.itemsize, 128)
-    places, order, active = _tiles(columns, offsets.to(g.device, non_blocking=True), dw.shape[0], tile.rows)
+    offsets = offsets.to(g.device, non_blocking=True)
+    places, order, active = _tiles(columns, offsets, dw.shape[0], tile.rows)
     tiles = active.shape[1]
     block_sets, block_tiles = active.nonzero(as_tuple=True)
     number = (active.flatten().cumsum(0) - 1).view_as(active)
@@ -175,7 +176,7 @@ def live_dw_(g: Tensor, columns: Tensor, offsets: Tensor, set_rows: int, scaled_
     scaled_x, steps = scaled_x.contiguous(), -(-set_rows // tile.depth)
     with torch.cuda.device_of(g):
         pack_kernel[(len(block_sets),)](
-            g, offsets.to(g.device, non_blocking=True), block_sets, block_tiles, places, packed, rows, set_rows, tiles,
+            g, offsets, block_sets, block_tiles, places, packed, rows, set_rows, tiles,
             BM=tuning.LIVE_PACK.rows, BV=tile.rows, **tuning.options(tuning.LIVE_PACK),
         )  # fmt: skip
         dw_kernel[(tiles * -(-hidden // tile.block),)](
