@@ -39,7 +39,7 @@ from cpo_kernels.data.preparation import (
 )
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.sources import notes
-from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.data.template import PromptTemplate, check_prompt
 from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.hub import check_model_path
 from cpo_kernels.objectives import Objective
@@ -128,6 +128,7 @@ def _train(
             check_model_path(config.model.name)
         if tokenizer is None:
             tokenizer = load_tokenizer(config.model)  # before the data, which takes longer
+        check_prompt(tokenizer, config.template)
         records, eval_records, objectives = load_data(config, records, eval_records, report, quiet)
         merged_into = base_of_adapters(config.model) if model is None else None
         model, tokenizer = load_model(config.model, model, tokenizer, config.seed)
