@@ -75,6 +75,34 @@ def readme_table(
     return "\n".join(lines)
 
 
+def cost(row: Result) -> str:
+    return f"{row['median_s']:.2f} s, {row['peak_bytes'] / 2**20:.0f} MiB"
+
+
+def gain_table(content: Result) -> str:
+    """Five lines of what one gains: README's first table."""
+    trained, frozen = (r["subjects"] for r in headline(content, ("trainable", "frozen"))[:2])
+    (step,) = (r for r in content["workloads"] if r["family"] == "training_step" and r["responses"] == 2)
+    naive, ours = (f"{max(row['differences'].values()):.1%}" for row in (trained["naive"], trained["ours"]))
+    first, rows = headline(content, ("trainable",))[0], step["subjects"]
+    size = f"{first['pairs']} pairs of {first['length']} tokens"
+    lines = [
+        ("DPO loss and gradients, trainable head", cost(trained["naive"]), cost(trained["ours"])),
+        ("the same, frozen head (LoRA)", cost(frozen["naive"]), cost(frozen["ours"])),
+        ("largest relative error of loss and gradients", naive, ours),
+        ("training step of SmolLM2-135M with TRL", cost(rows["trl_precomputed"]), cost(rows["fused_trl"])),
+        ("the same, our own trainer", "", cost(rows["shared"])),
+    ]
+    table = ["| | before | with cpo-kernels |", "|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)]
+    note = (
+        f"Time and peak memory beyond inputs, bfloat16, {machine(content['environment'])}. Lines 1 to 3: head of "
+        f"{first['head']} ({first['hidden']} × {first['vocab']}), {size}; before: naive PyTorch. Lines 4 and 5: "
+        f"{step['groups']} prompts with 2 responses, up to {step['length']} tokens, reference log-probs given; before: "
+        "TRL's `DPOTrainer`."
+    )
+    return "\n".join([*table, "", note])
+
+
 def readme_gpu_table(content: Result) -> str:
     """The head in every mode, and the kernels' share of the copy rate."""
     if not content:
@@ -178,7 +206,9 @@ def fill(text: str, name: str, table: str) -> str:
 def texts() -> dict[Path, str]:
     """File -> what it should hold."""
     readme, performance = ROOT / "README.md", ROOT / "docs" / "performance.md"
-    page = fill(readme.read_text(), "benchmarks/results/cpu.json", readme_table(roofline.read(RESULTS / "cpu.json")))
+    cpu = roofline.read(RESULTS / "cpu.json")
+    page = fill(readme.read_text(), "gain", gain_table(cpu))
+    page = fill(page, "benchmarks/results/cpu.json", readme_table(cpu))
     made = {readme: fill(page, "benchmarks/results/gpu.json", readme_gpu_table(gpu_results()))}
     page = performance.read_text()
     for name, table in sections().items():

@@ -65,6 +65,11 @@ class FusedLinearCPOLoss(nn.Module):
         dispatch.check_impl(impl)
         self.impl = impl
 
+    def extra_repr(self) -> str:
+        names = ("ignore_index", "softcap", "scale", "vocab_size", "memory_budget", "impl")
+        given = zip(names, (*self.head, self.impl), (-100, None, 1.0, None, None, "auto"), strict=True)
+        return ", ".join([self.options.shown(), *(f"{name}={x!r}" for name, x, default in given if x != default)])
+
     def forward(
         self,
         hidden: Tensor,

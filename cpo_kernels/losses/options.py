@@ -106,6 +106,17 @@ class LossOptions:
                 raise TypeError(f"unknown option {name!r}{hint}")
         return cls(**options)
 
+    def shown(self) -> str:
+        """What differs from the defaults, beta and the loss type in any case: for the repr of a loss."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ("beta", "loss_type")}
+        kept |= {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        kept["loss_type"] = self.types[0] if len(self.types) == 1 else list(self.types)
+        if len(self.types) == 1 and self.loss_weights == (1.0,):
+            del kept["loss_weights"]
+        if self.objectives:
+            kept["objectives"] = [objective.name for objective in self.objectives]
+        return ", ".join(f"{name}={value!r}" for name, value in kept.items())
+
     @property
     def types(self) -> tuple[str, ...]:
         return tuple(self.loss_type)

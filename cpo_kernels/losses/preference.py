@@ -73,6 +73,9 @@ class CPOLoss(nn.Module):
         dispatch.check_impl(impl)
         self.impl = impl
 
+    def extra_repr(self) -> str:
+        return self.options.shown() + ("" if self.impl == "auto" else f", impl={self.impl!r}")
+
     def forward(
         self,
         seq_logps: Tensor,

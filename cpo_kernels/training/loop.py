@@ -28,6 +28,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from cpo_kernels.data.chat_template import level_template
 from cpo_kernels.data.packing import Encoded, Unit, epoch_steps
 from cpo_kernels.data.preparation import (
     check_sources,
@@ -48,7 +49,7 @@ from cpo_kernels.recipe.keys import Config
 from cpo_kernels.training.adapters import add_adapters
 from cpo_kernels.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint, training_state
 from cpo_kernels.training.losses import StageLoss
-from cpo_kernels.training.model_card import model_card
+from cpo_kernels.training.model_card import CONDITIONED, model_card
 from cpo_kernels.training.models import (
     base_of_adapters,
     check_saving,
@@ -137,6 +138,7 @@ def _train(
         model.eval()
         template = PromptTemplate(tokenizer, config.template, objectives)
         template.set_end(model)
+        chat_template = level_template(template, objectives if config.stage in CONDITIONED else ())
         records = encodable(config.data, records, template, report)
         eval_records = encodable(config.data, eval_records, template, report, may_be_empty=True)
         initial = fingerprint(model)
@@ -165,7 +167,7 @@ def _train(
         run.save_data(report, eval_records)
         if run.writes and saving:
             card = model_card(config, template, objectives, run.metrics, merged_into)
-            save_model(saved, tokenizer, run.folder / "model", card, weights)
+            save_model(saved, tokenizer, run.folder / "model", card, weights, chat_template)
     return TrainResult(model, tokenizer, template, objectives, run.metrics, report, list(eval_records))
 
 

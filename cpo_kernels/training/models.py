@@ -125,10 +125,18 @@ def check_saving(model: Any, tokenizer: Any) -> None:
             raise ValueError(f"the trained model could not be saved: {type(error).__name__}: {error}") from error
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, card: str, weights: dict[str, torch.Tensor] | None) -> None:
-    """Model (safetensors), tokenizer and README.md as `from_pretrained` reads them, whole or not at all; `weights` in
-    place of the model's own, where given."""
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    card: str,
+    weights: dict[str, torch.Tensor] | None,
+    chat_template: str,
+) -> None:
+    """Model (safetensors), tokenizer and README.md as `from_pretrained` reads them, whole or not at all; `weights` and
+    `chat_template` in place of the model's and the tokenizer's own."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(temporary)
+        (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         (temporary / "README.md").write_text(card)
