@@ -9,7 +9,7 @@
 # make sanitize  the C++ kernels of the CPU under AddressSanitizer and UBSan (minutes)
 # make audit   known vulnerabilities of what .venv holds, by pip-audit
 # make wheel-matrix  one wheel, tried with every Python here and every CPU build of torch that pip has (minutes each)
-# make docs    the API reference, from the docstrings, in build/docs
+# make docs    the documentation site, API reference included, in build/docs
 # Each creates .venv and what it needs. Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3

@@ -4,6 +4,7 @@ With --check it only compares the texts with the results, and fails where they d
 """
 
 import argparse
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from benchmarks.claims import report as claims_report
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import HEAD_SUBJECTS
 from cpo_kernels.environment import processor
+from cpo_kernels.integrations.heads import HEADS
+from cpo_kernels.reference.loss_types import LOSS_TYPES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -203,6 +206,31 @@ def fill(text: str, name: str, table: str) -> str:
     return filled
 
 
+def loss_types_table() -> str:
+    """A row for each loss type: formula and source from its docstring, needs, options."""
+    lines = ["| `loss_type` | loss of a pair | source | reference | options that it honours |", "|---|---|---|---|---|"]
+    for name, loss in LOSS_TYPES.items():
+        formula, _, rest = inspect.cleandoc(loss.formula).partition("\n\n")
+        formula = " ".join(formula.split()).removesuffix(".").replace("||", "‖").replace("|gap|", "abs(gap)")
+        needs = "yes" if loss.needs_reference else "no"
+        options = ", ".join(f"`{option}`" for option in sorted(loss.honours))
+        lines.append(f"| `{name}` | `{formula}` | {' '.join(rest.split())} | {needs} | {options} |")
+    return "\n".join(lines)
+
+
+def models_table() -> str:
+    """A row for each rule of `HEADS`, with the classes that follow it."""
+    lines = ["| logits | classes of transformers (…ForCausalLM) |", "|---|---|"]
+    rules = {"_plain": "x Wᵀ + b", "_gemma": "softcap of `final_logit_softcapping`"}
+    rules |= {"_recurrent_gemma": "softcap of `logits_soft_cap`", "_cohere": "scale of `logit_scale`"}
+    rules |= {"_divided": "scale 1 / `logits_scaling`", "_hyperclovax": "scale of `logits_scaling`"}
+    rules |= {"_falcon_h1": "scale of `lm_head_multiplier`"}
+    for rule, text in rules.items():
+        names = [name.removesuffix("ForCausalLM") for name, found in HEADS.items() if found.__name__ == rule]
+        lines.append(f"| {text} | {', '.join(sorted(names, key=str.lower))} |")
+    return "\n".join(lines)
+
+
 def texts() -> dict[Path, str]:
     """File -> what it should hold."""
     readme, performance = ROOT / "README.md", ROOT / "docs" / "performance.md"
@@ -220,6 +248,9 @@ def texts() -> dict[Path, str]:
     for name, table in filled.items():
         page = fill(page, name, table)
     made[results] = page
+    for name, table in (("loss types", loss_types_table()), ("models", models_table())):
+        path = ROOT / "docs" / f"{name.replace(' ', '_')}.md"
+        made[path] = fill(path.read_text(), name, table)
     training = ROOT / "docs" / "training.md"
     shared = roofline.read(RESULTS / "prompt_sharing.json")
     table = prompt_sharing.table(shared) if shared else "not measured"

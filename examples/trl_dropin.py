@@ -15,9 +15,7 @@ try:
     from cpo_kernels.integrations import FusedDPOConfig as DPOConfig
     from cpo_kernels.integrations import FusedDPOTrainer as DPOTrainer
 except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"{error}\nThis example needs TRL and datasets: install cpo-kernels with its extra [trl]"
-    ) from None
+    raise SystemExit(f"{error}: this example needs TRL and datasets, the extra [trl] of cpo-kernels") from None
 
 PAIRS = {
     "prompt": [f"{i}+{i}? " for i in range(8)],

@@ -66,6 +66,7 @@ class FusedLinearCPOLoss(nn.Module):
         self.impl = impl
 
     def extra_repr(self) -> str:
+        """The options that differ from their defaults, beta and loss type in any case."""
         names = ("ignore_index", "softcap", "scale", "vocab_size", "memory_budget", "impl")
         given = zip(names, (*self.head, self.impl), (-100, None, 1.0, None, None, "auto"), strict=True)
         return ", ".join([self.options.shown(), *(f"{name}={x!r}" for name, x, default in given if x != default)])

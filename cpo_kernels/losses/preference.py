@@ -74,6 +74,7 @@ class CPOLoss(nn.Module):
         self.impl = impl
 
     def extra_repr(self) -> str:
+        """The options that differ from their defaults, beta and loss type in any case."""
         return self.options.shown() + ("" if self.impl == "auto" else f", impl={self.impl!r}")
 
     def forward(
