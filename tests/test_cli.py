@@ -291,6 +291,22 @@ def test_a_key_without_its_section_is_led_there_too(recipe, capsys):
         assert reason in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("model: [a, b", r"bad.yaml:1:13 is not valid YAML \(expected .*\): quote texts"),
+        ("stage: cpsft\nrun_dir: @home", r"bad.yaml:2:10 is not valid YAML \(found character '@' .*\): quote texts"),
+        ("run_dir: a: b", r"bad.yaml:1:11 is not valid YAML \(mapping values are not allowed here\): quote texts"),
+    ],
+)
+def test_yaml_errors_name_line_and_column(tmp_path, text, reason):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_config(tmp_path / "bad.yaml")
+    with pytest.raises(ValueError, match="override 'run_dir=@home':1:1 is not valid YAML"):
+        read_config({}, ["run_dir=@home"])
+
+
 def test_a_recipe_needs_no_option(recipe, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(recipe)])

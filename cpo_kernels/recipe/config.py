@@ -88,7 +88,10 @@ def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML (quote what is a text): {' '.join(str(error).split())}") from None
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        why = f" ({reason})" if reason else ""
+        raise ValueError(f"{where}{place} is not valid YAML{why}: quote texts with special characters") from None
 
 
 def _copy(tree: Any) -> Any:
