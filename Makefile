@@ -15,6 +15,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 .PHONY: demo test bench gpu-check gpu-bench gpu-pack compile-check sanitize audit docs lint wheel wheel-matrix clean
@@ -27,6 +28,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	touch $@
 
 .venv/train: .venv/torch $(SOURCES)
+	@echo 'compiling the kernels with $(CORES) processes; objects are kept in build/objects'
 	$(PIP) --no-build-isolation -e '.[train,plot]'
 	touch $@
 
@@ -43,7 +45,6 @@ demo: .venv/train
 	$(BIN)/cpo-kernels demo $(ARGS)
 
 # A file's tests stay in one process, with its share of the cores: at least one.
-CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 JOBS ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
 
 test: .venv/test
