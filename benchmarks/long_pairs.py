@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cpo_kernels as cpo
+from cpo_kernels.backends import dispatch
 from cpo_kernels.bench.head import BETA, HEADS
 from cpo_kernels.bench.measure import peak_bytes
 from cpo_kernels.bench.subject import Step
 from cpo_kernels.environment import describe, processor
 from cpo_kernels.head.grads import WeightGrad
-from cpo_kernels.head.inputs import Head
+from cpo_kernels.head.inputs import Head, Needs
 from cpo_kernels.head.strategy import budget_rows, chunks, even_rows
 from cpo_kernels.ops.token_logps import HeadOptions
 
@@ -51,7 +52,8 @@ class Pair:
         self.sign[rows // 2 :] = -1
         step = even_rows(rows, budget_rows(vocab, self.x.dtype, CPU, None))
         self.parts = [slice(low, high) for low, high in chunks(rows, step)]
-        self.head = lambda: Head(self.weight, self.x.new_empty(0), HeadOptions(-100, 1.0, 0.0, vocab), step, "cpu")
+        options, kernels = HeadOptions(-100, 1.0, 0.0, vocab), dispatch.kernels("cpu", self.x)
+        self.head = lambda: Head(self.weight, self.x.new_empty(0), options, step, kernels)
 
     def loss(self, logp: Tensor) -> tuple[float, float]:
         """Loss, and its derivative by the chosen log-prob; that by the rejected one is its opposite."""
@@ -96,16 +98,17 @@ def two_pass(pair: Pair) -> Outcome:
 def by_rows(pair: Pair) -> Outcome:
     x, head = pair.x, pair.head()
     first = [head.forward(x[part], pair.labels[part]) for part in pair.parts]
-    logp, lse = (torch.cat([f[k] for f in first]) for k in (0, 1))
+    logp, lse = torch.cat([f.logp for f in first]), torch.cat([f.lse for f in first])
     loss, coefficient = pair.loss(logp)
     coef = coefficient * pair.sign
-    sums, dx = WeightGrad(pair.weight, abs(head.options.scale), len(pair.parts), True, False), torch.empty_like(x)
+    needs, dx = Needs(dx=True, dw=True, db=False), torch.empty_like(x)
+    sums = WeightGrad(pair.weight, abs(head.options.scale), len(pair.parts), needs)
     for part in pair.parts:
         g = head.logits(x[part])
         head.kernels.token_logps_bwd_(g, pair.labels[part], lse[part], torch.ones_like(lse[part]), *head.options)
         torch.mm(g, pair.weight, out=dx[part])
         sums.add(g, x[part], coef[part])
-    return loss, dx * coef[:, None].to(x.dtype), sums.result()[0]
+    return loss, dx * coef[:, None].to(x.dtype), sums.result(dx, coef).dw
 
 
 WAYS: dict[str, Way] = {"products": products, "deferred": deferred, "two_pass": two_pass, "by rows": by_rows}

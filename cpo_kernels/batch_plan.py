@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ class Tables:
         columns = values.split(sizes)
         self.order = columns[0]  # [n] row of the layout's order -> row in the batch's order
         self.segments = columns[1]  # [n] slot of a row within its chunk
-        self._offsets = columns[2]
+        self._offsets: Tensor = columns[2]
         self.sequences, self.slots = columns[3], columns[4]  # [S] slot -> sequence, and back
         self.pair_order, self.pair_places = columns[5], columns[6]  # [P] likewise
         self.local_pairs = columns[7].view(-1, 2)  # [P, 2] slots within the chunk
@@ -199,19 +200,31 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+class PlanTensors(NamedTuple):
+    """A plan as it passes through an op."""
+
+    host: Tensor  # Layout.pack(), on the CPU
+    row_index: Tensor  # [n] positions of the rows in the flattened labels, in the batch's order
+    tables: Tensor  # Layout.tables()
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """What `FusedLinearCPOLoss` must know of a batch on the host. Made by `FusedLinearCPOLoss.plan`; see there."""
 
     layout: Layout
-    host: Tensor  # Layout.pack()
-    index: Tensor  # [n] positions of the rows in the flattened labels, in the batch's order
-    tables: Tensor  # Layout.tables()
+    host: Tensor  # see PlanTensors
+    index: Tensor
+    tables: Tensor
     pairs: Tensor  # [P, 2]
     num_positions: int
     num_pairs: float | None  # divisors of the loss, where they are known
     chosen_tokens: float | None
     all_positions: bool = False  # labels may change
+
+    @property
+    def tensors(self) -> PlanTensors:
+        return PlanTensors(self.host, self.index, self.tables)
 
     def to(self, device: str | torch.device) -> BatchPlan:
         """The plan with its tables on `device`; the copy does not block the host."""

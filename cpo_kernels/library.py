@@ -11,13 +11,15 @@ functional ops, which choose a backend when they run (in `ops` and `head`).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
-from itertools import islice
-from typing import Any, get_type_hints
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LOGIT_ARGS = "int ignore_index, float scale, float softcap, int vocab_size"
 SCHEMAS = {
@@ -26,6 +28,15 @@ SCHEMAS = {
     "token_logps_fused_": (
         f"(Tensor(a!) logits, Tensor labels, {_LOGIT_ARGS}, bool extras) -> (Tensor, Tensor, Tensor)"
     ),
+    "live_columns": (
+        f"(Tensor logits, Tensor labels, Tensor lse, float eps, int set_rows, {_LOGIT_ARGS})"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "live_grads": (
+        "(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets, int set_rows,"
+        f" {_LOGIT_ARGS}) -> Tensor"
+    ),
+    "live_sum": "(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets) -> Tensor",
     "sequence_sum": "(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average) -> Tensor",
     "preference": (
         "(Tensor seq_logps, Tensor ref_logps, Tensor lengths, Tensor pairs, Tensor scores, Tensor conditions,"
@@ -41,62 +52,155 @@ for _name, _schema in SCHEMAS.items():
 COMPILED = torch.ops.cpo_kernels  # where the extensions, once loaded, have their kernels
 
 
+class TokenLogps(NamedTuple):
+    """What `token_logps_fwd` and `token_logps_fused_` return."""
+
+    logp: Tensor  # [N]
+    lse: Tensor  # [N]
+    extra: Tensor  # [4, N] or [0]
+
+
+class PreferenceResult(NamedTuple):
+    """What `preference` returns. See `reference.preference`."""
+
+    loss: Tensor  # []
+    losses: Tensor  # [P]
+    grad: Tensor  # [S], d loss / d seq_logps
+    chosen_rewards: Tensor  # [P]
+    rejected_rewards: Tensor  # [P]
+    value_gap: Tensor  # [P]
+    order: Tensor  # [P] int8
+    counts: Tensor  # [3] int64
+
+
+class Kernels(Protocol):
+    """The five kernels of a backend, a module or a namespace; their results are plain tuples."""
+
+    def token_logps_fwd(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
+        extras: bool, /,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+    def token_logps_bwd_(
+        self, logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, ignore_index: int, scale: float,
+        softcap: float, vocab_size: int, /,
+    ) -> None: ...  # fmt: skip
+
+    def token_logps_fused_(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
+        extras: bool, /,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+    def live_columns(
+        self, logits: Tensor, labels: Tensor, lse: Tensor, eps: float, set_rows: int, ignore_index: int, scale: float,
+        softcap: float, vocab_size: int, /,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+    def live_grads(
+        self, logits: Tensor, labels: Tensor, lse: Tensor, row_sums: Tensor, columns: Tensor, offsets: Tensor,
+        set_rows: int, ignore_index: int, scale: float, softcap: float, vocab_size: int, /,
+    ) -> Tensor: ...  # fmt: skip
+
+    def live_sum(self, tail: Tensor, tails: Tensor, made: Tensor, columns: Tensor, offsets: Tensor, /) -> Tensor: ...
+
+    def sequence_sum(
+        self, token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor, average: bool, /
+    ) -> Tensor: ...
+
+    def preference(
+        self, seq_logps: Tensor, ref_logps: Tensor, lengths: Tensor, pairs: Tensor, scores: Tensor, conditions: Tensor,
+        objectives: Tensor, pair_weights: Tensor, pair_betas: Tensor, margins: Tensor, loss_types: list[int],
+        loss_weights: list[float], options: list[float], num_pairs: float, chosen_tokens: float, /,
+    ) -> tuple[Tensor, ...]: ...  # fmt: skip
+
+
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 input, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def fake_token_logps(logits: Tensor, extras: bool) -> tuple[Tensor, Tensor, Tensor]:
+def fake_token_logps(logits: Tensor, extras: bool) -> TokenLogps:
     acc, rows = acc_dtype(logits.dtype), logits.shape[0]
     extra = logits.new_empty((4, rows) if extras else (0,), dtype=acc)
-    return logits.new_empty(rows, dtype=acc), logits.new_empty(rows, dtype=acc), extra
+    return TokenLogps(logits.new_empty(rows, dtype=acc), logits.new_empty(rows, dtype=acc), extra)
 
 
-def fake_preference(seq_logps: Tensor, pairs: Tensor) -> tuple[Tensor, ...]:
-    num_pairs = pairs.shape[0]
-    per_pair = [seq_logps.new_empty(num_pairs) for _ in range(4)]  # losses, chosen, rejected rewards, value gap
-    return (
-        seq_logps.new_empty(()),
-        per_pair[0],
-        torch.empty_like(seq_logps),
-        *per_pair[1:],
-        pairs.new_empty(num_pairs, dtype=torch.int8),
-        pairs.new_empty(3),
-    )
-
-
-@torch.library.register_fake("cpo_kernels::token_logps_fwd")
-def _(logits, labels, ignore_index, scale, softcap, vocab_size, extras):
-    return fake_token_logps(logits, extras)
-
-
-@torch.library.register_fake("cpo_kernels::token_logps_bwd_")
-def _(logits, labels, lse, grad, ignore_index, scale, softcap, vocab_size):
-    return None
-
-
-@torch.library.register_fake("cpo_kernels::token_logps_fused_")
-def _(logits, labels, ignore_index, scale, softcap, vocab_size, extras):
-    return fake_token_logps(logits, extras)
-
-
-@torch.library.register_fake("cpo_kernels::sequence_sum")
-def _(token_logps, cu_seqlens, token_weights, average):
+def fake_sequence_sum(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     return token_logps.new_empty(cu_seqlens.shape[0] - 1)
 
 
-@torch.library.register_fake("cpo_kernels::preference")
-def _(seq_logps, ref_logps, lengths, pairs, *args):
-    return fake_preference(seq_logps, pairs)
+def fake_preference(seq_logps: Tensor, pairs: Tensor) -> PreferenceResult:
+    num_pairs = pairs.shape[0]
+    losses, chosen, rejected, gap = (seq_logps.new_empty(num_pairs) for _ in range(4))
+    order, counts = pairs.new_empty(num_pairs, dtype=torch.int8), pairs.new_empty(3)
+    loss, grad = seq_logps.new_empty(()), torch.empty_like(seq_logps)
+    return PreferenceResult(loss, losses, grad, chosen, rejected, gap, order, counts)
 
 
-BODIES: dict[Any, Callable[..., Any]] = {}  # of the functional ops, for tests that watch them at work
+_FAKES: dict[str, Callable[..., Any]] = {
+    "token_logps_fwd": lambda logits, *args: fake_token_logps(logits, extras=args[-1]),
+    "token_logps_bwd_": lambda *args: None,
+    "token_logps_fused_": lambda logits, *args: fake_token_logps(logits, extras=args[-1]),
+    "sequence_sum": lambda token_logps, cu_seqlens, *_: fake_sequence_sum(token_logps, cu_seqlens),
+    "preference": lambda seq_logps, ref_logps, lengths, pairs, *_: fake_preference(seq_logps, pairs),
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"cpo_kernels::{_name}", _fake)
 
 
-def functional_op(name: str, waits: bool = False) -> Callable[[Callable[..., Any]], Any]:
+# ----------------------------------------------------------------------------------------------------- functional ops
+
+
+def flatten(values: Iterable[Any]) -> list[Any]:
+    """The fields of NamedTuples, at any depth, in place of the NamedTuples."""
+    leaves: list[Any] = []
+    for value in values:
+        if isinstance(value, tuple):
+            leaves += flatten(value)
+        else:
+            leaves.append(value)
+    return leaves
+
+
+def _fields(name: str, kind: Any) -> list[tuple[str, Any]]:
+    """Name and type of each leaf of a parameter."""
+    if not hasattr(kind, "_fields"):
+        return [(name, kind)]
+    return [leaf for field, hint in get_type_hints(kind).items() for leaf in _fields(field, hint)]
+
+
+def _builder(kind: Any) -> Callable[[Iterator[Any]], Any]:
+    """What takes the leaves of one value of this type and builds the value."""
+    if not hasattr(kind, "_fields"):
+        return next
+    builders = [_builder(hint) for hint in get_type_hints(kind).values()]
+    return lambda leaves: kind(*[build(leaves) for build in builders])
+
+
+class FunctionalOp(Generic[P, R]):
+    """An op, called with the bundles that its function takes, returning what its function returns."""
+
+    def __init__(self, overload: Any, result: Any) -> None:
+        self.overload = overload  # the registered op, of flat arguments and results
+        self.build = _builder(result) if hasattr(result, "_fields") else None
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        out = self.overload(*flatten(args), **kwargs)
+        result: R = out if self.build is None else self.build(iter(out))
+        return result
+
+
+BODIES: dict[Any, Callable[..., Any]] = {}  # of the registered ops, flat, for tests that watch them at work
+
+
+def functional_op(
+    name: str, fake: Callable[..., R], waits: bool = False
+) -> Callable[[Callable[P, R]], FunctionalOp[P, R]]:
     """An opaque op without mutation, run with autocast off: its products take the dtypes they are given.
 
-    A parameter that is a NamedTuple stands for its fields, one argument each, in the schema and in calls of the op.
+    A parameter or a result that is a NamedTuple, of NamedTuples perhaps, stands for its fields: those are the arguments
+    and results of the registered op. The function, `fake` and callers have the NamedTuples.
+    fake: from the function's arguments, a result of its shapes and dtypes.
     waits: the host may wait for the device inside, where no plan or index spares it. torch.compile then leaves the op
     out of its CUDA graphs (mode="reduce-overhead"), whose capture would fail.
 
@@ -104,28 +208,36 @@ def functional_op(name: str, waits: bool = False) -> Callable[[Callable[..., Any
     first loss of a process (2 cores, torch 2.13).
     """
 
-    def wrap(function: Callable[..., Any]) -> Any:
-        parameters, groups = [], []
-        signature = inspect.signature(function)
-        for parameter in signature.parameters.values():
-            kind = parameter.annotation
-            fields = get_type_hints(kind) if hasattr(kind, "_fields") else {parameter.name: kind}
-            parameters += [parameter.replace(name=name, annotation=hint) for name, hint in fields.items()]
-            groups.append((kind if hasattr(kind, "_fields") else None, len(fields)))
+    def wrap(function: Callable[P, R]) -> FunctionalOp[P, R]:
+        signature = inspect.signature(function, eval_str=True)
+        result = signature.return_annotation
+        builders = [_builder(p.annotation) for p in signature.parameters.values()]
+        kinds = [leaf for p in signature.parameters.values() for leaf in _fields(p.name, p.annotation)]
+        tensors = _fields("", result)
+
+        def flat(body: Callable[..., Any], *args: Any) -> Any:
+            leaves = iter(args)
+            out = body(*[build(leaves) for build in builders])
+            return tuple(flatten(out)) if isinstance(out, tuple) else out
 
         @wraps(function)
-        def run(*flat: Any) -> Any:
-            values = iter(flat)
-            args = [next(values) if kind is None else kind(*islice(values, n)) for kind, n in groups]
-            with torch.autocast(flat[0].device.type, enabled=False):
-                return function(*args)
+        def run(*args: Any) -> Any:
+            device = args[0].device.type
+            if not torch.is_autocast_enabled(device):
+                return flat(function, *args)
+            with torch.autocast(device, enabled=False):
+                return flat(function, *args)
 
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for n, kind in kinds],
+            return_annotation=tuple[tuple(kind for _, kind in tensors)] if len(tensors) > 1 else result,  # type: ignore[misc]
+        )
         tags = [torch.Tag.pt2_compliant_tag, *[torch.Tag.cudagraph_unsafe] * waits]
         _library.define(name + torch.library.infer_schema(run, mutates_args=()), tags=tags)
         _library.impl(name, run, "CompositeExplicitAutograd")
-        op = getattr(torch.ops.cpo_kernels, name).default
-        BODIES[op] = run
+        torch.library.register_fake(f"cpo_kernels::{name}", lambda *args: flat(fake, *args))
+        op = FunctionalOp[P, R](getattr(torch.ops.cpo_kernels, name).default, result)
+        BODIES[op.overload] = run
         return op
 
     return wrap

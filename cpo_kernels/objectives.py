@@ -12,6 +12,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def check_scale(name: str, values: Tensor, objectives: Sequence[Objective] | Ten
 
 
 def value(
-    scores: Tensor | Sequence, conditions: Tensor | Sequence | None, objectives: Sequence[Objective] | Tensor
+    scores: Tensor | Sequence[Any], conditions: Tensor | Sequence[Any] | None, objectives: Sequence[Objective] | Tensor
 ) -> Tensor:
     """R(y) = sum_i w_i g_i(y) / sum_i w_i over the objectives that y is rated on.
 
@@ -128,9 +129,9 @@ def value(
 
 
 def value_gap(
-    scores_a: Tensor | Sequence,
-    scores_b: Tensor | Sequence,
-    conditions: Tensor | Sequence | None,
+    scores_a: Tensor | Sequence[Any],
+    scores_b: Tensor | Sequence[Any],
+    conditions: Tensor | Sequence[Any] | None,
     objectives: Sequence[Objective] | Tensor,
 ) -> Tensor:
     """Delta R = R(a) - R(b) over the objectives rated on both sides: float64 `[...]`, NaN where none is.
@@ -145,7 +146,9 @@ def value_gap(
     return _weighted_mean(difference, weight, ~(scores_a.isnan() | scores_b.isnan()))
 
 
-def _prepare(scores, conditions, objectives) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _prepare(
+    scores: Any, conditions: Any, objectives: Sequence[Objective] | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scores = _ratings("scores", scores)
     weight, strength = objectives_tensor(objectives).to(scores.device)  # [K], [K]
     if conditions is None:
@@ -162,7 +165,7 @@ def _prepare(scores, conditions, objectives) -> tuple[Tensor, Tensor, Tensor, Te
     return scores, conditions, weight, strength
 
 
-def _ratings(name: str, values: Tensor | Sequence) -> Tensor:
+def _ratings(name: str, values: Tensor | Sequence[Any]) -> Tensor:
     if not isinstance(values, (Tensor, Sequence)) or isinstance(values, (str, bytes)):
         raise TypeError(f"{name} must be numbers, one for each objective, got {values!r:.80}")
     if isinstance(values, Tensor) and values.layout != torch.strided:

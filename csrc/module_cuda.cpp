@@ -7,6 +7,8 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CUDA, m) {
   m.impl("token_logps_fwd", TORCH_BOX(&cpo::cuda::token_logps_fwd));
   m.impl("token_logps_bwd_", TORCH_BOX(&cpo::cuda::token_logps_bwd_));
   m.impl("token_logps_fused_", TORCH_BOX(&cpo::cuda::token_logps_fused_));
+  m.impl("live_columns", TORCH_BOX(&cpo::cuda::live_columns));
+  m.impl("live_grads", TORCH_BOX(&cpo::cuda::live_grads));
   m.impl("sequence_sum", TORCH_BOX(&cpo::cuda::sequence_sum));
   m.impl("preference", TORCH_BOX(&cpo::cuda::preference));
 }

@@ -103,6 +103,20 @@ def all_token_ops() -> None:
         token_ops(f"{name} rows off 16 bytes", rows(64, 1024, dtype, offset=1), 0.0, False)
 
 
+def all_live_ops() -> None:
+    """Rows on 16-byte boundaries and rows off them, with and without a softcap."""
+    for dtype, width, softcap in itertools.product(DTYPES, (1024, 1025), (0.0, 30.0)):
+        logits = rows(64, width, dtype)
+        labels, offsets = torch.zeros(64, dtype=torch.int64), torch.tensor([0, 5, 5])
+        lse = torch.zeros(64, dtype=torch.promote_types(dtype, torch.float32))
+        name = f"{str(dtype).removeprefix('torch.')} {width}" + " softcap" * (softcap > 0)
+        head = (-100, 1.0, softcap, width)
+        with launches(f"live_columns {name}"):
+            kernels.live_columns(logits, labels, lse, 2.0**-12, 32, *head)
+        with launches(f"live_grads {name}"):
+            kernels.live_grads(logits, labels, lse, lse, torch.arange(5), offsets, 32, *head)
+
+
 def preference(what: str, batch: dict[str, Any]) -> None:
     with launches(what):
         kernels.preference(*batch.values())
@@ -128,4 +142,5 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(StubDriver())
     print(json.dumps({"triton": triton.__version__}))
     all_token_ops()
+    all_live_ops()
     all_preferences()

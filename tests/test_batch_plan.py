@@ -33,8 +33,8 @@ def watched(monkeypatch):
     """Runs the bodies of the head's ops under `NoWaiting`; of all tensors the plan's own host tensor may be read."""
 
     def watch(op):
-        def run(*args):
-            tolist = torch.Tensor.tolist
+        def run(*bundles):
+            args, tolist = library.flatten(bundles), torch.Tensor.tolist
 
             def checked(tensor):
                 if not any(tensor is a for a in args if isinstance(a, torch.Tensor)) or tensor.dim() != 1:
@@ -43,7 +43,7 @@ def watched(monkeypatch):
 
             with monkeypatch.context() as patch, NoWaiting():
                 patch.setattr(torch.Tensor, "tolist", checked)
-                return library.BODIES[op](*args)
+                return op.build(iter(library.BODIES[op.overload](*args)))
 
         return run
 

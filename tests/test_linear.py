@@ -7,9 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
 from cpo_kernels import library, reference
+from cpo_kernels.backends.vocab_parallel import Backend
 from cpo_kernels.check.run import poisoned
 from cpo_kernels.head import inputs, nll, strategy
 from cpo_kernels.head import token_logps as head_token_logps
+from cpo_kernels.ops.token_logps import HeadOptions
 
 FLOAT32 = 1e-5  # relative, the project's bound for float32
 SIGNS = torch.tensor([1.0, -1.0], dtype=torch.float64)  # of chosen and rejected
@@ -239,15 +241,14 @@ def test_no_tensor_grows_with_the_logits():
 
     def largest(length):
         batch = make_batch(2, length, 8, 1001, torch.float32, bias=False)
-        head = (-100, 1.0, 0.0, 1001)
+        empty = batch.weight.new_empty(0)
+        tensors = inputs.HeadTensors(batch.hidden.view(-1, 8), batch.weight, empty, batch.labels.view(-1))
+        options, needs = HeadOptions(-100, 1.0, 0.0, 1001), inputs.Needs(True, True, False)
+        execution = inputs.Execution(16, Backend.of("cpu"))
+        args = nll.NLLArgs(batch.labels[:0].view(0), empty, options, -1.0, needs, execution)
         watch = Largest()
         with torch.no_grad(), watch:
-            empty = batch.weight.new_empty(0)
-            library.BODIES[nll.linear_nll_op](
-                batch.hidden.view(-1, 8), batch.weight, empty, batch.labels.view(-1), batch.labels[:0].view(0), empty,
-                *head, -1.0,
-                True, True, False, 16, "cpu",
-            )  # fmt: skip
+            library.BODIES[nll.linear_nll_op.overload](*library.flatten((tensors, args)))
         return watch.numel
 
     assert 8 * 1001 < largest(40) <= 16 * 1001 and largest(320) <= 16 * 1001

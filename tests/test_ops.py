@@ -2,77 +2,98 @@
 
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils._pytree as pytree
 from heads import EVERY_BACKEND, make_batch, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import cpo_kernels as cpo
 from cpo_kernels import checks, library, reference
 from cpo_kernels.backends import dispatch
+from cpo_kernels.backends.vocab_parallel import Backend
+from cpo_kernels.batch_plan import PlanTensors
 from cpo_kernels.head import nll
 from cpo_kernels.head import preference as head_preference
 from cpo_kernels.head import token_logps as head_token_logps
+from cpo_kernels.head.inputs import Execution, HeadTensors, Needs
 from cpo_kernels.ops import preference, sequence_logps
-from cpo_kernels.ops.token_logps import token_logps_backward_op, token_logps_op
+from cpo_kernels.ops.token_logps import HeadOptions, token_logps_backward_op, token_logps_op
 from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
 
 def linear_args(batch):
     bias = batch.weight.new_empty(0) if batch.bias is None else batch.bias
     hidden = batch.hidden.detach().reshape(-1, batch.hidden.shape[-1])
-    return hidden, batch.weight.detach(), bias.detach(), batch.labels.reshape(-1)
+    return HeadTensors(hidden, batch.weight.detach(), bias.detach(), batch.labels.reshape(-1))
 
 
 def preference_args(batch, dtype):
     lengths, empty64 = batch.lengths(), torch.empty(0, dtype=torch.float64)
     pairs = torch.tensor([[0, 2], [1, 3]])
     options = [float(v) for v in OPTION_DEFAULTS.values()]
-    return (
+    return preference.PreferenceArgs(
         batch.ref_logps.to(dtype), lengths, pairs, empty64, empty64, empty64, empty64, empty64, empty64,
         [0, 13], [1.0, 0.5], options, -1.0, -1.0,
     )  # fmt: skip
 
 
+def run(impl, row_limit):
+    return Execution(row_limit, Backend.of(impl))
+
+
 def op_samples(impl):
     """(op, args) of every functional op."""
     batch = make_batch(dtype=torch.float32)
-    hidden, weight, bias, labels = linear_args(batch)
-    logits, head = hidden @ weight.t(), (-100, 1.0, 0.0, 101)
-    logp, lse, _ = token_logps_op(logits, labels, *head, False, impl)
+    tensors = linear_args(batch)
+    hidden, weight, _, labels = tensors
+    logits, options = hidden @ weight.t(), HeadOptions(-100, 1.0, 0.0, 101)
+    logp, lse, _ = token_logps_op(logits, labels, options, False, impl)
     cu_seqlens = torch.arange(5) * 9
-    empty, none = logp.new_empty(0), labels.new_empty(0)
-    yield token_logps_op, (logits, labels, *head, True, impl)
-    yield token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), *head, impl)
+    empty, none, needs, execution = logp.new_empty(0), labels.new_empty(0), Needs(True, True, True), partial(run, impl)
+    yield token_logps_op, (logits, labels, options, True, impl)
+    yield token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), options, impl)
     yield sequence_logps.sequence_logps_op, (logp, cu_seqlens, empty, True, impl)
     yield preference.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
-    yield (
-        head_token_logps.linear_token_logps_op,
-        (hidden, weight, bias, labels, none, hidden + 1, *head, True, True, 16, impl),
-    )
-    yield (
-        head_token_logps.linear_token_logps_backward_op,
-        (hidden, weight, bias, labels, none, lse, torch.randn_like(lse), *head, True, True, True, 16, impl),
-    )
-    yield nll.linear_nll_op, (hidden, weight, bias, labels, none, empty, *head, -1.0, True, True, True, 16, impl)
+    for filtered in (False, True):
+        where = execution(16)._replace(filter_eps=0.05 * filtered, filter_head_grad=filtered)
+        args = head_token_logps.TokenArgs(none, hidden + 1, options, True, True, filtered, where)
+        yield head_token_logps.linear_token_logps_op, (tensors, args)
+        live = head_token_logps.linear_token_logps_op(tensors, args).live
+        grad = torch.randn_like(lse)
+        back = head_token_logps.BackwardArgs(none, lse, grad, options, needs, live, filtered, where)
+        yield head_token_logps.linear_token_logps_backward_op, (tensors, back)
+    yield nll.linear_nll_op, (tensors, nll.NLLArgs(none, empty, options, -1.0, needs, execution(16)))
     for limit in (1000, 4):
-        yield (
-            head_preference.linear_preference_op,
-            (
-                hidden, weight, bias, labels, empty, hidden[:0].view(0), *preference_args(batch, torch.float32), *head,
-                True, False, False, True, True, True, limit, none, none, none, impl,
-            ),
-        )  # fmt: skip
+        loss, plan = preference_args(batch, torch.float32), PlanTensors(none, none, none)
+        args = (empty, empty, loss, True, False, False, options, needs, plan, execution(limit))
+        yield head_preference.linear_preference_op, (tensors, head_preference.LinearPreferenceArgs(*args))
 
 
 @pytest.mark.parametrize("impl", EVERY_BACKEND)
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_opcheck(index, impl):
     op, args = list(op_samples(impl))[index]
-    opcheck(op, args)
+    opcheck(op.overload, library.flatten(args))
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_a_fake_has_the_bundles_of_the_op(index):
+    """Arguments and results are the same NamedTuples through the op, its fake and torch.compile."""
+    op, args = list(op_samples("cpu"))[index]
+    out = op(*args)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = op(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
+    compiled = torch.compile(lambda *given: op(*given), fullgraph=True, backend="eager")(*args)
+    described = [pytree.tree_map(lambda t: (t.shape, t.dtype), made) for made in (out, fake, compiled)]
+    assert described[0] == described[1] == described[2]
+    structure = pytree.tree_structure(out)  # the classes of the NamedTuples are part of it
+    assert structure == pytree.tree_structure(fake) == pytree.tree_structure(compiled)
 
 
 def test_every_backend_has_the_five_kernels():
@@ -125,7 +146,8 @@ def test_compile_without_graph_breaks_or_recompiles(train_head):
 
     def run(hidden, weight, labels, ref_logps, scores):
         out = loss_fn(hidden, weight, labels, ref_logps=ref_logps, scores=scores)
-        return out.loss + cpo.linear_nll(hidden, weight, labels), out.margin
+        logps, _ = cpo.linear_token_logps(hidden, weight, labels, extras=True)
+        return out.loss + cpo.linear_nll(hidden, weight, labels) + logps.mean(), out.margin
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
     frames = []

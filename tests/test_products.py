@@ -1,4 +1,4 @@
-"""Products by slabs of float32, as on a CPU without 16-bit products: against float64, and through the loss."""
+"""Products by tiles of float32, as on a CPU without 16-bit products: against float64, and through the loss."""
 
 from functools import wraps
 
@@ -10,16 +10,16 @@ from torch.utils._pytree import tree_leaves
 
 import cpo_kernels as cpo
 from cpo_kernels.head import matmul
-from cpo_kernels.head.matmul import SLAB, add_product, adds_products, product
+from cpo_kernels.head.matmul import TILE, add_product, adds_products, product
 
-# [m, k, n]: the longest side is each in turn, below, at and beyond a slab
-SHAPES = [(3, 5, 2 * SLAB + 7), (2 * SLAB + 7, 3, 5), (3, 2 * SLAB + 7, 5), (5, 3, SLAB), (4, 4, 4), (1, 1, 1)]
+# [m, k, n]: the longest side is each in turn, below, at and beyond a tile
+SHAPES = [(3, 5, 2 * TILE + 7), (2 * TILE + 7, 3, 5), (3, 2 * TILE + 7, 5), (5, 3, TILE), (4, 4, 4), (1, 1, 1)]
 EMPTY = [(0, 3, 5), (3, 0, 5), (3, 5, 0)]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
-def slabs(monkeypatch):
+def tiles(monkeypatch):
     """As if this CPU had no 16-bit products: torch's are an error."""
     monkeypatch.setattr(matmul, "cpu_multiplies", lambda dtype: dtype not in DTYPES)
 
@@ -48,7 +48,7 @@ def operands(m: int, k: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES + EMPTY)
-def test_a_product_is_rounded_once(shape, dtype, slabs):
+def test_a_product_is_rounded_once(shape, dtype, tiles):
     a, b, bias = operands(*shape, dtype)
     exact = a.double() @ b.double()
     for given, expected in ((None, exact), (bias, exact + bias.double())):
@@ -60,7 +60,7 @@ def test_a_product_is_rounded_once(shape, dtype, slabs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES + EMPTY)
-def test_products_add_up_in_float32(shape, dtype, slabs):
+def test_products_add_up_in_float32(shape, dtype, tiles):
     a, b, _ = operands(*shape, dtype)
     total = torch.full((shape[0], shape[2]), float("nan"))
     add_product(total, a, b, first=True)
@@ -73,8 +73,8 @@ def test_products_add_up_in_float32(shape, dtype, slabs):
     assert ((out.double() - 2 * (a.double() @ b.double())).abs() <= 2 * torch.finfo(dtype).eps * out.abs() + 1e-5).all()
 
 
-def test_the_default_dtype_does_not_matter(slabs):
-    a, b, _ = operands(3, 2 * SLAB + 7, 5, torch.bfloat16)
+def test_the_default_dtype_does_not_matter(tiles):
+    a, b, _ = operands(3, 2 * TILE + 7, 5, torch.bfloat16)
     torch.set_default_dtype(torch.float64)
     try:
         product(a, b, torch.empty(3, 5, dtype=a.dtype))
@@ -116,10 +116,10 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rows, hidden, vocab", [(100, 64, 9000), (7, 640, 9000), (300, 300, 5000)])
-def test_the_plan_counts_slabs(rows, hidden, vocab, slabs):
+def test_the_plan_counts_tiles(rows, hidden, vocab, tiles):
     x, w = torch.randn(rows, hidden).bfloat16(), torch.randn(vocab, hidden).bfloat16()
     g = torch.randn(rows, vocab).bfloat16()
-    counted = matmul.slab_bytes(rows, hidden, x.dtype, x.device)
+    counted = matmul.tile_bytes(rows, hidden, x.dtype, x.device)
     for a, b in ((x, w.t()), (g, w), (g.t(), x)):
         out = torch.empty(len(a), b.shape[1], dtype=a.dtype)
         with Live() as live:
@@ -127,10 +127,10 @@ def test_the_plan_counts_slabs(rows, hidden, vocab, slabs):
         assert 0.7 * counted <= live.peak <= counted
     layout = cpo.explain(rows, hidden, vocab)
     assert layout.extra_bytes == 2 * rows * (vocab + hidden) + counted
-    assert matmul.slab_bytes(rows, hidden, torch.float32, x.device) == 0
+    assert matmul.tile_bytes(rows, hidden, torch.float32, x.device) == 0
 
 
-def test_float32_is_left_to_torch(slabs):
+def test_float32_is_left_to_torch(tiles):
     a, b, bias = operands(5, 7, 9, torch.float32)
     assert torch.equal(product(a, b, torch.empty(5, 9), bias), torch.addmm(bias, a, b))
     assert adds_products(torch.empty(0), a) and adds_products(torch.empty(0), a.bfloat16())
@@ -145,7 +145,7 @@ def test_what_the_cpu_multiplies_is_left_to_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_nll_does_not_notice(dtype, slabs):
+def test_the_nll_does_not_notice(dtype, tiles):
     generator = torch.Generator().manual_seed(0)
     hidden, labels = torch.randn(30, 16, generator=generator), torch.randint(3000, (30,), generator=generator)
     weight = torch.randn(3000, 16, generator=generator) / 4
@@ -172,10 +172,12 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_loss_does_not_notice(strategy, dtype, slabs, monkeypatch):
-    """Loss and gradients in 16 bit against float32; every product of 16-bit matrices goes by slabs."""
-    seen, slab = [], matmul._in_float32
-    monkeypatch.setattr(matmul, "_in_float32", lambda a, *rest, **kind: seen.append(a.dtype) or slab(a, *rest, **kind))
+def test_the_loss_does_not_notice(strategy, dtype, tiles, monkeypatch):
+    """Loss and gradients in 16 bit against float32; every product of 16-bit matrices goes by tiles."""
+    seen, in_float32 = [], matmul._in_float32
+    monkeypatch.setattr(
+        matmul, "_in_float32", lambda a, *rest, **kind: seen.append(a.dtype) or in_float32(a, *rest, **kind)
+    )
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4 if strategy != "deferred" else 2, 12, 16, generator=generator).to(dtype)
     weight = (torch.randn(3000, 16, generator=generator) / 4).to(dtype)

@@ -1,4 +1,4 @@
-"""Gradients by slabs of the vocabulary: every column once, labels on the borders, memory without a second dW."""
+"""Gradients by vocab tiles: every column once, labels on the borders, memory without a second dW."""
 
 import pytest
 import torch
@@ -9,14 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
+from cpo_kernels.backends import dispatch
 from cpo_kernels.head import inputs
-from cpo_kernels.head.recompute import ALIGN, second_pass, slabs
+from cpo_kernels.head.recompute import ALIGN, second_pass, vocab_tiles
 from cpo_kernels.ops.token_logps import HeadOptions
 
 
 @given(st.integers(0, 10_000), st.integers(0, 300_000), st.integers(0, 2**28))
-def test_slabs_take_every_column_once(num_rows, num_columns, elements):
-    parts = slabs(num_rows, num_columns, elements)
+def test_vocab_tiles_take_every_column_once(num_rows, num_columns, elements):
+    parts = vocab_tiles(num_rows, num_columns, elements)
     if len(parts) > 10_000:  # a budget of a few elements
         return
     assert [c for part in parts for c in (part.start, part.stop)] == sorted(
@@ -34,13 +35,13 @@ def test_padded_rows_stay_in_the_buffer(monkeypatch):
     """Rows of V = 777 are padded to 832 elements, as on a GPU: 65 rows fit a buffer of 64 without their padding."""
     monkeypatch.setattr(inputs, "row_stride", lambda width, dtype, device: -(-width // ALIGN) * ALIGN)
     options = HeadOptions(-100, 1.0, 0.0, 777)
-    made = inputs.Head(torch.randn(777, 12), torch.empty(0), options, 64, "cpu")
+    made = inputs.Head(torch.randn(777, 12), torch.empty(0), options, 64, dispatch.kernels("cpu", torch.empty(0)))
     starts = []
     columns = made.columns
     made.columns = lambda x, part: starts.append((g := columns(x, part)).data_ptr()) or g
     x, labels = torch.randn(65, 12), torch.arange(65)
     lse = (x @ made.weight.t()).logsumexp(1)
-    second_pass(made, x, labels, lse, torch.ones(65), True, True, False)
+    second_pass(made, x, labels, lse, torch.ones(65), inputs.Needs(True, True, False))
     assert {*starts} == {made.buffer.data_ptr()}
 
 
@@ -54,8 +55,8 @@ def gradients(hidden, weight, labels, bias, upstream, **options):
     "head", [{}, {"softcap": 2.0, "scale": 0.5}, {"vocab_size": 700}, {"vocab_size": 130}], ids=str
 )
 @pytest.mark.parametrize("rows", [37, 300])
-def test_labels_on_the_borders_of_slabs(impl, head, rows):
-    """V = 777 in slabs of 192 (300 rows) and of 777 (37 rows); of vocab_size 130 whole slabs are padding."""
+def test_labels_on_the_borders_of_tiles(impl, head, rows):
+    """V = 777 in tiles of 192 (300 rows) and of 777 (37 rows); of vocab_size 130 whole tiles are padding."""
     g = torch.Generator().manual_seed(rows)
     hidden, weight, bias = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((rows, 12), (777, 12), (777,)))
     bias[::5] = -torch.inf  # masked words, among them stand-ins of labels elsewhere
@@ -80,7 +81,7 @@ def test_labels_on_the_borders_of_slabs(impl, head, rows):
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_sixteen_bit_is_no_worse_than_naive(dtype):
-    """12 slabs: partial dX are rounded to 16 bit before they are added. Root mean square over 4 batches."""
+    """12 tiles: partial dX are rounded to 16 bit before they are added. Root mean square over 4 batches."""
     errors = {"dx": [0.0, 0.0], "dw": [0.0, 0.0]}
     for seed in range(4):
         g = torch.Generator().manual_seed(seed)

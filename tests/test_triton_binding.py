@@ -36,7 +36,7 @@ def test_every_launcher_compiles(launches):
     kernels = {row["kernel"] for rows in launches.values() for row in rows}
     assert kernels == {
         "scan_kernel", "combine_kernel", "write_kernel", "sequence_sum_kernel", "preference_kernel",
-        "aot_values_kernel", "aot_terms_kernel",
+        "aot_values_kernel", "aot_terms_kernel", "prepare_kernel", "scan_sets_kernel", "gather_kernel",
     }  # fmt: skip
     for name, row in LOSS_TYPES.items():
         assert "preference_kernel" in {r["kernel"] for r in launches[name]}
@@ -57,3 +57,9 @@ def test_rows_off_16_bytes_have_a_variant_with_wide_accesses(launches, dtype):
         (aligned,), (off,) = launches[f"{dtype} rows {op}"], launches[f"{dtype} rows off 16 bytes {op}"]
         assert off["specialisation"] != aligned["specialisation"]
         assert off["wide"] == aligned["wide"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_live_columns_reads_aligned_rows_in_wide_accesses(launches, dtype):
+    scan = {width: launches[f"live_columns {dtype} {width}"][-1] for width in (1024, 1025)}
+    assert scan[1024]["wide"] > scan[1025]["wide"] == 0

@@ -1,6 +1,6 @@
 """The backends of the five kernels: `reference` (plain PyTorch, any device), `cpu` (C++), `triton` and `cuda` (C++).
 
-Imports no Triton, and the CUDA extension on its first use alone.
+Imports no Triton, and the CUDA extension only on its first use.
 """
 
 import importlib.util
@@ -8,13 +8,14 @@ import os
 import warnings
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from cpo_kernels import library, reference
 from cpo_kernels.extras import install_line
+from cpo_kernels.library import Kernels
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 # What `auto` takes on a GPU in place of Triton, by op and compute capability. Predicted from the machine code, not
@@ -98,16 +99,14 @@ def resolve_impl(impl: str, device: torch.device) -> str:
         return _auto_impl(device)
     wanted = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(impl, device.type)
     if device.type != wanted and not (impl == "triton" and device.type == "cpu" and triton_interpreted()):
-        kind = "CPU tensors" if wanted == "cpu" else "GPU tensors (CPU tensors under TRITON_INTERPRET=1 alone)"
+        kind = "CPU tensors" if wanted == "cpu" else "GPU tensors (CPU tensors only under TRITON_INTERPRET=1)"
         kind = "GPU tensors" if impl == "cuda" else kind
         raise ValueError(f"impl={impl!r} takes {kind}, got a tensor on {device}. Use impl='auto'")
     return impl
 
 
-def kernels(impl: str, tensor: Tensor) -> Any:
-    """The namespace that holds the five kernels of a backend, `impl@shards` for a vocabulary spread over ranks."""
-    if "@" in impl:
-        return importlib.import_module("cpo_kernels.backends.vocab_parallel").sharded_kernels(impl, tensor)
+def kernels(impl: str, tensor: Tensor) -> Kernels:
+    """The five kernels of the backend that `impl` names for this tensor."""
     backend = resolve_impl(impl, tensor.device)
     if impl == "auto" and backend == "triton" and not missing("cuda"):
         return _preferred_kernels(torch.cuda.get_device_capability(tensor.device))
@@ -115,17 +114,19 @@ def kernels(impl: str, tensor: Tensor) -> Any:
 
 
 @cache
-def _preferred_kernels(capability: tuple[int, int]) -> Any:
+def _preferred_kernels(capability: tuple[int, int]) -> Kernels:
     """Triton's kernels, but for those of PREFERRED where the CUDA extension can be loaded."""
     if _load_extension("_C_cuda"):
         return _kernels_of("triton")
     chosen = {op: PREFERRED.get((op, capability), "triton") for op in library.SCHEMAS}
-    return SimpleNamespace(**{op: getattr(_kernels_of(backend), op) for op, backend in chosen.items()})
+    return cast(Kernels, SimpleNamespace(**{op: getattr(_kernels_of(b), op) for op, b in chosen.items()}))
 
 
-def _kernels_of(backend: str) -> Any:
+def _kernels_of(backend: str) -> Kernels:
     if backend == "triton":
-        return importlib.import_module("cpo_kernels.kernels")
+        from cpo_kernels import kernels as triton_kernels
+
+        return triton_kernels
     if backend == "cuda" and (reason := _load_extension("_C_cuda")):
         raise RuntimeError(f"impl='cuda': the CUDA extension could not be loaded: {reason}")
     return reference if backend == "reference" else library.COMPILED

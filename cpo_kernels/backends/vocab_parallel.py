@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,13 @@ from torch import Tensor
 from cpo_kernels import checks, library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.checks import check_label_range
+from cpo_kernels.library import Kernels
 
 # What a rank sends in place of a label's log-prob, which is never above 0 but for rounding.
 NOT_HERE, REFUSED = math.inf, 2.0
+
+
+IGNORED = -(2**62)  # an ignore_index that no label of another rank becomes
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class VocabShards:
 
     group: a process group whose ranks see the same hidden states and labels (tensor parallelism). A label out of range
         on one rank is an error on all. Any other wrong argument (dtype, shape, option) raises before something is sent:
-        where one rank alone has it, the others wait in their collective until its process ends or the group's timeout.
+        where only one rank has it, the others wait in their collective until its process ends or the group's timeout.
     rows: how many rows each rank holds, 0 allowed. `VocabShards.of(weight, group)` asks the ranks once.
 
     Raises ValueError where rows are not one number >= 0 for each rank, or all 0.
@@ -69,18 +73,29 @@ class VocabShards:
         """The first row of this rank."""
         return sum(self.rows[: self.group.rank()])
 
-    def backend(self, impl: str) -> str:
-        """`impl`, sharded: what `backends.kernels` takes, and what passes through an op."""
-        return f"{impl}@{'-'.join(map(str, self.rows))}@{self.group.group_name}"
 
+class Backend(NamedTuple):
+    """Where the kernels of a head are, as it passes through an op: `impl`, over the ranks of a group if it is sharded.
 
-def sharded_kernels(backend: str, tensor: Tensor) -> ShardedKernels:
-    """Of a `VocabShards.backend`. The group stays with torch: held here it would outlive `destroy_process_group`."""
-    from torch.distributed.distributed_c10d import _resolve_process_group  # not in every build of torch
+    The group stays with torch, under its name: held here it would outlive `destroy_process_group`.
+    """
 
-    impl, rows, group_name = backend.split("@", 2)
-    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
-    return ShardedKernels(dispatch.kernels(impl, tensor), VocabShards(group, tuple(map(int, rows.split("-")))))
+    impl: str
+    shard_rows: list[int]  # VocabShards.rows, [] for a head that is whole
+    group: str
+
+    @classmethod
+    def of(cls, impl: str, shards: VocabShards | None = None) -> Backend:
+        return cls(impl, [], "") if shards is None else cls(impl, list(shards.rows), shards.group.group_name)
+
+    def kernels(self, tensor: Tensor) -> Kernels:
+        kernels = dispatch.kernels(self.impl, tensor)
+        if not self.shard_rows:
+            return kernels
+        from torch.distributed import distributed_c10d  # not in every build of torch
+
+        group = distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
+        return ShardedKernels(kernels, VocabShards(group, tuple(self.shard_rows)))
 
 
 def all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -93,10 +108,11 @@ def all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 class ShardedKernels:
     """The five kernels of a backend: logits [n, V_r] are this rank's columns, labels those of the whole vocabulary."""
 
-    def __init__(self, kernels: Any, shards: VocabShards) -> None:
+    def __init__(self, kernels: Kernels, shards: VocabShards) -> None:
         self.kernels, self.group, self.start = kernels, shards.group, shards.start
         self.rows = shards.rows
         self.sequence_sum, self.preference = kernels.sequence_sum, kernels.preference
+        self.live_sum = kernels.live_sum
 
     def columns(self, vocab_size: int) -> list[int]:
         """Columns of each rank that are no padding."""
@@ -105,15 +121,9 @@ class ShardedKernels:
         ]
 
     def token_logps_fwd(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        ignore_index: int,
-        scale: float,
-        softcap: float,
-        vocab_size: int,
+        self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
         extras: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         columns = self.columns(vocab_size)
         mine = columns[self.group.rank()]
         column, here = columns_of(labels, ignore_index, self.start, mine)
@@ -127,18 +137,18 @@ class ShardedKernels:
         if extras:
             top = logits[:, :mine].amax(1).to(lse.dtype) if mine else lse
             sent += [*extra, top]
-        seen = all_gather(torch.stack(sent), self.group).double()  # [ranks, 2 or 7, n]
-        total = torch.logsumexp(seen[:, 0], 0)
-        share = seen[:, 0] - total  # log of each rank's part of the probability; -inf: its columns all are
-        refused = seen[:, 1] == REFUSED
+        gathered = all_gather(torch.stack(sent), self.group).double()  # [ranks, 2 or 7, n]
+        total = torch.logsumexp(gathered[:, 0], 0)
+        share = gathered[:, 0] - total  # log of each rank's part of the probability; -inf: its columns all are
+        refused = gathered[:, 1] == REFUSED
         check_refused(refused, labels, ignore_index, vocab_size)
-        here = (seen[:, 1] != NOT_HERE) & ~refused
-        logp = torch.where(share == -math.inf, -math.inf, seen[:, 1] + share)
+        here = (gathered[:, 1] != NOT_HERE) & ~refused
+        logp = torch.where(share == -math.inf, -math.inf, gathered[:, 1] + share)
         logp = torch.where(here, logp, math.inf).amin(0)
         nowhere = ~here.any(0) | refused.any(0)  # NaN, gradients too
         results = [logp.masked_fill(nowhere, math.nan), total.masked_fill(nowhere, math.nan)]
         if extras:
-            p, (entropy, log_sum_sq, mean_z, is_top1, top) = share.exp(), seen[:, 2:].unbind(1)
+            p, (entropy, log_sum_sq, mean_z, is_top1, top) = share.exp(), gathered[:, 2:].unbind(1)
             first = here & (is_top1 > 0) & (top >= top.amax(0))
             results += [
                 torch.where(p > 0, p * (entropy - share), 0.0).sum(0),
@@ -150,36 +160,70 @@ class ShardedKernels:
         return out[0], out[1], out[2:] if extras else lse.new_empty(0)
 
     def token_logps_bwd_(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        lse: Tensor,
-        grad: Tensor,
-        ignore_index: int,
-        scale: float,
-        softcap: float,
-        vocab_size: int,
-    ) -> None:
+        self, logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, ignore_index: int, scale: float,
+        softcap: float, vocab_size: int,
+    ) -> None:  # fmt: skip
         mine = self.columns(vocab_size)[self.group.rank()]
         columns_bwd_(self.kernels, logits, labels, lse, grad, ignore_index, scale, softcap, self.start, mine)
 
     def token_logps_fused_(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        ignore_index: int,
-        scale: float,
-        softcap: float,
-        vocab_size: int,
+        self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
         extras: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         head = ignore_index, scale, softcap, vocab_size
         logp, lse, extra = self.token_logps_fwd(logits, labels, *head, extras)
         self.token_logps_bwd_(logits, labels, lse, torch.ones_like(lse), *head)
         return logp, lse, extra
 
+    def live_columns(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        lse: Tensor,
+        eps: float,
+        set_rows: int,
+        ignore_index: int,
+        scale: float,
+        softcap: float,
+        vocab_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of this rank's columns: the sets of each rank are its own, and so are their tails."""
+        mine = self.columns(vocab_size)[self.group.rank()]
+        if not mine:
+            sets = -(-labels.shape[0] // set_rows)
+            none = lse.new_empty(sets, 0)
+            return none.bool(), none, torch.where(torch.isfinite(lse), 0.0, math.nan)
+        here = self.labels_here(labels, ignore_index)
+        return self.kernels.live_columns(logits, here, lse, eps, set_rows, IGNORED, scale, softcap, mine)
 
-def columns_here(kernels: Any, vocab_size: int) -> tuple[Any, int, int]:
+    def live_grads(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        lse: Tensor,
+        row_sums: Tensor,
+        columns: Tensor,
+        offsets: Tensor,
+        set_rows: int,
+        ignore_index: int,
+        scale: float,
+        softcap: float,
+        vocab_size: int,
+    ) -> Tensor:
+        mine = self.columns(vocab_size)[self.group.rank()]
+        if not mine:
+            return row_sums.to(logits.dtype)
+        here = self.labels_here(labels, ignore_index)
+        return self.kernels.live_grads(
+            logits, here, lse, row_sums, columns, offsets, set_rows, IGNORED, scale, softcap, mine
+        )
+
+    def labels_here(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """[n] columns of this rank, negative or too large for labels of others, IGNORED."""
+        return (labels - self.start).masked_fill(labels == ignore_index, IGNORED)
+
+
+def columns_here(kernels: Kernels, vocab_size: int) -> tuple[Kernels, int, int]:
     """The kernels for this rank's own columns, which is the first of them, and how many are no padding."""
     if not isinstance(kernels, ShardedKernels):
         return kernels, 0, vocab_size
@@ -212,7 +256,7 @@ def columns_of(labels: Tensor, ignore_index: int, first: int, count: int) -> tup
 
 
 def columns_bwd_(
-    kernels: Any,
+    kernels: Kernels,
     logits: Tensor,
     labels: Tensor,
     lse: Tensor,

@@ -38,7 +38,8 @@ def trl_head(rows_alone: bool) -> Callable[[Batch], Step]:
         keep, labels, softcap = b.labels != -100, b.labels, b.workload.softcap
 
         def logps(x: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-            return ChunkedLogProbFunction.apply(x, weight, None, targets, 1.0, TRL_CHUNK, softcap, 1.0, ())[0]
+            logp: Tensor = ChunkedLogProbFunction.apply(x, weight, None, targets, 1.0, TRL_CHUNK, softcap, 1.0, ())[0]
+            return logp
 
         def every_position(x: Tensor, weight: Tensor) -> Tensor:
             return logps(x.flatten(0, 1), labels.clamp(min=0).flatten(), weight).view(labels.shape) * keep

@@ -34,7 +34,8 @@ def once(device: str, cache: str, limit_s: float) -> dict[str, float]:
     )  # fmt: skip
     if run.returncode:
         raise RuntimeError((run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1])
-    return json.loads(run.stdout.splitlines()[-1])
+    seconds: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return seconds
 
 
 def measure(device: str, runs: int, limit_s: float) -> dict[str, Any]:

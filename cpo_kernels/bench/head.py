@@ -31,7 +31,7 @@ MODES = ("trainable", "frozen", "forward")
 class Head:
     """`groups` prompts with `responses` each, all pairs of a group; `prompt` of the `length` tokens are the prompt.
 
-    mode: head `trainable`, `frozen` (LoRA: hidden states alone want a gradient) or `forward` (no gradient).
+    mode: head `trainable`, `frozen` (LoRA: only hidden states want a gradient) or `forward` (no gradient).
     reference: its log-probs are `given`, or `computed` in the step from its hidden states: with a head of its own where
         the head is trained, else with the same one.
     """
@@ -68,12 +68,12 @@ class Head:
     @property
     def gradient_bytes(self) -> int:
         """dX on every position, and dW."""
-        size = getattr(torch, self.dtype).itemsize
+        size: int = getattr(torch, self.dtype).itemsize
         dx = 0 if self.mode == "forward" else self.sequences * self.length * self.hidden
         return size * (dx + (self.vocab * self.hidden if self.mode == "trainable" else 0))
 
 
-def head(name: str, **keys) -> Head:
+def head(name: str, **keys: Any) -> Head:
     hidden, vocab, softcap = HEADS[name]
     return Head(name, hidden, vocab, softcap, **keys)
 

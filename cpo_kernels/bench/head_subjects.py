@@ -94,7 +94,7 @@ def trainable_alone(workload: Head, device: torch.device) -> str:
 
 
 def naive(rows_alone: bool, compiled: bool) -> Callable[[Batch], Step]:
-    """Logits of every position, or of the labelled rows alone."""
+    """Logits of every position, or only of the labelled rows."""
 
     @from_token_logps
     def make(b: Batch) -> TokenLogps:

@@ -91,7 +91,7 @@ def peak_bytes(step: Step, device: torch.device) -> int | None:
 def project(outcome: Outcome) -> dict[str, Tensor]:
     """On the CPU in float32; a matrix [..., n] as its product with one random vector [n].
 
-    |(A - B) v| estimates |A - B| in the Frobenius norm and vanishes for A = B alone, in 1/n of the memory.
+    |(A - B) v| estimates |A - B| in the Frobenius norm and vanishes only for A = B, in 1/n of the memory.
     """
     seen = {}
     for name, tensor in outcome.items():

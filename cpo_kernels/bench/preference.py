@@ -12,7 +12,7 @@ from cpo_kernels.bench.subject import Family, Outcome, Step, Subject
 from cpo_kernels.bench.tokens import BACKENDS, runs_on
 from cpo_kernels.check.preference import make_batch
 
-REPEATS = 20  # runs a step: one alone is shorter than what starts it
+REPEATS = 20  # runs a step: a single one is shorter than what starts it
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def plain(b: Batch) -> Step:
 
 
 def truth(b: Batch) -> Outcome:
-    exact = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in b.args]
+    exact: list[Any] = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in b.args]
     return outcome(dispatch.kernels("reference", exact[0]).preference(*exact))
 
 

@@ -102,7 +102,7 @@ def growth_table(growths: Sequence[Result]) -> str:
             extra = ", ".join(memory_beyond_gradients(p, name) for p in points)
             label = FAMILIES["head"].subjects[name].label
             time, memory = ("not measured" if seen[k] is None else f"{seen[k]:.2f}" for k in ("time", "memory"))
-            # A budget binds ours alone; the logits of the others are as many as their rows.
+            # A budget binds only ours; the logits of the others are as many as their rows.
             expected = f"at most {growth['expected']['memory']:.0f}" if name == "ours" else ""
             lines.append(f"| {growth['over']} ({values}) | {label} | {time} | 1 | {memory} | {expected} | {extra} |")
     return "\n".join(lines)

@@ -28,6 +28,8 @@ class Kept:
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = content
+        self.workloads: list[dict[str, Any]] = content.get("workloads", [])
+        self.growths: list[dict[str, Any]] = content.get("growth", [])
 
     @classmethod
     def read(cls, out: Path | None, environment: dict[str, Any]) -> Kept:
@@ -44,18 +46,18 @@ class Kept:
 
     def workload(self, wanted: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
         """The result of the same workload and subjects, unless a time limit cut it off."""
-        for result in self.content.get("workloads", ()):
+        for result in self.workloads:
             if finished(result, names) and same(result, wanted):
                 return result
         return None
 
     def others(self, wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What the file holds of workloads that are not wanted this time."""
-        return [r for r in self.content.get("workloads", ()) if not any(same(r, w) for w in wanted)]
+        return [r for r in self.workloads if not any(same(r, w) for w in wanted)]
 
     def growth(self, one: Growth, device: torch.device) -> dict[str, Any] | None:
         wanted = [described("head", w, device) for w in one.workloads()]
-        for result in self.content.get("growth", ()):
+        for result in self.growths:
             points = result["points"]
             if [{k: v for k, v in p.items() if k != "subjects"} for p in points] == wanted:
                 if all(finished(p, growth.SUBJECTS) for p in points):

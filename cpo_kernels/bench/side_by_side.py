@@ -119,13 +119,13 @@ class Bench:
         """Adds the summary of every round so far to the rows; the order moves on by one every round and turns around
         every other.
 
-        apart: the workload, where a subject is loaded for its turn alone; None where all are loaded.
+        apart: the workload, where a subject is loaded only for its turn; None where all are loaded.
         """
         times: dict[str, list[float]] = {n: [] for n in workers}
         order = list(workers)
         for r in range(self.rounds):
             if time.monotonic() > self.deadline and r:
-                break  # whole rounds alone count
+                break  # only whole rounds count
             shift = r % max(len(order), 1)
             turn = order[shift:] + order[:shift]
             for name in turn[::-1] if r % 2 else turn:

@@ -26,7 +26,8 @@ class Tokens:
     @property
     def bytes(self) -> int:
         """Of the logits, once."""
-        return self.rows * self.vocab * getattr(torch, self.dtype).itemsize
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return self.rows * self.vocab * dtype.itemsize
 
 
 class Batch:

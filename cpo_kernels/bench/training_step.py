@@ -1,7 +1,7 @@
 """A whole training step of a transformers model: TRL's DPOTrainer as it is, with our head, and loops of ours.
 
 The subjects differ by one cause each, in this order: TRL computes the reference in every step; gets its log-probs; has
-our head (labelled rows alone, fewer products); a plain loop runs a response once for all its pairs; our trainer's rows
+our head (only labelled rows, fewer products); a plain loop runs a response once for all its pairs; our trainer's rows
 run a prompt once for all its responses. The reference is the model as it starts. AdamW runs with learning rate 0: it
 does all its work and every step starts from the same weights.
 """
@@ -159,11 +159,13 @@ class Batch:
         logits = self.model(input_ids=self.input_ids, attention_mask=self.mask, use_cache=False).logits[:, :-1].float()
         labels = self.labels[:, 1:]
         logp = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-        return (logp * (labels != -100)).sum(1)
+        sums: Tensor = (logp * (labels != -100)).sum(1)
+        return sums
 
     @property
     def head(self) -> Tensor:
-        return self.model.get_output_embeddings().weight
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.workload.dtype == "bfloat16")
@@ -192,7 +194,7 @@ def loop(b: Batch) -> Step:
     def loss_and_backward() -> Tensor:
         with b.autocast():
             states = backbone(input_ids=b.input_ids, attention_mask=b.mask, use_cache=False).last_hidden_state
-            loss = loss_fn(states[:, :-1], b.head, labels, ref_logps=b.ref_logps, plan=plan).loss
+            loss: Tensor = loss_fn(states[:, :-1], b.head, labels, ref_logps=b.ref_logps, plan=plan).loss
         loss.backward()
         return loss
 
@@ -283,7 +285,7 @@ def truth(b: Batch) -> Outcome:
 
 
 def limits(workload: TrainingStep) -> dict[str, float]:
-    """In bfloat16 the whole backbone rounds, not the head alone."""
+    """In bfloat16 the whole backbone rounds, not only the head."""
     return {"loss": 0.05, "dw": 0.2} if workload.dtype == "bfloat16" else {"loss": 1e-4, "dw": 1e-3}
 
 

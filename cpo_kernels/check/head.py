@@ -159,11 +159,15 @@ def token_cases() -> Iterator[Case]:
         if head_name != "plain" and (budget_name == "tiny" or train == "head-only"):
             continue
 
-        def logps(backend: Backend, seen: Seen, head=head, rows=rows, train=train, dtype=dtype) -> None:
+        def logps(
+            backend: Backend, seen: Seen, head: dict[str, Any] = head, rows: int | None = rows, train: str = train,
+            dtype: torch.dtype = dtype,
+        ) -> None:  # fmt: skip
             options = {**head, "memory_budget": budget_bytes(rows, dtype), "impl": backend.name}
 
             def ours(b: Batch) -> Tensor:
-                return linear_token_logps(b.hidden, b.weight, b.labels, b.bias, **options)
+                logp: Tensor = linear_token_logps(b.hidden, b.weight, b.labels, b.bias, **options)
+                return logp
 
             bias = train != "frozen"
             naive = lambda b: naive_token_logps(b, **head)  # noqa: E731
@@ -174,7 +178,10 @@ def token_cases() -> Iterator[Case]:
                     extra = linear_token_logps(low.hidden, low.weight, low.labels, low.bias, extras=True, **options)
                     seen.same("value without gradients", extra[0], ours(low))
 
-        def nll(backend: Backend, seen: Seen, head=head, rows=rows, train=train, dtype=dtype) -> None:
+        def nll(
+            backend: Backend, seen: Seen, head: dict[str, Any] = head, rows: int | None = rows, train: str = train,
+            dtype: torch.dtype = dtype,
+        ) -> None:  # fmt: skip
             budget = budget_bytes(rows, dtype)
             weights = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(5)).to(backend.device)
 
@@ -200,7 +207,10 @@ def preference_cases() -> Iterator[Case]:
     for loss_type, dtypes in plans:
         for dtype, (budget_name, rows), train in itertools.product(dtypes, BUDGETS, ("all", "frozen")):
 
-            def run(backend: Backend, seen: Seen, loss_type=loss_type, dtype=dtype, rows=rows, train=train) -> None:
+            def run(
+                backend: Backend, seen: Seen, loss_type: str = loss_type, dtype: torch.dtype = dtype,
+                rows: int | None = rows, train: str = train,
+            ) -> None:  # fmt: skip
                 kind = reference.LOSS_TYPES[loss_type]
                 options: dict[str, Any] = {"objectives": OBJECTIVES, "beta": 0.3, "loss_type": loss_type}
                 if loss_type in ("exo_pair", "robust"):
@@ -217,12 +227,14 @@ def preference_cases() -> Iterator[Case]:
                     return given
 
                 def padded(b: Batch) -> Tensor:
-                    return ours(b.hidden, b.weight, b.labels, b.bias, **tensors(b)).loss
+                    loss: Tensor = ours(b.hidden, b.weight, b.labels, b.bias, **tensors(b)).loss
+                    return loss
 
                 def packed(b: Batch) -> Tensor:
                     cu = torch.arange(len(b.labels) + 1, device=backend.device) * b.labels.shape[1]
                     hidden = b.hidden.flatten(0, 1)
-                    return ours(hidden, b.weight, b.labels.flatten(), b.bias, cu_seqlens=cu, **tensors(b)).loss
+                    loss: Tensor = ours(hidden, b.weight, b.labels.flatten(), b.bias, cu_seqlens=cu, **tensors(b)).loss
+                    return loss
 
                 def after(token_logps: Callable[[Batch], Tensor]) -> Function:
                     def value(b: Batch) -> Tensor:

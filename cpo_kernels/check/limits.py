@@ -14,7 +14,7 @@ def label_cases() -> Iterator[Case]:
     """A label out of range: an error on the CPU; on a GPU NaN for that token, and the rest as without it."""
     for dtype in DTYPES:
 
-        def run(backend: Backend, seen: Seen, dtype=dtype) -> None:
+        def run(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
             rows = make_rows(backend, 7, 300, dtype, seed=9, label_limit=290)
             if backend.name not in GPU_BACKENDS or checks.checks_enabled():
                 refuses_bad_labels(backend, seen, rows)
@@ -54,7 +54,7 @@ def refuses_bad_labels(backend: Backend, seen: Seen, rows: Rows) -> None:
 def repeat_cases() -> Iterator[Case]:
     for dtype in DTYPES:
 
-        def run(backend: Backend, seen: Seen, dtype=dtype) -> None:
+        def run(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
             for count, width in ((33, 4_001), (33, 4_000), (2, 50_001)):
                 same_bits(backend, seen, make_rows(backend, count, width, dtype, seed=7))
             if backend.on_gpu:  # a race between the warps of a row is rare

@@ -39,7 +39,9 @@ def exact_sums(logps: Tensor, cu: Tensor, weights: Tensor, average: bool) -> Ten
 def sum_cases() -> Iterator[Case]:
     for average, weighted, dtype in itertools.product((False, True), (False, True), FLOATS):
 
-        def run(backend: Backend, seen: Seen, average=average, weighted=weighted, dtype=dtype) -> None:
+        def run(
+            backend: Backend, seen: Seen, average: bool = average, weighted: bool = weighted, dtype: torch.dtype = dtype
+        ) -> None:
             generator = torch.Generator().manual_seed(10)
             count = 70_003
             logps = (torch.randn(count, generator=generator, dtype=torch.float64) * 10 - 5).to(dtype)
@@ -123,7 +125,7 @@ def check_preference(
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()
     }
     want = reference.preference(*exact.values())
-    got = backend.kernels.preference(*given.values())
+    got: tuple[Tensor, ...] = backend.kernels.preference(*given.values())
     again = backend.kernels.preference(*given.values())
     for name, a, b, c in zip(NAMES, got, want, again, strict=True):
         seen.same(f"{label} {name} of a second run", c, a)
@@ -138,7 +140,7 @@ def check_preference(
 def loss_cases() -> Iterator[Case]:
     for loss_type, dtype in itertools.product(TYPES, FLOATS):
 
-        def run(backend: Backend, seen: Seen, loss_type=loss_type, dtype=dtype) -> None:
+        def run(backend: Backend, seen: Seen, loss_type: str = loss_type, dtype: torch.dtype = dtype) -> None:
             tolerance = 1e-5 if dtype == torch.float32 else 1e-11
             for seed, options in enumerate(OPTION_SETS):
                 batch = {**typed(make_batch(seed, dtype=dtype), loss_type, **options), "loss_weights": [0.7]}
@@ -159,7 +161,7 @@ def far_cases() -> Iterator[Case]:
         if loss_type == "discopop" and spread > 60:
             continue  # e^-u is astronomically large by definition
 
-        def run(backend: Backend, seen: Seen, spread=spread, loss_type=loss_type) -> None:
+        def run(backend: Backend, seen: Seen, spread: float = spread, loss_type: str = loss_type) -> None:
             batch = make_batch(20)
             batch["ref_logps"] = batch["seq_logps"] + spread * torch.linspace(-1, 1, 7, dtype=torch.float64)
             got = check_preference(backend, seen, typed(batch, loss_type, label_smoothing=0.05), 1e-9, loss_type)

@@ -153,7 +153,7 @@ def check_gradient(
 def size_cases() -> Iterator[Case]:
     for (rows, width, quick), dtype in itertools.product(SIZES, DTYPES):
 
-        def run(backend: Backend, seen: Seen, rows=rows, width=width, dtype=dtype) -> None:
+        def run(backend: Backend, seen: Seen, rows: int = rows, width: int = width, dtype: torch.dtype = dtype) -> None:
             if rows * width > 2**25:
                 need_memory(backend, 12 * 8 * rows * width)  # a dozen copies in float64
             check_token_ops(backend, seen, make_rows(backend, rows, width, dtype, seed=width))
@@ -170,8 +170,9 @@ def layout_cases() -> Iterator[Case]:
     for (rows, stride, offset, vocab), dtype in itertools.product(layouts, DTYPES):
 
         def run(
-            backend: Backend, seen: Seen, rows=rows, stride=stride, offset=offset, vocab=vocab, dtype=dtype
-        ) -> None:
+            backend: Backend, seen: Seen, rows: int = rows, stride: int = stride, offset: int = offset,
+            vocab: int = vocab, dtype: torch.dtype = dtype,
+        ) -> None:  # fmt: skip
             width = min(700, stride - offset) if stride < 1000 else stride - offset
             made = make_rows(backend, rows, width, dtype, seed=rows, stride=stride, offset=offset, label_limit=vocab)
             made.logits[:, vocab:] = math.inf
@@ -187,7 +188,10 @@ def option_cases() -> Iterator[Case]:
         ((1.0, 5.0, 4.0), (0.0625, 0.0, 4.0), (1.7, 30.0, 4.0), (0.3, 0.5, 0.4)), DTYPES
     ):
 
-        def run(backend: Backend, seen: Seen, scale=scale, softcap=softcap, spread=spread, dtype=dtype) -> None:
+        def run(
+            backend: Backend, seen: Seen, scale: float = scale, softcap: float = softcap, spread: float = spread,
+            dtype: torch.dtype = dtype,
+        ) -> None:  # fmt: skip
             shapes = [(4, 1111, 1111), (4, 20_001, 19_997)]  # one piece of a row, and several
             if backend.on_gpu:
                 shapes.append((1100, 50_257, 50_250))
@@ -201,7 +205,7 @@ def option_cases() -> Iterator[Case]:
 def extreme_cases() -> Iterator[Case]:
     for dtype in DTYPES:
 
-        def extreme(backend: Backend, seen: Seen, dtype=dtype) -> None:
+        def extreme(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
             rows = make_rows(backend, 7, 5000, dtype, seed=4)
             x, low, high = rows.logits, -1e4, 1e4
             rows.labels[:] = torch.tensor([0, 4999, 17, 4990, 30, 4100, 77])
@@ -221,7 +225,7 @@ def extreme_cases() -> Iterator[Case]:
             seen.require("fwd logp of a label that has everything is not 0", logp[1] == 0)
             seen.require("fwd lse of a label that has everything is not its logit", lse[1] == x[1, 4999].to(lse.dtype))
 
-        def split(backend: Backend, seen: Seen, dtype=dtype) -> None:
+        def split(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
             width = 2 * 16384 + 77
             rows = make_rows(backend, 2, width, dtype, seed=3, label_limit=2 * 16384)
             rows.labels[:] = torch.tensor([31_000, 25_000])
@@ -229,7 +233,7 @@ def extreme_cases() -> Iterator[Case]:
             rows.logits[1, :20_000] = -math.inf  # a first piece of nothing
             check_token_ops(backend, seen, rows, vocab_size=width - 3)
 
-        def lowest(backend: Backend, seen: Seen, dtype=dtype) -> None:
+        def lowest(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
             """Whole tiles, and whole pieces of split rows, of the most negative number, which masks use for -inf."""
             width, lowest = 70_000, torch.finfo(dtype).min
             rows = make_rows(backend, 5, width, dtype, seed=8)
@@ -258,11 +262,11 @@ def extreme_cases() -> Iterator[Case]:
             x[1] = lowest
             logp = backend.kernels.token_logps_fwd(x, labels, *options, False)[0]
             equal = (logp[1] + math.log(width)).abs() < 1e-4
-            seen.require("fwd logp of a row of the lowest alone is neither NaN nor right", equal or logp[1].isnan())
+            seen.require("fwd logp of a row of only the lowest is neither NaN nor right", equal or logp[1].isnan())
             seen.require("fwd logp is not NaN where a row holds NaN", logp[0].isnan())
             seen.require("fwd logp is NaN where no row holds NaN", not logp[2:].isnan().any())
 
-        def not_finite(backend: Backend, seen: Seen, dtype=dtype) -> None:
+        def not_finite(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
             rows = make_rows(backend, 5, 300, dtype, seed=5)
             x = rows.logits
             rows.labels[:] = torch.tensor([3, 4, 5, 6, IGNORE])
@@ -289,7 +293,7 @@ def naive_cases() -> Iterator[Case]:
     """16 bit: the error against float64 is no larger than that of PyTorch in the same dtype, plus 1e-3 relative."""
     for dtype in LOW_PRECISION:
 
-        def run(backend: Backend, seen: Seen, dtype=dtype) -> None:
+        def run(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
             rows = make_rows(backend, 8, 3001, dtype, seed=6, spread=3.0)
             labels = rows.labels.masked_fill(rows.labels == IGNORE, 1)
             exact = rows.logits.double()

@@ -22,7 +22,7 @@ def need_gpu(backend: Backend) -> None:
 
 def step_of(
     backend: Backend, dtype: torch.dtype, rows: int | None, train: str, all_positions: bool
-) -> tuple[Batch, Callable]:
+) -> tuple[Batch, Callable[[], list[Tensor]]]:
     """A batch on the device, and a function that runs the loss under a plan and returns the loss and its gradients."""
     cpu = make_batch(bias=False, seed=11)
     loss_fn = FusedLinearCPOLoss(OBJECTIVES, BETA, memory_budget=budget_bytes(rows, dtype), impl=backend.name)
@@ -46,7 +46,10 @@ def waiting_cases() -> Iterator[Case]:
         for name, rows in ROW_BUDGETS:
             for train in TRAIN:
 
-                def loss(backend: Backend, seen: Seen, dtype=dtype, rows=rows, train=train) -> None:
+                def loss(
+                    backend: Backend, seen: Seen, dtype: torch.dtype = dtype, rows: int | None = rows,
+                    train: str = train,
+                ) -> None:  # fmt: skip
                     need_gpu(backend)
                     _, step = step_of(backend, dtype, rows, train, False)
                     want = step()  # compiles
@@ -61,7 +64,7 @@ def waiting_cases() -> Iterator[Case]:
 
                 yield Case(f"no-wait/{short(dtype)}/FusedLinearCPOLoss,{train},{name}", loss, train == "all")
 
-        def supervised(backend: Backend, seen: Seen, dtype=dtype) -> None:
+        def supervised(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
             need_gpu(backend)
             batch = make_batch(bias=False, seed=12)
             index = (batch.labels.flatten() != -100).nonzero().squeeze(1).to(backend.device)
@@ -89,7 +92,10 @@ def graph_cases() -> Iterator[Case]:
         for name, rows in ROW_BUDGETS:
             for train in ("all", "frozen"):
 
-                def run(backend: Backend, seen: Seen, dtype=dtype, rows=rows, train=train) -> None:
+                def run(
+                    backend: Backend, seen: Seen, dtype: torch.dtype = dtype, rows: int | None = rows,
+                    train: str = train,
+                ) -> None:  # fmt: skip
                     need_gpu(backend)
                     batch, step = step_of(backend, dtype, rows, train, True)
                     side = torch.cuda.Stream(backend.device)

@@ -78,7 +78,7 @@ def level_template(template: PromptTemplate, objectives: Sequence[Objective]) ->
     tags = TAGS % ", ".join(rows)
     if not template.chat:
         return BEGIN + tags + ONE_QUESTION % prompt_and_answer(template)
-    own = template.tokenizer.get_chat_template()
+    own: str = template.tokenizer.get_chat_template()
     if own.startswith(BEGIN):  # of an earlier stage
         own = own.partition(END)[2]
     if not objectives and not template.config.system:
@@ -103,7 +103,7 @@ def beginning(template: PromptTemplate) -> str:
     tokenizer begins a text with one, but not what follows a BOS."""
     tokenizer, asked = template.tokenizer, template.text("a")
     encoded = tokenizer(asked, return_special_tokens_mask=True)
-    added = tokenizer.decode(encoded["input_ids"][: (encoded["special_tokens_mask"] + [0]).index(0)])
+    added: str = tokenizer.decode(encoded["input_ids"][: (encoded["special_tokens_mask"] + [0]).index(0)])
     for begin in ("", added, f"{added} "):
         if template._ids([asked])[0] == tokenizer(begin + asked, add_special_tokens=False)["input_ids"]:
             return begin

@@ -22,7 +22,7 @@ class RatingClasses:
         wanted = self.config.responses
         if wanted is None or wanted >= len(responses):
             return tuple(responses)
-        classes: dict[tuple, list[Response]] = {}
+        classes: dict[tuple[Any, ...], list[Response]] = {}
         for response in self.rng.sample(list(responses), len(responses)):
             classes.setdefault(self._class(response), []).append(response)
         weights = {c: self._weight(c) for c in classes}
@@ -38,7 +38,7 @@ class RatingClasses:
         """`quota` items: every item in turn, or with `conditions.balance` every rating class by its weight."""
         if not self.config.balance:
             return list(self.cycled(items, quota))
-        classes: dict[tuple, list[tuple[Record, Response]]] = {}
+        classes: dict[tuple[Any, ...], list[tuple[Record, Response]]] = {}
         for item in items:
             classes.setdefault(self._class(item[1]), []).append(item)
         counts = quotas(quota, [self._weight(c) for c in classes])
@@ -55,10 +55,10 @@ class RatingClasses:
     def cycled(self, items: Sequence[Any], count: int) -> Iterator[Any]:
         return islice(cycle(self.rng.sample(list(items), len(items))), count)
 
-    def _class(self, response: Response) -> tuple:
+    def _class(self, response: Response) -> tuple[Any, ...]:
         return tuple(response.ratings.get(name) for name in self.names)
 
-    def _weight(self, ratings: tuple) -> float:
+    def _weight(self, ratings: tuple[Any, ...]) -> float:
         given = dict(zip(self.names, ratings, strict=True))
         for entry in self.config.class_weights:
             if all(given[name] == level for name, level in entry.items() if name != "weight"):

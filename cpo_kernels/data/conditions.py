@@ -64,7 +64,7 @@ def prepare(
     tie_margin: float = 1e-6,
     may_be_empty: bool = False,
 ) -> Draws:
-    """The units of `stage`, in a fixed order that depends on `seed` alone."""
+    """The units of `stage`, in a fixed order that depends only on `seed`."""
     sampler = Sampler(records, objectives, config, random.Random(seed), tie_margin)
     draws = {"cpsft": sampler.cpsft, "sft": sampler.sft, "cdpo": sampler.cdpo, "dpo": sampler.dpo}[stage]()
     if not draws.units and not may_be_empty:

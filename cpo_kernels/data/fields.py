@@ -13,7 +13,7 @@ from cpo_kernels.objectives import Objective
 _MISSING = object()
 
 
-def get(row: dict, path: str) -> Any:
+def get(row: dict[str, Any], path: str) -> Any:
     """`a.b` reads row["a"]["b"]."""
     value: Any = row
     for name in path.split("."):
@@ -24,7 +24,7 @@ def get(row: dict, path: str) -> Any:
     return value
 
 
-def has(row: dict, path: str) -> bool:
+def has(row: dict[str, Any], path: str) -> bool:
     try:
         get(row, path)
     except ValueError:
@@ -32,7 +32,7 @@ def has(row: dict, path: str) -> bool:
     return True
 
 
-def find(row: dict, path: str | None) -> Any:
+def find(row: dict[str, Any], path: str | None) -> Any:
     """Like `get`; None where there is no such field."""
     value: Any = row
     for name in path.split(".") if path else ():
@@ -40,24 +40,24 @@ def find(row: dict, path: str | None) -> Any:
     return value if path else None
 
 
-def text_of(row: dict, path: str) -> str:
+def text_of(row: dict[str, Any], path: str) -> str:
     value = get(row, path)
     if not isinstance(value, str):
         raise ValueError(f"field {path!r} must be a text, got {short(value)}")
     return value
 
 
-def objects_of(row: dict, path: str) -> list[dict]:
+def objects_of(row: dict[str, Any], path: str) -> list[dict[str, Any]]:
     return objects(get(row, path), path)
 
 
-def objects(value: Any, path: str) -> list[dict]:
+def objects(value: Any, path: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         raise ValueError(f"field {path!r} must be a list of objects, got {short(value)}")
     return value
 
 
-def prompt_of(row: dict, path: str, ignored: Sequence[str] = ()) -> Prompt:
+def prompt_of(row: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> Prompt:
     """A text, or messages that end with the user's (or with what a tool returned)."""
     if isinstance(get(row, path), list):
         return conversation(messages_of(row, path, ignored), path)
@@ -68,7 +68,7 @@ def prompt_of(row: dict, path: str, ignored: Sequence[str] = ()) -> Prompt:
 
 
 def conversation(messages: tuple[Message, ...], path: str) -> Prompt:
-    """The prompt that these messages are; one message of the user is its text alone."""
+    """The prompt that these messages are; one message of the user is only its text."""
     if not messages or messages[-1][0] not in ("user", "tool") or not messages[-1][1].strip():
         last = messages[-1] if messages else None
         raise ValueError(f"field {path!r}: a prompt must end with what the user says, got {short(last)}")
@@ -77,14 +77,14 @@ def conversation(messages: tuple[Message, ...], path: str) -> Prompt:
     return messages[0][1] if len(messages) == 1 and len(messages[0]) == 2 else messages
 
 
-def messages_of(row: dict, path: str, ignored: Sequence[str] = ()) -> tuple[Message, ...]:
-    """The messages of a conversation; one alone may stand without a list."""
+def messages_of(row: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> tuple[Message, ...]:
+    """The messages of a conversation; a single one may stand without a list."""
     value = get(row, path)
     found = objects([value] if isinstance(value, dict) else value, path)
     return tuple(message_of(message, path, ignored) for message in found)
 
 
-def message_of(message: dict, path: str, ignored: Sequence[str] = ()) -> Message:
+def message_of(message: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> Message:
     """Role and text, and what else the message says, which the chat template has to render."""
     role = str(message.get("role"))
     extra = {name: x for name, x in message.items() if name not in ("role", "content", *ignored) and not is_empty(x)}
@@ -104,7 +104,7 @@ def _is_text(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def answer_of(row: dict, path: str, ignored: Sequence[str] = ()) -> tuple[str, str]:
+def answer_of(row: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> tuple[str, str]:
     """(text, other keys of the message as JSON) of a response: a text, or one message of the assistant."""
     value = get(row, path)
     if isinstance(value, str):

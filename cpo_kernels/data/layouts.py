@@ -32,7 +32,7 @@ from cpo_kernels.recipe.keys import FieldMap
 
 LAYOUTS = ("records", "answers", "pairs")
 OVERALL = "overall"  # the objective of pairs without a configured one
-Convert = Callable[[dict], Record]
+Convert = Callable[[dict[str, Any]], Record]
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # that no text model reads
 # columns that change what a row means and that are read where a key of data.fields names them
 TELLING = (
@@ -50,25 +50,25 @@ def layout_of(name: str, fields: FieldMap, objectives: Sequence[Objective]) -> C
         return lambda row: pair_of(row, fields, next(iter(scale), OVERALL), scale)
     ratings = _ratings_of(fields, scale)
 
-    def response(row: dict, field: str) -> Response:
+    def response(row: dict[str, Any], field: str) -> Response:
         text, extra = answer_of(row, field, fields.ignore)
         return Response(text, ratings(row), extra)
 
     if name == "answers":
         return lambda row: Record(row_prompt(row, fields), (response(row, fields.response or "response"),))
 
-    def record(row: dict) -> Record:
+    def record(row: dict[str, Any]) -> Record:
         responses = objects_of(row, fields.responses)
         return Record(row_prompt(row, fields), tuple(response(r, fields.response or "text") for r in responses))
 
     return record
 
 
-def row_prompt(row: dict, fields: FieldMap) -> Prompt:
+def row_prompt(row: dict[str, Any], fields: FieldMap) -> Prompt:
     return with_columns(prompt_of(row, fields.prompt, fields.ignore), row, fields)
 
 
-def with_columns(prompt: Prompt, row: dict, fields: FieldMap) -> Prompt:
+def with_columns(prompt: Prompt, row: dict[str, Any], fields: FieldMap) -> Prompt:
     """The prompt with what other columns of its row add: an input, a system message, options of the chat template."""
     for name in MEDIA:
         if name not in fields.ignore and not is_empty(row.get(name)):
@@ -93,7 +93,7 @@ def with_columns(prompt: Prompt, row: dict, fields: FieldMap) -> Prompt:
     return conversation(tuple(messages), fields.prompt)
 
 
-def _column(row: dict, path: str | None) -> str | None:
+def _column(row: dict[str, Any], path: str | None) -> str | None:
     """The text of an optional column; None where it is blank."""
     if path is None or is_empty(find(row, path)):
         return None
@@ -101,7 +101,7 @@ def _column(row: dict, path: str | None) -> str | None:
     return text if text.strip() else None
 
 
-def _option(row: dict, name: str) -> Any:
+def _option(row: dict[str, Any], name: str) -> Any:
     value = row.get(name)
     if isinstance(value, str) and value:  # TRL takes tools as JSON too
         try:
@@ -114,7 +114,7 @@ def _option(row: dict, name: str) -> Any:
     return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-def pair_of(row: dict, fields: FieldMap, name: str, scale: dict[str, Objective]) -> Record:
+def pair_of(row: dict[str, Any], fields: FieldMap, name: str, scale: dict[str, Objective]) -> Record:
     """Chosen and rejected with their scores, or with the ends of the scale where there are none."""
     scores: list[Any] = [find(row, field) for field in (fields.score_chosen, fields.score_rejected)]
     if None in scores:
@@ -124,7 +124,7 @@ def pair_of(row: dict, fields: FieldMap, name: str, scale: dict[str, Objective])
     if chosen is not None and rejected is not None and chosen < rejected:
         raise ValueError(
             f"{fields.score_chosen} {chosen} is below {fields.score_rejected} {rejected}; "
-            "set data.fields.score_chosen: null to go by chosen and rejected alone"
+            "set data.fields.score_chosen: null to go only by chosen and rejected"
         )
     prompt, answers = preference_texts(row, fields)
     rated = zip(answers, (chosen, rejected), strict=True)
@@ -132,7 +132,7 @@ def pair_of(row: dict, fields: FieldMap, name: str, scale: dict[str, Objective])
     return Record(with_columns(prompt, row, fields), tuple(responses))
 
 
-def preference_texts(row: dict, fields: FieldMap) -> tuple[Prompt, tuple[tuple[str, str], ...]]:
+def preference_texts(row: dict[str, Any], fields: FieldMap) -> tuple[Prompt, tuple[tuple[str, str], ...]]:
     """(prompt, (chosen, rejected)) of TRL's preference format, each as (text, other keys). Both may hold the whole
     conversation, as messages or as text; without a prompt it is what they begin with alike."""
     sides = (fields.chosen, fields.rejected)
@@ -160,7 +160,7 @@ def preference_texts(row: dict, fields: FieldMap) -> tuple[Prompt, tuple[tuple[s
 
 
 def _whole(prompt: Prompt, before: tuple[Message, ...], fields: FieldMap) -> Prompt:
-    """The conversation before the answer, of which the prompt may name one text of the user alone (Tulu 3)."""
+    """The conversation before the answer, of which the prompt may name only one text of the user (Tulu 3)."""
     whole = conversation(before, fields.chosen)
     said = [text.strip() for role, text, *_ in before if role == "user"]
     if prompt != whole and not (isinstance(prompt, str) and prompt.strip() in said):
@@ -171,13 +171,13 @@ def _whole(prompt: Prompt, before: tuple[Message, ...], fields: FieldMap) -> Pro
     return whole
 
 
-def _ratings_of(fields: FieldMap, scale: dict[str, Objective]) -> Callable[[dict], dict[str, float]]:
+def _ratings_of(fields: FieldMap, scale: dict[str, Objective]) -> Callable[[dict[str, Any]], dict[str, float]]:
     rules = {name: _rule(name, rule) for name, rule in (fields.ratings or {}).items()}
     for name in rules:
         if name not in scale:
             raise ValueError(f"data.fields.ratings: {name!r} is no objective; objectives: {', '.join(scale)}")
 
-    def ratings(row: dict) -> dict[str, float]:
+    def ratings(row: dict[str, Any]) -> dict[str, float]:
         if fields.ratings is None:
             given = row.get("ratings")
             given = {} if given is None else given
@@ -195,7 +195,7 @@ def _ratings_of(fields: FieldMap, scale: dict[str, Objective]) -> Callable[[dict
     return ratings
 
 
-def _rule(name: str, rule: Any) -> Callable[[dict], Any]:
+def _rule(name: str, rule: Any) -> Callable[[dict[str, Any]], Any]:
     """How objective `name` is read: a field, a threshold on a field, or a table of a field's values."""
     if isinstance(rule, str):
         return lambda row: get(row, rule)
@@ -211,7 +211,7 @@ def _rule(name: str, rule: Any) -> Callable[[dict], Any]:
     if "map" in rule:
         table = {str(key): value for key, value in rule["map"].items()}
 
-        def mapped(row: dict) -> Any:
+        def mapped(row: dict[str, Any]) -> Any:
             value = get(row, rule["field"])
             if str(value) not in table:
                 raise ValueError(f"field {rule['field']!r}: {value!r} is not in the map {', '.join(table)}")
@@ -219,7 +219,7 @@ def _rule(name: str, rule: Any) -> Callable[[dict], Any]:
 
         return mapped
 
-    def thresholded(row: dict) -> Any:
+    def thresholded(row: dict[str, Any]) -> Any:
         number = rating_of(get(row, rule["field"]), None)
         return None if number is None else rule["above"] if number >= rule["threshold"] else rule["below"]
 

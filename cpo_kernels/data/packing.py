@@ -3,7 +3,7 @@
 Only labelled positions go to the head: `rows` points at the hidden states that predict a response's tokens, packed
 one response after another (`cu_seqlens`). `training.rows` says what a row of the batch is:
 
-    shared   a prompt once for all its responses, which see the prompt and themselves alone; end to end with others
+    shared   a prompt once for all its responses, which see only the prompt and themselves; end to end with others
     packed   a prompt and one response, end to end with others
     padded   a prompt and one response, the rest padding
 
@@ -145,7 +145,7 @@ def epoch_steps(units: Sequence[Unit], batch_size: int, window: int, seed: int) 
 def microbatches(groups: Sequence[Encoded], budget: int, kind: str, ranks: int = 1) -> Iterator[list[Encoded]]:
     """Groups sorted by length, in parts of at most about `budget` tokens (with padding, in padded rows), at least one
     for each of `ranks`. Other rows: even parts, a multiple of `ranks`, fewer only where a group is larger than a part.
-    A group is never split, one beyond the budget goes alone."""
+    A group is never split, one beyond the budget goes by itself."""
     groups = sorted(groups, key=lambda g: max(g.rows(kind)), reverse=True)
     total = sum(sum(g.rows(kind)) for g in groups)
     if kind == "padded":

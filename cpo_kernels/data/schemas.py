@@ -31,7 +31,7 @@ MISSING = ("N/A", "")  # written where a rating is missing
 @dataclass(frozen=True)
 class Schema:
     objectives: tuple[str, ...]
-    convert: Callable[[dict, Scale], Record]
+    convert: Callable[[dict[str, Any], Scale], Record]
     apart: bool = False  # ratings compare the answers of one row: rows of the same prompt stay apart
 
 
@@ -43,7 +43,7 @@ def _ratings(found: dict[str, Any], scale: Scale) -> dict[str, float]:
 # ---------------------------------------------------------------- UltraFeedback, UltraSafety
 
 
-def _completions(row: dict, scale: Scale, aspects: tuple[str, ...]) -> Record:
+def _completions(row: dict[str, Any], scale: Scale, aspects: tuple[str, ...]) -> Record:
     responses = []
     for completion in objects_of(row, "completions"):
         annotations = get(completion, "annotations")
@@ -71,7 +71,7 @@ ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosit
 TURN = re.compile(r"\n*<extra_id_1>(User|Assistant)\n")  # between the turns of HelpSteer2's longer prompts
 
 
-def _helpsteer(row: dict, scale: Scale) -> Record:
+def _helpsteer(row: dict[str, Any], scale: Scale) -> Record:
     found = {name: get(row, name) for name in ATTRIBUTES if name in scale}
     return Record(_turns(text_of(row, "prompt")), (Response(text_of(row, "response"), _ratings(found, scale)),))
 
@@ -89,7 +89,7 @@ def _turns(text: str) -> Prompt:
 SAFETY = ("harmlessness", "mildness", "helpfulness", "safety")
 
 
-def _saferlhf(row: dict, scale: Scale) -> Record:
+def _saferlhf(row: dict[str, Any], scale: Scale) -> Record:
     better, safer = (_choice(row, f"{name}_response_id") for name in ("better", "safer"))
     responses = []
     for i in (0, 1):
@@ -105,8 +105,8 @@ def _saferlhf(row: dict, scale: Scale) -> Record:
     return Record(prompt_of(row, "prompt"), tuple(responses))
 
 
-def _choice(row: dict, field: str) -> int:
-    value = get(row, field)
+def _choice(row: dict[str, Any], field: str) -> int:
+    value: int = get(row, field)
     if value not in (0, 1) or isinstance(value, bool):
         raise ValueError(f"field {field!r} must be 0 or 1, got {short(value)}")
     return value
@@ -118,7 +118,7 @@ SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def _hh(row: dict, scale: Scale) -> Record:
+def _hh(row: dict[str, Any], scale: Scale) -> Record:
     chosen, rejected = (_transcript(text_of(row, field), field) for field in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected differ before their last answer")
@@ -152,7 +152,7 @@ def _transcript(text: str, field: str) -> tuple[Message, ...]:
 # ---------------------------------------------------------------- HelpSteer3
 
 
-def _helpsteer3(row: dict, scale: Scale) -> Record:
+def _helpsteer3(row: dict[str, Any], scale: Scale) -> Record:
     preference = rating_of(get(row, "overall_preference"), Objective("overall_preference", -3, 3))
     if preference is None:
         raise ValueError("field 'overall_preference' says nothing; write -3 to 3, below 0 where response1 is better")

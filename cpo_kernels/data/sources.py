@@ -88,7 +88,7 @@ def notes(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _record(row: dict[str, Any] | DataError, convert: Callable[[dict], Record], place: str) -> Record:
+def _record(row: dict[str, Any] | DataError, convert: Callable[[dict[str, Any]], Record], place: str) -> Record:
     """The record of a row, with its place. Texts that no encoder takes are refused here."""
     if isinstance(row, DataError):
         raise row
@@ -116,8 +116,10 @@ def _check_columns(columns: Counter[str], fields: FieldMap, path: str, report: d
             found[name] = found.get(name, 0) + columns[name]
 
 
-def _converter(layout: str, data: DataConfig, objectives: Sequence[Objective]) -> tuple[Callable[[dict], Record], bool]:
-    """(row to record, whether the rows of one prompt stay apart because their ratings hold within the row alone)."""
+def _converter(
+    layout: str, data: DataConfig, objectives: Sequence[Objective]
+) -> tuple[Callable[[dict[str, Any]], Record], bool]:
+    """(row to record, whether the rows of one prompt stay apart because their ratings hold only within the row)."""
     if layout in LAYOUTS:
         return layout_of(layout, data.fields, objectives), layout == "pairs"
     if layout not in SCHEMAS:
@@ -127,7 +129,7 @@ def _converter(layout: str, data: DataConfig, objectives: Sequence[Objective]) -
 
 
 def _check_objectives(layouts: Sequence[str], objectives: Sequence[Objective]) -> None:
-    """Published schemas alone: each objective must be one that some source rates."""
+    """Only published schemas: each objective must be one that some source rates."""
     whole = [layout for layout in layouts if layout in ("hh_rlhf", "helpsteer3")]
     if whole and len(objectives) > 1:
         raise ValueError(

@@ -90,7 +90,7 @@ class PromptTemplate:
         return self.config.prompt.format(tags=self.tags.render(condition or {}), prompt=prompt)
 
     def _whole(self, before: str, prompt: Prompt, condition: Mapping[str, float] | None, response: Response) -> str:
-        """The prompt, whose text alone is `before`, and the response; up to its end token where the chat template
+        """The prompt, whose text by itself is `before`, and the response; up to its end token where the chat template
         writes one."""
         said = self.config.answer_prefix + response.text
         if not self.chat:
@@ -126,7 +126,9 @@ class PromptTemplate:
                 "follows: use a template that writes a prompt the same way in both"
             )
 
-    def _conversation(self, prompt: Prompt, condition: Mapping[str, float] | None) -> tuple[dict, list[Message]]:
+    def _conversation(
+        self, prompt: Prompt, condition: Mapping[str, float] | None
+    ) -> tuple[dict[str, Any], list[Message]]:
         tagged = self.tagged(prompt, condition)
         messages: list[Message] = [("user", tagged)] if isinstance(tagged, str) else list(tagged)
         options = message_json(*messages.pop(0)) if messages[0][0] == OPTIONS else {}
@@ -147,8 +149,9 @@ class PromptTemplate:
                     "data.fields.ignore"
                 )
 
-        def render(given: list[dict]) -> str:
-            return self.tokenizer.apply_chat_template(given, tokenize=False, **keys, **row)
+        def render(given: list[dict[str, Any]]) -> str:
+            text: str = self.tokenizer.apply_chat_template(given, tokenize=False, **keys, **row)
+            return text
 
         text = render(given)
         for i, message in enumerate(given):
@@ -264,7 +267,8 @@ class PromptTemplate:
         """The ids of texts, begun as the tokenizer begins one but once (a chat template writes its own start); what the
         tokenizer puts after a text is left out, since more follows."""
         if self.chat:
-            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            return ids
         encoded = self.tokenizer(texts, return_special_tokens_mask=True, verbose=False)
         return [_begun_once(*both) for both in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)]
 

@@ -53,9 +53,9 @@ def judge(
     world: World, model: Any, template: PromptTemplate, questions: Mapping[str, Sequence[Question]], tags: bool
 ) -> Judged:
     """Every sweep and trade-off for one model; without `tags` it is asked once, whatever is requested."""
-    jobs: dict[tuple[Question, tuple], str] = {}
+    jobs: dict[tuple[Question, tuple[Any, ...]], str] = {}
 
-    def key(question: Question, condition: Mapping[str, float]) -> tuple[Question, tuple]:
+    def key(question: Question, condition: Mapping[str, float]) -> tuple[Question, tuple[Any, ...]]:
         return question, tuple(condition.items()) if tags else ()
 
     sweeps = {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cpo_kernels.demo.world import vocabulary
 
 
-def build_tokenizer():
+def build_tokenizer() -> Any:
     """One token per word of the world: a transformers tokenizer with `<pad>`, `<eos>` and `<unk>`."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -21,7 +23,7 @@ def build_tokenizer():
     )
 
 
-def build_model(tokenizer, hidden_size: int = 128, num_layers: int = 3, seed: int = 0):
+def build_model(tokenizer: Any, hidden_size: int = 128, num_layers: int = 3, seed: int = 0) -> Any:
     """A Llama with random weights, as small as the world."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -40,7 +40,7 @@ class Size:
     prompts: int = 4000
     hidden_size: int = 128
     num_layers: int = 3
-    sft_epochs: float = 6.0  # on the best answers alone, about a quarter of all
+    sft_epochs: float = 6.0  # only on the best answers, about a quarter of all
     cpsft_epochs: float = 4.0
     preference_epochs: float = 1.0
     batch_size: int = 64
@@ -100,7 +100,7 @@ def stage_config(stage: str, size: Size, seed: int, folder: Path, progress: bool
     }
 
 
-def make_data(world: World, size: Size, seed: int) -> tuple[list[Record], frozenset]:
+def make_data(world: World, size: Size, seed: int) -> tuple[list[Record], frozenset[Any]]:
     rated = list(world.rated_questions(size.prompts, seed))
     records = [
         Record(q.prompt, tuple(Response(text, {n: float(v) for n, v in world.rate(q, text).items()}) for text in texts))

@@ -34,7 +34,7 @@ def parser() -> Parser:
         help="in place of the config's (again for more)",
     )
     add("--data", nargs="+", help="rated answers, fields as in the run's config; default: what the run held out")
-    add("--prompts", metavar="FILE", help="prompts alone: a text file, one a line, or JSONL with `prompt`")
+    add("--prompts", metavar="FILE", help="only prompts: a text file, one a line, or JSONL with `prompt`")
     add("--questions", type=int, help="judge the first so many questions only")
     add("--condition", action="append", metavar="honesty=5,helpfulness=1", help="to judge (again for more)")
     add(

@@ -91,7 +91,7 @@ def control_panels(results: Mapping[str, Any], objectives: Sequence[Mapping[str,
         if not controls:
             continue
 
-        def curves(axis: Any, theme: Theme, controls=controls, o=o) -> None:
+        def curves(axis: Any, theme: Theme, controls: dict[str, Any] = controls, o: Any = o) -> None:
             ends = [o["low"], o["high"]]
             axis.plot(ends, ends, color=theme.grid, linewidth=9, solid_capstyle="round", zorder=0)
             for model, control in controls.items():
@@ -149,7 +149,7 @@ def trade_off_panels(results: Mapping[str, Any], objectives: Sequence[Mapping[st
     for a, b in itertools.combinations(range(len(objectives)), 2):
         x, y = objectives[a], objectives[b]
 
-        def draw(axis: Any, theme: Theme, a=a, b=b, x=x, y=y) -> None:
+        def draw(axis: Any, theme: Theme, a: Any = a, b: Any = b, x: Any = x, y: Any = y) -> None:
             for number, (model, result) in enumerate(results.items()):
                 points = [(p[a], p[b]) for p in result["points"] if p[a] == p[a] and p[b] == p[b]]
                 if not points:
@@ -185,7 +185,7 @@ def training_panels(curves: Mapping[str, Sequence[Mapping[str, Any]]], stages: M
         if not lines:
             continue
 
-        def draw(axis: Any, theme: Theme, lines=lines, title=title) -> None:
+        def draw(axis: Any, theme: Theme, lines: dict[str, Any] = lines, title: str = title) -> None:
             for model, (train, held_out) in lines.items():
                 color = theme.models[list(curves).index(model) % 6]
                 axis.plot(

@@ -60,7 +60,7 @@ def _mean(values: Sequence[float]) -> float:
 def changed_answers(
     answers: Sequence[Sequence[str]], conditions: Sequence[Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    """For every two conditions that differ in one objective alone: the share of questions whose answer changes.
+    """For every two conditions that differ in only one objective: the share of questions whose answer changes.
 
     `answers` is `[conditions][questions]`; changes of case and punctuation do not count.
     """

@@ -67,7 +67,7 @@ class Judge:
     """`judge(prompts, responses) -> [n][K]`, one request per answer; the condition is not shown to the model.
 
     Replies with scores are kept in `cache`, a file per hash of url and request, so a run that was cut off goes on where
-    it stopped. The API key comes from the environment variable `key_env` and goes into the Authorization header alone.
+    it stopped. The API key comes from the environment variable `key_env` and goes only into the Authorization header.
 
     An answer whose replies hold no scores after `tries` requests is NaN; a warning counts those and says why.
 

@@ -100,7 +100,7 @@ def _saved(folder: Path, config: Config) -> ModelConfig:
 
 def load(source: Source, objectives: Sequence[Objective] | None = None) -> tuple[Any, PromptTemplate]:
     """(model in float32 on the GPU if there is one, its template); `objectives` in place of the config's."""
-    attention = None if source.model.attention == "flash_attention_2" else source.model.attention  # 16 bit alone
+    attention = None if source.model.attention == "flash_attention_2" else source.model.attention  # only 16 bit
     model, tokenizer = load_model(replace(source.model, attention=attention), seed=source.config.seed)
     if source.checkpoint:
         from safetensors.torch import load_file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cpo_kernels.evaluation.controllability import Control
 
@@ -58,7 +59,7 @@ def plot_controllability(
     plt.close(figure)
 
 
-def _requested_achieved(axis, objective: str, controls: Mapping[str, Control], styles) -> None:
+def _requested_achieved(axis: Any, objective: str, controls: Mapping[str, Control], styles: Mapping[str, Any]) -> None:
     for name, control in controls.items():
         x = [level.requested for level in control.levels]
         axis.plot(x, [level.achieved for level in control.levels], label=name, clip_on=False, **styles[name])
@@ -70,7 +71,7 @@ def _requested_achieved(axis, objective: str, controls: Mapping[str, Control], s
     _title(axis, objective, f"rank correlation of {last} {ours.correlation:.2f}")
 
 
-def _trade_off(axis, trade_off, names, styles) -> None:
+def _trade_off(axis: Any, trade_off: Mapping[str, Any], names: Sequence[str], styles: Mapping[str, Any]) -> None:
     for name, points in trade_off.items():
         style = dict(styles[name])
         if len(points) == 1:
@@ -83,6 +84,6 @@ def _trade_off(axis, trade_off, names, styles) -> None:
     _title(axis, "where nobody knows the answer", f"at the points: {names[0]}, {names[1]} requested")
 
 
-def _title(axis, title: str, below: str) -> None:
+def _title(axis: Any, title: str, below: str) -> None:
     axis.set_title(title, color=INK, fontweight="bold", loc="left", pad=22)
     axis.text(0, 1.03, below, transform=axis.transAxes, color="#6b7280", fontsize=9.5)

@@ -110,7 +110,7 @@ def python_scorer(spec: str) -> Scorer:
             module = importlib.import_module(place)
         except ModuleNotFoundError as error:
             raise ValueError(f"python scorer {spec!r}: {error}") from None
-    function = getattr(module, name, None)
+    function: Callable[[Sequence[str], Sequence[str]], Any] | None = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"python scorer {spec!r}: {place} has no function {name!r}")
     return function

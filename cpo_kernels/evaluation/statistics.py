@@ -22,7 +22,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 def _ranks(values: Sequence[float]) -> Tensor:
     _, place, count = torch.tensor(values, dtype=torch.float64).unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count - 1) / 2).double()[place]  # [n], from 1
+    ranks: Tensor = (count.cumsum(0) - (count - 1) / 2).double()[place]
+    return ranks  # [n], from 1
 
 
 def bootstrap_interval(

@@ -3,16 +3,17 @@
 Coefficients multiply in float32, and never become 16-bit values before a power of two keeps them in range.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpo_kernels import library
+from cpo_kernels.head.inputs import HeadTensors, Needs, Rows
 from cpo_kernels.head.matmul import add_product, adds_products, product
 from cpo_kernels.library import refuse_double_backward
 
-WEIGHT_SLAB = 8192  # vocabulary rows of dW accumulated at a time when several chunks add up in 16 bit
+WEIGHT_TILE = 8192  # vocabulary rows of dW accumulated at a time when several chunks add up in 16 bit
 
 
 def multiply(values: Tensor, factor: Tensor) -> Tensor:
@@ -54,6 +55,29 @@ def sum_powers(coef: Tensor, x: Tensor, steepest: float) -> tuple[Tensor, Tensor
     return power_of_two((size * x.abs().amax(1)).sum()), power_of_two(size.sum())
 
 
+class InputGrads(NamedTuple):
+    """Gradients of hidden, weight and bias; what is not needed is [0]."""
+
+    dx: Tensor
+    dw: Tensor
+    db: Tensor
+
+
+class HeadGrads(NamedTuple):
+    """The gradients of a loss known in the forward pass, as it keeps them for backward to scale."""
+
+    dx: Tensor  # [M, H] without coefficients, or [0]
+    coef: Tensor  # [M], of the rows of dx
+    dw: Tensor  # [V, H] divided by `power`, or [0]
+    db: Tensor  # [V] in float32, or [0]
+    power: Tensor  # [], a power of two
+
+    def scattered(self, rows: Rows, size: int) -> "HeadGrads":
+        """From the rows [n] that were projected to the full layout [size]."""
+        dx = rows.scatter(self.dx, size) if self.dx.dim() == 2 else self.dx
+        return self._replace(dx=dx, coef=rows.scatter(self.coef, size))
+
+
 class WeightGrad:
     """dW = sum over chunks of G^T (c * x), db = sum of G^T c, with dW kept divided by `power`.
 
@@ -66,54 +90,54 @@ class WeightGrad:
 
     scale: Tensor | None = None
 
-    def __init__(self, weight: Tensor, steepest: float, num_chunks: int, need_dw: bool, need_db: bool) -> None:
+    def __init__(self, weight: Tensor, steepest: float, num_chunks: int, needs: Needs) -> None:
         acc = library.acc_dtype(weight.dtype)
-        self.dtype, self.need_dw, self.need_db = weight.dtype, need_dw, need_db
+        self.dtype, self.needs = weight.dtype, needs
         dtype = self.dtype if num_chunks == 1 else acc
-        self.dw = weight.new_empty(weight.shape if need_dw else 0, dtype=dtype)
+        self.dw = weight.new_empty(weight.shape if needs.dw else 0, dtype=dtype)
         if num_chunks == 0:
             self.dw.zero_()
-        self.db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
+        self.db = weight.new_zeros(weight.shape[0] if needs.db else 0, dtype=acc)
         self.power = weight.new_ones((), dtype=acc)
         self.added, self.num_chunks, self.steepest = 0, num_chunks, steepest
 
     def add(self, g: Tensor, x: Tensor, coef: Tensor) -> None:
         """g [n, V] = (onehot - softmax) * dz/du, x [n, H], coef [n] in float32."""
         power, db_power = sum_powers(coef, x, self.steepest)
-        if self.need_db:
+        if self.needs.db:
             self.db += torch.mv(g.t(), (coef / db_power).to(g.dtype)).to(self.db.dtype) * db_power
-        if not self.need_dw:
+        if not self.needs.dw:
             return
         scaled = scale_rows(x, coef / power)  # [n, H]
         if adds_products(self.dw, g):
             add_product(self.dw, g.t(), scaled, self.added == 0)
             self.power = power  # 1 but in float16, which comes here with its only chunk
         else:
-            self.add_slabs(g, scaled, power)
+            self.add_tiles(g, scaled, power)
         self.added += 1
 
-    def add_slabs(self, g: Tensor, scaled: Tensor, power: Tensor) -> None:
-        """A slab of the 16-bit product stays in the cache until it is added: 832 x 896 x 151936 in bfloat16 took 208 ms
-        with the addition, 228 ms as one product without it (2 cores, medians of 5 in one run). The last sum is rounded
-        where it is made."""
+    def add_tiles(self, g: Tensor, scaled: Tensor, power: Tensor) -> None:
+        """A vocab tile of the 16-bit product stays in the cache until it is added: 832 x 896 x 151936 in bfloat16 took
+        208 ms with the addition, 228 ms as one product without it (2 cores, medians of 5 in one run). The last sum is
+        rounded where it is made."""
         last = self.added == self.num_chunks - 1 and g.dtype == torch.bfloat16
         rounded = torch.empty_like(self.dw, dtype=g.dtype) if last else self.dw
-        for low in range(0, g.shape[1], WEIGHT_SLAB):
-            slab = slice(low, low + WEIGHT_SLAB)
-            made = product(g[:, slab].t(), scaled, self.dw.new_empty(self.dw[slab].shape, dtype=g.dtype))
+        for low in range(0, g.shape[1], WEIGHT_TILE):
+            tile = slice(low, low + WEIGHT_TILE)
+            made = product(g[:, tile].t(), scaled, self.dw.new_empty(self.dw[tile].shape, dtype=g.dtype))
             if g.dtype == torch.float16:
                 made = made.float() * power
             if last:
-                total = self.dw[slab] + made
-                rounded[slab] = total if self.scale is None else total * self.scale
+                total = self.dw[tile] + made
+                rounded[tile] = total if self.scale is None else total * self.scale
             elif self.added:
-                self.dw[slab] += made
+                self.dw[tile] += made
             else:
-                self.dw[slab] = made
+                self.dw[tile] = made
         self.dw = rounded
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dW / power in the weight's dtype, db in float32, power."""
+    def result(self, dx: Tensor, coef: Tensor) -> HeadGrads:
+        """With dW / power in the weight's dtype."""
         if self.scale is not None:
             self.db *= self.scale
         if self.dw.dtype != self.dtype and self.dtype == torch.bfloat16 and self.scale is not None:
@@ -125,37 +149,30 @@ class WeightGrad:
                 self.power = power_of_two(self.dw.abs().amax())
                 self.dw /= self.power
             self.dw = self.dw.to(self.dtype)
-        return self.dw, self.db, self.power
+        return HeadGrads(dx, coef, self.dw, self.db, self.power)
 
 
-def fake_grads(hidden: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool):
-    return (
-        hidden.new_empty(hidden.shape if need_dx else (0,)),
-        weight.new_empty(weight.shape if need_dw else (0,)),
-        weight.new_empty(weight.shape[0] if need_db else 0),
-    )
+def fake_grads(tensors: HeadTensors, needs: Needs) -> InputGrads:
+    return InputGrads(*(t.new_empty(t.shape if need else 0) for t, need in zip(tensors[:3], needs, strict=True)))
 
 
-def fake_known_loss(
-    hidden: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Shapes of what `known_loss_grads` takes: dX, coefficients, dW, db, power."""
-    acc = library.acc_dtype(hidden.dtype)
-    dx, dw, db = fake_grads(hidden, weight, need_dx, need_dw, need_db)
-    return dx, hidden.new_empty(hidden.shape[0], dtype=acc), dw, db.to(acc), hidden.new_empty((), dtype=acc)
+def fake_head_grads(tensors: HeadTensors, needs: Needs) -> HeadGrads:
+    hidden, acc = tensors.hidden, library.acc_dtype(tensors.hidden.dtype)
+    dx, dw, db = fake_grads(tensors, needs)
+    coef, power = hidden.new_empty(hidden.shape[0], dtype=acc), hidden.new_empty((), dtype=acc)
+    return HeadGrads(dx, coef, dw, db.to(acc), power)
 
 
-def known_loss_grads(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of a loss whose dX (unscaled), coefficients, dW and db were made in the forward pass.
+def scaled_grads(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias from the `HeadGrads` that were saved and the incoming gradient.
 
     Nothing that was saved is written; where the incoming gradient is 1 the saved dW itself is the result, which
     autograd copies only if the graph is retained.
     """
     refuse_double_backward()
-    dx, coef, dw, db, power = ctx.saved_tensors
-    need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+    grads, needs = HeadGrads(*ctx.saved_tensors), Needs(*ctx.needs_input_grad[:3])
     return (
-        scale_rows(dx, coef * grad_loss) if need_dx else None,
-        restore(dw, power * grad_loss) if need_dw else None,
-        (db * grad_loss).to(dw.dtype) if need_db else None,
+        scale_rows(grads.dx, grads.coef * grad_loss) if needs.dx else None,
+        restore(grads.dw, grads.power * grad_loss) if needs.dw else None,
+        (grads.db * grad_loss).to(grads.dw.dtype) if needs.db else None,
     )

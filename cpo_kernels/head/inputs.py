@@ -5,45 +5,102 @@ backend do everything between them in place.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpo_kernels import checks, library
-from cpo_kernels.backends import dispatch
-from cpo_kernels.backends.vocab_parallel import VocabShards
+from cpo_kernels.backends.vocab_parallel import Backend, VocabShards
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.head.matmul import product
-from cpo_kernels.head.strategy import budget_rows, row_stride
+from cpo_kernels.head.strategy import SET_ROWS, budget_rows, even_rows, row_stride
 from cpo_kernels.head.vocab_parallel import local_head
+from cpo_kernels.library import Kernels
 from cpo_kernels.ops.token_logps import HeadOptions, head_options
 
 
-@dataclass(frozen=True)
-class HeadInputs:
-    """Checked inputs of the head, flattened to rows, and what of them wants a gradient."""
+class HeadConfig(NamedTuple):
+    """The numbers of a head as the public functions take them. See `linear_token_logps`."""
+
+    ignore_index: int
+    softcap: float | None
+    scale: float
+    vocab_size: int | None
+    memory_budget: int | None
+    filter_eps: float | str | None = None
+    filter_head_grad: bool = False
+
+
+class HeadTensors(NamedTuple):
+    """The inputs of the head, flattened to rows."""
 
     hidden: Tensor  # [M, H]
     weight: Tensor  # [V, H], with shards this rank's rows of it
     bias: Tensor  # [V] or [0]
     labels: Tensor  # [M]
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted: of hidden, weight, bias."""
+
+    dx: bool
+    dw: bool
+    db: bool
+
+    @property
+    def head(self) -> bool:
+        return self.dw or self.db
+
+
+class Execution(NamedTuple):
+    """How a head runs: rows of logits at a time, where the kernels are, and which gradients are filtered."""
+
+    row_limit: int
+    backend: Backend
+    filter_eps: float = 0.0  # 0: exact
+    filter_head_grad: bool = False
+
+    @property
+    def set_rows(self) -> int:
+        """Rows of a set of live columns."""
+        return min(SET_ROWS, self.row_limit)
+
+    def step(self, count: int) -> int:
+        """Rows of a chunk, whole sets of them where gradients are filtered."""
+        step = even_rows(count, self.row_limit)
+        if not self.filter_eps:
+            return step
+        return min(-(-step // self.set_rows), self.row_limit // self.set_rows) * self.set_rows
+
+    def head(self, tensors: HeadTensors, options: HeadOptions, max_rows: int) -> "Head":
+        return Head(tensors.weight, tensors.bias, options, max_rows, self.backend.kernels(tensors.weight))
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Checked inputs of the head."""
+
+    tensors: HeadTensors
     options: HeadOptions
     row_limit: int
     width: int  # columns of logits for which row_limit was made: V, or the largest shard's
     shards: VocabShards | None
+    filter_eps: float = 0.0  # 0: exact
+    filter_head_grad: bool = False
 
-    def backend(self, impl: str) -> str:
-        """Where the kernels of this head are."""
-        return impl if self.shards is None else self.shards.backend(impl)
-
-    @property
-    def needs(self) -> tuple[bool, bool, bool]:
-        tensors = (self.hidden, self.weight, self.bias)
-        return tuple(torch.is_grad_enabled() and t.requires_grad for t in tensors)  # type: ignore[return-value]
+    def execution(self, impl: str) -> Execution:
+        return Execution(self.row_limit, Backend.of(impl, self.shards), self.filter_eps, self.filter_head_grad)
 
     @property
-    def train_head(self) -> bool:
-        return self.needs[1] or self.needs[2]
+    def keeps_live_sets(self) -> bool:
+        """Whether any loss may follow a trainable head at the price of a known one: dW too is filtered."""
+        return self.filter_eps > 0 and self.filter_head_grad and self.needs.head
+
+    @property
+    def needs(self) -> Needs:
+        wanted = torch.is_grad_enabled()
+        return Needs(*(wanted and t.requires_grad for t in self.tensors[:3]))
 
 
 def head_inputs(
@@ -51,11 +108,7 @@ def head_inputs(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    scale: float,
-    vocab_size: int | None,
-    memory_budget: int | None,
+    config: HeadConfig,
     vocab_shards: VocabShards | None = None,
 ) -> HeadInputs:
     """Check once, at the door; under autocast cast as F.linear would."""
@@ -88,19 +141,38 @@ def head_inputs(
         raise TypeError(f"hidden, weight and bias must share one dtype, got {dtypes}: cast them or use autocast")
     weight = named["weight"]
     width = weight.shape[0] if shards is None else max(shards.rows)
-    options = head_options(shards.vocab_size if shards else width, ignore_index, softcap, scale, vocab_size)
+    options = head_options(shards.vocab_size if shards else width, *config[:4])
     if shards is None and checks.may_read(labels):  # shards agree on an error first: no rank is left waiting
         check_label_range(labels, options.ignore_index, options.vocab_size)
-    return HeadInputs(
-        named["hidden"].reshape(-1, weight.shape[1]),
-        weight,
-        named.get("bias", weight.new_empty(0)),
-        labels.reshape(-1),
-        options,
-        budget_rows(width, weight.dtype, weight.device, memory_budget),
-        width,
-        shards,
-    )
+    rows = named["hidden"].reshape(-1, weight.shape[1])
+    tensors = HeadTensors(rows, weight, named.get("bias", weight.new_empty(0)), labels.reshape(-1))
+    row_limit = budget_rows(width, weight.dtype, weight.device, config.memory_budget)
+    eps = resolve_filter(config, weight.dtype)
+    return HeadInputs(tensors, options, row_limit, width, shards, eps, config.filter_head_grad)
+
+
+# Half the error of dX in the exact path, whose logits are rounded to the same dtype.
+AUTO_EPS = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15}
+
+
+def check_filter(filter_eps: float | str | None, filter_head_grad: bool) -> None:
+    if not isinstance(filter_head_grad, bool):
+        raise TypeError(f"filter_head_grad must be True or False, got {filter_head_grad!r}")
+    if filter_head_grad and filter_eps is None:
+        raise ValueError("filter_head_grad=True has a meaning with filter_eps only: give it a number or 'auto'")
+    if filter_eps is None or filter_eps == "auto":
+        return
+    if isinstance(filter_eps, str):
+        raise ValueError(f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps!r}")
+    check_types("a number", filter_eps=filter_eps)
+    if not 0.0 < filter_eps < 1.0:
+        raise ValueError(f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps}")
+
+
+def resolve_filter(config: HeadConfig, dtype: torch.dtype) -> float:
+    """The eps of this dtype's products; 0 for exact gradients."""
+    check_filter(config.filter_eps, config.filter_head_grad)
+    return AUTO_EPS.get(dtype, 0.0) if config.filter_eps == "auto" else float(config.filter_eps or 0.0)
 
 
 def check_index(index: Tensor | None, labels: Tensor) -> None:
@@ -138,7 +210,8 @@ class Rows:
         return values.new_zeros(size, *values.shape[1:]).index_copy_(0, self.index, values)
 
 
-def gather_rows(hidden: Tensor, labels: Tensor, index: Tensor, full: bool) -> Rows:
+def gather_rows(tensors: HeadTensors, index: Tensor, full: bool) -> Rows:
+    hidden, labels = tensors.hidden, tensors.labels
     if full:
         return Rows(index, hidden.contiguous(), labels, True)
     return Rows(index, hidden.index_select(0, index), labels.index_select(0, index), False)
@@ -149,19 +222,31 @@ def labelled_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
     return torch.nonzero_static(labels != ignore_index, size=count).squeeze(1)
 
 
-def labelled_rows(hidden: Tensor, labels: Tensor, ignore_index: int, index: Tensor) -> Rows:
+def labelled_rows(tensors: HeadTensors, ignore_index: int, index: Tensor) -> Rows:
     """The rows at `index` [n]; where that is [0] the labelled ones, whose number the host waits for."""
     if not index.numel():
-        index = (labels != ignore_index).nonzero().squeeze(1)
-    return gather_rows(hidden, labels, index, index.shape[0] == labels.shape[0])
+        index = (tensors.labels != ignore_index).nonzero().squeeze(1)
+    return gather_rows(tensors, index, index.shape[0] == tensors.labels.shape[0])
+
+
+class RowLogps(NamedTuple):
+    """What a chunk of n rows gives."""
+
+    logp: Tensor  # [n]
+    lse: Tensor  # [n]
+    extra: Tensor  # [4, n] or [0]
+    ref_logp: Tensor  # [n], the log-probs of a reference model's rows through the same head, or [0]
+
+    @classmethod
+    def joined(cls, chunks: "list[RowLogps]") -> "RowLogps":
+        return chunks[0] if len(chunks) == 1 else cls(*(torch.cat(c, dim=-1) for c in zip(*chunks, strict=True)))
 
 
 class Head:
     """One head during one op: makes the logits of a chunk in a buffer of `max_rows` that all chunks share."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, options: HeadOptions, max_rows: int, impl: str) -> None:
-        self.weight, self.bias, self.options = weight, bias, options
-        self.kernels = dispatch.kernels(impl, weight)
+    def __init__(self, weight: Tensor, bias: Tensor, options: HeadOptions, max_rows: int, kernels: Kernels) -> None:
+        self.weight, self.bias, self.options, self.kernels = weight, bias, options, kernels
         self.buffer = weight.new_empty(max_rows, row_stride(weight.shape[0], weight.dtype, weight.device))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -182,15 +267,16 @@ class Head:
         ref_logp = self.kernels.token_logps_fwd(self.logits(ref), labels, *self.options, False)[0]
         return self.logits(x), ref_logp
 
-    def forward(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> tuple[Tensor, ...]:
-        """(logp, lse, extra, ref_logp)"""
+    def forward(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> RowLogps:
         z, ref_logp = self.with_reference(x, labels, ref)
-        return *self.kernels.token_logps_fwd(z, labels, *self.options, extras), ref_logp
+        return RowLogps(*self.kernels.token_logps_fwd(z, labels, *self.options, extras), ref_logp)
 
-    def fused(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> tuple[Tensor, ...]:
-        """(g, logp, lse, extra, ref_logp) with g = (onehot - softmax) * dz/du in the buffer."""
+    def fused(
+        self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None
+    ) -> tuple[Tensor, RowLogps]:
+        """g = (onehot - softmax) * dz/du in the buffer, and the log-probs."""
         g, ref_logp = self.with_reference(x, labels, ref)
-        return g, *self.kernels.token_logps_fused_(g, labels, *self.options, extras), ref_logp
+        return g, RowLogps(*self.kernels.token_logps_fused_(g, labels, *self.options, extras), ref_logp)
 
     def columns(self, x: Tensor, part: slice) -> Tensor:
         """Logits of x [n, H] in some columns, [n, v], in the buffer unless one column of all rows exceeds it."""

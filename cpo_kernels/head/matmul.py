@@ -1,7 +1,7 @@
-"""Matrix products of the head. Where a CPU has no 16-bit products they are made in float32, a slab at a time.
+"""Matrix products of the head. Where a CPU has no 16-bit products they are made in float32, a tile at a time.
 
 Without instructions for a dtype torch multiplies one element after the other: for 128 x 576 by 49152 columns of
-bfloat16 X W^T took 1.2 s, G W 15 s and G^T X 2.2 s on one core with AVX2, and 0.16, 0.16 and 0.24 s in slabs of float32
+bfloat16 X W^T took 1.2 s, G W 15 s and G^T X 2.2 s on one core with AVX2, and 0.16, 0.16 and 0.24 s in tiles of float32
 (float16 alike; both beside other work).
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLAB = 2048  # of the longest side, 7 MB of float32 at H = 896; X W^T took 164 ms, with 8192 216 ms
+TILE = 2048  # of the longest side, 7 MB of float32 at H = 896; X W^T took 164 ms, with 8192 216 ms
 
 
 @cache
@@ -20,7 +20,8 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():  # the ops below are missing then
         return False
     supported = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    return getattr(torch.ops.mkldnn, supported)()
+    multiplies: bool = getattr(torch.ops.mkldnn, supported)()
+    return multiplies
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:
@@ -30,21 +31,21 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     return bool(torch.backends.mkldnn.enabled) and _onednn_multiplies(dtype)
 
 
-def by_slabs(a: Tensor) -> bool:
+def by_tiles(a: Tensor) -> bool:
     """Whether products of `a` go through float32."""
     return a.device.type == "cpu" and not cpu_multiplies(a.dtype)
 
 
-def slab_bytes(rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Float32 held by a product of `rows` of the head where it goes by slabs: `[rows, H]`, a slab and its part."""
+def tile_bytes(rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Float32 held by a product of `rows` of the head where it goes by tiles: `[rows, H]`, a tile and its part."""
     if device.type != "cpu" or cpu_multiplies(dtype):
         return 0
-    return 4 * (rows * hidden_size + SLAB * (rows + hidden_size))
+    return 4 * (rows * hidden_size + TILE * (rows + hidden_size))
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """out [m, n] = a [m, k] @ b [k, n] + bias [n], rounded once to the dtype of `out`."""
-    if by_slabs(a):
+    if by_tiles(a):
         return _in_float32(a, b, out, bias, add=False)
     if bias is not None:
         return torch.addmm(bias, a, b, out=out)
@@ -71,7 +72,7 @@ def multiplies_into_float32(device: torch.device) -> bool:
 
 def adds_products(total: Tensor, a: Tensor) -> bool:
     """Whether products of matrices in the dtype of `a` add up in `total` by themselves."""
-    into_float32 = a.dtype == torch.bfloat16 and (by_slabs(a) or multiplies_into_float32(a.device))
+    into_float32 = a.dtype == torch.bfloat16 and (by_tiles(a) or multiplies_into_float32(a.device))
     return a.dtype == total.dtype or into_float32
 
 
@@ -80,7 +81,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     kind: Any = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
     if first and a.dtype == total.dtype:
         product(a, b, total)
-    elif by_slabs(a):
+    elif by_tiles(a):
         _in_float32(a, b, total, None, add=not first)
     elif not adds_products(total, a):
         total.copy_(a @ b) if first else total.add_(a @ b)
@@ -92,23 +93,23 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 def _in_float32(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool) -> Tensor:
     m, k, n = *a.shape, b.shape[1]
-    if k > max(m, n, SLAB):  # a sum over slabs
+    if k > max(m, n, TILE):  # a sum over tiles
         total = out.float() if add else out
         if total.dtype != torch.float32:
             total = a.new_empty(m, n, dtype=torch.float32)
-        for low in range(0, k, SLAB):
-            part = slice(low, low + SLAB)
+        for low in range(0, k, TILE):
+            part = slice(low, low + TILE)
             torch.addmm(total, a[:, part].float(), b[part].float(), beta=int(add or low > 0), out=total)
         _put(out, total, bias, add=False)
     elif m > n:
         right = b.float()
-        for low in range(0, m, SLAB):
-            part = slice(low, low + SLAB)
+        for low in range(0, m, TILE):
+            part = slice(low, low + TILE)
             _put(out[part], a[part].float() @ right, bias, add)
     else:
         left = a.float()
-        for low in range(0, n, SLAB):
-            part = slice(low, low + SLAB)
+        for low in range(0, n, TILE):
+            part = slice(low, low + TILE)
             _put(out[:, part], left @ b[:, part].float(), None if bias is None else bias[part], add)
     return out
 

@@ -1,5 +1,7 @@
 """The negative log-likelihood of a head: loss, dX and dW in one forward pass (strategy nll, 3 products)."""
 
+from typing import Any, Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,74 +9,70 @@ from cpo_kernels import library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.checks import check_types
-from cpo_kernels.head.grads import WeightGrad, fake_known_loss, known_loss_grads
-from cpo_kernels.head.inputs import Head, check_index, head_inputs, labelled_rows
-from cpo_kernels.head.matmul import product
-from cpo_kernels.head.strategy import chunks, even_rows
+from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
+from cpo_kernels.head.inputs import Execution, HeadConfig, HeadTensors, Needs, check_index, head_inputs, labelled_rows
+from cpo_kernels.head.live import chunk_grads
+from cpo_kernels.head.strategy import chunks
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import functional_op
 from cpo_kernels.ops.token_logps import HeadOptions
 
 
-@functional_op("linear_nll", waits=True)
-def linear_nll_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    token_weights: Tensor,
-    options: HeadOptions,
-    num_tokens: float,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-    row_limit: int,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss [], dX unscaled [M, H], its coefficients [M], dW up to a power of two, db in float32, that power []."""
-    size = hidden.shape[0]
-    rows = labelled_rows(hidden, labels, options.ignore_index, index)
+class NLLArgs(NamedTuple):
+    """What `linear_nll_op` takes beside the head's tensors."""
+
+    row_index: Tensor  # [n] positions of the rows, or [0]
+    token_weights: Tensor  # [M] or [0]
+    options: HeadOptions
+    num_tokens: float  # < 0: counted
+    needs: Needs
+    execution: Execution
+
+
+class NLL(NamedTuple):
+    loss: Tensor  # []
+    grads: HeadGrads
+
+
+def _fake_nll(tensors: HeadTensors, args: NLLArgs) -> NLL:
+    acc = library.acc_dtype(tensors.hidden.dtype)
+    return NLL(tensors.hidden.new_empty((), dtype=acc), fake_head_grads(tensors, args.needs))
+
+
+@functional_op("linear_nll", fake=_fake_nll, waits=True)
+def linear_nll_op(tensors: HeadTensors, args: NLLArgs) -> NLL:
+    options, needs = args.options, args.needs
+    rows = labelled_rows(tensors, options.ignore_index, args.row_index)
     count = rows.x.shape[0]
-    step = even_rows(count, row_limit)
-    head = Head(weight, bias, options, min(step, count), impl)
+    step = args.execution.step(count)
+    head = args.execution.head(tensors, options, min(step, count))
     labelled = rows.labels != options.ignore_index
-    weights = labelled.to(library.acc_dtype(hidden.dtype))
-    if token_weights.numel():
-        weights = torch.where(labelled, rows.gather(token_weights), 0.0)
-    coef = -weights / (num_tokens if num_tokens > 0 else labelled.sum().clamp(min=1))
-    sums = WeightGrad(weight, abs(options.scale), len(chunks(count, step)), need_dw, need_db)
-    dx = torch.empty_like(rows.x) if need_dx else rows.x.new_empty(0)
+    weights = labelled.to(library.acc_dtype(rows.x.dtype))
+    if args.token_weights.numel():
+        weights = torch.where(labelled, rows.gather(args.token_weights), 0.0)
+    coef = -weights / (args.num_tokens if args.num_tokens > 0 else labelled.sum().clamp(min=1))
+    sums = WeightGrad(head.weight, abs(options.scale), len(chunks(count, step)), needs)
+    dx = torch.empty_like(rows.x) if needs.dx else rows.x.new_empty(0)
     loss = coef.new_zeros((), dtype=torch.float64)
     for low, high in chunks(count, step):
         part = slice(low, high)
-        g, logp, *_ = head.fused(rows.x[part], rows.labels[part])
-        loss += torch.dot(coef[part].double(), logp.double())
-        if need_dx:
-            product(g, weight, dx[part])
+        inputs = rows.x[part], rows.labels[part], False, None
+        g, logps, _ = chunk_grads(head, inputs, args.execution, dx[part])
+        loss += torch.dot(coef[part].double(), logps.logp.double())
         sums.add(g, rows.x[part], coef[part])
-    dx = rows.scatter(dx, size) if need_dx else dx
-    return loss.to(coef.dtype), dx, rows.scatter(coef, size), *sums.result()
-
-
-@torch.library.register_fake("cpo_kernels::linear_nll")
-def _(hidden, weight, bias, labels, index, token_weights, i, s, c, v, n, need_dx, need_dw, need_db, row_limit, impl):
-    acc = library.acc_dtype(hidden.dtype)
-    return hidden.new_empty((), dtype=acc), *fake_known_loss(hidden, weight, need_dx, need_dw, need_db)
+    return NLL(loss.to(coef.dtype), sums.result(dx, coef).scattered(rows, tensors.hidden.shape[0]))
 
 
 class _LinearNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, index, token_weights, head, num_tokens, needs, row_limit, impl):
-        loss, *saved = linear_nll_op(
-            hidden, weight, bias, labels, index, token_weights, *head, num_tokens, *needs, row_limit, impl
-        )
-        ctx.save_for_backward(*saved)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, args: NLLArgs) -> Tensor:
+        loss, grads = linear_nll_op(HeadTensors(hidden, weight, bias, labels), args)
+        ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss):
-        return *known_loss_grads(ctx, grad_loss), *(None,) * 8
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return *scaled_grads(ctx, grad_loss), None, None
 
 
 def linear_nll(
@@ -92,6 +90,8 @@ def linear_nll(
     memory_budget: int | None = None,
     impl: str = "auto",
     vocab_shards: VocabShards | None = None,
+    filter_eps: float | Literal["auto"] | None = None,
+    filter_head_grad: bool = False,
 ) -> Tensor:
     """Mean negative log-likelihood of the labels, -sum_t m_t logp_t / num_tokens: the loss of CPSFT, in 3 products.
 
@@ -107,37 +107,27 @@ def linear_nll(
     Raises:
         TypeError, ValueError: as `linear_token_logps`; token_weights of another shape than labels, num_tokens <= 0.
     """
-    head = (ignore_index, softcap, scale, vocab_size, memory_budget)
-    inputs = head_inputs(hidden, weight, labels, bias, *head, vocab_shards)
+    config = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget, filter_eps, filter_head_grad)
+    inputs = head_inputs(hidden, weight, labels, bias, config, vocab_shards)
     dispatch.resolve_impl(impl, hidden.device)
     check_index(index, labels)
     check_types("a tensor", optional=True, token_weights=token_weights)
     check_types("a number", optional=True, num_tokens=num_tokens)
     if num_tokens is not None and not num_tokens > 0:
         raise ValueError(f"num_tokens must be positive, got {num_tokens}: leave it out to count the labels")
-    acc = library.acc_dtype(inputs.hidden.dtype)
+    acc = library.acc_dtype(inputs.tensors.hidden.dtype)
     if token_weights is None:
-        weights = inputs.hidden.new_empty(0, dtype=acc)
+        weights = inputs.tensors.hidden.new_empty(0, dtype=acc)
     elif token_weights.shape != labels.shape:
         raise ValueError(f"token_weights must have shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
     else:
         weights = token_weights.detach().reshape(-1).to(acc)
-    if not inputs.train_head:
+    if not inputs.needs.head or inputs.keeps_live_sets:
         logp, *_ = token_logps_of(inputs, False, impl, index)
-        labelled = inputs.labels != inputs.options.ignore_index
+        labelled = inputs.tensors.labels != inputs.options.ignore_index
         total = (logp if token_weights is None else logp * torch.where(labelled, weights, 0.0)).sum()
         return -total / (labelled.sum().clamp(min=1) if num_tokens is None else num_tokens)
-    i = inputs
-    return _LinearNLL.apply(
-        i.hidden,
-        i.weight,
-        i.bias,
-        i.labels,
-        i.labels.new_empty(0) if index is None else index,
-        weights,
-        i.options,
-        num_tokens or -1.0,
-        i.needs,
-        i.row_limit,
-        i.backend(impl),
-    )
+    index = inputs.tensors.labels.new_empty(0) if index is None else index
+    args = NLLArgs(index, weights, inputs.options, num_tokens or -1.0, inputs.needs, inputs.execution(impl))
+    loss: Tensor = _LinearNLL.apply(*inputs.tensors, args)
+    return loss

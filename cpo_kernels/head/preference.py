@@ -7,88 +7,90 @@ log-probs first and makes the logits again with known coefficients (4 products).
 dL/dL_rejected = -dL/dL_chosen = -c, dW = c * (sum over chosen rows - sum over rejected rows), and c may come last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpo_kernels import library
-from cpo_kernels.backends import dispatch
-from cpo_kernels.batch_plan import Layout, Part, Tables, to_device
-from cpo_kernels.head.grads import WeightGrad, fake_known_loss, known_loss_grads
-from cpo_kernels.head.inputs import Head, HeadInputs, Rows, gather_rows, labelled_index
-from cpo_kernels.head.matmul import product
+from cpo_kernels.batch_plan import Layout, Part, PlanTensors, Tables, to_device
+from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
+from cpo_kernels.head.inputs import Execution, Head, HeadTensors, Needs, RowLogps, Rows, gather_rows, labelled_index
+from cpo_kernels.head.live import chunk_grads, filtered_chunk, no_sums
 from cpo_kernels.head.recompute import second_pass
+from cpo_kernels.library import PreferenceResult, fake_preference, functional_op
 from cpo_kernels.ops.preference import PreferenceArgs, wpo_weights
 from cpo_kernels.ops.token_logps import HeadOptions
 
 
-@library.functional_op("linear_preference", waits=True)
-def linear_preference_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    token_weights: Tensor,
-    ref_hidden: Tensor,
-    args: PreferenceArgs,
-    options: HeadOptions,
-    use_weighting: bool,
-    couples_pairs: bool,
-    opposite: bool,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-    row_limit: int,
-    plan_host: Tensor,
-    plan_index: Tensor,
-    plan_tables: Tensor,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden [M, H], labels [M] of sequences end to end; args.lengths [S] labelled rows of each.
+class LinearPreferenceArgs(NamedTuple):
+    """What `linear_preference` takes beside the head's tensors, whose rows are sequences end to end."""
 
-    ref_hidden [M, H] goes through the same head, or is [0] where ref_logps are given. The three plan tensors are those
-    of `BatchPlan`, or all [0].
+    token_weights: Tensor  # [M] or [0]
+    ref_hidden: Tensor  # [M, H] to go through the same head; [0] where ref_logps are given
+    loss: PreferenceArgs  # lengths [S]: labelled rows of each sequence
+    use_weighting: bool
+    couples_pairs: bool
+    opposite: bool
+    options: HeadOptions
+    needs: Needs
+    plan: PlanTensors  # all [0] without a plan
+    execution: Execution
 
-    Returns loss [], losses [P], seq_logps [S], chosen_rewards, rejected_rewards, value_gap [P], order [P], counts [3],
-    then what backward scales: dX unscaled [M, H], coefficients [M], dW up to a power of two, db in float32, power [].
-    """
-    lengths, pairs = args.lengths, args.pairs
-    if not args.scores.numel():
-        args = args.with_divisors(pairs.shape[0])  # no ratings, no ties
-    kernels, acc = dispatch.kernels(impl, weight), library.acc_dtype(hidden.dtype)
-    if plan_host.numel():
-        layout, index = Layout.unpack(plan_host), plan_index
+
+class LinearPreference(NamedTuple):
+    result: PreferenceResult
+    seq_logps: Tensor  # [S]
+    filter_sums: Tensor  # [3] of `LiveSets.sums`; 0 without a filter
+    grads: HeadGrads
+
+
+def _fake_linear_preference(tensors: HeadTensors, args: LinearPreferenceArgs) -> LinearPreference:
+    acc = library.acc_dtype(tensors.hidden.dtype)
+    seq_logps = tensors.hidden.new_empty(args.loss.lengths.shape[0], dtype=acc)
+    result = fake_preference(seq_logps, args.loss.pairs)
+    filter_sums = tensors.hidden.new_empty(3, dtype=torch.float32)
+    return LinearPreference(result, seq_logps, filter_sums, fake_head_grads(tensors, args.needs))
+
+
+@functional_op("linear_preference", fake=_fake_linear_preference, waits=True)
+def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> LinearPreference:
+    loss, size, row_limit = args.loss, tensors.hidden.shape[0], args.execution.row_limit
+    if not loss.scores.numel():
+        loss = loss.with_divisors(loss.pairs.shape[0])  # no ratings, no ties
+    kernels, acc = args.execution.backend.kernels(tensors.weight), library.acc_dtype(tensors.hidden.dtype)
+    if args.plan.host.numel():
+        layout, index, tables_on_device = Layout.unpack(args.plan.host), args.plan.row_index, args.plan.tables
     else:
-        several = args.needs_counts and hidden.shape[0] > row_limit  # several chunks: each divides by the batch's count
-        counts = args.counted(kernels, acc) if several else lengths.new_empty(0)
-        known = torch.cat([counts, lengths, pairs.flatten()]).tolist()  # the host waits here, and nowhere else
+        several = loss.needs_counts and size > row_limit  # several chunks: each divides by the batch's count
+        counts = loss.counted(kernels, acc) if several else loss.lengths.new_empty(0)
+        # The host waits here, and nowhere else.
+        numbers = torch.cat([counts, loss.lengths, loss.pairs.flatten()]).tolist()
         if several:
-            args, known = args.with_divisors(*known[:2]), known[2:]
-        layout = Layout.of(known[: len(lengths)], known[len(lengths) :], row_limit, couples_pairs, opposite)
-        index = labelled_index(labels, options.ignore_index, layout.num_rows)
-        plan_tables = to_device(layout.tables(), hidden.device)
-    tables = Tables(layout, plan_tables)
+            loss, numbers = loss.with_divisors(*numbers[:2]), numbers[2:]
+        num_sequences = len(loss.lengths)
+        layout = Layout.of(
+            numbers[:num_sequences], numbers[num_sequences:], row_limit, args.couples_pairs, args.opposite
+        )
+        index = labelled_index(tensors.labels, args.options.ignore_index, layout.num_rows)
+        tables_on_device = to_device(layout.tables(), tensors.hidden.device)
+    tables = Tables(layout, tables_on_device)
     if len(layout.chunks) > 1:
-        if args.needs_counts:
-            args = args.with_divisors(*args.counted(kernels, acc).tolist())
+        if loss.needs_counts:
+            loss = loss.with_divisors(*loss.counted(kernels, acc).tolist())
         index = index.index_select(0, tables.order)
-    rows = gather_rows(hidden, labels, index, layout.num_rows == hidden.shape[0] and len(layout.chunks) == 1)
-    ref = rows.gather(ref_hidden) if ref_hidden.numel() else None
-    weights = rows.gather(token_weights) if token_weights.numel() else token_weights
-    run = _Pass(rows, ref, weights, args, layout, tables, use_weighting, (need_dx, need_dw, need_db))
+    rows = gather_rows(tensors, index, layout.num_rows == size and len(layout.chunks) == 1)
+    ref = rows.gather(args.ref_hidden) if args.ref_hidden.numel() else None
+    weights = rows.gather(args.token_weights) if args.token_weights.numel() else args.token_weights
     max_rows = layout.max_rows
     if ref is not None:
         max_rows = max(max_rows, min(2 * max_rows, row_limit))
-    head = Head(weight, bias, options, max_rows, impl)
-    outputs, seq_logps, coef = getattr(run, layout.strategy)(head)
-    loss, losses, _, *metrics = outputs
-    dx = rows.scatter(run.dx, hidden.shape[0]) if need_dx else run.dx
-    coef = rows.scatter(coef, hidden.shape[0])
-    return loss, losses, seq_logps, *metrics, dx, coef, *run.head_grads
-
-
-Outputs = tuple[tuple[Tensor, ...], Tensor, Tensor]  # of the preference kernel, seq_logps [s], coefficients of rows [n]
+    head = Head(tensors.weight, tensors.bias, args.options, max_rows, kernels)
+    batch = _Batch(head, rows, ref, weights, loss, layout, tables, args.use_weighting, args.needs, args.execution)
+    out = STRATEGIES[layout.strategy](batch)
+    return out._replace(grads=out.grads.scattered(rows, size))
 
 
 def narrow(args: PreferenceArgs, tables: Tables, part: Part) -> PreferenceArgs:
@@ -110,149 +112,158 @@ def narrow(args: PreferenceArgs, tables: Tables, part: Part) -> PreferenceArgs:
     )
 
 
-class _Pass:
-    """One run over the rows, by the strategy of that name."""
+class _Loss(NamedTuple):
+    """The loss of a chunk."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        ref: Tensor | None,
-        token_weights: Tensor,
-        args: PreferenceArgs,
-        layout: Layout,
-        tables: Tables,
-        weighted: bool,
-        needs: tuple[bool, ...],
-    ) -> None:
-        self.rows, self.ref, self.token_weights, self.args = rows, ref, token_weights, args
-        self.layout, self.tables, self.weighted, self.needs = layout, tables, weighted, needs
-        self.acc = library.acc_dtype(rows.x.dtype)
-        self.dx: Tensor  # [n, H] without coefficients
-        self.head_grads: tuple[Tensor, Tensor, Tensor]  # dW up to a power of two, db, power
+    result: PreferenceResult
+    seq_logps: Tensor  # [s]
+    coef: Tensor  # [n], of the rows
 
-    def preference(self, head: Head, index: int, logp: Tensor, extra: Tensor, ref_logp: Tensor) -> Outputs:
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the strategies work on: the head and the rows in the layout's order."""
+
+    head: Head
+    rows: Rows
+    ref: Tensor | None
+    token_weights: Tensor
+    args: PreferenceArgs
+    layout: Layout
+    tables: Tables
+    use_weighting: bool
+    needs: Needs
+    execution: Execution
+
+    def loss(self, index: int, logps: RowLogps) -> _Loss:
         """The loss of chunk `index` from the log-probs of its rows."""
         part = self.layout.parts[index]
         args = narrow(self.args, self.tables, part) if len(self.layout.chunks) > 1 else self.args
         weights = self.token_weights[part.rows] if self.token_weights.numel() else self.token_weights
         offsets = self.tables.offsets(part, index)
+        kernels = self.head.kernels
 
         def total(values: Tensor, by: Tensor) -> Tensor:
-            return head.kernels.sequence_sum(values, offsets, by, False)
+            return kernels.sequence_sum(values, offsets, by, False)
 
-        seq_logps = total(logp, weights)
+        seq_logps = total(logps.logp, weights)
         if self.ref is not None:
-            args = args._replace(ref_logps=total(ref_logp, weights))
-        wpo = seq_logps.new_empty(0, dtype=torch.float64)
-        if self.weighted:
-            wpo = wpo_weights(total(logp - extra[1], weights[:0]), args.lengths, args.pairs)
-        outputs = args.run(head.kernels, seq_logps, wpo)
-        coef = outputs[2].index_select(0, self.tables.segments[part.rows])
-        return outputs, seq_logps, coef * weights if weights.numel() else coef
+            args = args._replace(ref_logps=total(logps.ref_logp, weights))
+        if self.use_weighting:
+            aligned = total(logps.logp - logps.extra[1], weights[:0])
+            args = args.weighted(wpo_weights(aligned, args.lengths, args.pairs))
+        result = args.run(kernels, seq_logps)
+        coef = result.grad.index_select(0, self.tables.segments[part.rows])
+        return _Loss(result, seq_logps, coef * weights if weights.numel() else coef)
 
-    def ref_of(self, part: slice) -> Tensor | None:
-        return None if self.ref is None else self.ref[part]
+    def inputs(self, part: slice) -> tuple[Tensor, Tensor, bool, Tensor | None]:
+        """What `Head.fused` and `Head.forward` take of some rows."""
+        ref = None if self.ref is None else self.ref[part]
+        return self.rows.x[part], self.rows.labels[part], self.use_weighting, ref
 
-    def pairs(self, head: Head) -> Outputs:
-        parts = self.layout.parts
-        sums = WeightGrad(head.weight, abs(head.options.scale), len(parts), *self.needs[1:])
-        self.dx = torch.empty_like(self.rows.x) if self.needs[0] else self.rows.x.new_empty(0)
-        seen: list[Outputs] = []
-        for k, part in enumerate(parts):
-            x, labels = self.rows.x[part.rows], self.rows.labels[part.rows]
-            g, logp, _, extra, ref_logp = head.fused(x, labels, self.weighted, self.ref_of(part.rows))
-            seen.append(self.preference(head, k, logp, extra, ref_logp))
-            if self.needs[0]:
-                product(g, head.weight, self.dx[part.rows])
-            sums.add(g, x, seen[-1][2])
-        self.head_grads = sums.result()
-        return seen[0] if len(seen) == 1 else self.merge(seen)
-
-    def merge(self, seen: list[Outputs]) -> Outputs:
-        """Chunk results back in the caller's order of pairs and sequences; losses and counts add up."""
-
-        def place(parts: Sequence[Tensor], places: Tensor) -> Tensor:
-            return torch.cat(list(parts)).index_select(0, places)
-
-        merged = []
-        for k, parts in enumerate(zip(*(outputs for outputs, _, _ in seen), strict=True)):
-            if k in (0, 7):  # loss, counts
-                merged.append(torch.stack(parts).sum(0))
-            else:
-                merged.append(place(parts, self.tables.slots if k == 2 else self.tables.pair_places))
-        seq_logps = place([s for _, s, _ in seen], self.tables.slots)
-        return tuple(merged), seq_logps, torch.cat([c for _, _, c in seen])
-
-    def deferred(self, head: Head) -> Outputs:
-        first = torch.arange(1, -2, -2, device=head.weight.device, dtype=self.acc)  # 1, -1
-        sign = first.new_zeros(len(self.layout.lengths)).index_add_(0, self.args.pairs[0], first)  # [S]
-        sign = sign.index_select(0, self.tables.segments)  # [n]
-        sign = sign * self.token_weights if self.token_weights.numel() else sign
-        parts = self.layout.row_chunks
-        sums = WeightGrad(head.weight, abs(head.options.scale), len(parts), *self.needs[1:])
-        self.dx = torch.empty_like(self.rows.x) if self.needs[0] else self.rows.x.new_empty(0)
-        seen = []
-        for p in parts:
-            x, labels = self.rows.x[p], self.rows.labels[p]
-            g, logp, _, extra, ref_logp = head.fused(x, labels, self.weighted, self.ref_of(p))
-            seen.append((logp, extra, ref_logp))
-            if self.needs[0]:
-                product(g, head.weight, self.dx[p])
-            if p is parts[-1]:
-                outputs = self.preference(head, 0, *(torch.cat(c, dim=-1) for c in zip(*seen, strict=True)))
-                sums.scale = outputs[0][2].index_select(0, self.args.pairs[0, :1])
-            sums.add(g, x, sign[p])
-        self.head_grads = sums.result()
-        return outputs
-
-    def two_pass(self, head: Head) -> Outputs:
-        x, labels = self.rows.x, self.rows.labels
-        parts = self.layout.row_chunks
-        first = [head.forward(x[p], labels[p], self.weighted, self.ref_of(p)) for p in parts]
-        logp, lse, extra, ref_logp = (torch.cat(columns, dim=-1) for columns in zip(*first, strict=True))
-        outputs = self.preference(head, 0, logp, extra, ref_logp)
-        self.dx, dw, db, power = second_pass(head, x, labels, lse, outputs[2], *self.needs)
-        self.head_grads = dw, db, power
-        return outputs
+    def sums(self, num_chunks: int) -> tuple[WeightGrad, Tensor]:
+        """Where dW and db add up, and dX to be filled."""
+        x = self.rows.x
+        dx = torch.empty_like(x) if self.needs.dx else x.new_empty(0)
+        return WeightGrad(self.head.weight, abs(self.head.options.scale), num_chunks, self.needs), dx
 
 
-@torch.library.register_fake("cpo_kernels::linear_preference")
-def _(hidden, weight, bias, labels, token_weights, ref_hidden, ref_logps, lengths, pairs, *rest):
-    acc = library.acc_dtype(hidden.dtype)
-    seq_logps = hidden.new_empty(lengths.shape[0], dtype=acc)
-    loss, losses, _, *metrics = library.fake_preference(seq_logps, pairs)
-    return loss, losses, seq_logps, *metrics, *fake_known_loss(hidden, weight, *rest[-8:-5])
+def _merged(chunks: list[_Loss], tables: Tables) -> _Loss:
+    """Chunk results back in the caller's order of pairs and sequences; losses and counts add up."""
+    if len(chunks) == 1:
+        return chunks[0]
+    merged = {}
+    for name in PreferenceResult._fields:
+        parts = [getattr(chunk.result, name) for chunk in chunks]
+        if name in ("loss", "counts"):
+            merged[name] = torch.stack(parts).sum(0)
+        else:
+            merged[name] = torch.cat(parts).index_select(0, tables.slots if name == "grad" else tables.pair_places)
+    seq_logps = torch.cat([c.seq_logps for c in chunks]).index_select(0, tables.slots)
+    return _Loss(PreferenceResult(**merged), seq_logps, torch.cat([c.coef for c in chunks]))
+
+
+def _pairs(batch: _Batch) -> LinearPreference:
+    parts = batch.layout.parts
+    sums, dx = batch.sums(len(parts))
+    losses: list[_Loss] = []
+    filter_sums = no_sums(dx)
+    for k, part in enumerate(parts):
+        inputs = batch.inputs(part.rows)
+        g, logps, live = chunk_grads(batch.head, inputs, batch.execution, dx[part.rows])
+        losses.append(batch.loss(k, logps))
+        sums.add(g, inputs[0], losses[-1].coef)
+        filter_sums += live
+    result, seq_logps, coef = _merged(losses, batch.tables)
+    return LinearPreference(result, seq_logps, filter_sums, sums.result(dx, coef))
+
+
+def _deferred(batch: _Batch) -> LinearPreference:
+    pair, weights = batch.args.pairs[0], batch.token_weights
+    signs = torch.arange(1, -2, -2, device=pair.device, dtype=library.acc_dtype(batch.rows.x.dtype))  # 1, -1
+    sign = signs.new_zeros(len(batch.layout.lengths)).index_add_(0, pair, signs)  # [S]
+    sign = sign.index_select(0, batch.tables.segments)  # [n]
+    sign = sign * weights if weights.numel() else sign
+    parts = batch.layout.row_chunks
+    sums, dx = batch.sums(len(parts))
+    chunks: list[RowLogps] = []
+    filter_sums = no_sums(dx)
+    for p in parts:
+        inputs = batch.inputs(p)
+        g, logps, live = chunk_grads(batch.head, inputs, batch.execution, dx[p])
+        chunks.append(logps)
+        filter_sums += live
+        if p is parts[-1]:
+            result, seq_logps, coef = batch.loss(0, RowLogps.joined(chunks))
+            sums.scale = result.grad.index_select(0, pair[:1])
+        sums.add(g, inputs[0], sign[p])
+    return LinearPreference(result, seq_logps, filter_sums, sums.result(dx, coef))
+
+
+def _two_pass(batch: _Batch) -> LinearPreference:
+    rows, execution, parts = batch.rows, batch.execution, batch.layout.row_chunks
+    filtered, filter_sums = execution.filter_eps > 0 and batch.needs.dx, no_sums(rows.x)
+    dx = torch.empty_like(rows.x) if filtered else rows.x.new_empty(0)
+    chunks: list[RowLogps] = []
+    for p in parts:
+        if filtered:  # dX is made here, and the second pass makes dW only
+            _, logps, sets = filtered_chunk(
+                batch.head, batch.inputs(p), execution.filter_eps, execution.set_rows, dx[p], whole=False
+            )
+            filter_sums += sets.sums(batch.head.options.scale)
+        else:
+            logps = batch.head.forward(*batch.inputs(p))
+        chunks.append(logps)
+    logps = RowLogps.joined(chunks)
+    result, seq_logps, coef = batch.loss(0, logps)
+    needs = batch.needs._replace(dx=batch.needs.dx and not filtered)
+    grads = second_pass(batch.head, rows.x, rows.labels, logps.lse, coef, needs)
+    return LinearPreference(result, seq_logps, filter_sums, grads._replace(dx=dx) if filtered else grads)
+
+
+STRATEGIES: dict[str, Callable[[_Batch], LinearPreference]] = {
+    "pairs": _pairs,
+    "deferred": _deferred,
+    "two_pass": _two_pass,
+}
 
 
 class _LinearPreference(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, token_weights, ref_hidden, args, flags, plan, impl):
-        outputs = linear_preference_op(
-            hidden, weight, bias, labels, token_weights, ref_hidden, *args, *flags, *plan, impl
-        )
-        ctx.save_for_backward(*outputs[8:])
-        ctx.mark_non_differentiable(*outputs[1:8])
-        return outputs[:8]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, args: LinearPreferenceArgs
+    ) -> tuple[Tensor, ...]:
+        result, seq_logps, sums, grads = linear_preference_op(HeadTensors(hidden, weight, bias, labels), args)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(*result[1:], seq_logps, sums)
+        return *result, seq_logps, sums
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
-        return *known_loss_grads(ctx, grad_loss), *(None,) * 7
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return *scaled_grads(ctx, grad_loss), None, None
 
 
-def linear_preference(
-    inputs: HeadInputs,
-    token_weights: Tensor,
-    ref_hidden: Tensor,
-    args: PreferenceArgs,
-    use_weighting: bool,
-    couples_pairs: bool,
-    opposite: bool,
-    plan: tuple[Tensor, Tensor, Tensor],
-    impl: str,
-) -> tuple[Tensor, ...]:
-    """(loss, losses, seq_logps, chosen_rewards, rejected_rewards, value_gap, order, counts); loss is differentiable."""
-    i = inputs
-    flags = (*i.options, use_weighting, couples_pairs, opposite, *i.needs, i.row_limit)
-    return _LinearPreference.apply(
-        i.hidden, i.weight, i.bias, i.labels, token_weights, ref_hidden, args, flags, plan, i.backend(impl)
-    )
+def linear_preference(tensors: HeadTensors, args: LinearPreferenceArgs) -> tuple[PreferenceResult, Tensor, Tensor]:
+    """The result, whose loss is differentiable, seq_logps [S] and filter_sums [3]."""
+    *result, seq_logps, filter_sums = _LinearPreference.apply(*tensors, args)
+    return PreferenceResult(*result), seq_logps, filter_sums

@@ -20,12 +20,12 @@ class _SummedGrad(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, group):
+    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.to(library.acc_dtype(grad.dtype), copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total.to(grad.dtype), None

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpo_kernels.losses.inputs import default_pairs
 from cpo_kernels.ops.sequence_logps import sequence_logps
+from cpo_kernels.reference.pairs import chosen_rejected
 
 RATING_KEYS = {"scores", "conditions"}
 NOT_OF_THE_MODEL = RATING_KEYS | {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
@@ -85,9 +87,7 @@ def log_metrics(trainer: Any, mode: str, inputs: dict[str, Any], outputs: Any, o
     """
     live, order = (out.order != 0).double(), out.order
     num_pairs, width = len(order), mask.shape[1]
-    first = torch.arange(num_pairs, device=mask.device)
-    chosen = torch.where(order < 0, first + num_pairs, first)
-    rejected = torch.where(order < 0, first, first + num_pairs)
+    chosen, rejected = chosen_rejected(default_pairs(2 * num_pairs, mask.device), order)
     tokens = {"all": mask, "chosen": mask[chosen] * live[:, None], "rejected": mask[rejected] * live[:, None]}
 
     def per_token(values: Tensor, rows: Tensor | None, side: str) -> tuple[Tensor, Tensor]:

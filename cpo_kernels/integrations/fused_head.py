@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     raise explained(error, __name__) from error
 
-from cpo_kernels.head.inputs import head_inputs
+from cpo_kernels.head.inputs import HeadConfig, head_inputs
 from cpo_kernels.head.token_logps import LinearTokenLogps, token_logps_of
 from cpo_kernels.integrations.heads import (
     LogitMap,
@@ -64,7 +64,10 @@ def add_fused_head(
 
     # `generate` reads the signature, inspect.unwrap the original.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+    def forward(
+        self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None,
+        shift_labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         given = {name: value for name, value in given.items() if value is not None}
         if not fused_lm_head:
@@ -89,7 +92,7 @@ def _forward(
     kwargs["use_cache"] = False
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    seen = backbone(model)(*args, **kwargs)
+    states = backbone(model)(*args, **kwargs)
     end = None
     if shifted is None:
         if labels is None:
@@ -97,24 +100,24 @@ def _forward(
         shifted, end = shift_labels(labels), -1
     layer: Any = head_layer(model)
     weight, bias = layer.weight, layer.bias
-    hidden = seen.last_hidden_state.to(weight.device)
+    hidden = states.last_hidden_state.to(weight.device)
     shifted = shifted.to(weight.device)
     if is_tensor_parallel(layer):
         hidden = parallel_input(layer, hidden)
     with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
         # As TRL, a weight of another dtype than the hidden states (a head saved in float32) is cast to theirs.
         w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))
-        i = head_inputs(hidden, w, shifted, b, -100, *numbers, None, memory_budget)
+        inputs = head_inputs(hidden, w, shifted, b, HeadConfig(-100, *numbers, None, memory_budget))
         extras = set(outputs) != {"log_probs"}
         function = _GatheredTokenLogps if hasattr(weight, "ds_id") else LinearTokenLogps
-        logps, extra, _ = token_logps_of(i, extras, impl, function=function)
+        logps, extra, *_ = token_logps_of(inputs, extras, impl, function=function)
     fields = {"log_probs": logps.view(shifted.shape)}
     if extras:
         e = token_extras(extra, shifted.shape)
         fields |= {"entropy": e.entropy, "log_sum_sq_probs": e.log_sum_sq_probs}
         fields |= {"mean_logits": e.mean_logit, "is_top1": e.is_top1}
     fields = {name: fields[name][:, :end] for name in outputs}
-    aux_loss = _aux_loss(seen, config, kwargs) if kwargs.get("output_router_logits") else None
+    aux_loss = _aux_loss(states, config, kwargs) if kwargs.get("output_router_logits") else None
     return FusedCausalLMOutput(**fields, label_mask=(shifted != -100)[:, :end], aux_loss=aux_loss)
 
 
@@ -122,15 +125,15 @@ class _GatheredTokenLogps(LinearTokenLogps):
     """ZeRO-3 takes the weight away after forward; recomputed logits need it once more."""
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         weights = () if ctx.frozen else ctx.saved_tensors[1:3]
         with trl_utils.maybe_gather_lm_head_ctx(*(w for w in weights if hasattr(w, "ds_id"))):
             return LinearTokenLogps.backward(ctx, grad, *_)
 
 
-def _aux_loss(seen: Any, config: Any, kwargs: dict[str, Any]) -> Any:
+def _aux_loss(states: Any, config: Any, kwargs: dict[str, Any]) -> Any:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     return load_balancing_loss_func(
-        seen.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+        states.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
     )

@@ -1,6 +1,6 @@
 """The output projection of a transformers causal LM: its weight, and what the model does to x W^T + b.
 
-What a model does between its last hidden state and its logits is known for the classes of `HEADS` alone. Every other
+What a model does between its last hidden state and its logits is known only for the classes of `HEADS`. Every other
 model is refused, unless the caller says with `softcap=` and `scale=` what it does.
 """
 
@@ -141,8 +141,8 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
 
         if isinstance(layer, ModulesToSaveWrapper):
             names = [] if layer.disable_adapters else layer.active_adapters
-            known = names and all(name in layer.modules_to_save for name in names)
-            layer = layer.modules_to_save[names[0]] if known else layer.original_module
+            saved = names and all(name in layer.modules_to_save for name in names)
+            layer = layer.modules_to_save[names[0]] if saved else layer.original_module
         if isinstance(layer, TrainableTokensWrapper):
             raise ValueError(
                 "trainable_token_indices puts rows of its own in place of the head's (of a tied head those of the "
@@ -154,9 +154,9 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
                 f"the head is a {type(layer).__name__}: its adapter is not part of the weight that the fused head "
                 "multiplies with. Take 'lm_head' out of target_modules; modules_to_save=['lm_head'] trains the head"
             )
-    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    plain = type(layer).forward is nn.Linear.forward
     replaced = plain and "forward" in vars(layer) and not is_tensor_parallel(layer) and not is_dispatched(layer)
-    if not plain or replaced:
+    if not isinstance(layer, nn.Linear) or not plain or replaced:
         raise TypeError(
             f"the head of {type(model).__name__} is {type(layer).__name__}{' with another forward' * replaced}, a "
             "plain nn.Linear is needed: keep it out of quantization and offloading"
@@ -178,9 +178,9 @@ def is_tensor_parallel(layer: nn.Linear) -> bool:
     """Whether torch's `parallelize_module` or a `tp_plan` of transformers acts around the layer, and nothing else."""
     acting = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
     acting += [function for name, function in vars(layer).items() if name == "forward"]
-    known = ("torch.distributed.tensor.", "transformers.distributed.tensor_parallel")
+    modules = ("torch.distributed.tensor.", "transformers.distributed.tensor_parallel")
     sharded = hasattr(layer.weight, "full_tensor")
-    return sharded and bool(acting) and all(getattr(f, "__module__", "").startswith(known) for f in acting)
+    return sharded and bool(acting) and all(getattr(f, "__module__", "").startswith(modules) for f in acting)
 
 
 def parallel_input(layer: Any, hidden: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def parallel_input(layer: Any, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def backbone(model: Any) -> nn.Module:
+def backbone(model: Any) -> Any:
     """What makes the hidden states of the head. Llama 4's class names a prefix that it does not have."""
     return model.model if model.base_model is model else model.base_model
 

@@ -10,7 +10,7 @@ A model, wrapper or adapter that is not understood is refused, never guessed: se
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from cpo_kernels.integrations.heads import (
     lm_head,
     parallel_input,
 )
+from cpo_kernels.ops.token_logps import TokenExtras
 
 __all__ = [
     "HEADS",
@@ -74,8 +75,8 @@ def causal_lm_inputs(model: nn.Module, batch: Mapping[str, Any], ignore_index: i
     batch = dict(batch)
     labels = _labels(batch, ignore_index)
     body = backbone(base)
-    known = inspect.signature(body.forward).parameters.keys() | _ATTENTION_KEYS
-    if unknown := batch.keys() - known:
+    accepted = inspect.signature(body.forward).parameters.keys() | _ATTENTION_KEYS
+    if unknown := batch.keys() - accepted:
         raise ValueError(f"batch has {', '.join(sorted(unknown))}, which {type(body).__name__} does not take")
     hidden = body(**{**batch, "use_cache": False}).last_hidden_state
     if parallel:
@@ -90,7 +91,8 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 def _labels(batch: dict[str, Any], ignore_index: int) -> Tensor:
     """Take labels or completion_mask out of `batch`."""
-    labels, mask = batch.pop("labels", None), batch.pop("completion_mask", None)
+    labels: Tensor | None = batch.pop("labels", None)
+    mask: Tensor | None = batch.pop("completion_mask", None)
     if (labels is None) == (mask is None):
         given = "both" if mask is not None else "neither"
         raise ValueError(f"batch must hold labels or completion_mask, got {given}: say once which tokens count")
@@ -106,6 +108,24 @@ def _labels(batch: dict[str, Any], ignore_index: int) -> Tensor:
     return labels if mask is None else labels.masked_fill(mask == 0, ignore_index)
 
 
+@overload
+def causal_lm_logps(
+    model: nn.Module, batch: Mapping[str, Any], ignore_index: int = ..., softcap: float | None = ...,
+    scale: float | None = ..., vocab_size: int | None = ..., extras: Literal[False] = ...,
+    memory_budget: int | None = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def causal_lm_logps(
+    model: nn.Module, batch: Mapping[str, Any], ignore_index: int = ..., softcap: float | None = ...,
+    scale: float | None = ..., vocab_size: int | None = ..., *, extras: Literal[True],
+    memory_budget: int | None = ..., impl: str = ...,
+) -> tuple[Tensor, TokenExtras]: ...  # fmt: skip
+@overload
+def causal_lm_logps(
+    model: nn.Module, batch: Mapping[str, Any], ignore_index: int = ..., softcap: float | None = ...,
+    scale: float | None = ..., vocab_size: int | None = ..., extras: bool = ..., memory_budget: int | None = ...,
+    impl: str = ...,
+) -> Tensor | tuple[Tensor, TokenExtras]: ...  # fmt: skip
 def causal_lm_logps(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -116,7 +136,7 @@ def causal_lm_logps(
     extras: bool = False,
     memory_budget: int | None = None,
     impl: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, TokenExtras]:
     """Token log-probs of a causal LM, its logits never stored: column t is log p(token t + 1 | tokens 0 .. t).
 
     The same as the model's own logits give, at any padding: positions are what the model makes of them. A router's
@@ -139,10 +159,10 @@ def causal_lm_logps(
     head = lm_head(model, softcap, scale, vocab_size).options
     inputs = causal_lm_inputs(model, batch, ignore_index)
     out = linear_token_logps(*inputs, ignore_index, **head, extras=extras, memory_budget=memory_budget, impl=impl)
-    if not extras:
+    if isinstance(out, Tensor):
         return out[:, :-1]
-    logps, seen = out
-    return logps[:, :-1], type(seen)(*(t[:, :-1] for t in seen))
+    logps, token_extras = out
+    return logps[:, :-1], TokenExtras(*(t[:, :-1] for t in token_extras))
 
 
 class CausalLMLogps(nn.Module):

@@ -3,7 +3,7 @@
     trainer = FusedDPOTrainer(model, ref_model, FusedDPOConfig("out", loss_type="ipo"), train_dataset=data, ...)
 
 Without `objectives` TRL computes loss and metrics as ever, from our token log-probs: 2 matrix products with a frozen
-head (LoRA), 4 with a trainable one, on labelled positions alone. TRL's metrics need every token's log-prob, entropy and
+head (LoRA), 4 with a trainable one, only on labelled positions. TRL's metrics need every token's log-prob, entropy and
 mean logit, which the 3-product `FusedLinearCPOLoss` does not give.
 
 With `objectives` the dataset holds `chosen_scores` and `rejected_scores`, K ratings each (None: not rated), and
@@ -107,8 +107,8 @@ def loss_options(args: Any) -> LossOptions:
     """The options of the loss, checked: what a loss type would ignore raises."""
     types = args.loss_type
     check_list("loss_type", types, str, "names of LOSS_TYPES")
-    if alone := NOT_IN_TRL & set(types):
-        raise ValueError(f"loss_type {', '.join(sorted(alone))} is not a DPO loss of TRL: use FusedLinearCPOLoss")
+    if foreign := NOT_IN_TRL & set(types):
+        raise ValueError(f"loss_type {', '.join(sorted(foreign))} is not a DPO loss of TRL: use FusedLinearCPOLoss")
     if args.padding_free:
         raise ValueError("padding_free is ignored by TRL 1.16: leave it False; padding costs the head nothing here")
     objectives = own(args, "objectives")
@@ -244,7 +244,7 @@ class FusedDPOTrainer(trl.DPOTrainer):
             columns.extend(RATING_COLUMNS)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL names the cache by parameters and data alone; these options change the log-probs too."""
+        """TRL names the cache only by parameters and data; these options change the log-probs too."""
         options = (own(self.args, "head_softcap"), own(self.args, "head_scale"), self.ld_alpha)
         parameters = self._precompute_model_hash
         self._precompute_model_hash: Any = (parameters, options)
@@ -255,7 +255,8 @@ class FusedDPOTrainer(trl.DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         inputs = {key: value for key, value in inputs.items() if key not in RATING_KEYS}
-        return super().compute_ref_log_probs(model, inputs)
+        logps: tuple[Tensor, Tensor] = super().compute_ref_log_probs(model, inputs)
+        return logps
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self.cpo_loss is None:

@@ -420,7 +420,7 @@ class _Rows:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.acc, device=self.logits.device)
 
-    def numbers(self, pieces: int) -> tuple:
+    def numbers(self, pieces: int) -> tuple[Any, ...]:
         """stride, rows, width, columns, pieces, ignore_index, nat, c, inner, scale."""
         shape = (self.stride, self.rows, self.width, self.columns, pieces, self.ignore_index)
         return *shape, self.nat, self.nat * LOG2E, self.inner, self.scale

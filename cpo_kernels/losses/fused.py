@@ -1,20 +1,21 @@
 """`preference_loss` fused with the head: from hidden states to the loss and all gradients."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cpo_kernels import checks, library
+from cpo_kernels import checks
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
-from cpo_kernels.batch_plan import BatchPlan, Layout
+from cpo_kernels.batch_plan import BatchPlan, Layout, PlanTensors
 from cpo_kernels.checks import DTYPES, check_labels, check_types
-from cpo_kernels.head.inputs import HeadInputs, head_inputs
-from cpo_kernels.head.preference import linear_preference
+from cpo_kernels.head.inputs import HeadConfig, HeadInputs, check_filter, head_inputs
+from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
 from cpo_kernels.head.strategy import budget_rows
 from cpo_kernels.head.token_logps import token_logps_of
+from cpo_kernels.library import PreferenceResult, acc_dtype, functional_op
 from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args
 from cpo_kernels.losses.options import LossOptions
 from cpo_kernels.losses.preference import PreferenceOutput, output
@@ -24,15 +25,45 @@ from cpo_kernels.ops.sequence_logps import SequenceLogps, check_cu_seqlens, sequ
 from cpo_kernels.reference.sequences import ld_token_weights
 
 
+class _Sequences(NamedTuple):
+    """Where the sequences of a batch are, and which are pairs."""
+
+    offsets: Tensor  # [S + 1] first position of each
+    lengths: Tensor  # [S] labelled positions of each
+    pairs: Tensor  # [P, 2]
+    token_weights: Tensor  # [M], or [0]: 1
+    plan: PlanTensors  # all [0] without a plan
+
+
+class _Head(NamedTuple):
+    """The policy's head as the caller gave it."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    vocab_shards: VocabShards | None
+
+
+class _Reference(NamedTuple):
+    """The reference model as the caller gave it."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    logps: Tensor | None
+
+
 class FusedLinearCPOLoss(nn.Module):
     """`preference_loss` from hidden states: the head's log-probs, the loss and all gradients, logits never stored.
 
     With a trainable head 3 matrix products where a group of linked pairs fits the memory budget (else 4), with a frozen
-    one 2, without gradients 1; on labelled rows alone. See `explain` for the plan of a shape.
+    one 2, without gradients 1; only on labelled rows. See `explain` for the plan of a shape.
 
     Args:
         objectives, beta, loss_type, **options: see `preference_loss` and `LossOptions`.
-        ignore_index, softcap, scale, vocab_size, memory_budget, impl: see `linear_token_logps`.
+        ignore_index, softcap, scale, vocab_size, memory_budget, impl, filter_eps, filter_head_grad: see
+            `linear_token_logps`.
 
     Raises:
         TypeError, ValueError: an unknown option, or one that the loss type would ignore; in the call wrong dtypes,
@@ -57,11 +88,14 @@ class FusedLinearCPOLoss(nn.Module):
         vocab_size: int | None = None,
         memory_budget: int | None = None,
         impl: str = "auto",
+        filter_eps: float | Literal["auto"] | None = None,
+        filter_head_grad: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
         self.options = LossOptions.of({"objectives": objectives, "beta": beta, "loss_type": loss_type, **options})
-        self.head = (ignore_index, softcap, scale, vocab_size, memory_budget)
+        self.head = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget, filter_eps, filter_head_grad)
+        check_filter(filter_eps, filter_head_grad)
         dispatch.check_impl(impl)
         self.impl = impl
 
@@ -100,93 +134,112 @@ class FusedLinearCPOLoss(nn.Module):
         that name, holds the pairs, and keeps the host from waiting for a GPU. DTensors, and vocab_shards (of weight and
         ref_weight): see `linear_token_logps`. The rest: see `preference_loss`.
         """
-        inputs = head_inputs(hidden, weight, labels, bias, *self.head, vocab_shards)
+        inputs = head_inputs(hidden, weight, labels, bias, self.head, vocab_shards)
         check_types("a tensor", optional=True, pairs=pairs, ref_hidden=ref_hidden, cu_seqlens=cu_seqlens)
         dispatch.resolve_impl(self.impl, hidden.device)
-        cu_seqlens = sequence_offsets(hidden, labels, cu_seqlens)
-        lengths = label_counts(inputs.labels, cu_seqlens, inputs.options.ignore_index)
-        num_sequences = lengths.shape[0]
-        own_weight = weight if ref_weight is None else ref_weight
-        own_bias = bias if ref_weight is None and ref_bias is None else ref_bias
-        shared = ref_hidden is not None and own_weight is weight and own_bias is bias
+        sequences = self.sequences(inputs, sequence_offsets(hidden, labels, cu_seqlens), pairs, plan)
         if plan is not None:
-            check_plan(plan, inputs, lengths, pairs)
-            pairs = plan.pairs
             num_pairs = plan.num_pairs if num_pairs is None else num_pairs
             if chosen_tokens is None and self.options.averages_tokens:
                 chosen_tokens = plan.chosen_tokens
-        elif pairs is None:
-            pairs = default_pairs(num_sequences, hidden.device)
-        acc = library.acc_dtype(inputs.hidden.dtype)
-        token_weights = inputs.hidden.new_empty(0, dtype=acc)
-        if self.options.ld_alpha is not None:
-            token_weights = _ld_weights_op(
-                inputs.labels, cu_seqlens, lengths, pairs, self.options.ld_alpha, inputs.options.ignore_index
-            ).to(acc)
-        ref_rows = None
-        if ref_hidden is not None:
-            if ref_logps is not None:
-                raise ValueError("give ref_logps or ref_hidden, not both")
-            if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-                raise ValueError(
-                    f"ref_hidden must have shape {list(hidden.shape[:-1])} + [H], got {list(ref_hidden.shape)}"
-                )
-            if shared:  # already in the dtype of the products
-                own_weight, own_bias = inputs.weight, inputs.bias if inputs.bias.numel() else None
-            with torch.no_grad():
-                shards = inputs.shards if shared else vocab_shards
-                ref = head_inputs(ref_hidden, own_weight, labels, own_bias, *self.head, shards)
-                if shared:
-                    ref_rows, ref_logps = ref.hidden, token_weights.new_zeros(num_sequences)  # filled with the policy's
-                else:
-                    ref_token_logps, *_ = token_logps_of(ref, False, self.impl, None if plan is None else plan.index)
-                    ref_logps = sequence_logps_op(
-                        ref_token_logps, cu_seqlens, token_weights.to(ref_token_logps.dtype), False, self.impl
-                    )
-        elif ref_weight is not None or ref_bias is not None:
-            raise ValueError("ref_weight and ref_bias have a meaning with ref_hidden only")
+        policy = _Head(hidden, weight, labels, bias, vocab_shards)
+        reference = _Reference(ref_hidden, ref_weight, ref_bias, ref_logps)
+        ref_rows, ref_logps = self.reference(inputs, sequences, policy, reference)
         divisors = num_pairs, chosen_tokens
-        given = PairInputs(pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, *divisors)
-        args = kernel_args(self.options, given, num_sequences, lengths, token_weights)
-        if not inputs.train_head:
-            return self.from_token_logps(inputs, cu_seqlens, lengths, token_weights, args, plan, ref_rows)
+        given = PairInputs(sequences.pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, *divisors)
+        lengths, token_weights = sequences.lengths, sequences.token_weights
+        args = kernel_args(self.options, given, lengths.shape[0], lengths, token_weights)
+        known = inputs.needs.head and not inputs.keeps_live_sets
+        run = self.from_hidden if known else self.from_token_logps
+        result, seq_logps, filter_sums = run(inputs, sequences, args, ref_rows)
+        out = output(result, seq_logps)
+        if not inputs.filter_eps:
+            return out
+        live_share, tail_mass, exact_share = filter_sums / lengths.sum().clamp(min=1)
+        return out._replace(live_share=live_share, tail_mass=tail_mass, exact_share=exact_share)
+
+    def sequences(
+        self, inputs: HeadInputs, offsets: Tensor, pairs: Tensor | None, plan: BatchPlan | None
+    ) -> _Sequences:
+        labels, ignore_index = inputs.tensors.labels, inputs.options.ignore_index
+        lengths = label_counts(labels, offsets, ignore_index)
         none = labels.new_empty(0)
-        loss, losses, seq_logps, *metrics = linear_preference(
-            inputs,
-            token_weights,
-            inputs.hidden.new_empty(0) if ref_rows is None else ref_rows,
+        tensors = PlanTensors(torch.empty(0, dtype=torch.int64), none, none)
+        if plan is not None:
+            check_plan(plan, inputs, lengths, pairs)
+            pairs, tensors = plan.pairs, plan.tensors
+        elif pairs is None:
+            pairs = default_pairs(lengths.shape[0], labels.device)
+        acc = acc_dtype(inputs.tensors.hidden.dtype)
+        token_weights = inputs.tensors.hidden.new_empty(0, dtype=acc)
+        if self.options.ld_alpha is not None:
+            ld_weights = _ld_weights_op(labels, offsets, lengths, pairs, self.options.ld_alpha, ignore_index)
+            token_weights = ld_weights.to(acc)
+        return _Sequences(offsets, lengths, pairs, token_weights, tensors)
+
+    def reference(
+        self, inputs: HeadInputs, sequences: _Sequences, policy: _Head, given: _Reference
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Rows [M, H] that go through the policy's head, where the reference model has the same; ref_logps [S]."""
+        if given.hidden is None:
+            if given.weight is not None or given.bias is not None:
+                raise ValueError("ref_weight and ref_bias have a meaning with ref_hidden only")
+            return None, given.logps
+        if given.logps is not None:
+            raise ValueError("give ref_logps or ref_hidden, not both")
+        if given.hidden.shape[:-1] != policy.hidden.shape[:-1]:
+            raise ValueError(
+                f"ref_hidden must have shape {list(policy.hidden.shape[:-1])} + [H], got {list(given.hidden.shape)}"
+            )
+        bias = policy.bias if given.weight is None and given.bias is None else given.bias
+        weight = policy.weight if given.weight is None else given.weight
+        token_weights = sequences.token_weights
+        with torch.no_grad():
+            if weight is policy.weight and bias is policy.bias:
+                own = inputs.tensors  # already in the dtype of the products
+                bias = own.bias if own.bias.numel() else None
+                ref = head_inputs(given.hidden, own.weight, policy.labels, bias, self.head, inputs.shards)
+                return ref.tensors.hidden, token_weights.new_zeros(sequences.lengths.shape)  # filled with the policy's
+            ref = head_inputs(given.hidden, weight, policy.labels, bias, self.head, policy.vocab_shards)
+            logps, *_ = token_logps_of(ref, False, self.impl, sequences.plan.row_index)
+            weights = token_weights.to(logps.dtype)
+            return None, sequence_logps_op(logps, sequences.offsets, weights, False, self.impl)
+
+    def from_hidden(
+        self, inputs: HeadInputs, sequences: _Sequences, args: PreferenceArgs, ref_rows: Tensor | None
+    ) -> tuple[PreferenceResult, Tensor, Tensor]:
+        """Strategies `pairs`, `deferred` and `two_pass`: loss and gradients in one op."""
+        options = self.options
+        linear_args = LinearPreferenceArgs(
+            sequences.token_weights,
+            inputs.tensors.hidden.new_empty(0) if ref_rows is None else ref_rows,
             args,
-            self.options.use_weighting,
-            self.options.couples_pairs,
-            self.options.opposite,
-            (none.cpu(), none, none) if plan is None else (plan.host, plan.index, plan.tables),
-            self.impl,
+            options.use_weighting,
+            options.couples_pairs,
+            options.opposite,
+            inputs.options,
+            inputs.needs,
+            sequences.plan,
+            inputs.execution(self.impl),
         )
-        return output(loss, losses, seq_logps, metrics)
+        return linear_preference(inputs.tensors, linear_args)
 
     def from_token_logps(
-        self,
-        inputs: HeadInputs,
-        cu_seqlens: Tensor,
-        lengths: Tensor,
-        token_weights: Tensor,
-        args: PreferenceArgs,
-        plan: BatchPlan | None,
-        ref_rows: Tensor | None,
-    ) -> PreferenceOutput:
+        self, inputs: HeadInputs, sequences: _Sequences, args: PreferenceArgs, ref_rows: Tensor | None
+    ) -> tuple[PreferenceResult, Tensor, Tensor]:
         """Strategies `frozen` and `forward`: dX is kept per token, so any loss may follow."""
-        weighted = self.options.use_weighting
-        index = None if plan is None else plan.index
-        logp, extra, ref_logp = token_logps_of(inputs, weighted, self.impl, index, ref_rows)
-        seq_logps = SequenceLogps.apply(logp, cu_seqlens, token_weights, False, self.impl)
+        weighted, offsets, token_weights = self.options.use_weighting, sequences.offsets, sequences.token_weights
+        logp, extra, ref_logp, filter_sums = token_logps_of(
+            inputs, weighted, self.impl, sequences.plan.row_index, ref_rows
+        )
+        seq_logps: Tensor = SequenceLogps.apply(logp, offsets, token_weights, False, self.impl)
         if ref_rows is not None:
-            args = args._replace(ref_logps=sequence_logps_op(ref_logp, cu_seqlens, token_weights, False, self.impl))
+            args = args._replace(ref_logps=sequence_logps_op(ref_logp, offsets, token_weights, False, self.impl))
         if weighted:
             aligned = (logp - extra[1]).detach()
-            sums = sequence_logps_op(aligned, cu_seqlens, aligned.new_empty(0), False, self.impl)
-            args = args.weighted(wpo_weights(sums, lengths, args.pairs))
-        loss, losses, *metrics = preference(seq_logps, args, self.impl)
-        return output(loss, losses, seq_logps, metrics)
+            sums = sequence_logps_op(aligned, offsets, aligned.new_empty(0), False, self.impl)
+            args = args.weighted(wpo_weights(sums, sequences.lengths, args.pairs))
+        return preference(seq_logps, args, self.impl), seq_logps, filter_sums
 
     def plan(
         self,
@@ -227,11 +280,10 @@ class FusedLinearCPOLoss(nn.Module):
             if tensor is not None and tensor.device.type != "cpu":
                 raise ValueError(f"a plan is made from CPU tensors, got {name} on {tensor.device}")
         check_labels(labels, labels.shape, "labels", labels.device)
-        ignore_index, memory_budget = self.head[0], self.head[4]
-        limit = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)
+        limit = budget_rows(vocab_size, dtype, torch.device(device), self.head.memory_budget)
         offsets = sequence_offsets(labels, labels, cu_seqlens)
         flat = labels.reshape(-1)
-        lengths = label_counts(flat, offsets, ignore_index)
+        lengths = label_counts(flat, offsets, self.head.ignore_index)
         pairs = default_pairs(lengths.shape[0], labels.device) if pairs is None else pairs
         check_pairs(pairs, lengths.shape[0], labels.device)
         num_pairs = chosen_tokens = None
@@ -241,14 +293,12 @@ class FusedLinearCPOLoss(nn.Module):
             zeros = torch.zeros(lengths.shape[0], dtype=torch.float64)
             args = kernel_args(plain, rated, len(zeros), lengths, zeros)  # checks the ratings, on a CPU
             if not all_positions:
-                order, counts = preference(zeros, args, "auto")[-2:]
-                chosen = pairs.gather(1, (order < 0).long()[:, None]).squeeze(1)
-                num_pairs = max(1.0, float(counts[0]))
-                chosen_tokens = max(1.0, float((lengths[chosen] * (order != 0)).sum()))
+                counts = args.counted(dispatch.kernels("auto", zeros), zeros.dtype)
+                num_pairs, chosen_tokens = counts.clamp(min=1).double().tolist()
         rows = offsets.diff() if all_positions else lengths
         flat_pairs = pairs.flatten().tolist()
         layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs, self.options.opposite)
-        index = torch.arange(len(flat)) if all_positions else (flat != ignore_index).nonzero().squeeze(1)
+        index = torch.arange(len(flat)) if all_positions else (flat != self.head.ignore_index).nonzero().squeeze(1)
         divisors = num_pairs, chosen_tokens
         return BatchPlan(layout, layout.pack(), index, layout.tables(), pairs, len(flat), *divisors, all_positions)
 
@@ -258,25 +308,28 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
     num_sequences = lengths.shape[0]
     if pairs is not None:
         raise ValueError("give pairs or plan, not both: the plan holds the pairs it was made with")
-    positions = inputs.labels.shape[0]
+    positions = inputs.tensors.labels.shape[0]
     if (plan.num_positions, len(plan.layout.lengths)) != (positions, num_sequences):
         raise ValueError(
             f"the plan was made for {len(plan.layout.lengths)} sequences in {plan.num_positions} positions, got "
             f"{num_sequences} in {positions}: make one for each batch"
         )
-    if plan.index.device != inputs.labels.device:
-        raise ValueError(f"the plan is on {plan.index.device} and labels on {inputs.labels.device}: use plan.to(...)")
-    if not plan.all_positions and checks.may_read(inputs.labels):
-        labelled = (inputs.labels != inputs.options.ignore_index).nonzero().squeeze(1)
+    if plan.index.device != inputs.tensors.labels.device:
+        raise ValueError(
+            f"the plan is on {plan.index.device} and labels on {inputs.tensors.labels.device}: use plan.to(...)"
+        )
+    if not plan.all_positions and checks.may_read(inputs.tensors.labels):
+        labelled = (inputs.tensors.labels != inputs.options.ignore_index).nonzero().squeeze(1)
         if lengths.tolist() != plan.layout.lengths or not torch.equal(labelled, plan.index):
             raise ValueError(
                 f"the plan was made for {plan.layout.lengths} labelled positions a sequence, the labels have "
                 f"{lengths.tolist()}, or others: make it from the labels of this call, or with all_positions=True"
             )
     if plan.layout.row_limit != inputs.row_limit:
+        weight = inputs.tensors.weight
         raise ValueError(
             f"the plan was made for chunks of {plan.layout.row_limit} rows, this head takes {inputs.row_limit}: give "
-            f"plan() its vocab_size {inputs.width}, dtype {inputs.weight.dtype}, device {inputs.weight.device.type!r}"
+            f"plan() its vocab_size {inputs.width}, dtype {weight.dtype}, device {weight.device.type!r}"
         )
 
 
@@ -301,7 +354,7 @@ def label_counts(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tenso
     return before[cu_seqlens].diff()
 
 
-@library.functional_op("ld_token_weights")
+@functional_op("ld_token_weights", fake=lambda labels, *_: labels.new_empty(labels.shape, dtype=torch.float64))
 def _ld_weights_op(
     labels: Tensor, cu_seqlens: Tensor, lengths: Tensor, pairs: Tensor, ld_alpha: float, ignore_index: int
 ) -> Tensor:
@@ -315,8 +368,3 @@ def _ld_weights_op(
     before = torch.cat([rank.new_zeros(1), rank])[cu_seqlens[:-1]]  # [S] labels before each sequence
     last = (before + shared).repeat_interleave(cu_seqlens.diff(), output_size=labels.shape[0])
     return torch.where(labelled & (rank > last), ld_alpha, torch.ones_like(rank, dtype=torch.float64))
-
-
-@torch.library.register_fake("cpo_kernels::ld_token_weights")
-def _(labels, cu_seqlens, lengths, pairs, ld_alpha, ignore_index):
-    return labels.new_empty(labels.shape, dtype=torch.float64)

@@ -98,11 +98,11 @@ class LossOptions:
     @classmethod
     def of(cls, options: dict[str, Any]) -> "LossOptions":
         """Options by name; an unknown name is an error that offers the nearest."""
-        known = [f.name for f in fields(cls)]
+        names = [f.name for f in fields(cls)]
         for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(known)}"
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(names)}"
                 raise TypeError(f"unknown option {name!r}{hint}")
         return cls(**options)
 
@@ -190,8 +190,8 @@ def loss_type_hint(name: str) -> str:
     for key in (plain, stem):
         if (key := ALSO.get(key, key)) in OTHER_NAMES:
             return f"{OTHER_NAMES[key]}; "
-    near = [known for known in (plain, stem) if known in LOSS_TYPES][:1]
-    near = near or [known for known in LOSS_TYPES if stem and known.startswith(stem)]
+    near = [name for name in (plain, stem) if name in LOSS_TYPES][:1]
+    near = near or [name for name in LOSS_TYPES if stem and name.startswith(stem)]
     near = near or difflib.get_close_matches(plain, LOSS_TYPES, 1)
     return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
 
@@ -199,7 +199,7 @@ def loss_type_hint(name: str) -> str:
 def check_options(loss_types: Sequence[str], given: Iterable[str], label_smoothing: float = 0.0) -> None:
     """Raises ValueError for an option that `loss_types` would ignore, or that they need and did not get.
 
-    given: names of the options that the caller sets to other than "off". An option of one type alone
+    given: names of the options that the caller sets to other than "off". An option of only one type
     (simpo_gamma, nll_alpha, ...) and label_smoothing must be honoured by at least one type of the list, an
     option that concerns every pair by all of them.
     """
@@ -209,10 +209,10 @@ def check_options(loss_types: Sequence[str], given: Iterable[str], label_smoothi
             raise ValueError(f"unknown loss_type {name!r}; {loss_type_hint(name)}one of {', '.join(LOSS_TYPES)}")
     if not loss_types:
         raise ValueError("loss_type is an empty list")
-    known = frozenset().union(*(loss.honours for loss in LOSS_TYPES.values()))
+    honoured = frozenset().union(*(loss.honours for loss in LOSS_TYPES.values()))
     for option in sorted(given):
-        if option not in known:
-            raise ValueError(f"unknown option {option!r}; one of {', '.join(sorted(known))}")
+        if option not in honoured:
+            raise ValueError(f"unknown option {option!r}; one of {', '.join(sorted(honoured))}")
         deaf = [name for name in loss_types if option not in LOSS_TYPES[name].honours]
         if option in _TERM_OPTIONS and set(deaf) != set(loss_types):
             deaf = [name for name in deaf if name != "sft"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cpo_kernels import library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.checks import check_types
+from cpo_kernels.library import PreferenceResult
 from cpo_kernels.losses.inputs import PairInputs, kernel_args
 from cpo_kernels.losses.options import LossOptions
 from cpo_kernels.objectives import Objective
@@ -34,11 +35,14 @@ class PreferenceOutput(NamedTuple):
     num_pairs: Tensor  # [] int64, pairs that are no ties
     num_ties: Tensor  # [] int64, ties, unrated pairs among them
     num_unrated: Tensor  # [] int64, pairs without an objective that is rated on both sides
+    # With filter_eps, means over the labelled rows whose gradient was filtered:
+    live_share: Tensor | None = None  # [], share of the vocabulary in their set's live columns, 1 for exact sets
+    tail_mass: Tensor | None = None  # [], probability outside the live columns
+    exact_share: Tensor | None = None  # [], share of rows in sets with too many live columns, which are exact
 
 
-def output(loss: Tensor, losses: Tensor, seq_logps: Tensor, metrics: Sequence[Tensor]) -> PreferenceOutput:
-    """`metrics` are chosen_rewards, rejected_rewards, value_gap, order, counts."""
-    chosen, rejected, gap, order, counts = metrics
+def output(result: PreferenceResult, seq_logps: Tensor) -> PreferenceOutput:
+    loss, losses, _, chosen, rejected, gap, order, counts = result
     counted = (order != 0).to(chosen.dtype)
     num = counted.sum().clamp(min=1)
     accuracy = ((chosen > rejected) * counted).sum() / num
@@ -113,8 +117,7 @@ class CPOLoss(nn.Module):
         divisors = num_pairs, chosen_tokens
         given = PairInputs(pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, *divisors)
         args = kernel_args(self.options, given, seq_logps.shape[0], lengths, seq_logps)
-        loss, losses, *metrics = preference(seq_logps.contiguous(), args, self.impl)
-        return output(loss, losses, seq_logps, metrics)
+        return output(preference(seq_logps.contiguous(), args, self.impl), seq_logps)
 
 
 def preference_loss(
@@ -169,4 +172,5 @@ def preference_loss(
     """
     loss_fn = CPOLoss(objectives, beta, loss_type, impl, **options)
     tensors = (pairs, ref_logps, scores, conditions, lengths, pair_weights, pair_betas, margins)
-    return loss_fn(seq_logps, *tensors, num_pairs, chosen_tokens)
+    out: PreferenceOutput = loss_fn(seq_logps, *tensors, num_pairs, chosen_tokens)
+    return out

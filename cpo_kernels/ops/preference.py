@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.backends import dispatch
-from cpo_kernels.library import fake_preference, functional_op, refuse_double_backward
+from cpo_kernels.library import Kernels, PreferenceResult, fake_preference, functional_op, refuse_double_backward
+from cpo_kernels.reference.pairs import chosen_rejected
 
 
 class PreferenceArgs(NamedTuple):
@@ -27,22 +28,18 @@ class PreferenceArgs(NamedTuple):
     num_pairs: float  # < 0: counted
     chosen_tokens: float  # < 0: counted
 
-    def run(self, kernels: Any, seq_logps: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """`weights` [P] or [0] multiplies the pair weights."""
-        return kernels.preference(seq_logps, *self.weighted(weights))
+    def run(self, kernels: Kernels, seq_logps: Tensor) -> PreferenceResult:
+        return PreferenceResult(*kernels.preference(seq_logps, *self))
 
     def weighted(self, weights: Tensor) -> "PreferenceArgs":
-        """With pair weights times `weights` [P]; as they are where that is [0]."""
-        if not weights.numel():
-            return self
+        """With pair weights times `weights` [P]."""
         return self._replace(pair_weights=weights * self.pair_weights if self.pair_weights.numel() else weights)
 
-    def counted(self, kernels: Any, dtype: torch.dtype) -> Tensor:
-        """[2] pairs that are no ties, and labelled tokens of their chosen sides: known from the ratings alone."""
-        zeros = self.lengths.new_zeros(self.lengths.shape[0], dtype=dtype)
-        order, counts = self.run(kernels, zeros, zeros[:0])[-2:]
-        chosen = self.pairs.gather(1, (order < 0).long()[:, None]).squeeze(1)  # [P]
-        return torch.stack([counts[0], (self.lengths[chosen] * (order != 0)).sum()])
+    def counted(self, kernels: Kernels, dtype: torch.dtype) -> Tensor:
+        """[2] pairs that are no ties, and labelled tokens of their chosen sides: which only the ratings decide."""
+        result = self.run(kernels, self.lengths.new_zeros(self.lengths.shape[0], dtype=dtype))
+        chosen, _ = chosen_rejected(self.pairs, result.order)
+        return torch.stack([result.counts[0], (self.lengths[chosen] * (result.order != 0)).sum()])
 
     @property
     def needs_counts(self) -> bool:
@@ -51,12 +48,12 @@ class PreferenceArgs(NamedTuple):
     def with_divisors(self, num_pairs: float, chosen_tokens: float = -1.0) -> "PreferenceArgs":
         """The divisors of the whole batch, where the caller gave none; a negative one stays unknown."""
 
-        def known(own: float, counted: float) -> float:
+        def divisor(own: float, counted: float) -> float:
             return max(float(counted), 1.0) if own < 0 <= counted else own
 
         return self._replace(
-            num_pairs=known(self.num_pairs, num_pairs),
-            chosen_tokens=known(self.chosen_tokens, chosen_tokens),
+            num_pairs=divisor(self.num_pairs, num_pairs),
+            chosen_tokens=divisor(self.chosen_tokens, chosen_tokens),
         )
 
 
@@ -68,33 +65,26 @@ def wpo_weights(aligned: Tensor, lengths: Tensor, pairs: Tensor) -> Tensor:
     return (aligned.double() / lengths.clamp(min=1)).exp()[pairs].prod(1)
 
 
-@functional_op("preference_loss")
-def preference_op(
-    seq_logps: Tensor, args: PreferenceArgs, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.kernels(impl, seq_logps).preference(seq_logps, *args)
-
-
-@torch.library.register_fake("cpo_kernels::preference_loss")
-def _(seq_logps, ref_logps, lengths, pairs, *args):
-    return fake_preference(seq_logps, pairs)
+@functional_op("preference_loss", fake=lambda seq_logps, args, impl: fake_preference(seq_logps, args.pairs))
+def preference_op(seq_logps: Tensor, args: PreferenceArgs, impl: str) -> PreferenceResult:
+    return args.run(dispatch.kernels(impl, seq_logps), seq_logps)
 
 
 class _Preference(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, seq_logps, args, impl):
-        loss, losses, grad, *metrics = preference_op(seq_logps, *args, impl)
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(losses, *metrics)
-        return loss, losses, *metrics
+    def forward(ctx: Any, seq_logps: Tensor, args: PreferenceArgs, impl: str) -> PreferenceResult:
+        result = preference_op(seq_logps, args, impl)
+        ctx.save_for_backward(result.grad)
+        ctx.mark_non_differentiable(*result[1:])
+        return result
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         (grad,) = ctx.saved_tensors
         return grad * grad_loss, None, None
 
 
-def preference(seq_logps: Tensor, args: PreferenceArgs, impl: str) -> tuple[Tensor, ...]:
-    """Differentiable `preference`: (loss, losses, chosen_rewards, rejected_rewards, value_gap, order, counts)."""
-    return _Preference.apply(seq_logps, args, impl)
+def preference(seq_logps: Tensor, args: PreferenceArgs, impl: str) -> PreferenceResult:
+    """`preference` with a differentiable loss."""
+    return PreferenceResult(*_Preference.apply(seq_logps, args, impl))

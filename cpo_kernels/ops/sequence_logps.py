@@ -1,35 +1,34 @@
 """Sequence log-probs of token log-probs: the op, its autograd, the public function."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cpo_kernels import checks
 from cpo_kernels.backends import dispatch
 from cpo_kernels.checks import check_types
-from cpo_kernels.library import functional_op, refuse_double_backward, refuse_transforms
+from cpo_kernels.library import fake_sequence_sum, functional_op, refuse_double_backward, refuse_transforms
 
 
-@functional_op("sequence_logps")
+@functional_op("sequence_logps", fake=lambda token_logps, cu_seqlens, *_: fake_sequence_sum(token_logps, cu_seqlens))
 def sequence_logps_op(
     token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor, average: bool, impl: str
 ) -> Tensor:
     return dispatch.kernels(impl, token_logps).sequence_sum(token_logps, cu_seqlens, token_weights, average)
 
 
-@torch.library.register_fake("cpo_kernels::sequence_logps")
-def _(token_logps, cu_seqlens, token_weights, average, impl):
-    return token_logps.new_empty(cu_seqlens.shape[0] - 1)
-
-
 class SequenceLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token_logps, cu_seqlens, token_weights, average, impl):
+    def forward(
+        ctx: Any, token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor, average: bool, impl: str
+    ) -> Tensor:
         ctx.save_for_backward(cu_seqlens, token_weights)
         ctx.average, ctx.num_tokens = average, token_logps.shape[0]
         return sequence_logps_op(token_logps, cu_seqlens, token_weights, average, impl)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         cu_seqlens, token_weights = ctx.saved_tensors
         counts = cu_seqlens.diff()
@@ -87,4 +86,5 @@ def sequence_logps(
     elif token_weights.shape != token_logps.shape:
         raise ValueError(f"token_weights must have shape {tuple(token_logps.shape)}, got {tuple(token_weights.shape)}")
     weights = token_weights.detach().to(token_logps.dtype)
-    return SequenceLogps.apply(token_logps, cu_seqlens, weights, average, impl)
+    seq_logps: Tensor = SequenceLogps.apply(token_logps, cu_seqlens, weights, average, impl)
+    return seq_logps

@@ -1,7 +1,7 @@
 """Token log-probs of logits that exist: the ops, their autograd, the public function."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -9,7 +9,13 @@ from torch import Tensor
 from cpo_kernels import checks
 from cpo_kernels.backends import dispatch
 from cpo_kernels.checks import check_dtype, check_label_range, check_labels, check_types
-from cpo_kernels.library import fake_token_logps, functional_op, refuse_double_backward, refuse_transforms
+from cpo_kernels.library import (
+    TokenLogps,
+    fake_token_logps,
+    functional_op,
+    refuse_double_backward,
+    refuse_transforms,
+)
 
 
 class HeadOptions(NamedTuple):
@@ -46,56 +52,36 @@ def head_options(
     return HeadOptions(int(ignore_index), float(scale), softcap or 0.0, width if vocab_size is None else vocab_size)
 
 
-@functional_op("token_logps")
-def token_logps_op(
-    logits: Tensor,
-    labels: Tensor,
-    options: HeadOptions,
-    extras: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return dispatch.kernels(impl, logits).token_logps_fwd(logits, labels, *options, extras)
+@functional_op("token_logps", fake=lambda logits, labels, options, extras, impl: fake_token_logps(logits, extras))
+def token_logps_op(logits: Tensor, labels: Tensor, options: HeadOptions, extras: bool, impl: str) -> TokenLogps:
+    return TokenLogps(*dispatch.kernels(impl, logits).token_logps_fwd(logits, labels, *options, extras))
 
 
-@torch.library.register_fake("cpo_kernels::token_logps")
-def _(logits, labels, ignore_index, scale, softcap, vocab_size, extras, impl):
-    return fake_token_logps(logits, extras)
-
-
-@functional_op("token_logps_backward")
+@functional_op("token_logps_backward", fake=lambda logits, *_: logits.new_empty(logits.shape))
 def token_logps_backward_op(
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    options: HeadOptions,
-    impl: str,
+    logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, options: HeadOptions, impl: str
 ) -> Tensor:
     dlogits = logits.clone(memory_format=torch.contiguous_format)
     dispatch.kernels(impl, logits).token_logps_bwd_(dlogits, labels, lse, grad.contiguous(), *options)
     return dlogits
 
 
-@torch.library.register_fake("cpo_kernels::token_logps_backward")
-def _(logits, labels, lse, grad, *args):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, head, extras, impl):
-        logp, lse, extra = token_logps_op(logits, labels, *head, extras, impl)
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, options: HeadOptions, extras: bool, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        logp, lse, extra = token_logps_op(logits, labels, options, extras, impl)
         ctx.save_for_backward(logits, labels, lse)
-        ctx.head, ctx.impl = head, impl
+        ctx.options, ctx.impl = options, impl
         ctx.mark_non_differentiable(extra)
         return logp, extra
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         logits, labels, lse = ctx.saved_tensors
-        dlogits = token_logps_backward_op(logits, labels, lse, grad, *ctx.head, ctx.impl)
-        return dlogits, None, None, None, None
+        return token_logps_backward_op(logits, labels, lse, grad, ctx.options, ctx.impl), None, None, None, None
 
 
 def token_extras(extra: Tensor, shape: Sequence[int]) -> TokenExtras:
@@ -103,6 +89,21 @@ def token_extras(extra: Tensor, shape: Sequence[int]) -> TokenExtras:
     return TokenExtras(entropy, log_sum_sq_probs, mean_logit, is_top1 > 0.5)
 
 
+@overload
+def token_logps(
+    logits: Tensor, labels: Tensor, ignore_index: int = ..., softcap: float | None = ..., scale: float = ...,
+    vocab_size: int | None = ..., extras: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def token_logps(
+    logits: Tensor, labels: Tensor, ignore_index: int = ..., softcap: float | None = ..., scale: float = ...,
+    vocab_size: int | None = ..., *, extras: Literal[True], impl: str = ...,
+) -> tuple[Tensor, TokenExtras]: ...  # fmt: skip
+@overload
+def token_logps(
+    logits: Tensor, labels: Tensor, ignore_index: int = ..., softcap: float | None = ..., scale: float = ...,
+    vocab_size: int | None = ..., extras: bool = ..., impl: str = ...,
+) -> Tensor | tuple[Tensor, TokenExtras]: ...  # fmt: skip
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -112,7 +113,7 @@ def token_logps(
     vocab_size: int | None = None,
     extras: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, TokenExtras]:
     """Log-prob of each label: logp_t = z_{t,y_t} - logsumexp_v z_{t,v}, z = softcap * tanh(scale * logits / softcap).
 
     Args:
@@ -149,12 +150,12 @@ def token_logps(
         )
     check_dtype("logits", logits)
     check_labels(labels, shape, "logits", logits.device)
-    head = head_options(logits.shape[-1], ignore_index, softcap, scale, vocab_size)
+    options = head_options(logits.shape[-1], ignore_index, softcap, scale, vocab_size)
     dispatch.resolve_impl(impl, logits.device)
     if checks.may_read(labels):
-        check_label_range(labels, head.ignore_index, head.vocab_size)
+        check_label_range(labels, options.ignore_index, options.vocab_size)
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    logp, extra = _TokenLogps.apply(rows, labels.reshape(-1), head, extras, impl)
+    logp, extra = _TokenLogps.apply(rows, labels.reshape(-1), options, extras, impl)
     return (logp.view(shape), token_extras(extra, shape)) if extras else logp.view(shape)

@@ -1,4 +1,4 @@
-"""The page and its JSON, on this machine alone.
+"""The page and its JSON, only on this machine.
 
 GET  /          the page
 GET  /about     {name, objectives: [{name, low, high, step}], max_new_tokens}

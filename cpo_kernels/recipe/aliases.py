@@ -105,7 +105,7 @@ ALIASES: dict[str, str] = {
     "lora_dropout": "training.lora.dropout",
     "lora_target_modules": "training.lora.targets",
     "target_modules": "training.lora.targets",
-    "modules_to_save": "adapters alone train with `training.train`: lora; all trains everything",
+    "modules_to_save": "only adapters train with `training.train`: lora; all trains everything",
     "use_rslora": "set `training.lora.alpha` to alpha times the square root of `training.lora.r`",
     "use_dora": "`training.lora` is plain LoRA",
 }

@@ -22,7 +22,7 @@ from cpo_kernels.recipe.aliases import ALIASES
 from cpo_kernels.recipe.keys import CHOICES, MEANT, SHORTHAND, Config, in_range
 
 
-def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] = ()) -> Config:
+def read_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
     """A Config from a YAML file, a dict or a Config, with `section.key=value` overrides (values are YAML).
 
     Raises ValueError or TypeError for an unknown key, a value of the wrong type, a number out of its range and a loss
@@ -41,7 +41,7 @@ def read_config(source: str | Path | Mapping | Config, overrides: Sequence[str] 
         if not equals:
             raise ValueError(f"override {override!r}: write section.key=value or --section.key value")
         _set(tree, name.strip().lstrip("-").replace("-", "_"), _yaml(text, f"override {override!r}"))
-    config = _build(Config, tree, "")
+    config: Config = _build(Config, tree, "")
     for name, choices in CHOICES.items():
         value = _get(config, name)
         if value not in choices:
@@ -106,7 +106,7 @@ def _get(config: Any, name: str) -> Any:
     return config
 
 
-def _set(tree: dict, name: str, value: Any) -> None:
+def _set(tree: dict[str, Any], name: str, value: Any) -> None:
     *sections, last = name.split(".")
     for section in sections:
         inner = tree.get(section)
@@ -170,6 +170,8 @@ def _coerce(hint: Any, value: Any, name: str, help: str, range: str | None) -> A
         return [_coerce(item, v, f"{name}[{i}]", help, range) for i, v in enumerate(values)]
     if typing.get_origin(hint) is dict and isinstance(value, Mapping):
         item = typing.get_args(hint)[1]
+        if item is Any:
+            return _numbers(value)
         return {key: _coerce(item, v, f"{name}.{key}", help, range) for key, v in value.items()}
     if hint in (int, float):
         number = _number(hint, value)
@@ -178,7 +180,7 @@ def _coerce(hint: Any, value: Any, name: str, help: str, range: str | None) -> A
         if number is not None:
             return number
     elif isinstance(value, typing.get_origin(hint) or hint):
-        return _numbers(value) if hint is dict else value
+        return value
     raise TypeError(f"{name}: expected {hint.__name__}, got {value!r} ({help})")
 
 

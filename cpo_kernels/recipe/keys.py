@@ -33,7 +33,7 @@ def in_range(value: float, range: str) -> bool:
 class ModelConfig:
     name: str | None = key(None, "folder or hub name; package:NAME is the folder of an installed package")
     gguf_file: str | None = key(None, "GGUF file inside that folder; found by itself when it is the only model there")
-    config: dict | None = key(None, "build from scratch instead: {model_type: llama, hidden_size: 64, ...}")
+    config: dict[str, Any] | None = key(None, "build from scratch instead: {model_type: llama, hidden_size: 64, ...}")
     tokenizer: str | None = key(None, "folder or hub name of the tokenizer; default: the model's")
     quantize: str | None = key(None, "4bit: NF4 weights under adapters (QLoRA; bitsandbytes)")
     attention: str | None = key(
@@ -49,7 +49,7 @@ class FieldMap:
     ignore: list[str] = key([], "columns and keys of messages that say nothing to the model")
     responses: str = key("responses", "layout records: field of the list of responses")
     response: str | None = key(None, "field of a response's text; default text (records), response (answers)")
-    ratings: dict | None = key(
+    ratings: dict[str, Any] | None = key(
         None,
         "objective: field, or {field, threshold, above, below}, or {field, map: {value: rating}}; "
         "default: the field `ratings`, a dict of objectives",
@@ -157,7 +157,7 @@ class LossConfig:
     beta: float = key(0.1, "strength of the pull to the reference model", "(0, inf)")
     type: list[str] = key(["sigmoid"], "cdpo, dpo: loss type, or a list of types to add")
     weights: list[float] | None = key(None, "weights of that list", "(0, inf)")
-    options: dict = key({}, "further options of FusedLinearCPOLoss: {label_smoothing: 0.1, tau: 1, ...}")
+    options: dict[str, Any] = key({}, "further options of FusedLinearCPOLoss: {label_smoothing: 0.1, tau: 1, ...}")
 
 
 @dataclass

@@ -165,7 +165,7 @@ def _simpo(p: Pairs) -> Tensor:
 def _orpo(p: Pairs) -> Tensor:
     """-beta log sigmoid(o_w - o_l) + nll_alpha NLL(y_w), log odds o = a - log(1 - e^a), a = L / n.
 
-    ORPO, Hong et al. 2024 (arXiv 2403.07691) eqs. 4-7. The NLL is of the response alone (TRL adds the
+    ORPO, Hong et al. 2024 (arXiv 2403.07691) eqs. 4-7. The NLL is only of the response (TRL adds the
     prompt's).
     """
     chosen, rejected = (a.clamp(max=MAX_ORPO_LOGP) for a in p.per_token(p.chosen, p.rejected))

@@ -47,6 +47,12 @@ def pair_loss(
     return LOSS_TYPES[loss_type].losses(pairs)
 
 
+def chosen_rejected(pairs: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """[P] chosen and [P] rejected sequences of pairs [P, 2]: the second is chosen where order [P] is -1."""
+    chosen, rejected = torch.where((order < 0)[:, None], pairs.flip(1), pairs).unbind(1)
+    return chosen, rejected
+
+
 def preference(
     seq_logps: Tensor,
     ref_logps: Tensor,
@@ -86,7 +92,7 @@ def preference(
     decided = gap.abs() > option["tie_margin"]
     order = torch.where(decided, gap.sign(), 0.0).to(torch.int8)
     live = decided.nonzero().squeeze(1)  # [n]
-    winner, loser = torch.where((order < 0)[:, None], pairs.flip(1), pairs).unbind(1)  # [P], [P]
+    winner, loser = chosen_rejected(pairs, order)
     beta = pair_betas.double() if pair_betas.numel() else torch.full_like(gap, option["beta"])
     divisor = (num_pairs if num_pairs >= 0 else len(live)) or 1.0  # no pairs: loss and gradient are 0
 

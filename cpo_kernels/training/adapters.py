@@ -33,7 +33,7 @@ def adapted_model(name: str) -> str | None:
 def merge_adapters(model: Any, folder: str) -> Any:
     """`model` with the adapters of `folder` in its own weights: a plain model, which trains and is saved as any other.
 
-    Where they change the head or the embeddings alone, tied ones are tied no more."""
+    Where they change only the head or only the embeddings, tied ones are tied no more."""
     need("peft", f"model.name {folder} holds adapters, which")
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer

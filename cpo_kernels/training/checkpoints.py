@@ -27,7 +27,7 @@ from cpo_kernels import files
 
 Named = Sequence[tuple[str, nn.Parameter]]
 FILES = ("model.safetensors", "optimizer.safetensors")
-State = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, dict]]
+State = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, dict[str, Any]]]
 
 
 def training_state(named: Named, optimizer: torch.optim.Optimizer, keep: bool = True) -> State:
@@ -35,7 +35,7 @@ def training_state(named: Named, optimizer: torch.optim.Optimizer, keep: bool = 
     where they are sharded."""
     parameters: dict[str, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, dict] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
     for name, p in named:
         values = {"": p.detach()} | optimizer.state[p]
@@ -56,7 +56,7 @@ def training_state(named: Named, optimizer: torch.optim.Optimizer, keep: bool = 
     return parameters, tensors, numbers
 
 
-def save_checkpoint(folder: Path, tensors: State, state: dict, keep: int) -> None:
+def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any], keep: int) -> None:
     """Write folder/step-N of state["step"], then delete all but the newest `keep`. Raises OSError where it cannot be
     written; the checkpoints before it stay."""
     path = folder / f"step-{state['step']:06d}"
@@ -77,11 +77,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit())
 
 
-def load_checkpoint(path: Path, named: Named, optimizer: torch.optim.Optimizer, expect: dict) -> dict:
+def load_checkpoint(
+    path: Path, named: Named, optimizer: torch.optim.Optimizer, expect: dict[str, Any]
+) -> dict[str, Any]:
     """Fill parameters and optimizer in place; the saved state. Raises ValueError where a key of `expect` differs, or
     where a file is cut or missing: before anything is filled."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
         parameters, moments = (load_file(path / name) for name in FILES)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(

@@ -88,7 +88,7 @@ class TrainResult:
 
 
 def train(
-    source: str | Path | dict | Config,
+    source: str | Path | dict[str, Any] | Config,
     *,
     model: Any = None,
     tokenizer: Any = None,

@@ -21,7 +21,7 @@ from cpo_kernels.recipe.keys import Config
 from cpo_kernels.recipe.loss import preference_loss
 from cpo_kernels.training.attention import attention_inputs, check_rows, row_tokens
 
-# Means over a step; ties are counted. cpsft and sft have the loss alone, losses without a reference no log_ratio.
+# Means over a step; ties are counted. cpsft and sft have only the loss, losses without a reference no log_ratio.
 #   rewards    beta (log pi - log pi_ref) of the preferred and the other response, over pairs; margin: their difference
 #   accuracy   share of the pairs whose preferred response has the higher reward
 #   log_ratio  (log pi - log pi_ref) of the responses in the data, nats per token: KL(data || ref) - KL(data || pi). It
@@ -114,11 +114,13 @@ class StageLoss:
     def seq_logps(self, batch: Batch) -> Tensor:
         """[S] log-probs of the responses, without gradients."""
         with torch.no_grad():
-            return self.module(batch, None)
+            logps: Tensor = self.module(batch, None)
+            return logps
 
     def __call__(self, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
         """(loss of this batch divided by what the step holds, its part of the step's metrics as float64)."""
-        return self.module(batch, total)
+        loss_and_part: tuple[Tensor, Tensor] = self.module(batch, total)
+        return loss_and_part
 
 
 class StageModule(nn.Module):
@@ -142,7 +144,7 @@ class StageModule(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """[N, H]: the last hidden state at each position that predicts a label."""
-        hidden = self.model.base_model(
+        hidden: Tensor = self.model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
@@ -183,11 +185,12 @@ class StageModule(nn.Module):
         return out.loss, torch.stack([metric.double() for metric in metrics])
 
 
-def gathered(layer: nn.Module) -> AbstractContextManager:
+def gathered(layer: nn.Module) -> AbstractContextManager[Any]:
     """The head's weights whole under ZeRO-3, which splits them outside of the layer's own forward."""
     split = [p for p in layer.parameters() if hasattr(p, "ds_id")]
     if not split:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(split)
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(split)
+    return whole

@@ -14,7 +14,7 @@ STAGES = {
     "cpsft": "Supervised fine-tuning on responses under the ratings that they really have (CPSFT).",
     "cdpo": "Preference optimization on pairs ordered under the condition in their prompt (CDPO).",
     "sft": "Supervised fine-tuning on the best responses, without conditions.",
-    "dpo": "Preference optimization on pairs ordered by the ratings alone, without conditions.",
+    "dpo": "Preference optimization on pairs ordered only by the ratings, without conditions.",
 }
 CONDITIONED = ("cpsft", "cdpo")
 QUESTION = "Who was Ada Lovelace?"

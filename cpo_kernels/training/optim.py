@@ -29,7 +29,10 @@ def make_optimizer(named: Named, training: TrainingConfig) -> torch.optim.Optimi
     need("bitsandbytes", f"training.optimizer: {training.optimizer}")
     import bitsandbytes
 
-    return getattr(bitsandbytes.optim, BITSANDBYTES[training.optimizer])(groups, lr=training.lr, betas=betas)
+    optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, BITSANDBYTES[training.optimizer])(
+        groups, lr=training.lr, betas=betas
+    )
+    return optimizer
 
 
 def schedule(step: int, total: int, training: TrainingConfig) -> float:

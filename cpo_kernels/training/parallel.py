@@ -35,7 +35,7 @@ def make_accelerator() -> Accelerator:
 def launched_processes() -> int:
     """How many processes the launcher started, from the variables of torchrun and MPI that accelerate reads."""
     launchers = ("", "PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
-    sizes = [get_int_from_env([f"{name or 'WORLD_'}SIZE" for name in launchers], 1)]
+    sizes: list[int] = [get_int_from_env([f"{name or 'WORLD_'}SIZE" for name in launchers], 1)]
     sizes += [1 + get_int_from_env([f"{name}{rank}" for name in launchers], 0) for rank in ("RANK", "LOCAL_RANK")]
     return max(sizes)
 
@@ -70,7 +70,7 @@ def check_launcher(accelerator: Accelerator, config: Config) -> None:
         "DeepSpeed, which does not train adapters here; take DDP or FSDP2 for training.train: lora": (
             deepspeed and training.train == "lora"
         ),
-        f"{kind.value}, which takes no model.quantize and training.optimizer: adamw alone; take DDP": (
+        f"{kind.value}, which takes no model.quantize and only training.optimizer: adamw; take DDP": (
             kind in SHARDED and (config.model.quantize is not None or training.optimizer != "adamw")
         ),
     }
@@ -101,8 +101,8 @@ def share(parts: Sequence[T], accelerator: Accelerator) -> list[tuple[T, float]]
     return mine + [(part, 0.0) for part in parts[-1:] if len(mine) * ranks < len(parts)]
 
 
-def accumulation(module: Any, last: bool) -> AbstractContextManager:
-    """Of a micro-batch's forward and backward pass: DDP exchanges gradients in the last one of a step alone. FSDP2 and
+def accumulation(module: Any, last: bool) -> AbstractContextManager[Any]:
+    """Of a micro-batch's forward and backward pass: DDP exchanges gradients only in the last one of a step. FSDP2 and
     ZeRO-3 do so in each, so that no rank holds all gradients."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
 

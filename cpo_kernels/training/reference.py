@@ -51,7 +51,7 @@ def with_reference(
     wanted: Callable[[Encoded], bool] = lambda group: True,
 ) -> tuple[list[list[Unit]], dict[str, int]]:
     """The sets of units with the `ref_logps` of the wanted groups filled in, and how many sequences were scored and how
-    many were cached. `cache` is the JSON file of this reference model, which the main process alone reads and writes.
+    many were cached. `cache` is the JSON file of this reference model, which only the main process reads and writes.
     """
     main = accelerator.is_main_process
     with together(accelerator):
@@ -93,7 +93,8 @@ def write_cache(logps: dict[str, float], path: Path) -> None:
 def read_cache(path: Path) -> dict[str, float]:
     try:
         saved = json.loads(path.read_text())
-        logps, whole = saved["logps"], saved["hash"]
+        logps: dict[str, float] | None = saved["logps"]
+        whole = saved["hash"]
     except (ValueError, KeyError, TypeError):
         logps, whole = None, ""
     if logps is None or _hash(logps) != whole:

@@ -47,7 +47,7 @@ class Trackers:
 
 
 def run_id(file: Path, step: int) -> str:
-    """An id of this run alone, kept in `file` for its continuation."""
+    """An id of only this run, kept in `file` for its continuation."""
     if step == 0 or not file.exists():
         file.write_text(uuid.uuid4().hex[:12])
     return file.read_text()

@@ -8,17 +8,11 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../common.h"
-#include "../token_logps_checks.h"
+#include "rows.h"
 
 namespace cpo {
 namespace {
-#include "scalar16.h"
-
-constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-// Rows are split over the columns when threads would starve otherwise: pieces of 16384 columns take about 5 us.
-constexpr int64_t kPiece = 16384;
 
 const IsaKernels* choose_kernels() {
   const char* wanted = std::getenv("CPO_KERNELS_CPU_ISA");
@@ -41,86 +35,6 @@ const IsaKernels* choose_kernels() {
   check(name.empty(),
         "CPO_KERNELS_CPU_ISA must be portable, avx2 or avx512 (this build and processor permitting), got '", name, "'");
   return kernels_portable();
-}
-
-const RowKernels& kernels_for(ElementType type) {
-  static const IsaKernels* chosen = choose_kernels();
-  return chosen->rows[type];
-}
-
-double load_element(ElementType type, const void* p) {
-  switch (type) {
-    case kFloat32: return *static_cast<const float*>(p);
-    case kFloat64: return *static_cast<const double*>(p);
-    case kBFloat16: return to_float(*static_cast<const BFloat16*>(p));
-    default: return to_float(*static_cast<const Half*>(p));
-  }
-}
-
-void store_element(ElementType type, void* p, double x) {
-  switch (type) {
-    case kFloat32: *static_cast<float*>(p) = float(x); break;
-    case kFloat64: *static_cast<double*>(p) = x; break;
-    case kBFloat16: from_float(*static_cast<BFloat16*>(p), float(x)); break;
-    default: from_float(*static_cast<Half*>(p), float(x));
-  }
-}
-
-// The problem as every row sees it.
-struct Rows {
-  ElementType type;
-  int64_t element_size;
-  int64_t count;    // rows
-  int64_t width;    // columns in memory
-  int64_t columns;  // columns that belong to the vocabulary
-  int64_t stride;   // bytes from row to row
-  char* logits;
-  Tensor labels_tensor;
-  const int64_t* labels;
-  int64_t ignore_index;
-  double scale;
-  RowMap map;
-  const RowKernels* kernels;
-  int64_t threads;
-
-  char* row(int64_t i) const { return logits + i * stride; }
-  bool ignored(int64_t i) const { return labels[i] == ignore_index; }
-  ScalarType acc() const { return type == kFloat64 ? ScalarType::Double : ScalarType::Float; }
-  // Rows per task of parallel_for: about 32768 elements pay for a thread.
-  int64_t grain() const { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
-  bool split_columns() const { return count < 4 * threads && columns >= 2 * kPiece && threads > 1; }
-  int64_t pieces() const { return (columns + kPiece - 1) / kPiece; }
-};
-
-Rows describe(const char* op, const Tensor& logits, const Tensor& labels, int64_t ignore_index, double scale,
-              double softcap, int64_t vocab_size) {
-  check_token_arguments(op, logits, labels, scale, softcap, vocab_size);
-  check(logits.is_cpu() && labels.is_cpu(), op, ": logits and labels must be CPU tensors");
-  Rows rows{};
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: rows.type = kFloat32; break;
-    case ScalarType::Double: rows.type = kFloat64; break;
-    case ScalarType::BFloat16: rows.type = kBFloat16; break;
-    default: rows.type = kFloat16;
-  }
-  rows.element_size = rows.type == kFloat64 ? 8 : rows.type == kFloat32 ? 4 : 2;
-  rows.count = logits.size(0);
-  rows.width = logits.size(1);
-  rows.columns = vocab_size;
-  rows.stride = logits.stride(0) * rows.element_size;
-  rows.logits = static_cast<char*>(logits.data_ptr());
-  rows.labels_tensor = dense(labels);
-  rows.labels = data_of<int64_t>(rows.labels_tensor);
-  rows.ignore_index = ignore_index;
-  rows.scale = scale;
-  rows.map.softcap = softcap > 0;
-  rows.map.nat = softcap > 0 ? softcap : scale;
-  rows.map.c = rows.type == kFloat64 ? rows.map.nat : double(float(rows.map.nat * kLog2E));
-  rows.map.inner = softcap > 0 ? scale / softcap : 0.0;
-  rows.kernels = &kernels_for(rows.type);
-  rows.threads = torch::stable::get_num_threads();
-  check_labels(op, rows.labels, rows.count, ignore_index, vocab_size);
-  return rows;
 }
 
 // Adds the sums of b to those of a.
@@ -167,13 +81,6 @@ RowResult finish(const Rows& rows, int64_t i, const Partial& sums, double* extra
     extra[3] = y_label == sums.max_y && !std::isnan(sums.sum) ? 1.0 : 0.0;
   }
   return r;
-}
-
-// d z / d logit of one logit: scale * (1 - tanh^2), with 1 - tanh^2 = 1 / cosh^2.
-double slope_at(const Rows& rows, double logit) {
-  if (!rows.map.softcap) return rows.scale;
-  const double inverse = 1.0 / std::cosh(rows.map.inner * logit);
-  return rows.scale * inverse * inverse;
 }
 
 // What one row's gradient needs, known before its logits are overwritten.
@@ -292,6 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits,
                                            int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
                                            bool extras) {
   const Rows rows = describe(op, logits, labels, ignore_index, scale, softcap, vocab_size);
+  check_labels(op, rows.labels, rows.count, ignore_index, vocab_size);
   if (kOverwrite) check_writable(op, logits);
   Tensor logp = new_vector(logits, rows.count, rows.acc());
   Tensor lse = new_vector(logits, rows.count, rows.acc());
@@ -310,16 +218,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits,
 template <typename Acc>
 void backward(const Rows& rows, const Acc* lse, const Acc* grad) {
   write_rows(rows, [&](int64_t i) {
-    // The shift nearest to lse that the accumulation type holds; the rest goes into the factor.
-    const double exact = double(lse[i]) / rows.map.nat * rows.map.c;
-    const double shift = double(Acc(exact));
-    const double rest = rows.type == kFloat64 ? std::exp(shift - exact) : std::exp2(shift - exact);
+    const auto [shift, rest] = shift_of(rows, double(lse[i]));
     const double y_label = rows.kernels->y_of(rows.row(i) + rows.labels[i] * rows.element_size, rows.map);
     return plan_gradient(rows, i, shift, rest, rows.map.nat * y_label - double(lse[i]), grad[i]);
   });
 }
 
 }  // namespace
+
+const RowKernels& kernels_for(ElementType type) {
+  static const IsaKernels* chosen = choose_kernels();
+  return chosen->rows[type];
+}
 
 std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
                                                    double softcap, int64_t vocab_size, bool extras) {
@@ -334,6 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_fused_(Tensor logits, Tensor labe
 void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int64_t ignore_index, double scale,
                       double softcap, int64_t vocab_size) {
   const Rows rows = describe("token_logps_bwd_", logits, labels, ignore_index, scale, softcap, vocab_size);
+  check_labels("token_logps_bwd_", rows.labels, rows.count, ignore_index, vocab_size);
   check_writable("token_logps_bwd_", logits);
   check_row_values(lse, grad, rows.count, rows.acc());
   lse = dense(lse);

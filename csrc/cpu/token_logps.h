@@ -47,6 +47,8 @@ static inline void lower(Partial& total, double step, double f) {
   total.sum_sq *= f * f;
 }
 
+constexpr int64_t kColumnBlock = 2048;  // sums and tops in float64 are 32 kB
+
 // One set per instruction set and element type.
 struct RowKernels {
   // Sums over x[0..n).
@@ -55,6 +57,19 @@ struct RowKernels {
   void (*gradient)(void* x, int64_t n, const RowMap& map, double shift, double factor, const void* next);
   // y of one logit with the bits that scan sees.
   double (*y_of)(const void* x, const RowMap& map);
+  // With s_v = E^t * factor (* 1 - tanh^2) of rows x[0..rows), n <= kColumnBlock columns each: live[v] becomes 1 where
+  // s_v reaches eps in one of them, tail[v] (float or double) is their sum where live[v] is 0, and 0 elsewhere.
+  // row_sums[r] grows by the sum of row r.
+  void (*columns)(const void* const* x, int64_t rows, int64_t n, const RowMap& map, const double* shift,
+                  const double* factor, double eps, uint8_t* live, void* tail, double* row_sums);
+  // out[i] = -s of column columns[i], i in [0, n); returns the sum of s before it is rounded.
+  double (*gather)(const void* x, const int64_t* columns, int64_t n, const RowMap& map, double shift, double factor,
+                   void* out);
+  // out[i] = sum_k factors[k] * terms[k][i] + sum_j made[j][i], i in [0, n), rounded once. factors and terms are float
+  // or double; terms lie in the order that `in_lane_order` gives them.
+  void (*sum_rows)(void* out, int64_t n, const void* factors, const void* const* terms, int64_t num_terms,
+                   const void* const* made, int64_t num_made);
+  void (*in_lane_order)(const void* from, void* to, int64_t n);
 };
 
 enum ElementType { kFloat32, kBFloat16, kFloat16, kFloat64, kElementTypes };

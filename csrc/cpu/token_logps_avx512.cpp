@@ -7,6 +7,7 @@ namespace {
 #include "scalar16.h"
 #include "vec_avx512.h"
 #include "token_logps_rows.h"
+#include "live_columns_rows.h"
 
 const IsaKernels kKernels = {
     {row_kernels<float>(), row_kernels<BFloat16>(), row_kernels<Half>(), row_kernels<double>()}};

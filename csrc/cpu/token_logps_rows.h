@@ -320,8 +320,3 @@ double y_of(const void* x, const RowMap& map) {
   const S value = to_acc(*static_cast<const T*>(x));
   return map.softcap ? reduce_max(to_y<true>(set1(V{}, value), S(map.inner))) : value;
 }
-
-template <typename T>
-constexpr RowKernels row_kernels() {
-  return {scan<T>, gradient<T>, y_of<T>};
-}

@@ -208,6 +208,12 @@ inline void copy_to_host(const char* op, void* to, const void* from, size_t byte
   check_cuda(cudaStreamSynchronize(s), op, "cudaStreamSynchronize");
 }
 
+// From memory that the host may free afterwards: what is not page-locked is read before the call returns.
+inline void copy_to_device(const char* op, void* to, const void* from, size_t bytes, void* stream) {
+  check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)), op,
+             "cudaMemcpyAsync to the device");
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* op, const LaunchShape& shape, void (*kernel)(Parameters...), const Arguments&... arguments) {
   cudaLaunchConfig_t config{};

@@ -1,21 +1,10 @@
 // token_logps_fwd, token_logps_bwd_, token_logps_fused_ on the GPU: checks, outputs and launches.
 #include <cstdlib>
 
-#include "../token_logps_checks.h"
-#include "ops.h"
-#include "token_logps_launch.h"
+#include "token_arguments.h"
 
 namespace cpo::cuda {
 namespace {
-
-constexpr int64_t kMaxColumns = int64_t(1) << 30;  // column numbers are 32-bit, row addresses 64-bit
-
-void check_on_device(const char* op, const Tensor& logits, const Tensor& labels) {
-  check(logits.is_cuda(), op, ": logits must be a CUDA tensor");
-  check_device("labels", labels, "logits", logits);
-  check(logits.size(0) <= kMaxGrid, op, ": logits may have at most ", kMaxGrid, " rows, got ", logits.size(0));
-  check(logits.size(1) <= kMaxColumns, op, ": logits may have at most ", kMaxColumns, " columns, got ", logits.size(1));
-}
 
 // A copy from the device that the stream must be waited for; without it a label out of range makes its row NaN.
 void check_labels_if_asked(const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab_size,
@@ -25,17 +14,6 @@ void check_labels_if_asked(const char* op, const Tensor& labels, int64_t ignore_
   std::vector<int64_t> copy(labels.numel());
   copy_to_host(op, copy.data(), labels.const_data_ptr(), copy.size() * sizeof(int64_t), stream);
   check_labels(op, copy.data(), int64_t(copy.size()), ignore_index, vocab_size);
-}
-
-struct Head {
-  int64_t ignore_index, vocab_size;
-  double scale, softcap;
-};
-
-template <typename T>
-Problem<T> problem_in(const Tensor& logits, const Tensor& labels, const Head& head, void* data) {
-  return problem_of(static_cast<T*>(data), data_of<int64_t>(labels), logits.size(0), logits.stride(0), logits.size(1),
-                    head.vocab_size, head.ignore_index, head.scale, head.softcap);
 }
 
 template <typename T>
@@ -48,9 +26,7 @@ template <typename T>
 void forward_typed(const char* op, const Tensor& logits, const Tensor& labels, const Head& head, bool overwrite,
                    bool extras, Tensor& logp, Tensor& lse, Tensor& extra, const OnDeviceOf& on) {
   using Acc = AccOf<T>;
-  // A const read of the pointer in fwd: it must not split a copy-on-write tensor.
-  void* data = overwrite ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
-  const Problem<T> p = problem_in<T>(logits, labels, head, data);
+  const Problem<T> p = problem_in<T>(logits, labels, head, overwrite);
   const Plan plan = plan_on(op, p, head.softcap > 0, extras, on);
   Tensor scratch = new_vector(logp, scratch_size(p, plan, overwrite), logp.scalar_type());
   const Outputs<Acc> out{mutable_data_of<Acc>(logp), mutable_data_of<Acc>(lse),
@@ -61,24 +37,19 @@ void forward_typed(const char* op, const Tensor& logits, const Tensor& labels, c
 
 std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits, Tensor labels, const Head& head,
                                            bool overwrite, bool extras) {
-  check_token_arguments(op, logits, labels, head.scale, head.softcap, head.vocab_size);
-  check_on_device(op, logits, labels);
+  check_token_arguments_on_device(op, logits, labels, head);
   if (overwrite) check_writable(op, logits);
   const OnDeviceOf on(logits);
   labels = dense(labels);
   check_labels_if_asked(op, labels, head.ignore_index, head.vocab_size, on.stream());
   const int64_t rows = logits.size(0);
-  const ScalarType acc = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType acc = acc_type(logits);
   Tensor logp = new_vector(logits, rows, acc), lse = new_vector(logits, rows, acc);
   Tensor extra = extras ? torch::stable::new_empty(logits, {4, rows}, acc) : new_vector(logits, 0, acc);
   if (rows > 0) {
-    const auto run = [&](auto typed) { typed(op, logits, labels, head, overwrite, extras, logp, lse, extra, on); };
-    switch (logits.scalar_type()) {
-      case ScalarType::Float: run(forward_typed<float>); break;
-      case ScalarType::Double: run(forward_typed<double>); break;
-      case ScalarType::BFloat16: run(forward_typed<BFloat16>); break;
-      default: run(forward_typed<Half>);
-    }
+    with_type_of(logits, [&](auto zero) {
+      forward_typed<decltype(zero)>(op, logits, labels, head, overwrite, extras, logp, lse, extra, on);
+    });
   }
   return {logp, lse, extra};
 }
@@ -87,7 +58,7 @@ template <typename T>
 void backward_typed(const char* op, const Tensor& logits, const Tensor& labels, const Head& head, const Tensor& lse,
                     const Tensor& grad, const OnDeviceOf& on) {
   using Acc = AccOf<T>;
-  const Problem<T> p = problem_in<T>(logits, labels, head, logits.mutable_data_ptr());
+  const Problem<T> p = problem_in<T>(logits, labels, head, true);
   const Plan plan = plan_on(op, p, head.softcap > 0, false, on);
   token_logps_backward<kTokenThreads>(op, p, data_of<Acc>(lse), data_of<Acc>(grad), head.softcap > 0, plan,
                                       on.stream());
@@ -109,11 +80,9 @@ void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int
                       double softcap, int64_t vocab_size) {
   const char* op = "token_logps_bwd_";
   const Head head{ignore_index, vocab_size, scale, softcap};
-  check_token_arguments(op, logits, labels, scale, softcap, vocab_size);
-  check_on_device(op, logits, labels);
+  check_token_arguments_on_device(op, logits, labels, head);
   check_writable(op, logits);
-  const bool wide = logits.scalar_type() == ScalarType::Double;
-  check_row_values(lse, grad, logits.size(0), wide ? ScalarType::Double : ScalarType::Float);
+  check_row_values(lse, grad, logits.size(0), acc_type(logits));
   check_device("lse", lse, "logits", logits);
   check_device("grad", grad, "logits", logits);
   if (logits.size(0) == 0) return;
@@ -122,12 +91,7 @@ void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int
   lse = dense(lse);
   grad = dense(grad);
   check_labels_if_asked(op, labels, ignore_index, vocab_size, on.stream());
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return backward_typed<float>(op, logits, labels, head, lse, grad, on);
-    case ScalarType::Double: return backward_typed<double>(op, logits, labels, head, lse, grad, on);
-    case ScalarType::BFloat16: return backward_typed<BFloat16>(op, logits, labels, head, lse, grad, on);
-    default: return backward_typed<Half>(op, logits, labels, head, lse, grad, on);
-  }
+  with_type_of(logits, [&](auto zero) { backward_typed<decltype(zero)>(op, logits, labels, head, lse, grad, on); });
 }
 
 }  // namespace cpo::cuda

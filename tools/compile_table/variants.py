@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from cpo_kernels.kernels import tuning
+from cpo_kernels.kernels.live_columns import GENERAL as LIVE_GENERAL
+from cpo_kernels.kernels.live_columns import gather_kernel, prepare_kernel, scan_sets_kernel
 from cpo_kernels.kernels.preference import (
     MAX_LOSSES,
     PAIR,
@@ -31,7 +33,7 @@ class Variant(NamedTuple):
     signature: dict[str, str]
     constexprs: dict[str, Any]
     aligned: set[str]  # arguments that are multiples of 16
-    launch: tuning.Launch
+    launch: tuning.Launch | tuning.Tile
     wide: bool = False  # its loops must access device memory in 16 bytes alone
     resident_warps: int = 0  # of 32 threads, that a multiprocessor must have registers for
 
@@ -131,5 +133,41 @@ def _pair_variant(
     return Variant(label, kernel, signature, constexprs, aligned, launch)
 
 
+def live_variants() -> Iterator[Variant]:
+    """Rows whose stride and vocabulary are multiples of 16 numbers, and any."""
+    free = itertools.product(("bf16", "fp16", "fp32", "fp64"), (False, True), (False, True))
+    for dtype, softcap, edges in free:
+        for name, kernel, launch in (
+            ("scan", scan_sets_kernel, tuning.LIVE_SCAN["fp64" if dtype == "fp64" else "fp32"]),
+            ("gather", gather_kernel, tuning.LIVE_GATHER),
+        ):
+            flags = {"SOFTCAP": softcap, "ROWS": launch.rows, "BLOCK": launch.block}
+            options = " edges" * edges + " softcap" * softcap
+            yield _live_variant(f"live {name} {dtype}{options}", kernel, dtype, launch, flags, not edges)
+    launch = tuning.LIVE_PREPARE
+    for dtype in ("fp32", "fp64"):
+        flags = {"ROWS": launch.block}
+        yield _live_variant(f"live prepare {dtype}", prepare_kernel, dtype, launch, flags, True)
+
+
+def _live_variant(
+    label: str, kernel: Any, dtype: str, launch: tuning.Tile, flags: dict[str, Any], aligned: bool
+) -> Variant:
+    acc = "fp64" if dtype == "fp64" else "fp32"
+    constexprs = {"ACC": ACC_TYPES[acc], **flags}
+    types = {"logits": "*" + dtype, "out": "*" + dtype, "live": "*u8"}
+    types |= {n: "*i64" for n in ("labels", "ids", "offsets")}
+    types |= {n: "fp64" for n in ("threshold", "nat", "c", "inner", "scale")}
+    types |= {n: "i32" for n in ("stride", "rows", "columns", "set_rows", "tiles", "blocks", "ignore_index")}
+    signature = {n: "constexpr" if n in constexprs else types.get(n, "*" + acc) for n in kernel.arg_names}
+    off = LIVE_GENERAL["do_not_specialize_on_alignment"]
+    at = {n for n, t in signature.items() if t[0] == "*" and n not in off}
+    at |= {"stride", "columns"} & set(kernel.arg_names) if aligned else set()
+    resident = 12 if flags.get("SOFTCAP") else 20
+    if dtype == "fp64":
+        resident = 8
+    return Variant(label, kernel, signature, constexprs, at, launch, resident_warps=resident)
+
+
 def variants() -> list[Variant]:
-    return [*token_variants(), *preference_variants()]
+    return [*token_variants(), *preference_variants(), *live_variants()]

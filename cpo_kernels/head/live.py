@@ -1,0 +1,271 @@
+"""Gradients of the head on the live columns of the vocabulary: `filter_eps`.
+
+A set is SET_ROWS consecutive rows of a chunk. Its gradient g = dlogp / du is split by `reference.live_columns` into the
+columns A in which some row reaches eps, and tau q^T for the rest, so that with coefficients c_t
+
+    dX_t = c_t (g_{t,A} W_A + tau_t (q^T W))        dW_A += g_A^T (c X),   dW += q (sum_t c_t tau_t x_t)^T
+
+A trained model leaves 5 to 15% of the columns live, and both products shrink to that. The forward product stays whole:
+log-probs are exact. A set with too many live columns is exact: its logits are multiplied whole, and made again in
+backward where dW is filtered too.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import library
+from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here
+from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
+from cpo_kernels.head.inputs import Execution, Head, RowLogps
+from cpo_kernels.head.matmul import product
+from cpo_kernels.head.strategy import chunks, even_rows
+
+LIVE_LIMIT = 0.5  # share of live columns from which a set is exact
+TAIL_UNIT = 1024.0  # q is kept as 1024 q: in float16 neither its elements nor their products with W leave the range
+TILE_ELEMENTS = 2**23  # of the sets' products that are added at a time: 2^20 to 2^22 took 1.1 to 3 times as long
+
+
+class LiveTensors(NamedTuple):
+    """`LiveSets` as they pass through an op."""
+
+    g: Tensor
+    columns: Tensor
+    offsets: Tensor  # [sets + 1] int64 on the host
+    exact: Tensor  # [sets] bool on the host
+    tail: Tensor
+
+
+def no_live_tensors(like: Tensor) -> LiveTensors:
+    ids = like.new_empty(0, dtype=torch.int64)
+    host = torch.empty(0, dtype=torch.int64)
+    return LiveTensors(like.new_empty(0), ids, host, host.bool(), like.new_empty(0, 0))
+
+
+def fake_live_tensors(like: Tensor) -> LiveTensors:
+    """Of sizes that the values decide."""
+    context = torch.library.get_ctx()
+    elements, ids, sets, width = (context.new_dynamic_size() for _ in range(4))
+    host = torch.empty(sets + 1, dtype=torch.int64, device="cpu")
+    exact = torch.empty(sets, dtype=torch.bool, device="cpu")
+    columns = like.new_empty(ids, dtype=torch.int64)
+    return LiveTensors(like.new_empty(elements), columns, host, exact, like.new_empty(sets, width))
+
+
+@dataclass(frozen=True)
+class LiveSets:
+    """The gradients of some rows, set by set."""
+
+    g: Tensor  # [g_A, tau] of every set in turn, [n_k, a_k + 1] each
+    columns: Tensor  # [sum a_k], rising within a set
+    offsets: list[int]  # set k has columns[offsets[k] : offsets[k + 1]]
+    exact: list[bool]  # sets with too many live columns: they have none here
+    tail: Tensor  # [sets, V] TAIL_UNIT * q
+    num_rows: int
+    set_rows: int
+
+    @classmethod
+    def of(cls, tensors: LiveTensors, num_rows: int, set_rows: int) -> "LiveSets":
+        g, columns, offsets, exact, tail = tensors
+        return cls(g, columns, offsets.tolist(), exact.tolist(), tail, num_rows, set_rows)
+
+    def rows(self, k: int) -> slice:
+        return slice(k * self.set_rows, min((k + 1) * self.set_rows, self.num_rows))
+
+    def sizes(self) -> list[int]:
+        return [min(self.set_rows, self.num_rows - k * self.set_rows) for k in range(len(self.exact))]
+
+    def columns_of(self) -> list[Tensor]:
+        """[a_k] of every set."""
+        return list(self.columns.split([high - low for low, high in zip(self.offsets, self.offsets[1:], strict=False)]))
+
+    def grads(self) -> list[Tensor]:
+        """[n_k, a_k + 1] of every set."""
+        shapes = [(n, len(columns) + 1) for n, columns in zip(self.sizes(), self.columns_of(), strict=True)]
+        parts = self.g.split([n * width for n, width in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def sums(self, scale: float) -> Tensor:
+        """[3], summed over rows: share of live columns, probability of the tail, and 1 in exact sets (all live)."""
+        width = max(1, self.tail.shape[1])
+        live = [
+            n if e else n * len(c) / width for n, c, e in zip(self.sizes(), self.columns_of(), self.exact, strict=True)
+        ]
+        taus = [g[:, -1].abs().sum(dtype=torch.float32) for g, e in zip(self.grads(), self.exact, strict=True) if not e]
+        tail = torch.stack(taus).sum() / scale if taus else self.tail.new_zeros((), dtype=torch.float32)
+        exact = float(sum(n for n, e in zip(self.sizes(), self.exact, strict=True) if e))
+        return torch.stack([torch.full_like(tail, sum(live)), tail, torch.full_like(tail, exact)])
+
+
+def joined(parts: list[LiveSets], like: Tensor) -> LiveTensors:
+    """The sets of all chunks; every chunk but the last has a whole number of sets."""
+    if not parts:
+        return no_live_tensors(like)
+    offsets = [0]
+    for part in parts:
+        offsets += [offsets[-1] + offset for offset in part.offsets[1:]]
+    return LiveTensors(
+        torch.cat([part.g for part in parts]),
+        torch.cat([part.columns for part in parts]),
+        torch.tensor(offsets),
+        torch.tensor([exact for part in parts for exact in part.exact], dtype=torch.bool),
+        torch.cat([part.tail for part in parts]),
+    )
+
+
+def live_sets(head: Head, z: Tensor, labels: Tensor, lse: Tensor, eps: float, set_rows: int) -> LiveSets:
+    """Splits the gradient of a chunk's logits z [n, V], which stay as they are. The host waits once, for all |A|."""
+    options = head.options
+    live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options)
+    counts = live.sum(1).tolist()
+    exact = [count > LIVE_LIMIT * live.shape[1] for count in counts]
+    if any(exact):
+        live[torch.tensor(exact, device=live.device)] = False
+    offsets = [0]
+    for count, whole in zip(counts, exact, strict=True):
+        offsets.append(offsets[-1] + (0 if whole else count))
+    columns = torch.nonzero_static(live, size=offsets[-1])[:, 1].contiguous()
+    g = head.kernels.live_grads(z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options)
+    total = tail.sum(1, keepdim=True)
+    q = (tail * (TAIL_UNIT / torch.where(total > 0, total, 1.0))).to(z.dtype)
+    return LiveSets(g, columns, offsets, exact, q, z.shape[0], set_rows)
+
+
+def live_dx(head: Head, sets: LiveSets, g: Tensor, dx: Tensor) -> None:
+    """dX [n, H] of the sum of the log-probs. Rows of exact sets are whole gradients in g [n, V]."""
+    weight = head.weight[: sets.tail.shape[1]]
+    means = product(sets.tail, weight, weight.new_empty(len(sets.exact), weight.shape[1])) / TAIL_UNIT  # [sets, H]
+    for k, (live, columns) in enumerate(zip(sets.grads(), sets.columns_of(), strict=True)):
+        rows = sets.rows(k)
+        if sets.exact[k]:
+            product(g[rows], head.weight, dx[rows])
+            continue
+        weights = weight.new_empty(len(columns) + 1, weight.shape[1])  # W_A, and what stands for the rest
+        torch.index_select(weight, 0, columns, out=weights[:-1])
+        weights[-1] = means[k]
+        product(live, weights, dx[rows])
+
+
+def filtered_chunk(
+    head: Head,
+    inputs: tuple[Tensor, Tensor, bool, Tensor | None],
+    eps: float,
+    set_rows: int,
+    dx: Tensor,
+    whole: bool,
+) -> tuple[Tensor, RowLogps, LiveSets]:
+    """The log-probs of a chunk, its live sets, and dX [n, H] of their sum unless dx is [0].
+
+    inputs: what `Head.forward` takes. whole: the first result is the gradient g [n, V] of every row; else only of rows
+    in exact sets.
+    """
+    x, labels, extras, ref = inputs
+    z, ref_logp = head.with_reference(x, labels, ref)
+    logps = RowLogps(*head.kernels.token_logps_fwd(z, labels, *head.options, extras), ref_logp)
+    sets = live_sets(head, z, labels, logps.lse, eps, set_rows)
+    for rows in [slice(None)] if whole else exact_rows(sets):
+        ones = torch.ones_like(logps.lse[rows])
+        head.kernels.token_logps_bwd_(z[rows], labels[rows], logps.lse[rows], ones, *head.options)
+    if dx.numel():
+        live_dx(head, sets, z, dx)
+    return z, logps, sets
+
+
+def chunk_grads(
+    head: Head, inputs: tuple[Tensor, Tensor, bool, Tensor | None], execution: Execution, dx: Tensor
+) -> tuple[Tensor, RowLogps, Tensor]:
+    """g [n, V] of a chunk, its log-probs, and `LiveSets.sums` [3]; dX [n, H] is written unless it is [0]."""
+    if execution.filter_eps and dx.numel():
+        g, logps, sets = filtered_chunk(head, inputs, execution.filter_eps, execution.set_rows, dx, whole=True)
+        return g, logps, sets.sums(head.options.scale)
+    g, logps = head.fused(*inputs)
+    if dx.numel():
+        product(g, head.weight, dx)
+    return g, logps, no_sums(g)
+
+
+def no_sums(like: Tensor) -> Tensor:
+    return like.new_zeros(3, dtype=torch.float32)
+
+
+def live_head_grads(
+    head: Head, sets: LiveSets, x: Tensor, labels: Tensor, lse: Tensor, coef: Tensor, need_dw: bool, need_db: bool
+) -> HeadGrads:
+    """dW / power [V, H] and db [V] of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n].
+
+    dW is written by tiles of the vocabulary: the products g_A^T (c X) of all sets for a tile, then `live_sum`. Rows of
+    exact sets make their logits again for it.
+    """
+    weight, options, acc, width = head.weight, head.options, library.acc_dtype(x.dtype), sets.tail.shape[1]
+    dw = weight.new_zeros(weight.shape if need_dw else 0)
+    db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
+    power, db_power = sum_powers(coef, x, abs(options.scale))
+    out = HeadGrads(x.new_empty(0), coef, dw, db, power)
+    if not sets.exact:
+        return out
+    scaled, bias_coef = scale_rows(x, coef / power), coef / db_power
+    rows, grads, columns = [sets.rows(k) for k in range(len(sets.exact))], sets.grads(), sets.columns_of()
+    tau = torch.cat([g[:, -1].to(acc) * (not e) for g, e in zip(grads, sets.exact, strict=True)]) / TAIL_UNIT  # [n]
+    tails = torch.stack([tau[r] @ scaled[r].to(acc) for r in rows])  # [sets, H]
+    bias_tails = torch.stack([torch.dot(tau[r], bias_coef[r]) for r in rows])  # [sets]
+    again = _ExactRows(head, x, labels, lse, torch.cat([torch.arange(r.start, r.stop) for r in exact_rows(sets)]))
+    for low, high in chunks(width, even_rows(width, min(_tile_rows(sets, weight), again.most_columns()))):
+        spans = [torch.searchsorted(ids, torch.tensor([low, high], device=ids.device)).tolist() for ids in columns]
+        ids = [c[a:b] - low for c, (a, b) in zip(columns, spans, strict=True)]
+        parts: list[tuple[Tensor, slice | Tensor]] = [
+            (g[:, a:b], r) for g, r, (a, b) in zip(grads, rows, spans, strict=True)
+        ]
+        tail = sets.tail[:, low:high]
+        if again.index.numel():
+            ids.append(torch.arange(high - low, device=x.device))
+            parts.append((again.grads(low, high), again.index))
+            tail = torch.cat([tail, tail.new_zeros(1, high - low)])
+        if need_db:
+            db[low:high] = tail[: len(rows)].t().to(acc) @ bias_tails
+            for (g, r), at in zip(parts, ids, strict=True):
+                db[low:high][at] += torch.mv(g.t(), bias_coef[r].to(g.dtype)).to(acc)
+        if need_dw:
+            offsets = torch.tensor([0] + [len(at) for at in ids]).cumsum(0)
+            made = weight.new_empty(int(offsets[-1]), weight.shape[1])
+            for (g, r), part in zip(parts, made.split([len(at) for at in ids]), strict=True):
+                if len(part):
+                    product(g.t(), scaled[r], part)
+            extra = tails if len(tail) == len(tails) else torch.cat([tails, torch.zeros_like(tails[:1])])
+            dw[low:high] = head.kernels.live_sum(tail, extra, made, torch.cat(ids), offsets)
+    return out._replace(db=db * db_power)
+
+
+def exact_rows(sets: LiveSets) -> list[slice]:
+    return [sets.rows(k) for k, exact in enumerate(sets.exact) if exact] or [slice(0, 0)]
+
+
+def _tile_rows(sets: LiveSets, weight: Tensor) -> int:
+    """Rows of W for which the products of all sets come to about TILE_ELEMENTS."""
+    return max(1, TILE_ELEMENTS * weight.shape[0] // (max(1, len(sets.columns)) * weight.shape[1]))
+
+
+class _ExactRows:
+    """The rows of exact sets, whose logits are made again."""
+
+    def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, index: Tensor) -> None:
+        self.head, self.index = head, index.to(x.device)
+        self.x, self.labels, self.lse = (t.index_select(0, self.index) for t in (x, labels, lse))
+        self.kernels, self.first, _ = columns_here(head.kernels, head.options.vocab_size)
+
+    def most_columns(self) -> int:
+        """That the head's buffer holds of all rows, and whose products come to about TILE_ELEMENTS."""
+        weight = self.head.weight
+        if not self.index.numel():
+            return max(1, weight.shape[0])
+        return max(1, min(self.head.buffer.numel() // self.index.numel(), TILE_ELEMENTS // weight.shape[1]))
+
+    def grads(self, low: int, high: int) -> Tensor:
+        """g [m, high - low] in some columns."""
+        options, g = self.head.options, self.head.columns(self.x, slice(low, high))
+        columns_bwd_(
+            self.kernels, g, self.labels, self.lse, torch.ones_like(self.lse), options.ignore_index, options.scale,
+            options.softcap, self.first + low, high - low,
+        )  # fmt: skip
+        return g

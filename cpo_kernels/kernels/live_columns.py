@@ -1,0 +1,290 @@
+"""live_columns and live_grads in Triton: which columns of the vocabulary a set of rows needs, and the gradient there.
+
+Formulas and contracts: cpo_kernels/reference/live_columns.py. s_tv = softmax_tv * dz/du, in units as in token_logps.py.
+
+    prepare  a row's shift and factor, s_tv = factor e^{nat (y - shift)}, once a row and not once a tile; labels' flags
+    scan     a program owns a tile of the vocabulary of one set and sweeps its rows: no atomics, nothing to wait for
+    gather   a program owns some rows and sweeps their set's live columns
+
+A row's sum is that of its tiles, in order: same bits every time. Rows that do not count have factor 0 and are not read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cpo_kernels import library
+from cpo_kernels.kernels import tuning
+from cpo_kernels.kernels.token_logps import ACC_TYPES, LOG2E, _cap, _one_minus_exp, _y_of
+
+GENERAL = {
+    "do_not_specialize": ["rows", "set_rows", "tiles", "blocks", "ignore_index"],
+    "do_not_specialize_on_alignment": ["labels", "lse", "row_sums", "ids"],
+}
+
+
+@triton.jit
+def _counts(labels, lse, row, inside, ignore_index):
+    """(label, lse, whether the row counts, whether it is ignored) of `row`, where `inside`."""
+    label = tl.load(labels + row, mask=inside, other=0)
+    value = tl.load(lse + row, mask=inside, other=float("nan"))
+    ignored = label == ignore_index
+    return label, value, inside & (value - value == 0.0) & ~ignored, ignored
+
+
+@triton.jit
+def _shift_of(lse, nat, scale, counted, ACC: tl.constexpr):
+    """(shift, factor), nat and scale in float64; what rounding the shift leaves goes into the factor. (0, 0) where the
+    row does not count."""
+    lse = tl.where(counted, lse, 0.0).to(tl.float64)
+    shift = (lse / nat).to(ACC)
+    return shift, tl.where(counted, scale * tl.exp(nat * shift.to(tl.float64) - lse), 0.0).to(ACC)
+
+
+@triton.jit
+def _size(x, shift, factor, c, inner, SOFTCAP: tl.constexpr):
+    """s = factor e^{nat (y - shift)}, times 1 - tanh^2 under a softcap; x = -inf gives 0."""
+    if SOFTCAP:
+        y, slope = _cap(x, inner)
+        s = factor * tl.exp2((y - shift) * c) * slope
+    else:
+        s = factor * tl.exp2((x - shift) * c)
+    return s
+
+
+@triton.jit(**GENERAL)
+def prepare_kernel(
+    labels, lse, live, shifts, nan_rows, rows, columns, set_rows, ignore_index, nat: "fp64", scale: "fp64",
+    ACC: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """shifts [2, rows]; nan_rows [rows]: NaN for a row whose lse is not finite, else 0; live 1 at the labels."""
+    nat, scale = tl.full([], nat, tl.float64), tl.full([], scale, tl.float64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    label, value, counted, ignored = _counts(labels, lse, row, inside, ignore_index)
+    shift, factor = _shift_of(value, nat, scale, counted, ACC)
+    tl.store(shifts + row, shift, mask=inside)
+    tl.store(shifts + rows + row, factor, mask=inside)
+    tl.store(nan_rows + row, tl.where(counted | ignored, 0.0, float("nan")).to(ACC), mask=inside)
+    here = counted & (label >= 0) & (label < columns)
+    tl.store(live + row // set_rows * columns + label, tl.full([ROWS], 1, tl.uint8), mask=here)
+
+
+@triton.jit
+def _row_shift(shifts, row, rows, high):
+    shift = tl.load(shifts + row, mask=row < high, other=0.0)
+    return shift, tl.load(shifts + rows + row, mask=row < high, other=0.0)
+
+
+@triton.jit
+def _row_logits(logits, row, stride, column, inside, factor):
+    keep = (factor > 0.0)[:, None] & inside[None, :]
+    return tl.load(logits + row[:, None] * stride + column[None, :], mask=keep, other=float("-inf"))
+
+
+@triton.jit(**GENERAL)
+def scan_sets_kernel(
+    logits, shifts, live, tail, partial, stride, rows, columns, set_rows, tiles, threshold: "fp64", c: "fp64",
+    inner: "fp64", ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One tile of one set: live (stays 1 where it is), tail, and the tile's part of the rows' sums, partial [tiles, N].
+
+    The largest s and the sum stay apart for each of ROWS rows and meet once, at the end: a warp has a row of the block.
+    """
+    threshold, c, inner = tl.full([], threshold, ACC), tl.full([], c, ACC), tl.full([], inner, ACC)
+    tile = tl.program_id(0) % tiles
+    k = (tl.program_id(0) // tiles).to(tl.int64)
+    column = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    low = k * set_rows
+    high = tl.minimum(low + set_rows, rows)
+    tops = tl.zeros([ROWS, BLOCK], ACC)
+    sums = tl.zeros([ROWS, BLOCK], ACC)
+    row = low + tl.arange(0, ROWS)
+    shift, factor = _row_shift(shifts, row, rows, high)
+    x = _row_logits(logits, row, stride, column, inside, factor)
+    next_shift, next_factor = _row_shift(shifts, row + ROWS, rows, high)
+    for _ in range(low, high, ROWS):  # logits are asked for one step ahead, and what says which of them two steps
+        next_x = _row_logits(logits, row + ROWS, stride, column, inside, next_factor)
+        after = _row_shift(shifts, row + 2 * ROWS, rows, high)
+        s = _size(x.to(ACC), shift[:, None], factor[:, None], c, inner, SOFTCAP)
+        tops = tl.maximum(tops, s)
+        sums += s
+        tl.store(partial + tile.to(tl.int64) * rows + row, tl.sum(s, 1), mask=row < high)
+        row += ROWS
+        x, shift, factor = next_x, next_shift, next_factor
+        next_shift, next_factor = after
+    at = k * columns + column
+    flag = (tl.load(live + at, mask=inside, other=0) != 0) | (tl.max(tops, 0) >= threshold)
+    tl.store(live + at, flag.to(tl.uint8), mask=inside)
+    tl.store(tail + at, tl.where(flag, 0.0, tl.sum(sums, 0)), mask=inside)
+
+
+@triton.jit(**GENERAL)
+def gather_kernel(
+    logits, labels, lse, row_sums, ids, offsets, out, stride, rows, columns, set_rows, blocks, ignore_index,
+    nat: "fp64", c: "fp64", inner: "fp64", scale: "fp64",
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """[g_A, tau] of ROWS rows of a set. At the label 1 - softmax without cancellation."""
+    c, inner = tl.full([], c, ACC), tl.full([], inner, ACC)
+    nat64, scale64 = tl.full([], nat, tl.float64), tl.full([], scale, tl.float64)
+    nat, scale = nat64.to(ACC), scale64.to(ACC)
+    k = (tl.program_id(0) // blocks).to(tl.int64)
+    within = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    row = k * set_rows + within
+    inside = (within < set_rows) & (row < rows)
+    first = tl.load(offsets + k)
+    count = tl.load(offsets + k + 1) - first
+    label, value, counted, ignored = _counts(labels, lse, row, inside, ignore_index)
+    shift, factor = _shift_of(value, nat64, scale64, counted, ACC)
+    here = counted & (label >= 0) & (label < columns)
+    line = logits + row * stride
+    x_label = tl.load(line + label, mask=here, other=0.0).to(ACC)
+    logp = nat * _y_of(x_label, inner, SOFTCAP) - value
+    at_label = scale * _one_minus_exp(logp)
+    if SOFTCAP:
+        _, slope = _cap(x_label, inner)
+        at_label *= slope
+    label = tl.where(here, label, -1)
+    target = out + set_rows * (first + k) + within * (count + 1)  # before this set: set_rows of count + 1 numbers each
+    OUT: tl.constexpr = out.dtype.element_ty
+    sums = tl.zeros([ROWS, BLOCK], ACC)
+    for j in range(0, count, BLOCK):
+        place = j + tl.arange(0, BLOCK)
+        keep = (place < count)[None, :]
+        column = tl.load(ids + first + place, mask=place < count, other=0)
+        x = tl.load(line[:, None] + column[None, :], mask=counted[:, None] & keep, other=float("-inf")).to(ACC)
+        s = _size(x, shift[:, None], factor[:, None], c, inner, SOFTCAP)
+        sums += s
+        g = tl.where(column[None, :] == label[:, None], at_label[:, None], 0.0 - s)
+        tl.store(target[:, None] + place[None, :], g.to(OUT), mask=inside[:, None] & keep)
+    tau = tl.sum(sums, 1) - tl.load(row_sums + row, mask=inside, other=0.0)
+    tau = tl.where(tau > 0.0, 0.0, tau)  # keeps NaN, which a minimum need not
+    tau = tl.where(counted, tau, tl.where(ignored, 0.0, float("nan")))
+    tl.store(target + count, tau.to(OUT), mask=inside)
+
+
+class _Call:
+    """What both launches share: numbers and flags of logits [N, V]."""
+
+    def __init__(self, logits: Tensor, scale: float, softcap: float, set_rows: int) -> None:
+        self.rows = logits.shape[0]
+        self.set_rows = min(set_rows, max(self.rows, 1))
+        self.sets = -(-self.rows // self.set_rows)
+        self.nat = softcap or scale
+        self.c, self.inner = self.nat * LOG2E, scale / softcap if softcap else 0.0
+        self.acc = library.acc_dtype(logits.dtype)
+        self.kind = "fp64" if self.acc == torch.float64 else "fp32"
+        self.flags = {"ACC": ACC_TYPES[self.kind], "SOFTCAP": softcap > 0}
+
+
+def live_columns(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    eps: float,
+    set_rows: int,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """live [sets, vocab_size] bool, tail_columns [sets, vocab_size], row_sums [N]; see the reference."""
+    call = _Call(logits, scale, softcap, set_rows)
+    launch = tuning.LIVE_SCAN[call.kind]
+    tiles = -(-vocab_size // launch.block)
+    live = torch.zeros((call.sets, vocab_size), dtype=torch.bool, device=logits.device)
+    tail = torch.empty((call.sets, vocab_size), dtype=call.acc, device=logits.device)
+    partial = torch.empty((tiles + 1, call.rows), dtype=call.acc, device=logits.device)  # last: NaN where no row sum is
+    if call.rows:
+        with torch.cuda.device_of(logits):
+            shifts = torch.empty((2, call.rows), dtype=call.acc, device=logits.device)
+            flags = live.view(torch.uint8)
+            prepare_kernel[(-(-call.rows // tuning.LIVE_PREPARE.block),)](
+                labels.contiguous(), lse.contiguous(), flags, shifts, partial[tiles], call.rows, vocab_size,
+                call.set_rows, ignore_index, call.nat, scale, ACC=call.flags["ACC"], ROWS=tuning.LIVE_PREPARE.block,
+                **tuning.options(tuning.LIVE_PREPARE),
+            )  # fmt: skip
+            scan_sets_kernel[(tiles * call.sets,)](
+                logits, shifts, flags, tail, partial, logits.stride(0), call.rows, vocab_size, call.set_rows, tiles,
+                eps * scale, call.c, call.inner, **call.flags, ROWS=launch.rows, BLOCK=launch.block,
+                **tuning.options(launch),
+            )  # fmt: skip
+    return live, tail, partial.sum(0, dtype=torch.float64).to(call.acc)
+
+
+def live_grads(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    row_sums: Tensor,
+    columns: Tensor,
+    offsets: Tensor,
+    set_rows: int,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+) -> Tensor:
+    """[g_A, tau] of every set, flat, in the dtype of logits; offsets [sets + 1] on the host. See the reference."""
+    call = _Call(logits, scale, softcap, set_rows)
+    if not call.rows:
+        return logits.new_empty(0)
+    launch = tuning.LIVE_GATHER
+    *_, before, end = offsets.tolist()
+    missing = call.sets * call.set_rows - call.rows  # rows that the last set lacks
+    out = logits.new_empty(call.set_rows * (end + call.sets) - missing * (end - before + 1))
+    blocks = -(-call.set_rows // launch.rows)
+    with torch.cuda.device_of(logits):
+        gather_kernel[(blocks * call.sets,)](
+            logits, labels.contiguous(), lse.contiguous(), row_sums.contiguous(), columns.contiguous(),
+            offsets.to(logits.device, non_blocking=True), out, logits.stride(0), call.rows, vocab_size, call.set_rows,
+            blocks, ignore_index, call.nat, call.c, call.inner, scale, **call.flags, ROWS=launch.rows,
+            BLOCK=launch.block, **tuning.options(launch),
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(**GENERAL)
+def sum_sets_kernel(
+    tail, tails, made, places, out, stride, columns, width, sets, tiles,
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of dW: the sets one after the other, in float32 (float64), rounded once."""
+    v = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    h = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    inside = (v < columns)[:, None] & (h < width)[None, :]
+    total = tl.zeros([ROWS, BLOCK], ACC)
+    for _ in range(sets):
+        q = tl.load(tail + v, mask=v < columns, other=0.0).to(ACC)
+        term = tl.load(tails + h, mask=h < width, other=0.0)
+        place = tl.load(places + v, mask=v < columns, other=-1)
+        part = tl.load(made + place[:, None] * width + h[None, :], mask=inside & (place >= 0)[:, None], other=0.0)
+        total += q[:, None] * term[None, :] + part.to(ACC)
+        tail += stride
+        tails += width
+        places += columns
+    tl.store(out + v[:, None] * width + h[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+def live_sum(tail: Tensor, tails: Tensor, made: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of dW [v, H] from the sets' products; see the reference."""
+    (sets, rows), width = tail.shape, tails.shape[1]
+    out = made.new_empty(rows, width)
+    if not out.numel():
+        return out
+    launch = tuning.LIVE_SUM
+    counts = offsets.diff().to(tail.device, non_blocking=True)
+    of_set = torch.arange(sets, device=tail.device).repeat_interleave(counts, output_size=columns.numel())
+    places = torch.full((sets, rows), -1, dtype=torch.int64, device=tail.device)  # of each column in `made`
+    places[of_set, columns] = torch.arange(columns.numel(), device=tail.device)
+    tiles = -(-width // launch.block)
+    with torch.cuda.device_of(tail):
+        sum_sets_kernel[(-(-rows // launch.rows) * tiles,)](
+            tail, tails.contiguous(), made.contiguous(), places, out, tail.stride(0), rows, width, sets, tiles,
+            ACC=ACC_TYPES["fp64" if tails.dtype == torch.float64 else "fp32"], ROWS=launch.rows, BLOCK=launch.block,
+            **tuning.options(launch),
+        )  # fmt: skip
+    return out

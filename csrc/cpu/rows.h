@@ -1,0 +1,124 @@
+// The rows that the token ops on the CPU see, and what they share of their arithmetic.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../common.h"
+#include "../token_logps_checks.h"
+#include "token_logps.h"
+
+namespace cpo {
+
+const RowKernels& kernels_for(ElementType type);  // of the chosen instruction set
+
+namespace {
+#include "scalar16.h"
+
+constexpr double kLog2E = 1.4426950408889634;
+// Rows are split over the columns when threads would starve otherwise: pieces of 16384 columns take about 5 us.
+constexpr int64_t kPiece = 16384;
+
+inline double load_element(ElementType type, const void* p) {
+  switch (type) {
+    case kFloat32: return *static_cast<const float*>(p);
+    case kFloat64: return *static_cast<const double*>(p);
+    case kBFloat16: return to_float(*static_cast<const BFloat16*>(p));
+    default: return to_float(*static_cast<const Half*>(p));
+  }
+}
+
+inline void store_element(ElementType type, void* p, double x) {
+  switch (type) {
+    case kFloat32: *static_cast<float*>(p) = float(x); break;
+    case kFloat64: *static_cast<double*>(p) = x; break;
+    case kBFloat16: from_float(*static_cast<BFloat16*>(p), float(x)); break;
+    default: from_float(*static_cast<Half*>(p), float(x));
+  }
+}
+
+inline ElementType element_type(const char* op, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::Double: return kFloat64;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    default: check(false, op, ": expected float32, bfloat16, float16 or float64, got ", name_of(type));
+  }
+  return kFloat32;
+}
+
+// The problem as every row sees it.
+struct Rows {
+  ElementType type;
+  int64_t element_size;
+  int64_t count;    // rows
+  int64_t width;    // columns in memory
+  int64_t columns;  // columns that belong to the vocabulary
+  int64_t stride;   // bytes from row to row
+  char* logits;
+  Tensor labels_tensor;
+  const int64_t* labels;
+  int64_t ignore_index;
+  double scale;
+  RowMap map;
+  const RowKernels* kernels;
+  int64_t threads;
+
+  char* row(int64_t i) const { return logits + i * stride; }
+  bool ignored(int64_t i) const { return labels[i] == ignore_index; }
+  ScalarType acc() const { return type == kFloat64 ? ScalarType::Double : ScalarType::Float; }
+  // Rows per task of parallel_for: about 32768 elements pay for a thread.
+  int64_t grain() const { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
+  bool split_columns() const { return count < 4 * threads && columns >= 2 * kPiece && threads > 1; }
+  int64_t pieces() const { return (columns + kPiece - 1) / kPiece; }
+};
+
+inline Rows describe(const char* op, const Tensor& logits, const Tensor& labels, int64_t ignore_index, double scale,
+                     double softcap, int64_t vocab_size) {
+  check_token_arguments(op, logits, labels, scale, softcap, vocab_size);
+  check(logits.is_cpu() && labels.is_cpu(), op, ": logits and labels must be CPU tensors");
+  Rows rows{};
+  rows.type = element_type(op, logits.scalar_type());
+  rows.element_size = rows.type == kFloat64 ? 8 : rows.type == kFloat32 ? 4 : 2;
+  rows.count = logits.size(0);
+  rows.width = logits.size(1);
+  rows.columns = vocab_size;
+  rows.stride = logits.stride(0) * rows.element_size;
+  rows.logits = static_cast<char*>(logits.data_ptr());
+  rows.labels_tensor = dense(labels);
+  rows.labels = data_of<int64_t>(rows.labels_tensor);
+  rows.ignore_index = ignore_index;
+  rows.scale = scale;
+  rows.map.softcap = softcap > 0;
+  rows.map.nat = softcap > 0 ? softcap : scale;
+  rows.map.c = rows.type == kFloat64 ? rows.map.nat : double(float(rows.map.nat * kLog2E));
+  rows.map.inner = softcap > 0 ? scale / softcap : 0.0;
+  rows.kernels = &kernels_for(rows.type);
+  rows.threads = torch::stable::get_num_threads();
+  return rows;
+}
+
+// d z / d logit of one logit: scale * (1 - tanh^2), with 1 - tanh^2 = 1 / cosh^2.
+inline double slope_at(const Rows& rows, double logit) {
+  if (!rows.map.softcap) return rows.scale;
+  const double inverse = 1.0 / std::cosh(rows.map.inner * logit);
+  return rows.scale * inverse * inverse;
+}
+
+// softmax = E^(c y - shift) * factor.
+struct Shift {
+  double shift, factor;
+};
+
+// The shift nearest to lse that the accumulation type holds; the rest goes into the factor.
+inline Shift shift_of(const Rows& rows, double lse) {
+  const double exact = lse / rows.map.nat * rows.map.c;
+  if (rows.type == kFloat64) return {exact, 1.0};
+  const double shift = double(float(exact));
+  return {shift, std::exp2(shift - exact)};
+}
+
+}  // namespace
+}  // namespace cpo

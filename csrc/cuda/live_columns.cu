@@ -1,0 +1,86 @@
+// live_columns and live_grads on the GPU: checks, outputs and launches.
+#include "live_columns.cuh"
+
+#include <algorithm>
+
+#include "token_arguments.h"
+
+namespace cpo::cuda {
+namespace {
+
+// lse and what else is given for each row, on the device of the logits.
+void check_arguments(const char* op, const Tensor& logits, const Tensor& labels, const Tensor& lse,
+                     const Tensor& row_sums, int64_t set_rows, const Head& head) {
+  check_token_arguments_on_device(op, logits, labels, head);
+  check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
+  for (const auto& [name, t] : {std::pair{"lse", &lse}, std::pair{"row_sums", &row_sums}}) {
+    check_dtype(name, *t, acc_type(logits));
+    check_vector(name, *t, logits.size(0));
+    check_device(name, *t, "logits", logits);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
+                                                int64_t ignore_index, double scale, double softcap,
+                                                int64_t vocab_size) {
+  const char* op = "live_columns";
+  const Head head{ignore_index, vocab_size, scale, softcap};
+  check_arguments(op, logits, labels, lse, lse, set_rows, head);
+  const OnDeviceOf on(logits);
+  labels = dense(labels), lse = dense(lse);
+  const int64_t rows = logits.size(0), sets = shares(rows, set_rows);
+  Tensor live = torch::stable::new_empty(logits, {sets, vocab_size}, ScalarType::Bool);
+  Tensor tail = torch::stable::new_empty(logits, {sets, vocab_size}, lse.scalar_type());
+  Tensor row_sums = new_vector(logits, rows, lse.scalar_type());
+  if (rows == 0) return {live, tail, row_sums};
+  with_type_of(logits, [&](auto zero) {
+    using T = decltype(zero);
+    using Acc = AccOf<T>;
+    const Problem<T> p = problem_in<T>(logits, labels, head, false);
+    check(sets * shares(vocab_size, kTile<T>) <= kMaxGrid, op, ": ", sets, " sets are too many: raise set_rows");
+    Tensor scratch = new_vector(lse, live_scratch_size(p), lse.scalar_type());
+    launch_live_columns(op, p, data_of<Acc>(lse), eps, set_rows, softcap > 0, mutable_data_of<Acc>(scratch),
+                        mutable_data_of<bool>(live), mutable_data_of<Acc>(tail), mutable_data_of<Acc>(row_sums),
+                        on.stream());
+  });
+  return {live, tail, row_sums};
+}
+
+// columns stay on the device, unread by the host; offsets, on the host, say how many there are.
+Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
+                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size) {
+  const char* op = "live_grads";
+  const Head head{ignore_index, vocab_size, scale, softcap};
+  check_arguments(op, logits, labels, lse, row_sums, set_rows, head);
+  const int64_t rows = logits.size(0), sets = shares(rows, set_rows);
+  check_dtype("columns", columns, ScalarType::Long);
+  check_device("columns", columns, "logits", logits);
+  check_dtype("offsets", offsets, ScalarType::Long);
+  check_vector("offsets", offsets, sets + 1);
+  check(offsets.is_cpu(), op, ": offsets must be a CPU tensor");
+  const OnDeviceOf on(logits);
+  labels = dense(labels), lse = dense(lse), row_sums = dense(row_sums), columns = dense(columns);
+  offsets = dense(offsets);
+  const int64_t* ends = data_of<int64_t>(offsets);
+  check(ends[0] == 0 && ends[sets] == columns.numel() && std::is_sorted(ends, ends + sets + 1), op,
+        ": offsets must rise from 0 to the number of columns, ", columns.numel(), ", got ", ends[0], " to ",
+        ends[sets]);
+  int64_t total = 0;
+  for (int64_t k = 0; k < sets; ++k) { total += std::min(set_rows, rows - k * set_rows) * (ends[k + 1] - ends[k] + 1); }
+  Tensor out = new_vector(logits, total, logits.scalar_type());
+  if (rows == 0) return out;
+  Tensor device_offsets = new_vector(labels, sets + 1, ScalarType::Long);
+  copy_to_device(op, device_offsets.mutable_data_ptr(), ends, size_t(sets + 1) * sizeof(int64_t), on.stream());
+  with_type_of(logits, [&](auto zero) {
+    using T = decltype(zero);
+    using Acc = AccOf<T>;
+    launch_live_grads(op, problem_in<T>(logits, labels, head, false), data_of<Acc>(lse), data_of<Acc>(row_sums),
+                      data_of<int64_t>(columns), data_of<int64_t>(device_offsets), set_rows, softcap > 0,
+                      mutable_data_of<T>(out), on.stream());
+  });
+  return out;
+}
+
+}  // namespace cpo::cuda

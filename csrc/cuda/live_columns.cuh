@@ -1,0 +1,259 @@
+// live_columns and live_grads: the columns of the vocabulary in which a set of rows has a gradient worth a product, and
+// the gradient there. Formulas: cpo_kernels/reference/live_columns.py; s_tv = softmax_tv * dz/du.
+//
+//   prepare   a row's softmax, once a row and not once a tile
+//   sets      a block owns a tile of the vocabulary of one set: each warp sweeps some of its rows and keeps the largest
+//             s and the sum of its columns in registers; the warps meet at the end
+//   row_sums  the tiles of a row, added in order
+//   gather    a warp a row: its set's live columns
+//
+// No atomics: same bits every time. A row that does not count has factor 0, and its logits are not read.
+#pragma once
+
+#include "row_gradient.h"
+
+namespace cpo::cuda {
+
+constexpr int kSetThreads = 128;
+constexpr int kTileVectors = 2;  // of a lane: 512 16-bit columns a tile, whose tops and sums are 32 registers
+constexpr int kTileRows = 2;     // rows of a warp whose loads are in flight together
+constexpr int kGathered = 4;     // columns of a lane whose loads are in flight together
+constexpr int kSumThreads = 128;
+
+template <typename T>
+constexpr int kTile = kWarp * kTileVectors * Number<T>::kPer;
+
+// s = factor E^(c y - shift), times 1 - tanh^2 under a softcap; factor 0: the row does not count.
+template <typename Acc>
+struct RowShift {
+  Acc shift, factor;
+};
+
+template <typename T>
+CPO_DEVICE bool counts(const Problem<T>& p, const AccOf<T>* lse, int64_t i) {
+  return p.labels[i] != p.ignore_index && fabs(lse[i]) < AccOf<T>(INFINITY);
+}
+
+template <typename T, int kThreads>
+CPO_KERNEL(kThreads, 1)
+prepare_kernel(Problem<T> p, const AccOf<T>* lse, RowShift<AccOf<T>>* shifts) {
+  const int64_t i = block_index() * kThreads + thread_index();
+  if (i >= p.rows) return;
+  const Softmax<AccOf<T>> s = softmax_of_lse(lse[i], p);
+  shifts[i] = counts(p, lse, i) ? RowShift<AccOf<T>>{s.shift, s.factor * p.scale} : RowShift<AccOf<T>>{0, 0};
+}
+
+// The place of number e of vector j of this lane in its tile. Rows on 16-byte boundaries are read in vectors, others
+// one number at a time, 32 neighbours together.
+template <typename T, bool kWide>
+CPO_DEVICE int place_in_tile(int j, int e) {
+  constexpr int kPer = Number<T>::kPer;
+  const int lane = thread_index() % kWarp;
+  return kWide ? (j * kWarp + lane) * kPer + e : (j * kPer + e) * kWarp + lane;
+}
+
+// Vector j of a tile that begins at `first`; -inf behind the vocabulary. Packed, whatever the path: unpacked numbers
+// that wait for their turn would cost twice the registers.
+template <typename T, bool kWide>
+CPO_DEVICE Pack load_vector(const T* row, int first, int j, int columns) {
+  constexpr int kPer = Number<T>::kPer;
+  if (kWide && first + place_in_tile<T, kWide>(j, kPer - 1) < columns) {
+    return load16(row + first + place_in_tile<T, kWide>(j, 0));
+  }
+  AccOf<T> x[kPer];
+#pragma unroll
+  for (int e = 0; e < kPer; ++e) {
+    const int column = first + place_in_tile<T, kWide>(j, e);
+    x[e] = column < columns ? widened(row[column]) : -AccOf<T>(INFINITY);
+  }
+  return Number<T>::pack(x);
+}
+
+template <typename Acc>
+CPO_DEVICE Acc warp_sum(Acc x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+// live, tail [sets, columns], partial [tiles, rows]. Shared memory: a top and a sum of each warp for each column.
+template <typename T, int kThreads, bool kSoftcap, bool kWide>
+CPO_KERNEL(kThreads, (sizeof(T) == 8 ? 512 : 640) / kThreads)
+sets_kernel(Problem<T> p, const RowShift<AccOf<T>>* shifts, AccOf<T> threshold, int64_t set_rows, int64_t tiles,
+            bool* live, AccOf<T>* tail, AccOf<T>* partial) {
+  using Acc = AccOf<T>;
+  constexpr int kPer = Number<T>::kPer, kWarps = kThreads / kWarp;
+  const int64_t set = block_index() / tiles, tile = block_index() % tiles;
+  const int first = int(tile) * kTile<T>, warp = thread_index() / kWarp;
+  const int64_t low = set * set_rows, high = low + set_rows < p.rows ? low + set_rows : p.rows;
+  Acc tops[kTileVectors][kPer] = {}, sums[kTileVectors][kPer] = {};
+  for (int64_t i = low + warp * kTileRows; i < high; i += kWarps * kTileRows) {
+    Pack v[kTileRows][kTileVectors];
+    RowShift<Acc> s[kTileRows];
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) s[r] = i + r < high ? shifts[i + r] : RowShift<Acc>{0, 0};
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      if (s[r].factor == 0) continue;
+#pragma unroll
+      for (int j = 0; j < kTileVectors; ++j) {
+        v[r][j] = load_vector<T, kWide>(p.logits + (i + r) * p.stride, first, j, p.columns);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      if (i + r >= high) break;
+      Acc total = 0;
+      if (s[r].factor != 0) {
+        const Softmax<Acc> softmax{s[r].shift, 0, 0, 0};
+        const int64_t label = p.labels[i + r] - first;
+        const bool has_label = label >= 0 && label < kTile<T> && label + first < p.columns;
+#pragma unroll
+        for (int j = 0; j < kTileVectors; ++j) {
+          Acc x[kPer];
+          Number<T>::unpack(v[r][j], x);
+#pragma unroll
+          for (int e = 0; e < kPer; ++e) {
+            const Acc size = gradient_of<kSoftcap>(x[e], softmax, s[r].factor, p);
+            tops[j][e] = fmax(tops[j][e], size);
+            sums[j][e] += size;
+            total += size;
+          }
+        }
+        if (has_label) {
+#pragma unroll
+          for (int j = 0; j < kTileVectors; ++j) {
+#pragma unroll
+            for (int e = 0; e < kPer; ++e) {
+              if (place_in_tile<T, kWide>(j, e) == label) tops[j][e] = Acc(INFINITY);
+            }
+          }
+        }
+      }
+      total = warp_sum(total);
+      if (thread_index() % kWarp == 0) partial[tile * p.rows + i + r] = total;
+    }
+  }
+  Acc* const all_tops = shared<Acc>();  // [warps, tile]
+  Acc* const all_sums = all_tops + kWarps * kTile<T>;
+#pragma unroll
+  for (int j = 0; j < kTileVectors; ++j) {
+#pragma unroll
+    for (int e = 0; e < kPer; ++e) {
+      const int at = warp * kTile<T> + place_in_tile<T, kWide>(j, e);
+      all_tops[at] = tops[j][e];
+      all_sums[at] = sums[j][e];
+    }
+  }
+  sync_block();
+  for (int place = thread_index(); place < kTile<T> && first + place < p.columns; place += kThreads) {
+    Acc top = all_tops[place], sum = all_sums[place];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) {
+      top = fmax(top, all_tops[w * kTile<T> + place]);
+      sum += all_sums[w * kTile<T> + place];
+    }
+    const int64_t at = set * p.columns + first + place;
+    live[at] = top >= threshold;
+    tail[at] = top >= threshold ? Acc(0) : sum;
+  }
+}
+
+// row_sums [rows]: NaN where a row with a label has no finite lse.
+template <typename T, int kThreads>
+CPO_KERNEL(kThreads, 1)
+row_sums_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* partial, int64_t tiles, AccOf<T>* row_sums) {
+  const int64_t i = block_index() * kThreads + thread_index();
+  if (i >= p.rows) return;
+  double total = counts(p, lse, i) || p.labels[i] == p.ignore_index ? 0.0 : double(NAN);
+#pragma unroll 8
+  for (int64_t tile = 0; tile < tiles; ++tile) total += double(partial[tile * p.rows + i]);
+  row_sums[i] = AccOf<T>(total);
+}
+
+// [g_A, tau] of every set, one behind the other; ids [sum of a_k], offsets [sets + 1]; `blocks` of each set.
+template <typename T, int kThreads, bool kSoftcap>
+CPO_KERNEL(kThreads, 1)
+gather_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* row_sums, const int64_t* ids, const int64_t* offsets,
+              int64_t set_rows, int64_t blocks, T* out) {
+  using Acc = AccOf<T>;
+  const int lane = thread_index() % kWarp;
+  const int64_t set = block_index() / blocks;
+  const int64_t within = block_index() % blocks * (kThreads / kWarp) + thread_index() / kWarp;
+  const int64_t i = set * set_rows + within;
+  if (within >= set_rows || i >= p.rows) return;
+  const int64_t first = offsets[set], count = offsets[set + 1] - first, label = p.labels[i];
+  T* const g = out + set_rows * (first + set) + within * (count + 1);  // sets before have set_rows rows
+  const T* const row = p.logits + i * p.stride;
+  const bool counted = counts(p, lse, i);
+  Softmax<Acc> s = softmax_of_lse(lse[i], p);
+  if (!counted) s = {0, 0, 0, 0};
+  const Acc factor = s.factor * p.scale;
+  Acc at_label = 0;
+  if (counted && column_of(p, label) >= 0) {
+    const Acc x = widened(row[label]);
+    Acc slope = 1;
+    const Acc y = kSoftcap ? tanh_and_slope(x * p.inner, slope) : x;
+    at_label = -expm1(fma(p.nat, y, -lse[i])) * p.scale * slope;
+  }
+  Acc total = 0;
+  for (int64_t j = lane; j < count; j += kWarp * kGathered) {
+    int64_t column[kGathered];
+    Acc x[kGathered];
+#pragma unroll
+    for (int e = 0; e < kGathered; ++e) column[e] = j + e * kWarp < count ? ids[first + j + e * kWarp] : -1;
+#pragma unroll
+    for (int e = 0; e < kGathered; ++e) { x[e] = counted && column[e] >= 0 ? widened(row[column[e]]) : -Acc(INFINITY); }
+#pragma unroll
+    for (int e = 0; e < kGathered; ++e) {
+      if (column[e] < 0) break;
+      const Acc size = gradient_of<kSoftcap>(x[e], s, factor, p);
+      total += size;
+      g[j + e * kWarp] = rounded<T>(counted && column[e] == label ? at_label : -size);
+    }
+  }
+  total = warp_sum(total) - row_sums[i];
+  if (lane != 0) return;
+  const Acc none = label == p.ignore_index ? Acc(0) : Acc(NAN);
+  g[count] = rounded<T>(counted ? (total > 0 ? Acc(0) : total) : none);
+}
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+inline int64_t shares(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+// Numbers of the accumulation type that launch_live_columns wants in device memory.
+template <typename T>
+int64_t live_scratch_size(const Problem<T>& p) {
+  return p.rows * (2 + shares(p.columns, kTile<T>));
+}
+
+template <typename T>
+void launch_live_columns(const char* op, const Problem<T>& p, const AccOf<T>* lse, double eps, int64_t set_rows,
+                         bool softcap, AccOf<T>* scratch, bool* live, AccOf<T>* tail, AccOf<T>* row_sums,
+                         void* stream) {
+  using Acc = AccOf<T>;
+  const int64_t tiles = shares(p.columns, kTile<T>), sets = shares(p.rows, set_rows);
+  auto* shifts = reinterpret_cast<RowShift<Acc>*>(scratch);
+  Acc* partial = scratch + 2 * p.rows;
+  const LaunchShape rows{shares(p.rows, kSumThreads), kSumThreads, 1, 0, stream};
+  launch(op, rows, prepare_kernel<T, kSumThreads>, p, lse, shifts);
+  const bool wide = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.stride % Number<T>::kPer == 0;
+  const auto plain = wide ? sets_kernel<T, kSetThreads, false, true> : sets_kernel<T, kSetThreads, false, false>;
+  const auto capped = wide ? sets_kernel<T, kSetThreads, true, true> : sets_kernel<T, kSetThreads, true, false>;
+  const int shared_bytes = 2 * (kSetThreads / kWarp) * kTile<T> * int(sizeof(Acc));
+  launch(op, {sets * tiles, kSetThreads, 1, shared_bytes, stream}, softcap ? capped : plain, p, shifts,
+         Acc(eps * p.scale), set_rows, tiles, live, tail, partial);
+  launch(op, rows, row_sums_kernel<T, kSumThreads>, p, lse, partial, tiles, row_sums);
+}
+
+template <typename T>
+void launch_live_grads(const char* op, const Problem<T>& p, const AccOf<T>* lse, const AccOf<T>* row_sums,
+                       const int64_t* ids, const int64_t* offsets, int64_t set_rows, bool softcap, T* out,
+                       void* stream) {
+  const int64_t sets = shares(p.rows, set_rows), blocks = shares(set_rows, kSetThreads / kWarp);
+  const auto kernel = softcap ? gather_kernel<T, kSetThreads, true> : gather_kernel<T, kSetThreads, false>;
+  launch(op, {sets * blocks, kSetThreads, 1, 0, stream}, kernel, p, lse, row_sums, ids, offsets, set_rows, blocks, out);
+}
+
+}  // namespace cpo::cuda

@@ -1,0 +1,50 @@
+// What the ops over logits [N, V] on the GPU share: the head's options, checks, and the problem as their kernels see
+// it.
+#pragma once
+
+#include "../token_logps_checks.h"
+#include "ops.h"
+#include "token_logps_launch.h"
+
+namespace cpo::cuda {
+
+constexpr int64_t kMaxColumns = int64_t(1) << 30;  // column numbers are 32-bit, row addresses 64-bit
+
+struct Head {
+  int64_t ignore_index, vocab_size;
+  double scale, softcap;
+};
+
+inline void check_token_arguments_on_device(const char* op, const Tensor& logits, const Tensor& labels,
+                                            const Head& head) {
+  check_token_arguments(op, logits, labels, head.scale, head.softcap, head.vocab_size);
+  check(logits.is_cuda(), op, ": logits must be a CUDA tensor");
+  check_device("labels", labels, "logits", logits);
+  check(logits.size(0) <= kMaxGrid, op, ": logits may have at most ", kMaxGrid, " rows, got ", logits.size(0));
+  check(logits.size(1) <= kMaxColumns, op, ": logits may have at most ", kMaxColumns, " columns, got ", logits.size(1));
+}
+
+inline ScalarType acc_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls run(T{}) with the type of the logits' numbers.
+template <typename Run>
+void with_type_of(const Tensor& logits, const Run& run) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return run(float{});
+    case ScalarType::Double: return run(double{});
+    case ScalarType::BFloat16: return run(BFloat16{});
+    default: return run(Half{});
+  }
+}
+
+// overwritten: else the pointer is read as const, which must not split a copy-on-write tensor.
+template <typename T>
+Problem<T> problem_in(const Tensor& logits, const Tensor& labels, const Head& head, bool overwritten) {
+  void* data = overwritten ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
+  return problem_of(static_cast<T*>(data), data_of<int64_t>(labels), logits.size(0), logits.stride(0), logits.size(1),
+                    head.vocab_size, head.ignore_index, head.scale, head.softcap);
+}
+
+}  // namespace cpo::cuda
