@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = "".join(f"  {name:8} {help}\n" for name, (_, _, help) in COMMANDS.items())
     top = Parser("cpo-kernels", DESCRIPTION + lines + "\n`cpo-kernels COMMAND --help` shows what it takes.")
     top.add_argument("--version", action="version", version=f"cpo-kernels {__version__}")
+    top.add_argument("--completion", action="store_true", help='for bash: eval "$(cpo-kernels --completion)"')
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    if argv[:1] == ["--completion"]:
+        print(completion())
+        return 0
     place = next((i for i, arg in enumerate(argv) if not arg.startswith("-")), len(argv))
     command = top.parse_args(argv[: place + 1]).command
     rest = argv[:place] + argv[place + 1 :]
@@ -62,6 +66,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"cpo-kernels {command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+
+
+def completion() -> str:
+    """A bash function: commands first, then the options and choices of the command, and files."""
+    from cpo_kernels.recipe.config import config_keys
+
+    keys = [f"--{name}" for name, _, _ in config_keys()]
+    cases = []
+    for name, (arguments, _, _) in COMMANDS.items():
+        words = importlib.import_module(f"cpo_kernels.{arguments}").parser().names()
+        cases.append(f"    {name}) words='{' '.join(words + (keys if name in ('train', 'data') else []))}' ;;")
+    return "\n".join(
+        [
+            "_cpo_kernels() {",
+            "  local words",
+            '  case "${COMP_WORDS[1]}" in',
+            *cases,
+            f"    *) words='{' '.join(COMMANDS)} --help --version' ;;",
+            "  esac",
+            f"  [ \"$COMP_CWORD\" -eq 1 ] && words='{' '.join(COMMANDS)} --help --version'",
+            '  COMPREPLY=($(compgen -W "$words" -- "$2"))',
+            "}",
+            "complete -o default -F _cpo_kernels cpo-kernels",
+        ]
+    )
 
 
 def parser() -> Parser:

@@ -66,6 +66,7 @@ def test_how_many_cases_there_are_and_how_far_it_is(tmp_path, monkeypatch, capsy
     printed = capsys.readouterr()
     number = int(re.match(r"(\d+) cases on cpu, backends: cpu\n", printed.out)[1])
     assert number > 0 and f"\r{number} of {number}: cpu sequence" in printed.err
+    assert run.main([*command, "-q"]) == 0 and capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     assert run.main(command) == 0 and capsys.readouterr().err == ""
 

@@ -416,6 +416,26 @@ def test_module_and_version():
         assert done.stdout == f"cpo-kernels {cpo_kernels.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    "words, want",
+    [
+        (["ev"], "eval"),
+        (["eval", "--max"], "--max-new-tokens"),
+        (["train", "--training.wa"], "--training.warmup"),
+        (["train", "recipe.yaml", "--on"], "--on-bad-line"),
+        (["bench", "--set", "de"], "default"),
+    ],
+)
+def test_completion_in_bash(words, want, capsys):
+    assert main(["--completion"]) == 0
+    typed = " ".join(f"'{word}'" for word in words)
+    script = f"""{capsys.readouterr().out}
+COMP_WORDS=(cpo-kernels {typed}); COMP_CWORD={len(words)}
+_cpo_kernels cpo-kernels {words[-1]}; echo "${{COMPREPLY[*]}}"
+"""
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == f"{want}\n"
+
+
 @pytest.mark.parametrize("flags", [[], ["--frozen"], ["--no-grad"], ["--loss", "nll"], ["--memory-budget", "16"]])
 def test_explain(flags, capsys):
     keys = {"--frozen": {"train_head": False}, "--no-grad": {"train_hidden": False, "train_head": False}}

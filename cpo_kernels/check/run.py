@@ -246,9 +246,10 @@ class Group:
 
 
 def report(
-    results: Iterable[Result], jobs: Sequence[Job], device: str, save: Callable[[list[Result]], None]
+    results: Iterable[Result], jobs: Sequence[Job], device: str, save: Callable[[list[Result]], None], show: bool
 ) -> list[Result]:
-    """Prints each group as it ends, those cut off last; saves every SAVE_S. Results in the order of `jobs`."""
+    """Prints each group as it ends, those cut off last; saves every SAVE_S; `show`: counts on one line of the terminal.
+    Results in the order of `jobs`."""
 
     def key(backend: str, case: str) -> tuple[str, str]:
         return backend, case.partition("/")[0]
@@ -266,7 +267,6 @@ def report(
         saved_at = time.monotonic()
 
     width = shutil.get_terminal_size().columns - 1
-    show = sys.stderr.isatty()
     try:
         for result in results:
             group = groups[key(result["backend"], result["case"])]
@@ -353,7 +353,7 @@ def run(args: Any) -> int:
         running = run_here(jobs, args.device, all_cases, deadline)
     else:
         running = run_beside(jobs, args.device, all_cases, args.case_limit, args.processes, deadline)
-    results = report(running, jobs, args.device, save)
+    results = report(running, jobs, args.device, save, show=sys.stderr.isatty() and not args.quiet)
     count = counts(results) | {"not run": len(jobs) - len(results)}
     print(", ".join(f"{n} {s}" for s, n in count.items() if n) + f" in {time.perf_counter() - start:.0f} s")
     if args.out:
