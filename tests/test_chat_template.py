@@ -1,6 +1,13 @@
 """The chat template that a model is saved with: in transformers' own engine it writes what the model was trained on."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 import tiny
@@ -131,3 +138,45 @@ def test_a_trained_model_is_used_like_any_other(tmp_path, prompt):
     plain = AutoTokenizer.from_pretrained(tmp_path / "sft" / "model")
     assert "<honesty" not in plain.apply_chat_template(turn, tokenize=False, **asked)
     assert json.loads((tmp_path / "sft/model/tokenizer_config.json").read_text()) and result.tokenizer is tokenizer
+
+
+def test_a_server_takes_levels_from_a_request(tmp_path):
+    """`transformers serve`, a server with OpenAI's interface: it reads the tags, and refuses what is no level."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>\n{% endfor %}"
+    keys = {"run_dir": str(tmp_path / "run"), "template": {"prompt": "chat"}, "training": {"max_steps": 1}}
+    template = train(tiny.config("cpsft", **keys), tokenizer=tokenizer, records=tiny.records()).template
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
+    model = str(tmp_path / "run" / "model")
+    command = [sys.executable, "-c", program, "serve", "--device", "cpu", "--port", str(port), model]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def ask(path, **body):
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.loads(reply.read())
+
+    try:
+        for _ in range(240):
+            try:
+                ask("/health")
+                break
+            except OSError:
+                assert server.poll() is None, server.stderr.read()[-2000:]
+                time.sleep(0.5)
+        turn = {"model": model, "messages": [{"role": "user", "content": "say ab"}], "max_tokens": 2}
+        for condition in ({}, {"honesty": 5}, {"honesty": 5, "helpfulness": 1}):
+            reply = ask("/v1/chat/completions", **turn, chat_template_kwargs=condition)
+            assert reply["usage"]["prompt_tokens"] == len(template.prompt_ids("say ab", condition))
+        with pytest.raises(urllib.error.HTTPError):
+            ask("/v1/chat/completions", **turn, chat_template_kwargs={"honesty": 9})
+    finally:
+        server.terminate()
+        assert "honesty must be a number from 1 to 5, got 9" in server.communicate()[1]

@@ -70,7 +70,10 @@ def tag_lines(template: PromptTemplate, objectives: Sequence[Objective], conditi
         best = template.tags.render({o.name: o.high}).strip()
         lines.append(f"| {o.name} | {ends} | `{argument(o.name)}={format_number(o.high)}` | `{best}` |")
     given = ", ".join(f'"{argument(o.name)}": {format_number(o.high)}' for o in objectives)
-    lines += ["", "A server with OpenAI's interface (vLLM, llama.cpp and others) takes them in the body of a request:"]
+    lines += [
+        "",
+        "Servers that pass `chat_template_kwargs` on (`transformers serve`, vLLM) take them in a request:",
+    ]
     lines += [f'`"chat_template_kwargs": {{{given}}}`.']
     return lines
 
