@@ -17,8 +17,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cpo_kernels.bench.families import HEAD_SUBJECTS
-from cpo_kernels.bench.head import Batch, Head, head
+from cpo_kernels.bench.head import Batch
 from cpo_kernels.bench.sets import TINY
+from cpo_kernels.bench.workload import Head, head
 from cpo_kernels.environment import describe, processor
 
 RESULTS = Path(__file__).parent / "results" / "profile-cpu.json"

@@ -16,12 +16,12 @@ from benchmarks import compare, long_pairs, plot, profile, roofline
 from cpo_kernels.bench import arguments, growth, report, run, side_by_side
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.growth import Growth, exponent
-from cpo_kernels.bench.head import Head
 from cpo_kernels.bench.resume import finished
 from cpo_kernels.bench.sets import SETS, Run
 from cpo_kernels.bench.side_by_side import Bench, described, summary
 from cpo_kernels.bench.subject import Family, Step, Subject
 from cpo_kernels.bench.worker import Failed, Serving, Worker
+from cpo_kernels.bench.workload import Head
 from cpo_kernels.head import strategy
 
 ROOT = Path(__file__).parent.parent

@@ -12,12 +12,12 @@ import torch
 
 from cpo_kernels.bench import measure, training_step
 from cpo_kernels.bench.families import FAMILIES
-from cpo_kernels.bench.head import Head
 from cpo_kernels.bench.measure import Clock, differences, peak_bytes, project
 from cpo_kernels.bench.preference import Preference
 from cpo_kernels.bench.subject import Step
 from cpo_kernels.bench.tokens import Tokens
 from cpo_kernels.bench.training_step import TrainingStep
+from cpo_kernels.bench.workload import Head
 
 CPU = torch.device("cpu")
 # All sizes odd: no tile, vector or chunk divides them.

@@ -109,8 +109,13 @@ def parser() -> Parser:
     add("--frozen", action="store_true", help="the head is not trained, as under LoRA")
     add("--no-grad", action="store_true", help="no gradient at all: a reference model, evaluation")
     add("--loss", choices=("preference", "nll", "unknown"), default="preference", help="default %(default)s")
+    add("--filter-eps", type=eps, metavar="EPS", help="leave out gradients of logits below this: a number, or auto")
     add("--memory-budget", type=float, metavar="MIB", help="of one chunk of logits; default: by device")
     return made
+
+
+def eps(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def run(args: Namespace) -> int:
@@ -122,7 +127,8 @@ def run(args: Namespace) -> int:
     trained = {"train_hidden": not args.no_grad, "train_head": not (args.no_grad or args.frozen)}
     dtype = getattr(torch, args.dtype)
     shape = args.rows, args.hidden, args.vocab
-    print(explain(*shape, dtype, args.device, loss=args.loss, memory_budget=budget, **trained))
+    keys = {"loss": args.loss, "memory_budget": budget, "filter_eps": args.filter_eps, **trained}
+    print(explain(*shape, dtype, args.device, **keys))
     return 0
 
 

@@ -13,6 +13,7 @@ functional ops, which choose a backend when they run (in `ops` and `head`).
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
+from itertools import islice
 from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, get_type_hints
 
 import torch
@@ -49,7 +50,6 @@ SCHEMAS = {
 _library = torch.library.Library("cpo_kernels", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
-COMPILED = torch.ops.cpo_kernels  # where the extensions, once loaded, have their kernels
 
 
 class TokenLogps(NamedTuple):
@@ -174,6 +174,8 @@ def _builder(kind: Any) -> Callable[[Iterator[Any]], Any]:
     if not hasattr(kind, "_fields"):
         return next
     builders = [_builder(hint) for hint in get_type_hints(kind).values()]
+    if all(build is next for build in builders):
+        return lambda leaves: kind(*islice(leaves, len(builders)))
     return lambda leaves: kind(*[build(leaves) for build in builders])
 
 

@@ -8,7 +8,9 @@ import sys
 import live_cases
 import pytest
 import torch
+import torch.distributed as dist
 from heads import EVERY_BACKEND, relative_error
+from processes import run_processes
 from torch import Tensor
 
 import cpo_kernels as cpo
@@ -34,7 +36,7 @@ def rows(
 
 
 def formula(
-    leaves, labels, coef, eps, sets, scale=1.0, softcap=0.0, vocab_size=None
+    leaves, labels, coef, eps, sets, scale=1.0, softcap=0.0, vocab_size=None, shards=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dX, dW, db and the share of live columns, as the docstring of `head.live` states them, in float64."""
     hidden, weight, bias = (t.detach().double() for t in leaves)
@@ -50,17 +52,19 @@ def formula(
     g = torch.nn.functional.one_hot(y, vocab) * slope[:, :vocab] - sizes
     used, live = torch.zeros_like(g), 0.0
     cuts = [slice(low, low + sets) for low in range(0, len(x), sets)] if isinstance(sets, int) else sets
-    for part in cuts:
+    for rows_of_set, shard in itertools.product(cuts, shards or [slice(0, vocab)]):
+        part = rows_of_set, shard
+        width = len(range(*shard.indices(vocab)))
         columns = (sizes[part] >= eps * scale).any(0)
-        columns[y[part]] = True
-        if columns.sum() > LIVE_LIMIT * vocab:
+        mine = y[rows_of_set] - shard.start
+        columns[mine[(mine >= 0) & (mine < width)]] = True
+        if columns.sum() > LIVE_LIMIT * width:
             columns[:] = True
         tail = torch.where(columns, 0.0, g[part])
-        tau, total = tail.sum(1), tail.sum()
         used[part] = torch.where(columns, g[part], 0.0)
         if not columns.all():
-            used[part] += tau[:, None] * (tail.sum(0) / total)
-        live += float(columns.double().mean()) * len(x[part])
+            used[part] += tail.sum(1)[:, None] * (tail.sum(0) / tail.sum())
+        live += float(columns.double().sum()) / vocab * len(x[rows_of_set])
     dx, dw, db = torch.zeros_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)
     dx[keep] = c[:, None] * (used @ weight[:vocab])
     dw[:vocab], db[:vocab] = used.t() @ (c[:, None] * x), used.t() @ c
@@ -211,6 +215,40 @@ def test_nll(filter_head_grad):
     *want, _ = formula(leaves, labels, -weights / 50, 0.02, 16)
     want = want if filter_head_grad else [want[0], *exact[1:]]
     assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+SHARDS = (250, 0, 358)  # of 608 rows, 600 of them words
+
+
+def sharded(rank, filter_head_grad):
+    leaves, labels = rows(padding=8)
+    shards = cpo.VocabShards(dist.group.WORLD, SHARDS)
+    mine = slice(shards.start, shards.start + SHARDS[rank])
+    hidden, weight, bias = leaves[0], *(t.detach()[mine].requires_grad_() for t in leaves[1:])
+    options = {"filter_eps": 1e-3, "filter_head_grad": filter_head_grad, "vocab_size": VOCAB}
+    where = {"memory_budget": 16 * max(SHARDS) * 8, "vocab_shards": shards}
+    logp = cpo.linear_token_logps(hidden, weight, labels, bias, **options, **where)
+    return torch.autograd.grad(logp, (hidden, weight, bias), upstream(len(labels)))
+
+
+def upstream(count: int) -> Tensor:
+    return torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_a_sharded_head_has_sets_of_each_shard(filter_head_grad):
+    leaves, labels = rows(padding=8)
+    coef = upstream(len(labels))
+    *want, _ = formula(leaves, labels, coef, 1e-3, 16, vocab_size=VOCAB, shards=[slice(0, 250), slice(250, VOCAB)])
+    if not filter_head_grad:
+        logp = cpo.linear_token_logps(*leaves[:2], labels, leaves[2], vocab_size=VOCAB)
+        want[1:] = torch.autograd.grad(logp, leaves, coef)[1:]
+    grads = run_processes(sharded, 3, filter_head_grad)
+    assert all(relative_error(dx, want[0]) < 1e-12 for dx, *_ in grads)
+    for i in (1, 2):
+        assert relative_error(torch.cat([g[i] for g in grads]), want[i]) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------------- 16-bit errors

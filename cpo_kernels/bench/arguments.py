@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cpo_kernels.arguments import Parser
 
-SETS = ("ci", "default", "full", "gpu")
+SETS = ("ci", "default", "full", "gpu", "filtered")
 PARTS = ("head", "tokens", "preference", "training_step", "growth", "cold_start")
 
 
@@ -26,11 +26,15 @@ def parser() -> Parser:
     made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the set")
     made.add_argument("--subjects", nargs="+", metavar="NAME", help="and the floor; see --list")
     made.add_argument("--workload", action="append", metavar="KEY=VALUE,...", help="a head instead of the set's runs")
-    made.add_argument("--model", metavar="PATH", help="model.name of the training step, instead of random weights")
+    made.add_argument(
+        "--model",
+        metavar="PATH",
+        help="model.name of the training step, instead of random weights; with --data also of the set filtered",
+    )
     made.add_argument(
         "--data",
         metavar="JSONL",
-        help="pairs for the training steps of two responses: {prompt, chosen, rejected} a line",
+        help="pairs for the training steps of two responses and the set filtered: {prompt, chosen, rejected} a line",
     )
     made.add_argument("--device", help="cuda, cuda:1 or cpu; default: cuda where there is a GPU")
     made.add_argument("--threads", type=int, help="CPU threads; default: what torch takes")

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpo_kernels.bench.head import BETA, Batch, Head, TokenLogps, from_token_logps
-from cpo_kernels.bench.subject import Outcome, Step, Subject, gpu_only
+from cpo_kernels.bench.head import Batch, TokenLogps, from_token_logps
+from cpo_kernels.bench.subject import BETA, Outcome, Step, Subject, gpu_only
+from cpo_kernels.bench.workload import Head
 
 TRL_CHUNK = 8192  # vocabulary columns of a tile, as TRL's DPOTrainer runs it
 
@@ -45,7 +46,7 @@ def trl_head(rows_alone: bool) -> Callable[[Batch], Step]:
             return logps(x.flatten(0, 1), labels.clamp(min=0).flatten(), weight).view(labels.shape) * keep
 
         def labelled(x: Tensor, weight: Tensor) -> Tensor:
-            return logps(x[keep], labels[keep], weight).view(labels.shape[0], -1)
+            return b.padded(logps(x[keep], labels[keep], weight))
 
         return labelled if rows_alone else every_position
 
@@ -60,7 +61,7 @@ def torch_chunked(b: Batch) -> TokenLogps:
 
     def logps(x: Tensor, weight: Tensor) -> Tensor:
         nll = F.linear_cross_entropy(x[keep], weight, labels, reduction="none", options=options)
-        return -nll.view(b.labels.shape[0], -1)
+        return b.padded(-nll)
 
     return logps
 
@@ -89,6 +90,12 @@ def no_softcap(baseline: str) -> Callable[[Head, torch.device], str]:
     return lambda workload, device: f"{baseline} has no softcap" if workload.softcap else ""
 
 
+def liger_refuses(workload: Head, device: torch.device) -> str:
+    if workload.rows != "random" and workload.reference == "given":
+        return "Liger's DPO takes no log-probs of a reference"
+    return no_softcap("Liger's DPO")(workload, device)
+
+
 def torch_without_it(workload: Head, device: torch.device) -> str:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return f"torch {torch.__version__} has no chunked F.linear_cross_entropy"
@@ -103,7 +110,7 @@ SUBJECTS = {
         "Cut Cross Entropy, its kernels, exact", cut_cross_entropy("cce", filter_eps=None), CCE, gpu_only
     ),
     "cce_filtered": Subject("Cut Cross Entropy, its kernels, filtered", cut_cross_entropy("cce"), CCE, gpu_only),
-    "liger": Subject("Liger fused linear DPO, compiled", liger, "liger-kernel", no_softcap("Liger's DPO")),
+    "liger": Subject("Liger fused linear DPO, compiled", liger, "liger-kernel", liger_refuses),
     "trl": Subject("TRL chunked head", trl_head(False), "trl"),
     "trl_unmasked": Subject("TRL chunked head, labelled rows", trl_head(True), "trl"),
 }

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cpo_kernels.bench.head import Head
 from cpo_kernels.bench.side_by_side import Bench, Row, described
+from cpo_kernels.bench.workload import Head
 
 SUBJECTS = ("products", "ours", "naive_unmasked")
 # Extra memory: chunks have a budget, so it does not follow the tokens; a float32 dW of several chunks follows V and H.

@@ -4,7 +4,6 @@ Every subject (`head_subjects`, `baselines`) computes -mean log sigmoid(beta * d
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -13,69 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cpo_kernels as cpo
-from cpo_kernels.bench.subject import Outcome, Step
-
-BETA = 0.1
-# name -> hidden size, vocabulary, cap of the logits
-HEADS = {
-    "smollm2-135m": (576, 49152, None),
-    "qwen2.5-0.5b": (896, 151936, None),
-    "qwen2.5-7b": (3584, 152064, None),
-    "gemma-2-9b": (3584, 256000, 30.0),
-    "llama-3-8b": (4096, 128256, None),
-}
-MODES = ("trainable", "frozen", "forward")
-
-
-@dataclass(frozen=True)
-class Head:
-    """`groups` prompts with `responses` each, all pairs of a group; `prompt` of the `length` tokens are the prompt.
-
-    mode: head `trainable`, `frozen` (LoRA: only hidden states want a gradient) or `forward` (no gradient).
-    reference: its log-probs are `given`, or `computed` in the step from its hidden states: with a head of its own where
-        the head is trained, else with the same one.
-    """
-
-    head: str
-    hidden: int
-    vocab: int
-    softcap: float | None = None
-    groups: int = 4
-    responses: int = 2
-    length: int = 128
-    prompt: int = 64
-    dtype: str = "bfloat16"
-    mode: str = "trainable"
-    reference: str = "given"
-
-    @property
-    def sequences(self) -> int:
-        return self.groups * self.responses
-
-    @property
-    def pairs(self) -> int:
-        return self.groups * self.responses * (self.responses - 1) // 2
-
-    @property
-    def labelled(self) -> int:
-        return self.sequences * (self.length - self.prompt)
-
-    @property
-    def products(self) -> int:
-        """Matrix products of labelled x hidden x vocab that cannot be avoided."""
-        return {"trainable": 3, "frozen": 2, "forward": 1}[self.mode] + (self.reference == "computed")
-
-    @property
-    def gradient_bytes(self) -> int:
-        """dX on every position, and dW."""
-        size: int = getattr(torch, self.dtype).itemsize
-        dx = 0 if self.mode == "forward" else self.sequences * self.length * self.hidden
-        return size * (dx + (self.vocab * self.hidden if self.mode == "trainable" else 0))
-
-
-def head(name: str, **keys: Any) -> Head:
-    hidden, vocab, softcap = HEADS[name]
-    return Head(name, hidden, vocab, softcap, **keys)
+from cpo_kernels.bench.rows import MAKERS
+from cpo_kernels.bench.subject import BETA, Outcome, Step
+from cpo_kernels.bench.workload import Head
 
 
 def plan(w: Head, device: torch.device) -> str:
@@ -92,16 +31,10 @@ class Batch:
     def __init__(self, workload: Head, device: torch.device) -> None:
         w, self.workload, self.device = workload, workload, device
         self.dtype = getattr(torch, w.dtype)
-        g = torch.Generator(device).manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g, device=device)
-
-        self.hidden = normal(w.sequences, w.length, w.hidden).to(self.dtype).requires_grad_(w.mode != "forward")
-        weight = normal(w.vocab, w.hidden).mul_(w.hidden**-0.5).to(self.dtype)
-        self.weight = weight.requires_grad_(w.mode == "trainable")  # [V, H]
-        self.labels = torch.randint(w.vocab, (w.sequences, w.length), generator=g, device=device)  # [S, T]
-        self.labels[:, : w.prompt] = -100
+        made = MAKERS[w.rows](w, device)
+        self.hidden = made.hidden.to(self.dtype).requires_grad_(w.mode != "forward")
+        self.weight = made.weight.to(self.dtype).requires_grad_(w.mode == "trainable")  # [V, H]
+        self.labels = made.labels  # [S, T]
         self.pairs = torch.tensor(
             [(a * w.groups + i, b * w.groups + i) for a, b in combinations(range(w.responses), 2)
              for i in range(w.groups)], device=device,
@@ -110,8 +43,17 @@ class Batch:
         self.ref_weight = self.weight
         # All the same: it cancels in d, so that Liger, which takes no log-probs, computes the same loss.
         self.ref_logps = torch.full((w.sequences,), -11.0 * (w.length - w.prompt), device=device)
+        if w.rows != "random":  # the policy's own, as in the first step of a training: the sigmoid is in its middle
+            keep = self.labels != -100
+            logps = [
+                gathered(x[k].float(), made.weight, y[k], w.softcap).sum()
+                for x, y, k in zip(self.hidden.detach(), self.labels, keep, strict=True)
+            ]
+            self.ref_logps = torch.stack(logps)
         if w.reference == "computed":
-            self.ref_hidden = (self.hidden.detach().float() + 0.3 * normal(*self.hidden.shape)).to(self.dtype)
+            g = torch.Generator(device).manual_seed(1)
+            noise = torch.randn(self.hidden.shape, generator=g, device=device)
+            self.ref_hidden = (self.hidden.detach().float() + 0.3 * noise).to(self.dtype)
             if w.mode == "trainable":
                 self.ref_weight = self.weight.detach().clone()
 
@@ -123,6 +65,10 @@ class Batch:
         named = {"loss": loss.detach(), "dx": self.hidden.grad, "dw": self.weight.grad}
         self.hidden.grad = self.weight.grad = None
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def padded(self, values: Tensor) -> Tensor:
+        """[n] of the labelled rows -> [S, T]"""
+        return values.new_zeros(self.labels.shape).masked_scatter(self.labels != -100, values)
 
     def dpo(self, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
         """-mean log sigmoid(beta d) from token log-probs [S, T], zero where nothing is labelled."""
@@ -182,9 +128,9 @@ def truth(b: Batch) -> Outcome:
     x, weight = b.hidden.detach()[keep].float(), b.weight.detach().float()
     ref = None
     if b.ref_hidden is not None:
-        ref = logps(b.ref_hidden[keep].float(), b.ref_weight.detach().float()).view(w.sequences, -1)
+        ref = b.padded(logps(b.ref_hidden[keep].float(), b.ref_weight.detach().float()))
     logp = logps(x, weight).requires_grad_(w.mode != "forward")
-    loss = b.dpo(logp.view(w.sequences, -1), ref)
+    loss = b.dpo(b.padded(logp), ref)
     if w.mode == "forward":
         return {"loss": loss}
     (coef,) = torch.autograd.grad(loss, logp)

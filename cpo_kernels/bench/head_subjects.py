@@ -8,9 +8,11 @@ from torch import Tensor
 
 import cpo_kernels as cpo
 from cpo_kernels.backends import dispatch
-from cpo_kernels.bench.head import BETA, Batch, Head, TokenLogps, from_token_logps, gathered
-from cpo_kernels.bench.subject import Outcome, Step, Subject, gpu_only
+from cpo_kernels.bench.head import Batch, TokenLogps, from_token_logps, gathered
+from cpo_kernels.bench.subject import BETA, Outcome, Step, Subject, gpu_only
+from cpo_kernels.bench.workload import Head
 
+FILTERED: dict[str, Any] = {"filter_eps": "auto", "filter_head_grad": True}
 FLOOR_ROWS = 4096  # rows of a chunk of `products`: there the products of these heads run at their full rate
 
 
@@ -54,13 +56,13 @@ def products(b: Batch) -> Step:
 # ----------------------------------------------------------------------------------------------------------------- ours
 
 
-def fused_loss(impl: str = "auto", two_pass: bool = False) -> Callable[[Batch], Step]:
+def fused_loss(impl: str = "auto", two_pass: bool = False, **filtered: Any) -> Callable[[Batch], Step]:
     """`FusedLinearCPOLoss` with a plan as a collator makes it; two_pass: a budget one row short of a group's."""
 
     def build(b: Batch) -> Step:
         w = b.workload
         budget = (w.labelled // w.groups - 1) * w.vocab * b.dtype.itemsize if two_pass else None
-        loss_fn = cpo.FusedLinearCPOLoss(beta=BETA, softcap=w.softcap, impl=impl, memory_budget=budget)
+        loss_fn = cpo.FusedLinearCPOLoss(beta=BETA, softcap=w.softcap, impl=impl, memory_budget=budget, **filtered)
         given: dict[str, Any] = {"ref_logps": b.ref_logps} if b.ref_hidden is None else {"ref_hidden": b.ref_hidden}
         if b.ref_weight is not b.weight:
             given["ref_weight"] = b.ref_weight
@@ -76,10 +78,14 @@ def fused_loss(impl: str = "auto", two_pass: bool = False) -> Callable[[Batch], 
     return build
 
 
-@from_token_logps
-def our_token_logps(b: Batch) -> TokenLogps:
-    """`linear_token_logps` under a loss that it does not know: strategies recompute, frozen and forward."""
-    return lambda x, weight: cpo.linear_token_logps(x, weight, b.labels, softcap=b.workload.softcap)
+def our_token_logps(**filtered: Any) -> Callable[[Batch], Step]:
+    """`linear_token_logps` under a loss that it does not know: strategies recompute, frozen, forward and live."""
+
+    @from_token_logps
+    def make(b: Batch) -> TokenLogps:
+        return lambda x, weight: cpo.linear_token_logps(x, weight, b.labels, softcap=b.workload.softcap, **filtered)
+
+    return make
 
 
 def needs_backend(impl: str) -> Callable[[Head, torch.device], str]:
@@ -106,7 +112,7 @@ def naive(rows_alone: bool, compiled: bool) -> Callable[[Batch], Step]:
             return function(x, weight, b.labels, softcap) * keep
 
         def labelled(x: Tensor, weight: Tensor) -> Tensor:
-            return function(x[keep], weight, labels, softcap).view(b.labels.shape[0], -1)
+            return b.padded(function(x[keep], weight, labels, softcap))
 
         return labelled if rows_alone else every_position
 
@@ -121,7 +127,12 @@ SUBJECTS = {
     "ours_two_pass": Subject(
         "cpo-kernels, two_pass: a group exceeds the budget", fused_loss(two_pass=True), refuses=trainable_alone
     ),
-    "ours_token_logps": Subject("cpo-kernels, `linear_token_logps` and a loss in torch", our_token_logps),
+    "ours_token_logps": Subject("cpo-kernels, `linear_token_logps` and a loss in torch", our_token_logps()),
+    "ours_filtered": Subject("cpo-kernels, `filter_eps`", fused_loss(filter_eps="auto")),
+    "ours_filtered_head": Subject("cpo-kernels, `filter_eps` and `filter_head_grad`", fused_loss(**FILTERED)),
+    "ours_token_logps_filtered": Subject(
+        "cpo-kernels, `linear_token_logps`, both filters", our_token_logps(**FILTERED)
+    ),
     "naive": Subject("naive PyTorch, every position", naive(False, False)),
     "naive_unmasked": Subject("naive PyTorch, labelled rows only", naive(True, False)),
     "naive_compiled": Subject("naive PyTorch, every position, torch.compile", naive(False, True)),

@@ -16,11 +16,12 @@ import torch
 from cpo_kernels.bench import cold_start, growth, report
 from cpo_kernels.bench.arguments import parser
 from cpo_kernels.bench.families import FAMILIES
-from cpo_kernels.bench.head import HEADS, MODES, Head, head
 from cpo_kernels.bench.resume import Kept
+from cpo_kernels.bench.rows import ROWS
 from cpo_kernels.bench.sets import SETS, Run, Set
 from cpo_kernels.bench.side_by_side import TIME_LIMIT, Bench, described
 from cpo_kernels.bench.training_step import TrainingStep
+from cpo_kernels.bench.workload import HEADS, MODES, Head, head
 from cpo_kernels.environment import check_options, chosen_device, describe
 from cpo_kernels.files import atomic_text
 
@@ -41,6 +42,8 @@ def parse_workload(text: str) -> Head:
     made = replace(head(name), **keys)
     if made.mode not in MODES or made.reference not in ("given", "computed") or made.responses < 2:
         raise ValueError(f"--workload: no such workload: {made}")
+    if made.rows not in ROWS or (made.rows == "real") != bool(made.model and made.data):
+        raise ValueError(f"--workload: rows must be random, peaked, or real with model and data, got {made}")
     if not 0 <= made.prompt < made.length:
         raise ValueError(f"--workload: prompt {made.prompt} must be shorter than length {made.length}")
     return made
@@ -56,6 +59,8 @@ def chosen_runs(args: argparse.Namespace, known: Set) -> list[Run]:
             run = replace(run, workload=replace(run.workload, model=args.model))
         if args.data and isinstance(run.workload, TrainingStep) and run.workload.responses == 2:
             run = replace(run, workload=replace(run.workload, data=args.data))
+        if isinstance(run.workload, Head) and run.workload.rows == "peaked" and args.model and args.data:
+            run = replace(run, workload=replace(run.workload, rows="real", model=args.model, data=args.data))
         names = [n for n in run.subjects or FAMILIES[run.family].subjects]
         if args.subjects:
             floor = FAMILIES[run.family].floor

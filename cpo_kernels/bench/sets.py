@@ -5,10 +5,10 @@ from typing import Any
 
 from cpo_kernels.bench import tokens
 from cpo_kernels.bench.growth import Growth
-from cpo_kernels.bench.head import Head, head
 from cpo_kernels.bench.preference import Preference
 from cpo_kernels.bench.tokens import Tokens
 from cpo_kernels.bench.training_step import TrainingStep
+from cpo_kernels.bench.workload import Head, head
 
 
 @dataclass(frozen=True)
@@ -133,4 +133,22 @@ GPU = Set(
     cold_starts=2, rounds=5, turn_s=0.1, subject_s=90, limit_s=480,
 )  # fmt: skip
 
-SETS = {"ci": CI, "default": DEFAULT, "full": FULL, "gpu": GPU}
+# --------------------------------------------------------- filtered: gradients on the live columns of a trained model
+
+# 6 and 24 responses of UltraFeedback with SmolLM2's tokenizer hold about 1,024 and 4,096 labelled tokens.
+FILTERED_SUBJECTS = (
+    "products", "ours", "ours_filtered", "ours_filtered_head", "ours_token_logps", "ours_token_logps_filtered",
+    "naive_unmasked", "torch_chunked", "cce", "cce_filtered", "trl_unmasked",
+)  # fmt: skip
+PEAKED = head("smollm2-135m", length=512, prompt=256, rows="peaked")
+FILTERED = Set(
+    runs=tuple(
+        Run("head", replace(PEAKED, groups=groups, mode=mode, dtype=dtype), FILTERED_SUBJECTS)
+        for dtype in ("bfloat16", "float16")
+        for groups in (2, 8)
+        for mode in BOTH
+    ),
+    growth=(), cold_starts=0, rounds=5, turn_s=0.3, subject_s=120, limit_s=3600,
+)  # fmt: skip
+
+SETS = {"filtered": FILTERED, "ci": CI, "default": DEFAULT, "full": FULL, "gpu": GPU}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cpo_kernels.environment import installed
 
+BETA = 0.1  # of every preference loss
 # Name -> tensor, as many of the truth's names as the subject computes.
 Outcome = dict[str, Tensor]
 

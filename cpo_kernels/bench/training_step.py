@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import cpo_kernels as cpo
-from cpo_kernels.bench.head import BETA
-from cpo_kernels.bench.subject import Family, Outcome, Step, Subject
+from cpo_kernels.bench.subject import BETA, Family, Outcome, Step, Subject
 from cpo_kernels.environment import installed
 
 # Random weights take the time that trained ones take.

@@ -14,7 +14,7 @@ from cpo_kernels import checks, library
 from cpo_kernels.backends.vocab_parallel import Backend, VocabShards
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.head.matmul import product
-from cpo_kernels.head.strategy import SET_ROWS, budget_rows, even_rows, row_stride
+from cpo_kernels.head.strategy import SET_ROWS, budget_rows, even_rows, resolve_filter, row_stride
 from cpo_kernels.head.vocab_parallel import local_head
 from cpo_kernels.library import Kernels
 from cpo_kernels.ops.token_logps import HeadOptions, head_options
@@ -141,38 +141,15 @@ def head_inputs(
         raise TypeError(f"hidden, weight and bias must share one dtype, got {dtypes}: cast them or use autocast")
     weight = named["weight"]
     width = weight.shape[0] if shards is None else max(shards.rows)
-    options = head_options(shards.vocab_size if shards else width, *config[:4])
+    columns = shards.vocab_size if shards else width
+    options = head_options(columns, config.ignore_index, config.softcap, config.scale, config.vocab_size)
     if shards is None and checks.may_read(labels):  # shards agree on an error first: no rank is left waiting
         check_label_range(labels, options.ignore_index, options.vocab_size)
     rows = named["hidden"].reshape(-1, weight.shape[1])
     tensors = HeadTensors(rows, weight, named.get("bias", weight.new_empty(0)), labels.reshape(-1))
     row_limit = budget_rows(width, weight.dtype, weight.device, config.memory_budget)
-    eps = resolve_filter(config, weight.dtype)
+    eps = resolve_filter(config.filter_eps, config.filter_head_grad, weight.dtype)
     return HeadInputs(tensors, options, row_limit, width, shards, eps, config.filter_head_grad)
-
-
-# Half the error of dX in the exact path, whose logits are rounded to the same dtype.
-AUTO_EPS = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15}
-
-
-def check_filter(filter_eps: float | str | None, filter_head_grad: bool) -> None:
-    if not isinstance(filter_head_grad, bool):
-        raise TypeError(f"filter_head_grad must be True or False, got {filter_head_grad!r}")
-    if filter_head_grad and filter_eps is None:
-        raise ValueError("filter_head_grad=True has a meaning with filter_eps only: give it a number or 'auto'")
-    if filter_eps is None or filter_eps == "auto":
-        return
-    if isinstance(filter_eps, str):
-        raise ValueError(f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps!r}")
-    check_types("a number", filter_eps=filter_eps)
-    if not 0.0 < filter_eps < 1.0:
-        raise ValueError(f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps}")
-
-
-def resolve_filter(config: HeadConfig, dtype: torch.dtype) -> float:
-    """The eps of this dtype's products; 0 for exact gradients."""
-    check_filter(config.filter_eps, config.filter_head_grad)
-    return AUTO_EPS.get(dtype, 0.0) if config.filter_eps == "auto" else float(config.filter_eps or 0.0)
 
 
 def check_index(index: Tensor | None, labels: Tensor) -> None:

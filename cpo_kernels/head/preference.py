@@ -120,7 +120,7 @@ class _Loss(NamedTuple):
     coef: Tensor  # [n], of the rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Batch:
     """What the strategies work on: the head and the rows in the layout's order."""
 

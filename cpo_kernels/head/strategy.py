@@ -9,9 +9,15 @@ In products of N*H*V multiply-adds, N labelled rows:
     deferred   3  one pair that does not fit the budget, its two coefficients opposite: dW is scaled when they are known
     two_pass   4  loss known, but a group does not fit the budget or the loss couples all pairs
     recompute  4  trainable head under a loss that is not known yet
+
+With filter_eps the product of dX is made on the live columns, a share L of the vocabulary: 1 - L less of each that
+makes dX. With filter_head_grad too:
+
+    live  1 + 2 L  any loss: dX is made while the chunk is there, and dW in backward from the live gradients
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -32,7 +38,31 @@ from cpo_kernels.head.matmul import tile_bytes
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
 SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12, 64 rows 4.4%, whose terms q weigh twice
-PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "deferred": 3, "two_pass": 4, "recompute": 4}
+PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "deferred": 3, "two_pass": 4, "recompute": 4, "live": 3}
+
+
+# Half the error of dX in the exact path, whose logits are rounded to the same dtype.
+AUTO_EPS = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15}
+
+
+def check_filter(filter_eps: float | str | None, filter_head_grad: bool) -> None:
+    if not isinstance(filter_head_grad, bool):
+        raise TypeError(f"filter_head_grad must be True or False, got {filter_head_grad!r}")
+    if filter_head_grad and filter_eps is None:
+        raise ValueError("filter_head_grad=True has a meaning with filter_eps only: give it a number or 'auto'")
+    if filter_eps is None or filter_eps == "auto":
+        return
+    if isinstance(filter_eps, str):
+        raise ValueError(f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps!r}")
+    check_types("a number", filter_eps=filter_eps)
+    if not 0.0 < filter_eps < 1.0:
+        raise ValueError(f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps}")
+
+
+def resolve_filter(filter_eps: float | str | None, filter_head_grad: bool, dtype: torch.dtype) -> float:
+    """The eps of this dtype's products; 0 for exact gradients."""
+    check_filter(filter_eps, filter_head_grad)
+    return AUTO_EPS.get(dtype, 0.0) if filter_eps == "auto" else float(filter_eps or 0.0)
 
 
 @dataclass(frozen=True)
@@ -43,7 +73,7 @@ class Plan:
     num_tokens: int  # labelled rows
     chunk_rows: int
     num_chunks: int
-    products: int
+    products: float
     logits_bytes: int  # one chunk
     # Beyond inputs and gradients: chunk, dX, a float32 accumulator (of dW, or of dX by columns), and float32 tiles on
     # CPUs without 16-bit products.
@@ -51,7 +81,7 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.strategy}: {self.products} products of {self.num_tokens} labelled rows in {self.num_chunks} "
+            f"{self.strategy}: {self.products:g} products of {self.num_tokens} labelled rows in {self.num_chunks} "
             f"chunk(s) of at most {self.chunk_rows} rows; logits {self.logits_bytes / 2**20:.0f} MiB, "
             f"in all {self.extra_bytes / 2**20:.0f} MiB beyond inputs and gradients"
         )
@@ -106,6 +136,9 @@ def explain(
     couples_pairs: bool = False,
     one_pair: bool = False,
     memory_budget: int | None = None,
+    filter_eps: float | Literal["auto"] | None = None,
+    filter_head_grad: bool = False,
+    live_share: float = 0.07,
 ) -> Plan:
     """The plan for a head of this shape: strategy, chunks, products and bytes.
 
@@ -117,9 +150,12 @@ def explain(
         couples_pairs: the loss couples all pairs (aot, aot_unpaired).
         one_pair: the batch is one pair, under a loss with opposite coefficients (sigmoid and others, reverse KL).
         memory_budget: bytes of logits held at a time; the default depends on the device.
+        filter_eps, filter_head_grad: see `linear_token_logps`.
+        live_share: share of the vocabulary that they leave live, of which products and bytes follow: 0.07 on real rows
+            of SmolLM2-135M at 2^-12. `PreferenceOutput.live_share` says what it was.
 
     Raises:
-        TypeError, ValueError: numbers below 0, or an unknown loss or dtype.
+        TypeError, ValueError: numbers below 0, a live_share outside [0, 1], or an unknown loss or dtype.
 
     Example:
         >>> explain(512, 896, 151936).strategy
@@ -136,12 +172,18 @@ def explain(
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     if loss not in ("preference", "nll", "unknown"):
         raise ValueError(f"loss must be 'preference', 'nll' or 'unknown', got {loss!r}")
+    check_types("a number", live_share=live_share)
+    if not 0.0 <= live_share <= 1.0:
+        raise ValueError(f"live_share must lie in [0, 1], got {live_share}")
+    eps = resolve_filter(filter_eps, filter_head_grad, dtype)
     limit = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)
     group = num_tokens if group_tokens is None else group_tokens
     if not (train_hidden or train_head):
         strategy = "forward"
     elif not train_head:
         strategy = "frozen"
+    elif eps and filter_head_grad:
+        strategy = "live"
     elif loss == "unknown":
         strategy = "recompute"
     elif loss == "nll":
@@ -150,6 +192,11 @@ def explain(
         strategy = preference_strategy(num_tokens, group, couples_pairs, one_pair, limit)
     row_bytes = row_stride(vocab_size, dtype, torch.device(device)) * dtype.itemsize
     plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, row_bytes, train_hidden, train_head)
+    if strategy == "live":
+        kept = num_tokens * vocab_size * (live_share + 1 / SET_ROWS) * dtype.itemsize  # gradients, q of each set
+        plan = replace(plan, products=1 + live_share * (1 + train_hidden), extra_bytes=plan.extra_bytes + round(kept))
+    elif eps and train_hidden:
+        plan = replace(plan, products=plan.products - 1 + live_share)
     tiles = tile_bytes(plan.chunk_rows, hidden_size, dtype, torch.device(device))
     return replace(plan, extra_bytes=plan.extra_bytes + tiles)
 
@@ -169,7 +216,7 @@ def _plan(
     chunks = max(1, -(-num_tokens // max(rows, 1)))
     logits = rows * row_bytes
     accumulator = 0
-    if train_head and chunks > 1:
+    if train_head and chunks > 1 and strategy != "live":
         by_columns = strategy in ("two_pass", "recompute")  # where dW is written once and dX adds up
         numbers = (num_tokens * train_hidden if by_columns else vocab_size) * hidden_size
         accumulator = numbers * torch.promote_types(dtype, torch.float32).itemsize

@@ -11,7 +11,7 @@ spread.
 import functools
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ except ModuleNotFoundError as error:
     raise explained(error, __name__) from error
 
 from cpo_kernels.head.inputs import HeadConfig, head_inputs
+from cpo_kernels.head.strategy import check_filter
 from cpo_kernels.head.token_logps import LinearTokenLogps, token_logps_of
 from cpo_kernels.integrations.heads import (
     LogitMap,
@@ -48,16 +49,23 @@ def add_fused_head(
     scale: float | None = None,
     memory_budget: int | None = None,
     impl: str = "auto",
+    filter_eps: float | Literal["auto"] | None = None,
+    filter_head_grad: bool = False,
 ) -> None:
     """Give `model.forward` the keyword `fused_lm_head`. Without it the forward stays what it was.
 
     outputs: the fields of `FusedCausalLMOutput` that are wanted, among `FIELDS`; each is [S, T - 1] and 0 where the
     label is -100 ([S, T] with `shift_labels`). A router's load-balancing loss comes as `aux_loss` where
-    `output_router_logits` asks for it. softcap, scale: see `lm_head`; memory_budget, impl: see `linear_token_logps`.
+    `output_router_logits` asks for it. softcap, scale: see `lm_head`; memory_budget, impl, filter_eps,
+    filter_head_grad: see `linear_token_logps`.
     """
     if unknown := set(outputs) - set(FIELDS):
         raise ValueError(f"outputs must be among {', '.join(FIELDS)}, got {', '.join(sorted(unknown))}")
     dispatch.check_impl(impl)
+    check_filter(filter_eps, filter_head_grad)
+    settings = {
+        "memory_budget": memory_budget, "filter_eps": filter_eps, "filter_head_grad": filter_head_grad,
+    }  # fmt: skip
     head_layer(model)
     numbers = logit_map(model, softcap, scale)
     original = model.forward
@@ -72,7 +80,7 @@ def add_fused_head(
         given = {name: value for name, value in given.items() if value is not None}
         if not fused_lm_head:
             return original(*args, **given, **kwargs)
-        return _forward(self, args, kwargs, labels, shift_labels, outputs, numbers, memory_budget, impl)
+        return _forward(self, args, kwargs, labels, shift_labels, outputs, numbers, settings, impl)
 
     model.forward = types.MethodType(forward, model)
 
@@ -85,7 +93,7 @@ def _forward(
     shifted: Tensor | None,
     outputs: Sequence[str],
     numbers: LogitMap,
-    memory_budget: int | None,
+    settings: dict[str, Any],
     impl: str,
 ) -> FusedCausalLMOutput:
     config = model.config.get_text_config()
@@ -107,7 +115,8 @@ def _forward(
     with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
         # As TRL, a weight of another dtype than the hidden states (a head saved in float32) is cast to theirs.
         w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))
-        inputs = head_inputs(hidden, w, shifted, b, HeadConfig(-100, *numbers, None, memory_budget))
+        head = HeadConfig(-100, numbers.softcap, numbers.scale, None, **settings)
+        inputs = head_inputs(hidden, w, shifted, b, head)
         extras = set(outputs) != {"log_probs"}
         function = _GatheredTokenLogps if hasattr(weight, "ds_id") else LinearTokenLogps
         logps, extra, *_ = token_logps_of(inputs, extras, impl, function=function)
@@ -125,8 +134,8 @@ class _GatheredTokenLogps(LinearTokenLogps):
     """ZeRO-3 takes the weight away after forward; recomputed logits need it once more."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        weights = () if ctx.frozen else ctx.saved_tensors[1:3]
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        weights = ctx.saved_tensors[2:4]  # none where the head is frozen
         with trl_utils.maybe_gather_lm_head_ctx(*(w for w in weights if hasattr(w, "ds_id"))):
             return LinearTokenLogps.backward(ctx, grad, *_)
 

@@ -154,14 +154,15 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
                 f"the head is a {type(layer).__name__}: its adapter is not part of the weight that the fused head "
                 "multiplies with. Take 'lm_head' out of target_modules; modules_to_save=['lm_head'] trains the head"
             )
-    plain = type(layer).forward is nn.Linear.forward
+    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
     replaced = plain and "forward" in vars(layer) and not is_tensor_parallel(layer) and not is_dispatched(layer)
-    if not isinstance(layer, nn.Linear) or not plain or replaced:
+    if not plain or replaced:
         raise TypeError(
             f"the head of {type(model).__name__} is {type(layer).__name__}{' with another forward' * replaced}, a "
             "plain nn.Linear is needed: keep it out of quantization and offloading"
         )
-    return layer
+    linear: nn.Linear = layer
+    return linear
 
 
 def is_dispatched(layer: nn.Linear) -> bool:
@@ -197,9 +198,10 @@ def parallel_input(layer: Any, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def backbone(model: Any) -> Any:
+def backbone(model: Any) -> nn.Module:
     """What makes the hidden states of the head. Llama 4's class names a prefix that it does not have."""
-    return model.model if model.base_model is model else model.base_model
+    body: nn.Module = model.model if model.base_model is model else model.base_model
+    return body
 
 
 # ------------------------------------------------------------------------------------------- wrappers

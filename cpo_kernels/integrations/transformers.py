@@ -112,19 +112,21 @@ def _labels(batch: dict[str, Any], ignore_index: int) -> Tensor:
 def causal_lm_logps(
     model: nn.Module, batch: Mapping[str, Any], ignore_index: int = ..., softcap: float | None = ...,
     scale: float | None = ..., vocab_size: int | None = ..., extras: Literal[False] = ...,
-    memory_budget: int | None = ..., impl: str = ...,
+    memory_budget: int | None = ..., impl: str = ..., filter_eps: float | Literal["auto"] | None = ...,
+    filter_head_grad: bool = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def causal_lm_logps(
     model: nn.Module, batch: Mapping[str, Any], ignore_index: int = ..., softcap: float | None = ...,
     scale: float | None = ..., vocab_size: int | None = ..., *, extras: Literal[True],
-    memory_budget: int | None = ..., impl: str = ...,
+    memory_budget: int | None = ..., impl: str = ..., filter_eps: float | Literal["auto"] | None = ...,
+    filter_head_grad: bool = ...,
 ) -> tuple[Tensor, TokenExtras]: ...  # fmt: skip
 @overload
 def causal_lm_logps(
     model: nn.Module, batch: Mapping[str, Any], ignore_index: int = ..., softcap: float | None = ...,
     scale: float | None = ..., vocab_size: int | None = ..., extras: bool = ..., memory_budget: int | None = ...,
-    impl: str = ...,
+    impl: str = ..., filter_eps: float | Literal["auto"] | None = ..., filter_head_grad: bool = ...,
 ) -> Tensor | tuple[Tensor, TokenExtras]: ...  # fmt: skip
 def causal_lm_logps(
     model: nn.Module,
@@ -136,6 +138,8 @@ def causal_lm_logps(
     extras: bool = False,
     memory_budget: int | None = None,
     impl: str = "auto",
+    filter_eps: float | Literal["auto"] | None = None,
+    filter_head_grad: bool = False,
 ) -> Tensor | tuple[Tensor, TokenExtras]:
     """Token log-probs of a causal LM, its logits never stored: column t is log p(token t + 1 | tokens 0 .. t).
 
@@ -148,7 +152,7 @@ def causal_lm_logps(
         batch: `input_ids` [S, T] (or `inputs_embeds`), `attention_mask`, and either `labels` [S, T] with `ignore_index`
             where a token does not count, or `completion_mask` [S, T] with 0 there. The rest goes to the backbone.
         softcap, scale, vocab_size: see `lm_head`.
-        extras, memory_budget, impl: see `linear_token_logps`.
+        extras, memory_budget, impl, filter_eps, filter_head_grad: see `linear_token_logps`.
 
     Returns:
         [S, T - 1] float32, 0 where a token does not count; with extras a pair of it and `TokenExtras`.
@@ -158,7 +162,10 @@ def causal_lm_logps(
     """
     head = lm_head(model, softcap, scale, vocab_size).options
     inputs = causal_lm_inputs(model, batch, ignore_index)
-    out = linear_token_logps(*inputs, ignore_index, **head, extras=extras, memory_budget=memory_budget, impl=impl)
+    out = linear_token_logps(
+        *inputs, ignore_index, **head, extras=extras, memory_budget=memory_budget, impl=impl, filter_eps=filter_eps,
+        filter_head_grad=filter_head_grad,
+    )  # fmt: skip
     if isinstance(out, Tensor):
         return out[:, :-1]
     logps, token_extras = out

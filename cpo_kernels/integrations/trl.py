@@ -36,6 +36,7 @@ try:
 except ModuleNotFoundError as error:
     raise explained(error, __name__) from error
 
+from cpo_kernels.head.strategy import check_filter
 from cpo_kernels.integrations.conditioned import RATING_KEYS, conditioned_loss
 from cpo_kernels.integrations.fused_head import add_fused_head
 from cpo_kernels.losses.options import LossOptions
@@ -55,7 +56,7 @@ class FusedDPOConfig(trl.DPOConfig):
         conditioned loss. `label_smoothing` then reaches every loss type that honours it (TRL's sigmoid ignores it).
     tau, margin, tie_margin: see `LossOptions`; need objectives.
     head_softcap, head_scale: what the model does to x W^T + b, for a model class that is not in `heads.HEADS`.
-    memory_budget, impl: see `linear_token_logps`.
+    memory_budget, impl, filter_eps, filter_head_grad: see `linear_token_logps`; filter_eps is "auto" or a number.
     """
 
     objectives: list[dict[str, Any]] | str | None = field(
@@ -68,12 +69,17 @@ class FusedDPOConfig(trl.DPOConfig):
     head_scale: float | None = field(default=None, metadata={"help": "Scale of the logits of an unknown model."})
     memory_budget: int | None = field(default=None, metadata={"help": "Bytes of logits held at a time."})
     impl: str = field(default="auto", metadata={"help": "Backend of the kernels: auto, reference, cpu, triton, cuda."})
+    filter_eps: str | None = field(
+        default=None, metadata={"help": "Gradients on the live columns of the vocabulary: auto, or a number in (0, 1)."}
+    )
+    filter_head_grad: bool = field(default=False, metadata={"help": "With filter_eps: the head's gradient as well."})
 
     def __post_init__(self) -> None:
         if self.objectives is not None:
             self.objectives = [asdict(o) if isinstance(o, Objective) else o for o in _objective_list(self.objectives)]
         super().__post_init__()
         loss_options(self)
+        check_filter(**filter_options(self))
 
 
 def _objective_list(given: Any) -> list[Objective | dict[str, Any]]:
@@ -101,6 +107,16 @@ OWN_FIELDS = tuple(f for f in fields(FusedDPOConfig) if f.name not in {g.name fo
 def own(args: Any, name: str) -> Any:
     """A field that `FusedDPOConfig` adds; its default where `args` is a plain `DPOConfig`."""
     return getattr(args, name, next(f.default for f in OWN_FIELDS if f.name == name))
+
+
+def filter_options(args: Any) -> dict[str, Any]:
+    """filter_eps, a number where its text is one, and filter_head_grad."""
+    eps = own(args, "filter_eps")
+    try:
+        eps = eps if eps is None else float(eps)
+    except ValueError:
+        pass  # "auto", or refused by name
+    return {"filter_eps": eps, "filter_head_grad": own(args, "filter_head_grad")}
 
 
 def loss_options(args: Any) -> LossOptions:
@@ -198,6 +214,7 @@ class FusedDPOTrainer(trl.DPOTrainer):
             "scale": own(args, "head_scale"),
             "memory_budget": own(args, "memory_budget"),
             "impl": own(args, "impl"),
+            **filter_options(args),
         }
         with _head_installer(partial(add_fused_head, **head)):
             super().__init__(model, ref_model, args, *rest, **kwargs)

@@ -11,9 +11,9 @@ from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.batch_plan import BatchPlan, Layout, PlanTensors
 from cpo_kernels.checks import DTYPES, check_labels, check_types
-from cpo_kernels.head.inputs import HeadConfig, HeadInputs, check_filter, head_inputs
+from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
 from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
-from cpo_kernels.head.strategy import budget_rows
+from cpo_kernels.head.strategy import budget_rows, check_filter
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import PreferenceResult, acc_dtype, functional_op
 from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args

@@ -161,7 +161,8 @@ def _coerce(hint: Any, value: Any, name: str, help: str, range: str | None) -> A
     if typing.get_origin(hint) is types.UnionType:
         if value is None:
             return None
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+        kinds = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        hint = str if str in kinds and isinstance(value, str) and _number(float, value) is None else kinds[0]
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, f"{name}.")
     if typing.get_origin(hint) is list:

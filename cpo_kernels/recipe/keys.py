@@ -157,6 +157,13 @@ class LossConfig:
     beta: float = key(0.1, "strength of the pull to the reference model", "(0, inf)")
     type: list[str] = key(["sigmoid"], "cdpo, dpo: loss type, or a list of types to add")
     weights: list[float] | None = key(None, "weights of that list", "(0, inf)")
+    filter_eps: float | str | None = key(
+        None,
+        "auto, or a threshold: gradients of the hidden states where |onehot - softmax| reaches it, and the rest as one "
+        "mean column",
+        "(0, 1)",
+    )
+    filter_head_grad: bool = key(False, "with filter_eps: the gradient of the head as well")
     options: dict[str, Any] = key({}, "further options of FusedLinearCPOLoss: {label_smoothing: 0.1, tau: 1, ...}")
 
 

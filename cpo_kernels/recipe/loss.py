@@ -14,7 +14,12 @@ from cpo_kernels.recipe.keys import Config
 
 # what a recipe says elsewhere, or the model does
 NO_OPTIONS = {"objectives": "objectives", "beta": "loss.beta", "loss_type": "loss.type", "loss_weights": "loss.weights"}
+NO_OPTIONS |= {name: f"loss.{name}" for name in ("filter_eps", "filter_head_grad")}
 NO_OPTIONS |= dict.fromkeys(("ignore_index", "softcap", "scale", "vocab_size"), "the model")
+
+
+def filter_options(config: Config) -> dict[str, Any]:
+    return {"filter_eps": config.loss.filter_eps, "filter_head_grad": config.loss.filter_head_grad}
 
 
 def preference_loss(config: Config, objectives: Sequence[Objective], **head: Any) -> FusedLinearCPOLoss:
@@ -23,7 +28,7 @@ def preference_loss(config: Config, objectives: Sequence[Objective], **head: Any
     for name in loss.options:
         if name in NO_OPTIONS:
             raise ValueError(f"loss.options: {name} comes from {NO_OPTIONS[name]}; leave it out here")
-    keys = {"loss_weights": loss.weights, **loss.options, **head}
+    keys = {"loss_weights": loss.weights, **filter_options(config), **loss.options, **head}
     try:
         budget_rows(1, torch.float32, torch.device("cpu"), loss.options.get("memory_budget"))
         return FusedLinearCPOLoss(objectives or None, loss.beta, loss.type, **keys)

@@ -18,7 +18,7 @@ from cpo_kernels.head.matmul import cpu_multiplies
 from cpo_kernels.integrations.heads import HeadParts, head_layer, lm_head
 from cpo_kernels.objectives import Objective, format_number, value_gap
 from cpo_kernels.recipe.keys import Config
-from cpo_kernels.recipe.loss import preference_loss
+from cpo_kernels.recipe.loss import filter_options, preference_loss
 from cpo_kernels.training.attention import attention_inputs, check_rows, row_tokens
 
 # Means over a step; ties are counted. cpsft and sft have only the loss, losses without a reference no log_ratio.
@@ -26,7 +26,12 @@ from cpo_kernels.training.attention import attention_inputs, check_rows, row_tok
 #   accuracy   share of the pairs whose preferred response has the higher reward
 #   log_ratio  (log pi - log pi_ref) of the responses in the data, nats per token: KL(data || ref) - KL(data || pi). It
 #              is not KL(pi || ref), which needs responses drawn from pi.
+# With loss.filter_eps and pairs, over labelled tokens:
+#   live_share   share of the vocabulary whose gradients are multiplied out; 1 in sets of rows that are exact
+#   tail_mass    probability of the rest, which one mean column stands for
+#   exact_share  share of the tokens in exact sets
 METRICS = ("loss", "chosen_rewards", "rejected_rewards", "accuracy", "margin", "ties", "log_ratio")
+FILTER_METRICS = ("live_share", "tail_mass", "exact_share")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,11 @@ class StageLoss:
             self.loss_fn = preference_loss(config, objectives, softcap=head.softcap, scale=head.scale)
         self.needs_reference = self.has_pairs and self.loss_fn.options.needs_reference
         self.metrics = METRICS[: len(METRICS) if self.needs_reference else -1] if self.has_pairs else METRICS[:1]
-        self.module: Any = StageModule(model, self.loss_fn, self.bf16)  # until `parallel.prepare` wraps it
+        if self.has_pairs and config.loss.filter_eps is not None:
+            self.metrics += FILTER_METRICS
+        self.module: Any = StageModule(
+            model, self.loss_fn, self.bf16, filter_options(config)
+        )  # until `parallel.prepare` wraps it
 
     @property
     def head(self) -> HeadParts:
@@ -126,9 +135,9 @@ class StageLoss:
 class StageModule(nn.Module):
     """Backbone, head and loss in one forward: DDP, FSDP2 and ZeRO-3 act on what runs inside the module they wrap."""
 
-    def __init__(self, model: Any, loss_fn: Any, bf16: bool):
+    def __init__(self, model: Any, loss_fn: Any, bf16: bool, filtered: dict[str, Any]):
         super().__init__()
-        self.model, self.loss_fn, self.bf16 = model, loss_fn, bf16
+        self.model, self.loss_fn, self.bf16, self.filtered = model, loss_fn, bf16, filtered
         self._no_split_modules = model._no_split_modules  # what accelerate shards by
 
     def forward(self, batch: Batch, total: StepTotal | None) -> Any:
@@ -160,7 +169,7 @@ class StageModule(nn.Module):
 
     def nll(self, hidden: Tensor, head: HeadParts, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"softcap": head.softcap, "scale": head.scale, "num_tokens": total.tokens}
-        loss = cpo.linear_nll(hidden, head.weight, batch.labels, head.bias, **options)
+        loss = cpo.linear_nll(hidden, head.weight, batch.labels, head.bias, **options, **self.filtered)
         return loss, loss.detach().double().reshape(1)
 
     def pairs(self, hidden: Tensor, head: HeadParts, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
@@ -182,6 +191,10 @@ class StageModule(nn.Module):
         metrics = [out.loss.detach(), *(share * mean for mean in means), out.num_ties]
         if batch.ref_logps is not None:
             metrics.append((out.seq_logps - batch.ref_logps).sum() / total.tokens)
+        if self.filtered["filter_eps"] is not None:
+            exact = out.loss.new_tensor([1.0, 0.0, 1.0])  # "auto" in float32
+            live = [exact[i] if (x := getattr(out, n)) is None else x for i, n in enumerate(FILTER_METRICS)]
+            metrics += [x * ((batch.labels != -100).sum() / total.tokens) for x in live]
         return out.loss, torch.stack([metric.double() for metric in metrics])
 
 
