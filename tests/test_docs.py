@@ -145,9 +145,11 @@ def test_the_values_of_concepts():
 
 
 def test_repr_of_a_loss():
-    fused = cpo_kernels.FusedLinearCPOLoss(beta=0.2, loss_type=["sigmoid", "sft"], loss_weights=[1, 0.5], impl="cpu")
+    assert repr(cpo_kernels.FusedLinearCPOLoss()) == "FusedLinearCPOLoss(beta=0.1, loss_type='sigmoid')"
+    types = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.5]}
+    fused = cpo_kernels.FusedLinearCPOLoss(beta=0.2, **types, softcap=30.0, impl="cpu")
     assert repr(fused) == (
-        "FusedLinearCPOLoss(beta=0.2, loss_type=['sigmoid', 'sft'], loss_weights=(1.0, 0.5), impl='cpu')"
+        "FusedLinearCPOLoss(beta=0.2, loss_type=['sigmoid', 'sft'], loss_weights=(1.0, 0.5), softcap=30.0, impl='cpu')"
     )
     rated = cpo_kernels.CPOLoss([cpo_kernels.Objective("honesty", 1, 5)], loss_type="hinge", margin=0.5)
     assert repr(rated) == "CPOLoss(beta=0.1, loss_type='hinge', objectives=['honesty'], margin=0.5)"

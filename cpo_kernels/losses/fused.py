@@ -1,5 +1,6 @@
 """`preference_loss` fused with the head: from hidden states to the loss and all gradients."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -101,9 +102,10 @@ class FusedLinearCPOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults, beta and loss type in any case."""
-        names = ("ignore_index", "softcap", "scale", "vocab_size", "memory_budget", "impl")
-        given = zip(names, (*self.head, self.impl), (-100, None, 1.0, None, None, "auto"), strict=True)
-        return ", ".join([self.options.shown(), *(f"{name}={x!r}" for name, x, default in given if x != default)])
+        defaults = inspect.signature(type(self)).parameters
+        given = {**self.head._asdict(), "impl": self.impl}
+        changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name].default]
+        return ", ".join([self.options.shown(), *changed])
 
     def forward(
         self,
@@ -161,6 +163,7 @@ class FusedLinearCPOLoss(nn.Module):
     def sequences(
         self, inputs: HeadInputs, offsets: Tensor, pairs: Tensor | None, plan: BatchPlan | None
     ) -> _Sequences:
+        """Lengths, pairs and what else the loss needs of the sequences of a batch."""
         labels, ignore_index = inputs.tensors.labels, inputs.options.ignore_index
         lengths = label_counts(labels, offsets, ignore_index)
         none = labels.new_empty(0)
