@@ -19,19 +19,20 @@ class LossOptions:
 
     The classes and functions that take these as keywords raise TypeError for a name that is none of them.
 
-    objectives: the objectives that `scores` rate; needed with scores.
-    beta: inverse temperature; tau of IPO.
-    loss_type: a name of `LOSS_TYPES`, or several, weighted by `loss_weights` (1 each by default).
-    label_smoothing: probability that a label is flipped (conservative DPO; robust, exo_pair, aot).
-    tau: soft targets q = sigmoid(|dR| / tau); None for hard ones.
-    margin: gamma of the margin gamma * |dR| (ODPO).
-    tie_margin: pairs with |dR| at most this are ties: no loss, no gradient, counted.
-    f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence with coefficient f_alpha.
-    discopop_tau, simpo_gamma, alphapo_alpha: the constants of those types; simpo_gamma is alphapo's margin too.
-    nll_alpha: weight of the NLL of the chosen response in orpo and contrastive_cpo.
-    modpo_weight: w of MODPO, the divisor of its logit.
-    ld_alpha: weight of the tokens past the pair's shorter length (LD-DPO); None for 1. Needs disjoint pairs.
-    use_weighting: WPO weights, the product of both responses' mean aligned probabilities.
+    Args:
+        objectives: the objectives that `scores` rate; needed with scores.
+        beta: inverse temperature; tau of IPO.
+        loss_type: a name of `LOSS_TYPES`, or several, weighted by `loss_weights` (1 each by default).
+        label_smoothing: probability that a label is flipped (conservative DPO; robust, exo_pair, aot).
+        tau: soft targets q = sigmoid(|dR| / tau); None for hard ones.
+        margin: gamma of the margin gamma * |dR| (ODPO).
+        tie_margin: pairs with |dR| at most this are ties: no loss, no gradient, counted.
+        f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence with coefficient f_alpha.
+        discopop_tau, simpo_gamma, alphapo_alpha: the constants of those types; simpo_gamma is alphapo's margin too.
+        nll_alpha: weight of the NLL of the chosen response in orpo and contrastive_cpo.
+        modpo_weight: w of MODPO, the divisor of its logit.
+        ld_alpha: weight of the tokens past the pair's shorter length (LD-DPO); None for 1. Needs disjoint pairs.
+        use_weighting: WPO weights, the product of both responses' mean aligned probabilities.
     """
 
     objectives: tuple[Objective, ...] | None = None
