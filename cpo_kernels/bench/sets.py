@@ -48,7 +48,7 @@ OPS = tuple(name for name in tokens.SUBJECTS if not name.startswith("compiled"))
 FEW = ("products", "ours", "naive_unmasked")
 KERNELS = tuple(name for name in OPS if name == "copy" or name.endswith(("_cpu", "_triton", "_cuda")))
 
-# ------------------- ci: tiny and odd, every kind of workload, in half a minute: a process starts for each subject
+# ------------------- ci: tiny and odd, every kind of workload, in a minute: a process starts for each subject
 
 TINY = Head("tiny", hidden=48, vocab=1999, groups=2, length=17, prompt=8, dtype="float32")
 CI = Set(
@@ -58,7 +58,7 @@ CI = Set(
         Run("head", replace(TINY, softcap=5.0, mode="frozen", reference="computed"), FEW),
         Run("tokens", Tokens(rows=37, vocab=1999, softcap=5.0, dtype="float32"), KERNELS),
         Run("preference", Preference(pairs=16)),
-        Run("training_step", TrainingStep(dtype="float32"), ("shared",)),
+        Run("training_step", TrainingStep(dtype="float32"), ("trl", "shared")),
     ),
     growth=(Growth(TINY, "groups", (2, 4)),),
     cold_starts=1, rounds=2, turn_s=0.0, subject_s=120, limit_s=600,
