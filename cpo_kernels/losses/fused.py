@@ -71,7 +71,7 @@ class FusedLinearCPOLoss(nn.Module):
             shapes, devices or, on the CPU, values.
         RuntimeError: a backend asked for by name that is not there; double backward.
 
-    Example:
+    Examples:
         >>> loss_fn = FusedLinearCPOLoss(beta=0.1)
         >>> hidden, weight = torch.randn(2, 3, 8), torch.randn(16, 8, requires_grad=True)
         >>> out = loss_fn(hidden, weight, torch.randint(16, (2, 3)), ref_logps=torch.zeros(2))

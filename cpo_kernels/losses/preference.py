@@ -57,7 +57,7 @@ class CPOLoss(nn.Module):
 
     Args and what is raised: see `preference_loss`; options are checked here, tensors in the call.
 
-    Example:
+    Examples:
         >>> loss_fn = CPOLoss(beta=0.1, loss_type="hinge")
         >>> out = loss_fn(torch.tensor([-5.0, -9.0]), ref_logps=torch.tensor([-6.0, -6.0]))
         >>> out.accuracy
