@@ -69,7 +69,7 @@ gpu-pack: .venv/torch
 compile-check: .venv/test .venv/triton-3.6
 	$(BIN)/python -W ignore -m tools.compile_table.triton_table --check $(ARGS)
 	$(BIN)/python -m tools.compile_table.cuda_table --check $(ARGS)
-	TRITON_SITE=.venv/triton-3.6 $(BIN)/python -m pytest tests/test_triton_binding.py
+	TRITON_SITE=.venv/triton-3.6 $(BIN)/python -m pytest tests/kernels/test_triton_binding.py
 
 sanitize: .venv/test
 	PYTHON=$(BIN)/python tools/sanitize_cpu.sh $(ARGS)

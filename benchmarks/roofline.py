@@ -58,6 +58,19 @@ STRATEGIES = {
     "recompute": (4, 3, "trainable", "ours_token_logps"),
 }
 
+# Gradients on live columns (`filter_eps`), sets of 128 rows. The shares are those of SmolLM2's head on 4,096 labelled
+# rows of UltraFeedback: of live columns in a set, and of pairs (set, 128 columns) that hold one, where columns are
+# sorted by the sets in which they live (kernels/live_matmul.py).
+SET_ROWS, TILE_ROWS, TILE_HIDDEN = 128, 128, 256
+LIVE = {"2⁻¹⁴": (0.134, 0.34), "2⁻¹²": (0.068, 0.21)}
+L2_BYTES_PER_S = 5.5e12  # of both cards, assumed: published read rates of an H100 are 5.5 to 7 TB/s
+# path -> (mode, whether dX, dW are of live columns; None: not made)
+LIVE_PATHS = {
+    "frozen": ("frozen", True, None),
+    "dW exact": ("trainable", True, False),
+    "dW filtered": ("trainable", True, True),
+}
+
 
 def kernel_floor(name: str, device: Device) -> float:
     """Seconds."""
@@ -69,6 +82,40 @@ def head_floor(name: str, device: Device) -> tuple[float, float]:
     products, passes, *_ = STRATEGIES[name]
     flops = 2 * products * TOKENS * HIDDEN * VOCAB
     return flops / device.flops_per_s, passes * TOKENS * VOCAB * ITEM / device.bytes_per_s
+
+
+def live_dx(live: float, device: Device) -> float:
+    """Seconds: the operations, or the bytes that L2 gives, rows of W to each set and g to each tile of H."""
+    elements = TOKENS * VOCAB * live
+    cached = ITEM * elements * (HIDDEN / SET_ROWS + HIDDEN / TILE_HIDDEN)
+    return max(2 * elements * HIDDEN / device.flops_per_s, cached / L2_BYTES_PER_S)
+
+
+def live_dw(live: float, tiles: float, device: Device) -> tuple[float, float]:
+    """(seconds of the product, seconds to pack g and to add to a float32 dW: not overlapped, which some of it is)."""
+    elements = TOKENS * VOCAB * tiles
+    cached = ITEM * elements * (HIDDEN / TILE_ROWS + HIDDEN / TILE_HIDDEN)
+    moved = ITEM * (TOKENS * VOCAB * live + 2 * elements) + 2 * 4 * HIDDEN * VOCAB
+    product = max(2 * elements * HIDDEN / device.flops_per_s, cached / L2_BYTES_PER_S)
+    return product, moved / device.bytes_per_s
+
+
+def live_head(path: str, eps: str, device: Device) -> tuple[float, float]:
+    """(seconds of the products, seconds of everything else) of forward and backward on live columns."""
+    _, _, dw_is_live = LIVE_PATHS[path]
+    live, tiles = LIVE[eps]
+    exact = 2 * TOKENS * HIDDEN * VOCAB / device.flops_per_s
+    sectors = 1 - (1 - live) ** 16  # of 32 bytes that hold a live column, if those are spread evenly
+    passes = 2 + sectors + live  # log-probs, live_columns; live_grads reads sectors and writes g
+    products = exact + live_dx(live, device)
+    rest = 0.0
+    if dw_is_live:
+        product, rest = live_dw(live, tiles, device)
+        products += product
+    elif dw_is_live is not None:
+        products += exact
+        passes += 2  # the whole gradient in place of the logits
+    return products, rest + passes * TOKENS * VOCAB * ITEM / device.bytes_per_s
 
 
 def least_products(mode: str) -> int:
@@ -173,6 +220,24 @@ def tables(report: dict[str, Any]) -> str:
             cells += [f"{product * 1e3:.1f} ms", f"{kernels * 1e3:.2f} ms", f"{(product + kernels) / least:.2f}"]
         tflop = 2 * products * TOKENS * HIDDEN * VOCAB / 1e12
         lines.append(f"| `{name}` | {products} | {tflop:.1f} | {' | '.join(cells)} | {measured_head(report, name)} |")
+    heads = " | ".join(f"products {n} | the rest {n} | × of exact products {n}" for n in names)
+    shares = ", ".join(f"{live:.0%} live at {eps} ({tiles:.0%} of its tiles)" for eps, (live, tiles) in LIVE.items())
+    lines += [
+        "",
+        f"The same head with gradients on live columns, sets of {SET_ROWS} rows, {shares}; beside 2 exact products "
+        "frozen, 3 trainable. Predicted: bytes of L2 and of memory, and operations; nothing was measured.",
+        "",
+        f"| dX of live columns | ε | {heads} |",
+        "|---" * (2 + 3 * len(names)) + "|",
+    ]
+    for path, (mode, *_) in LIVE_PATHS.items():
+        for eps in LIVE:
+            cells = []
+            for device in DEVICES:
+                product, rest = live_head(path, eps, device)
+                least = head_floor("forward", device)[0] * least_products(mode)
+                cells += [f"{product * 1e3:.1f} ms", f"{rest * 1e3:.2f} ms", f"{(product + rest) / least:.2f}"]
+            lines.append(f"| {path} | {eps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

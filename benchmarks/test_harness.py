@@ -155,6 +155,18 @@ def test_roofline_shows_floor_and_measurement():
     assert "cuda 6.0× naive and 1.5× torch.compile, cpo.token_logps 3.0× naive and 0.8× torch.compile" in text
 
 
+def test_roofline_of_live_columns():
+    """Everything live costs no less than the exact products; fewer live columns cost less, dX by what L2 gives."""
+    card = roofline.DEVICES[1]
+    exact = roofline.head_floor("forward", card)[0]
+    assert roofline.live_dx(1.0, card) >= exact and roofline.live_dw(1.0, 1.0, card)[0] >= exact
+    assert roofline.live_dx(0.134, card) == pytest.approx(2 * 0.134 * 8192 * 128256 * 4096 * 3 / 256 / 5.5e12)
+    for path in roofline.LIVE_PATHS:
+        many, few = (sum(roofline.live_head(path, eps, card)) for eps in roofline.LIVE)
+        assert few < many < (2 if path == "frozen" else 3) * exact
+    assert "| dW filtered | 2⁻¹⁴ |" in roofline.tables({})
+
+
 def test_figures_of_a_gpu_come_from_both_files(results):
     """gpu.json of the first call and gpu-more.json of the second (tools/gpu.sh), here with the figures of a CPU."""
     first, more = copy.deepcopy(results), copy.deepcopy(results)

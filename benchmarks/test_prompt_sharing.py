@@ -1,16 +1,12 @@
 """The benchmark of shared prompts runs, counts its tokens right and writes what it says."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.prompt_sharing import main, table
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import tiny  # noqa: E402
-from tiny import one_thread  # noqa: E402, F401
+from tests.support import tiny
+from tests.support.tiny import one_thread  # noqa: F401
 
 
 def test_prompt_sharing(tmp_path, capsys):

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from heads import make_batch, relative_error
-from test_loss import OBJECTIVES, ROW, ratings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
@@ -12,6 +10,8 @@ from cpo_kernels.batch_plan import Layout, Tables, linked_groups
 from cpo_kernels.head import nll
 from cpo_kernels.head import preference as head_preference
 from cpo_kernels.head import token_logps as head_token_logps
+from tests.losses.test_loss import OBJECTIVES, ROW, ratings
+from tests.support.heads import make_batch, relative_error
 
 BUDGETS = {"one_chunk": None, "chunks": 34 * ROW, "two_pass": 3 * ROW}
 aten = torch.ops.aten

@@ -16,9 +16,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-import tiny
 import torch
-from tiny import one_thread  # noqa: F401
 
 import cpo_kernels
 from cpo_kernels import cli, extras
@@ -36,6 +34,8 @@ from cpo_kernels.recipe.arguments import split_overrides
 from cpo_kernels.recipe.config import config_keys, read_config, write_config
 from cpo_kernels.recipe.keys import Config, ModelConfig, SourceConfig
 from cpo_kernels.training import loop as loop_module
+from tests.support import tiny
+from tests.support.tiny import one_thread  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 

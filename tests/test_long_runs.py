@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads import make_batch
 
 import cpo_kernels as cpo
+from tests.support.heads import make_batch
 
 OBJECTIVES = [cpo.Objective("helpfulness", 1, 5), cpo.Objective("honesty", 1, 5)]
 PAGES = Path("/proc/self/statm")

@@ -9,10 +9,10 @@ import re
 
 import pytest
 import torch
-from heads import make_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cpo_kernels as cpo
+from tests.support.heads import make_batch
 
 BATCH = make_batch(dtype=torch.float32)
 OBJECTIVES = [cpo.Objective("helpfulness", 1, 5), cpo.Objective("honesty", 1, 5)]

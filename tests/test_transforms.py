@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from heads import make_batch, relative_error
 from torch import func
 from torch.fx.experimental import proxy_tensor
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
+from tests.support.heads import make_batch, relative_error
 
 BATCH = make_batch()
 HIDDEN, WEIGHT, LABELS = BATCH.hidden.detach(), BATCH.weight.detach(), BATCH.labels

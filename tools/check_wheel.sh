@@ -4,10 +4,11 @@
 #   tools/check_wheel.sh TORCH_VERSION [WORK_DIR]        e.g.  tools/check_wheel.sh 2.10.0
 #
 # Builds the abi3 wheel with the torch of $PYTHON (default: python3), or takes the file $WHEEL. Installs it into a new
-# virtual environment of $PYTHON with torch TORCH_VERSION, checks that the extensions ask for nothing that this torch lacks (tools/check_symbols.py), and
-# runs there, away from the source tree, a smoke test of every kernel against the reference and the kernel tests. Needs
-# pip with an index (about 200 MB for a CPU build of torch; set PIP_EXTRA_INDEX_URL or PIP_INDEX_URL for one) and
-# binutils. WORK_DIR is kept, a default one is removed. With CPO_KERNELS_CUDA=1 the wheel holds the CUDA extension too.
+# virtual environment of $PYTHON with torch TORCH_VERSION, checks that the extensions ask for nothing that this torch
+# lacks (tools/check_symbols.py), and runs there, away from the source tree, a smoke test of every kernel against the
+# reference and `cpo-kernels check`, once more for its token ops on each instruction set of this processor. Needs pip
+# with an index (about 200 MB for a CPU build of torch; set PIP_EXTRA_INDEX_URL or PIP_INDEX_URL for one) and binutils.
+# WORK_DIR is kept, a default one is removed. With CPO_KERNELS_CUDA=1 the wheel holds the CUDA extension too.
 set -euo pipefail
 
 torch_version=${1:?usage: tools/check_wheel.sh TORCH_VERSION [WORK_DIR]}
@@ -36,7 +37,7 @@ esac
 
 echo "== new environment with torch $torch_version"
 [ -x "$work/venv/bin/python" ] || "$python" -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install --quiet "torch==$torch_version" numpy pytest
+"$work/venv/bin/python" -m pip install --quiet "torch==$torch_version" numpy
 "$work/venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
 
 echo "== names that the extensions take from libtorch, against the headers of torch $torch_version"
@@ -65,6 +66,12 @@ else:
     raise AssertionError("a label out of range went through")
 print("smoke test passed")
 PYTHON
-cp "$root/tests/test_kernels.py" "$work/test_kernels.py"
-"$work/venv/bin/python" -m pytest -q -p no:cacheprovider -k "not triton" "$work/test_kernels.py"
+"$work/venv/bin/cpo-kernels" check --device cpu --impl cpu
+sets=$(grep -qw avx2 /proc/cpuinfo && echo avx2 || true)
+sets+=$(grep -qw avx512bw /proc/cpuinfo && echo " avx512" || true)
+for isa in portable $sets; do
+  echo "== $isa"
+  CPO_KERNELS_CPU_ISA=$isa "$work/venv/bin/cpo-kernels" check --device cpu --impl cpu \
+    --only sizes/\* layouts/\* options/\* extreme/\* labels/\* same-bits/\* errors/\*
+done
 echo "== the wheel works with torch $torch_version"

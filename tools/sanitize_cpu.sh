@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The C++ kernels of the CPU under AddressSanitizer and UndefinedBehaviorSanitizer: the kernel tests, once for each
-# instruction set that this processor has.
+# The C++ kernels of the CPU under AddressSanitizer and UndefinedBehaviorSanitizer: the cases of `cpo-kernels check` that
+# call them, once for each instruction set that this processor has.
 #
 #   tools/sanitize_cpu.sh [WORK_DIR]        minutes, most of them to compile; WORK_DIR is kept, a default one is removed
 #
@@ -26,7 +26,6 @@ cat >"$work/run.py" <<'PYTHON'
 import importlib.util
 import sys
 
-import pytest
 import torch  # its libraries are what the extension is linked to
 
 library, *arguments = sys.argv[1:]
@@ -34,7 +33,9 @@ spec = importlib.util.spec_from_file_location("cpo_kernels._C", library)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.modules["cpo_kernels._C"] = module
-sys.exit(pytest.main(arguments))
+from cpo_kernels.check.run import main
+
+sys.exit(main(arguments))
 PYTHON
 
 preload=""
@@ -43,8 +44,9 @@ sets=$(grep -qw avx2 /proc/cpuinfo && echo avx2 || true)
 sets+=$(grep -qw avx512bw /proc/cpuinfo && echo " avx512" || true)
 for isa in portable $sets; do
   echo "== $isa"
-  # -s: a report would be lost with what pytest captures. Left out: what starts processes, rows that need gigabytes.
+  # Left out: rows gigabytes apart, and what starts from hidden states.
   LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 CPO_KERNELS_CPU_ISA=$isa PYTHONPATH=. \
-    "$python" "$work/run.py" "$work/lib/cpo_kernels/_C.abi3.so" -q -s -p no:cacheprovider tests/test_kernels.py \
-    -k "not triton and not instruction_set and not beyond_2_31"
+    "$python" "$work/run.py" "$work/lib/cpo_kernels/_C.abi3.so" --device cpu --impl cpu --in-process --only \
+    sizes/\* layouts/\* options/\* against-naive/\* extreme/\* labels/\* same-bits/\* errors/\* sequence_sum/\* loss-types/\* \
+    far/\* pairs/\*
 done

@@ -1,30 +1,17 @@
 """What every case of `cpo-kernels check` uses: backends, tolerances, and the comparison with the oracle."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpo_kernels.backends import dispatch
+from cpo_kernels.check import limits
 
-
-class Tolerance(NamedTuple):
-    """Largest relative errors: of log-probs over 1 + |log-prob|, of gradients over |gradient|."""
-
-    logp: float
-    grad: float
-
-
-# 16-bit gradients are rounded once, which costs 2^-9 (bfloat16) or 2^-12 (float16) of a value in [1, 2).
-TOLERANCES = {
-    torch.float64: Tolerance(1e-13, 1e-11),
-    torch.float32: Tolerance(2e-6, 1e-5),
-    torch.bfloat16: Tolerance(2e-6, 2**-8),
-    torch.float16: Tolerance(2e-6, 5e-4),
-}
-GPU_LOGP = 1e-5  # exp2 of a GPU is an approximation
 GPU_BACKENDS = ("triton", "cuda")
 
 
@@ -47,11 +34,31 @@ class Backend:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def tolerance(self, dtype: torch.dtype) -> Tolerance:
-        known = TOLERANCES[dtype]
-        if self.name in GPU_BACKENDS and dtype != torch.float64:
-            return known._replace(logp=GPU_LOGP)
-        return known
+    @property
+    def truncates(self) -> bool:
+        """Triton's interpreter rounds float32 to bfloat16 toward zero; GPUs round to nearest."""
+        return self.name == "triton" and not self.on_gpu
+
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """The CPU backend splits a few long rows over its threads."""
+        return (1, 3) if self.name == "cpu" else (torch.get_num_threads(),)
+
+    def tolerance(self, dtype: torch.dtype) -> limits.Tolerance:
+        bounds = (limits.TOKENS_ON_GPU if self.on_gpu else limits.TOKENS)[dtype]
+        if self.truncates and dtype == torch.bfloat16:
+            return bounds._replace(grad=2 * bounds.grad)
+        return bounds
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -92,6 +99,15 @@ class Seen:
         worst = float(error.max())
         detail = values_at(error == error.max(), actual, expected) if worst > tolerance else ""
         self.measured(what, worst, tolerance, detail)
+
+    def refuses(self, what: str, call: Callable[[], Any], pattern: str) -> None:
+        """`call` raises an error whose text matches."""
+        try:
+            call()
+        except (RuntimeError, ValueError) as error:
+            self.require(f"{what}: the error is {str(error)!r}, not {pattern!r}", re.search(pattern, str(error)))
+        else:
+            self.wrong.append(f"{what} was taken, instead of {pattern!r}")
 
     def measured(self, what: str, error: float, tolerance: float, detail: str = "") -> None:
         """An error that the case computed itself."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpo_kernels import reference
+from cpo_kernels.check import limits
 from cpo_kernels.check.compare import Backend, Case, Seen, relative_error, short
 from cpo_kernels.check.tokens import DTYPES, IGNORE
 from cpo_kernels.head.nll import linear_nll
@@ -25,8 +26,6 @@ from cpo_kernels.objectives import Objective
 VOCAB, WIDTH = 509, 48
 SEQUENCES, LENGTH = 6, 21
 BATCHES = 8  # of a comparison with naive PyTorch in 16 bit
-# Relative to the largest value of a result; 16 bit is compared with naive PyTorch instead.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 OBJECTIVES = (Objective("helpfulness", 1, 5), Objective("honesty", 1, 5, weight=2.0))
 HEADS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("plain", {}),
@@ -117,7 +116,7 @@ def check_function(
     mean squares over several batches and upstream gradients.
     """
     names = ["value", *(["dX"] * TRAIN[train][0]), *(["dW", "db"][: 1 + bias] * TRAIN[train][1])]
-    exact_dtype = dtype in TOLERANCE
+    exact_dtype = dtype in limits.HEAD
     errors: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for k in range(1 if exact_dtype else BATCHES):
         batch = make_batch(bias, seed + 100 * k)
@@ -138,7 +137,7 @@ def check_function(
             seen.require(f"{name} has shape {list(g.shape)}", g.shape == w.shape)
             seen.same(f"{name} of a second run", a, g)
             if exact_dtype:
-                seen.measured(name, relative_error(g, w), TOLERANCE[dtype])
+                seen.measured(name, relative_error(g, w), limits.HEAD[dtype])
             else:
                 errors[name].append((relative_error(g, w, 2), relative_error(n, w, 2)))
     for name, pairs in errors.items():
@@ -146,7 +145,7 @@ def check_function(
             mine, theirs = (
                 torch.tensor(column).double().square().mean().sqrt().item() for column in zip(*pairs, strict=True)
             )
-            seen.measured(name, mine, theirs + 1e-3)
+            seen.measured(name, mine, theirs + limits.NAIVE_SLACK)
 
 
 def budget_bytes(rows: int | None, dtype: torch.dtype) -> int | None:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import reference
+from cpo_kernels.check import limits
 from cpo_kernels.check.compare import Backend, Case, Seen, short
 from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
 NAMES = ("loss", "losses", "gradient", "chosen_rewards", "rejected_rewards", "value_gap", "order", "counts")
 TYPES = list(reference.LOSS_TYPES)
 FLOATS = (torch.float32, torch.float64)
+EXACT = limits.PREFERENCE[torch.float64]
 OPTION_SETS: tuple[dict[str, float], ...] = (
     {},
     dict(label_smoothing=0.1),
@@ -37,31 +39,41 @@ def exact_sums(logps: Tensor, cu: Tensor, weights: Tensor, average: bool) -> Ten
 
 
 def sum_cases() -> Iterator[Case]:
-    for average, weighted, dtype in itertools.product((False, True), (False, True), FLOATS):
+    offsets = {
+        # Empty, of one token, and long ones; tokens outside count nowhere.
+        5: (torch.tensor([3, 3, 4, 1000, 1000, 70_000]), torch.tensor([0]), torch.tensor([0, 0])),
+        5000: (torch.arange(5001) * 14,),  # more sequences than processors
+    }
+    for average, weighted, dtype, sequences in itertools.product((False, True), (False, True), FLOATS, offsets):
 
         def run(
-            backend: Backend, seen: Seen, average: bool = average, weighted: bool = weighted, dtype: torch.dtype = dtype
+            backend: Backend,
+            seen: Seen,
+            average: bool = average,
+            weighted: bool = weighted,
+            dtype: torch.dtype = dtype,
+            sequences: int = sequences,
         ) -> None:
             generator = torch.Generator().manual_seed(10)
             count = 70_003
             logps = (torch.randn(count, generator=generator, dtype=torch.float64) * 10 - 5).to(dtype)
             weights = torch.rand(count if weighted else 0, generator=generator, dtype=dtype)
-            many = torch.arange(5001) * 14  # more sequences than processors
-            # Empty, of one token, and long ones; tokens outside count nowhere.
-            for cu in (torch.tensor([3, 3, 4, 1000, 1000, 70_000]), many, torch.tensor([0]), torch.tensor([0, 0])):
+            for cu in offsets[sequences]:
                 low, high = int(cu[0]), int(cu[-1])
                 inside = weights[low:high].double()
                 want = exact_sums(logps, cu, weights, average)
                 scale = reference.sequence_sum(logps[low:high].double().abs(), cu - low, inside, average)
                 got = backend.kernels.sequence_sum(*(t.to(backend.device) for t in (logps, cu, weights)), average)
                 seen.require(f"sum has dtype {got.dtype} instead of {dtype}", got.dtype == dtype)
-                floor = scale.clamp(min=1e-300).to(backend.device)  # sum |L|: what rounding is relative to
-                seen.close("sum", got, want.to(backend.device), 2 * torch.finfo(dtype).eps, floor)
+                eps = torch.finfo(dtype).eps
+                floor = (limits.SUM_EPS64 * torch.finfo(torch.float64).eps / eps * scale).clamp(min=1e-300)
+                seen.close("sum", got, want.to(backend.device), eps, floor.to(backend.device))
                 seen.require("an empty sequence is not 0", not got[(cu.diff() == 0).to(backend.device)].any())
                 again = backend.kernels.sequence_sum(*(t.to(backend.device) for t in (logps, cu, weights)), average)
                 seen.same("sum of a second run", again, got)
 
-        yield Case(f"sequence_sum/{short(dtype)}/average={average},weighted={weighted}", run, average and weighted)
+        name = f"sequence_sum/{short(dtype)}/average={average},weighted={weighted},S={sequences}"
+        yield Case(name, run, average and weighted)
 
 
 def make_batch(
@@ -141,33 +153,38 @@ def loss_cases() -> Iterator[Case]:
     for loss_type, dtype in itertools.product(TYPES, FLOATS):
 
         def run(backend: Backend, seen: Seen, loss_type: str = loss_type, dtype: torch.dtype = dtype) -> None:
-            tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+            tolerance = limits.PREFERENCE[dtype]
             for seed, options in enumerate(OPTION_SETS):
                 batch = {**typed(make_batch(seed, dtype=dtype), loss_type, **options), "loss_weights": [0.7]}
                 label = ",".join(f"{k}={v}" for k, v in options.items()) or "defaults"
                 got = check_preference(backend, seen, batch, tolerance, label)
                 seen.require(f"{label}: no pair counts", got[7][0] > 0 and got[2].any())
             check_preference(backend, seen, {**batch, "num_pairs": 17.0, "chosen_tokens": 400.0}, tolerance, "divisors")
-            # More pairs than one block or tile holds, and more objectives.
-            big = typed(make_batch(50, sequences=900, count=2500, objectives=9, dtype=dtype), loss_type)
-            check_preference(backend, seen, big, tolerance, "2500 pairs")
 
-        yield Case(f"loss-types/{short(dtype)}/{loss_type}", run, loss_type in ("sigmoid", "ipo", "aot", "orpo"))
+        def many(backend: Backend, seen: Seen, loss_type: str = loss_type, dtype: torch.dtype = dtype) -> None:
+            """More pairs than one block or tile holds, and more objectives."""
+            batch = typed(make_batch(50, sequences=900, count=2500, objectives=9, dtype=dtype), loss_type)
+            check_preference(backend, seen, batch, limits.PREFERENCE[dtype], "2500 pairs")
+
+        quick = loss_type in ("sigmoid", "ipo", "aot", "orpo")
+        yield Case(f"loss-types/{short(dtype)}/{loss_type}", run, quick)
+        yield Case(f"loss-types/{short(dtype)}/{loss_type},P=2500", many, quick)
 
 
 def far_cases() -> Iterator[Case]:
     """Sequence log-probs far from the reference: no overflow, no NaN, the tails of every formula."""
-    for spread, loss_type in itertools.product((60.0, 1000.0), TYPES):
+    for spread, loss_type in itertools.product((1.0, 60.0, 1000.0), TYPES):
         if loss_type == "discopop" and spread > 60:
             continue  # e^-u is astronomically large by definition
 
         def run(backend: Backend, seen: Seen, spread: float = spread, loss_type: str = loss_type) -> None:
             batch = make_batch(20)
             batch["ref_logps"] = batch["seq_logps"] + spread * torch.linspace(-1, 1, 7, dtype=torch.float64)
-            got = check_preference(backend, seen, typed(batch, loss_type, label_smoothing=0.05), 1e-9, loss_type)
+            batch = typed(batch, loss_type, label_smoothing=0.05)
+            got = check_preference(backend, seen, batch, limits.PREFERENCE_FAR, loss_type)
             seen.require("the gradient is not finite", got[2].isfinite().all())
 
-        yield Case(f"far/float64/{loss_type},spread={spread:g}", run, loss_type == "sigmoid")
+        yield Case(f"far/float64/{loss_type},spread={spread:g}", run, loss_type == "sigmoid" and spread > 1)
 
 
 def layout_cases() -> Iterator[Case]:
@@ -178,29 +195,60 @@ def layout_cases() -> Iterator[Case]:
             weights = [1.0, 0.5, 2.0][: len(mix)]
             batch = {**make_batch(30), "loss_types": [TYPES.index(n) for n in mix], "loss_weights": weights}
             bare = without(batch, "pair_betas", "pair_weights")
-            check_preference(backend, seen, bare, 1e-11, "+".join(mix))
+            check_preference(backend, seen, bare, EXACT, "+".join(mix))
             check_preference(
-                backend, seen, without(bare, "ref_logps", "margins"), 1e-11, "+".join(mix) + " reference-free"
+                backend, seen, without(bare, "ref_logps", "margins"), EXACT, "+".join(mix) + " reference-free"
             )
 
     def absent(backend: Backend, seen: Seen) -> None:
         batch = without(make_batch(31), "scores", "conditions", "objectives")
-        got = check_preference(backend, seen, batch, 1e-11, "no ratings")
+        got = check_preference(backend, seen, batch, EXACT, "no ratings")
         seen.require("without ratings the first of a pair is not chosen", (got[6] == 1).all())
-        check_preference(backend, seen, without(make_batch(32), "conditions"), 1e-11, "no conditions")
+        seen.require("without ratings a gap is finite", got[5].isinf().all())
+        seen.require("without ratings not every pair counts", got[7].tolist() == [11, 0, 0])
+        check_preference(backend, seen, without(make_batch(32), "conditions"), EXACT, "no conditions")
 
     def ties(backend: Backend, seen: Seen) -> None:
         batch = without(make_batch(33), "pair_weights", "pair_betas")
         batch["pairs"] = torch.tensor([[0, 1], [2, 3], [0, 5]])  # unrated, equal, unrated
         batch["conditions"] = torch.full((3, 3), math.nan, dtype=torch.float64)
-        got = check_preference(backend, seen, batch, 1e-11, "ties")
+        got = check_preference(backend, seen, batch, EXACT, "ties")
         seen.require("ties give a loss or a gradient", got[0] == 0 and not got[1].any() and not got[2].any())
+        seen.require("ties have an order", not got[6].any())
+        seen.require("ties are not counted as 3, 2 of them unrated", got[7].tolist() == [0, 3, 2])
+        seen.require("the gap of an unrated pair alone is NaN", got[5].isnan().tolist() == [True, False, True])
 
     def no_pairs(backend: Backend, seen: Seen) -> None:
         batch = without(make_batch(34), "pair_weights", "pair_betas")
         batch["pairs"] = torch.empty(0, 2, dtype=torch.int64)
         batch["conditions"] = torch.empty(0, 3, dtype=torch.float64)
-        check_preference(backend, seen, batch, 1e-11, "no pairs")
+        got = check_preference(backend, seen, batch, EXACT, "no pairs")
+        seen.require("no pairs give a loss or a gradient", got[0] == 0 and not got[2].any() and not got[7].any())
+
+    def shared(backend: Backend, seen: Seen) -> None:
+        """The gradient of responses in many pairs is the sum over the pairs."""
+        batch = without(make_batch(35, count=40), "scores", "conditions", "objectives")
+        whole = check_preference(backend, seen, {**batch, "num_pairs": 1.0}, EXACT, "40 pairs of 7 responses")[2]
+        parts = torch.zeros_like(whole)
+        for p in range(40):
+            of_pair = {name: batch[name][p : p + 1] for name in ("pairs", "pair_weights", "pair_betas")}
+            one = {**batch, **of_pair, "num_pairs": 1.0}
+            parts += backend.kernels.preference(
+                *(v.to(backend.device) if isinstance(v, Tensor) else v for v in one.values())
+            )[2]
+        seen.close("gradient", whole, parts, limits.PREFERENCE_SHARED)
+
+    def tiles(backend: Backend, seen: Seen) -> None:
+        """One pair and one more than a tile; more sequences than a block has rows; losses that couple the batch."""
+        losses = ["aot", "sigmoid", "aot_unpaired", "sft", "aot"]
+        for count, sequences in ((1, 7), (64, 33), (257, 100), (400, 5000)):
+            batch = without(make_batch(3, sequences, max(count, 3), 6), "pair_betas")
+            batch |= {name: batch[name][:count] for name in ("pairs", "conditions", "pair_weights")}
+            batch |= dict(loss_types=[TYPES.index(n) for n in losses], loss_weights=[1.0, 0.5, 2.0, 0.1, 0.3])
+            label = f"{count} pairs of {sequences}"
+            check_preference(backend, seen, batch, EXACT, label)
+            turned = {**batch, "pairs": batch["pairs"].flip(1), "num_pairs": 11.0, "chosen_tokens": 3.0}
+            check_preference(backend, seen, turned, EXACT, f"{label}, turned")
 
     def equal_ratios(backend: Backend, seen: Seen) -> None:
         names = ("scores", "conditions", "objectives", "pair_weights", "pair_betas")
@@ -209,10 +257,10 @@ def layout_cases() -> Iterator[Case]:
         batch["ref_logps"] = torch.zeros(7, dtype=torch.float64)
         batch["pairs"] = torch.tensor([[2, 3], [0, 1], [4, 5], [6, 5], [4, 6]])
         for name in ("aot", "aot_unpaired"):  # ties in the sort keep the order of the pairs
-            check_preference(backend, seen, {**batch, "loss_types": [TYPES.index(name)]}, 1e-11, name)
+            check_preference(backend, seen, {**batch, "loss_types": [TYPES.index(name)]}, EXACT, name)
 
-    for function in (lists, absent, ties, no_pairs, equal_ratios):
-        yield Case(f"pairs/float64/{function.__name__}", function, True)
+    for function in (lists, absent, ties, no_pairs, equal_ratios, shared, tiles):
+        yield Case(f"pairs/float64/{function.__name__}", function, function not in (shared, tiles))
 
 
 def preference_cases() -> Iterator[Case]:

@@ -32,10 +32,17 @@ Result = dict[str, Any]
 
 
 def all_cases() -> list[Case]:
-    from cpo_kernels.check import head, limits, preference, tokens, waiting
+    from cpo_kernels.check import edges, errors, extremes, head, live, preference, tokens, waiting
 
-    modules = (tokens.token_cases, limits.limit_cases, preference.preference_cases, head.head_cases, waiting.gpu_cases)
-    cases = [case for cases in modules for case in cases()]
+    kernels = (
+        tokens.token_cases,
+        extremes.extreme_cases,
+        edges.edge_cases,
+        live.live_cases,
+        preference.preference_cases,
+    )
+    others = (errors.error_cases, head.head_cases, waiting.gpu_cases)
+    cases = [case for cases in (*kernels, *others) for case in cases()]
     groups = list(dict.fromkeys(case.group for case in cases))
     return sorted(cases, key=lambda case: groups.index(case.group))
 

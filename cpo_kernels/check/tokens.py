@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpo_kernels import reference
-from cpo_kernels.check.compare import Backend, Case, Seen, need_memory, relative_error, short
+from cpo_kernels.check import limits
+from cpo_kernels.check.compare import Backend, Case, Seen, Skip, need_memory, relative_error, short
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+TRUNCATES = "Triton's interpreter does not round to bfloat16"
 # (rows, vocabulary, quick); why each is there
 SIZES = (
     (0, 700, True),  # nothing to do
@@ -73,7 +75,8 @@ def make_rows(
     """Random logits and labels, every third one ignored."""
     generator = torch.Generator().manual_seed(seed)
     storage = torch.full((rows, stride or width), math.nan, dtype=dtype)
-    values = torch.randn(rows, width, generator=generator) * spread
+    drawn = torch.promote_types(dtype, torch.float32)  # float64 has digits that float32 cannot hold
+    values = torch.randn(rows, width, generator=generator, dtype=drawn) * spread
     storage[:, offset : offset + width] = values.to(dtype)
     labels = torch.randint(0, label_limit or width, (rows,), generator=generator)
     labels[2::3] = IGNORE
@@ -110,20 +113,27 @@ def check_token_ops(
 
     want = exact.clone()
     reference.token_logps_fused_(want, *options, False)
-    storage, fused = rows.copy()
-    fused_logp, fused_lse, fused_extra = kernels.token_logps_fused_(fused, *options, True)
-    seen.close("fused_ logp", fused_logp, want_logp, tolerance.logp)
-    seen.close("fused_ lse", fused_lse, want_lse, tolerance.logp)
-    seen.close("fused_ extras", fused_extra[:3], want_extra[:3], 4 * tolerance.logp)
-    check_gradient(seen, "fused_", fused, want, labels, vocab_size, tolerance.grad)
-    seen.require("fused_ wrote outside its rows", rows.outside(storage).isnan().all())
+    # On a GPU a kernel of its own to compile; the cases from hidden states run the one without extras there.
+    for extras in (True,) if backend.on_gpu else (True, False):
+        name = "fused_" if extras else "fused_ without extras"
+        storage, fused = rows.copy()
+        fused_logp, fused_lse, fused_extra = kernels.token_logps_fused_(fused, *options, extras)
+        seen.close(f"{name} logp", fused_logp, want_logp, tolerance.logp)
+        seen.close(f"{name} lse", fused_lse, want_lse, tolerance.logp)
+        if backend.name == "cpu":  # sweeps a row alike in every op
+            seen.same(f"{name} logp against fwd", fused_logp, logp)
+            seen.same(f"{name} lse against fwd", fused_lse, lse)
+        if extras:
+            seen.close("fused_ extras", fused_extra[:3], want_extra[:3], 4 * tolerance.logp)
+        check_gradient(seen, name, fused, want, labels, vocab_size, tolerance.grad)
+        seen.require(f"{name} wrote outside its rows", rows.outside(storage).isnan().all())
 
     upstream = torch.randn(len(labels), generator=torch.Generator().manual_seed(1), dtype=lse.dtype).to(backend.device)
     want = exact.clone()
     reference.token_logps_bwd_(want, labels, want_lse, upstream.double(), IGNORE, scale, softcap, vocab_size)
     storage, grad = rows.copy()
     kernels.token_logps_bwd_(grad, labels, lse, upstream, IGNORE, scale, softcap, vocab_size)
-    check_gradient(seen, "bwd_", grad, want, labels, vocab_size, tolerance.grad * loose, upstream.abs().clamp(min=1))
+    check_gradient(seen, "bwd_", grad, want, labels, vocab_size, tolerance.grad * loose, upstream.abs())
     seen.require("bwd_ wrote outside its rows", rows.outside(storage).isnan().all())
 
 
@@ -137,13 +147,14 @@ def check_gradient(
     tolerance: float,
     size: Tensor | None = None,
 ) -> None:
-    """Relative error per element; at the label, where 1 - softmax may cancel, relative to 0.1 * size [N] at least."""
+    """Relative error per element; at the label relative to LABEL_FLOOR * size [N] at least."""
     seen.require(f"{what} padded columns are not 0", not actual[:, vocab_size:].any())
     seen.require(f"{what} ignored rows are not 0", not actual[labels == IGNORE].any())
-    # Values that the dtype cannot hold (below 1e-30, or subnormal in float16) round to something near 0.
-    floor = torch.full_like(expected, 2.0**-14 if actual.dtype == torch.float16 else 1e-30)
+    smallest = limits.GRAD_FLOOR_FLOAT16 if actual.dtype == torch.float16 else limits.GRAD_FLOOR
+    floor = torch.full_like(expected, smallest)
     kept = (labels != IGNORE).nonzero().squeeze(1)
-    floor[kept, labels[kept]] = 0.1 if size is None else 0.1 * size[kept].double()
+    at_label = torch.ones_like(floor[:, 0]) if size is None else size.double()
+    floor[kept, labels[kept]] = (limits.LABEL_FLOOR * at_label[kept]).clamp(min=smallest)
     seen.close(what, actual, expected, tolerance, floor)
 
 
@@ -170,9 +181,14 @@ def layout_cases() -> Iterator[Case]:
     for (rows, stride, offset, vocab), dtype in itertools.product(layouts, DTYPES):
 
         def run(
-            backend: Backend, seen: Seen, rows: int = rows, stride: int = stride, offset: int = offset,
-            vocab: int = vocab, dtype: torch.dtype = dtype,
-        ) -> None:  # fmt: skip
+            backend: Backend,
+            seen: Seen,
+            rows: int = rows,
+            stride: int = stride,
+            offset: int = offset,
+            vocab: int = vocab,
+            dtype: torch.dtype = dtype,
+        ) -> None:
             width = min(700, stride - offset) if stride < 1000 else stride - offset
             made = make_rows(backend, rows, width, dtype, seed=rows, stride=stride, offset=offset, label_limit=vocab)
             made.logits[:, vocab:] = math.inf
@@ -182,118 +198,52 @@ def layout_cases() -> Iterator[Case]:
         yield Case(name, run, rows == 9)
 
 
+def shared_cases() -> Iterator[Case]:
+    """Rows, labels and upstream gradients that are one in memory are read; gradients need rows of their own."""
+    for dtype in DTYPES:
+
+        def run(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
+            row, tolerance = make_rows(backend, 1, 50, dtype, seed=8), backend.tolerance(dtype)
+            labels = torch.tensor([7], device=backend.device).expand(4)
+            exact, head = row.logits.double().expand(4, 50), (IGNORE, 1.0, 0.0, 50)
+            want_logp, want_lse, _ = reference.token_logps_fwd(exact, labels, *head, False)
+            logp, lse, _ = backend.kernels.token_logps_fwd(row.logits.expand(4, 50), labels, *head, False)
+            seen.close("fwd logp", logp, want_logp, tolerance.logp)
+            upstream, want = torch.full_like(lse[:1], -1.5).expand(4), exact.clone()
+            reference.token_logps_bwd_(want, labels, want_lse, upstream.double(), *head)
+            grad = row.logits.repeat(4, 1)
+            backend.kernels.token_logps_bwd_(grad, labels, lse, upstream, *head)
+            check_gradient(seen, "bwd_", grad, want, labels, 50, tolerance.grad)
+
+        yield Case(f"layouts/{short(dtype)}/shared", run)
+
+
 def option_cases() -> Iterator[Case]:
     """Scale and softcap; where tanh saturates, 1 - tanh^2 of the oracle itself cancels, so inputs stay below that."""
-    for (scale, softcap, spread), dtype in itertools.product(
-        ((1.0, 5.0, 4.0), (0.0625, 0.0, 4.0), (1.7, 30.0, 4.0), (0.3, 0.5, 0.4)), DTYPES
-    ):
+    options = ((1.0, 5.0, 4.0), (0.0625, 0.0, 4.0), (1.7, 30.0, 4.0), (0.3, 0.5, 0.4))
+    shapes = ((4, 1111, 1111), (4, 20_001, 19_997), (1100, 50_257, 50_250))  # a row in one piece, in several, many rows
+    for (scale, softcap, spread), dtype, (count, width, vocab) in itertools.product(options, DTYPES, shapes):
 
         def run(
             backend: Backend, seen: Seen, scale: float = scale, softcap: float = softcap, spread: float = spread,
-            dtype: torch.dtype = dtype,
+            dtype: torch.dtype = dtype, count: int = count,
+            width: int = width, vocab: int = vocab,
         ) -> None:  # fmt: skip
-            shapes = [(4, 1111, 1111), (4, 20_001, 19_997)]  # one piece of a row, and several
-            if backend.on_gpu:
-                shapes.append((1100, 50_257, 50_250))
-            for count, width, vocab in shapes:
-                rows = make_rows(backend, count, width, dtype, seed=2, spread=spread, label_limit=vocab)
-                check_token_ops(backend, seen, rows, scale, softcap, vocab, loose=2.0)
+            if count * width > 2**25:
+                need_memory(backend, 12 * 8 * count * width)
+            rows = make_rows(backend, count, width, dtype, seed=2, spread=spread, label_limit=vocab)
+            check_token_ops(backend, seen, rows, scale, softcap, vocab, loose=2.0)
 
-        yield Case(f"options/{short(dtype)}/scale={scale},softcap={softcap}", run, scale == 1.7)
-
-
-def extreme_cases() -> Iterator[Case]:
-    for dtype in DTYPES:
-
-        def extreme(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
-            rows = make_rows(backend, 7, 5000, dtype, seed=4)
-            x, low, high = rows.logits, -1e4, 1e4
-            rows.labels[:] = torch.tensor([0, 4999, 17, 4990, 30, 4100, 77])
-            x[0] = low  # all strongly negative: a maximum that starts at 0 gives NaN
-            x[1] = low
-            x[1, 4999] = high  # the label, in the last column, has everything
-            x[2] = low
-            x[2, 3000] = high  # another column has everything
-            x[3, :4500] = -math.inf  # a masked vocabulary that starts with whole tiles of nothing
-            x[4, ::2] = -math.inf
-            x[4, 30] = 0.5
-            x[5] *= 30  # sums must be raised from tile to tile
-            x[6] = torch.linspace(-90, 90, 5000)
-            # lse at 1e4 rounds to 5e-4 in float32, and the softmax rebuilt from it in bwd_ carries that.
-            check_token_ops(backend, seen, rows, loose=1.0 if dtype == torch.float64 else 100.0)
-            logp, lse, _ = backend.kernels.token_logps_fwd(x, rows.labels, IGNORE, 1.0, 0.0, 5000, False)
-            seen.require("fwd logp of a label that has everything is not 0", logp[1] == 0)
-            seen.require("fwd lse of a label that has everything is not its logit", lse[1] == x[1, 4999].to(lse.dtype))
-
-        def split(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
-            width = 2 * 16384 + 77
-            rows = make_rows(backend, 2, width, dtype, seed=3, label_limit=2 * 16384)
-            rows.labels[:] = torch.tensor([31_000, 25_000])
-            rows.logits[0, 10_000:30_000] = -math.inf
-            rows.logits[1, :20_000] = -math.inf  # a first piece of nothing
-            check_token_ops(backend, seen, rows, vocab_size=width - 3)
-
-        def lowest(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
-            """Whole tiles, and whole pieces of split rows, of the most negative number, which masks use for -inf."""
-            width, lowest = 70_000, torch.finfo(dtype).min
-            rows = make_rows(backend, 5, width, dtype, seed=8)
-            x, labels, options = rows.logits, rows.labels, (IGNORE, 1.0, 0.0, width)
-            x[0, :4096] = lowest
-            x[1, :40_000] = lowest
-            x[2, 20_000:] = lowest
-            x[3, :8192] = max(-3e10, lowest)
-            x[4, :33_000] = x[4, 36_000:] = lowest
-            labels[:] = torch.tensor([width - 1, 50_000, 17, 9_000, 35_000])
-            tolerance = backend.tolerance(dtype)
-            (_, exact), (_, fused), (_, grad) = rows.copy(), rows.copy(), rows.copy()
-            exact = exact.double()
-            want = reference.token_logps_fwd(exact, labels, *options, True)
-            reference.token_logps_fused_(exact, labels, *options, False)
-            logp, lse, extra = backend.kernels.token_logps_fwd(x, labels, *options, True)
-            seen.close("fwd logp", logp, want[0], tolerance.logp)
-            seen.close("fwd lse", lse, want[1], tolerance.logp)
-            # Not the mean of z, whose sum overflows.
-            seen.close("fwd entropy and sum of squares", extra[:2], want[2][:2], 4 * tolerance.logp)
-            backend.kernels.token_logps_fused_(fused, labels, *options, False)
-            check_gradient(seen, "fused_", fused, exact, labels, width, tolerance.grad)
-            backend.kernels.token_logps_bwd_(grad, labels, lse, torch.ones_like(lse), *options)
-            check_gradient(seen, "bwd_", grad, exact, labels, width, tolerance.grad)
-            x[0, 5] = math.nan  # in a tile of nothing else, and still seen
-            x[1] = lowest
-            logp = backend.kernels.token_logps_fwd(x, labels, *options, False)[0]
-            equal = (logp[1] + math.log(width)).abs() < 1e-4
-            seen.require("fwd logp of a row of only the lowest is neither NaN nor right", equal or logp[1].isnan())
-            seen.require("fwd logp is not NaN where a row holds NaN", logp[0].isnan())
-            seen.require("fwd logp is NaN where no row holds NaN", not logp[2:].isnan().any())
-
-        def not_finite(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
-            rows = make_rows(backend, 5, 300, dtype, seed=5)
-            x = rows.logits
-            rows.labels[:] = torch.tensor([3, 4, 5, 6, IGNORE])
-            x[0, 299] = math.nan  # in the tail
-            x[1, 0] = math.nan
-            x[1, 1:] = -math.inf
-            x[2] = -math.inf
-            x[3, 7] = math.inf
-            x[4] = math.nan  # ignored: must not leak
-            logp, _, extra = backend.kernels.token_logps_fwd(x, rows.labels, IGNORE, 1.0, 0.0, 300, True)
-            seen.require("fwd logp of a row with NaN, +inf or only -inf is not NaN", logp[:4].isnan().all())
-            seen.require("fwd of an ignored row is not 0", logp[4] == 0 and not extra[:, 4].any())
-            backend.kernels.token_logps_fused_(x, rows.labels, IGNORE, 1.0, 0.0, 300, False)
-            seen.require("fused_ of a row with NaN, +inf or only -inf holds no NaN", x[:4].isnan().any(1).all())
-            seen.require("fused_ of an ignored row is not 0", not x[4].any())
-
-        yield Case(f"extreme/{short(dtype)}/large-and-masked", extreme, True)
-        yield Case(f"extreme/{short(dtype)}/masked-pieces", split)
-        yield Case(f"extreme/{short(dtype)}/masked-with-the-lowest", lowest)
-        yield Case(f"extreme/{short(dtype)}/not-finite", not_finite, True)
+        yield Case(f"options/{short(dtype)}/scale={scale},softcap={softcap},V={width}", run, scale == 1.7)
 
 
 def naive_cases() -> Iterator[Case]:
-    """16 bit: the error against float64 is no larger than that of PyTorch in the same dtype, plus 1e-3 relative."""
+    """16 bit: the error against float64 is no larger than that of PyTorch in the same dtype."""
     for dtype in LOW_PRECISION:
 
         def run(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
+            if backend.truncates and dtype == torch.bfloat16:
+                raise Skip(TRUNCATES)
             rows = make_rows(backend, 8, 3001, dtype, seed=6, spread=3.0)
             labels = rows.labels.masked_fill(rows.labels == IGNORE, 1)
             exact = rows.logits.double()
@@ -305,12 +255,15 @@ def naive_cases() -> Iterator[Case]:
             _, fused = rows.copy()
             logp, _, _ = backend.kernels.token_logps_fused_(fused, labels, IGNORE, 1.0, 0.0, 3001, False)
             for name, ours, theirs, truth in (("logp", logp, naive, want), ("gradient", fused, naive_grad, want_grad)):
-                bound = relative_error(theirs, truth, 2) + 1e-3
+                bound = relative_error(theirs, truth, 2)
+                bound = bound + limits.NAIVE_SLACK if backend.on_gpu else bound * limits.NAIVE_RATIO
                 seen.measured(f"{name} against naive", relative_error(ours, truth, 2), bound)
+            worst = relative_error(logp, want), relative_error(naive, want)
+            seen.require(f"the largest error of logp is {worst[0]}, of naive {worst[1]}", worst[0] <= worst[1])
 
         yield Case(f"against-naive/{short(dtype)}/token_logps", run, True)
 
 
 def token_cases() -> Iterator[Case]:
-    for cases in (size_cases, layout_cases, option_cases, extreme_cases, naive_cases):
+    for cases in (size_cases, layout_cases, shared_cases, option_cases, naive_cases):
         yield from cases()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from cpo_kernels.check import limits
 from cpo_kernels.check.compare import Backend, Case, Seen, Skip, short
 from cpo_kernels.check.head import OBJECTIVES, TRAIN, VOCAB, Batch, budget_bytes, make_batch
 from cpo_kernels.head.nll import linear_nll
@@ -115,9 +116,8 @@ def graph_cases() -> Iterator[Case]:
                                     mine.copy_(other)
                         graph.replay()
                         got = [t.clone() for t in captured]
-                        tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5  # of a product of another algorithm
                         for k, (a, b) in enumerate(zip(got, step(), strict=True)):
-                            seen.close(f"result {k} of batch {seed}", a, b, tolerance, b.double().abs().max())
+                            seen.close(f"result {k} of batch {seed}", a, b, limits.GRAPH[dtype], b.double().abs().max())
 
                 yield Case(f"cuda-graph/{short(dtype)}/{train},{name}", run, name == "one-chunk")
 

@@ -70,7 +70,7 @@ _CLASSES: dict[Callable[[Any], LogitMap], str] = {
     _hyperclovax: "HyperCLOVAX",
     _falcon_h1: "FalconH1",
 }
-# Class name -> what its forward does. Each row is tested against the model's own logits (tests/test_causal_lm.py).
+# Class name -> what its forward does. tests/integrations/test_causal_lm.py tests each row against the model's logits.
 HEADS: dict[str, Callable[[Any], LogitMap]] = {
     "GPT2LMHeadModel": _plain,
     **{f"{name}ForCausalLM": rule for rule, names in _CLASSES.items() for name in names.split()},

@@ -43,6 +43,8 @@ class Tile(NamedTuple):
     rows: int
     block: int
     registers: int = 0
+    depth: int = 0  # of a product's step
+    stages: int = 0
 
 
 # A warp sweeps 512 columns of one row: 16 numbers a thread, whose largest and sum it keeps in 32 registers, and five
@@ -54,6 +56,22 @@ LIVE_GATHER = Tile(warps=4, rows=4, block=256)
 LIVE_PREPARE = Tile(warps=4, rows=1, block=128)
 # 16 rows of dW, 128 numbers each: 16 float32 a thread. Reads made and writes dW once; not measured.
 LIVE_SUM = Tile(warps=4, rows=16, block=128)
+LIVE_PACK = Tile(warps=4, rows=16, block=128)
+
+
+def live_product(itemsize: int, rows: int, aligned: bool = True) -> Tile:
+    """Of the products with live columns, for sets of `rows`.
+
+    16 bit: 128 x 256 sums are 128 registers of 8 warps. Triton counts a stage for each of two loads that follow each
+    other (a column's number, its row) and for the product: with five, two steps of 64, 96 kB, are in flight beside the
+    one at work, which Hopper holds (148 kB); GPUs without wgmma keep one less (99 kB, of the 99 KiB of an RTX 4090).
+    A quarter of it where g is read one number at a time, into registers. float32 and float64 run without tensor cores
+    or few: for parity, not speed.
+    """
+    few = max(16, 1 << (min(rows, 128) - 1).bit_length())
+    if itemsize == 2:
+        return Tile(8, few, 256, depth=64, stages=5) if aligned else Tile(8, few, 128, depth=32, stages=5)
+    return Tile(4, min(few, 32), 64, depth=16, stages=2)
 
 
 def options(launch: Launch | Tile, amd: bool = bool(torch.version.hip)) -> dict[str, Any]:
@@ -64,6 +82,8 @@ def options(launch: Launch | Tile, amd: bool = bool(torch.version.hip)) -> dict[
     }
     if launch.registers and not amd:
         options["maxnreg"] = launch.registers
+    if isinstance(launch, Tile) and launch.stages:
+        options["num_stages"] = 2 if amd else launch.stages  # AMD: 64 kB of shared memory, the next step in registers
     return options
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from cpo_kernels.kernels import tuning
 from cpo_kernels.kernels.live_columns import GENERAL as LIVE_GENERAL
 from cpo_kernels.kernels.live_columns import gather_kernel, prepare_kernel, scan_sets_kernel
+from cpo_kernels.kernels.live_matmul import dw_kernel, dx_kernel, pack_kernel
 from cpo_kernels.kernels.preference import (
     MAX_LOSSES,
     PAIR,
@@ -144,6 +145,15 @@ def live_variants() -> Iterator[Variant]:
             flags = {"SOFTCAP": softcap, "ROWS": launch.rows, "BLOCK": launch.block}
             options = " edges" * edges + " softcap" * softcap
             yield _live_variant(f"live {name} {dtype}{options}", kernel, dtype, launch, flags, not edges)
+    for dtype in ("bf16", "fp16", "fp32", "fp64"):
+        for aligned in (False, True):
+            launch = tuning.live_product(int(dtype[2:]) // 8, 128, aligned)
+            sizes = {"BM": launch.rows, "BV": launch.rows, "BN": launch.block, "BK": launch.depth}
+            label = f"live dx {dtype}" + " off 16 bytes" * (not aligned)
+            yield _live_variant(label, dx_kernel, dtype, launch, {**sizes, "ALIGNED": aligned}, True)
+        yield _live_variant(f"live dw {dtype}", dw_kernel, dtype, launch, sizes, True)
+        pack = {"BM": tuning.LIVE_PACK.rows, "BV": launch.rows}
+        yield _live_variant(f"live pack {dtype}", pack_kernel, dtype, tuning.LIVE_PACK, pack, True)
     launch = tuning.LIVE_PREPARE
     for dtype in ("fp32", "fp64"):
         flags = {"ROWS": launch.block}
@@ -154,17 +164,21 @@ def _live_variant(
     label: str, kernel: Any, dtype: str, launch: tuning.Tile, flags: dict[str, Any], aligned: bool
 ) -> Variant:
     acc = "fp64" if dtype == "fp64" else "fp32"
-    constexprs = {"ACC": ACC_TYPES[acc], **flags}
-    types = {"logits": "*" + dtype, "out": "*" + dtype, "live": "*u8"}
-    types |= {n: "*i64" for n in ("labels", "ids", "offsets")}
+    flags = {"ACC": ACC_TYPES[acc], **flags}
+    constexprs = {n: flags[n] for n in kernel.arg_names if n in flags}
+    types = {"live": "*u8", "places": "*i32"}
+    types |= {n: "*" + dtype for n in ("logits", "out", "g", "weight", "tail_rows", "dx", "packed", "x")}
+    types |= {n: "*i64" for n in ("labels", "ids", "offsets", "order")}
+    types |= {n: "*i64" for n in ("block_sets", "block_tiles", "tile_starts", "tile_blocks", "tile_sets")}
     types |= {n: "fp64" for n in ("threshold", "nat", "c", "inner", "scale")}
     types |= {n: "i32" for n in ("stride", "rows", "columns", "set_rows", "tiles", "blocks", "ignore_index")}
+    types |= {n: "i32" for n in ("sets", "hidden", "weight_stride", "steps")}
     signature = {n: "constexpr" if n in constexprs else types.get(n, "*" + acc) for n in kernel.arg_names}
     off = LIVE_GENERAL["do_not_specialize_on_alignment"]
     at = {n for n, t in signature.items() if t[0] == "*" and n not in off}
-    at |= {"stride", "columns"} & set(kernel.arg_names) if aligned else set()
-    resident = 12 if flags.get("SOFTCAP") else 20
-    if dtype == "fp64":
+    at |= {"stride", "columns", "hidden", "weight_stride"} & set(kernel.arg_names) if aligned else set()
+    resident = 12 if flags.get("SOFTCAP") else 20 if aligned else 16
+    if dtype == "fp64" or launch.depth:
         resident = 8
     return Variant(label, kernel, signature, constexprs, at, launch, resident_warps=resident)
 

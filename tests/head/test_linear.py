@@ -1,0 +1,473 @@
+"""The head: every strategy against the float64 oracle, its memory, its products and its misuse."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cpo_kernels as cpo
+from cpo_kernels import library, reference
+from cpo_kernels.backends.vocab_parallel import Backend
+from cpo_kernels.check.run import poisoned
+from cpo_kernels.head import inputs, nll, strategy
+from cpo_kernels.head import token_logps as head_token_logps
+from cpo_kernels.ops.token_logps import HeadOptions
+from tests.support.heads import BACKENDS, EVERY_BACKEND, LOW_PRECISION, make_batch, relative_error, true_seq_logps
+
+FLOAT32 = 1e-5  # relative, the project's bound for float32
+SIGNS = torch.tensor([1.0, -1.0], dtype=torch.float64)  # of chosen and rejected
+ROW = 101 * 8  # bytes of one row of float64 logits of the default batch
+
+
+def naive_token_logps(hidden, weight, labels, bias=None):
+    """What a user writes: logits of every position, log_softmax, gather."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logps = torch.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
+    picked = logps.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return picked * (labels != -100)
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("budget", [None, 5 * ROW, 1])
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"scale": 0.25, "softcap": 5.0}, {"vocab_size": 97}])
+def test_token_logps_give_the_true_vjp(impl, budget, head):
+    batch = make_batch()
+    batch.labels[batch.labels >= 97] = 5  # inside the padded vocabulary
+    upstream = torch.randn_like(batch.hidden[..., 0])
+    truth = reference.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias, **head)
+    want = torch.autograd.grad(truth, batch.leaves, upstream)
+    seen = cpo.linear_token_logps(
+        batch.hidden, batch.weight, batch.labels, batch.bias, memory_budget=budget, impl=impl, **head
+    )
+    got = torch.autograd.grad(seen, batch.leaves, upstream)
+    assert relative_error(seen, truth) < 1e-12
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g, w) < 1e-12
+    frozen = cpo.linear_token_logps(
+        batch.hidden,
+        batch.weight.detach(),
+        batch.labels,
+        batch.bias.detach(),
+        memory_budget=budget,
+        impl=impl,
+        **head,
+    )
+    assert relative_error(torch.autograd.grad(frozen, batch.hidden, upstream)[0], want[0]) < 1e-12
+
+
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
+def test_gradcheck(impl):
+    batch = make_batch(2, 2, 3, 7) if impl == "triton" else make_batch(2, 4, 5, 11)
+
+    def run(*leaves):
+        return cpo.linear_token_logps(leaves[0], leaves[1], batch.labels, leaves[2], softcap=4.0, impl=impl)
+
+    torch.autograd.gradcheck(run, batch.leaves)
+    torch.autograd.gradcheck(lambda *t: cpo.linear_nll(t[0], t[1], batch.labels, t[2], impl=impl), batch.leaves)
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("budget", [None, 7 * ROW])
+@pytest.mark.parametrize("train_head", [True, False])
+def test_nll_is_the_mean_over_labels(impl, budget, train_head):
+    batch = make_batch()
+    weights = torch.rand(batch.labels.shape, dtype=torch.float64)
+    logps = reference.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias)
+    leaves = batch.leaves if train_head else batch.leaves[:1]
+    weight, bias = (t if train_head else t.detach() for t in (batch.weight, batch.bias))
+    for kwargs, truth in (
+        ({}, -logps.sum() / batch.lengths().sum()),
+        ({"token_weights": weights, "num_tokens": 7.0}, -(logps * weights).sum() / 7.0),
+    ):
+        seen = cpo.linear_nll(batch.hidden, weight, batch.labels, bias, memory_budget=budget, impl=impl, **kwargs)
+        assert relative_error(seen, truth) < 1e-12
+        want = torch.autograd.grad(truth * -1.7, leaves, retain_graph=True)
+        for g, w in zip(torch.autograd.grad(seen * -1.7, leaves), want, strict=True):
+            assert relative_error(g, w) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("budget", [None, 40_000])
+@pytest.mark.parametrize("train_head", [True, False])
+def test_16_bit_error_is_no_larger_than_naive(dtype, budget, train_head):
+    """float64 truth on the same 16-bit values; 501 columns and 40 kB give 3 chunks."""
+    truth = make_batch(4, 33, 48, 501, bias=train_head, seed=3)
+    upstream = torch.randn(4, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    want_logps = reference.linear_token_logps(truth.hidden, truth.weight, truth.labels, truth.bias)
+    leaves = 3 if train_head else 1
+    want = torch.autograd.grad(want_logps, truth.leaves[:leaves], upstream)
+
+    def errors(function, **kwargs):
+        low = truth.to(dtype)
+        weight = low.weight if train_head else low.weight.detach()
+        logps = function(low.hidden, weight, low.labels, low.bias, **kwargs)
+        grads = torch.autograd.grad(logps, low.leaves[:leaves], upstream.float())
+        return [relative_error(logps, want_logps), *map(relative_error, grads, want)]
+
+    ours, naive = errors(cpo.linear_token_logps, memory_budget=budget, impl="cpu"), errors(naive_token_logps)
+    for mine, theirs in zip(ours, naive, strict=True):
+        assert mine <= theirs + 1e-3
+
+
+@pytest.mark.parametrize("budget", [None, 13 * 501 * 4])
+def test_float32_against_float64(budget):
+    truth = make_batch(4, 33, 48, 501, seed=5)
+    upstream = torch.randn(4, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    want_logps = reference.linear_token_logps(truth.hidden, truth.weight, truth.labels, truth.bias)
+    want = torch.autograd.grad(want_logps, truth.leaves, upstream)
+    low = truth.to(torch.float32)
+    logps = cpo.linear_token_logps(low.hidden, low.weight, low.labels, low.bias, memory_budget=budget)
+    assert relative_error(logps, want_logps) < FLOAT32
+    for g, w in zip(torch.autograd.grad(logps, low.leaves, upstream.float()), want, strict=True):
+        assert relative_error(g, w) < FLOAT32
+
+
+@pytest.mark.parametrize("budget", [None, 40 * 101 * 2], ids=["one_chunk", "chunks"])
+def test_float16_coefficients_survive_without_loss_scaling(budget):
+    """A mean over 20 million tokens: coefficients of 5e-8 vanish in float16; dW and db must not flush."""
+    truth = make_batch(4, 33, 48, 101)
+    num_tokens = 2e7
+
+    def grads(batch):
+        loss = cpo.linear_nll(
+            batch.hidden, batch.weight, batch.labels, batch.bias, num_tokens=num_tokens, memory_budget=budget
+        )
+        return torch.autograd.grad(loss * num_tokens, batch.leaves)  # what a GradScaler does
+
+    for seen, want in zip(grads(truth.to(torch.float16)), grads(truth), strict=True):
+        assert relative_error(seen, want) < 3e-3
+
+
+@pytest.mark.parametrize("upstream", [1e-45, 1e-42, 1e-30, 0.0])
+def test_float16_gradients_of_next_to_nothing_are_zero(upstream):
+    """Saturated pairs: coefficients that float32 holds as subnormals alone."""
+    batch = make_batch().to(torch.float16)
+    logps = cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias)
+    for grad in torch.autograd.grad(logps, batch.leaves, torch.full_like(logps, upstream)):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("budget", [None, 5 * ROW])
+@pytest.mark.parametrize("train_head", [True, False])
+def test_a_label_out_of_range_is_named_by_its_position(train_head, budget):
+    """A ValueError before any product, whatever rows are dropped and chunks are made."""
+    batch = make_batch()
+    weight = batch.weight if train_head else batch.weight.detach()
+    batch.labels[2, 7] = 101
+    message = r"label 101 is out of range at \[2, 7\]: it must be in \[0, 101\) or equal ignore_index = -100"
+    for call in (cpo.linear_token_logps, cpo.linear_nll):
+        with pytest.raises(ValueError, match=message):
+            call(batch.hidden, weight, batch.labels, memory_budget=budget)
+    with pytest.raises(ValueError, match=message):
+        cpo.token_logps(torch.zeros(4, 9, 101), batch.labels)
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_weights_of_ignored_tokens_may_be_anything(train_head):
+    batch = make_batch()
+    weight = batch.weight if train_head else batch.weight.detach()
+    weights = torch.rand(4, 9, dtype=torch.float64)
+    batch.labels[0, 0] = -100
+    want = cpo.linear_nll(batch.hidden, weight, batch.labels, token_weights=weights)
+    weights[0, 0] = float("nan")
+    seen = cpo.linear_nll(batch.hidden, weight, batch.labels, token_weights=weights)
+    grads = (torch.autograd.grad(loss, batch.hidden)[0] for loss in (seen, want))
+    assert torch.equal(seen, want) and torch.equal(*grads)
+
+
+@pytest.mark.parametrize("rows", [2048, 16])
+@pytest.mark.parametrize("call", ["nll", "token_logps", "preference"])
+def test_float16_sums_over_many_rows_stay_in_range(call, rows):
+    """2048 rows of 100 and one label: sums of rows pass 65504 where the gradient of the mean does not."""
+    budget = None if rows == 2048 else rows * 8 * 2
+    leaves = [torch.full((2, 1024, 4), 100.0), torch.zeros(8, 4), torch.zeros(8)]
+    labels = torch.zeros(2, 1024, dtype=torch.int64)
+    labels[1] = 1
+
+    def grads(dtype):
+        hidden, weight, bias = (t.to(dtype).requires_grad_() for t in leaves)
+        if call == "nll":
+            loss = cpo.linear_nll(hidden, weight, labels, bias, scale=3.0, memory_budget=budget)
+        elif call == "token_logps":
+            loss = cpo.linear_token_logps(hidden, weight, labels, bias, scale=3.0, memory_budget=budget).mean()
+        else:
+            loss_fn = cpo.FusedLinearCPOLoss(beta=1e-3, scale=3.0, memory_budget=budget)
+            loss = loss_fn(hidden, weight, labels, bias, ref_logps=torch.zeros(2)).loss
+        return torch.autograd.grad(loss, (hidden, weight, bias))
+
+    for seen, want in zip(grads(torch.float16), grads(torch.float64), strict=True):
+        assert relative_error(seen, want) < 3e-3
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_positions_without_label_are_never_projected(monkeypatch, train_head):
+    """Multiply-adds are counted: 4 products (recompute), 3 (nll) or 2 (frozen) on the labelled rows alone."""
+    batch = make_batch(dtype=torch.float32, bias=False)
+    weight = batch.weight if train_head else batch.weight.detach()
+    count, mm = [0], torch.mm
+
+    def counting(a, b, **kwargs):
+        count[0] += a.shape[0] * a.shape[1] * b.shape[1]
+        return mm(a, b, **kwargs)
+
+    monkeypatch.setattr(head_token_logps.torch, "mm", counting)
+    one = int(batch.lengths().sum()) * 24 * 101
+    cpo.linear_token_logps(batch.hidden, weight, batch.labels).sum().backward()
+    assert count[0] == (4 if train_head else 2) * one
+    count[0] = 0
+    cpo.linear_nll(batch.hidden, weight, batch.labels).backward()
+    assert count[0] == (3 if train_head else 2) * one
+    count[0] = 0
+    with torch.no_grad():
+        cpo.linear_nll(batch.hidden, weight, batch.labels)
+    assert count[0] == one
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any op returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, tuple | list) else (out,)
+        self.numel = max([self.numel, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_no_tensor_grows_with_the_logits():
+    """The ops' own bodies are watched: with 8 times the tokens nothing but the [N, H] tensors grows."""
+
+    def largest(length):
+        batch = make_batch(2, length, 8, 1001, torch.float32, bias=False)
+        empty = batch.weight.new_empty(0)
+        tensors = inputs.HeadTensors(batch.hidden.view(-1, 8), batch.weight, empty, batch.labels.view(-1))
+        options, needs = HeadOptions(-100, 1.0, 0.0, 1001), inputs.Needs(True, True, False)
+        execution = inputs.Execution(16, Backend.of("cpu"))
+        args = nll.NLLArgs(batch.labels[:0].view(0), empty, options, -1.0, needs, execution)
+        watch = Largest()
+        with torch.no_grad(), watch:
+            library.BODIES[nll.linear_nll_op.overload](*library.flatten((tensors, args)))
+        return watch.numel
+
+    assert 8 * 1001 < largest(40) <= 16 * 1001 and largest(320) <= 16 * 1001
+
+
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
+def test_no_labels_and_no_rows(impl):
+    batch = make_batch()
+    none = torch.full_like(batch.labels, -100)
+    for hidden, labels in ((batch.hidden, none), (batch.hidden[:, :0], none[:, :0])):
+        logps = cpo.linear_token_logps(hidden, batch.weight, labels, batch.bias, impl=impl)
+        grads = torch.autograd.grad(logps.sum(), batch.leaves)
+        assert logps.shape == labels.shape and not logps.any()
+        assert not any(g.any() for g in grads) and all(g.isfinite().all() for g in grads)
+        loss = cpo.linear_nll(hidden, batch.weight, labels, batch.bias, impl=impl)
+        assert loss.item() == 0.0
+        assert not any(g.any() for g in torch.autograd.grad(loss, batch.leaves))
+
+
+def test_extras_match_the_oracle():
+    batch = make_batch()
+    logps, extras = cpo.linear_token_logps(
+        batch.hidden, batch.weight, batch.labels, batch.bias, extras=True, memory_budget=5 * ROW
+    )
+    logits = batch.hidden @ batch.weight.t() + batch.bias
+    p, kept = logits.softmax(-1), batch.labels != -100
+    assert torch.equal(logps, cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias,
+                                                    memory_budget=5 * ROW))  # fmt: skip
+    for seen, want in (
+        (extras.entropy, -(p * p.log()).sum(-1)),
+        (extras.log_sum_sq_probs, p.square().sum(-1).log()),
+        (extras.mean_logit, logits.mean(-1)),
+    ):
+        assert relative_error(seen, want * kept) < 1e-12 and not seen.requires_grad
+    assert torch.equal(extras.is_top1, (logits.argmax(-1) == batch.labels) & kept)
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_permuted_and_strided_inputs(train_head):
+    batch = make_batch()
+    weight = batch.weight if train_head else batch.weight.detach()
+    hidden = batch.hidden.detach().permute(1, 0, 2).contiguous().permute(1, 0, 2).requires_grad_()
+    wide = torch.randn(101, 48, dtype=torch.float64)
+    wide[:, ::2] = weight.detach()
+    strided = wide[:, ::2].requires_grad_(train_head)
+    for h, w in ((hidden, weight), (batch.hidden, strided)):
+        want = torch.autograd.grad(true_seq_logps(batch).square().sum(), batch.leaves[:2])
+        got = torch.autograd.grad(
+            cpo.linear_token_logps(h, w, batch.labels, batch.bias).sum(1).square().sum(),
+            (h, w) if train_head else h,
+        )
+        for g, x in zip(got, want[: len(got)], strict=True):
+            assert relative_error(g, x) < 1e-12
+
+
+def test_retain_graph_and_second_backward_accumulate():
+    """The saved dW is handed out as it is: a kept graph must not see what the optimizer does to the gradient."""
+    batch = make_batch()
+    loss = cpo.linear_nll(batch.hidden, batch.weight, batch.labels, batch.bias)
+    loss.backward(retain_graph=True)
+    first = [leaf.grad.clone() for leaf in batch.leaves]
+    for leaf in batch.leaves:
+        leaf.grad.mul_(-3)  # clipping, or an optimizer that works in place
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for leaf, g in zip(batch.leaves, first, strict=True):
+        assert relative_error(leaf.grad, -g) < 1e-12
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_double_backward_is_refused():
+    batch = make_batch()
+    for value in (
+        cpo.linear_nll(batch.hidden, batch.weight, batch.labels),
+        cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels).sum(),
+    ):
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(value, batch.hidden, create_graph=True)
+
+
+def test_two_losses_on_the_same_hidden_states():
+    batch = make_batch()
+    total = cpo.linear_nll(batch.hidden, batch.weight, batch.labels, batch.bias)
+    total = total + 0.5 * cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels).square().sum()
+    total = total + batch.hidden.sin().sum()
+    logps = reference.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias)
+    want = -logps.sum() / batch.lengths().sum() + batch.hidden.sin().sum()
+    want = want + 0.5 * reference.linear_token_logps(batch.hidden, batch.weight, batch.labels).square().sum()
+    for g, w in zip(torch.autograd.grad(total, batch.leaves), torch.autograd.grad(want, batch.leaves), strict=True):
+        assert relative_error(g, w) < 1e-12
+
+
+def test_tied_embedding_gets_both_gradients():
+    weight = make_batch(dtype=torch.float32).weight
+    tokens = torch.randint(101, (2, 6))
+    labels = torch.randint(101, (2, 6))
+    hidden = torch.nn.functional.embedding(tokens, weight).tanh()
+    got = torch.autograd.grad(cpo.linear_nll(hidden, weight, labels), weight)[0]
+    hidden = torch.nn.functional.embedding(tokens, weight).tanh()
+    want = torch.autograd.grad(-naive_token_logps(hidden, weight, labels).mean(), weight)[0]
+    assert relative_error(got, want) < FLOAT32
+
+
+def test_autocast_casts_as_a_linear_layer_would():
+    batch = make_batch(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cpo.linear_nll(batch.hidden.bfloat16(), batch.weight, batch.labels, batch.bias)
+    low = batch.to(torch.bfloat16)
+    want = cpo.linear_nll(low.hidden, low.weight, low.labels, low.bias)
+    assert torch.equal(loss, want)
+    (got,) = torch.autograd.grad(loss, batch.weight)
+    assert got.dtype == torch.float32 and torch.equal(got, torch.autograd.grad(want, low.weight)[0].float())
+
+
+def test_autocast_leaves_float32_arithmetic_inside_alone():
+    """float64 is not cast by autocast, and the ops' own float32 products must not be either."""
+    batch = make_batch()
+    want = cpo.linear_nll(batch.hidden, batch.weight, batch.labels, batch.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = cpo.linear_nll(batch.hidden, batch.weight, batch.labels, batch.bias)
+    assert torch.equal(seen, want)
+    for g, w in zip(torch.autograd.grad(seen, batch.leaves), torch.autograd.grad(want, batch.leaves), strict=True):
+        assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_give_the_same_bits(dtype):
+    batch = make_batch(4, 33, 48, 501).to(dtype)
+    runs = []
+    for _ in range(2):
+        loss = cpo.linear_nll(batch.hidden, batch.weight, batch.labels, batch.bias, memory_budget=20_000)
+        runs.append((loss, *torch.autograd.grad(loss, batch.leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4, 9, 7)}, r"H = 24.*got \(4, 9, 7\)"),
+        ({"weight": torch.zeros(24)}, r"weight must have shape \[V, H\]"),
+        ({"bias": torch.zeros(3)}, r"bias must have shape \[101\], got \(3,\)"),
+        ({"labels": torch.zeros(4, 8, dtype=torch.int64)}, r"\(4, 9\).*got \(4, 8\)"),
+        ({"labels": torch.zeros(4, 9)}, "labels must be int64, got torch.float32"),
+        ({"labels": torch.full((4, 9), 101)}, "101"),
+        ({"weight": torch.zeros(101, 24, dtype=torch.bfloat16)}, "share one dtype.*bfloat16"),
+        ({"hidden": torch.zeros(4, 9, 24).int()}, "float16 or float64, got torch.int32"),
+        ({"softcap": -1.0}, "softcap must be a positive number.*got -1.0"),
+        ({"scale": float("nan")}, "scale must be positive and finite, got nan"),
+        ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
+        ({"vocab_size": 102}, r"vocab_size must lie in \[1, 101\].*got 102"),
+        ({"memory_budget": 0}, "memory_budget must be a positive number of bytes, got 0"),
+        ({"impl": "fast"}, "impl must be one of.*got 'fast'"),
+        ({"impl": "cuda"}, "impl='cuda' (is not available|takes GPU tensors)"),
+    ],
+)
+def test_misuse_names_the_value(change, message):
+    batch = make_batch(dtype=torch.float32)
+    kwargs = {"hidden": batch.hidden, "weight": batch.weight, "labels": batch.labels, **change}
+    with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
+        cpo.linear_token_logps(**kwargs)
+    with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
+        cpo.linear_nll(**kwargs)
+
+
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
+@pytest.mark.parametrize("budget", [None, 5 * ROW, 3 * ROW, 1], ids=["one chunk", "chunks", "columns", "one row"])
+def test_padded_rows_change_nothing(monkeypatch, impl, budget):
+    """Rows of an odd vocabulary are padded on a GPU; here on a CPU, with padding that shows where it is read."""
+    monkeypatch.setattr(inputs, "row_stride", lambda width, dtype, device: width + 27)
+    batch, given = make_batch(4, 5), {"memory_budget": budget, "impl": impl}
+    truth = reference.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias, softcap=3.0)
+    upstream = torch.linspace(-1, 2, truth.numel(), dtype=torch.float64).view(truth.shape)
+    want = torch.autograd.grad(truth, batch.leaves, upstream, retain_graph=True)
+    nll = -truth.sum() / (batch.labels != -100).sum()
+    want_nll = torch.autograd.grad(nll, batch.leaves, retain_graph=True)
+    loss = torch.nn.functional.softplus(-0.1 * (truth.sum(1) - batch.ref_logps).view(2, 2).T.mv(SIGNS)).mean()
+    want_loss = torch.autograd.grad(loss, batch.leaves)
+    with poisoned():
+        logps = cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias, softcap=3.0, **given)
+        got = torch.autograd.grad(logps, batch.leaves, upstream)
+        ours = cpo.linear_nll(batch.hidden, batch.weight, batch.labels, batch.bias, softcap=3.0, **given)
+        got_nll = torch.autograd.grad(ours, batch.leaves)
+        out = cpo.FusedLinearCPOLoss(softcap=3.0, **given)(
+            batch.hidden, batch.weight, batch.labels, batch.bias, ref_logps=batch.ref_logps
+        )
+        got_loss = torch.autograd.grad(out.loss, batch.leaves)
+    assert relative_error(logps, truth) < 1e-12 and relative_error(ours, nll) < 1e-12
+    assert relative_error(out.loss, loss) < 1e-12
+    for seen, right in ((got, want), (got_nll, want_nll), (got_loss, want_loss)):
+        assert all(relative_error(a, b) < 1e-11 for a, b in zip(seen, right, strict=True))
+
+
+def test_rows_of_logits_begin_on_16_bytes_on_a_gpu():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert strategy.row_stride(50_257, torch.bfloat16, gpu) == 50_304  # GPT-2
+    assert strategy.row_stride(32_001, torch.float32, gpu) == 32_064
+    assert strategy.row_stride(128_256, torch.bfloat16, gpu) == 128_256
+    assert strategy.row_stride(50_257, torch.bfloat16, cpu) == 50_257
+    assert strategy.row_stride(7, torch.bfloat16, gpu) == 7  # a few columns of very many rows
+    plan = cpo.explain(1000, 768, 50_257, device="cuda", train_head=False)
+    assert plan.logits_bytes == 1000 * 50_304 * 2
+    budget = 100 * 50_257 * 2
+    assert cpo.explain(1000, 768, 50_257, device="cuda", memory_budget=budget).logits_bytes <= budget
+
+
+def test_explain_follows_the_budget():
+    plan = cpo.explain(512, 896, 151936)
+    assert (plan.strategy, plan.products, plan.num_chunks) == ("pairs", 3, 1)
+    assert plan.logits_bytes == 512 * 151936 * 2
+    assert cpo.explain(512, 896, 151936, train_head=False).strategy == "frozen"
+    assert cpo.explain(512, 896, 151936, train_head=False, train_hidden=False).products == 1
+    assert cpo.explain(5000, 896, 151936, group_tokens=500).num_chunks > 1
+    assert cpo.explain(5000, 896, 151936, group_tokens=5000).strategy == "two_pass"
+    assert cpo.explain(5000, 896, 151936, group_tokens=500, couples_pairs=True).strategy == "two_pass"
+    assert cpo.explain(5000, 896, 151936, loss="unknown").strategy == "recompute"
+    assert cpo.explain(10**6, 896, 151936, loss="nll").logits_bytes <= 320 << 20
+    rows = {v: cpo.explain(10**7, 4096, v, device="cuda", loss="nll") for v in (49_152, 128_256, 256_000)}
+    assert [p.chunk_rows for p in rows.values()] == [8191, 4176, 2096]  # even shares of 8192, 4176 and 2096
+    assert cpo.explain(8192, 4096, 128_256, device="cuda", group_tokens=1024).logits_bytes <= 1 << 30
+    with pytest.raises(ValueError, match="'preference', 'nll' or 'unknown', got 'mse'"):
+        cpo.explain(1, 1, 1, loss="mse")

@@ -1,0 +1,407 @@
+"""filter_eps: head gradients on the live columns, against the formula in float64, and all that passes through them."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import cpo_kernels as cpo
+from cpo_kernels import reference
+from cpo_kernels.head.live import LIVE_LIMIT
+from tests.support.heads import EVERY_BACKEND, relative_error
+from tests.support.processes import run_processes
+
+VOCAB, HIDDEN = 600, 24
+
+
+def rows(
+    count: int = 90, dtype: torch.dtype = torch.float64, padding: int = 0, seed: int = 0, flat: slice = slice(40, 60)
+):
+    """hidden [count, H] that puts most of the softmax on a few words, but for `flat` rows; every sixth is masked."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(VOCAB + padding, HIDDEN, generator=g, dtype=torch.float64)
+    labels = torch.randint(VOCAB, (count,), generator=g)
+    near = torch.nn.functional.normalize(weight[labels], dim=1) * (3 + 3 * torch.rand(count, 1, generator=g))
+    hidden = near + 0.3 * torch.randn(count, HIDDEN, generator=g)
+    hidden[flat] *= 0.05
+    bias = 0.3 * torch.randn(VOCAB + padding, generator=g, dtype=torch.float64)
+    labels[::6] = -100
+    return [t.to(dtype).requires_grad_() for t in (hidden, weight, bias)], labels
+
+
+def formula(
+    leaves, labels, coef, eps, sets, scale=1.0, softcap=0.0, vocab_size=None, shards=None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dX, dW, db and the share of live columns, as the docstring of `head.live` states them, in float64."""
+    hidden, weight, bias = (t.detach().double() for t in leaves)
+    keep = labels != -100
+    x, y, c = hidden[keep], labels[keep], coef[keep].double()
+    vocab = len(weight) if vocab_size is None else vocab_size
+    z = scale * (x @ weight.t() + bias)
+    slope = torch.full_like(z, scale)
+    if softcap:
+        slope *= 1 - torch.tanh(z / softcap) ** 2
+        z = softcap * torch.tanh(z / softcap)
+    sizes = torch.softmax(z[:, :vocab], 1) * slope[:, :vocab]
+    g = torch.nn.functional.one_hot(y, vocab) * slope[:, :vocab] - sizes
+    used, live = torch.zeros_like(g), 0.0
+    cuts = [slice(low, low + sets) for low in range(0, len(x), sets)] if isinstance(sets, int) else sets
+    for rows_of_set, shard in itertools.product(cuts, shards or [slice(0, vocab)]):
+        part = rows_of_set, shard
+        width = len(range(*shard.indices(vocab)))
+        columns = (sizes[part] >= eps * scale).any(0)
+        mine = y[rows_of_set] - shard.start
+        columns[mine[(mine >= 0) & (mine < width)]] = True
+        if columns.sum() > LIVE_LIMIT * width:
+            columns[:] = True
+        tail = torch.where(columns, 0.0, g[part])
+        used[part] = torch.where(columns, g[part], 0.0)
+        if not columns.all():
+            used[part] += tail.sum(1)[:, None] * (tail.sum(0) / tail.sum())
+        live += float(columns.double().sum()) / vocab * len(x[rows_of_set])
+    dx, dw, db = torch.zeros_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)
+    dx[keep] = c[:, None] * (used @ weight[:vocab])
+    dw[:vocab], db[:vocab] = used.t() @ (c[:, None] * x), used.t() @ c
+    return dx, dw, db, torch.tensor(live / max(1, len(x)))
+
+
+HEADS = {
+    "plain": {},
+    "softcap": {"softcap": 30.0},
+    "scale": {"scale": 0.7},
+    "padded vocabulary": {"vocab_size": VOCAB},
+    "all": {"softcap": 25.0, "scale": 1.3, "vocab_size": VOCAB},
+}
+
+
+def budget(set_rows: int, dtype: torch.dtype, padding: int) -> int:
+    """Of chunks of as many rows: one set is one chunk."""
+    return set_rows * (VOCAB + padding) * dtype.itemsize
+
+
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+@pytest.mark.parametrize("name", HEADS)
+def test_gradients_are_the_formula(name, filter_head_grad, impl):
+    """Sets of 16 rows: the flat ones are exact, the others keep some tenth of the columns."""
+    head, padding = HEADS[name], 9 if "vocab_size" in HEADS[name] else 0
+    leaves, labels = rows(padding=padding)
+    coef = torch.randn(len(labels), dtype=torch.float64)
+    where = {"memory_budget": budget(16, torch.float64, padding), "impl": impl, **head}
+    logp = cpo.linear_token_logps(
+        *leaves[:2], labels, leaves[2], filter_eps=1e-3, filter_head_grad=filter_head_grad, **where
+    )
+    exact = cpo.linear_token_logps(*leaves[:2], labels, leaves[2], **where)
+    assert relative_error(logp, exact) < 1e-14
+    got, whole = (torch.autograd.grad(out, leaves, coef) for out in (logp, exact))
+    options = {"softcap": 0.0} | head
+    *want, live = formula(leaves, labels, coef, 1e-3, 16, **options)
+    assert 0.1 < live < 0.9 and relative_error(whole[0], want[0]) > 1e-3  # the sets are of both kinds, and it matters
+    want = want if filter_head_grad else [want[0], *whole[1:]]
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("set_rows", [1, 7, 128])
+@pytest.mark.parametrize("count", [0, 1, 5, 130, 300])
+def test_any_number_of_rows(count, set_rows, impl):
+    """Many rows a chunk: sets are cut from the labelled rows in order, the last one is short."""
+    leaves, labels = rows(count, flat=slice(0, 0))
+    coef = torch.randn(count, dtype=torch.float64)
+    memory = budget(set_rows, torch.float64, 0) if set_rows < 16 else None
+    logp = cpo.linear_token_logps(
+        *leaves[:2], labels, leaves[2], filter_eps=0.1, filter_head_grad=True, memory_budget=memory, impl=impl
+    )
+    got = torch.autograd.grad(logp, leaves, coef)
+    *want, _ = formula(leaves, labels, coef, 0.1, set_rows)
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
+
+
+def test_nothing_labelled():
+    leaves, labels = rows(10)
+    logp = cpo.linear_token_logps(*leaves[:2], labels.fill_(-100), leaves[2], filter_eps=0.1, filter_head_grad=True)
+    assert not any(g.any() for g in torch.autograd.grad(logp.sum(), leaves))
+
+
+@pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)], ids=str)
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_only_what_is_asked_for(wanted, filter_head_grad):
+    leaves, labels = rows()
+    coef = torch.randn(len(labels), dtype=torch.float64)
+    options = {"filter_eps": 0.02, "filter_head_grad": filter_head_grad, "memory_budget": budget(16, torch.float64, 0)}
+
+    def grads(leaves):
+        logp = cpo.linear_token_logps(*leaves[:2], labels, leaves[2], **options)
+        return torch.autograd.grad(logp, [leaves[i] for i in wanted], coef)
+
+    some = [t if i in wanted else t.detach() for i, t in enumerate(leaves)]
+    for a, b in zip(grads(some), grads(leaves), strict=True):
+        assert relative_error(a, b) < 1e-13
+
+
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_backward_twice_and_bits(filter_head_grad):
+    leaves, labels = rows(dtype=torch.float32)
+    coef = torch.randn(len(labels))
+    where = {"memory_budget": budget(16, torch.float32, 0), "filter_eps": 0.02, "filter_head_grad": filter_head_grad}
+    logp = cpo.linear_token_logps(*leaves[:2], labels, leaves[2], **where)
+    first = torch.autograd.grad(logp, leaves, coef, retain_graph=True)
+    again = torch.autograd.grad(logp, leaves, coef)
+    other = torch.autograd.grad(cpo.linear_token_logps(*leaves[:2], labels, leaves[2], **where), leaves, coef)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, other, strict=True))
+
+
+STRATEGIES = {  # name -> rows of a chunk, options
+    "pairs": (200, {}),
+    "several chunks of pairs": (48, {}),
+    "two_pass": (48, {"loss_type": "aot"}),
+    "deferred": (24, {}),
+    "weighted": (200, {"use_weighting": True}),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_preference_losses(name, filter_head_grad, impl):
+    """Each strategy gives the loss of the exact one, and the formula's gradients under its coefficients."""
+    limit, options = STRATEGIES[name]
+    sequences = 2 if name == "deferred" else 6
+    leaves, labels = rows(flat=slice(40, 70))
+    labels = labels[: 90 // sequences * sequences].view(sequences, -1)
+    hidden, weight, bias = (t.detach().requires_grad_() for t in leaves)
+    hidden = hidden.detach()[: labels.numel()].view(sequences, -1, HIDDEN).requires_grad_()
+    ref_logps = -30 * torch.rand(sequences, dtype=torch.float64)
+    where = {"memory_budget": budget(limit, torch.float64, 0), "impl": impl, "beta": 0.05, **options}
+    loss_fn = cpo.FusedLinearCPOLoss(filter_eps=0.02, filter_head_grad=filter_head_grad, **where)
+    out = loss_fn(hidden, weight, labels, bias, ref_logps=ref_logps)
+    exact = cpo.FusedLinearCPOLoss(**where)(hidden, weight, labels, bias, ref_logps=ref_logps)
+    assert relative_error(out.loss, exact.loss) < 1e-14 and exact.live_share is None
+    assert 0.02 < out.live_share < 0.9 and 0 < out.tail_mass < 0.5 and 0 <= out.exact_share < 0.9
+    got, whole = (torch.autograd.grad(o.loss, (hidden, weight, bias)) for o in (out, exact))
+    assert relative_error(got[0], whole[0]) < 0.3
+    if not filter_head_grad:
+        assert max(relative_error(a, b) for a, b in zip(got[1:], whole[1:], strict=True)) < 1e-12
+    if name == "weighted" or (name == "several chunks of pairs" and not filter_head_grad):
+        return  # coefficients of a detour, rows in another order
+    logp = reference.linear_token_logps(hidden, weight, labels, bias).detach().requires_grad_()
+    args = {k: v for k, v in where.items() if k in ("beta", "loss_type")}
+    (coef,) = torch.autograd.grad(cpo.preference_loss(logp.sum(1), ref_logps=ref_logps, **args).loss, logp)
+    layout = loss_fn.plan(labels, VOCAB, torch.float64, device="cpu").layout
+    assert filter_head_grad or layout.strategy == name
+    chunks = layout.row_chunks if name in ("two_pass", "deferred") and not filter_head_grad else limit // 16 * 16
+    flat = hidden.detach().reshape(-1, HIDDEN), weight, bias
+    *want, _ = formula(flat, labels.flatten(), coef.flatten(), 0.02, chunks)
+    assert relative_error(got[0].reshape(-1, HIDDEN), want[0]) < 1e-12
+    if filter_head_grad:
+        assert max(relative_error(a, b) for a, b in zip(got[1:], want[1:], strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_nll(filter_head_grad):
+    leaves, labels = rows()
+    weights = torch.rand(len(labels), dtype=torch.float64)
+    options = {"filter_eps": 0.02, "filter_head_grad": filter_head_grad, "memory_budget": budget(16, torch.float64, 0)}
+    loss = cpo.linear_nll(*leaves[:2], labels, leaves[2], token_weights=weights, num_tokens=50, **options)
+    whole = cpo.linear_nll(*leaves[:2], labels, leaves[2], token_weights=weights, num_tokens=50)
+    assert relative_error(loss, whole) < 1e-14
+    got, exact = (torch.autograd.grad(out, leaves) for out in (loss, whole))
+    *want, _ = formula(leaves, labels, -weights / 50, 0.02, 16)
+    want = want if filter_head_grad else [want[0], *exact[1:]]
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+SHARDS = (250, 0, 358)  # of 608 rows, 600 of them words
+
+
+def sharded(rank, filter_head_grad):
+    leaves, labels = rows(padding=8)
+    shards = cpo.VocabShards(dist.group.WORLD, SHARDS)
+    mine = slice(shards.start, shards.start + SHARDS[rank])
+    hidden, weight, bias = leaves[0], *(t.detach()[mine].requires_grad_() for t in leaves[1:])
+    options = {"filter_eps": 1e-3, "filter_head_grad": filter_head_grad, "vocab_size": VOCAB}
+    where = {"memory_budget": 16 * max(SHARDS) * 8, "vocab_shards": shards}
+    logp = cpo.linear_token_logps(hidden, weight, labels, bias, **options, **where)
+    return torch.autograd.grad(logp, (hidden, weight, bias), upstream(len(labels)))
+
+
+def upstream(count: int) -> Tensor:
+    return torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_a_sharded_head_has_sets_of_each_shard(filter_head_grad):
+    leaves, labels = rows(padding=8)
+    coef = upstream(len(labels))
+    *want, _ = formula(leaves, labels, coef, 1e-3, 16, vocab_size=VOCAB, shards=[slice(0, 250), slice(250, VOCAB)])
+    if not filter_head_grad:
+        logp = cpo.linear_token_logps(*leaves[:2], labels, leaves[2], vocab_size=VOCAB)
+        want[1:] = torch.autograd.grad(logp, leaves, coef)[1:]
+    grads = run_processes(sharded, 3, filter_head_grad)
+    assert all(relative_error(dx, want[0]) < 1e-12 for dx, *_ in grads)
+    for i in (1, 2):
+        assert relative_error(torch.cat([g[i] for g in grads]), want[i]) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------- 16-bit errors
+
+
+def peaked(dtype: torch.dtype, count: int = 256, seed: int = 0):
+    """Rows like those of a trained model: the top word has most of the mass, the rest falls off like a power law."""
+    g = torch.Generator().manual_seed(seed)
+    vocab, hidden = 4096, 64
+    weight = torch.randn(vocab, hidden, generator=g) * 0.6
+    labels = torch.randint(vocab, (count,), generator=g)
+    x = weight[labels] * (0.35 + 0.35 * torch.rand(count, 1, generator=g)) + 0.45 * torch.randn(
+        count, hidden, generator=g
+    )
+    coef = torch.where(torch.arange(count) % 2 == 0, 1e-2, -1e-2) * (0.5 + torch.rand(count, generator=g))
+    return x.to(dtype), weight.to(dtype), labels, coef
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_auto_is_as_exact_as_exact_gradients_of_16_bit(dtype):
+    """rms over 8 batches: dX at most 1.1 times the error of the exact path against float64, dW at most 1.05 times."""
+    errors = {False: [0.0, 0.0], True: [0.0, 0.0]}
+    for seed in range(8):
+        x, weight, labels, coef = peaked(dtype, seed=seed)
+        truth = [t.double().requires_grad_() for t in (x, weight)]
+        want = torch.autograd.grad(reference.linear_token_logps(*truth, labels), truth, coef.double())
+        for filtered in (False, True):
+            leaves = [t.clone().requires_grad_() for t in (x, weight)]
+            options = {"filter_eps": "auto", "filter_head_grad": True} if filtered else {}
+            got = torch.autograd.grad(cpo.linear_token_logps(*leaves, labels, **options), leaves, coef)
+            for i, (a, b) in enumerate(zip(got, want, strict=True)):
+                errors[filtered][i] += float((a.double() - b).norm() / b.norm()) ** 2
+    (dx, dw), (live_dx, live_dw) = ([e**0.5 for e in errors[k]] for k in (False, True))
+    assert live_dx <= 1.1 * dx and live_dw <= 1.05 * dw
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_is_exact_in_float32(dtype):
+    leaves, labels = rows(dtype=dtype)
+    coef = torch.randn(len(labels), dtype=dtype)
+    auto, exact = (
+        torch.autograd.grad(cpo.linear_token_logps(*leaves[:2], labels, leaves[2], **options), leaves, coef)
+        for options in ({"filter_eps": "auto", "filter_head_grad": True}, {})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(auto, exact, strict=True))
+
+
+def test_a_grad_scaler_in_float16():
+    """Coefficients of 1e-3 / 2^16 to 1e3 times 2^16 neither vanish nor overflow before the sum."""
+    for factor in (2.0**-14, 2.0**14):
+        x, weight, labels, coef = peaked(torch.float16)
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        got = torch.autograd.grad(
+            cpo.linear_token_logps(*leaves, labels, filter_eps="auto", filter_head_grad=True), leaves, coef * factor
+        )
+        truth = [t.double().requires_grad_() for t in (x, weight)]
+        want = torch.autograd.grad(reference.linear_token_logps(*truth, labels), truth, coef.double() * factor)
+        for a, b in zip(got, want, strict=True):
+            floor = 2.0**-24 * b.numel() ** 0.5  # what float16 cannot hold at all
+            assert float((a.double() - b).norm()) <= 0.02 * float(b.norm()) + floor
+
+
+# -------------------------------------------------------------------------------------------------------- the kernels
+
+
+def test_kernels_refuse_what_does_not_fit():
+    logits, labels, lse = torch.randn(4, 9), torch.zeros(4, dtype=torch.long), torch.randn(4)
+    ops, options = torch.ops.cpo_kernels, (-100, 1.0, 0.0, 9)
+    columns, offsets = torch.tensor([0, 3]), torch.tensor([0, 2, 2])
+    for call, message in (
+        (lambda: ops.live_columns(logits, labels, lse, 0.1, 0, *options), "set_rows must be at least 1, got 0"),
+        (lambda: ops.live_columns(logits, labels, lse[:3], 0.1, 2, *options), r"lse must have shape \[4\]"),
+        (lambda: ops.live_columns(logits, labels, lse.double(), 0.1, 2, *options), "lse must be"),
+        (
+            lambda: ops.live_grads(logits, labels, lse, lse, columns, offsets[:2], 2, *options),
+            "offsets must have shape",
+        ),
+        (lambda: ops.live_grads(logits, labels, lse, lse, columns.flip(0), offsets, 2, *options), "must rise"),
+        (lambda: ops.live_grads(logits, labels, lse, lse, columns + 6, offsets, 2, *options), r"within \[0, 9\)"),
+        (
+            lambda: ops.live_grads(logits, labels, lse, lse, columns, offsets - 1, 2, *options),
+            "offsets must run from 0",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+# --------------------------------------------------------------------------------------------------------- the options
+
+
+@pytest.mark.parametrize("function", ["linear_token_logps", "linear_nll", "FusedLinearCPOLoss"])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"filter_eps": 0.0}, ValueError, "filter_eps must be None, 'auto' or a number in \\(0, 1\\), got 0.0"),
+        ({"filter_eps": 1}, ValueError, "got 1"),
+        ({"filter_eps": float("nan")}, ValueError, "got nan"),
+        ({"filter_eps": "high"}, ValueError, "got 'high'"),
+        ({"filter_eps": True}, ValueError, "got True"),
+        ({"filter_head_grad": True}, ValueError, "only"),
+        ({"filter_eps": 0.1, "filter_head_grad": 1}, TypeError, "True or False, got 1"),
+    ],
+)
+def test_wrong_options(function, options, error, message):
+    leaves, labels = rows(4)
+    with pytest.raises(error, match=message):
+        if function == "FusedLinearCPOLoss":
+            cpo.FusedLinearCPOLoss(**options)
+        else:
+            getattr(cpo, function)(*leaves[:2], labels, **options)
+
+
+def test_compiled():
+    leaves, labels = rows()
+    loss_fn = cpo.FusedLinearCPOLoss(filter_eps=0.02, filter_head_grad=True, memory_budget=budget(16, torch.float64, 0))
+
+    def loss(hidden, weight, bias):
+        return loss_fn(hidden.view(2, -1, HIDDEN), weight, labels.view(2, -1), bias, ref_logps=hidden.new_zeros(2)).loss
+
+    eager, compiled = (torch.autograd.grad(f(*leaves), leaves) for f in (loss, torch.compile(loss, fullgraph=True)))
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+def test_memory_of_what_is_kept_is_that_of_live_columns():
+    """A frozen head keeps dX and nothing else; a trained one its live gradients, not the logits."""
+    x, weight, labels, _ = peaked(torch.float32, 512)
+    for train, most in ((False, 1.01), (True, 1.5)):
+        kept: list[int] = []
+
+        def pack(t: Tensor, kept=kept) -> Tensor:
+            kept.append(t.untyped_storage().nbytes())
+            return t
+
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_(train)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            cpo.linear_token_logps(*leaves, labels, filter_eps=2**-8, filter_head_grad=train)
+        live = 0.3 * 512 * 4096 * 4 if train else 0
+        inputs = sum(t.untyped_storage().nbytes() for t in (x, weight, labels)) if train else 0
+        assert sum(kept) <= most * (x.untyped_storage().nbytes() + inputs + live)
+
+
+def test_explain():
+    """Products that follow from the live share, and what is kept for backward."""
+    shape = {"num_tokens": 1024, "hidden_size": 576, "vocab_size": 49152, "live_share": 0.1}
+    for options, want in (
+        ({"filter_eps": "auto"}, 2.1),
+        ({"filter_eps": "auto", "filter_head_grad": True}, 1.2),
+        ({"filter_eps": "auto", "filter_head_grad": True, "loss": "unknown"}, 1.2),
+        ({"filter_eps": "auto", "loss": "unknown"}, 3.1),
+        ({"filter_eps": "auto", "train_head": False}, 1.1),
+        ({"filter_eps": "auto", "filter_head_grad": True, "train_head": False}, 1.1),
+        ({"filter_eps": "auto", "filter_head_grad": True, "dtype": torch.float32}, 3),
+        ({"filter_eps": 0.01, "filter_head_grad": True, "train_hidden": False}, 1.1),
+        ({"filter_eps": 0.01, "train_hidden": False}, 3),
+        ({"filter_eps": 0.01, "train_hidden": False, "train_head": False}, 1),
+    ):
+        assert cpo.explain(**shape, **options).products == pytest.approx(want), options
+    with pytest.raises(ValueError, match=r"live_share must lie in \[0, 1\], got 2"):
+        cpo.explain(8, 8, 8, live_share=2.0)

@@ -1,0 +1,57 @@
+"""The C++ kernels of the CPU: every case of `cpo-kernels check`, and those of the ops on each instruction set."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cpo_kernels.backends import dispatch
+from cpo_kernels.check.compare import Backend
+from tests.support.parity import (
+    HEAD,
+    LIVE_PRODUCTS,
+    NEEDS_GPU,
+    NEEDS_MEMORY,
+    PREFERENCE,
+    cases_but,
+    parametrize,
+    passes,
+)
+
+pytestmark = pytest.mark.skipif(bool(dispatch.missing("cpu")), reason="the C++ extension is not built")
+
+
+@pytest.fixture
+def backend(device):
+    return Backend("cpu", device)
+
+
+@parametrize(cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *LIVE_PRODUCTS))
+def test_case(case, backend):
+    passes(backend, case)
+
+
+TOKEN_OPS = [
+    case.name
+    for case in cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *LIVE_PRODUCTS, *HEAD, *PREFERENCE, "sizes/*/N=8,V=262144")
+]
+
+
+def check_with(isa, *names):
+    command = [sys.executable, "-m", "cpo_kernels.check.run", "--device", "cpu", "--impl", "cpu", "--in-process"]
+    environment = {**os.environ, "CPO_KERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, "--only", *names], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    done = check_with(isa, *TOKEN_OPS)
+    if "this processor has no" in done.stdout or (isa != "portable" and "this build" in done.stdout):
+        pytest.skip(f"this build or processor has no {isa}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_an_unknown_instruction_set_is_refused():
+    done = check_with("sse9", "sizes/float32/N=1,V=1")
+    assert done.returncode == 1 and "CPO_KERNELS_CPU_ISA" in done.stdout and "'sse9'" in done.stdout
