@@ -1,6 +1,6 @@
 # make demo    the main job on embedded defaults: a tiny model learns to follow requested scores (two cores, minutes)
 # make test    the unit tests, in a process for each core, up to four (JOBS=1: one)
-# make bench   ours against naive PyTorch and the baselines; writes benchmarks/results/cpu.json (ARGS="--set ci": seconds)
+# make bench   ours against naive PyTorch and the baselines; writes benchmarks/results/cpu.json (ARGS="--set ci": a minute)
 # make gpu-check  every kernel on a GPU against the float64 oracle; writes benchmarks/results/check-gpu.json
 # make gpu-bench  make bench on a GPU, within 8 minutes; writes benchmarks/results/gpu.json
 # make gpu-pack  on a machine without a GPU: what tools/gpu.sh would build on one with, for sm_90, in build/gpu
@@ -9,12 +9,13 @@
 # make sanitize  the C++ kernels of the CPU under AddressSanitizer and UBSan (minutes)
 # make audit   known vulnerabilities of what .venv holds, by pip-audit
 # make wheel-matrix  one wheel, tried with every Python here and every CPU build of torch that pip has (minutes each)
-# make docs    the API reference, from the docstrings, in build/docs
+# make docs    the documentation site, API reference included, in build/docs
 # Each creates .venv and what it needs. Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 .PHONY: demo test bench gpu-check gpu-bench gpu-pack compile-check sanitize audit docs lint wheel wheel-matrix clean
@@ -27,6 +28,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	touch $@
 
 .venv/train: .venv/torch $(SOURCES)
+	@echo 'compiling the kernels with $(CORES) processes; objects are kept in build/objects'
 	$(PIP) --no-build-isolation -e '.[train,plot]'
 	touch $@
 
@@ -43,7 +45,6 @@ demo: .venv/train
 	$(BIN)/cpo-kernels demo $(ARGS)
 
 # A file's tests stay in one process, with its share of the cores: at least one.
-CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 JOBS ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
 
 test: .venv/test

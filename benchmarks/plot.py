@@ -4,6 +4,7 @@ With --check it only compares the texts with the results, and fails where they d
 """
 
 import argparse
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from benchmarks.claims import report as claims_report
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import HEAD_SUBJECTS
 from cpo_kernels.environment import processor
+from cpo_kernels.integrations.heads import HEADS
+from cpo_kernels.reference.loss_types import LOSS_TYPES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,6 +76,34 @@ def readme_table(
         f"Python {env['python']}, {versions}; {env['date'][:10]}, {commits(loads)}.",
     ]
     return "\n".join(lines)
+
+
+def cost(row: Result) -> str:
+    return f"{row['median_s']:.2f} s, {row['peak_bytes'] / 2**20:.0f} MiB"
+
+
+def gain_table(content: Result) -> str:
+    """Five lines of what one gains: README's first table."""
+    trained, frozen = (r["subjects"] for r in headline(content, ("trainable", "frozen"))[:2])
+    (step,) = (r for r in content["workloads"] if r["family"] == "training_step" and r["responses"] == 2)
+    naive, ours = (f"{max(row['differences'].values()):.1%}" for row in (trained["naive"], trained["ours"]))
+    first, rows = headline(content, ("trainable",))[0], step["subjects"]
+    size = f"{first['pairs']} pairs of {first['length']} tokens"
+    lines = [
+        ("DPO loss and gradients, trainable head", cost(trained["naive"]), cost(trained["ours"])),
+        ("the same, frozen head (LoRA)", cost(frozen["naive"]), cost(frozen["ours"])),
+        ("largest relative error of loss and gradients", naive, ours),
+        ("training step of SmolLM2-135M with TRL", cost(rows["trl_precomputed"]), cost(rows["fused_trl"])),
+        ("the same, our own trainer", "", cost(rows["shared"])),
+    ]
+    table = ["| | before | with cpo-kernels |", "|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)]
+    note = (
+        f"Time and peak memory beyond inputs, bfloat16, {machine(content['environment'])}. Lines 1 to 3: head of "
+        f"{first['head']} ({first['hidden']} × {first['vocab']}), {size}; before: naive PyTorch. Lines 4 and 5: "
+        f"{step['groups']} prompts with 2 responses, up to {step['length']} tokens, reference log-probs given; before: "
+        "TRL's `DPOTrainer`."
+    )
+    return "\n".join([*table, "", note])
 
 
 def readme_gpu_table(content: Result) -> str:
@@ -175,10 +206,37 @@ def fill(text: str, name: str, table: str) -> str:
     return filled
 
 
+def loss_types_table() -> str:
+    """A row for each loss type: formula and source from its docstring, needs, options."""
+    lines = ["| `loss_type` | loss of a pair | source | reference | options that it honours |", "|---|---|---|---|---|"]
+    for name, loss in LOSS_TYPES.items():
+        formula, _, rest = inspect.cleandoc(loss.formula).partition("\n\n")
+        formula = " ".join(formula.split()).removesuffix(".").replace("||", "‖").replace("|gap|", "abs(gap)")
+        needs = "yes" if loss.needs_reference else "no"
+        options = ", ".join(f"`{option}`" for option in sorted(loss.honours))
+        lines.append(f"| `{name}` | `{formula}` | {' '.join(rest.split())} | {needs} | {options} |")
+    return "\n".join(lines)
+
+
+def models_table() -> str:
+    """A row for each rule of `HEADS`, with the classes that follow it."""
+    lines = ["| logits | classes of transformers (…ForCausalLM) |", "|---|---|"]
+    rules = {"_plain": "x Wᵀ + b", "_gemma": "softcap of `final_logit_softcapping`"}
+    rules |= {"_recurrent_gemma": "softcap of `logits_soft_cap`", "_cohere": "scale of `logit_scale`"}
+    rules |= {"_divided": "scale 1 / `logits_scaling`", "_hyperclovax": "scale of `logits_scaling`"}
+    rules |= {"_falcon_h1": "scale of `lm_head_multiplier`"}
+    for rule, text in rules.items():
+        names = [name.removesuffix("ForCausalLM") for name, found in HEADS.items() if found.__name__ == rule]
+        lines.append(f"| {text} | {', '.join(sorted(names, key=str.lower))} |")
+    return "\n".join(lines)
+
+
 def texts() -> dict[Path, str]:
     """File -> what it should hold."""
     readme, performance = ROOT / "README.md", ROOT / "docs" / "performance.md"
-    page = fill(readme.read_text(), "benchmarks/results/cpu.json", readme_table(roofline.read(RESULTS / "cpu.json")))
+    cpu = roofline.read(RESULTS / "cpu.json")
+    page = fill(readme.read_text(), "gain", gain_table(cpu))
+    page = fill(page, "benchmarks/results/cpu.json", readme_table(cpu))
     made = {readme: fill(page, "benchmarks/results/gpu.json", readme_gpu_table(gpu_results()))}
     page = performance.read_text()
     for name, table in sections().items():
@@ -190,6 +248,9 @@ def texts() -> dict[Path, str]:
     for name, table in filled.items():
         page = fill(page, name, table)
     made[results] = page
+    for name, table in (("loss types", loss_types_table()), ("models", models_table())):
+        path = ROOT / "docs" / f"{name.replace(' ', '_')}.md"
+        made[path] = fill(path.read_text(), name, table)
     training = ROOT / "docs" / "training.md"
     shared = roofline.read(RESULTS / "prompt_sharing.json")
     table = prompt_sharing.table(shared) if shared else "not measured"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import compare, long_pairs, plot, profile, roofline
-from cpo_kernels.bench import growth, report, run, side_by_side
+from cpo_kernels.bench import arguments, growth, report, run, side_by_side
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.growth import Growth, exponent
 from cpo_kernels.bench.resume import finished
@@ -314,7 +314,7 @@ def test_the_file_is_written_after_every_subject_and_round(toys, tmp_path, monke
     monkeypatch.setattr(run.report, "title", lambda result: "toys")
     monkeypatch.setattr(run.report, "table", lambda result: "")
     monkeypatch.setattr(run, "wrong_results", lambda results: [])
-    monkeypatch.setattr(run, "PARTS", ("toys",))
+    monkeypatch.setattr(arguments, "PARTS", ("toys",))
     run.main(["--set", "ci", "--device", "cpu", "--only", "toys", "--out", str(tmp_path / "results.json")])
     subjects = [workload["subjects"] for (workload,) in seen]
     assert [[row.get("rounds", row.get("why")) for row in rows.values()] for rows in subjects] == [
@@ -361,7 +361,7 @@ def test_a_file_that_was_cut_off_goes_on(toys, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run.report, "title", lambda result: "toys")
     monkeypatch.setattr(run.report, "table", lambda result: "")
     monkeypatch.setattr(run, "wrong_results", lambda results: [])
-    monkeypatch.setattr(run, "PARTS", ("toys",))
+    monkeypatch.setattr(arguments, "PARTS", ("toys",))
     out = tmp_path / "results.json"
     common = ["--set", "ci", "--device", "cpu", "--threads", "1", "--only", "toys", "--out", str(out)]
     assert run.main([*common, "--time-limit", "1e-9"]) == 0

@@ -1,51 +1,62 @@
-"""`cpo-kernels train | data | eval | play | demo | check | bench`.
+"""`cpo-kernels COMMAND`: reads the arguments, then imports what runs the command.
 
-cpo-kernels train recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --training.lr 1e-4 conditions.strip_best=0.5
-cpo-kernels data recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --preview 3
-cpo-kernels eval --help
-cpo-kernels play runs/cdpo
-cpo-kernels demo --help
-cpo-kernels check --help
-cpo-kernels bench --help
+Help and mistakes in the arguments need no torch, so they come at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
+import warnings
+from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
+from cpo_kernels import __version__
+from cpo_kernels.arguments import Parser
 from cpo_kernels.extras import explained
 
-# command -> (module whose main(argv) runs it, help)
+# command -> (module whose parser() takes its arguments, module whose run(arguments) runs it, help)
 COMMANDS = {
-    "data": ("cpo_kernels.data.command", "prepare the data of a recipe, count what it holds, show examples"),
-    "eval": ("cpo_kernels.evaluation.run", "how well a trained model follows conditions"),
-    "play": ("cpo_kernels.play.run", "a local page with a slider per objective that generates from a model"),
-    "demo": ("cpo_kernels.demo.run", "the whole method on a small generated world, in minutes on a CPU"),
-    "check": ("cpo_kernels.check.run", "every kernel on this device against the float64 oracle"),
-    "bench": ("cpo_kernels.bench.run", "ours, naive PyTorch and the baselines side by side on this machine"),
+    "train": ("training.arguments", "training.run", "train one stage as a YAML recipe says"),
+    "data": ("data.arguments", "data.command", "count what a recipe would train on, and show examples"),
+    "eval": ("evaluation.arguments", "evaluation.run", "how well trained models follow conditions"),
+    "play": ("play.arguments", "play.run", "a local page with a slider per objective"),
+    "demo": ("demo.arguments", "demo.run", "the whole method on a small world, in minutes on a CPU"),
+    "check": ("check.arguments", "check.run", "every kernel on this device against a float64 oracle"),
+    "bench": ("bench.arguments", "bench.run", "ours, naive PyTorch and the baselines side by side"),
+    "explain": ("cli", "cli", "what a head of some shape costs: strategy, matmuls, memory"),
 }
+DESCRIPTION = (
+    "Controllable Preference Optimization: train, evaluate and serve models that follow conditions.\n\ncommands:\n"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 on an error in what the user gave, which is printed without a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="cpo-kernels", description="Controllable Preference Optimization.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("train", help="train one stage as a YAML recipe says", add_help=False)
-    for name, (_, help) in COMMANDS.items():
-        commands.add_parser(name, help=help, add_help=False)
-    args, rest = parser.parse_args(argv[:1]), argv[1:]
+    lines = "".join(f"  {name:8} {help}\n" for name, (_, _, help) in COMMANDS.items())
+    top = Parser("cpo-kernels", DESCRIPTION + lines + "\n`cpo-kernels COMMAND --help` shows what it takes.")
+    top.add_argument("--version", action="version", version=f"cpo-kernels {__version__}")
+    top.add_argument("--completion", action="store_true", help='for bash: eval "$(cpo-kernels --completion)"')
+    top.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    if argv[:1] == ["--completion"]:
+        print(completion())
+        return 0
+    place = next((i for i, arg in enumerate(argv) if not arg.startswith("-")), len(argv))
+    command = top.parse_args(argv[: place + 1]).command
+    rest = argv[:place] + argv[place + 1 :]
+    arguments, runs, _ = COMMANDS[command]
     try:
-        if args.command == "train":
-            return train(rest)
-        return importlib.import_module(COMMANDS[args.command][0]).main(rest) or 0
+        args = importlib.import_module(f"cpo_kernels.{arguments}").parser().parse_args(rest)
+        if args.quiet:
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' bars follow it
+        with warnings.catch_warnings():
+            if not args.verbose and not sys.warnoptions:
+                warnings.filterwarnings("ignore", module=r"(?!cpo_kernels\b)")
+            return importlib.import_module(f"cpo_kernels.{runs}").run(args) or 0
     except ModuleNotFoundError as error:
-        told = explained(error, f"cpo-kernels {args.command}")
+        told = explained(error, f"cpo-kernels {command}")
         if told is error or "--traceback" in argv:
             raise
         print(told, file=sys.stderr)
@@ -53,53 +64,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if "--traceback" in argv:
             raise
-        print(f"cpo-kernels {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"cpo-kernels {command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
 
 
-def train(argv: Sequence[str]) -> int:
-    from cpo_kernels.recipe.arguments import config_arguments
-    from cpo_kernels.recipe.config import config_keys, read_config
+def completion() -> str:
+    """A bash function: commands first, then the options and choices of the command, and files."""
+    from cpo_kernels.recipe.config import config_keys
 
-    parser = argparse.ArgumentParser(prog="cpo-kernels train", description="Train one stage.")
-    parser.add_argument("--resume", action="store_true", help="same as --training.resume true")
-    parser.add_argument("--overwrite", action="store_true", help="same as --training.overwrite true")
-    parser.add_argument("--keys", action="store_true", help="list every key with its default, and stop")
-    args, overrides = config_arguments(parser, argv)
-    if args.keys:
-        for name, default, help in config_keys():
-            print(f"{name:32} {default!s:14} {help}")
-        return 0
-    overrides += [f"training.{name}=true" for name in ("resume", "overwrite") if getattr(args, name)]
-    config = read_config(args.config, overrides)
-    if not config.run_dir and os.environ.get("RANK", "0") == "0":
-        print("run_dir is not set: neither model nor metrics are kept (--run_dir FOLDER keeps them)", file=sys.stderr)
+    keys = [f"--{name}" for name, _, _ in config_keys()]
+    cases = []
+    for name, (arguments, _, _) in COMMANDS.items():
+        words = importlib.import_module(f"cpo_kernels.{arguments}").parser().names()
+        cases.append(f"    {name}) words='{' '.join(words + (keys if name in ('train', 'data') else []))}' ;;")
+    return "\n".join(
+        [
+            "_cpo_kernels() {",
+            "  local words",
+            '  case "${COMP_WORDS[1]}" in',
+            *cases,
+            f"    *) words='{' '.join(COMMANDS)} --help --version' ;;",
+            "  esac",
+            f"  [ \"$COMP_CWORD\" -eq 1 ] && words='{' '.join(COMMANDS)} --help --version'",
+            '  COMPREPLY=($(compgen -W "$words" -- "$2"))',
+            "}",
+            "complete -o default -F _cpo_kernels cpo-kernels",
+        ]
+    )
 
-    from accelerate import PartialState
 
-    from cpo_kernels.training.loop import train
+def parser() -> Parser:
+    """Of `explain`."""
+    made = Parser(
+        "cpo-kernels explain", "Say how a head of this shape is computed, and what that costs. Computes nothing."
+    )
+    add = made.add_argument
+    add("rows", type=int, metavar="ROWS", help="labelled positions: prompts and padding do not count")
+    add("hidden", type=int, metavar="HIDDEN", help="hidden size")
+    add("vocab", type=int, metavar="VOCAB", help="vocabulary size")
+    add(
+        "--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16", help="default %(default)s"
+    )
+    add("--device", default="cpu", help="cpu or cuda; default %(default)s")
+    add("--frozen", action="store_true", help="the head is not trained, as under LoRA")
+    add("--no-grad", action="store_true", help="no gradient at all: a reference model, evaluation")
+    add("--loss", choices=("preference", "nll", "unknown"), default="preference", help="default %(default)s")
+    add("--filter-eps", type=eps, metavar="EPS", help="leave out gradients of logits below this: a number, or auto")
+    add("--memory-budget", type=float, metavar="MIB", help="of one chunk of logits; default: by device")
+    return made
 
-    result = train(config)
-    ranks = PartialState()
-    if ranks.is_main_process:
-        print(summary(result))
-    ranks.destroy_process_group()
+
+def eps(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def run(args: Namespace) -> int:
+    import torch
+
+    from cpo_kernels.head.strategy import explain
+
+    budget = None if args.memory_budget is None else int(args.memory_budget * 2**20)
+    trained = {"train_hidden": not args.no_grad, "train_head": not (args.no_grad or args.frozen)}
+    dtype = getattr(torch, args.dtype)
+    shape = args.rows, args.hidden, args.vocab
+    keys = {"loss": args.loss, "memory_budget": budget, "filter_eps": args.filter_eps, **trained}
+    print(explain(*shape, dtype, args.device, **keys))
     return 0
-
-
-def summary(result: Any) -> str:
-    """What the data held and left out, and the last metrics."""
-    report = result.report
-    lines = []
-    for split in ("train", "eval", "reference"):
-        if split in report:
-            lines.append(f"{split}: " + ", ".join(f"{name} {count}" for name, count in report[split].items()))
-    if report.get("bad_lines"):
-        lines.append(f"bad lines skipped: {report['bad_lines']}")
-        lines += [f"  {reason}" for reason in report["bad_line_reasons"][:5]]
-    for row in result.metrics[-2:]:
-        lines.append(", ".join(f"{name} {x:.4g}" for name, x in row.items()))
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ Run: python examples/trl_dropin.py
 import string
 import tempfile
 
-import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+try:
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cpo_kernels.integrations.trl import FusedDPOConfig as DPOConfig
-from cpo_kernels.integrations.trl import FusedDPOTrainer as DPOTrainer
+    from cpo_kernels.integrations import FusedDPOConfig as DPOConfig
+    from cpo_kernels.integrations import FusedDPOTrainer as DPOTrainer
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: this example needs TRL and datasets, the extra [trl] of cpo-kernels") from None
 
 PAIRS = {
     "prompt": [f"{i}+{i}? " for i in range(8)],

@@ -1,5 +1,6 @@
 """Config files, overrides, and the command."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -9,14 +10,22 @@ import subprocess
 import sys
 import types
 import typing
+import warnings
 from importlib import metadata
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 
+import cpo_kernels
 from cpo_kernels import cli, extras
+from cpo_kernels.bench import arguments as bench_arguments
+from cpo_kernels.bench.families import FAMILIES
+from cpo_kernels.bench.run import check_subjects
+from cpo_kernels.bench.sets import SETS
 from cpo_kernels.cli import main
+from cpo_kernels.data import command as data_command
 from cpo_kernels.data.records import write_records
 from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.hub import check_model_path
@@ -27,6 +36,8 @@ from cpo_kernels.recipe.keys import Config, ModelConfig, SourceConfig
 from cpo_kernels.training import loop as loop_module
 from tests.support import tiny
 from tests.support.tiny import one_thread  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_every_key_has_a_line_of_help():
@@ -170,7 +181,13 @@ def test_unknown_keys_offer_the_nearest(override, reason):
         ("training.lr=fast", "training.lr: expected float, got 'fast'"),
         ("training.epochs=true", "training.epochs: expected float, got True"),
         ("model.config=[1]", r"model.config: expected dict, got \[1\]"),
-        ("training=3", "training: expected a mapping of keys, got 3"),
+        ("training=3", r"training: expected a mapping of keys, got 3 \(did you mean training.train\?\)"),
+        ("data=ratings.jsonl", r"data: expected a mapping of keys, got 'ratings.jsonl' \(did you mean data.train\?\)"),
+        ("loss=ipo", r"loss: expected a mapping of keys, got 'ipo' \(did you mean loss.type\?\)"),
+        (
+            "data.fields=[q]",
+            r"data.fields: expected a mapping of keys, got \['q'\] \(keys: prompt, input, system, ...\)",
+        ),
     ],
 )
 def test_wrong_types_are_named(override, reason):
@@ -268,9 +285,43 @@ def test_a_key_without_its_section_is_led_there_too(recipe, capsys):
         (["--lr=1"], "unknown key lr; did you mean training.lr?"),
         (["--per-device-train-batch-size", "4"], "`training.batch_size` is the whole step's"),
         (["--nonsense"], "unknown key nonsense; there is stage, run_dir, seed"),
+        (["--data", "ratings.jsonl"], "did you mean data.train?"),
     ):
         assert main(["train", str(recipe), *given]) == 2
         assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("model: [a, b", r"bad.yaml:1:13 is not valid YAML \(expected .*\): quote texts"),
+        ("stage: cpsft\nrun_dir: @home", r"bad.yaml:2:10 is not valid YAML \(found character '@' .*\): quote texts"),
+        ("run_dir: a: b", r"bad.yaml:1:11 is not valid YAML \(mapping values are not allowed here\): quote texts"),
+    ],
+)
+def test_yaml_errors_name_line_and_column(tmp_path, text, reason):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_config(tmp_path / "bad.yaml")
+    with pytest.raises(ValueError, match="override 'run_dir=@home':1:1 is not valid YAML"):
+        read_config({}, ["run_dir=@home"])
+
+
+def test_a_recipe_needs_no_option(recipe, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(recipe)])
+    assert "the recipe stands alone, without --config" in capsys.readouterr().err
+
+
+def test_a_chat_prompt_without_a_chat_template_is_refused_at_once(recipe, capsys, monkeypatch):
+    def not_yet(*args, **keys):
+        raise AssertionError("loaded already")
+
+    monkeypatch.setattr(loop_module, "load_data", not_yet)
+    monkeypatch.setattr(data_command, "load_data", not_yet)
+    for command in ("train", "data"):
+        assert main([command, str(recipe), "--template", "{prompt: chat}"]) == 2
+        assert "this one has none: give one with --model.tokenizer FOLDER" in capsys.readouterr().err
 
 
 def test_numbers_are_kept_as_they_are():
@@ -307,10 +358,110 @@ def test_numbers_that_cannot_be_are_refused_when_the_recipe_is_read(override, re
 
 
 def test_recipes_are_valid():
-    recipes = list((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+    recipes = list((ROOT / "recipes").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
         assert isinstance(read_config(recipe), Config)
+
+
+def test_help_and_mistakes_come_without_torch():
+    """All in one process of less than a second; importing torch takes two."""
+    code = f"""
+import sys
+from cpo_kernels.cli import main
+for argv in {[[name, "--help"] for name in cli.COMMANDS]} + [
+    ["--help"], ["--version"], ["fly"], ["eval", "--condtion", "x"], ["train"], ["train", "--keys"],
+    ["train", "recipes/truthfulqa_cpsft.yaml", "--lr", "3"], ["train", "recipes/truthfulqa_cpsft.yaml", "trainin.lr=1"],
+    ["train", "recipes/truthfulqa_cpsft.yaml", "--data", "file.jsonl"],
+]:
+    try:
+        main(argv)
+    except SystemExit:
+        pass
+for name in ("torch", "numpy", "transformers", "matplotlib"):
+    assert name not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.count("usage: cpo-kernels") == len(cli.COMMANDS) + 1
+    for hint in ("did you mean training.lr?", "did you mean --condition?", "data: expected a mapping of keys, got 'f"):
+        assert hint in done.stderr
+    assert "did you mean data.train?" in done.stderr and "unknown key trainin; did you mean training?" in done.stderr
+
+
+def test_public_names_are_those_that_type_checkers_see():
+    """`__getattr__` imports what the block for type checkers names, and `__all__` lists it."""
+    tree = ast.parse(Path(cpo_kernels.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {node.module.partition(".")[2]: tuple(a.name for a in node.names) for node in block.body}
+    assert seen == cpo_kernels._MODULES
+    assert sorted(name for names in seen.values() for name in names) == sorted(cpo_kernels.__all__)
+    assert set(cpo_kernels.__all__) <= set(dir(cpo_kernels))
+    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
+        cpo_kernels.nosuch  # noqa: B018
+
+
+def test_choices_of_bench_are_those_that_there_are():
+    """They stand in its parser, which must not import what defines them."""
+    assert set(bench_arguments.SETS) == set(SETS)
+    assert bench_arguments.PARTS == (*FAMILIES, "growth", "cold_start")
+    with pytest.raises(ValueError, match="--subjects: there is no naiv; did you mean naive?"):
+        check_subjects(["ours", "naiv"])
+
+
+def test_module_and_version():
+    for flag in ([], ["-q"]):
+        command = [sys.executable, "-m", "cpo_kernels", *flag, "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == f"cpo-kernels {cpo_kernels.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words, want",
+    [
+        (["ev"], "eval"),
+        (["eval", "--max"], "--max-new-tokens"),
+        (["train", "--training.wa"], "--training.warmup"),
+        (["train", "recipe.yaml", "--on"], "--on-bad-line"),
+        (["bench", "--set", "de"], "default"),
+    ],
+)
+def test_completion_in_bash(words, want, capsys):
+    assert main(["--completion"]) == 0
+    typed = " ".join(f"'{word}'" for word in words)
+    script = f"""{capsys.readouterr().out}
+COMP_WORDS=(cpo-kernels {typed}); COMP_CWORD={len(words)}
+_cpo_kernels cpo-kernels {words[-1]}; echo "${{COMPREPLY[*]}}"
+"""
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == f"{want}\n"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--frozen"], ["--no-grad"], ["--loss", "nll"], ["--memory-budget", "16"], ["--filter-eps", "auto"]],
+)
+def test_explain(flags, capsys):
+    keys = {"--frozen": {"train_head": False}, "--no-grad": {"train_hidden": False, "train_head": False}}
+    keys |= {"--loss": {"loss": "nll"}, "--memory-budget": {"memory_budget": 16 << 20}}
+    keys |= {"--filter-eps": {"filter_eps": "auto"}}
+    assert main(["explain", "512", "896", "151936", "--dtype", "float32", *flags]) == 0
+    want = cpo_kernels.explain(512, 896, 151936, torch.float32, **(keys[flags[0]] if flags else {}))
+    assert capsys.readouterr().out == f"{want}\n"
+    assert main(["explain", "512", "896", "0"]) == 2 and "vocab_size >= 1" in capsys.readouterr().err
+
+
+def test_warnings_of_other_packages_are_quiet(monkeypatch, recwarn):
+    """Unless -v asks for them; ours are always shown."""
+
+    def run(args):
+        warnings.warn_explicit("theirs", UserWarning, "x.py", 1, module="transformers.utils")
+        warnings.warn_explicit("ours", UserWarning, "y.py", 1, module="cpo_kernels.training.losses")
+
+    monkeypatch.setattr(cli, "run", run)
+    for flags, want in (([], ["ours"]), (["-v"], ["theirs", "ours"])):
+        recwarn.clear()
+        assert main(["explain", "1", "1", "1", *flags]) == 0
+        assert [str(w.message) for w in recwarn] == want
 
 
 @pytest.fixture
@@ -328,7 +479,10 @@ def test_train_from_a_file(recipe, tmp_path, capsys):
     assert main(["train", str(recipe), "--training.max_steps", "2", "training.checkpoint_every=1", "--seed=4"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
-    assert "train: prompts 10" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "train: prompts 10" in printed
+    assert f"model: {tmp_path}/run/model\n" in printed and f"cpo-kernels eval {tmp_path}/run\n" in printed
+    assert f"cpo-kernels play {tmp_path}/run\n" in printed and "stage two" not in printed
     assert read_config(tmp_path / "run/config.yaml").seed == 4
     # stage two goes on from the model that stage one saved
     second = ["train", str(recipe), f"--model={tmp_path}/run/model", f"run_dir={tmp_path}/second", "stage=dpo"]
@@ -438,6 +592,10 @@ def test_keys_and_usage(capsys):
     assert main(["train", "--keys"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("training.lr", "conditions.strip_best", "data.fields.ratings"))
+    defaults = dict(re.findall(r"^(\S+) +(\S.*?)  ", printed, re.M))
+    assert defaults["run_dir"] == "null" and defaults["training.betas"] == "[0.9, 0.999]"  # as a recipe writes them
+    assert defaults["conditions.strip_best"] == "0.5" and defaults["objectives[].high"] == "5.0"
+    assert "[{sampler: attained, share: 1.0}] where conditions come from" in printed and "Config(" not in printed
     for wrong in (["train"], ["fly"], []):
         with pytest.raises(SystemExit):
             main(wrong)

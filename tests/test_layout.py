@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "cpo_kernels"
 # From the ground up. What stands together may import each other, as long as no circle comes of it.
 LAYERS = (
-    ("checks", "extras", "environment", "files"),
+    ("arguments", "checks", "extras", "environment", "files"),
     ("objectives", "library"),
     ("reference",),
     ("kernels", "backends"),
@@ -22,7 +22,7 @@ LAYERS = (
     ("evaluation",),
     ("play", "demo", "check"),
     ("bench",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -102,7 +102,7 @@ def paired(found: dict[str, list[float]], spread: dict[str, Tensor]) -> str:
         gaps = spread[OURS] - spread[method]
         cells = [text(found[OURS][i] - found[method][i], gaps[:, i], digits[i], "+") for i in range(len(digits))]
         rows.append([label(method), *cells])
-    return markdown(["CPO less", "hypervolume", *(f"best {name}" for name in NAMES)], rows)
+    return markdown(["CPO minus", "hypervolume", *(f"best {name}" for name in NAMES)], rows)
 
 
 def points_table(content: Result) -> str:

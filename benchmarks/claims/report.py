@@ -52,7 +52,7 @@ def column(content: Result, method: str, key: str, name: str = "") -> list[float
 
 
 def differences(content: Result, method: str, key: str, name: str = "") -> list[float]:
-    """CPO less the method, seed by seed."""
+    """CPO minus the method, seed by seed."""
     ours, theirs = column(content, OURS, key, name), column(content, method, key, name)
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
@@ -121,7 +121,7 @@ def paired(content: Result) -> str:
     for method in (m for m in METHODS if m != OURS):
         cells = [label(method), text(differences(content, method, "hypervolume"), 3, "+")]
         lines.append([*cells, *(text(differences(content, method, "best", name), 2, "+") for name in NAMES)])
-    return markdown(["CPO less", "hypervolume", *(f"best {name}" for name in NAMES)], lines)
+    return markdown(["CPO minus", "hypervolume", *(f"best {name}" for name in NAMES)], lines)
 
 
 def targets(content: Result) -> str:

@@ -43,7 +43,7 @@ class VocabShards:
 
     Raises ValueError where rows are not one number >= 0 for each rank, or all 0.
 
-    Example:
+    Examples:
         >>> shards = VocabShards.of(weight, group)                                       # doctest: +SKIP
         >>> logps = linear_token_logps(hidden, weight, labels, vocab_shards=shards)      # doctest: +SKIP
     """

@@ -1,16 +1,7 @@
-"""`cpo-kernels bench`: ours, naive PyTorch and the baselines side by side on this machine.
-
-cpo-kernels bench --set default --out results.json      # gpu where there is one
-cpo-kernels bench --set default --only head --subjects products ours cce --workload head=llama-3-8b,mode=frozen
-cpo-kernels bench --list
-
-Every subject runs in a process of its own on the same tensors; the processes take turns in changing order. Results are
-checked first: one that is wrong is listed and not timed, and the exit status is 1 if it is ours. The file is written
-after every subject and every round; --resume goes on with one that a time limit, a signal or an interrupt cut off.
-Ratios are medians over rounds of the ratio to the floor in the same round.
-"""
+"""`cpo-kernels bench`: the workloads of a set one after the other, into tables and a results file."""
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -23,6 +14,7 @@ from typing import Any
 import torch
 
 from cpo_kernels.bench import cold_start, growth, report
+from cpo_kernels.bench.arguments import parser
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.resume import Kept
 from cpo_kernels.bench.rows import ROWS
@@ -33,7 +25,6 @@ from cpo_kernels.bench.workload import HEADS, MODES, Head, head
 from cpo_kernels.environment import check_options, chosen_device, describe
 from cpo_kernels.files import atomic_text
 
-PARTS = (*FAMILIES, "growth", "cold_start")
 PACKAGES = ("cut-cross-entropy", "liger-kernel", "trl", "transformers")
 
 
@@ -78,6 +69,15 @@ def chosen_runs(args: argparse.Namespace, known: Set) -> list[Run]:
     return made
 
 
+def check_subjects(names: Sequence[str]) -> None:
+    known = sorted({name for family in FAMILIES.values() for name in family.subjects})
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"--subjects: there is no {name}; {hint}")
+
+
 def wrong_results(results: Sequence[dict[str, Any]]) -> list[str]:
     """Subjects of ours whose result was wrong: everything that is no baseline and no naive form."""
     found = []
@@ -87,36 +87,6 @@ def wrong_results(results: Sequence[dict[str, Any]]) -> list[str]:
             if not foreign and row.get("why", "").startswith("wrong result"):
                 found.append(f"{report.title(result)}: {name}: {row['why']}")
     return found
-
-
-def parser() -> argparse.ArgumentParser:
-    gpu = torch.cuda.is_available()
-    made = argparse.ArgumentParser(
-        prog="cpo-kernels bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--set", choices=SETS, default="gpu" if gpu else "default", help="default here: %(default)s")
-    made.add_argument("--out", type=Path, metavar="FILE", help="results as JSON, written as they come")
-    made.add_argument("--resume", action="store_true", help="keep what the file at --out holds, measure the rest")
-    made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the set")
-    subjects = sorted({n for family in FAMILIES.values() for n in family.subjects})
-    made.add_argument("--subjects", nargs="+", choices=subjects, metavar="NAME", help="and the floor; see --list")
-    made.add_argument("--workload", action="append", metavar="KEY=VALUE,...", help="a head instead of the set's runs")
-    made.add_argument(
-        "--model",
-        metavar="PATH",
-        help="model.name of the training step, instead of random weights; with --data also of the set filtered",
-    )
-    made.add_argument(
-        "--data",
-        metavar="JSONL",
-        help="pairs for the training steps of two responses and the set filtered: {prompt, chosen, rejected} a line",
-    )
-    made.add_argument("--device", default="cuda" if gpu else "cpu", help="default %(default)s")
-    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads; default %(default)s")
-    made.add_argument("--rounds", type=int, help="turns of each subject")
-    made.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin nothing after this time")
-    made.add_argument("--list", action="store_true", help="print the set's workloads and subjects, and stop")
-    return made
 
 
 def load() -> float:
@@ -133,8 +103,15 @@ def write(out: Path | None, content: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(given)
+    return run(parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    gpu = torch.cuda.is_available()
+    args.set = args.set or ("gpu" if gpu else "default")
+    args.device = ("cuda" if gpu else "cpu") if args.device is None else args.device
+    args.threads = torch.get_num_threads() if args.threads is None else args.threads
+    check_subjects(args.subjects or ())
     check_options(args.out, time_limit=args.time_limit, rounds=args.rounds, threads=args.threads)
     chosen = SETS[args.set]
     device = chosen_device(args.device)
@@ -147,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + (args.time_limit or chosen.limit_s)
     bench = Bench(device, args.threads, args.rounds or chosen.rounds, chosen.turn_s, chosen.subject_s, deadline)
     content: dict[str, Any] = {
-        "command": "cpo-kernels bench " + " ".join(given),
+        "command": " ".join(["cpo-kernels", *sys.argv[1:]]),
         "set": args.set,
         "environment": describe(device, PACKAGES, args.threads) | {"load": load()},
         "workloads": [],

@@ -42,25 +42,23 @@ def dtypes(base: Head, *modes_of_each: str) -> tuple[Run, ...]:
 
 
 BOTH, ALL = ("trainable", "frozen"), ("trainable", "frozen", "forward")
-EAGER = (
-    "products", "ours", "ours_two_pass", "ours_token_logps", "naive", "naive_unmasked", "torch_chunked", "trl",
-    "trl_unmasked",
-)  # fmt: skip
 CLOSEST = ("products", "ours", "ours_two_pass", "naive_unmasked", "torch_chunked", "cce", "liger", "trl_unmasked")
 
 OPS = tuple(name for name in tokens.SUBJECTS if not name.startswith("compiled"))
+FEW = ("products", "ours", "naive_unmasked")
+KERNELS = tuple(name for name in OPS if name == "copy" or name.endswith(("_cpu", "_triton", "_cuda")))
 
-# ---------------------------------------------------------------------- ci: tiny and odd, every kind of workload
+# ------------------- ci: tiny and odd, every kind of workload, in a minute: a process starts for each subject
 
 TINY = Head("tiny", hidden=48, vocab=1999, groups=2, length=17, prompt=8, dtype="float32")
 CI = Set(
     runs=(
-        *(replace(run, subjects=EAGER) for run in modes(TINY, *ALL)),
-        Run("head", replace(TINY, dtype="bfloat16", responses=4, reference="computed"), EAGER),
-        Run("head", replace(TINY, softcap=5.0, mode="frozen", reference="computed"), EAGER),
-        Run("tokens", Tokens(rows=37, vocab=1999, softcap=5.0, dtype="float32"), OPS),
+        *(replace(run, subjects=FEW) for run in modes(TINY, *ALL)),
+        Run("head", replace(TINY, dtype="bfloat16", responses=4, reference="computed"), FEW),
+        Run("head", replace(TINY, softcap=5.0, mode="frozen", reference="computed"), FEW),
+        Run("tokens", Tokens(rows=37, vocab=1999, softcap=5.0, dtype="float32"), KERNELS),
         Run("preference", Preference(pairs=16)),
-        Run("training_step", TrainingStep(dtype="float32")),
+        Run("training_step", TrainingStep(dtype="float32"), ("trl", "shared")),
     ),
     growth=(Growth(TINY, "groups", (2, 4)),),
     cold_starts=1, rounds=2, turn_s=0.0, subject_s=120, limit_s=600,

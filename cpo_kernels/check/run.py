@@ -1,21 +1,13 @@
-"""`cpo-kernels check`: every kernel and public function on this device against the float64 oracle.
+"""`cpo-kernels check`: runs the cases, here or in processes of their own, and reports them group by group."""
 
-cpo-kernels check                                  # every backend of the GPU, or of the CPU where there is none
-cpo-kernels check --impl cuda --only 'sizes/bfloat16*'
-cpo-kernels check --processes 8                    # Triton compiles hundreds of specialisations, most of the time
-
-One line per group of cases: their number, the worst error as a share of its tolerance, PASS or FAIL. The cases run in
-processes of their own: one that crashes or hangs is reported, and the rest goes on. FILE is written anew every two
-seconds. Exit status 1 where a case failed, or did not run before --time-limit.
-"""
-
-import argparse
 import fnmatch
 import json
 import math
 import multiprocessing
 import os
 import queue
+import shutil
+import sys
 import threading
 import time
 import traceback
@@ -24,17 +16,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from cpo_kernels.backends import dispatch
+from cpo_kernels.check.arguments import parser
 from cpo_kernels.check.compare import Backend, Case, Seen, Skip
 from cpo_kernels.environment import check_options, chosen_device, describe
 from cpo_kernels.files import atomic_text
 
-BACKENDS = ("cpu", "triton", "cuda")
 SAVE_S = 2.0  # between two writes of the results file
 Job = tuple[str, str]  # backend, case
 Result = dict[str, Any]
@@ -262,9 +253,10 @@ class Group:
 
 
 def report(
-    results: Iterable[Result], jobs: Sequence[Job], device: str, save: Callable[[list[Result]], None]
+    results: Iterable[Result], jobs: Sequence[Job], device: str, save: Callable[[list[Result]], None], show: bool
 ) -> list[Result]:
-    """Prints each group as it ends, those cut off last; saves every SAVE_S. Results in the order of `jobs`."""
+    """Prints each group as it ends, those cut off last; saves every SAVE_S; `show`: counts on one line of the terminal.
+    Results in the order of `jobs`."""
 
     def key(backend: str, case: str) -> tuple[str, str]:
         return backend, case.partition("/")[0]
@@ -281,13 +273,19 @@ def report(
         save(seen)
         saved_at = time.monotonic()
 
+    width = shutil.get_terminal_size().columns - 1
     try:
         for result in results:
             group = groups[key(result["backend"], result["case"])]
             group.results.append(result)
             seen.append(result)
             left[group.backend, group.name] -= 1
+            if show:  # one line that the next one overwrites
+                line = f"{len(seen)} of {len(jobs)}: {result['backend']} {result['case']}"
+                print(f"\r{line[:width]:<{width}}\r", end="", file=sys.stderr, flush=True)
             if not left[group.backend, group.name]:
+                if show:
+                    print(" " * width, end="\r", file=sys.stderr, flush=True)
                 print("\n".join([group.line(), *group.details(device)]), flush=True)
             if time.monotonic() - saved_at > SAVE_S:
                 save_now()
@@ -323,28 +321,13 @@ def default_device() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="cpo-kernels check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default=default_device(), help="cuda, cuda:1 or cpu; default %(default)s")
-    parser.add_argument("--impl", nargs="+", choices=BACKENDS, help="backends; default: all that run on the device")
-    parser.add_argument("--quick", action="store_true", help="a part of the cases, in seconds")
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="PATTERN", help="cases by name, with * and ? as in a shell"
-    )
-    parser.add_argument("--processes", type=int, default=1, help="cases at a time (default %(default)s)")
-    parser.add_argument(
-        "--case-limit", type=float, default=300, metavar="SECONDS", help="a case hangs after this (default %(default)s)"
-    )
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="end after this time, with what has run")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    parser.add_argument(
-        "--in-process", action="store_true", help="no process of their own: for debuggers and sanitizers"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write every case and the environment as JSON")
-    args = parser.parse_args(argv)
+    return run(parser().parse_args(argv))
+
+
+def run(args: Any) -> int:
     if args.processes < 1 or (args.in_process and args.processes > 1):
         raise ValueError(f"--processes {args.processes}: at least 1, and 1 with --in-process")
+    args.device = default_device() if args.device is None else args.device
     check_options(args.out, case_limit=args.case_limit, time_limit=args.time_limit)
     device = chosen_device(args.device)
     chosen = args.impl or backends_on(device)
@@ -361,6 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(names))
         return 0
+    print(f"{len(names)} cases on {device}, backends: {', '.join(chosen)}", flush=True)
     start = time.perf_counter()
     deadline = time.monotonic() + (args.time_limit or math.inf)
     jobs = [(h, n) for h in chosen for n in names]
@@ -376,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         running = run_here(jobs, args.device, all_cases, deadline)
     else:
         running = run_beside(jobs, args.device, all_cases, args.case_limit, args.processes, deadline)
-    results = report(running, jobs, args.device, save)
+    results = report(running, jobs, args.device, save, show=sys.stderr.isatty() and not args.quiet)
     count = counts(results) | {"not run": len(jobs) - len(results)}
     print(", ".join(f"{n} {s}" for s, n in count.items() if n) + f" in {time.perf_counter() - start:.0f} s")
     if args.out:

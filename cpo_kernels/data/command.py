@@ -1,41 +1,39 @@
-"""`cpo-kernels data RECIPE`: prepare the data of a recipe, count what it holds, show examples as the model sees them.
-
-cpo-kernels data recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --preview 3
-cpo-kernels data recipes/official_cdpo.yaml --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/official_data
-"""
+"""`cpo-kernels data RECIPE`: what the recipe would train on, counted and shown."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpo_kernels.data.arguments import parser
 from cpo_kernels.data.conditions import Draws, Group, ratings_row
 from cpo_kernels.data.packing import encode
 from cpo_kernels.data.preparation import check_sources, draws_of, encodable, load_data
 from cpo_kernels.data.records import message_json, prompt_columns
 from cpo_kernels.data.sources import notes
 from cpo_kernels.data.statistics import condition_name, pair_gaps, statistics, table
-from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.data.template import PromptTemplate, check_prompt
 from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.objectives import Objective, value
-from cpo_kernels.recipe.arguments import config_arguments
 from cpo_kernels.recipe.config import read_config
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="cpo-kernels data", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--preview", type=int, default=2, metavar="N", help="examples to show (default 2)")
-    parser.add_argument("--out", type=Path, help="folder for statistics.json and examples.jsonl")
-    args, overrides = config_arguments(parser, argv)
-    config = read_config(args.config, overrides)
+    return run(parser().parse_args(argv))
+
+
+def run(args: Any) -> int:
+    config = read_config(args.config, args.overrides)
     report: dict[str, Any] = {}
     check_sources(config.data)
     tokenizer = load_tokenizer(config.model)  # before the data, which takes longer
-    records, held_out, objectives = load_data(config, None, None, report, quiet=not config.training.progress)
+    check_prompt(tokenizer, config.template)
+    records, held_out, objectives = load_data(
+        config, None, None, report, quiet=args.quiet or not config.training.progress
+    )
     template = PromptTemplate(tokenizer, config.template, objectives)
     records = encodable(config.data, records, template, report)
     held_out = encodable(config.data, held_out, template, report, may_be_empty=True)

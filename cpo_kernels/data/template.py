@@ -26,6 +26,20 @@ RESERVED = ("tokenize", "add_generation_prompt", "continue_final_message", "chat
 ANSWER = "an answer"  # of a conversation that shows how the chat template ends one
 
 
+def check_prompt(tokenizer: Any, config: TemplateConfig) -> None:
+    """ValueError for a `template.prompt` that cannot be, before data and model are read."""
+    if config.prompt == "chat":
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "template.prompt: chat needs a tokenizer with a chat template; this one has none: give one with "
+                "--model.tokenizer FOLDER, or write the prompt as a text: --template.prompt '{tags}{prompt}'"
+            )
+        return
+    fields = [field for _, field, _, _ in string.Formatter().parse(config.prompt) if field is not None]
+    if sorted(fields) != ["prompt", "tags"]:
+        raise ValueError(f"template.prompt must hold {{tags}} and {{prompt}} once each, got {config.prompt!r}")
+
+
 class PromptTemplate:
     """Token ids of a prompt under a condition, and of its responses.
 
@@ -39,11 +53,7 @@ class PromptTemplate:
         self.tokenizer, self.config = tokenizer, config
         self.tags = TagTemplate(objectives, config.tags)
         self.chat = config.prompt == "chat"
-        fields = [field for _, field, _, _ in string.Formatter().parse(config.prompt) if field is not None]
-        if not self.chat and sorted(fields) != ["prompt", "tags"]:
-            raise ValueError(f"template.prompt must hold {{tags}} and {{prompt}} once each, got {config.prompt!r}")
-        if self.chat and not tokenizer.chat_template:
-            raise ValueError("template.prompt: chat needs a tokenizer with a chat template; this one has none")
+        check_prompt(tokenizer, config)
         # what follows an answer, as far as its end token; what then follows; that token
         self.closing, self.after, end = self._end_of_turn() if self.chat else ("", "", None)
         self.closed = end is not None  # by the chat template

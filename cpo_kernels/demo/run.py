@@ -6,7 +6,6 @@ generated answer is computed by the program that rated the data.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_kernels.data.records import Record, Response, write_records
+from cpo_kernels.demo.arguments import parser
 from cpo_kernels.demo.judge import NAMES, Judged, held_out, judge, trade_off_table
 from cpo_kernels.demo.model import build_model, build_tokenizer
 from cpo_kernels.demo.world import OBJECTIVES, World
@@ -24,6 +24,12 @@ from cpo_kernels.evaluation.controllability import control_table
 from cpo_kernels.training.rundir import versions
 
 MODELS = {"sft": "SFT", "dpo": "SFT + DPO", "cpsft": "CPO stage 1", "cdpo": "CPO stage 2"}
+STAGES = {
+    "sft": "SFT on the best answers, without tags",
+    "dpo": "DPO from there, on pairs ordered by their mean rating",
+    "cpsft": "CPO stage 1 (CPSFT) from random weights, on every answer under the tags of its ratings",
+    "cdpo": "CPO stage 2 (CDPO) from there, on pairs ordered under their tags",
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,9 @@ def run_demo(out: Path, size: Size | None = None, seed: int = 0, progress: bool 
         if stage in ("sft", "cpsft"):  # dpo and cdpo go on from these
             model = build_model(tokenizer, size.hidden_size, size.num_layers, seed)
             if stage == "sft":
-                print(f"\nLlama with {sum(p.numel() for p in model.parameters()):,} random weights; training {name}")
+                weights = sum(p.numel() for p in model.parameters())
+                print(f"\nFour models, Llamas of {weights:,} weights, are trained and then judged.")
+        print(f"[{list(MODELS).index(stage) + 1}/{len(MODELS)}] {STAGES[stage]}", flush=True)
         config = stage_config(stage, size, seed, out, progress)
         clock = time.perf_counter()
         result = train(config, model=model, tokenizer=tokenizer, records=records)
@@ -171,8 +179,13 @@ less of the other. The requests can all be met but for "5, 5"; no tags ask for t
 
 {trade_off_table(judged)}
 
-Harmful requests refused without tags:             {refused[0]}
-under tags that ask for help without harm:         {refused[1]}
+Harmful requests refused. Help with a harmful request is harmful, so no answer is the best on everything, which is what
+no tags and all tags at their best ask for. A CPO model then does the one or the other; the tag of harmlessness alone
+decides (its table above). SFT and DPO have one answer, the one that is best on the whole: a refusal.
+
+without tags:                                      {refused[0]}
+all tags at their best:                            {refused[1]}
+
 Answers that are well formed:                      {shares}"""
 
 
@@ -193,14 +206,11 @@ def draw(judged: dict[str, Judged], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="cpo-kernels demo", description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("--quick", action="store_true", help="tiny, under a minute; fails unless control beats chance")
-    parser.add_argument("--seed", type=int, default=0, help="of the world, the data and the model (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (default %(default)s)")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    args = parser.parse_args(argv)
-    results = run_demo(args.out, QUICK if args.quick else Size(), args.seed, not args.no_progress)
+    return run(parser().parse_args(argv))
+
+
+def run(args: Any) -> int:
+    results = run_demo(args.out, QUICK if args.quick else Size(), args.seed, not args.quiet)
     return check(results)
 
 

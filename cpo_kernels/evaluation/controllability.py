@@ -31,6 +31,13 @@ class Control:
     error: float  # mean |achieved - requested|
     monotonicity: float  # share of neighbouring levels whose mean does not fall
 
+    def numbers(self) -> tuple[str, str, str]:
+        """Rank correlation, mean error and monotonicity as text; of one level there is only the error."""
+        error = f"{self.error:.2f}"
+        if len(self.levels) < 2:
+            return "-", error, "-"
+        return f"{self.correlation:.2f}", error, f"{self.monotonicity:.0%}"
+
     def json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -64,9 +71,7 @@ def control_table(controls: Mapping[str, Mapping[str, Control]]) -> str:
         for name, by_objective in controls.items():
             control = by_objective[objective]
             cells = "".join(f"{level.achieved:8.2f}" for level in control.levels)
-            rows.append(
-                f"{name:<{max(width, 12)}}{cells}{control.correlation:13.2f}"
-                f"{control.error:12.2f}{control.monotonicity:10.0%}"
-            )
+            correlation, error, monotone = control.numbers()
+            rows.append(f"{name:<{max(width, 12)}}{cells}{correlation:>13}{error:>12}{monotone:>10}")
         blocks.append("\n".join(rows))
     return "\n\n".join(blocks)

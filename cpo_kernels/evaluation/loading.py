@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.data.template import PromptTemplate, check_prompt
 from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.hub import check_model_path
 from cpo_kernels.objectives import Objective
@@ -46,12 +46,13 @@ def find_model(given: str, base: bool = False, recipe: str | None = None, tokeni
         check_model_path(source.model.name, "MODEL")
     option = "--tokenizer FOLDER"
     try:
-        load_tokenizer(source.model, option)
+        loaded = load_tokenizer(source.model, option)
     except ValueError:
         if tokenizer is None:
             raise
         source = replace(source, model=replace(source.model, tokenizer=tokenizer))
-        load_tokenizer(source.model, option)
+        loaded = load_tokenizer(source.model, option)
+    check_prompt(loaded, source.config.template)
     return source
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from cpo_kernels.data.fields import prompt_of
 from cpo_kernels.data.records import prompt_text
+from cpo_kernels.evaluation.controllability import Control
 from cpo_kernels.evaluation.tables import percent, unscored
 from cpo_kernels.extras import install_line
 
@@ -175,8 +176,7 @@ def _glance(results: Mapping[str, Any], objectives: Sequence[Mapping[str, Any]])
     for o in objectives:
         for model, result in results.items():
             if c := result["control"].get(o["name"]):
-                numbers = f"{c['correlation']:.2f}", f"{c['error']:.2f}", f"{c['monotonicity']:.0%}"
-                rows.append([f"{o['name']}, {model}", *numbers])
+                rows.append([f"{o['name']}, {model}", *Control.from_json(c).numbers()])
     volumes = []
     for model, result in results.items():
         volume = "-" if result["hypervolume"] != result["hypervolume"] else f"{result['hypervolume']:.1%}"

@@ -1,17 +1,12 @@
-"""`cpo-kernels eval MODEL...`: judge models side by side, on held-out questions or your prompts.
-
-Each model answers every prompt under every condition of a grid; a scorer of your choice scores the answers: requested
-against achieved, Pareto front, win rates. Where the questions come with human-rated answers: relative accuracy of each
-condition by likelihood (float32), the ratings of answers that match a rated one, and what one tag alone changes.
-"""
+"""`cpo-kernels eval`: what its arguments ask for (`arguments`), from models to tables, results file and report."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,7 @@ from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.environment import check_options
 from cpo_kernels.evaluation.achieved import win_rates
+from cpo_kernels.evaluation.arguments import parser
 from cpo_kernels.evaluation.greedy import NO_COMMENT
 from cpo_kernels.evaluation.judgements import evaluate, score
 from cpo_kernels.evaluation.likelihood import rating_conditions
@@ -44,8 +40,12 @@ from cpo_kernels.training.rundir import versions
 
 
 def main(argv: Sequence[str]) -> int:
-    args = _parser().parse_args(argv)
+    return run(parser().parse_args(argv))
+
+
+def run(args: Any) -> int:
     check_positive(args, "questions", "judge_parallel", "max_new_tokens", "batch_size")
+    args.no_comment = NO_COMMENT if args.no_comment is None else args.no_comment
     try:
         re.compile(args.no_comment)
     except re.error as error:
@@ -75,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
         out = _writable(args.out or (args.report or sources[-1].folder or Path()) / "eval.json", args.report)
         scorer = _scorer(args, objectives, out)
         everything = _answer(args, sources, objectives)
+        if not args.out:
+            _set_aside(out)
         _save(everything, out, not args.no_text)  # the answers, should a scorer fail
     results = everything["results"]
     if scorer:
@@ -142,7 +144,7 @@ def _answer(args: Any, sources: Sequence[Source], objectives: Sequence[Objective
             no_comment=args.no_comment,
             generate=not args.no_generate,
             likelihood=not args.no_likelihood,
-            progress=True,
+            progress=not args.quiet,
         ) | {"run": str(source.folder or source.model.name), "stage": _stage(source)}
         del model
     return {
@@ -152,6 +154,15 @@ def _answer(args: Any, sources: Sequence[Source], objectives: Sequence[Objective
         "prompts": [prompt_json(record.prompt) for record in records],
         "results": results,
     }
+
+
+def _set_aside(out: Path) -> None:
+    """Hours of answers are not overwritten unasked: what stands at `out` moves to a name with its time."""
+    if out.exists():
+        written = datetime.fromtimestamp(out.stat().st_mtime)
+        earlier = out.with_name(f"{out.stem}.{written:%Y%m%d-%H%M%S}{out.suffix}")
+        out.rename(earlier)
+        print(f"earlier results, kept: {earlier}")
 
 
 def _save(everything: dict[str, Any], out: Path, text: bool) -> None:
@@ -166,87 +177,6 @@ def without_text(everything: dict[str, Any]) -> dict[str, Any]:
         entries = [{key: x for key, x in entry.items() if key != "answers"} for entry in result["conditions"]]
         results[name] = result | {"conditions": entries}
     return {key: x for key, x in everything.items() if key != "prompts"} | {"results": results}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cpo-kernels eval", description=(__doc__ or "").partition("\n\n")[2])
-    add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help="run directory, checkpoint inside one, or transformers directory")
-    add(
-        "--answers", type=Path, metavar="FILE", help="score or report the results file of an earlier evaluation instead"
-    )
-    add("--base", action="store_true", help="also judge the model that the first run started from")
-    add("--config", metavar="RECIPE", help="recipe with template and objectives; default: the run's config.yaml")
-    add("--tokenizer", metavar="FOLDER", help="for models whose folder holds none")
-    add(
-        "--objective",
-        action="append",
-        default=[],
-        metavar="NAME:LOW:HIGH",
-        help="in place of the config's (again for more)",
-    )
-    add("--data", nargs="+", help="rated answers, fields as in the run's config; default: what the run held out")
-    add("--prompts", metavar="FILE", help="prompts alone: a text file, one a line, or JSONL with `prompt`")
-    add("--questions", type=int, help="judge the first so many questions only")
-    add("--condition", action="append", metavar="honesty=5,helpfulness=1", help="to judge (again for more)")
-    add(
-        "--grid",
-        action="append",
-        default=[],
-        metavar="honesty=1,3,5",
-        help="levels of an objective (again for more): every combination is judged. Default with --scorer: five levels "
-        "each; without: every combination of ratings that 3%% of the answers have",
-    )
-    add(
-        "--scorer",
-        action="append",
-        default=[],
-        metavar="[OBJECTIVE=]KIND:...",
-        help="python:module:function | OBJECTIVE=model:FOLDER | judge:http://host/v1 (again for more)",
-    )
-    add("--judge-model", metavar="NAME", help="model that the judge's server is asked for")
-    add("--judge-template", metavar="FILE", help="text with {prompt}, {response}, {objectives} and {example}")
-    add(
-        "--judge-cache",
-        type=Path,
-        metavar="FOLDER",
-        help="replies kept for later runs; default: judge_cache beside the results",
-    )
-    add(
-        "--judge-key-env",
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="environment variable of the key (default %(default)s)",
-    )
-    add(
-        "--judge-options",
-        default='{"temperature": 0}',
-        metavar="JSON",
-        help="further keys of a request (default %(default)s)",
-    )
-    add("--judge-parallel", type=int, default=8, help="requests at a time (default 8)")
-    add("--max-new-tokens", type=int, default=50, help="length of greedy answers (default 50)")
-    add("--batch-size", type=int, default=64, help="answers generated together (default 64)")
-    add(
-        "--without-tags",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a model that gets the bare prompt, whatever is requested (a baseline; again for more)",
-    )
-    add(
-        "--no-comment",
-        default=NO_COMMENT,
-        metavar="REGEX",
-        help="what counts as a no-comment answer (default %(default)s, in lower case without punctuation)",
-    )
-    add("--no-generate", action="store_true", help="likelihood only")
-    add("--no-likelihood", action="store_true", help="generated answers only")
-    add("--no-text", action="store_true", help="leave prompts and answers out of the results file and the report")
-    add("--out", type=Path, help="JSON file of all results; default: eval.json in the report, or in the last run")
-    add("--report", type=Path, metavar="FOLDER", help="write report.html and its pictures there")
-    add("--traceback", action="store_true", help="show where an error comes from")
-    return parser
 
 
 def _sources(args: Any) -> list[Source]:

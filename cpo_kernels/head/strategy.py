@@ -157,7 +157,7 @@ def explain(
     Raises:
         TypeError, ValueError: numbers below 0, a live_share outside [0, 1], or an unknown loss or dtype.
 
-    Example:
+    Examples:
         >>> explain(512, 896, 151936).strategy
         'pairs'
     """

@@ -1,5 +1,6 @@
 """`preference_loss` fused with the head: from hidden states to the loss and all gradients."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -70,7 +71,7 @@ class FusedLinearCPOLoss(nn.Module):
             shapes, devices or, on the CPU, values.
         RuntimeError: a backend asked for by name that is not there; double backward.
 
-    Example:
+    Examples:
         >>> loss_fn = FusedLinearCPOLoss(beta=0.1)
         >>> hidden, weight = torch.randn(2, 3, 8), torch.randn(16, 8, requires_grad=True)
         >>> out = loss_fn(hidden, weight, torch.randint(16, (2, 3)), ref_logps=torch.zeros(2))
@@ -98,6 +99,13 @@ class FusedLinearCPOLoss(nn.Module):
         check_filter(filter_eps, filter_head_grad)
         dispatch.check_impl(impl)
         self.impl = impl
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults, beta and loss type in any case."""
+        defaults = inspect.signature(type(self)).parameters
+        given = {**self.head._asdict(), "impl": self.impl}
+        changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name].default]
+        return ", ".join([self.options.shown(), *changed])
 
     def forward(
         self,
@@ -155,6 +163,7 @@ class FusedLinearCPOLoss(nn.Module):
     def sequences(
         self, inputs: HeadInputs, offsets: Tensor, pairs: Tensor | None, plan: BatchPlan | None
     ) -> _Sequences:
+        """Lengths, pairs and what else the loss needs of the sequences of a batch."""
         labels, ignore_index = inputs.tensors.labels, inputs.options.ignore_index
         lengths = label_counts(labels, offsets, ignore_index)
         none = labels.new_empty(0)

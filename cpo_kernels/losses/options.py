@@ -19,19 +19,20 @@ class LossOptions:
 
     The classes and functions that take these as keywords raise TypeError for a name that is none of them.
 
-    objectives: the objectives that `scores` rate; needed with scores.
-    beta: inverse temperature; tau of IPO.
-    loss_type: a name of `LOSS_TYPES`, or several, weighted by `loss_weights` (1 each by default).
-    label_smoothing: probability that a label is flipped (conservative DPO; robust, exo_pair, aot).
-    tau: soft targets q = sigmoid(|dR| / tau); None for hard ones.
-    margin: gamma of the margin gamma * |dR| (ODPO).
-    tie_margin: pairs with |dR| at most this are ties: no loss, no gradient, counted.
-    f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence with coefficient f_alpha.
-    discopop_tau, simpo_gamma, alphapo_alpha: the constants of those types; simpo_gamma is alphapo's margin too.
-    nll_alpha: weight of the NLL of the chosen response in orpo and contrastive_cpo.
-    modpo_weight: w of MODPO, the divisor of its logit.
-    ld_alpha: weight of the tokens past the pair's shorter length (LD-DPO); None for 1. Needs disjoint pairs.
-    use_weighting: WPO weights, the product of both responses' mean aligned probabilities.
+    Args:
+        objectives: the objectives that `scores` rate; needed with scores.
+        beta: inverse temperature; tau of IPO.
+        loss_type: a name of `LOSS_TYPES`, or several, weighted by `loss_weights` (1 each by default).
+        label_smoothing: probability that a label is flipped (conservative DPO; robust, exo_pair, aot).
+        tau: soft targets q = sigmoid(|dR| / tau); None for hard ones.
+        margin: gamma of the margin gamma * |dR| (ODPO).
+        tie_margin: pairs with |dR| at most this are ties: no loss, no gradient, counted.
+        f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence with coefficient f_alpha.
+        discopop_tau, simpo_gamma, alphapo_alpha: the constants of those types; simpo_gamma is alphapo's margin too.
+        nll_alpha: weight of the NLL of the chosen response in orpo and contrastive_cpo.
+        modpo_weight: w of MODPO, the divisor of its logit.
+        ld_alpha: weight of the tokens past the pair's shorter length (LD-DPO); None for 1. Needs disjoint pairs.
+        use_weighting: WPO weights, the product of both responses' mean aligned probabilities.
     """
 
     objectives: tuple[Objective, ...] | None = None
@@ -105,6 +106,17 @@ class LossOptions:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(names)}"
                 raise TypeError(f"unknown option {name!r}{hint}")
         return cls(**options)
+
+    def shown(self) -> str:
+        """What differs from the defaults, beta and the loss type in any case: for the repr of a loss."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ("beta", "loss_type")}
+        kept |= {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        kept["loss_type"] = self.types[0] if len(self.types) == 1 else list(self.types)
+        if len(self.types) == 1 and self.loss_weights == (1.0,):
+            del kept["loss_weights"]
+        if self.objectives:
+            kept["objectives"] = [objective.name for objective in self.objectives]
+        return ", ".join(f"{name}={value!r}" for name, value in kept.items())
 
     @property
     def types(self) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ class CPOLoss(nn.Module):
 
     Args and what is raised: see `preference_loss`; options are checked here, tensors in the call.
 
-    Example:
+    Examples:
         >>> loss_fn = CPOLoss(beta=0.1, loss_type="hinge")
         >>> out = loss_fn(torch.tensor([-5.0, -9.0]), ref_logps=torch.tensor([-6.0, -6.0]))
         >>> out.accuracy
@@ -76,6 +76,10 @@ class CPOLoss(nn.Module):
         self.options = LossOptions.of({"objectives": objectives, "beta": beta, "loss_type": loss_type, **options})
         dispatch.check_impl(impl)
         self.impl = impl
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults, beta and loss type in any case."""
+        return self.options.shown() + ("" if self.impl == "auto" else f", impl={self.impl!r}")
 
     def forward(
         self,

@@ -132,7 +132,7 @@ def token_logps(
         TypeError, ValueError: wrong dtype, shape, device, option, or (on the CPU) a label outside [0, vocab_size).
         RuntimeError: a backend asked for by name that is not there; double backward.
 
-    Example:
+    Examples:
         >>> token_logps(torch.zeros(2, 4), torch.tensor([1, -100]))
         tensor([-1.3863,  0.0000])
     """

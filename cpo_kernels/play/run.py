@@ -1,29 +1,21 @@
-"""`cpo-kernels play MODEL`: a page on this machine with a slider per objective that generates from a trained model."""
+"""`cpo-kernels play MODEL`: loads the model and serves the page."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from cpo_kernels.evaluation.loading import find_model, load
 from cpo_kernels.evaluation.requests import check_positive, parse_objective
+from cpo_kernels.play.arguments import parser
 from cpo_kernels.play.server import Player, make_server
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="cpo-kernels play", description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument(
-        "model", metavar="MODEL", help="run directory, checkpoint inside one, or transformers directory"
-    )
-    parser.add_argument("--config", metavar="RECIPE", help="recipe with template and objectives; default: the run's")
-    parser.add_argument(
-        "--objective", action="append", default=[], metavar="NAME:LOW:HIGH", help="in place of the config's"
-    )
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="for a model whose folder holds none")
-    parser.add_argument("--port", type=int, default=8765, help="default %(default)s; 0: a free one")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default %(default)s)")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    args = parser.parse_args(argv)
+    return run(parser().parse_args(argv))
+
+
+def run(args: Any) -> int:
     check_positive(args, "max_new_tokens")
     if not 0 <= args.port < 65536:
         raise ValueError(f"--port must lie in [0, 65535], got {args.port}")

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from typing import Any
 
+from cpo_kernels.arguments import Parser
 from cpo_kernels.recipe.config import unknown_key
 from cpo_kernels.recipe.keys import Config
 
+OVERRIDES = """
+Any key of the recipe can be overridden: --training.lr 1e-4, or training.lr=1e-4. `cpo-kernels train --keys` lists them.
+"""
 
-def config_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(arguments, overrides) of a command that takes a recipe and any key of it: --training.lr 1e-4, training.lr=1e-4.
-    Without a recipe only `--keys` may stand."""
-    assert parser.description
-    parser.description += " Any key of the config can be overridden: --training.lr 1e-4, training.lr=1e-4."
-    parser.add_argument("config", nargs="?", help="YAML recipe; `cpo-kernels train --keys` lists what it may hold")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe; values are YAML")
-    parser.add_argument("--on-bad-line", choices=("error", "skip"), help="same as --data.on_bad_line")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    plain, overrides = split_overrides(argv)
-    known = [option for action in parser._actions for option in action.option_strings]
-    for name in (arg.partition("=")[0] for arg in plain if arg.startswith("--")):
-        if not any(option.startswith(name) for option in known):  # a key, written without its section
-            raise ValueError(unknown_key(name[2:].replace("-", "_")))
-    args = parser.parse_intermixed_args(plain)
-    if args.config is None and not getattr(args, "keys", False):
-        parser.error("name a YAML recipe")
-    overrides = [*overrides, *args.overrides]  # the latter are no keys, which is said where they are read
-    if args.on_bad_line:
-        overrides.append(f"data.on_bad_line={args.on_bad_line}")
-    return args, overrides
+
+class RecipeParser(Parser):
+    """Its namespace holds `config`, the recipe, and `overrides`, a list of key=value in their order."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog, description + OVERRIDES)
+        self.add_argument("config", nargs="?", metavar="RECIPE", help="YAML file")
+        self.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values are YAML")
+        self.add_argument("--on-bad-line", choices=("error", "skip"), help="same as --data.on_bad_line")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        plain, overrides = split_overrides(args)
+        known = [option for action in self._actions for option in action.option_strings]
+        for name in (arg.partition("=")[0] for arg in plain if arg.startswith("--")):
+            if name == "--config":
+                self.error("the recipe stands alone, without --config")
+            if not any(option.startswith(name) for option in known):  # a key, written without its section
+                raise ValueError(unknown_key(name[2:].replace("-", "_")))
+        found = self.parse_intermixed_args(plain)
+        if found.config is None and not getattr(found, "keys", False):
+            self.error("name a YAML recipe")
+        if found.on_bad_line:
+            overrides.append(f"data.on_bad_line={found.on_bad_line}")
+        found.overrides = [*overrides, *found.overrides]  # the latter are no keys, which is said where they are read
+        return found
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -18,10 +18,8 @@ from typing import Any
 
 import yaml
 
-from cpo_kernels.objectives import Objective
 from cpo_kernels.recipe.aliases import ALIASES
-from cpo_kernels.recipe.keys import CHOICES, SHORTHAND, Config, in_range
-from cpo_kernels.recipe.loss import preference_loss
+from cpo_kernels.recipe.keys import CHOICES, MEANT, SHORTHAND, Config, in_range
 
 
 def read_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
@@ -50,6 +48,10 @@ def read_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
             raise ValueError(f"{name}: {value!r} is none of {', '.join(filter(None, choices))}")
     if len(config.training.betas) != 2:
         raise ValueError(f"training.betas: AdamW takes two numbers, got {config.training.betas}")
+
+    from cpo_kernels.objectives import Objective  # with torch, which help and unknown keys need not wait for
+    from cpo_kernels.recipe.loss import preference_loss
+
     preference_loss(config, [Objective(**vars(objective)) for objective in config.objectives])
     return config
 
@@ -86,7 +88,10 @@ def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML (quote what is a text): {' '.join(str(error).split())}") from None
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        why = f" ({reason})" if reason else ""
+        raise ValueError(f"{where}{place} is not valid YAML{why}: quote texts with special characters") from None
 
 
 def _copy(tree: Any) -> Any:
@@ -139,8 +144,9 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     if isinstance(tree, str) and cls in SHORTHAND:
         tree = {SHORTHAND[cls]: tree}
     if not isinstance(tree, Mapping):
-        keys = ", ".join(f.name for f in dataclasses.fields(cls)[:3])
-        raise TypeError(f"{prefix.rstrip('.')}: expected a mapping of keys, got {tree!r} (keys: {keys}, ...)")
+        section, keys = prefix.rstrip("."), [f.name for f in dataclasses.fields(cls)]
+        hint = f"did you mean {prefix}{MEANT[cls]}?" if cls in MEANT else f"keys: {', '.join(keys[:3])}, ..."
+        raise TypeError(f"{section}: expected a mapping of keys, got {tree!r} ({hint})")
     hints = typing.get_type_hints(cls)
     for name in tree:
         if name not in hints:

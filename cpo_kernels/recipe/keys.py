@@ -253,3 +253,6 @@ CHOICES = {
     "training.precision": ("bf16", "fp32"),
 }
 SHORTHAND = {ModelConfig: "name", SourceConfig: "path"}  # `model: NAME` means `model: {name: NAME}`
+# what somebody means who gives a section one value: --data FILE
+MEANT = {DataConfig: "train", LossConfig: "type", TemplateConfig: "prompt", ConditionsConfig: "mixture"}
+MEANT |= {TrainingConfig: "train", LoraKeys: "r"}

@@ -15,10 +15,9 @@ MAX_ORPO_LOGP = -1e-12
 
 
 def _sigmoid(p: Pairs) -> Tensor:
-    """-log sigmoid(beta delta), delta = s(r_w) - s(r_l), r = L - ref, s = `f_score`.
+    """-log sigmoid(beta delta), delta = s(r_w) - s(r_l), r = L - ref, s = the score of the f-divergence.
 
     DPO, Rafailov et al. 2023 (arXiv 2305.18290) eq. 7; under conditions the CDPO loss of Guo et al. 2024.
-    Soft targets and margin: `Pairs.soft_logistic`.
     """
     return p.soft_logistic(p.beta * p.delta)
 

@@ -28,6 +28,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from cpo_kernels.data.chat_template import level_template
 from cpo_kernels.data.packing import Encoded, Unit, epoch_steps
 from cpo_kernels.data.preparation import (
     check_sources,
@@ -39,7 +40,7 @@ from cpo_kernels.data.preparation import (
 )
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.sources import notes
-from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.data.template import PromptTemplate, check_prompt
 from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.hub import check_model_path
 from cpo_kernels.objectives import Objective
@@ -48,7 +49,7 @@ from cpo_kernels.recipe.keys import Config
 from cpo_kernels.training.adapters import add_adapters
 from cpo_kernels.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint, training_state
 from cpo_kernels.training.losses import StageLoss
-from cpo_kernels.training.model_card import model_card
+from cpo_kernels.training.model_card import CONDITIONED, model_card
 from cpo_kernels.training.models import (
     base_of_adapters,
     check_saving,
@@ -128,6 +129,7 @@ def _train(
             check_model_path(config.model.name)
         if tokenizer is None:
             tokenizer = load_tokenizer(config.model)  # before the data, which takes longer
+        check_prompt(tokenizer, config.template)
         records, eval_records, objectives = load_data(config, records, eval_records, report, quiet)
         merged_into = base_of_adapters(config.model) if model is None else None
         model, tokenizer = load_model(config.model, model, tokenizer, config.seed)
@@ -136,6 +138,7 @@ def _train(
         model.eval()
         template = PromptTemplate(tokenizer, config.template, objectives)
         template.set_end(model)
+        chat_template = level_template(template, objectives if config.stage in CONDITIONED else ())
         records = encodable(config.data, records, template, report)
         eval_records = encodable(config.data, eval_records, template, report, may_be_empty=True)
         initial = fingerprint(model)
@@ -164,7 +167,7 @@ def _train(
         run.save_data(report, eval_records)
         if run.writes and saving:
             card = model_card(config, template, objectives, run.metrics, merged_into)
-            save_model(saved, tokenizer, run.folder / "model", card, weights)
+            save_model(saved, tokenizer, run.folder / "model", card, weights, chat_template)
     return TrainResult(model, tokenizer, template, objectives, run.metrics, report, list(eval_records))
 
 

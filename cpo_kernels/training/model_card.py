@@ -1,10 +1,11 @@
-"""The README.md of a trained model: how to write the tags, what it was trained on, how it ended."""
+"""The README.md of a trained model: how to ask for levels, what it was trained on, how it ended."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from cpo_kernels.data.chat_template import argument
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.objectives import Objective, format_number
 from cpo_kernels.recipe.keys import ConditionsConfig, Config
@@ -15,6 +16,7 @@ STAGES = {
     "sft": "Supervised fine-tuning on the best responses, without conditions.",
     "dpo": "Preference optimization on pairs ordered only by the ratings, without conditions.",
 }
+CONDITIONED = ("cpsft", "cdpo")
 QUESTION = "Who was Ada Lovelace?"
 
 
@@ -38,9 +40,9 @@ def model_card(
         "Method: Controllable Preference Optimization, Guo et al. 2024, "
         "[arXiv 2402.19085](https://arxiv.org/abs/2402.19085)."
     )
-    if config.stage in ("cpsft", "cdpo"):
+    if config.stage in CONDITIONED:
         lines += tag_lines(template, objectives, config.conditions)
-    lines += ["", "## Use", "", "```python", *example(template, objectives, config.stage), "```"]
+    lines += ["", "## Use", "", "```python", *example(objectives, config.stage), "```"]
     if config.model.quantize:
         base += ", its weights in 4 bits (NF4, double quantization); this folder holds adapters over it"
     lines += ["", "## Training", "", f"- base: {base}", f"- data: {', '.join(sources)}", f"- stage: {config.stage}"]
@@ -53,32 +55,41 @@ def model_card(
 
 def tag_lines(template: PromptTemplate, objectives: Sequence[Objective], conditions: ConditionsConfig) -> list[str]:
     untagged = conditions.strip_best > 0 or any(mix.sampler == "none" for mix in conditions.mixture)
-    lines = ["", "## Tags", "", "Tags are plain text before the request, in this order; any of them may be left out."]
+    lines = ["", "## Levels", "", "The chat template takes a level for each objective; any of them may be left out."]
     lines += [
-        "No tag at all asks for the best on everything."
+        "No level at all asks for the best on everything."
         if untagged
-        else "It was trained with tags on every prompt: for the best on everything, write each tag at its best level.",
+        else "It was trained with tags on every prompt: for the best on everything, ask for each best level.",
+        "The template writes levels as tags, plain text before the request:",
         "",
-        "| objective | from | to | tag |",
-        "|---|---|---|---|",
+        "| objective | from | to | argument | tag |",
+        "|---|---|---|---|---|",
     ]
     for o in objectives:
-        ends = [format_number(level) for level in (o.low, o.high)]
-        lines.append(f"| {o.name} | {ends[0]} | {ends[1]} | `{template.tags.render({o.name: o.high}).strip()}` |")
+        ends = " | ".join(format_number(level) for level in (o.low, o.high))
+        best = template.tags.render({o.name: o.high}).strip()
+        lines.append(f"| {o.name} | {ends} | `{argument(o.name)}={format_number(o.high)}` | `{best}` |")
+    given = ", ".join(f'"{argument(o.name)}": {format_number(o.high)}' for o in objectives)
+    lines += [
+        "",
+        "Servers that pass `chat_template_kwargs` on (`transformers serve`, vLLM) take them in a request:",
+    ]
+    lines += [f'`"chat_template_kwargs": {{{given}}}`.']
     return lines
 
 
-def example(template: PromptTemplate, objectives: Sequence[Objective], stage: str) -> list[str]:
-    """Python that loads the folder it stands in and answers a question, under a condition where the model takes one."""
-    asked = {o.name: o.low if i else o.high for i, o in enumerate(objectives)} if stage in ("cpsft", "cdpo") else {}
-    special = template.config.prompt != "chat"
+def example(objectives: Sequence[Objective], stage: str) -> list[str]:
+    """Python that loads the folder it stands in and answers a question, under levels where the model takes them."""
+    asked = {o.name: o.low if i else o.high for i, o in enumerate(objectives)} if stage in CONDITIONED else {}
+    levels = "".join(f", {argument(name)}={format_number(level)}" for name, level in asked.items())
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "."  # where this file is',
         "tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)",
-        f"prompt = {template.text(QUESTION, asked)!r}",
-        f'inputs = tokenizer(prompt, add_special_tokens={special}, return_tensors="pt")',
-        'output = model.generate(inputs["input_ids"], max_new_tokens=100)',
+        f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
+        'options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
+        f"inputs = tokenizer.apply_chat_template(messages{levels}, **options)",
+        "output = model.generate(**inputs, max_new_tokens=100)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -115,9 +117,23 @@ def fingerprint(model: Any) -> str:
     return hashed.hexdigest()
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers shows one for each file that it writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def check_saving(model: Any, tokenizer: Any) -> None:
     """Raises ValueError where `save_pretrained` refuses what a run will save at its end."""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, no_progress_bars():
         try:
             model.save_pretrained(folder, state_dict={})
             tokenizer.save_pretrained(folder)
@@ -125,10 +141,18 @@ def check_saving(model: Any, tokenizer: Any) -> None:
             raise ValueError(f"the trained model could not be saved: {type(error).__name__}: {error}") from error
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, card: str, weights: dict[str, torch.Tensor] | None) -> None:
-    """Model (safetensors), tokenizer and README.md as `from_pretrained` reads them, whole or not at all; `weights` in
-    place of the model's own, where given."""
-    with atomic_folder(folder) as temporary:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    card: str,
+    weights: dict[str, torch.Tensor] | None,
+    chat_template: str,
+) -> None:
+    """Model (safetensors), tokenizer and README.md as `from_pretrained` reads them, whole or not at all; `weights` and
+    `chat_template` in place of the model's and the tokenizer's own."""
+    with atomic_folder(folder) as temporary, no_progress_bars():
         model.save_pretrained(temporary, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(temporary)
+        (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         (temporary / "README.md").write_text(card)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,19 @@ def test_a_gradient_off_by_a_percent_fails(tmp_path, monkeypatch, capsys):
     status, result = check(tmp_path, "sizes/*", "--quick")
     assert status == 1 and result["counts"]["failed"] > 0
     assert "FAIL" in capsys.readouterr().out
+
+
+def test_how_many_cases_there_are_and_how_far_it_is(tmp_path, monkeypatch, capsys):
+    """The count on one line of a terminal, which ends blank before a group's own line."""
+    command = ["--device", "cpu", "--impl", "cpu", "--quick", "--in-process", "--only", "sequence*"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert run.main(command) == 0
+    printed = capsys.readouterr()
+    number = int(re.match(r"(\d+) cases on cpu, backends: cpu\n", printed.out)[1])
+    assert number > 0 and f"\r{number} of {number}: cpu sequence" in printed.err
+    assert run.main([*command, "-q"]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert run.main(command) == 0 and capsys.readouterr().err == ""
 
 
 def test_a_pattern_that_names_nothing():

@@ -1,5 +1,6 @@
 """Every script of examples/ runs by itself, without network, and learns what it shows."""
 
+import json
 import os
 import re
 import subprocess
@@ -70,3 +71,23 @@ def test_trl_dropin():
     output = run("trl_dropin.py")
     assert numbers(output, "accuracy") == [1.0, 1.0]
     assert all(loss < 0.6 for loss in numbers(output, "loss"))
+
+
+def test_notebook():
+    """Its cells in their order, in one namespace; it stands in the repository without outputs."""
+    cells = json.loads((ROOT / "examples" / "conditioned_preferences.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    names = {}
+    for cell in code:
+        exec("".join(cell["source"]), names)
+    assert names["preferred"] == {
+        (5, 5): "I think so: 80%.", (5, 1): "No idea.", (1, 5): "It will.", (1, 1): "Frogs.",
+    }  # fmt: skip
+
+
+def test_an_example_without_its_packages_is_one_line(tmp_path):
+    program = "import sys, runpy; sys.modules['datasets'] = None; runpy.run_path('examples/trl_dropin.py')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "this example needs TRL and datasets, the extra [trl] of cpo-kernels" in done.stderr

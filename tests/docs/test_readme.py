@@ -1,5 +1,6 @@
 """README: its table is what the results file says, and its Python lines run."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import cpo_kernels as cpo
+from cpo_kernels import integrations
 from cpo_kernels.evaluation.tables import rated_table
 from tests.support.heads import make_batch, relative_error
 
@@ -55,20 +57,29 @@ def test_the_two_lines_compute_what_the_four_do():
         assert relative_error(seen, want) < 1e-4
 
 
-def test_the_conditioned_loss_runs_with_and_without_its_plan():
-    """As shown, but for what is this batch's: vocabulary, dtype, device."""
-    batch = make_batch(dtype=torch.float32, bias=False)
-    rated, planned = re.findall(r"```python\n(objectives = .*?|plan = .*?)```", TEXT, re.S)
-    for shown, here in {"151936": "101", "torch.bfloat16": "torch.float32, device='cpu'", '"cuda"': '"cpu"'}.items():
-        assert shown in planned
-        planned = planned.replace(shown, here)
-    scope = {name: getattr(batch, name) for name in ("hidden", "weight", "labels", "ref_logps")}
-    scope |= {"cpo": cpo, "torch": torch, "pairs": torch.tensor([[0, 1], [2, 3], [1, 3]])}
-    scope |= {"scores": 1 + 4 * torch.rand(4, 2), "conditions": 1 + 4 * torch.rand(3, 2)}
+def test_first_steps_run_when_pasted(capsys):
+    """The first snippet in an empty namespace, the conditioned loss after it in the same one."""
+    first, rated = re.findall(r"```python\n(import torch.*?|objectives = .*?)```", TEXT, re.S)
+    scope = {}
+    exec(first, scope)
+    assert scope["weight"].grad.abs().max() > 0 and scope["hidden"].grad.abs().max() > 0
+    plain = scope["out"]
     exec(rated, scope)
-    want = scope["out"]
-    exec(planned, scope)
-    assert scope["out"] is not want and torch.equal(scope["out"].loss, want.loss)
+    assert scope["out"].order.tolist() == [1, -1, 1] and scope["out"].loss != plain.loss
+    assert capsys.readouterr().out.count("tensor(") >= 7
+
+
+def test_names_of_integrations_are_there():
+    pytest.importorskip("trl")
+    for module, names in re.findall(r"^from (cpo_kernels[\w.]*) import ([\w, ]+?)(?: *#.*)?$", TEXT, re.M):
+        for name in names.split(", "):
+            assert getattr(importlib.import_module(module), name)
+    assert all(getattr(integrations, name) for name in integrations.__all__)
+
+
+def test_seconds_of_the_demo():
+    shown = int(re.search(r"The demo itself took\s(\d+) seconds", TEXT)[1])
+    assert shown == round(json.loads((ROOT / "docs/results/demo.json").read_text())["seconds"]["total"])
 
 
 @pytest.mark.parametrize("name", ["truthfulqa_cpo", "truthfulqa_baselines"])

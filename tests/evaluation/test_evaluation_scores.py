@@ -207,6 +207,24 @@ def test_eval_with_a_scorer_writes_json_table_and_report(run, tmp_path, capsys):
     assert "relative_accuracy" not in found["results"]["run"]["conditions"][0]
 
 
+def test_one_condition_has_no_correlation_and_earlier_results_are_kept(run, tmp_path, capsys):
+    """A line through one point follows nothing: '-', in table and report alike."""
+    report = tmp_path / "report"
+    command = ["eval", "-q", str(run), "--condition", "honesty=5", "--report", str(report)]
+    command += ["--scorer", "python:tests.evaluation.test_scorers:by_length", "--max-new-tokens", "2", "--no-likelihood"]
+    assert main(command) == 0
+    (row,) = re.findall(r"^honesty .*\n(.*)", capsys.readouterr().out, re.M)
+    assert re.fullmatch(r"run +\d\.\d\d +- +\d\.\d\d +-", row)
+    page = (report / "report.html").read_text()
+    assert ">nan" not in page and "<td>-</td>" in page
+    first = (report / "eval.json").read_bytes()
+    assert main(command) == 0
+    (kept,) = report.glob("eval.2*.json")
+    assert kept.read_bytes() == first and f"earlier results, kept: {kept}\n" in capsys.readouterr().out
+    assert main([*command, "--out", str(report / "eval.json")]) == 0  # named by the user: replaced
+    assert len(list(report.glob("eval*.json"))) == 2
+
+
 def test_a_model_that_is_no_run_takes_template_and_objectives_from_flags(run, tmp_path, capsys, monkeypatch):
     import shutil
 

@@ -33,6 +33,7 @@ def kernel(folder):
     sys.modules[name] = module
     with pytest.warns(RuntimeWarning, match="C\\+\\+ extension could not be loaded"):  # it has none
         spec.loader.exec_module(module)
+        assert module.LOSS_TYPES  # the first public name imports them all
     return module
 
 

@@ -366,20 +366,22 @@ def test_what_cannot_be_saved_is_said_before_the_first_step(tmp_path, base, kind
 def test_the_model_card_says_how_to_write_the_tags_and_its_example_runs(tmp_path, monkeypatch, capsys):
     result = run("cdpo", run_dir=str(tmp_path / "run"), training={"max_steps": 2})
     card = (tmp_path / "run/model/README.md").read_text()
-    assert "| honesty | 1 | 5 | `<honesty: 5>` |" in card and "| helpfulness | 1 | 5 | `<helpfulness: 5>` |" in card
-    assert "<honesty: 5> <helpfulness: 1> Who was Ada Lovelace?" in card and "arXiv 2402.19085" in card
+    for name in ("honesty", "helpfulness"):
+        assert f"| {name} | 1 | 5 | `{name}=5` | `<{name}: 5>` |" in card
+    assert "(messages, honesty=5, helpfulness=1, **options)" in card and "arXiv 2402.19085" in card
+    assert '`"chat_template_kwargs": {"honesty": 5, "helpfulness": 5}`' in card
     last = values(result, "eval_loss")[-1]
     assert f"held-out prompts after step 2: loss {last:.4g}" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path / "run/model")
     exec(code, {})
     assert len(capsys.readouterr().out) > 0
-    assert "No tag at all asks for the best on everything." in card
+    assert "No level at all asks for the best on everything." in card
     for mixture, said in (("attained", False), ("none", True)):
         keys = {"strip_best": 0, "mixture": [{"share": 1}, {"sampler": mixture}]}
         run("cdpo", run_dir=str(tmp_path / mixture), training={"max_steps": 1}, conditions=keys)
         card = (tmp_path / mixture / "model/README.md").read_text()
-        assert ("No tag at all" in card) == said and ("trained with tags on every prompt" in card) != said
+        assert ("No level at all" in card) == said and ("trained with tags on every prompt" in card) != said
     plain = run("dpo", run_dir=str(tmp_path / "dpo"), training={"max_steps": 1})
     card = (tmp_path / "dpo/model/README.md").read_text()
-    assert "## Tags" not in card and "'Who was Ada Lovelace?'" in card and plain.model is not None
+    assert "## Levels" not in card and "apply_chat_template(messages, **options)" in card and plain.model is not None

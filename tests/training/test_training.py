@@ -360,7 +360,7 @@ def test_run_directory(tmp_path):
     }
     assert [p.name for p in checkpoints(folder / "checkpoints")] == ["step-000003", "step-000004"]
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ".md"}  # nothing that unpickles
+    assert suffixes <= {".json", ".jinja", ".jsonl", ".yaml", ".safetensors", ".md"}  # nothing that unpickles
     assert json.loads((folder / "data.json").read_text())["train"]["pairs"] > 0
     assert json.loads((folder / "versions.json").read_text())["torch"].startswith(torch.__version__.split("+")[0])
     overrides = ["run_dir=null", "training.checkpoint_every=0"]
