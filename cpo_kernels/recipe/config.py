@@ -162,7 +162,11 @@ def _coerce(hint: Any, value: Any, name: str, help: str, range: str | None) -> A
         if value is None:
             return None
         kinds = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        hint = str if str in kinds and isinstance(value, str) and _number(float, value) is None else kinds[0]
+        if str in kinds and kinds[0] is float and isinstance(value, str) and _number(float, value) is None:
+            if value != "auto":
+                raise ValueError(f"{name}: expected auto or a number in {range}, got {value!r} ({help})")
+            return value
+        hint = kinds[0]
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, f"{name}.")
     if typing.get_origin(hint) is list:

@@ -211,7 +211,13 @@ def test_one_condition_has_no_correlation_and_earlier_results_are_kept(run, tmp_
     """A line through one point follows nothing: '-', in table and report alike."""
     report = tmp_path / "report"
     command = ["eval", "-q", str(run), "--condition", "honesty=5", "--report", str(report)]
-    command += ["--scorer", "python:tests.evaluation.test_scorers:by_length", "--max-new-tokens", "2", "--no-likelihood"]
+    command += [
+        "--scorer",
+        "python:tests.evaluation.test_scorers:by_length",
+        "--max-new-tokens",
+        "2",
+        "--no-likelihood",
+    ]
     assert main(command) == 0
     (row,) = re.findall(r"^honesty .*\n(.*)", capsys.readouterr().out, re.M)
     assert re.fullmatch(r"run +\d\.\d\d +- +\d\.\d\d +-", row)
