@@ -117,6 +117,35 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, progress: Callable[[in
     return list(rows.values())
 
 
+def table(content: dict[str, Any]) -> str:
+    """Errors of dX and dW of every threshold, with the tail kept and dropped."""
+    parts = []
+    for dtype, rows in content["rows"].items():
+        named = {row["name"]: row for row in rows}
+        exact = named["exact"]
+        lines = [
+            f"**{dtype}**",
+            "",
+            "| gradients | live columns | tail, probability | error of dX | of dW | dX, tail dropped | dW, tail dropped |",
+            "|---|---|---|---|---|---|---|",
+            f"| exact, as the library makes them | 100% | | {exact['dx']:.2e} | {exact['dw']:.2e} | | |",
+            f'| `filter_eps="auto"`, both | | | {named["auto"]["dx"]:.2e} | {named["auto"]["dw"]:.2e} | | |',
+        ]
+        for row in rows:
+            if row.get("tail") == "kept":
+                name = row["name"].split(", ", 1)[1]
+                dropped = named[f"dropped, {name}"]
+                errors = " | ".join(f"{r[key]:.2e}" for r in (row, dropped) for key in ("dx", "dw"))
+                lines.append(f"| {name} | {row['live_share']:.1%} | {row['tail_mass']:.4f} | {errors} |")
+        parts.append("\n".join(lines))
+    env, tokens = content["environment"], content["rows"]["bfloat16"][0]["tokens"]
+    note = (
+        f"Relative to float32, rms over {content['batches']} batches of {content['groups']} pairs ({tokens:.0f} "
+        f"labelled tokens in the mean). torch {env['versions']['torch']}, {env['date'][:10]}; `{content['command']}`."
+    )
+    return "\n\n".join([*parts, note])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="PATH", help="model.name of a recipe")

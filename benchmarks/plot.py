@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import long_pairs, profile, prompt_sharing, roofline
+from benchmarks import filtered_gradients, long_pairs, profile, prompt_sharing, roofline
 from benchmarks.claims import rated_report
 from benchmarks.claims import report as claims_report
 from cpo_kernels.bench import report
@@ -27,6 +27,10 @@ RATED = ROOT / "docs" / "results" / "claims_truthfulqa.json"
 README_ROWS = (
     "products", "ours", "cce", "naive_unmasked", "naive_unmasked_compiled", "torch_chunked", "naive", "liger",
     "trl_unmasked", "trl",
+)  # fmt: skip
+FILTERED_ROWS = (
+    "products", "ours", "ours_filtered", "ours_filtered_head", "ours_token_logps", "ours_token_logps_filtered", "cce",
+    "naive_unmasked",
 )  # fmt: skip
 GPU_ROWS = (*README_ROWS[:2], "ours_triton", "ours_cuda", "ours_two_pass", "cce_exact", *README_ROWS[2:])
 INK, FAINT, OURS, THEIRS = "#30343b", "#c9ccd1", "#1f5fa8", "#a9b4c2"
@@ -104,6 +108,23 @@ def gain_table(content: Result) -> str:
         "TRL's `DPOTrainer`."
     )
     return "\n".join([*table, "", note])
+
+
+def filtered_table(content: Result) -> str:
+    """Exact and filtered gradients on rows of a trained model, as multiples of the exact products."""
+    if not content:
+        return "With gradients on the live columns only: not measured."
+    loads = head_results(content)
+    rows = "rows of a model on text" if loads[0]["rows"] == "real" else "generated rows"
+    lines = [
+        "| " + " | ".join([rows, *(f"{r['labelled']} tokens, {r['mode']}" for r in loads)]) + " |",
+        "|---" * (len(loads) + 1) + "|",
+    ]
+    for name in FILTERED_ROWS:
+        cells = [cell(r["subjects"].get(name, {"why": "not asked for"})) for r in loads]
+        lines.append(f"| {HEAD_SUBJECTS[name].label} | " + " | ".join(cells) + " |")
+    shares = f"Head {loads[0]['head']}, bfloat16: time as a multiple of the bare exact products, then peak memory."
+    return "\n".join([*lines, "", f"{shares} {setting(content, loads)}"])
 
 
 def readme_gpu_table(content: Result) -> str:
@@ -251,6 +272,11 @@ def texts() -> dict[Path, str]:
     for name, table in (("loss types", loss_types_table()), ("models", models_table())):
         path = ROOT / "docs" / f"{name.replace(' ', '_')}.md"
         made[path] = fill(path.read_text(), name, table)
+    filtered, path = roofline.read(RESULTS / "filtered.json"), ROOT / "docs" / "filtered_gradients.md"
+    made[readme] = fill(made[readme], "benchmarks/results/filtered.json", filtered_table(filtered))
+    errors = roofline.read(RESULTS / "filtered_gradients.json")
+    page = fill(path.read_text(), "filtered errors", filtered_gradients.table(errors) if errors else "not measured")
+    made[path] = fill(page, "filtered head", families_table(filtered, ["head"]) if filtered else "not measured")
     training = ROOT / "docs" / "training.md"
     shared = roofline.read(RESULTS / "prompt_sharing.json")
     table = prompt_sharing.table(shared) if shared else "not measured"
