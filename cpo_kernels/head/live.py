@@ -153,16 +153,15 @@ def live_dx(head: Head, sets: LiveSets, g: Tensor, dx: Tensor) -> None:
     means = product(sets.tail, weight, weight.new_empty(len(sets.exact), weight.shape[1])) / TAIL_UNIT  # [sets, H]
     if kernels := by_index(head):
         dx.copy_(kernels.live_dx(*sets.places, sets.set_rows, weight, means, sets.num_rows))
+    for rows in exact_rows(sets):
+        product(g[rows], head.weight, dx[rows])
     for k, (live, columns) in enumerate(zip(sets.grads(), sets.columns_of(), strict=True)):
-        rows = sets.rows(k)
-        if sets.exact[k]:
-            product(g[rows], head.weight, dx[rows])
         if sets.exact[k] or kernels:
             continue
         weights = weight.new_empty(len(columns) + 1, weight.shape[1])  # W_A, and what stands for the rest
         torch.index_select(weight, 0, columns, out=weights[:-1])
         weights[-1] = means[k]
-        product(live, weights, dx[rows])
+        product(live, weights, dx[sets.rows(k)])
 
 
 def filtered_chunk(
@@ -234,7 +233,9 @@ def live_head_grads(
     if kernels and need_dw:
         total = sets.tail.t().to(acc) @ tails  # [width, H]
         kernels.live_dw_(*sets.places, sets.set_rows, scaled, total)
-    again = _ExactRows(head, x, labels, lse, torch.cat([torch.arange(r.start, r.stop) for r in exact_rows(sets)]))
+    again = _ExactRows(
+        head, x, labels, lse, torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))])
+    )
     again_scaled, again_coef = scaled[again.index], bias_coef[again.index].to(x.dtype)
     tile = width if kernels else _tile_rows(sets, weight)
     for low, high in chunks(width, even_rows(width, min(tile, again.most_columns()))):
@@ -274,7 +275,15 @@ def _sum_of_sets(
 
 
 def exact_rows(sets: LiveSets) -> list[slice]:
-    return [sets.rows(k) for k, exact in enumerate(sets.exact) if exact] or [slice(0, 0)]
+    """The rows of exact sets, neighbours as one."""
+    runs: list[slice] = []
+    for k, exact in enumerate(sets.exact):
+        rows = sets.rows(k)
+        if exact and runs and runs[-1].stop == rows.start:
+            runs[-1] = slice(runs[-1].start, rows.stop)
+        elif exact:
+            runs.append(rows)
+    return runs
 
 
 def _tile_rows(sets: LiveSets, weight: Tensor) -> int:
