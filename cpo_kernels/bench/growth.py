@@ -8,7 +8,7 @@ from typing import Any
 from cpo_kernels.bench.side_by_side import Bench, Row, described
 from cpo_kernels.bench.workload import Head
 
-SUBJECTS = ("products", "ours", "naive_unmasked")
+IMPLEMENTATIONS = ("products", "ours", "naive_unmasked")
 # Extra memory: chunks have a budget, so it does not follow the tokens; a float32 dW of several chunks follows V and H.
 EXPECTED = {
     "groups": {"time": 1.0, "memory": 0.0},
@@ -46,9 +46,9 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
 
 
 def fitted(over: str, points: Sequence[Row]) -> dict[str, Row]:
-    """Subject -> exponents seen; memory is what a step takes beyond inputs and gradients."""
+    """Implementation -> exponents seen; memory is what a step takes beyond inputs and gradients."""
     fits: dict[str, Row] = {}
-    for name in SUBJECTS:
+    for name in IMPLEMENTATIONS:
         seen = [p for p in points if "median_s" in p["subjects"].get(name, {})]
         sizes = [p[over] for p in seen]
         known = [p for p in seen if p["subjects"][name]["peak_bytes"] is not None]
@@ -65,7 +65,7 @@ def measure(bench: Bench, growth: Growth, progress: Callable[[Row], None]) -> Ro
     points: list[Row] = []
     known: Row = {}
     for workload in growth.workloads():
-        rows = bench.measure("head", workload, SUBJECTS)
+        rows = bench.measure("head", workload, IMPLEMENTATIONS)
         points.append(described("head", workload, bench.device) | {"subjects": rows})
         known = {
             "over": growth.over,

@@ -1,4 +1,4 @@
-"""Time, memory and error of one step, in the process of its subject."""
+"""Time, memory and error of one step, in the process of its implementation."""
 
 import ctypes
 import statistics
@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from cpo_kernels.bench.subject import Outcome, Step
+from cpo_kernels.bench.implementation import Outcome, Step
 
 CYCLES = 2e9  # a second, of a GPU's clock at most: what sleeps so many cycles sleeps a second at least
 LONGEST_SLEEP_S = 0.02

@@ -1,4 +1,4 @@
-"""One workload, its subjects side by side: checked, then timed in turns so that drift hits all of them alike."""
+"""One workload, its implementations side by side: checked, then timed in turns so that drift hits all of them alike."""
 
 import statistics
 import tempfile
@@ -25,38 +25,38 @@ TRUTH_S = 600.0  # the truth is not timed: float32 over 32k rows of SmolLM2's he
 class Bench:
     """How to measure, and the processes of the family at hand.
 
-    rounds: turns of each subject. turn_s: seconds that a turn fills at least. subject_s: longest wait for one answer,
-    except that loading may take LOAD_S. deadline: `time.monotonic()` after which nothing is begun. progress: gets the
-    rows of the workload at hand as far as they are known, after every subject and every round.
+    rounds: turns of each implementation. turn_s: seconds that a turn fills at least. answer_s: longest wait for one
+    answer, except that loading may take LOAD_S. deadline: `time.monotonic()` after which nothing is begun. progress:
+    gets the rows of the workload at hand, as many as there are, after every implementation and every round.
     """
 
     device: torch.device
     threads: int
     rounds: int
     turn_s: float
-    subject_s: float
+    answer_s: float
     deadline: float = float("inf")
     progress: Callable[[dict[str, Row]], None] = lambda rows: None
     family: str = ""
     workers: dict[str, Worker] = field(default_factory=dict)
 
     def limit_s(self, longest_s: float | None = None) -> float:
-        """For one answer: `longest_s`, `subject_s` if None, or what is left of the run."""
+        """For one answer: `longest_s`, `answer_s` if None, or what is left of the run."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise Failed(TIME_LIMIT)
-        return min(longest_s or self.subject_s, left)
+        return min(longest_s or self.answer_s, left)
 
     def load_s(self) -> float:
-        return self.limit_s(max(LOAD_S, self.subject_s))
+        return self.limit_s(max(LOAD_S, self.answer_s))
 
-    def worker(self, family: str, subject: str) -> Worker:
+    def worker(self, family: str, implementation: str) -> Worker:
         if family != self.family:
             self.close()
             self.family = family
-        if subject not in self.workers:
-            self.workers[subject] = Worker(family, subject, str(self.device), self.threads)
-        return self.workers[subject]
+        if implementation not in self.workers:
+            self.workers[implementation] = Worker(family, implementation, str(self.device), self.threads)
+        return self.workers[implementation]
 
     def close(self) -> None:
         for worker in self.workers.values():
@@ -70,7 +70,7 @@ class Bench:
         known = FAMILIES[family]
         rows: dict[str, Row] = {n: {} for n in names}
         for name, row in rows.items():
-            if why := known.subjects[name].why_not(workload, self.device):
+            if why := known.implementations[name].why_not(workload, self.device):
                 row["why"] = why
         able = [n for n in names if "why" not in rows[n]]
         if time.monotonic() > self.deadline:
@@ -101,7 +101,7 @@ class Bench:
 
     def keep_truth(self, worker: Worker, workload: Any, path: str) -> None:
         worker.load(workload, self.load_s())
-        worker.ask("keep", path, limit_s=self.limit_s(max(TRUTH_S, self.subject_s)))
+        worker.ask("keep", path, limit_s=self.limit_s(max(TRUTH_S, self.answer_s)))
         self.unload(worker)
 
     def examine(self, worker: Worker, workload: Any, truth: str, limits: Any) -> Row:
@@ -119,7 +119,7 @@ class Bench:
         """Adds the summary of every round so far to the rows; the order moves on by one every round and turns around
         every other.
 
-        apart: the workload, where a subject is loaded only for its turn; None where all are loaded.
+        apart: the workload, where an implementation is loaded only for its turn; None where all are loaded.
         """
         times: dict[str, list[float]] = {n: [] for n in workers}
         order = list(workers)
@@ -134,8 +134,8 @@ class Bench:
                 try:
                     if apart is not None:
                         workers[name].load(apart, self.load_s())
-                        workers[name].ask("first", limit_s=self.subject_s)
-                    times[name].append(workers[name].ask("turn", self.turn_s, limit_s=self.subject_s))
+                        workers[name].ask("first", limit_s=self.answer_s)
+                    times[name].append(workers[name].ask("turn", self.turn_s, limit_s=self.answer_s))
                     if apart is not None:
                         workers[name].stop()  # trainers leave references to their model behind
                 except Failed as failed:
