@@ -377,7 +377,7 @@ def test_a_file_that_was_cut_off_goes_on(toys, tmp_path, monkeypatch, capsys):
     out.write_text(json.dumps(json.loads(out.read_text()) | {"workloads": first}))
     Here.turns = []
     assert run.main([*common, "--resume"]) == 0
-    assert sorted(Here.turns) == ["floor", "right"]  # of the missing workload alone
+    assert sorted(Here.turns) == ["floor", "right"]  # only of the missing workload
     assert json.loads(out.read_text())["workloads"][1] == first[0]
     monkeypatch.setitem(SETS, "ci", replace(SETS["ci"], runs=runs[1:], growth=(), rounds=1))
     assert run.main([*common, "--resume"]) == 0  # what is not asked for again stays

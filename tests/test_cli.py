@@ -132,7 +132,7 @@ def test_a_checkout_that_is_not_installed_names_its_extra(monkeypatch):
     ],
 )
 def test_an_import_without_its_package_says_what_to_install(module, package):
-    """In a process of its own; the core and the commands that need torch alone still run there."""
+    """In a process of its own; the core and the commands that need only torch still run there."""
     code = f"""
 import sys
 sys.modules[{package!r}] = None

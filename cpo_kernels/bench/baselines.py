@@ -29,7 +29,7 @@ def cut_cross_entropy(impl: str, **options: float | None) -> Callable[[Batch], S
     return make
 
 
-def trl_head(rows_alone: bool) -> Callable[[Batch], Step]:
+def trl_head(labelled_only: bool) -> Callable[[Batch], Step]:
     """TRL's chunked head on every position, as its DPOTrainer runs it, or on the labelled rows."""
 
     @from_token_logps
@@ -48,7 +48,7 @@ def trl_head(rows_alone: bool) -> Callable[[Batch], Step]:
         def labelled(x: Tensor, weight: Tensor) -> Tensor:
             return b.padded(logps(x[keep], labels[keep], weight))
 
-        return labelled if rows_alone else every_position
+        return labelled if labelled_only else every_position
 
     return make
 

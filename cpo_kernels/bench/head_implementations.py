@@ -92,14 +92,14 @@ def needs_backend(impl: str) -> Callable[[Head, torch.device], str]:
     return lambda workload, device: gpu_only(workload, device) or dispatch.missing(impl)
 
 
-def trainable_alone(workload: Head, device: torch.device) -> str:
+def trainable_only(workload: Head, device: torch.device) -> str:
     return "" if workload.mode == "trainable" else "two_pass is for a trainable head"
 
 
 # ---------------------------------------------------------------------------------------------------------------- naive
 
 
-def naive(rows_alone: bool, compiled: bool) -> Callable[[Batch], Step]:
+def naive(labelled_only: bool, compiled: bool) -> Callable[[Batch], Step]:
     """Logits of every position, or only of the labelled rows."""
 
     @from_token_logps
@@ -114,7 +114,7 @@ def naive(rows_alone: bool, compiled: bool) -> Callable[[Batch], Step]:
         def labelled(x: Tensor, weight: Tensor) -> Tensor:
             return b.padded(function(x[keep], weight, labels, softcap))
 
-        return labelled if rows_alone else every_position
+        return labelled if labelled_only else every_position
 
     return make
 
@@ -125,7 +125,7 @@ IMPLEMENTATIONS = {
     "ours_triton": Implementation("cpo-kernels, Triton", fused_loss("triton"), refuses=needs_backend("triton")),
     "ours_cuda": Implementation("cpo-kernels, CUDA C++", fused_loss("cuda"), refuses=needs_backend("cuda")),
     "ours_two_pass": Implementation(
-        "cpo-kernels, two_pass: a group exceeds the budget", fused_loss(two_pass=True), refuses=trainable_alone
+        "cpo-kernels, two_pass: a group exceeds the budget", fused_loss(two_pass=True), refuses=trainable_only
     ),
     "ours_token_logps": Implementation("cpo-kernels, `linear_token_logps` and a loss in torch", our_token_logps()),
     "ours_filtered": Implementation("cpo-kernels, `filter_eps`", fused_loss(filter_eps="auto")),

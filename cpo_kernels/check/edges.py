@@ -72,7 +72,7 @@ def wrong_pairs(backend: Backend, seen: Seen) -> None:
 
 
 def wrong_offsets(backend: Backend, seen: Seen) -> None:
-    """Offsets outside the tokens: an error on the CPU; on a GPU NaN for that sequence alone."""
+    """Offsets outside the tokens: an error on the CPU; on a GPU NaN for only that sequence."""
     logps = torch.randn(10, generator=torch.Generator().manual_seed(1)).to(backend.device)
     cu = torch.tensor([-1, 3, 2, 7, 11, 2**62, 10], device=backend.device)
     if backend.name not in GPU_BACKENDS:

@@ -40,7 +40,7 @@ def masked_with_the_lowest(backend: Backend, seen: Seen, dtype: torch.dtype) -> 
     x[1] = lowest
     logp = backend.kernels.token_logps_fwd(x, labels, *options, False)[0]
     equal = (logp[1] + math.log(width)).abs() < limits.LOWEST_LOGP
-    seen.require("fwd logp of a row of the lowest alone is neither NaN nor right", equal or logp[1].isnan())
+    seen.require("fwd logp of a row of only the lowest is neither NaN nor right", equal or logp[1].isnan())
     seen.require("fwd logp is not NaN where a row holds NaN", logp[0].isnan())
     seen.require("fwd logp is NaN where no row holds NaN", not logp[2:].isnan().any())
 

@@ -39,7 +39,7 @@ SHAPES = {
     "scale": Shape(12, 520, 5, scale=0.5),
     "large scale": Shape(12, 520, 5, scale=3.0),
     "everything is live": Shape(12, 600, 6, eps=0.0),
-    "labels alone are live": Shape(12, 600, 6, eps=2.0),
+    "only labels are live": Shape(12, 600, 6, eps=2.0),
     "sets of one row": Shape(6, 300, 1, eps=2.0**-12),
     "flat rows": Shape(12, 600, 6, spread=0.01),
 }

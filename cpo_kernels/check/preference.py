@@ -216,7 +216,7 @@ def layout_cases() -> Iterator[Case]:
         seen.require("ties give a loss or a gradient", got[0] == 0 and not got[1].any() and not got[2].any())
         seen.require("ties have an order", not got[6].any())
         seen.require("ties are not counted as 3, 2 of them unrated", got[7].tolist() == [0, 3, 2])
-        seen.require("the gap of an unrated pair alone is NaN", got[5].isnan().tolist() == [True, False, True])
+        seen.require("only the gap of an unrated pair is NaN", got[5].isnan().tolist() == [True, False, True])
 
     def no_pairs(backend: Backend, seen: Seen) -> None:
         batch = without(make_batch(34), "pair_weights", "pair_betas")

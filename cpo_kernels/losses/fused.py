@@ -263,7 +263,7 @@ class FusedLinearCPOLoss(nn.Module):
 
         Args:
             labels, pairs, cu_seqlens, scores, conditions: as in the call, on the CPU. Scores and conditions are needed
-                where a trainable head takes several chunks: how many pairs are no ties is the divisor of each. They
+                where a trainable head takes several chunks: the number of non-tied pairs is the divisor of each. They
                 are checked here, where that makes no GPU wait.
             vocab_size: rows of the head's weight; of a sharded head, of its largest shard.
             dtype: of the head's products (autocast's, under autocast).
