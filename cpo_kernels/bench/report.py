@@ -96,12 +96,12 @@ def growth_table(growths: Sequence[Result]) -> str:
     heads = "| grows with | implementation | time ~ size^ | expected | extra memory ~ size^ | expected | extra, MiB |"
     lines = [heads, "|---" * 7 + "|"]
     for growth in growths:
-        for name, seen in growth["seen"].items():
+        for name, fit in growth["seen"].items():
             points = [p for p in growth["points"] if "median_s" in p["subjects"][name]]
             values = ", ".join(str(p[growth["over"]]) for p in points)
             extra = ", ".join(memory_beyond_gradients(p, name) for p in points)
             label = FAMILIES["head"].implementations[name].label
-            time, memory = ("not measured" if seen[k] is None else f"{seen[k]:.2f}" for k in ("time", "memory"))
+            time, memory = ("not measured" if fit[k] is None else f"{fit[k]:.2f}" for k in ("time", "memory"))
             # A budget binds only ours; the logits of the others are as many as their rows.
             expected = f"at most {growth['expected']['memory']:.0f}" if name == "ours" else ""
             lines.append(f"| {growth['over']} ({values}) | {label} | {time} | 1 | {memory} | {expected} | {extra} |")

@@ -34,11 +34,11 @@ def parse_workload(text: str) -> Head:
     name = keys.pop("head", "qwen2.5-0.5b")
     if name not in HEADS:
         raise ValueError(f"--workload: head must be one of {', '.join(HEADS)}, got {name!r}")
-    known = {f: t for f, t in Head.__annotations__.items() if f not in ("head", "hidden", "vocab")}
+    fields = {f: t for f, t in Head.__annotations__.items() if f not in ("head", "hidden", "vocab")}
     for key, value in keys.items():
-        if key not in known:
-            raise ValueError(f"--workload: unknown key {key!r}, known are head, {', '.join(known)}")
-        keys[key] = value if known[key] is str else float(value) if key == "softcap" else int(value)
+        if key not in fields:
+            raise ValueError(f"--workload: unknown key {key!r}, known are head, {', '.join(fields)}")
+        keys[key] = value if fields[key] is str else float(value) if key == "softcap" else int(value)
     made = replace(head(name), **keys)
     if made.mode not in MODES or made.reference not in ("given", "computed") or made.responses < 2:
         raise ValueError(f"--workload: no such workload: {made}")
@@ -49,8 +49,8 @@ def parse_workload(text: str) -> Head:
     return made
 
 
-def chosen_runs(args: argparse.Namespace, known: Set) -> list[Run]:
-    runs = [Run("head", parse_workload(text)) for text in args.workload or ()] or list(known.runs)
+def chosen_runs(args: argparse.Namespace, named_set: Set) -> list[Run]:
+    runs = [Run("head", parse_workload(text)) for text in args.workload or ()] or list(named_set.runs)
     made = []
     for run in runs:
         if run.family not in args.only:
@@ -70,24 +70,24 @@ def chosen_runs(args: argparse.Namespace, known: Set) -> list[Run]:
 
 
 def check_implementations(names: Sequence[str]) -> None:
-    known = sorted({name for family in FAMILIES.values() for name in family.implementations})
+    every = sorted({name for family in FAMILIES.values() for name in family.implementations})
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        if name not in every:
+            near = difflib.get_close_matches(name, every, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(every)}"
             raise ValueError(f"--implementations: there is no {name}; {hint}")
 
 
 def wrong_results(results: Sequence[dict[str, Any]]) -> list[str]:
     """Implementations of ours whose result was wrong: everything that is no baseline and no naive form."""
-    found = []
+    messages = []
     for result in results:
         for name, row in result["subjects"].items():
             package = FAMILIES[result["family"]].implementations[name].package
             ours = not package and not name.startswith(("naive", "compiled", "trl"))
             if ours and row.get("why", "").startswith("wrong result"):
-                found.append(f"{report.title(result)}: {name}: {row['why']}")
-    return found
+                messages.append(f"{report.title(result)}: {name}: {row['why']}")
+    return messages
 
 
 def load() -> float:
@@ -138,18 +138,18 @@ def run(args: argparse.Namespace) -> int:
     if load() > 0.5:
         print(f"load {load()}: other work runs here, times will suffer", file=sys.stderr)
     try:
-        found = [kept.workload(described(r.family, r.workload, device), r.implementations) for r in runs]
+        results = [kept.workload(described(r.family, r.workload, device), r.implementations) for r in runs]
         others = kept.others([described(r.family, r.workload, device) for r in runs])
         grown = [kept.growth(one, device) for one in growths]
         for k, run in enumerate(runs):
-            result = found[k] or described(run.family, run.workload, device) | {"commit": commit, "load": load()}
+            result = results[k] or described(run.family, run.workload, device) | {"commit": commit, "load": load()}
 
             def keep(rows: dict[str, Any], k: int = k, result: dict[str, Any] = result) -> None:
-                found[k] = result | {"subjects": rows}
-                content["workloads"] = [*others, *(known for known in found if known)]
+                results[k] = result | {"subjects": rows}
+                content["workloads"] = [*others, *(result for result in results if result)]
                 write(args.out, content)
 
-            if found[k] is None:
+            if results[k] is None:
                 bench.progress = keep
                 # The key is "subjects", the word of the files in benchmarks/results: both are read by the same code.
                 result["subjects"] = bench.measure(run.family, run.workload, run.implementations)
@@ -158,8 +158,8 @@ def run(args: argparse.Namespace) -> int:
         bench.progress = lambda rows: None
         for k, one in enumerate(growths):
 
-            def grow(known: dict[str, Any], k: int = k) -> None:
-                grown[k] = known | {"commit": commit}
+            def grow(result: dict[str, Any], k: int = k) -> None:
+                grown[k] = result | {"commit": commit}
                 content["growth"] = [result for result in grown if result]
                 write(args.out, content)
 

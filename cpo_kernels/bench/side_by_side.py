@@ -67,10 +67,10 @@ class Bench:
 
     def measure(self, family: str, workload: Any, names: Sequence[str]) -> dict[str, Row]:
         """A row for every name: times, memory and differences, or `why` there are none."""
-        known = FAMILIES[family]
+        definition = FAMILIES[family]
         rows: dict[str, Row] = {n: {} for n in names}
         for name, row in rows.items():
-            if why := known.implementations[name].why_not(workload, self.device):
+            if why := definition.implementations[name].why_not(workload, self.device):
                 row["why"] = why
         able = [n for n in names if "why" not in rows[n]]
         if time.monotonic() > self.deadline:
@@ -87,15 +87,15 @@ class Bench:
                 return {n: row or {"why": why} for n, row in rows.items()}
             for name in able:
                 try:
-                    rows[name] |= self.examine(workers[name], workload, truth, known.limits(workload))
-                    if known.apart:
+                    rows[name] |= self.examine(workers[name], workload, truth, definition.limits(workload))
+                    if definition.apart:
                         workers[name].stop()
                 except Failed as failed:
                     rows[name]["why"] = TIME_LIMIT if time.monotonic() > self.deadline else str(failed)
                     workers.pop(name).stop()
                 self.progress(unfinished(rows))
-        self.take_turns(workers, rows, workload if known.apart else None, known.floor)
-        for worker in workers.values() if not known.apart else ():
+        self.take_turns(workers, rows, workload if definition.apart else None, definition.floor)
+        for worker in workers.values() if not definition.apart else ():
             self.unload(worker)
         return rows
 
@@ -146,8 +146,8 @@ class Bench:
                     rows[name]["why"] = str(failed)
                     del times[name]
                     workers.pop(name).stop()
-            for name, seen in times.items():
-                rows[name] |= summary(seen, times.get(floor, []))
+            for name, turns in times.items():
+                rows[name] |= summary(turns, times.get(floor, []))
             self.progress(unfinished(rows))
 
     def unload(self, worker: Worker) -> None:
@@ -162,11 +162,11 @@ def unfinished(rows: dict[str, Row]) -> dict[str, Row]:
     return {n: row if "median_s" in row or "why" in row else {**row, "why": TIME_LIMIT} for n, row in rows.items()}
 
 
-def summary(seen: list[float], floor: list[float]) -> Row:
+def summary(times: list[float], floor: list[float]) -> Row:
     """Median and range, and those of the ratio to the floor in the same round."""
-    row: Row = {"rounds": len(seen), "median_s": statistics.median(seen), "min_s": min(seen), "max_s": max(seen)}
+    row: Row = {"rounds": len(times), "median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
     if floor:
-        ratios = [t / f for t, f in zip(seen, floor, strict=True)]
+        ratios = [t / f for t, f in zip(times, floor, strict=True)]
         row |= {"ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)]}
     return row
 

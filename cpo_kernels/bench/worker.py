@@ -50,9 +50,9 @@ class Serving:
 
     def check(self, path: str) -> dict[str, float]:
         self.step.prepare()
-        found = differences(project(self.step.run()), torch.load(path))
+        errors = differences(project(self.step.run()), torch.load(path))
         self.release()
-        return found
+        return errors
 
     def memory(self) -> int | None:
         peak = peak_bytes(self.step, self.device)
