@@ -24,13 +24,13 @@ HARDWARE = ("cpu", "cpu_capability", "gpu", "threads")
 
 class Change(NamedTuple):
     what: str
-    subject: str
+    implementation: str
     factor: float  # new over old
     unit: str
 
 
 def rows(report: dict[str, Any]) -> dict[tuple[Any, ...], tuple[str, str, dict[str, Any]]]:
-    """(workload, subject) -> (title, subject, row) of what was measured."""
+    """(workload, implementation) -> (title, implementation, row) of what was measured."""
     found = {}
     for result in report["workloads"]:
         key = tuple(result.get(name) for name in WORKLOAD)
@@ -54,7 +54,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], int
     same_cpu = old["environment"].get("cpu_capability") == new["environment"].get("cpu_capability")
     found, compared = [], 0
     for key in before.keys() & after.keys():
-        what, subject, row = after[key]
+        what, implementation, row = after[key]
         # The floor's ratio to itself says nothing.
         by_ratio = all("ratio" in r and r["ratio_spread"] != [1.0, 1.0] for r in (row, before[key][2]))
         is_16_bit = key[WORKLOAD.index("dtype")] in ("bfloat16", "float16")
@@ -65,12 +65,12 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], int
         old_low, old_median, old_high = measure(before[key][2], by_ratio)
         factor = median / old_median
         if (low > old_high and factor > LEAST) or (high < old_low and factor < 1 / LEAST):
-            found.append(Change(what, subject, factor, "ratio to the floor" if by_ratio else "time"))
+            found.append(Change(what, implementation, factor, "ratio to the floor" if by_ratio else "time"))
     return sorted(found, key=lambda c: -abs(c.factor - 1)), compared
 
 
 def is_ours(change: Change) -> bool:
-    return change.subject.startswith(("ours", "forward_", "backward_", "fused_", "preference_", "loop"))
+    return change.implementation.startswith(("ours", "forward_", "backward_", "fused_", "preference_", "loop"))
 
 
 def main() -> int:
@@ -81,7 +81,7 @@ def main() -> int:
     old, new = (json.loads(path.read_text()) for path in (args.old, args.new))
     found, compared = changes(old, new)
     for c in found:
-        print(f"{'slower' if c.factor > 1 else 'faster'} {c.factor:.2f}x ({c.unit}): {c.subject}: {c.what}")
+        print(f"{'slower' if c.factor > 1 else 'faster'} {c.factor:.2f}x ({c.unit}): {c.implementation}: {c.what}")
     slower = [c for c in found if c.factor > 1 and is_ours(c)]
     print(f"{compared} rows compared, {len(found)} changed beyond noise, {len(slower)} of ours slower")
     return 1 if slower else 0

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import cpo_kernels as cpo
 from cpo_kernels.backends import dispatch
+from cpo_kernels.bench.implementation import BETA, Step
 from cpo_kernels.bench.measure import peak_bytes
-from cpo_kernels.bench.subject import BETA, Step
 from cpo_kernels.bench.workload import HEADS
 from cpo_kernels.environment import describe, processor
 from cpo_kernels.head.grads import WeightGrad

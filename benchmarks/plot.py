@@ -15,7 +15,7 @@ from benchmarks import filtered_gradients, long_pairs, profile, prompt_sharing, 
 from benchmarks.claims import rated_report
 from benchmarks.claims import report as claims_report
 from cpo_kernels.bench import report
-from cpo_kernels.bench.families import HEAD_SUBJECTS
+from cpo_kernels.bench.families import HEAD_IMPLEMENTATIONS
 from cpo_kernels.environment import processor
 from cpo_kernels.integrations.heads import HEADS
 from cpo_kernels.reference.loss_types import LOSS_TYPES
@@ -67,9 +67,9 @@ def readme_table(
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name in names:
         cells = [cell(r["subjects"].get(name, {"why": "not asked for"})) for r in loads]
-        lines.append(f"| {HEAD_SUBJECTS[name].label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {HEAD_IMPLEMENTATIONS[name].label} | " + " | ".join(cells) + " |")
     first = loads[0]
-    shown = {"torch", *(HEAD_SUBJECTS[n].package for n in names)}
+    shown = {"torch", *(HEAD_IMPLEMENTATIONS[n].package for n in names)}
     floors = ", ".join(f"{r['subjects']['products'].get('median_s', 0) * 1e3:.0f} ms" for r in loads)
     versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if name in shown)
     lines += [
@@ -302,13 +302,13 @@ def finished(figure: Any, path: Path) -> None:
 
 
 def draw_head(content: Result, path: Path) -> None:
-    """Time and peak memory of every subject in the first workload."""
+    """Time and peak memory of every implementation in the first workload."""
     from matplotlib import pyplot as plt
 
     first = head_results(content)[0]
     rows = {n: r for n, r in first["subjects"].items() if "ratio" in r}
     names = sorted(rows, key=lambda n: -rows[n]["ratio"])
-    labels = [HEAD_SUBJECTS[n].label.replace("*", "").replace("`", "") for n in names]
+    labels = [HEAD_IMPLEMENTATIONS[n].label.replace("*", "").replace("`", "") for n in names]
     colours = [OURS if n == "ours" else INK if n == "products" else THEIRS for n in names]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 1.2 + 0.36 * len(names)), sharey=True)
     errors = [[abs(rows[n]["ratio"] - rows[n]["ratio_spread"][side]) for n in names] for side in (0, 1)]
@@ -330,7 +330,7 @@ def draw_growth(growths: Sequence[Result], path: Path) -> None:
         for name, colour in zip(growth["seen"], (INK, OURS, THEIRS), strict=True):
             points = [p for p in growth["points"] if "median_s" in p["subjects"][name]]
             times = [p["subjects"][name]["median_s"] for p in points]
-            label = HEAD_SUBJECTS[name].label.replace("*", "")
+            label = HEAD_IMPLEMENTATIONS[name].label.replace("*", "")
             axis.loglog([p[growth["over"]] for p in points], times, marker="o", color=colour, label=label)
         sizes = [p[growth["over"]] for p in growth["points"]]
         axis.set_xticks(sizes, [str(size) for size in sizes])

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cpo_kernels.bench.families import HEAD_SUBJECTS
+from cpo_kernels.bench.families import HEAD_IMPLEMENTATIONS
 from cpo_kernels.bench.head import Batch
 from cpo_kernels.bench.sets import TINY
 from cpo_kernels.bench.workload import Head, head
 from cpo_kernels.environment import describe, processor
 
 RESULTS = Path(__file__).parent / "results" / "profile-cpu.json"
-# strategy -> (subject, mode)
+# strategy -> (implementation, mode)
 STRATEGIES = {
     "forward": ("ours", "forward"),
     "frozen": ("ours", "frozen"),
@@ -61,9 +61,9 @@ def shares(step: Callable[[], Any], rounds: int) -> dict[str, Any]:
 
 def measure(workload: Head, rounds: int) -> list[dict[str, Any]]:
     device, rows = torch.device("cpu"), []
-    for strategy, (subject, mode) in STRATEGIES.items():
+    for strategy, (implementation, mode) in STRATEGIES.items():
         batch = Batch(replace(workload, mode=mode), device)
-        rows.append({"strategy": strategy, **shares(HEAD_SUBJECTS[subject].build(batch).run, rounds)})
+        rows.append({"strategy": strategy, **shares(HEAD_IMPLEMENTATIONS[implementation].build(batch).run, rounds)})
     return rows
 
 

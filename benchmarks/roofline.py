@@ -30,7 +30,7 @@ ROWS, VOCAB, ITEM = 4096, 128256, 2  # of the kernels: one chunk of Llama-3's he
 TOKENS, HIDDEN = 8192, 4096  # of the head
 PAIRS, OBJECTIVES = 256, 4
 
-# kernel -> (bytes, floating-point operations, subject of the family and its name there)
+# kernel -> (bytes, floating-point operations, implementation of the family and its name there)
 LOGITS = ROWS * VOCAB
 KERNELS = {
     # An online softmax: maximum, subtraction, exponential, sum.
@@ -49,7 +49,7 @@ KERNELS = {
     ),
 }
 
-# strategy -> (products, passes over the logits by our kernels: reads and writes, mode, subject)
+# strategy -> (products, passes over the logits by our kernels: reads and writes, mode, implementation)
 STRATEGIES = {
     "forward": (1, 1, "forward", "ours"),
     "frozen": (2, 2, "frozen", "ours"),
@@ -122,11 +122,11 @@ def least_products(mode: str) -> int:
     return min(products for products, _, m, _ in STRATEGIES.values() if m == mode)
 
 
-def find(report: dict[str, Any], family: str, subject: str, **keys: Any) -> dict[str, Any]:
-    """The row of a subject in the first workload with these keys; {} where there is none or it was not measured."""
+def find(report: dict[str, Any], family: str, implementation: str, **keys: Any) -> dict[str, Any]:
+    """An implementation's row in the first workload with these keys; {} where there is none or it was not measured."""
     for result in report.get("workloads", ()):
         if result["family"] == family and all(result[k] == v for k, v in keys.items()):
-            row = result["subjects"].get(subject, {})
+            row = result["subjects"].get(implementation, {})
             return row if "median_s" in row else {}
     return {}
 
@@ -152,8 +152,8 @@ def measured_kernel(report: dict[str, Any], name: str) -> str:
 def measured_gains(report: dict[str, Any]) -> str:
     """How many times faster than naive PyTorch and than torch.compile: the kernels, and `cpo.token_logps`."""
 
-    def seconds(subject: str) -> float | None:
-        return find(report, "tokens", subject, rows=ROWS, vocab=VOCAB, dtype="bfloat16").get("median_s")
+    def seconds(implementation: str) -> float | None:
+        return find(report, "tokens", implementation, rows=ROWS, vocab=VOCAB, dtype="bfloat16").get("median_s")
 
     naive, compiled = seconds("naive"), seconds("compiled")
     times = {impl: (seconds(f"forward_{impl}"), seconds(f"backward_{impl}")) for impl in ("triton", "cuda")}
@@ -167,9 +167,9 @@ def measured_gains(report: dict[str, Any]) -> str:
 
 def measured_head(report: dict[str, Any], name: str) -> str:
     """Ratio to the products, and memory beyond inputs, gradients and one float32 dW."""
-    *_, mode, subject = STRATEGIES[name]
+    *_, mode, implementation = STRATEGIES[name]
     keys = {"labelled": TOKENS, "hidden": HIDDEN, "vocab": VOCAB, "mode": mode, "reference": "given", "responses": 2}
-    row = find(report, "head", subject, **keys)
+    row = find(report, "head", implementation, **keys)
     if "ratio" not in row:
         return "not measured"
     (low, high), extra = row["ratio_spread"], ""

@@ -1,4 +1,4 @@
-"""The run in which subjects take turns, its results file, and what is made of it."""
+"""The run in which implementations take turns, its results file, and what is made of it."""
 
 import copy
 import json
@@ -16,10 +16,10 @@ from benchmarks import compare, long_pairs, plot, profile, roofline
 from cpo_kernels.bench import arguments, growth, report, run, side_by_side
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.growth import Growth, exponent
+from cpo_kernels.bench.implementation import Family, Implementation, Step
 from cpo_kernels.bench.resume import finished
 from cpo_kernels.bench.sets import SETS, Run
 from cpo_kernels.bench.side_by_side import Bench, described, summary
-from cpo_kernels.bench.subject import Family, Step, Subject
 from cpo_kernels.bench.worker import Failed, Serving, Worker
 from cpo_kernels.bench.workload import Head
 from cpo_kernels.head import strategy
@@ -48,7 +48,7 @@ class Here(Worker):
 
 
 def bench(**keys):
-    return Bench(CPU, 1, **{"rounds": 3, "turn_s": 0.0, "subject_s": 10, **keys})
+    return Bench(CPU, 1, **{"rounds": 3, "turn_s": 0.0, "answer_s": 10, **keys})
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,10 @@ def results(tmp_path_factory):
     """The command itself on tiny sizes, as a user runs it."""
     out = tmp_path_factory.mktemp("bench") / "results.json"
     command = [sys.executable, "-m", "cpo_kernels.cli", "bench", "--set", "ci", "--device", "cpu", "--threads", "1"]
-    subjects = ["--subjects", "ours", "naive_unmasked", "ours_cuda"]
+    implementations = ["--implementations", "ours", "naive_unmasked", "ours_cuda"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     parts = ["--only", "head", "growth", "cold_start"]
-    subprocess.run([*command, *parts, *subjects, "--out", str(out)], cwd=ROOT, check=True, env=environment)
+    subprocess.run([*command, *parts, *implementations, "--out", str(out)], cwd=ROOT, check=True, env=environment)
     return json.loads(out.read_text())
 
 
@@ -100,7 +100,8 @@ def test_kernels_in_turns(monkeypatch):
     monkeypatch.setattr(side_by_side, "Worker", Here)
     for one in SETS["ci"].runs:
         if one.family in ("tokens", "preference"):
-            names = [n for n in one.subjects or FAMILIES[one.family].subjects if n.endswith(("cpu", "cuda", "copy"))]
+            names = one.implementations or FAMILIES[one.family].implementations
+            names = [n for n in names if n.endswith(("cpu", "cuda", "copy"))]
             rows = bench().measure(one.family, one.workload, names)
             assert all(("median_s" in row) == (not name.endswith("cuda")) for name, row in rows.items())
             text = report.table({**described(one.family, one.workload, CPU), "subjects": rows})
@@ -122,13 +123,13 @@ def test_compare_sees_what_is_beyond_noise(results):
     for key in ("ratio", "ratio_spread"):
         row[key] = [10 * max(row["ratio_spread"])] * 2 if key == "ratio_spread" else 10 * max(row["ratio_spread"])
     found, compared = compare.changes(results, slower)
-    assert [(c.subject, c.factor > 1) for c in found] == [("ours", True)] and compared > 8
+    assert [(c.implementation, c.factor > 1) for c in found] == [("ours", True)] and compared > 8
     back, _ = compare.changes(slower, results)
-    assert [(c.subject, c.factor < 1) for c in back] == [("ours", True)]
+    assert [(c.implementation, c.factor < 1) for c in back] == [("ours", True)]
     # Another machine: times say nothing, ratios do.
     slower["environment"]["cpu"] = "another"
     elsewhere, fewer = compare.changes(results, slower)
-    assert [c.subject for c in elsewhere] == ["ours"] and fewer < compared
+    assert [c.implementation for c in elsewhere] == ["ours"] and fewer < compared
     # Other vector instructions: the floor of 16-bit workloads is another.
     slower["environment"]["cpu_capability"] = "another"
     assert compare.changes(results, slower)[0] == elsewhere  # float32
@@ -209,7 +210,7 @@ def test_summary_is_of_the_same_rounds():
 
 @pytest.fixture
 def toys(monkeypatch):
-    """Subjects that are right, wrong, NaN, raise, and refuse."""
+    """Implementations that are right, wrong, NaN, raise, and refuse."""
 
     def answers(value):
         return lambda tensors: Step(lambda: {"y": torch.full((3, 4), value)})
@@ -217,21 +218,21 @@ def toys(monkeypatch):
     def raises(tensors):
         raise RuntimeError("out of something")
 
-    subjects = {
-        "floor": Subject("floor", lambda tensors: Step(lambda: {})),
-        "right": Subject("right", answers(2.0)),
-        "wrong": Subject("wrong", answers(2.1)),
-        "nan": Subject("nan", answers(float("nan"))),
-        "raising": Subject("raising", raises),
-        "absent": Subject("absent", raises, package="no-such-package"),
-        "refusing": Subject("refusing", raises, refuses=lambda workload, device: "not on a Tuesday"),
+    implementations = {
+        "floor": Implementation("floor", lambda tensors: Step(lambda: {})),
+        "right": Implementation("right", answers(2.0)),
+        "wrong": Implementation("wrong", answers(2.1)),
+        "nan": Implementation("nan", answers(float("nan"))),
+        "raising": Implementation("raising", raises),
+        "absent": Implementation("absent", raises, package="no-such-package"),
+        "refusing": Implementation("refusing", raises, refuses=lambda workload, device: "not on a Tuesday"),
     }
     truth = lambda tensors: {"y": torch.full((3, 4), 2.0)}  # noqa: E731
-    family = Family(Head, lambda workload, device: None, subjects, "floor", truth, lambda workload: {"y": 1e-3})
+    family = Family(Head, lambda workload, device: None, implementations, "floor", truth, lambda workload: {"y": 1e-3})
     monkeypatch.setitem(FAMILIES, "toys", family)
     monkeypatch.setattr(side_by_side, "Worker", Here)
     Here.turns = []
-    return list(subjects)
+    return list(implementations)
 
 
 def test_only_right_results_are_timed_and_nothing_is_dropped(toys):
@@ -251,7 +252,7 @@ def test_only_right_results_are_timed_and_nothing_is_dropped(toys):
     assert len(run.wrong_results([result])) == 1  # ours fails the run, a baseline does not
 
 
-def test_subjects_take_turns_in_changing_order(toys):
+def test_implementations_take_turns_in_changing_order(toys):
     bench().measure("toys", Head("tiny", 4, 8), ["floor", "right"])
     assert Here.turns == ["floor", "right", "floor", "right", "floor", "right"]  # round 1 is moved on and turned around
     Here.turns = []
@@ -259,7 +260,7 @@ def test_subjects_take_turns_in_changing_order(toys):
     assert Here.turns == ["right", "floor", "right", "floor"]
 
 
-def test_large_subjects_are_in_memory_one_at_a_time(toys, monkeypatch):
+def test_large_implementations_are_in_memory_one_at_a_time(toys, monkeypatch):
     alive, most = set(), []
     monkeypatch.setitem(FAMILIES, "toys", replace(FAMILIES["toys"], apart=True))
 
@@ -274,7 +275,7 @@ def test_large_subjects_are_in_memory_one_at_a_time(toys, monkeypatch):
     assert rows["right"]["rounds"] == 2 and rows["right"]["first_s"] and max(most) == 1 and len(most) == 1 + 3 + 2 * 2
 
 
-def test_the_truth_may_take_longer_than_a_subject(toys, monkeypatch):
+def test_the_truth_may_take_longer_than_a_implementation(toys, monkeypatch):
     limits = {}
 
     def ask(self, command, *arguments, limit_s, real=Here.ask):
@@ -298,14 +299,14 @@ def test_a_slow_start_is_no_failure(toys, monkeypatch):
         real(self, workload, limit_s)
 
     monkeypatch.setattr(Here, "load", load)
-    bench(deadline=time.monotonic() + 1000, subject_s=1).measure("toys", Head("tiny", 4, 8), ["floor", "right"])
+    bench(deadline=time.monotonic() + 1000, answer_s=1).measure("toys", Head("tiny", 4, 8), ["floor", "right"])
     assert len(limits) == 3 + 2 * 3 and min(limits) == side_by_side.LOAD_S >= 300
     limits.clear()
-    bench(deadline=time.monotonic() + 50, subject_s=1).measure("toys", Head("tiny", 4, 8), ["floor"])
+    bench(deadline=time.monotonic() + 50, answer_s=1).measure("toys", Head("tiny", 4, 8), ["floor"])
     assert 40 < limits[0] <= 50  # within the run's own limit
 
 
-def test_the_file_is_written_after_every_subject_and_round(toys, tmp_path, monkeypatch):
+def test_the_file_is_written_after_every_implementation_and_round(toys, tmp_path, monkeypatch):
     """What a signal cuts off is there, and --resume measures the rest."""
     seen = []
     monkeypatch.setattr(run, "write", lambda out, content: seen.append(copy.deepcopy(content["workloads"])))
@@ -316,11 +317,11 @@ def test_the_file_is_written_after_every_subject_and_round(toys, tmp_path, monke
     monkeypatch.setattr(run, "wrong_results", lambda results: [])
     monkeypatch.setattr(arguments, "PARTS", ("toys",))
     run.main(["--set", "ci", "--device", "cpu", "--only", "toys", "--out", str(tmp_path / "results.json")])
-    subjects = [workload["subjects"] for (workload,) in seen]
-    assert [[row.get("rounds", row.get("why")) for row in rows.values()] for rows in subjects] == [
+    implementations = [workload["subjects"] for (workload,) in seen]
+    assert [[row.get("rounds", row.get("why")) for row in rows.values()] for rows in implementations] == [
         [side_by_side.TIME_LIMIT] * 2, [side_by_side.TIME_LIMIT] * 2, [1, 1], [2, 2], [2, 2],
     ]  # fmt: skip
-    assert "first_s" in subjects[0]["floor"] and "first_s" not in subjects[0]["right"]
+    assert "first_s" in implementations[0]["floor"] and "first_s" not in implementations[0]["right"]
     assert not finished(seen[0][0], ["floor", "right"]) and finished(seen[-1][0], ["floor", "right"])
 
 
@@ -342,7 +343,7 @@ def test_growth_is_written_after_every_point(toys, monkeypatch):
     known = []
     one = Growth(Head("tiny", 4, 8), "groups", (2, 4))
     monkeypatch.setitem(FAMILIES, "head", FAMILIES["toys"])
-    monkeypatch.setattr(growth, "SUBJECTS", ("floor", "right"))
+    monkeypatch.setattr(growth, "IMPLEMENTATIONS", ("floor", "right"))
     whole = growth.measure(bench(rounds=1), one, lambda row: known.append(copy.deepcopy(row)))
     assert [len(row["points"]) for row in known] == [1, 2] and known[-1] == whole
     assert known[0]["seen"]["right"]["time"] is None and whole["seen"]["right"]["time"] is not None
@@ -376,7 +377,7 @@ def test_a_file_that_was_cut_off_goes_on(toys, tmp_path, monkeypatch, capsys):
     out.write_text(json.dumps(json.loads(out.read_text()) | {"workloads": first}))
     Here.turns = []
     assert run.main([*common, "--resume"]) == 0
-    assert sorted(Here.turns) == ["floor", "right"]  # of the missing workload alone
+    assert sorted(Here.turns) == ["floor", "right"]  # only of the missing workload
     assert json.loads(out.read_text())["workloads"][1] == first[0]
     monkeypatch.setitem(SETS, "ci", replace(SETS["ci"], runs=runs[1:], growth=(), rounds=1))
     assert run.main([*common, "--resume"]) == 0  # what is not asked for again stays
@@ -407,8 +408,8 @@ def test_a_process_that_hangs_or_dies_is_reported():
 @pytest.mark.parametrize("name", SETS)
 def test_sets_name_what_exists(name, capsys):
     for one in SETS[name].runs:
-        assert set(one.subjects) <= set(FAMILIES[one.family].subjects)
-        assert FAMILIES[one.family].floor in (*one.subjects, "") or not one.subjects
+        assert set(one.implementations) <= set(FAMILIES[one.family].implementations)
+        assert FAMILIES[one.family].floor in (*one.implementations, "") or not one.implementations
     assert run.main(["--set", name, "--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 * len(SETS[name].runs)
 

@@ -64,8 +64,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for module, names in _MODULES.items():
-        found = importlib.import_module(f"cpo_kernels.{module}")
-        globals().update({each: getattr(found, each) for each in names})
+        namespace = importlib.import_module(f"cpo_kernels.{module}")
+        globals().update({each: getattr(namespace, each) for each in names})
     return globals()[name]
 
 

@@ -21,8 +21,8 @@ class Parser(argparse.ArgumentParser):
 
     def names(self) -> list[str]:
         """What may be written: options and choices."""
-        found = [option for action in self._actions for option in action.option_strings]
-        return found + [str(choice) for action in self._actions for choice in action.choices or ()]
+        options = [option for action in self._actions for option in action.option_strings]
+        return options + [str(choice) for action in self._actions for choice in action.choices or ()]
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"(?:unrecognized arguments:|invalid choice:) '?([^'\s=]+)", message)

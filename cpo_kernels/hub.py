@@ -83,7 +83,7 @@ def model_source(config: ModelConfig) -> tuple[str | None, str | None]:
         name = package_folder(name)
     if config.gguf_file or not name or not Path(name).is_dir() or (Path(name) / "config.json").exists():
         return name, config.gguf_file
-    found = sorted(path.name for path in Path(name).glob("*.gguf"))
-    if len(found) > 1:
-        raise ValueError(f"model.name {name} holds {len(found)} GGUF files; set model.gguf_file to one: {found}")
-    return name, found[0] if found else None
+    files = sorted(path.name for path in Path(name).glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(f"model.name {name} holds {len(files)} GGUF files; set model.gguf_file to one: {files}")
+    return name, files[0] if files else None

@@ -282,7 +282,7 @@ def format_number(number: float) -> str:
     return str(int(number)) if number.is_integer() and abs(number) < 2**53 else repr(number)
 
 
-def _compile(pattern: str, known: Mapping[str, Objective]) -> re.Pattern[str]:
+def _compile(pattern: str, by_name: Mapping[str, Objective]) -> re.Pattern[str]:
     if not isinstance(pattern, str):
         raise TypeError(f"tag pattern must be a string, got {pattern!r:.80}")
     try:
@@ -299,7 +299,7 @@ def _compile(pattern: str, known: Mapping[str, Objective]) -> re.Pattern[str]:
             f"tag pattern {pattern!r} cannot be parsed back: {{value}} must be followed by a character that "
             "no number has, {name} by one that no word has"
         )
-    names = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True))
+    names = "|".join(re.escape(name) for name in sorted(by_name, key=len, reverse=True))
     groups = {"name": f"(?P<name>{names}|{_NAME})" if names else f"(?P<name>{_NAME})"}
     groups["value"] = rf"(?P<value>{_NUMBER}|[^\s<>]+?)"
     return re.compile("".join(re.escape(text) + groups.get(name or "", "") for text, name, _, _ in pieces))

@@ -22,7 +22,7 @@ def main():
     body = torch.nn.Sequential(torch.nn.Embedding(VOCAB, HIDDEN), torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Tanh())
     tokens = torch.randint(VOCAB, (2 * PAIRS, LENGTH + 1)).to(device)  # all chosen rows, then all rejected ones
     weight = torch.randn(VOCAB, HIDDEN) * 0.1
-    rows = weight.tensor_split(world)[rank]  # a real model loads these rows alone
+    rows = weight.tensor_split(world)[rank]  # a real model loads only these rows
     head = torch.nn.Parameter(rows.clone().to(device))
     body.to(device)
     shards = VocabShards.of(head, dist.group.WORLD)

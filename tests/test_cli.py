@@ -22,7 +22,7 @@ import cpo_kernels
 from cpo_kernels import cli, extras
 from cpo_kernels.bench import arguments as bench_arguments
 from cpo_kernels.bench.families import FAMILIES
-from cpo_kernels.bench.run import check_subjects
+from cpo_kernels.bench.run import check_implementations
 from cpo_kernels.bench.sets import SETS
 from cpo_kernels.cli import main
 from cpo_kernels.data import command as data_command
@@ -132,7 +132,7 @@ def test_a_checkout_that_is_not_installed_names_its_extra(monkeypatch):
     ],
 )
 def test_an_import_without_its_package_says_what_to_install(module, package):
-    """In a process of its own; the core and the commands that need torch alone still run there."""
+    """In a process of its own; the core and the commands that need only torch still run there."""
     code = f"""
 import sys
 sys.modules[{package!r}] = None
@@ -405,8 +405,10 @@ def test_choices_of_bench_are_those_that_there_are():
     """They stand in its parser, which must not import what defines them."""
     assert set(bench_arguments.SETS) == set(SETS)
     assert bench_arguments.PARTS == (*FAMILIES, "growth", "cold_start")
-    with pytest.raises(ValueError, match="--subjects: there is no naiv; did you mean naive?"):
-        check_subjects(["ours", "naiv"])
+    with pytest.raises(ValueError, match="--implementations: there is no naiv; did you mean naive?"):
+        check_implementations(["ours", "naiv"])
+    for flag in ("--implementations", "--subjects"):  # the second: its name before, which published commands hold
+        assert bench_arguments.parser().parse_args([flag, "ours", "cce"]).implementations == ["ours", "cce"]
 
 
 def test_module_and_version():

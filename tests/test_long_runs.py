@@ -52,7 +52,7 @@ def test_ten_thousand_steps_do_not_grow():
 
 
 def test_threads_share_a_loss_and_a_weight():
-    """Each thread its own batch, all at once: the bits of one thread alone."""
+    """Each thread its own batch, all at once: the bits of a single thread."""
     loss_fn = cpo.FusedLinearCPOLoss(OBJECTIVES, memory_budget=40 * 101 * 4)
     batches = [make_batch(2, 30, 24, 101, torch.float32, seed=seed) for seed in range(8)]
     for batch in batches[1:]:

@@ -60,7 +60,7 @@ def test_weights_and_strengths():
 
 
 def test_value_gap_uses_the_joint_mask():
-    # honesty is missing on the right: it leaves both sides, so helpfulness alone decides
+    # honesty is missing on the right: it leaves both sides, so only helpfulness decides
     assert value_gap([3, 1], [2, NAN], None, BOTH).item() == 1.0
     # R(a) - R(b) by themselves would say 2 - 2 = 0
     assert (value([3, 1], None, BOTH) - value([2, NAN], None, BOTH)).item() == 0.0
@@ -90,7 +90,7 @@ def test_batches_and_tensors():
         value([[1, 2], [9, 2]], None, BOTH)
     with pytest.raises(ValueError, match=r"conditions: 50.0 at \[1\] is outside \[1, 5\], the range of .*'honesty'"):
         value([1, 2], [NAN, 50], BOTH)
-    assert value([9, 9], None, table) == 9.0  # weights and strengths alone have no scale
+    assert value([9, 9], None, table) == 9.0  # a table of only weights and strengths has no scale
     with pytest.raises(ValueError, match=r"scores: inf at \[0\] is not finite"):
         value([math.inf, 2], None, table)
     for wrong in (["1", "2"], [None, 2], [[1, 2], [3]], 3.0, "12", {"honesty": 1}, BOTH):

@@ -146,8 +146,8 @@ for i in "${!steps[@]}"; do
     build) build ;;
     quick-cuda) check cuda --quick --processes $((processes < 4 ? processes : 4)) --out "$out/check-cuda-quick.json" ;;
     quick-triton) check triton --quick --processes "$processes" --out "$out/check-triton-quick.json" ;;
-    kernels) bench gpu.json --only tokens preference --subjects "${kernels[@]}" ;;
-    head) bench gpu.json --only head "${heads[@]}" --subjects products ours ours_triton ours_cuda ours_two_pass \
+    kernels) bench gpu.json --only tokens preference --implementations "${kernels[@]}" ;;
+    head) bench gpu.json --only head "${heads[@]}" --implementations products ours ours_triton ours_cuda ours_two_pass \
       naive_unmasked ;;
     check-cuda) check cuda --processes $((processes < 4 ? processes : 4)) --out "$out/check-cuda.json" ;;
     check-triton) check triton --processes "$processes" --out "$out/check-triton.json" ;;

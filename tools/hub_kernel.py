@@ -3,7 +3,7 @@
     FOLDER/build.toml, FOLDER/torch-ext/cpo_kernels/   what kernel-builder takes
     FOLDER/build/torch-{cpu,cuda,rocm}/                what `kernels.get_kernel` loads
 
-The core alone, Triton kernels and PyTorch: data, training and the adapters stay with the package. The Hub loads a
+Only the core, Triton kernels and PyTorch: data, training and the adapters stay with the package. The Hub loads a
 kernel under a name of its own, several versions beside each other and beside an installed package. So the modules
 import each other relatively here, and the ops are registered under a name that follows from the sources.
 """

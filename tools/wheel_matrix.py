@@ -4,7 +4,7 @@
 
 Builds the wheel with the torch of the Python that runs this, and gives it to tools/check_wheel.sh in a new environment
 for each combination. What cannot be tried is listed with the reason: a torch that pip does not have for that Python, or
-has as a CUDA build alone (set PIP_EXTRA_INDEX_URL to an index of CPU builds). Exits with 1 where a combination failed,
+has only as a CUDA build (set PIP_EXTRA_INDEX_URL to an index of CPU builds). Exits with 1 where a combination failed,
 or none could be tried.
 """
 
@@ -56,7 +56,7 @@ def why_not(python: str, torch: str) -> str:
         return (re.findall(r"ERROR: (.*)", done.stderr) or [done.stderr.strip()])[0]
     release = json.loads(done.stdout)["install"][0]["metadata"]
     cuda = [need for need in release.get("requires_dist", []) if re.match(r"(nvidia|cuda)-", need)]
-    return f"pip has torch {release['version']} as a CUDA build alone" if cuda else ""
+    return f"pip has torch {release['version']} only as a CUDA build" if cuda else ""
 
 
 def main() -> int:

@@ -4,7 +4,7 @@
     cpsft    every answer after the tags of its own ratings, or of a part of them (CPO's first stage)
     cpo      CPSFT, then CDPO in two rounds: the model after the first is the reference of the second
     ric      after Rewards-in-Context, Yang et al. 2024 (arXiv 2402.10207): CPSFT, then a stage on its own rated answers
-    dpo      pairs ordered by weighted ratings, no tags: by their sum, or by one objective alone
+    dpo      pairs ordered by weighted ratings, no tags: by their sum, or by only one objective
     modpo    Zhou et al. 2023 (arXiv 2310.03708): one model for each weight vector
     soup     Rewarded Soups, Ramé et al. 2023 (arXiv 2306.04488): single-objective models, their weights averaged
 
@@ -116,11 +116,11 @@ def dpo(lab: Lab, start: State, weights: Sequence[float], setting: Setting) -> S
 def modpo(lab: Lab, start: State, weights: Sequence[float], setting: Setting) -> State:
     """Minimises -log sigmoid((beta (r_w - r_l) - (m_w - m_l)) / w_k) over the pairs of objective k, where
     r = log pi / pi_ref and the margin is m = sum over i != k of w_i beta log pi_i / pi_ref, with pi_i the model of
-    `dpo` on objective i alone: the reward models of Zhou et al.'s code.
+    `dpo` on only objective i: the reward models of Zhou et al.'s code.
 
     That is DPO at beta / w_k with log pi_ref + m / beta for the reference's log-probs (a test compares it with the
     library's loss "modpo"). k is the first objective that has weight: helpfulness and honesty order pairs of every
-    question, harmlessness those of harmful ones alone. All weight on k: `dpo` itself.
+    question, harmlessness only those of harmful ones. All weight on k: `dpo` itself.
     """
     k, *others = [i for i, w in enumerate(weights) if w]
     if not others:
@@ -177,7 +177,7 @@ def soup(lab: Lab, start: State, weights: Sequence[float], setting: Setting) -> 
 
 
 def single(lab: Lab, start: State, i: int, setting: Setting) -> State:
-    """DPO on objective i alone."""
+    """DPO on only objective i."""
     return dpo(lab, start, one_hot(i, len(lab.objectives)), setting)
 
 

@@ -113,7 +113,7 @@ class WorldLab(Lab):
         return {name: float(level) for name, level in self.world.rate(self.asked[number], text).items()}
 
     def scores(self, answers: Sequence[str]) -> list[list[float]]:
-        """Harmlessness counts for harmful questions alone: other answers are all harmless."""
+        """Harmlessness counts only for harmful questions: other answers are all harmless."""
         rows = []
         for question, text in zip(self.questions, answers, strict=True):
             row = {name: float(level) for name, level in self.world.rate(question, text).items()}

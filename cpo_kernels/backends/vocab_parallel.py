@@ -1,4 +1,4 @@
-"""A head whose vocabulary is spread over a process group: each rank holds some rows of the weight.
+"""A head whose vocabulary is sharded over a process group: each rank holds some rows of the weight.
 
 With lse_r over the rows of rank r, and logp_r of a label relative to them,
 

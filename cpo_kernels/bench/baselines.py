@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpo_kernels.bench.head import Batch, TokenLogps, from_token_logps
-from cpo_kernels.bench.subject import BETA, Outcome, Step, Subject, gpu_only
+from cpo_kernels.bench.implementation import BETA, Implementation, Outcome, Step, gpu_only
 from cpo_kernels.bench.workload import Head
 
 TRL_CHUNK = 8192  # vocabulary columns of a tile, as TRL's DPOTrainer runs it
@@ -29,7 +29,7 @@ def cut_cross_entropy(impl: str, **options: float | None) -> Callable[[Batch], S
     return make
 
 
-def trl_head(rows_alone: bool) -> Callable[[Batch], Step]:
+def trl_head(labelled_only: bool) -> Callable[[Batch], Step]:
     """TRL's chunked head on every position, as its DPOTrainer runs it, or on the labelled rows."""
 
     @from_token_logps
@@ -48,7 +48,7 @@ def trl_head(rows_alone: bool) -> Callable[[Batch], Step]:
         def labelled(x: Tensor, weight: Tensor) -> Tensor:
             return b.padded(logps(x[keep], labels[keep], weight))
 
-        return labelled if rows_alone else every_position
+        return labelled if labelled_only else every_position
 
     return make
 
@@ -103,14 +103,16 @@ def torch_without_it(workload: Head, device: torch.device) -> str:
 
 
 CCE = "cut-cross-entropy"
-SUBJECTS = {
-    "torch_chunked": Subject("F.linear_cross_entropy, chunked, labelled rows", torch_chunked, refuses=torch_without_it),
-    "cce": Subject("Cut Cross Entropy, torch_compile form", cut_cross_entropy("torch_compile"), CCE),
-    "cce_exact": Subject(
+IMPLEMENTATIONS = {
+    "torch_chunked": Implementation(
+        "F.linear_cross_entropy, chunked, labelled rows", torch_chunked, refuses=torch_without_it
+    ),
+    "cce": Implementation("Cut Cross Entropy, torch_compile form", cut_cross_entropy("torch_compile"), CCE),
+    "cce_exact": Implementation(
         "Cut Cross Entropy, its kernels, exact", cut_cross_entropy("cce", filter_eps=None), CCE, gpu_only
     ),
-    "cce_filtered": Subject("Cut Cross Entropy, its kernels, filtered", cut_cross_entropy("cce"), CCE, gpu_only),
-    "liger": Subject("Liger fused linear DPO, compiled", liger, "liger-kernel", liger_refuses),
-    "trl": Subject("TRL chunked head", trl_head(False), "trl"),
-    "trl_unmasked": Subject("TRL chunked head, labelled rows", trl_head(True), "trl"),
+    "cce_filtered": Implementation("Cut Cross Entropy, its kernels, filtered", cut_cross_entropy("cce"), CCE, gpu_only),
+    "liger": Implementation("Liger fused linear DPO, compiled", liger, "liger-kernel", liger_refuses),
+    "trl": Implementation("TRL chunked head", trl_head(False), "trl"),
+    "trl_unmasked": Implementation("TRL chunked head, labelled rows", trl_head(True), "trl"),
 }

@@ -1,11 +1,11 @@
-"""Every family of subjects by name."""
+"""Every family of implementations by name."""
 
-from cpo_kernels.bench import baselines, head, head_subjects, preference, tokens, training_step
-from cpo_kernels.bench.subject import Family
+from cpo_kernels.bench import baselines, head, head_implementations, preference, tokens, training_step
+from cpo_kernels.bench.implementation import Family
 
-HEAD_SUBJECTS = {**head_subjects.SUBJECTS, **baselines.SUBJECTS}
+HEAD_IMPLEMENTATIONS = {**head_implementations.IMPLEMENTATIONS, **baselines.IMPLEMENTATIONS}
 FAMILIES = {
-    "head": Family(head.Head, head.Batch, HEAD_SUBJECTS, "products", head.truth, head.limits),
+    "head": Family(head.Head, head.Batch, HEAD_IMPLEMENTATIONS, "products", head.truth, head.limits),
     "tokens": tokens.FAMILY,
     "preference": preference.FAMILY,
     "training_step": training_step.FAMILY,

@@ -8,7 +8,7 @@ from typing import Any
 from cpo_kernels.bench.side_by_side import Bench, Row, described
 from cpo_kernels.bench.workload import Head
 
-SUBJECTS = ("products", "ours", "naive_unmasked")
+IMPLEMENTATIONS = ("products", "ours", "naive_unmasked")
 # Extra memory: chunks have a budget, so it does not follow the tokens; a float32 dW of several chunks follows V and H.
 EXPECTED = {
     "groups": {"time": 1.0, "memory": 0.0},
@@ -46,32 +46,32 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
 
 
 def fitted(over: str, points: Sequence[Row]) -> dict[str, Row]:
-    """Subject -> exponents seen; memory is what a step takes beyond inputs and gradients."""
+    """Implementation -> fitted exponents; memory is what a step takes beyond inputs and gradients."""
     fits: dict[str, Row] = {}
-    for name in SUBJECTS:
-        seen = [p for p in points if "median_s" in p["subjects"].get(name, {})]
-        sizes = [p[over] for p in seen]
-        known = [p for p in seen if p["subjects"][name]["peak_bytes"] is not None]
-        extra = [p["subjects"][name]["peak_bytes"] - p["gradient_bytes"] for p in known]
+    for name in IMPLEMENTATIONS:
+        with_time = [p for p in points if "median_s" in p["subjects"].get(name, {})]
+        sizes = [p[over] for p in with_time]
+        with_memory = [p for p in with_time if p["subjects"][name]["peak_bytes"] is not None]
+        extra = [p["subjects"][name]["peak_bytes"] - p["gradient_bytes"] for p in with_memory]
         fits[name] = {
-            "time": exponent(sizes, [p["subjects"][name]["median_s"] for p in seen]),
-            "memory": exponent([p[over] for p in known], extra),
+            "time": exponent(sizes, [p["subjects"][name]["median_s"] for p in with_time]),
+            "memory": exponent([p[over] for p in with_memory], extra),
         }
     return fits
 
 
 def measure(bench: Bench, growth: Growth, progress: Callable[[Row], None]) -> Row:
-    """`progress` gets what is known after every point."""
+    """`progress` gets the result so far after every point."""
     points: list[Row] = []
-    known: Row = {}
+    result: Row = {}
     for workload in growth.workloads():
-        rows = bench.measure("head", workload, SUBJECTS)
+        rows = bench.measure("head", workload, IMPLEMENTATIONS)
         points.append(described("head", workload, bench.device) | {"subjects": rows})
-        known = {
+        result = {
             "over": growth.over,
             "expected": EXPECTED[growth.over],
             "seen": fitted(growth.over, points),
             "points": points,
         }
-        progress(known)
-    return known
+        progress(result)
+    return result

@@ -1,6 +1,6 @@
 """The head's workload, its tensors and its truth: a preference loss from hidden states, forward and backward.
 
-Every subject (`head_subjects`, `baselines`) computes -mean log sigmoid(beta * d) over the pairs.
+Every implementation (`head_implementations`, `baselines`) computes -mean log sigmoid(beta * d) over the pairs.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cpo_kernels as cpo
+from cpo_kernels.bench.implementation import BETA, Outcome, Step
 from cpo_kernels.bench.rows import MAKERS
-from cpo_kernels.bench.subject import BETA, Outcome, Step
 from cpo_kernels.bench.workload import Head
 
 
@@ -82,7 +82,7 @@ TokenLogps = Callable[[Tensor, Tensor], Tensor]  # hidden [S, T, H], weight [V, 
 
 
 def from_token_logps(make: Callable[[Batch], TokenLogps]) -> Callable[[Batch], Step]:
-    """The step of a subject that gives token log-probs: the loss, and the reference where it is computed, by torch."""
+    """The step of an implementation that gives token log-probs: torch computes the loss, and a reference not given."""
 
     def build(b: Batch) -> Step:
         logps = make(b)

@@ -1,4 +1,4 @@
-"""Time, memory and error of one step, in the process of its subject."""
+"""Time, memory and error of one step, in the process of its implementation."""
 
 import ctypes
 import statistics
@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from cpo_kernels.bench.subject import Outcome, Step
+from cpo_kernels.bench.implementation import Outcome, Step
 
 CYCLES = 2e9  # a second, of a GPU's clock at most: what sleeps so many cycles sleeps a second at least
 LONGEST_SLEEP_S = 0.02
@@ -93,24 +93,24 @@ def project(outcome: Outcome) -> dict[str, Tensor]:
 
     |(A - B) v| estimates |A - B| in the Frobenius norm and vanishes only for A = B, in 1/n of the memory.
     """
-    seen = {}
+    projections = {}
     for name, tensor in outcome.items():
         tensor = tensor.detach()
         if tensor.dim() > 1:
             v = torch.randn(tensor.shape[-1], generator=torch.Generator().manual_seed(1)).to(tensor.device)
             rows = tensor.reshape(-1, tensor.shape[-1]).split(4096)
             tensor = torch.cat([part.float() @ v for part in rows])
-        seen[name] = tensor.float().cpu()
-    return seen
+        projections[name] = tensor.float().cpu()
+    return projections
 
 
-def differences(seen: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """|seen - truth| / |truth| in the 2-norm for every name that both have; inf where NaN came."""
-    found = {}
-    for name in seen.keys() & truth.keys():
-        a, b = seen[name].double().flatten(), truth[name].double().flatten()
+def differences(outcome: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """|outcome - truth| / |truth| in the 2-norm for every name that both have; inf where NaN came."""
+    errors = {}
+    for name in outcome.keys() & truth.keys():
+        a, b = outcome[name].double().flatten(), truth[name].double().flatten()
         if a.shape != b.shape:
             raise ValueError(f"{name} has {a.numel()} elements instead of {b.numel()}")
         error = (a - b).norm() / b.norm().clamp(min=1e-30)
-        found[name] = float(error.nan_to_num(nan=float("inf")))
-    return found
+        errors[name] = float(error.nan_to_num(nan=float("inf")))
+    return errors

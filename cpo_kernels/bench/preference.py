@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.backends import dispatch
-from cpo_kernels.bench.subject import Family, Outcome, Step, Subject
+from cpo_kernels.bench.implementation import Family, Implementation, Outcome, Step
 from cpo_kernels.bench.tokens import BACKENDS, runs_on
 from cpo_kernels.check.preference import make_batch
 
@@ -85,8 +85,8 @@ def limits(workload: Preference) -> dict[str, float]:
     return {"loss": 1e-5, "gradient": 1e-4}
 
 
-SUBJECTS = {
-    "reference": Subject("the same in plain PyTorch", plain),
-    **{f"preference_{i}": Subject(f"preference, {i}", kernel(i), refuses=runs_on(i)) for i in BACKENDS},
+IMPLEMENTATIONS = {
+    "reference": Implementation("the same in plain PyTorch", plain),
+    **{f"preference_{i}": Implementation(f"preference, {i}", kernel(i), refuses=runs_on(i)) for i in BACKENDS},
 }
-FAMILY = Family(Preference, Batch, SUBJECTS, "", truth, limits)
+FAMILY = Family(Preference, Batch, IMPLEMENTATIONS, "", truth, limits)

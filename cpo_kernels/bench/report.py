@@ -44,7 +44,7 @@ def title(result: Result) -> str:
 def rate(result: Result, name: str, row: Result) -> str:
     """What a family counts beside time: share of the device's copy rate, or completion tokens a second."""
     if result["family"] == "tokens":
-        traffic = FAMILIES["tokens"].subjects[name].traffic
+        traffic = FAMILIES["tokens"].implementations[name].traffic
         if not traffic:
             return ""
         share = f" ({traffic / 2 / row['ratio']:.0%} of copy)" if "ratio" in row else ""
@@ -73,7 +73,7 @@ def table(result: Result) -> str:
     plan = [f"Ours: {result['plan']}.", ""] if "plan" in result else []
     lines = [*plan, f"| | median (range) | {floor} (range) | rate | first step | peak memory |", "|---" * 6 + "|"]
     for name, row in result["subjects"].items():
-        label = family.subjects[name].label
+        label = family.implementations[name].label
         if "why" in row:
             lines.append(f"| {label} | not measured: {row['why']} | | | | |")
             continue
@@ -93,15 +93,15 @@ def memory_beyond_gradients(point: Result, name: str) -> str:
 
 
 def growth_table(growths: Sequence[Result]) -> str:
-    heads = ("grows with", "subject", "time ~ size^", "expected", "extra memory ~ size^", "expected", "extra, MiB")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    heads = "| grows with | implementation | time ~ size^ | expected | extra memory ~ size^ | expected | extra, MiB |"
+    lines = [heads, "|---" * 7 + "|"]
     for growth in growths:
-        for name, seen in growth["seen"].items():
+        for name, fit in growth["seen"].items():
             points = [p for p in growth["points"] if "median_s" in p["subjects"][name]]
             values = ", ".join(str(p[growth["over"]]) for p in points)
             extra = ", ".join(memory_beyond_gradients(p, name) for p in points)
-            label = FAMILIES["head"].subjects[name].label
-            time, memory = ("not measured" if seen[k] is None else f"{seen[k]:.2f}" for k in ("time", "memory"))
+            label = FAMILIES["head"].implementations[name].label
+            time, memory = ("not measured" if fit[k] is None else f"{fit[k]:.2f}" for k in ("time", "memory"))
             # A budget binds only ours; the logits of the others are as many as their rows.
             expected = f"at most {growth['expected']['memory']:.0f}" if name == "ours" else ""
             lines.append(f"| {growth['over']} ({values}) | {label} | {time} | 1 | {memory} | {expected} | {extra} |")

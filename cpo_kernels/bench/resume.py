@@ -45,7 +45,7 @@ class Kept:
         return cls(content)
 
     def workload(self, wanted: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
-        """The result of the same workload and subjects, unless a time limit cut it off."""
+        """The result of the same workload and implementations, unless a time limit cut it off."""
         for result in self.workloads:
             if finished(result, names) and same(result, wanted):
                 return result
@@ -60,7 +60,7 @@ class Kept:
         for result in self.growths:
             points = result["points"]
             if [{k: v for k, v in p.items() if k != "subjects"} for p in points] == wanted:
-                if all(finished(p, growth.SUBJECTS) for p in points):
+                if all(finished(p, growth.IMPLEMENTATIONS) for p in points):
                     return result
         return None
 

@@ -34,11 +34,11 @@ def parse_workload(text: str) -> Head:
     name = keys.pop("head", "qwen2.5-0.5b")
     if name not in HEADS:
         raise ValueError(f"--workload: head must be one of {', '.join(HEADS)}, got {name!r}")
-    known = {f: t for f, t in Head.__annotations__.items() if f not in ("head", "hidden", "vocab")}
+    fields = {f: t for f, t in Head.__annotations__.items() if f not in ("head", "hidden", "vocab")}
     for key, value in keys.items():
-        if key not in known:
-            raise ValueError(f"--workload: unknown key {key!r}, known are head, {', '.join(known)}")
-        keys[key] = value if known[key] is str else float(value) if key == "softcap" else int(value)
+        if key not in fields:
+            raise ValueError(f"--workload: unknown key {key!r}, known are head, {', '.join(fields)}")
+        keys[key] = value if fields[key] is str else float(value) if key == "softcap" else int(value)
     made = replace(head(name), **keys)
     if made.mode not in MODES or made.reference not in ("given", "computed") or made.responses < 2:
         raise ValueError(f"--workload: no such workload: {made}")
@@ -49,8 +49,8 @@ def parse_workload(text: str) -> Head:
     return made
 
 
-def chosen_runs(args: argparse.Namespace, known: Set) -> list[Run]:
-    runs = [Run("head", parse_workload(text)) for text in args.workload or ()] or list(known.runs)
+def chosen_runs(args: argparse.Namespace, named_set: Set) -> list[Run]:
+    runs = [Run("head", parse_workload(text)) for text in args.workload or ()] or list(named_set.runs)
     made = []
     for run in runs:
         if run.family not in args.only:
@@ -61,32 +61,33 @@ def chosen_runs(args: argparse.Namespace, known: Set) -> list[Run]:
             run = replace(run, workload=replace(run.workload, data=args.data))
         if isinstance(run.workload, Head) and run.workload.rows == "peaked" and args.model and args.data:
             run = replace(run, workload=replace(run.workload, rows="real", model=args.model, data=args.data))
-        names = [n for n in run.subjects or FAMILIES[run.family].subjects]
-        if args.subjects:
+        names = [n for n in run.implementations or FAMILIES[run.family].implementations]
+        if args.implementations:
             floor = FAMILIES[run.family].floor
-            names = [n for n in FAMILIES[run.family].subjects if n in args.subjects or n == floor]
-        made.append(replace(run, subjects=tuple(names)))
+            names = [n for n in FAMILIES[run.family].implementations if n in args.implementations or n == floor]
+        made.append(replace(run, implementations=tuple(names)))
     return made
 
 
-def check_subjects(names: Sequence[str]) -> None:
-    known = sorted({name for family in FAMILIES.values() for name in family.subjects})
+def check_implementations(names: Sequence[str]) -> None:
+    every = sorted({name for family in FAMILIES.values() for name in family.implementations})
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"--subjects: there is no {name}; {hint}")
+        if name not in every:
+            near = difflib.get_close_matches(name, every, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(every)}"
+            raise ValueError(f"--implementations: there is no {name}; {hint}")
 
 
 def wrong_results(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Subjects of ours whose result was wrong: everything that is no baseline and no naive form."""
-    found = []
+    """Implementations of ours whose result was wrong: everything that is no baseline and no naive form."""
+    messages = []
     for result in results:
         for name, row in result["subjects"].items():
-            foreign = FAMILIES[result["family"]].subjects[name].package or name.startswith(("naive", "compiled", "trl"))
-            if not foreign and row.get("why", "").startswith("wrong result"):
-                found.append(f"{report.title(result)}: {name}: {row['why']}")
-    return found
+            package = FAMILIES[result["family"]].implementations[name].package
+            ours = not package and not name.startswith(("naive", "compiled", "trl"))
+            if ours and row.get("why", "").startswith("wrong result"):
+                messages.append(f"{report.title(result)}: {name}: {row['why']}")
+    return messages
 
 
 def load() -> float:
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     args.set = args.set or ("gpu" if gpu else "default")
     args.device = ("cuda" if gpu else "cpu") if args.device is None else args.device
     args.threads = torch.get_num_threads() if args.threads is None else args.threads
-    check_subjects(args.subjects or ())
+    check_implementations(args.implementations or ())
     check_options(args.out, time_limit=args.time_limit, rounds=args.rounds, threads=args.threads)
     chosen = SETS[args.set]
     device = chosen_device(args.device)
@@ -119,10 +120,10 @@ def run(args: argparse.Namespace) -> int:
     growths = chosen.growth if "growth" in args.only and not args.workload else ()
     if args.list:
         for run in runs:
-            print(f"{report.title(described(run.family, run.workload, device))}\n  {' '.join(run.subjects)}")
+            print(f"{report.title(described(run.family, run.workload, device))}\n  {' '.join(run.implementations)}")
         return 0
     deadline = time.monotonic() + (args.time_limit or chosen.limit_s)
-    bench = Bench(device, args.threads, args.rounds or chosen.rounds, chosen.turn_s, chosen.subject_s, deadline)
+    bench = Bench(device, args.threads, args.rounds or chosen.rounds, chosen.turn_s, chosen.answer_s, deadline)
     content: dict[str, Any] = {
         "command": " ".join(["cpo-kernels", *sys.argv[1:]]),
         "set": args.set,
@@ -137,27 +138,28 @@ def run(args: argparse.Namespace) -> int:
     if load() > 0.5:
         print(f"load {load()}: other work runs here, times will suffer", file=sys.stderr)
     try:
-        found = [kept.workload(described(r.family, r.workload, device), r.subjects) for r in runs]
+        results = [kept.workload(described(r.family, r.workload, device), r.implementations) for r in runs]
         others = kept.others([described(r.family, r.workload, device) for r in runs])
         grown = [kept.growth(one, device) for one in growths]
         for k, run in enumerate(runs):
-            result = found[k] or described(run.family, run.workload, device) | {"commit": commit, "load": load()}
+            result = results[k] or described(run.family, run.workload, device) | {"commit": commit, "load": load()}
 
             def keep(rows: dict[str, Any], k: int = k, result: dict[str, Any] = result) -> None:
-                found[k] = result | {"subjects": rows}
-                content["workloads"] = [*others, *(known for known in found if known)]
+                results[k] = result | {"subjects": rows}
+                content["workloads"] = [*others, *(result for result in results if result)]
                 write(args.out, content)
 
-            if found[k] is None:
+            if results[k] is None:
                 bench.progress = keep
-                result["subjects"] = bench.measure(run.family, run.workload, run.subjects)
+                # The key is "subjects", the word of the files in benchmarks/results: both are read by the same code.
+                result["subjects"] = bench.measure(run.family, run.workload, run.implementations)
                 keep(result["subjects"])
             print(f"\n{report.title(result)}\n{report.table(result)}", flush=True)
         bench.progress = lambda rows: None
         for k, one in enumerate(growths):
 
-            def grow(known: dict[str, Any], k: int = k) -> None:
-                grown[k] = known | {"commit": commit}
+            def grow(result: dict[str, Any], k: int = k) -> None:
+                grown[k] = result | {"commit": commit}
                 content["growth"] = [result for result in grown if result]
                 write(args.out, content)
 

@@ -13,23 +13,23 @@ from cpo_kernels.bench.workload import Head, head
 
 @dataclass(frozen=True)
 class Run:
-    """One workload; `subjects` of its family, () for all."""
+    """One workload; `implementations` of its family, () for all."""
 
     family: str
     workload: Any
-    subjects: tuple[str, ...] = ()
+    implementations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Set:
-    """rounds, turn_s, subject_s, limit_s: see `side_by_side.Bench`; limit_s bounds the whole set."""
+    """rounds, turn_s, answer_s, limit_s: see `side_by_side.Bench`; limit_s bounds the whole set."""
 
     runs: tuple[Run, ...]
     growth: tuple[Growth, ...]
     cold_starts: int
     rounds: int
     turn_s: float
-    subject_s: float
+    answer_s: float
     limit_s: float
 
 
@@ -44,16 +44,16 @@ def dtypes(base: Head, *modes_of_each: str) -> tuple[Run, ...]:
 BOTH, ALL = ("trainable", "frozen"), ("trainable", "frozen", "forward")
 CLOSEST = ("products", "ours", "ours_two_pass", "naive_unmasked", "torch_chunked", "cce", "liger", "trl_unmasked")
 
-OPS = tuple(name for name in tokens.SUBJECTS if not name.startswith("compiled"))
+OPS = tuple(name for name in tokens.IMPLEMENTATIONS if not name.startswith("compiled"))
 FEW = ("products", "ours", "naive_unmasked")
 KERNELS = tuple(name for name in OPS if name == "copy" or name.endswith(("_cpu", "_triton", "_cuda")))
 
-# ------------------- ci: tiny and odd, every kind of workload, in a minute: a process starts for each subject
+# ------------------- ci: tiny and odd, every kind of workload, in a minute: a process starts for each implementation
 
 TINY = Head("tiny", hidden=48, vocab=1999, groups=2, length=17, prompt=8, dtype="float32")
 CI = Set(
     runs=(
-        *(replace(run, subjects=FEW) for run in modes(TINY, *ALL)),
+        *(replace(run, implementations=FEW) for run in modes(TINY, *ALL)),
         Run("head", replace(TINY, dtype="bfloat16", responses=4, reference="computed"), FEW),
         Run("head", replace(TINY, softcap=5.0, mode="frozen", reference="computed"), FEW),
         Run("tokens", Tokens(rows=37, vocab=1999, softcap=5.0, dtype="float32"), KERNELS),
@@ -61,7 +61,7 @@ CI = Set(
         Run("training_step", TrainingStep(dtype="float32"), ("trl", "shared")),
     ),
     growth=(Growth(TINY, "groups", (2, 4)),),
-    cold_starts=1, rounds=2, turn_s=0.0, subject_s=120, limit_s=600,
+    cold_starts=1, rounds=2, turn_s=0.0, answer_s=120, limit_s=600,
 )  # fmt: skip
 
 # ----------------------------------------------------- default: for a CPU; README's table is its start
@@ -73,8 +73,8 @@ FOUR = replace(STEP, groups=1, responses=4, length=256, prompt=128)
 DEFAULT = Set(
     runs=(
         *dtypes(QWEN, *BOTH),
-        *(replace(run, subjects=CLOSEST) for run in dtypes(SMOL, *BOTH)),
-        *(replace(run, subjects=CLOSEST) for run in modes(QWEN, "forward")),
+        *(replace(run, implementations=CLOSEST) for run in dtypes(SMOL, *BOTH)),
+        *(replace(run, implementations=CLOSEST) for run in modes(QWEN, "forward")),
         Run("head", replace(QWEN, groups=2, responses=4), CLOSEST),
         Run("head", replace(QWEN, reference="computed"), CLOSEST),
         Run("head", replace(QWEN, prompt=0, groups=2), CLOSEST),
@@ -91,7 +91,7 @@ DEFAULT = Set(
         Growth(replace(LONG, groups=8), "vocab", (16384, 49152, 147456)),
         Growth(replace(LONG, groups=8), "hidden", (288, 576, 1152, 2304)),
     ),
-    cold_starts=3, rounds=5, turn_s=0.3, subject_s=30, limit_s=7200,
+    cold_starts=3, rounds=5, turn_s=0.3, answer_s=30, limit_s=7200,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------ full: every head: hours
@@ -106,7 +106,7 @@ FULL = replace(
         *(Run("head", replace(SMOL, prompt=share), CLOSEST) for share in (0, 64, 192)),
         *(Run("head", replace(SMOL, groups=n), CLOSEST) for n in (1, 16)),
     ),
-    subject_s=1200,
+    answer_s=1200,
     limit_s=6 * 3600,
 )
 
@@ -121,7 +121,7 @@ GPU = Set(
         Run("tokens", Tokens(rows=4096, vocab=32000, dtype="float32"), OPS),
         Run("preference", Preference()),
         *modes(LLAMA, "trainable"),
-        *(replace(run, subjects=LEADING) for run in modes(LLAMA, "frozen", "forward")),
+        *(replace(run, implementations=LEADING) for run in modes(LLAMA, "frozen", "forward")),
         Run("head", replace(LLAMA, groups=4, responses=4), CLOSEST),
         Run("head", replace(LLAMA, reference="computed"), CLOSEST),
         Run("head", head("gemma-2-9b", groups=4, length=1024, prompt=512), CLOSEST),
@@ -130,24 +130,24 @@ GPU = Set(
         Run("training_step", replace(STEP, groups=8, length=1024, prompt=512)),
     ),
     growth=(Growth(replace(LLAMA, groups=2), "groups", (2, 8, 32)),),
-    cold_starts=2, rounds=5, turn_s=0.1, subject_s=90, limit_s=480,
+    cold_starts=2, rounds=5, turn_s=0.1, answer_s=90, limit_s=480,
 )  # fmt: skip
 
 # --------------------------------------------------------- filtered: gradients on the live columns of a trained model
 
 # 1,024 and 4,096 labelled tokens; of real rows about as many in 3 and 12 pairs of UltraFeedback.
-FILTERED_SUBJECTS = (
+FILTERED_IMPLEMENTATIONS = (
     "products", "ours", "ours_filtered", "ours_filtered_head", "ours_token_logps", "ours_token_logps_filtered",
     "naive_unmasked", "torch_chunked", "cce", "cce_filtered", "trl_unmasked",
 )  # fmt: skip
 PEAKED = head("smollm2-135m", length=512, prompt=256, rows="peaked")
 FILTERED = Set(
     runs=tuple(
-        Run("head", replace(PEAKED, groups=groups, mode=mode), FILTERED_SUBJECTS)
+        Run("head", replace(PEAKED, groups=groups, mode=mode), FILTERED_IMPLEMENTATIONS)
         for groups in (2, 8)
         for mode in BOTH
     ),
-    growth=(), cold_starts=0, rounds=5, turn_s=0.3, subject_s=120, limit_s=3600,
+    growth=(), cold_starts=0, rounds=5, turn_s=0.3, answer_s=120, limit_s=3600,
 )  # fmt: skip
 
 SETS = {"filtered": FILTERED, "ci": CI, "default": DEFAULT, "full": FULL, "gpu": GPU}

@@ -1,4 +1,4 @@
-"""One workload, its subjects side by side: checked, then timed in turns so that drift hits all of them alike."""
+"""One workload, its implementations side by side: checked, then timed in turns so that drift hits all of them alike."""
 
 import statistics
 import tempfile
@@ -25,38 +25,38 @@ TRUTH_S = 600.0  # the truth is not timed: float32 over 32k rows of SmolLM2's he
 class Bench:
     """How to measure, and the processes of the family at hand.
 
-    rounds: turns of each subject. turn_s: seconds that a turn fills at least. subject_s: longest wait for one answer,
-    except that loading may take LOAD_S. deadline: `time.monotonic()` after which nothing is begun. progress: gets the
-    rows of the workload at hand as far as they are known, after every subject and every round.
+    rounds: turns of each implementation. turn_s: seconds that a turn fills at least. answer_s: longest wait for one
+    answer, except that loading may take LOAD_S. deadline: `time.monotonic()` after which nothing is begun. progress:
+    gets the rows of the workload at hand, as many as there are, after every implementation and every round.
     """
 
     device: torch.device
     threads: int
     rounds: int
     turn_s: float
-    subject_s: float
+    answer_s: float
     deadline: float = float("inf")
     progress: Callable[[dict[str, Row]], None] = lambda rows: None
     family: str = ""
     workers: dict[str, Worker] = field(default_factory=dict)
 
     def limit_s(self, longest_s: float | None = None) -> float:
-        """For one answer: `longest_s`, `subject_s` if None, or what is left of the run."""
+        """For one answer: `longest_s`, `answer_s` if None, or what is left of the run."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise Failed(TIME_LIMIT)
-        return min(longest_s or self.subject_s, left)
+        return min(longest_s or self.answer_s, left)
 
     def load_s(self) -> float:
-        return self.limit_s(max(LOAD_S, self.subject_s))
+        return self.limit_s(max(LOAD_S, self.answer_s))
 
-    def worker(self, family: str, subject: str) -> Worker:
+    def worker(self, family: str, implementation: str) -> Worker:
         if family != self.family:
             self.close()
             self.family = family
-        if subject not in self.workers:
-            self.workers[subject] = Worker(family, subject, str(self.device), self.threads)
-        return self.workers[subject]
+        if implementation not in self.workers:
+            self.workers[implementation] = Worker(family, implementation, str(self.device), self.threads)
+        return self.workers[implementation]
 
     def close(self) -> None:
         for worker in self.workers.values():
@@ -67,10 +67,10 @@ class Bench:
 
     def measure(self, family: str, workload: Any, names: Sequence[str]) -> dict[str, Row]:
         """A row for every name: times, memory and differences, or `why` there are none."""
-        known = FAMILIES[family]
+        definition = FAMILIES[family]
         rows: dict[str, Row] = {n: {} for n in names}
         for name, row in rows.items():
-            if why := known.subjects[name].why_not(workload, self.device):
+            if why := definition.implementations[name].why_not(workload, self.device):
                 row["why"] = why
         able = [n for n in names if "why" not in rows[n]]
         if time.monotonic() > self.deadline:
@@ -87,21 +87,21 @@ class Bench:
                 return {n: row or {"why": why} for n, row in rows.items()}
             for name in able:
                 try:
-                    rows[name] |= self.examine(workers[name], workload, truth, known.limits(workload))
-                    if known.apart:
+                    rows[name] |= self.examine(workers[name], workload, truth, definition.limits(workload))
+                    if definition.apart:
                         workers[name].stop()
                 except Failed as failed:
                     rows[name]["why"] = TIME_LIMIT if time.monotonic() > self.deadline else str(failed)
                     workers.pop(name).stop()
                 self.progress(unfinished(rows))
-        self.take_turns(workers, rows, workload if known.apart else None, known.floor)
-        for worker in workers.values() if not known.apart else ():
+        self.take_turns(workers, rows, workload if definition.apart else None, definition.floor)
+        for worker in workers.values() if not definition.apart else ():
             self.unload(worker)
         return rows
 
     def keep_truth(self, worker: Worker, workload: Any, path: str) -> None:
         worker.load(workload, self.load_s())
-        worker.ask("keep", path, limit_s=self.limit_s(max(TRUTH_S, self.subject_s)))
+        worker.ask("keep", path, limit_s=self.limit_s(max(TRUTH_S, self.answer_s)))
         self.unload(worker)
 
     def examine(self, worker: Worker, workload: Any, truth: str, limits: Any) -> Row:
@@ -119,7 +119,7 @@ class Bench:
         """Adds the summary of every round so far to the rows; the order moves on by one every round and turns around
         every other.
 
-        apart: the workload, where a subject is loaded only for its turn; None where all are loaded.
+        apart: the workload, where an implementation is loaded only for its turn; None where all are loaded.
         """
         times: dict[str, list[float]] = {n: [] for n in workers}
         order = list(workers)
@@ -134,8 +134,8 @@ class Bench:
                 try:
                     if apart is not None:
                         workers[name].load(apart, self.load_s())
-                        workers[name].ask("first", limit_s=self.subject_s)
-                    times[name].append(workers[name].ask("turn", self.turn_s, limit_s=self.subject_s))
+                        workers[name].ask("first", limit_s=self.answer_s)
+                    times[name].append(workers[name].ask("turn", self.turn_s, limit_s=self.answer_s))
                     if apart is not None:
                         workers[name].stop()  # trainers leave references to their model behind
                 except Failed as failed:
@@ -146,8 +146,8 @@ class Bench:
                     rows[name]["why"] = str(failed)
                     del times[name]
                     workers.pop(name).stop()
-            for name, seen in times.items():
-                rows[name] |= summary(seen, times.get(floor, []))
+            for name, turns in times.items():
+                rows[name] |= summary(turns, times.get(floor, []))
             self.progress(unfinished(rows))
 
     def unload(self, worker: Worker) -> None:
@@ -162,11 +162,11 @@ def unfinished(rows: dict[str, Row]) -> dict[str, Row]:
     return {n: row if "median_s" in row or "why" in row else {**row, "why": TIME_LIMIT} for n, row in rows.items()}
 
 
-def summary(seen: list[float], floor: list[float]) -> Row:
+def summary(times: list[float], floor: list[float]) -> Row:
     """Median and range, and those of the ratio to the floor in the same round."""
-    row: Row = {"rounds": len(seen), "median_s": statistics.median(seen), "min_s": min(seen), "max_s": max(seen)}
+    row: Row = {"rounds": len(times), "median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
     if floor:
-        ratios = [t / f for t, f in zip(seen, floor, strict=True)]
+        ratios = [t / f for t, f in zip(times, floor, strict=True)]
         row |= {"ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)]}
     return row
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import cpo_kernels as cpo
 from cpo_kernels.backends import dispatch
 from cpo_kernels.bench.head import capped
-from cpo_kernels.bench.subject import Family, Outcome, Step, Subject
+from cpo_kernels.bench.implementation import Family, Implementation, Outcome, Step
 from cpo_kernels.ops.token_logps import head_options
 
 BACKENDS = ("cpu", "triton", "cuda")
@@ -147,17 +147,24 @@ def runs_on(impl: str) -> Callable[[Tokens, torch.device], str]:
     return refuses
 
 
-SUBJECTS = {
-    "copy": Subject("device copy (the floor)", copy, traffic=2),
-    **{f"forward_{i}": Subject(f"token_logps_fwd, {i}", forward(i), refuses=runs_on(i), traffic=1) for i in BACKENDS},
+IMPLEMENTATIONS = {
+    "copy": Implementation("device copy (the floor)", copy, traffic=2),
     **{
-        f"backward_{i}": Subject(f"token_logps_bwd_, {i}", backward(i), refuses=runs_on(i), traffic=2) for i in BACKENDS
+        f"forward_{i}": Implementation(f"token_logps_fwd, {i}", forward(i), refuses=runs_on(i), traffic=1)
+        for i in BACKENDS
     },
-    **{f"fused_{i}": Subject(f"token_logps_fused_, {i}", fused(i), refuses=runs_on(i), traffic=2) for i in BACKENDS},
-    "ours": Subject("cpo.token_logps, forward and gradient", with_autograd(ours, True)),
-    "naive_forward": Subject("naive float32 log_softmax, forward", with_autograd(naive, False)),
-    "naive": Subject("naive float32 log_softmax, forward and gradient", with_autograd(naive, True)),
-    "compiled_forward": Subject("the same under torch.compile, forward", with_autograd(compiled, False)),
-    "compiled": Subject("the same under torch.compile, forward and gradient", with_autograd(compiled, True)),
+    **{
+        f"backward_{i}": Implementation(f"token_logps_bwd_, {i}", backward(i), refuses=runs_on(i), traffic=2)
+        for i in BACKENDS
+    },
+    **{
+        f"fused_{i}": Implementation(f"token_logps_fused_, {i}", fused(i), refuses=runs_on(i), traffic=2)
+        for i in BACKENDS
+    },
+    "ours": Implementation("cpo.token_logps, forward and gradient", with_autograd(ours, True)),
+    "naive_forward": Implementation("naive float32 log_softmax, forward", with_autograd(naive, False)),
+    "naive": Implementation("naive float32 log_softmax, forward and gradient", with_autograd(naive, True)),
+    "compiled_forward": Implementation("the same under torch.compile, forward", with_autograd(compiled, False)),
+    "compiled": Implementation("the same under torch.compile, forward and gradient", with_autograd(compiled, True)),
 }
-FAMILY = Family(Tokens, Batch, SUBJECTS, "copy", truth, limits)
+FAMILY = Family(Tokens, Batch, IMPLEMENTATIONS, "copy", truth, limits)

@@ -1,9 +1,9 @@
 """A whole training step of a transformers model: TRL's DPOTrainer as it is, with our head, and loops of ours.
 
-The subjects differ by one cause each, in this order: TRL computes the reference in every step; gets its log-probs; has
-our head (only labelled rows, fewer products); a plain loop runs a response once for all its pairs; our trainer's rows
-run a prompt once for all its responses. The reference is the model as it starts. AdamW runs with learning rate 0: it
-does all its work and every step starts from the same weights.
+The implementations differ by one cause each, in this order: TRL computes the reference in every step; gets its
+log-probs; has our head (only labelled rows, fewer products); a plain loop runs a response once for all its pairs; our
+trainer's rows run a prompt once for all its responses. The reference is the model as it starts. AdamW runs with
+learning rate 0: it does all its work and every step starts from the same weights.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import cpo_kernels as cpo
-from cpo_kernels.bench.subject import BETA, Family, Outcome, Step, Subject
+from cpo_kernels.bench.implementation import BETA, Family, Implementation, Outcome, Step
 from cpo_kernels.environment import installed
 
 # Random weights take the time that trained ones take.
@@ -296,11 +296,15 @@ def needs(*packages: str) -> Callable[[TrainingStep, torch.device], str]:
 
 
 WITH_TRL = needs("transformers", "datasets", "trl")
-SUBJECTS = {
-    "trl": Subject("TRL's DPOTrainer", trainer(reference="computed"), refuses=WITH_TRL),
-    "trl_precomputed": Subject("TRL's DPOTrainer, reference given", trainer(), refuses=WITH_TRL),
-    "fused_trl": Subject("FusedDPOTrainer, reference given", trainer(fused=True), refuses=WITH_TRL),
-    "loop": Subject("a plain loop with FusedLinearCPOLoss: every response once", loop, refuses=needs("transformers")),
-    "shared": Subject("**our trainer**, segments: every prompt once", shared_prompts, refuses=needs("transformers")),
+IMPLEMENTATIONS = {
+    "trl": Implementation("TRL's DPOTrainer", trainer(reference="computed"), refuses=WITH_TRL),
+    "trl_precomputed": Implementation("TRL's DPOTrainer, reference given", trainer(), refuses=WITH_TRL),
+    "fused_trl": Implementation("FusedDPOTrainer, reference given", trainer(fused=True), refuses=WITH_TRL),
+    "loop": Implementation(
+        "a plain loop with FusedLinearCPOLoss: every response once", loop, refuses=needs("transformers")
+    ),
+    "shared": Implementation(
+        "**our trainer**, segments: every prompt once", shared_prompts, refuses=needs("transformers")
+    ),
 }
-FAMILY = Family(TrainingStep, Batch, SUBJECTS, "trl", truth, limits, apart=True)
+FAMILY = Family(TrainingStep, Batch, IMPLEMENTATIONS, "trl", truth, limits, apart=True)

@@ -1,4 +1,4 @@
-"""A process for one subject: it loads one workload after the other and runs a step whenever it is asked to."""
+"""A process for one implementation: it loads one workload after the other and runs a step whenever it is asked to."""
 
 import gc
 import multiprocessing
@@ -12,28 +12,28 @@ from typing import Any
 import torch
 
 from cpo_kernels.bench.families import FAMILIES
+from cpo_kernels.bench.implementation import Step
 from cpo_kernels.bench.measure import Clock, differences, peak_bytes, project
-from cpo_kernels.bench.subject import Step
 
 
 class Failed(Exception):
-    """Why a subject gave no result."""
+    """Why an implementation gave no result."""
 
 
 class Serving:
-    """What the parent may ask for, in the process of the subject; `truth` as subject is the family's truth."""
+    """What the parent may ask for, in the implementation's process; implementation `truth` is the family's truth."""
 
-    def __init__(self, family: str, subject: str, device: torch.device) -> None:
-        self.family, self.subject, self.device = FAMILIES[family], subject, device
+    def __init__(self, family: str, implementation: str, device: torch.device) -> None:
+        self.family, self.implementation, self.device = FAMILIES[family], implementation, device
         self.clock = Clock(device)
         self.step: Step
 
     def load(self, workload: dict[str, Any]) -> None:
         tensors = self.family.tensors(self.family.workload(**workload), self.device)
-        if self.subject == "truth":
+        if self.implementation == "truth":
             self.step = Step(lambda: self.family.truth(tensors))
         else:
-            self.step = self.family.subjects[self.subject].build(tensors)
+            self.step = self.family.implementations[self.implementation].build(tensors)
 
     def first(self) -> float:
         """Seconds of the first step, compilation and first touch of memory included."""
@@ -50,9 +50,9 @@ class Serving:
 
     def check(self, path: str) -> dict[str, float]:
         self.step.prepare()
-        found = differences(project(self.step.run()), torch.load(path))
+        errors = differences(project(self.step.run()), torch.load(path))
         self.release()
-        return found
+        return errors
 
     def memory(self) -> int | None:
         peak = peak_bytes(self.step, self.device)
@@ -77,11 +77,11 @@ class Serving:
             torch.cuda.empty_cache()
 
 
-def serve(connection: Any, family: str, subject: str, device: str, threads: int) -> None:
+def serve(connection: Any, family: str, implementation: str, device: str, threads: int) -> None:
     warnings.simplefilter("ignore")
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(threads)
-    serving = Serving(family, subject, torch.device(device))
+    serving = Serving(family, implementation, torch.device(device))
     while True:
         try:
             command, arguments = connection.recv()
@@ -98,8 +98,8 @@ def serve(connection: Any, family: str, subject: str, device: str, threads: int)
 class Worker:
     """The parent's end. `ask` waits at most `limit_s` seconds; a process that hung or died is begun anew by `load`."""
 
-    def __init__(self, family: str, subject: str, device: str, threads: int) -> None:
-        self.arguments = (family, subject, device, threads)
+    def __init__(self, family: str, implementation: str, device: str, threads: int) -> None:
+        self.arguments = (family, implementation, device, threads)
         self.process: Any = None
 
     def start(self) -> None:

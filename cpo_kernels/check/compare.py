@@ -62,8 +62,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 @dataclass
-class Seen:
-    """What one case found: the worst error as a multiple of its tolerance, and everything that is wrong."""
+class Findings:
+    """What one case measures: the worst error as a multiple of its tolerance, and everything that is wrong."""
 
     worst: float = 0.0
     where: str = ""
@@ -134,10 +134,10 @@ def values_at(where: Tensor, actual: Tensor, expected: Tensor) -> str:
 
 @dataclass
 class Case:
-    """`name` is group/what; `run` fills a `Seen` or raises."""
+    """`name` is group/what; `run` fills a `Findings` or raises."""
 
     name: str
-    run: Callable[[Backend, Seen], None]
+    run: Callable[[Backend, Findings], None]
     quick: bool = False
 
     @property
@@ -149,12 +149,12 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def relative_error(seen: Tensor, truth: Tensor, norm: float = float("inf")) -> float:
-    """|seen - truth| over |truth| in a vector norm (the largest element by default), in float64; inf where NaN came."""
+def relative_error(actual: Tensor, truth: Tensor, norm: float = float("inf")) -> float:
+    """|actual - truth| over |truth| in a vector norm (by default the largest element), in float64; inf for NaN."""
     if truth.numel() == 0:
         return 0.0
-    seen, truth = seen.detach().double(), truth.detach().double()
-    error = torch.linalg.vector_norm(seen - truth, norm) / torch.linalg.vector_norm(truth, norm).clamp(min=1e-300)
+    actual, truth = actual.detach().double(), truth.detach().double()
+    error = torch.linalg.vector_norm(actual - truth, norm) / torch.linalg.vector_norm(truth, norm).clamp(min=1e-300)
     return float(error.nan_to_num(nan=float("inf")))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.check.compare import GPU_BACKENDS, Backend, Case, Seen, Skip
+from cpo_kernels.check.compare import GPU_BACKENDS, Backend, Case, Findings, Skip
 from cpo_kernels.check.preference import TYPES, make_batch
 from cpo_kernels.check.tokens import IGNORE
 from cpo_kernels.reference.terms import OPTIONS
@@ -76,29 +76,33 @@ WRONG_PAIRS: tuple[Wrong, ...] = (
 
 
 def refuses_each(
-    backend: Backend, seen: Seen, right: dict[str, Any], wrong: tuple[Wrong, ...], call: Callable[[dict[str, Any]], Any]
+    backend: Backend,
+    findings: Findings,
+    right: dict[str, Any],
+    wrong: tuple[Wrong, ...],
+    call: Callable[[dict[str, Any]], Any],
 ) -> None:
     if backend.name == "triton":
         raise Skip("the public functions check what Triton's launchers take")
     for change, pattern in wrong:
         given = {**right, **change}
         given = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in given.items()}
-        seen.refuses(", ".join(change), partial(call, given), pattern)
+        findings.refuses(", ".join(change), partial(call, given), pattern)
 
 
 def error_cases() -> Iterator[Case]:
     def of(backend: Backend, wrong: tuple[Wrong, ...], of_data: tuple[Wrong, ...]) -> tuple[Wrong, ...]:
         return wrong if backend.name in GPU_BACKENDS else wrong + of_data
 
-    def token_logps(backend: Backend, seen: Seen) -> None:
+    def token_logps(backend: Backend, findings: Findings) -> None:
         for op in (backend.kernels.token_logps_fwd, backend.kernels.token_logps_fused_):
 
             def call(a: dict[str, Any], op: Any = op) -> Any:
                 return op(a["logits"], a["labels"], IGNORE, a["scale"], a["softcap"], a["vocab_size"], False)
 
-            refuses_each(backend, seen, TOKENS, of(backend, WRONG_TOKENS, WRONG_LABELS), call)
+            refuses_each(backend, findings, TOKENS, of(backend, WRONG_TOKENS, WRONG_LABELS), call)
 
-    def token_logps_writes(backend: Backend, seen: Seen) -> None:
+    def token_logps_writes(backend: Backend, findings: Findings) -> None:
         """Rows that share memory are never written."""
         right = {**TOKENS, "lse": torch.zeros(3), "grad": torch.zeros(3)}
         shared = torch.zeros(1, 50).expand(3, 50)
@@ -110,17 +114,17 @@ def error_cases() -> Iterator[Case]:
         def bwd(a: dict[str, Any]) -> Any:
             return kernels.token_logps_bwd_(a["logits"], a["labels"], a["lse"], a["grad"], IGNORE, 1.0, 0.0, 50)
 
-        refuses_each(backend, seen, right, ((dict(logits=shared), "rows must not overlap"),), fused)
+        refuses_each(backend, findings, right, ((dict(logits=shared), "rows must not overlap"),), fused)
         wrong = (dict(logits=shared), "rows must not overlap"), (dict(lse=DOUBLE), "lse must be float32, got float64")
-        refuses_each(backend, seen, right, wrong, bwd)
+        refuses_each(backend, findings, right, wrong, bwd)
 
-    def sequence_sum(backend: Backend, seen: Seen) -> None:
+    def sequence_sum(backend: Backend, findings: Findings) -> None:
         wrong = of(backend, WRONG_SUMS, WRONG_OFFSETS)
-        refuses_each(backend, seen, SUM, wrong, lambda a: backend.kernels.sequence_sum(*a.values(), False))
+        refuses_each(backend, findings, SUM, wrong, lambda a: backend.kernels.sequence_sum(*a.values(), False))
 
-    def preference(backend: Backend, seen: Seen) -> None:
+    def preference(backend: Backend, findings: Findings) -> None:
         wrong = of(backend, WRONG_PREFERENCES, WRONG_PAIRS)
-        refuses_each(backend, seen, make_batch(40), wrong, lambda a: backend.kernels.preference(*a.values()))
+        refuses_each(backend, findings, make_batch(40), wrong, lambda a: backend.kernels.preference(*a.values()))
 
     for function in (token_logps, token_logps_writes, sequence_sum, preference):
         yield Case(f"errors/{function.__name__}", function)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cpo_kernels import reference
 from cpo_kernels.check import limits
-from cpo_kernels.check.compare import Backend, Case, Seen, relative_error, short
+from cpo_kernels.check.compare import Backend, Case, Findings, relative_error, short
 from cpo_kernels.check.tokens import DTYPES, IGNORE
 from cpo_kernels.head.nll import linear_nll
 from cpo_kernels.head.token_logps import linear_token_logps
@@ -100,7 +100,7 @@ Function = Callable[[Batch], Tensor]
 
 def check_function(
     backend: Backend,
-    seen: Seen,
+    findings: Findings,
     bias: bool,
     seed: int,
     dtype: torch.dtype,
@@ -134,10 +134,10 @@ def check_function(
         again = results(ours, batch.to(backend, dtype, TRAIN[train]))
         plain = wanted if exact_dtype else results(naive, batch.to(backend, dtype, TRAIN[train]))
         for name, g, a, w, n in zip(names, got, again, wanted, plain, strict=True):
-            seen.require(f"{name} has shape {list(g.shape)}", g.shape == w.shape)
-            seen.same(f"{name} of a second run", a, g)
+            findings.require(f"{name} has shape {list(g.shape)}", g.shape == w.shape)
+            findings.same(f"{name} of a second run", a, g)
             if exact_dtype:
-                seen.measured(name, relative_error(g, w), limits.HEAD[dtype])
+                findings.measured(name, relative_error(g, w), limits.HEAD[dtype])
             else:
                 errors[name].append((relative_error(g, w, 2), relative_error(n, w, 2)))
     for name, pairs in errors.items():
@@ -145,7 +145,7 @@ def check_function(
             mine, theirs = (
                 torch.tensor(column).double().square().mean().sqrt().item() for column in zip(*pairs, strict=True)
             )
-            seen.measured(name, mine, theirs + limits.NAIVE_SLACK)
+            findings.measured(name, mine, theirs + limits.NAIVE_SLACK)
 
 
 def budget_bytes(rows: int | None, dtype: torch.dtype) -> int | None:
@@ -159,8 +159,8 @@ def token_cases() -> Iterator[Case]:
             continue
 
         def logps(
-            backend: Backend, seen: Seen, head: dict[str, Any] = head, rows: int | None = rows, train: str = train,
-            dtype: torch.dtype = dtype,
+            backend: Backend, findings: Findings, head: dict[str, Any] = head, rows: int | None = rows,
+            train: str = train, dtype: torch.dtype = dtype,
         ) -> None:  # fmt: skip
             options = {**head, "memory_budget": budget_bytes(rows, dtype), "impl": backend.name}
 
@@ -170,16 +170,16 @@ def token_cases() -> Iterator[Case]:
 
             bias = train != "frozen"
             naive = lambda b: naive_token_logps(b, **head)  # noqa: E731
-            check_function(backend, seen, bias, 3, dtype, train, ours, lambda b: true_token_logps(b, **head), naive)
+            check_function(backend, findings, bias, 3, dtype, train, ours, lambda b: true_token_logps(b, **head), naive)
             if train == "all":
                 with torch.no_grad():
                     low = make_batch(bias, 3).to(backend, dtype, (False, False))
                     extra = linear_token_logps(low.hidden, low.weight, low.labels, low.bias, extras=True, **options)
-                    seen.same("value without gradients", extra[0], ours(low))
+                    findings.same("value without gradients", extra[0], ours(low))
 
         def nll(
-            backend: Backend, seen: Seen, head: dict[str, Any] = head, rows: int | None = rows, train: str = train,
-            dtype: torch.dtype = dtype,
+            backend: Backend, findings: Findings, head: dict[str, Any] = head, rows: int | None = rows,
+            train: str = train, dtype: torch.dtype = dtype,
         ) -> None:  # fmt: skip
             budget = budget_bytes(rows, dtype)
             weights = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(5)).to(backend.device)
@@ -190,7 +190,7 @@ def token_cases() -> Iterator[Case]:
 
             truth = lambda b: -(true_token_logps(b, **head) * weights).sum() / 37.0  # noqa: E731
             naive = lambda b: -(naive_token_logps(b, **head) * weights).sum() / 37.0  # noqa: E731
-            check_function(backend, seen, True, 4, dtype, train, ours, truth, naive)
+            check_function(backend, findings, True, 4, dtype, train, ours, truth, naive)
 
         quick = head_name == "softcap" and budget_name == "chunks" and dtype in (torch.float32, torch.bfloat16)
         name = f"{short(dtype)}/{train},{head_name},{budget_name}"
@@ -207,7 +207,7 @@ def preference_cases() -> Iterator[Case]:
         for dtype, (budget_name, rows), train in itertools.product(dtypes, BUDGETS, ("all", "frozen")):
 
             def run(
-                backend: Backend, seen: Seen, loss_type: str = loss_type, dtype: torch.dtype = dtype,
+                backend: Backend, findings: Findings, loss_type: str = loss_type, dtype: torch.dtype = dtype,
                 rows: int | None = rows, train: str = train,
             ) -> None:  # fmt: skip
                 kind = reference.LOSS_TYPES[loss_type]
@@ -245,7 +245,7 @@ def preference_cases() -> Iterator[Case]:
 
                 truth, naive = after(true_token_logps), after(naive_token_logps)
                 for function in (padded, packed):
-                    check_function(backend, seen, train == "all", 6, dtype, train, function, truth, naive)
+                    check_function(backend, findings, train == "all", 6, dtype, train, function, truth, naive)
 
             quick = loss_type == "sigmoid" and dtype in (torch.float32, torch.bfloat16) and train == "all"
             yield Case(f"FusedLinearCPOLoss/{short(dtype)}/{loss_type},{train},{budget_name}", run, quick)

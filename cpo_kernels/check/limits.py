@@ -32,7 +32,7 @@ TOKENS_ON_GPU = {
 GRAD_FLOOR = 1e-30  # values that the dtype cannot hold round to something near 0
 GRAD_FLOOR_FLOAT16 = 2.0**-14  # below it float16 is subnormal
 LABEL_FLOOR = 0.1  # at the label, where 1 - softmax may cancel
-LOWEST_LOGP = 1e-4  # of a row of the lowest number alone
+LOWEST_LOGP = 1e-4  # of a row that holds only the lowest number
 
 # 16 bit: our error against float64 over naive PyTorch's in the same dtype.
 NAIVE_RATIO = 1 + 1e-3

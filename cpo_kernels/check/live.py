@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import library, reference
-from cpo_kernels.check.compare import Backend, Case, Seen, Skip, short
+from cpo_kernels.check.compare import Backend, Case, Findings, Skip, short
 from cpo_kernels.check.tokens import DTYPES, IGNORE
 
 
@@ -39,7 +39,7 @@ SHAPES = {
     "scale": Shape(12, 520, 5, scale=0.5),
     "large scale": Shape(12, 520, 5, scale=3.0),
     "everything is live": Shape(12, 600, 6, eps=0.0),
-    "labels alone are live": Shape(12, 600, 6, eps=2.0),
+    "only labels are live": Shape(12, 600, 6, eps=2.0),
     "sets of one row": Shape(6, 300, 1, eps=2.0**-12),
     "flat rows": Shape(12, 600, 6, spread=0.01),
 }
@@ -85,13 +85,13 @@ def places(live: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run_live(kernels: Any, shape: Shape, rows: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """live, tail, row_sums, and g of the columns that the backend itself found."""
+    """live, tail, row_sums, and g of the columns that the backend itself took for live."""
     head: Any = (IGNORE, shape.scale, shape.softcap, shape.vocab)
     live, tail, row_sums = kernels.live_columns(*rows, shape.eps, shape.set_rows, *head)
     return live, tail, row_sums, kernels.live_grads(*rows, row_sums, *places(live), shape.set_rows, *head)
 
 
-def check_live(backend: Backend, seen: Seen, shape: Shape, dtype: torch.dtype) -> None:
+def check_live(backend: Backend, findings: Findings, shape: Shape, dtype: torch.dtype) -> None:
     rows = make(shape, dtype, backend.device)
     head: Any = (IGNORE, shape.scale, shape.softcap, shape.vocab)
     live, tail, row_sums, g = run_live(backend.kernels, shape, rows)
@@ -102,28 +102,28 @@ def check_live(backend: Backend, seen: Seen, shape: Shape, dtype: torch.dtype) -
         return reference.live_columns(*exact, eps, shape.set_rows, *head)
 
     surely, at_most = wanted(shape.eps * (1 + 10 * tolerance))[0], wanted(shape.eps * (1 - 10 * tolerance))[0]
-    seen.require("live: a column is missing", not bool((surely & ~live).any()))
-    seen.require("live: a column too many", not bool((live & ~at_most).any()))
+    findings.require("live: a column is missing", not bool((surely & ~live).any()))
+    findings.require("live: a column too many", not bool((live & ~at_most).any()))
     _, want_tail, want_sums = wanted(shape.eps)
-    seen.require("live columns have a tail", not bool(tail[live].any()))
-    seen.close("tail_columns", tail[~at_most], want_tail[~at_most], 10 * tolerance, 0.1 * shape.scale)
-    seen.close("row_sums", row_sums, want_sums, 10 * tolerance, 0.1 * shape.scale)
+    findings.require("live columns have a tail", not bool(tail[live].any()))
+    findings.close("tail_columns", tail[~at_most], want_tail[~at_most], 10 * tolerance, 0.1 * shape.scale)
+    findings.close("row_sums", row_sums, want_sums, 10 * tolerance, 0.1 * shape.scale)
     want = reference.live_grads(*exact, row_sums.double(), *places(live), shape.set_rows, *head)
     unit = max(backend.tolerance(dtype).grad, 10 * tolerance)
     if backend.name == "triton" and not backend.on_gpu and dtype == torch.bfloat16:
         unit *= 2  # the interpreter rounds toward zero
-    seen.require("dtypes", (tail.dtype, row_sums.dtype, g.dtype) == (rows[2].dtype, rows[2].dtype, dtype))
-    seen.close("g", g, want, unit, tolerance * shape.scale / unit)
+    findings.require("dtypes", (tail.dtype, row_sums.dtype, g.dtype) == (rows[2].dtype, rows[2].dtype, dtype))
+    findings.close("g", g, want, unit, tolerance * shape.scale / unit)
     for name, first, again in zip(
         ("live", "tail", "row_sums", "g"),
         (live, tail, row_sums, g),
         run_live(backend.kernels, shape, rows),
         strict=True,
     ):
-        seen.same(f"{name} a second time", again, first)
+        findings.same(f"{name} a second time", again, first)
 
 
-def check_sum(backend: Backend, seen: Seen, dtype: torch.dtype) -> None:
+def check_sum(backend: Backend, findings: Findings, dtype: torch.dtype) -> None:
     """Rows of dW, rounded once; tail with rows of its own stride, odd widths, sets that hold no column."""
     generator = torch.Generator().manual_seed(2)
     for sets, vocab, width in ((1, 1, 1), (3, 50, 33), (5, 131, 64), (2, 70, 7)):
@@ -138,8 +138,8 @@ def check_sum(backend: Backend, seen: Seen, dtype: torch.dtype) -> None:
         made = random(len(columns), width)
         got = backend.kernels.live_sum(tail, tails, made, columns, offsets)
         want = reference.live_sum(tail.double(), tails.double(), made.double(), columns, offsets)
-        seen.require("dtype", got.dtype == dtype)
-        seen.close("rows of dW", got, want, 2 * torch.finfo(dtype).eps, 1.0)
+        findings.require("dtype", got.dtype == dtype)
+        findings.close("rows of dW", got, want, 2 * torch.finfo(dtype).eps, 1.0)
 
 
 class Product(NamedTuple):
@@ -164,7 +164,7 @@ PRODUCTS = {
 PRODUCT_TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2**-7}
 
 
-def check_products(backend: Backend, seen: Seen, shape: Product, dtype: torch.dtype) -> None:
+def check_products(backend: Backend, findings: Findings, shape: Product, dtype: torch.dtype) -> None:
     """live_dx and live_dw_ against products of the float64 values of what they are given."""
     if backend.name != "triton":
         raise Skip("the products with live columns are Triton's")
@@ -197,11 +197,11 @@ def check_products(backend: Backend, seen: Seen, shape: Product, dtype: torch.dt
         want_dw[ids[k]] += part[:, :-1].double().T @ x[rows].double()
     dx = live_dx(g, columns, offsets, shape.set_rows, weight, tail, shape.rows)
     size = float(want_dx.abs().max()) if shape.rows else 1.0
-    seen.close("dx", dx, want_dx, tolerance, size)
+    findings.close("dx", dx, want_dx, tolerance, size)
     live_dw_(g, columns, offsets, shape.set_rows, x, dw)
-    seen.close("dw", dw, want_dw, max(1e-13, min(tolerance, 1e-5)), float(want_dw.abs().max()))
+    findings.close("dw", dw, want_dw, max(1e-13, min(tolerance, 1e-5)), float(want_dw.abs().max()))
     live_dw_(g, columns, offsets, shape.set_rows, x, again)
-    seen.same("dw a second time", again, dw)
+    findings.same("dw a second time", again, dw)
 
 
 def live_cases() -> Iterator[Case]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cpo_kernels import reference
 from cpo_kernels.check import limits
-from cpo_kernels.check.compare import Backend, Case, Seen, short
+from cpo_kernels.check.compare import Backend, Case, Findings, short
 from cpo_kernels.reference.terms import OPTION_DEFAULTS
 
 NAMES = ("loss", "losses", "gradient", "chosen_rewards", "rejected_rewards", "value_gap", "order", "counts")
@@ -48,7 +48,7 @@ def sum_cases() -> Iterator[Case]:
 
         def run(
             backend: Backend,
-            seen: Seen,
+            findings: Findings,
             average: bool = average,
             weighted: bool = weighted,
             dtype: torch.dtype = dtype,
@@ -64,13 +64,13 @@ def sum_cases() -> Iterator[Case]:
                 want = exact_sums(logps, cu, weights, average)
                 scale = reference.sequence_sum(logps[low:high].double().abs(), cu - low, inside, average)
                 got = backend.kernels.sequence_sum(*(t.to(backend.device) for t in (logps, cu, weights)), average)
-                seen.require(f"sum has dtype {got.dtype} instead of {dtype}", got.dtype == dtype)
+                findings.require(f"sum has dtype {got.dtype} instead of {dtype}", got.dtype == dtype)
                 eps = torch.finfo(dtype).eps
                 floor = (limits.SUM_EPS64 * torch.finfo(torch.float64).eps / eps * scale).clamp(min=1e-300)
-                seen.close("sum", got, want.to(backend.device), eps, floor.to(backend.device))
-                seen.require("an empty sequence is not 0", not got[(cu.diff() == 0).to(backend.device)].any())
+                findings.close("sum", got, want.to(backend.device), eps, floor.to(backend.device))
+                findings.require("an empty sequence is not 0", not got[(cu.diff() == 0).to(backend.device)].any())
                 again = backend.kernels.sequence_sum(*(t.to(backend.device) for t in (logps, cu, weights)), average)
-                seen.same("sum of a second run", again, got)
+                findings.same("sum of a second run", again, got)
 
         name = f"sequence_sum/{short(dtype)}/average={average},weighted={weighted},S={sequences}"
         yield Case(name, run, average and weighted)
@@ -130,7 +130,7 @@ def typed(batch: dict[str, Any], loss_type: str, **options: float) -> dict[str, 
 
 
 def check_preference(
-    backend: Backend, seen: Seen, batch: dict[str, Any], tolerance: float, label: str
+    backend: Backend, findings: Findings, batch: dict[str, Any], tolerance: float, label: str
 ) -> tuple[Tensor, ...]:
     given = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     exact: dict[str, Any] = {
@@ -140,31 +140,33 @@ def check_preference(
     got: tuple[Tensor, ...] = backend.kernels.preference(*given.values())
     again = backend.kernels.preference(*given.values())
     for name, a, b, c in zip(NAMES, got, want, again, strict=True):
-        seen.same(f"{label} {name} of a second run", c, a)
+        findings.same(f"{label} {name} of a second run", c, a)
         if a.is_floating_point():
-            seen.require(f"{label} {name} has dtype {a.dtype}", a.dtype == batch["seq_logps"].dtype)
-            seen.close(f"{label} {name}", a, b.to(backend.device), tolerance)
+            findings.require(f"{label} {name} has dtype {a.dtype}", a.dtype == batch["seq_logps"].dtype)
+            findings.close(f"{label} {name}", a, b.to(backend.device), tolerance)
         else:
-            seen.same(f"{label} {name}", a, b.to(backend.device))
+            findings.same(f"{label} {name}", a, b.to(backend.device))
     return got
 
 
 def loss_cases() -> Iterator[Case]:
     for loss_type, dtype in itertools.product(TYPES, FLOATS):
 
-        def run(backend: Backend, seen: Seen, loss_type: str = loss_type, dtype: torch.dtype = dtype) -> None:
+        def run(backend: Backend, findings: Findings, loss_type: str = loss_type, dtype: torch.dtype = dtype) -> None:
             tolerance = limits.PREFERENCE[dtype]
             for seed, options in enumerate(OPTION_SETS):
                 batch = {**typed(make_batch(seed, dtype=dtype), loss_type, **options), "loss_weights": [0.7]}
                 label = ",".join(f"{k}={v}" for k, v in options.items()) or "defaults"
-                got = check_preference(backend, seen, batch, tolerance, label)
-                seen.require(f"{label}: no pair counts", got[7][0] > 0 and got[2].any())
-            check_preference(backend, seen, {**batch, "num_pairs": 17.0, "chosen_tokens": 400.0}, tolerance, "divisors")
+                got = check_preference(backend, findings, batch, tolerance, label)
+                findings.require(f"{label}: no pair counts", got[7][0] > 0 and got[2].any())
+            check_preference(
+                backend, findings, {**batch, "num_pairs": 17.0, "chosen_tokens": 400.0}, tolerance, "divisors"
+            )
 
-        def many(backend: Backend, seen: Seen, loss_type: str = loss_type, dtype: torch.dtype = dtype) -> None:
+        def many(backend: Backend, findings: Findings, loss_type: str = loss_type, dtype: torch.dtype = dtype) -> None:
             """More pairs than one block or tile holds, and more objectives."""
             batch = typed(make_batch(50, sequences=900, count=2500, objectives=9, dtype=dtype), loss_type)
-            check_preference(backend, seen, batch, limits.PREFERENCE[dtype], "2500 pairs")
+            check_preference(backend, findings, batch, limits.PREFERENCE[dtype], "2500 pairs")
 
         quick = loss_type in ("sigmoid", "ipo", "aot", "orpo")
         yield Case(f"loss-types/{short(dtype)}/{loss_type}", run, quick)
@@ -177,12 +179,12 @@ def far_cases() -> Iterator[Case]:
         if loss_type == "discopop" and spread > 60:
             continue  # e^-u is astronomically large by definition
 
-        def run(backend: Backend, seen: Seen, spread: float = spread, loss_type: str = loss_type) -> None:
+        def run(backend: Backend, findings: Findings, spread: float = spread, loss_type: str = loss_type) -> None:
             batch = make_batch(20)
             batch["ref_logps"] = batch["seq_logps"] + spread * torch.linspace(-1, 1, 7, dtype=torch.float64)
             batch = typed(batch, loss_type, label_smoothing=0.05)
-            got = check_preference(backend, seen, batch, limits.PREFERENCE_FAR, loss_type)
-            seen.require("the gradient is not finite", got[2].isfinite().all())
+            got = check_preference(backend, findings, batch, limits.PREFERENCE_FAR, loss_type)
+            findings.require("the gradient is not finite", got[2].isfinite().all())
 
         yield Case(f"far/float64/{loss_type},spread={spread:g}", run, loss_type == "sigmoid" and spread > 1)
 
@@ -190,45 +192,45 @@ def far_cases() -> Iterator[Case]:
 def layout_cases() -> Iterator[Case]:
     """Lists of losses, absent inputs, ties, no pairs."""
 
-    def lists(backend: Backend, seen: Seen) -> None:
+    def lists(backend: Backend, findings: Findings) -> None:
         for mix in (["sigmoid", "bco_pair", "sft"], ["simpo", "orpo"], ["contrastive_cpo"], ["aot", "hinge"], ["sft"]):
             weights = [1.0, 0.5, 2.0][: len(mix)]
             batch = {**make_batch(30), "loss_types": [TYPES.index(n) for n in mix], "loss_weights": weights}
             bare = without(batch, "pair_betas", "pair_weights")
-            check_preference(backend, seen, bare, EXACT, "+".join(mix))
+            check_preference(backend, findings, bare, EXACT, "+".join(mix))
             check_preference(
-                backend, seen, without(bare, "ref_logps", "margins"), EXACT, "+".join(mix) + " reference-free"
+                backend, findings, without(bare, "ref_logps", "margins"), EXACT, "+".join(mix) + " reference-free"
             )
 
-    def absent(backend: Backend, seen: Seen) -> None:
+    def absent(backend: Backend, findings: Findings) -> None:
         batch = without(make_batch(31), "scores", "conditions", "objectives")
-        got = check_preference(backend, seen, batch, EXACT, "no ratings")
-        seen.require("without ratings the first of a pair is not chosen", (got[6] == 1).all())
-        seen.require("without ratings a gap is finite", got[5].isinf().all())
-        seen.require("without ratings not every pair counts", got[7].tolist() == [11, 0, 0])
-        check_preference(backend, seen, without(make_batch(32), "conditions"), EXACT, "no conditions")
+        got = check_preference(backend, findings, batch, EXACT, "no ratings")
+        findings.require("without ratings the first of a pair is not chosen", (got[6] == 1).all())
+        findings.require("without ratings a gap is finite", got[5].isinf().all())
+        findings.require("without ratings not every pair counts", got[7].tolist() == [11, 0, 0])
+        check_preference(backend, findings, without(make_batch(32), "conditions"), EXACT, "no conditions")
 
-    def ties(backend: Backend, seen: Seen) -> None:
+    def ties(backend: Backend, findings: Findings) -> None:
         batch = without(make_batch(33), "pair_weights", "pair_betas")
         batch["pairs"] = torch.tensor([[0, 1], [2, 3], [0, 5]])  # unrated, equal, unrated
         batch["conditions"] = torch.full((3, 3), math.nan, dtype=torch.float64)
-        got = check_preference(backend, seen, batch, EXACT, "ties")
-        seen.require("ties give a loss or a gradient", got[0] == 0 and not got[1].any() and not got[2].any())
-        seen.require("ties have an order", not got[6].any())
-        seen.require("ties are not counted as 3, 2 of them unrated", got[7].tolist() == [0, 3, 2])
-        seen.require("the gap of an unrated pair alone is NaN", got[5].isnan().tolist() == [True, False, True])
+        got = check_preference(backend, findings, batch, EXACT, "ties")
+        findings.require("ties give a loss or a gradient", got[0] == 0 and not got[1].any() and not got[2].any())
+        findings.require("ties have an order", not got[6].any())
+        findings.require("ties are not counted as 3, 2 of them unrated", got[7].tolist() == [0, 3, 2])
+        findings.require("only the gap of an unrated pair is NaN", got[5].isnan().tolist() == [True, False, True])
 
-    def no_pairs(backend: Backend, seen: Seen) -> None:
+    def no_pairs(backend: Backend, findings: Findings) -> None:
         batch = without(make_batch(34), "pair_weights", "pair_betas")
         batch["pairs"] = torch.empty(0, 2, dtype=torch.int64)
         batch["conditions"] = torch.empty(0, 3, dtype=torch.float64)
-        got = check_preference(backend, seen, batch, EXACT, "no pairs")
-        seen.require("no pairs give a loss or a gradient", got[0] == 0 and not got[2].any() and not got[7].any())
+        got = check_preference(backend, findings, batch, EXACT, "no pairs")
+        findings.require("no pairs give a loss or a gradient", got[0] == 0 and not got[2].any() and not got[7].any())
 
-    def shared(backend: Backend, seen: Seen) -> None:
+    def shared(backend: Backend, findings: Findings) -> None:
         """The gradient of responses in many pairs is the sum over the pairs."""
         batch = without(make_batch(35, count=40), "scores", "conditions", "objectives")
-        whole = check_preference(backend, seen, {**batch, "num_pairs": 1.0}, EXACT, "40 pairs of 7 responses")[2]
+        whole = check_preference(backend, findings, {**batch, "num_pairs": 1.0}, EXACT, "40 pairs of 7 responses")[2]
         parts = torch.zeros_like(whole)
         for p in range(40):
             of_pair = {name: batch[name][p : p + 1] for name in ("pairs", "pair_weights", "pair_betas")}
@@ -236,9 +238,9 @@ def layout_cases() -> Iterator[Case]:
             parts += backend.kernels.preference(
                 *(v.to(backend.device) if isinstance(v, Tensor) else v for v in one.values())
             )[2]
-        seen.close("gradient", whole, parts, limits.PREFERENCE_SHARED)
+        findings.close("gradient", whole, parts, limits.PREFERENCE_SHARED)
 
-    def tiles(backend: Backend, seen: Seen) -> None:
+    def tiles(backend: Backend, findings: Findings) -> None:
         """One pair and one more than a tile; more sequences than a block has rows; losses that couple the batch."""
         losses = ["aot", "sigmoid", "aot_unpaired", "sft", "aot"]
         for count, sequences in ((1, 7), (64, 33), (257, 100), (400, 5000)):
@@ -246,18 +248,18 @@ def layout_cases() -> Iterator[Case]:
             batch |= {name: batch[name][:count] for name in ("pairs", "conditions", "pair_weights")}
             batch |= dict(loss_types=[TYPES.index(n) for n in losses], loss_weights=[1.0, 0.5, 2.0, 0.1, 0.3])
             label = f"{count} pairs of {sequences}"
-            check_preference(backend, seen, batch, EXACT, label)
+            check_preference(backend, findings, batch, EXACT, label)
             turned = {**batch, "pairs": batch["pairs"].flip(1), "num_pairs": 11.0, "chosen_tokens": 3.0}
-            check_preference(backend, seen, turned, EXACT, f"{label}, turned")
+            check_preference(backend, findings, turned, EXACT, f"{label}, turned")
 
-    def equal_ratios(backend: Backend, seen: Seen) -> None:
+    def equal_ratios(backend: Backend, findings: Findings) -> None:
         names = ("scores", "conditions", "objectives", "pair_weights", "pair_betas")
         batch = without(make_batch(36), *names)
         batch["seq_logps"] = torch.tensor([-1.0, -2.0, -1.0, -2.0, -3.0, -3.0, -3.0], dtype=torch.float64)
         batch["ref_logps"] = torch.zeros(7, dtype=torch.float64)
         batch["pairs"] = torch.tensor([[2, 3], [0, 1], [4, 5], [6, 5], [4, 6]])
         for name in ("aot", "aot_unpaired"):  # ties in the sort keep the order of the pairs
-            check_preference(backend, seen, {**batch, "loss_types": [TYPES.index(name)]}, EXACT, name)
+            check_preference(backend, findings, {**batch, "loss_types": [TYPES.index(name)]}, EXACT, name)
 
     for function in (lists, absent, ties, no_pairs, equal_ratios, shared, tiles):
         yield Case(f"pairs/float64/{function.__name__}", function, function not in (shared, tiles))

@@ -22,7 +22,7 @@ import torch
 
 from cpo_kernels.backends import dispatch
 from cpo_kernels.check.arguments import parser
-from cpo_kernels.check.compare import Backend, Case, Seen, Skip
+from cpo_kernels.check.compare import Backend, Case, Findings, Skip
 from cpo_kernels.environment import check_options, chosen_device, describe
 from cpo_kernels.files import atomic_text
 
@@ -70,28 +70,28 @@ def poisoned() -> Iterator[None]:
 
 def run_case(backend: Backend, case: Case) -> Result:
     """Never raises. `fatal`: the GPU takes no more work from this process."""
-    seen, start = Seen(), time.perf_counter()
+    findings, start = Findings(), time.perf_counter()
     status, reason, fatal = "passed", "", False
     try:
         with poisoned():
-            case.run(backend, seen)
+            case.run(backend, findings)
             if backend.on_gpu:
                 torch.cuda.synchronize(backend.device)
-        if seen.wrong:
+        if findings.wrong:
             status = "failed"
     except Skip as skip:
         status, reason = "skipped", str(skip)
     except Exception as error:
         status, reason = "crashed", f"{type(error).__name__}: {error}"
-        seen.wrong.append(traceback.format_exc(limit=-4))
+        findings.wrong.append(traceback.format_exc(limit=-4))
         fatal = backend.on_gpu and device_lost(backend)
     return {
         "backend": backend.name,
         "case": case.name,
         "status": status,
-        "worst": seen.worst,
-        "where": seen.where,
-        "wrong": seen.wrong,
+        "worst": findings.worst,
+        "where": findings.where,
+        "wrong": findings.wrong,
         "reason": reason,
         "seconds": round(time.perf_counter() - start, 4),
         "fatal": fatal,
@@ -264,13 +264,13 @@ def report(
     left = Counter(key(*job) for job in jobs)
     groups = {k: Group(*k) for k in left}
     place = {job: i for i, job in enumerate(jobs)}
-    seen: list[Result] = []
+    record: list[Result] = []
     saved_at = -math.inf
 
     def save_now() -> None:
         nonlocal saved_at
-        seen.sort(key=lambda r: place[r["backend"], r["case"]])
-        save(seen)
+        record.sort(key=lambda r: place[r["backend"], r["case"]])
+        save(record)
         saved_at = time.monotonic()
 
     width = shutil.get_terminal_size().columns - 1
@@ -278,10 +278,10 @@ def report(
         for result in results:
             group = groups[key(result["backend"], result["case"])]
             group.results.append(result)
-            seen.append(result)
+            record.append(result)
             left[group.backend, group.name] -= 1
             if show:  # one line that the next one overwrites
-                line = f"{len(seen)} of {len(jobs)}: {result['backend']} {result['case']}"
+                line = f"{len(record)} of {len(jobs)}: {result['backend']} {result['case']}"
                 print(f"\r{line[:width]:<{width}}\r", end="", file=sys.stderr, flush=True)
             if not left[group.backend, group.name]:
                 if show:
@@ -295,12 +295,12 @@ def report(
         if count:
             cut = groups[k]
             print("\n".join([f"{cut.line()}, {count} not run", *cut.details(device)]), flush=True)
-    return seen
+    return record
 
 
 def counts(results: Iterable[Result]) -> dict[str, int]:
-    found = Counter(r["status"] for r in results)
-    return {status: found[status] for status in ("passed", "failed", "crashed", "skipped")}
+    statuses = Counter(r["status"] for r in results)
+    return {status: statuses[status] for status in ("passed", "failed", "crashed", "skipped")}
 
 
 def backends_on(device: torch.device) -> list[str]:
@@ -308,12 +308,12 @@ def backends_on(device: torch.device) -> list[str]:
     wanted = ["cpu"] if device.type == "cpu" else ["triton", "cuda"]
     if device.type == "cpu" and dispatch.triton_interpreted():
         wanted.append("triton")
-    found = [name for name in wanted if not dispatch.missing(name)]
-    if not found:
+    backends = [name for name in wanted if not dispatch.missing(name)]
+    if not backends:
         raise ValueError(
             f"no kernels to check on {device}: " + "; ".join(f"{n}: {dispatch.missing(n)}" for n in wanted)
         )
-    return found
+    return backends
 
 
 def default_device() -> str:
@@ -336,11 +336,11 @@ def run(args: Any) -> int:
             raise ValueError(f"--impl {backend} cannot run here: {reason}")
         dispatch.resolve_impl(backend, device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products may differ from run to run
-    known = [c.name for c in all_cases() if c.quick or not args.quick]
+    in_set = [c.name for c in all_cases() if c.quick or not args.quick]
     for pattern in args.only:
-        if not fnmatch.filter(known, pattern):
+        if not fnmatch.filter(in_set, pattern):
             raise ValueError(f"--only {pattern!r} names no case{' of --quick' if args.quick else ''}: see --list")
-    names = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)]
+    names = [name for name in in_set if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)]
     if args.list:
         print("\n".join(names))
         return 0

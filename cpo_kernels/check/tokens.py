@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpo_kernels import reference
 from cpo_kernels.check import limits
-from cpo_kernels.check.compare import Backend, Case, Seen, Skip, need_memory, relative_error, short
+from cpo_kernels.check.compare import Backend, Case, Findings, Skip, need_memory, relative_error, short
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -85,7 +85,7 @@ def make_rows(
 
 def check_token_ops(
     backend: Backend,
-    seen: Seen,
+    findings: Findings,
     rows: Rows,
     scale: float = 1.0,
     softcap: float = 0.0,
@@ -102,14 +102,14 @@ def check_token_ops(
 
     storage, logits = rows.copy()
     logp, lse, extra = kernels.token_logps_fwd(logits, *options, True)
-    seen.same("fwd wrote its input", storage, rows.storage)
-    seen.close("fwd logp", logp, want_logp, tolerance.logp)
-    seen.close("fwd lse", lse, want_lse, tolerance.logp)
-    seen.close("fwd extras", extra[:3], want_extra[:3], 4 * tolerance.logp)
-    seen.same("fwd is_top1", extra[3].double(), want_extra[3])
+    findings.same("fwd wrote its input", storage, rows.storage)
+    findings.close("fwd logp", logp, want_logp, tolerance.logp)
+    findings.close("fwd lse", lse, want_lse, tolerance.logp)
+    findings.close("fwd extras", extra[:3], want_extra[:3], 4 * tolerance.logp)
+    findings.same("fwd is_top1", extra[3].double(), want_extra[3])
     plain = kernels.token_logps_fwd(logits, *options, False)
-    seen.same("fwd logp without extras", plain[0], logp)
-    seen.require("fwd without extras returned some", plain[2].numel() == 0)
+    findings.same("fwd logp without extras", plain[0], logp)
+    findings.require("fwd without extras returned some", plain[2].numel() == 0)
 
     want = exact.clone()
     reference.token_logps_fused_(want, *options, False)
@@ -118,27 +118,27 @@ def check_token_ops(
         name = "fused_" if extras else "fused_ without extras"
         storage, fused = rows.copy()
         fused_logp, fused_lse, fused_extra = kernels.token_logps_fused_(fused, *options, extras)
-        seen.close(f"{name} logp", fused_logp, want_logp, tolerance.logp)
-        seen.close(f"{name} lse", fused_lse, want_lse, tolerance.logp)
+        findings.close(f"{name} logp", fused_logp, want_logp, tolerance.logp)
+        findings.close(f"{name} lse", fused_lse, want_lse, tolerance.logp)
         if backend.name == "cpu":  # sweeps a row alike in every op
-            seen.same(f"{name} logp against fwd", fused_logp, logp)
-            seen.same(f"{name} lse against fwd", fused_lse, lse)
+            findings.same(f"{name} logp against fwd", fused_logp, logp)
+            findings.same(f"{name} lse against fwd", fused_lse, lse)
         if extras:
-            seen.close("fused_ extras", fused_extra[:3], want_extra[:3], 4 * tolerance.logp)
-        check_gradient(seen, name, fused, want, labels, vocab_size, tolerance.grad)
-        seen.require(f"{name} wrote outside its rows", rows.outside(storage).isnan().all())
+            findings.close("fused_ extras", fused_extra[:3], want_extra[:3], 4 * tolerance.logp)
+        check_gradient(findings, name, fused, want, labels, vocab_size, tolerance.grad)
+        findings.require(f"{name} wrote outside its rows", rows.outside(storage).isnan().all())
 
     upstream = torch.randn(len(labels), generator=torch.Generator().manual_seed(1), dtype=lse.dtype).to(backend.device)
     want = exact.clone()
     reference.token_logps_bwd_(want, labels, want_lse, upstream.double(), IGNORE, scale, softcap, vocab_size)
     storage, grad = rows.copy()
     kernels.token_logps_bwd_(grad, labels, lse, upstream, IGNORE, scale, softcap, vocab_size)
-    check_gradient(seen, "bwd_", grad, want, labels, vocab_size, tolerance.grad * loose, upstream.abs())
-    seen.require("bwd_ wrote outside its rows", rows.outside(storage).isnan().all())
+    check_gradient(findings, "bwd_", grad, want, labels, vocab_size, tolerance.grad * loose, upstream.abs())
+    findings.require("bwd_ wrote outside its rows", rows.outside(storage).isnan().all())
 
 
 def check_gradient(
-    seen: Seen,
+    findings: Findings,
     what: str,
     actual: Tensor,
     expected: Tensor,
@@ -148,14 +148,14 @@ def check_gradient(
     size: Tensor | None = None,
 ) -> None:
     """Relative error per element; at the label relative to LABEL_FLOOR * size [N] at least."""
-    seen.require(f"{what} padded columns are not 0", not actual[:, vocab_size:].any())
-    seen.require(f"{what} ignored rows are not 0", not actual[labels == IGNORE].any())
+    findings.require(f"{what} padded columns are not 0", not actual[:, vocab_size:].any())
+    findings.require(f"{what} ignored rows are not 0", not actual[labels == IGNORE].any())
     smallest = limits.GRAD_FLOOR_FLOAT16 if actual.dtype == torch.float16 else limits.GRAD_FLOOR
     floor = torch.full_like(expected, smallest)
     kept = (labels != IGNORE).nonzero().squeeze(1)
     at_label = torch.ones_like(floor[:, 0]) if size is None else size.double()
     floor[kept, labels[kept]] = (limits.LABEL_FLOOR * at_label[kept]).clamp(min=smallest)
-    seen.close(what, actual, expected, tolerance, floor)
+    findings.close(what, actual, expected, tolerance, floor)
 
 
 # ------------------------------------------------------------------------------------------------- token log-probs
@@ -164,10 +164,12 @@ def check_gradient(
 def size_cases() -> Iterator[Case]:
     for (rows, width, quick), dtype in itertools.product(SIZES, DTYPES):
 
-        def run(backend: Backend, seen: Seen, rows: int = rows, width: int = width, dtype: torch.dtype = dtype) -> None:
+        def run(
+            backend: Backend, findings: Findings, rows: int = rows, width: int = width, dtype: torch.dtype = dtype
+        ) -> None:
             if rows * width > 2**25:
                 need_memory(backend, 12 * 8 * rows * width)  # a dozen copies in float64
-            check_token_ops(backend, seen, make_rows(backend, rows, width, dtype, seed=width))
+            check_token_ops(backend, findings, make_rows(backend, rows, width, dtype, seed=width))
 
         yield Case(f"sizes/{short(dtype)}/N={rows},V={width}", run, quick)
 
@@ -182,7 +184,7 @@ def layout_cases() -> Iterator[Case]:
 
         def run(
             backend: Backend,
-            seen: Seen,
+            findings: Findings,
             rows: int = rows,
             stride: int = stride,
             offset: int = offset,
@@ -192,7 +194,7 @@ def layout_cases() -> Iterator[Case]:
             width = min(700, stride - offset) if stride < 1000 else stride - offset
             made = make_rows(backend, rows, width, dtype, seed=rows, stride=stride, offset=offset, label_limit=vocab)
             made.logits[:, vocab:] = math.inf
-            check_token_ops(backend, seen, made, vocab_size=vocab)
+            check_token_ops(backend, findings, made, vocab_size=vocab)
 
         name = f"layouts/{short(dtype)}/N={rows},stride={stride},offset={offset},vocab_size={vocab}"
         yield Case(name, run, rows == 9)
@@ -202,18 +204,18 @@ def shared_cases() -> Iterator[Case]:
     """Rows, labels and upstream gradients that are one in memory are read; gradients need rows of their own."""
     for dtype in DTYPES:
 
-        def run(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
+        def run(backend: Backend, findings: Findings, dtype: torch.dtype = dtype) -> None:
             row, tolerance = make_rows(backend, 1, 50, dtype, seed=8), backend.tolerance(dtype)
             labels = torch.tensor([7], device=backend.device).expand(4)
             exact, head = row.logits.double().expand(4, 50), (IGNORE, 1.0, 0.0, 50)
             want_logp, want_lse, _ = reference.token_logps_fwd(exact, labels, *head, False)
             logp, lse, _ = backend.kernels.token_logps_fwd(row.logits.expand(4, 50), labels, *head, False)
-            seen.close("fwd logp", logp, want_logp, tolerance.logp)
+            findings.close("fwd logp", logp, want_logp, tolerance.logp)
             upstream, want = torch.full_like(lse[:1], -1.5).expand(4), exact.clone()
             reference.token_logps_bwd_(want, labels, want_lse, upstream.double(), *head)
             grad = row.logits.repeat(4, 1)
             backend.kernels.token_logps_bwd_(grad, labels, lse, upstream, *head)
-            check_gradient(seen, "bwd_", grad, want, labels, 50, tolerance.grad)
+            check_gradient(findings, "bwd_", grad, want, labels, 50, tolerance.grad)
 
         yield Case(f"layouts/{short(dtype)}/shared", run)
 
@@ -225,14 +227,14 @@ def option_cases() -> Iterator[Case]:
     for (scale, softcap, spread), dtype, (count, width, vocab) in itertools.product(options, DTYPES, shapes):
 
         def run(
-            backend: Backend, seen: Seen, scale: float = scale, softcap: float = softcap, spread: float = spread,
-            dtype: torch.dtype = dtype, count: int = count,
+            backend: Backend, findings: Findings, scale: float = scale, softcap: float = softcap,
+            spread: float = spread, dtype: torch.dtype = dtype, count: int = count,
             width: int = width, vocab: int = vocab,
         ) -> None:  # fmt: skip
             if count * width > 2**25:
                 need_memory(backend, 12 * 8 * count * width)
             rows = make_rows(backend, count, width, dtype, seed=2, spread=spread, label_limit=vocab)
-            check_token_ops(backend, seen, rows, scale, softcap, vocab, loose=2.0)
+            check_token_ops(backend, findings, rows, scale, softcap, vocab, loose=2.0)
 
         yield Case(f"options/{short(dtype)}/scale={scale},softcap={softcap},V={width}", run, scale == 1.7)
 
@@ -241,7 +243,7 @@ def naive_cases() -> Iterator[Case]:
     """16 bit: the error against float64 is no larger than that of PyTorch in the same dtype."""
     for dtype in LOW_PRECISION:
 
-        def run(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
+        def run(backend: Backend, findings: Findings, dtype: torch.dtype = dtype) -> None:
             if backend.truncates and dtype == torch.bfloat16:
                 raise Skip(TRUNCATES)
             rows = make_rows(backend, 8, 3001, dtype, seed=6, spread=3.0)
@@ -257,9 +259,9 @@ def naive_cases() -> Iterator[Case]:
             for name, ours, theirs, truth in (("logp", logp, naive, want), ("gradient", fused, naive_grad, want_grad)):
                 bound = relative_error(theirs, truth, 2)
                 bound = bound + limits.NAIVE_SLACK if backend.on_gpu else bound * limits.NAIVE_RATIO
-                seen.measured(f"{name} against naive", relative_error(ours, truth, 2), bound)
+                findings.measured(f"{name} against naive", relative_error(ours, truth, 2), bound)
             worst = relative_error(logp, want), relative_error(naive, want)
-            seen.require(f"the largest error of logp is {worst[0]}, of naive {worst[1]}", worst[0] <= worst[1])
+            findings.require(f"the largest error of logp is {worst[0]}, of naive {worst[1]}", worst[0] <= worst[1])
 
         yield Case(f"against-naive/{short(dtype)}/token_logps", run, True)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.check import limits
-from cpo_kernels.check.compare import Backend, Case, Seen, Skip, short
+from cpo_kernels.check.compare import Backend, Case, Findings, Skip, short
 from cpo_kernels.check.head import OBJECTIVES, TRAIN, VOCAB, Batch, budget_bytes, make_batch
 from cpo_kernels.head.nll import linear_nll
 from cpo_kernels.losses.fused import FusedLinearCPOLoss
@@ -48,7 +48,7 @@ def waiting_cases() -> Iterator[Case]:
             for train in TRAIN:
 
                 def loss(
-                    backend: Backend, seen: Seen, dtype: torch.dtype = dtype, rows: int | None = rows,
+                    backend: Backend, findings: Findings, dtype: torch.dtype = dtype, rows: int | None = rows,
                     train: str = train,
                 ) -> None:  # fmt: skip
                     need_gpu(backend)
@@ -61,11 +61,11 @@ def waiting_cases() -> Iterator[Case]:
                     finally:
                         torch.cuda.set_sync_debug_mode("default")
                     for k, (a, b) in enumerate(zip(got, want, strict=True)):
-                        seen.same(f"result {k}", a, b)
+                        findings.same(f"result {k}", a, b)
 
                 yield Case(f"no-wait/{short(dtype)}/FusedLinearCPOLoss,{train},{name}", loss, train == "all")
 
-        def supervised(backend: Backend, seen: Seen, dtype: torch.dtype = dtype) -> None:
+        def supervised(backend: Backend, findings: Findings, dtype: torch.dtype = dtype) -> None:
             need_gpu(backend)
             batch = make_batch(bias=False, seed=12)
             index = (batch.labels.flatten() != -100).nonzero().squeeze(1).to(backend.device)
@@ -81,8 +81,8 @@ def waiting_cases() -> Iterator[Case]:
                 got = torch.autograd.grad(step(), batch.leaves(TRAIN["all"]))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            seen.same("dX", got[0], want[0])
-            seen.same("dW", got[1], want[1])
+            findings.same("dX", got[0], want[0])
+            findings.same("dW", got[1], want[1])
 
         yield Case(f"no-wait/{short(dtype)}/linear_nll", supervised, True)
 
@@ -94,7 +94,7 @@ def graph_cases() -> Iterator[Case]:
             for train in ("all", "frozen"):
 
                 def run(
-                    backend: Backend, seen: Seen, dtype: torch.dtype = dtype, rows: int | None = rows,
+                    backend: Backend, findings: Findings, dtype: torch.dtype = dtype, rows: int | None = rows,
                     train: str = train,
                 ) -> None:  # fmt: skip
                     need_gpu(backend)
@@ -117,7 +117,9 @@ def graph_cases() -> Iterator[Case]:
                         graph.replay()
                         got = [t.clone() for t in captured]
                         for k, (a, b) in enumerate(zip(got, step(), strict=True)):
-                            seen.close(f"result {k} of batch {seed}", a, b, limits.GRAPH[dtype], b.double().abs().max())
+                            findings.close(
+                                f"result {k} of batch {seed}", a, b, limits.GRAPH[dtype], b.double().abs().max()
+                            )
 
                 yield Case(f"cuda-graph/{short(dtype)}/{train},{name}", run, name == "one-chunk")
 

@@ -18,7 +18,7 @@ class RatingClasses:
 
     def spread(self, responses: Sequence[Response]) -> tuple[Response, ...]:
         """`conditions.responses` of the prompt's: one of each rating class in turn, a class of weight w < 1 in a share
-        w of the turns, so that pairs that are no ties stand among few responses."""
+        w of the turns, so that non-tied pairs stand among few responses."""
         wanted = self.config.responses
         if wanted is None or wanted >= len(responses):
             return tuple(responses)

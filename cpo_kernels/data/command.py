@@ -39,15 +39,15 @@ def run(args: Any) -> int:
     held_out = encodable(config.data, held_out, template, report, may_be_empty=True)
     draws = draws_of(config, records, objectives)
     units = encode(draws, template, objectives, config.data.max_prompt_tokens, config.data.max_tokens)
-    found = statistics(records, draws, units, objectives) | report | {"held_out_records": len(held_out)}
-    print(table(found))
-    for note in notes(found):
+    summary = statistics(records, draws, units, objectives) | report | {"held_out_records": len(held_out)}
+    print(table(summary))
+    for note in notes(summary):
         print(note)
     for text in previews(draws, template, objectives, args.preview, config.seed):
         print(f"\n{text}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "statistics.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / "statistics.json").write_text(json.dumps(summary, indent=1) + "\n")
         write_examples(draws, template, objectives, args.out / "examples.jsonl")
         print(f"\nwritten: {args.out / 'statistics.json'}, {args.out / 'examples.jsonl'}")
     return 0

@@ -178,14 +178,14 @@ class Sampler:
         """Up to `per_prompt` different conditions; fewer where the samplers have no more to offer."""
         entries = [entry for entry in self.config.mixture if self._applies(entry, responses)]
         shares = [entry.share for entry in entries]
-        found: list[Condition] = []
+        conditions: list[Condition] = []
         for _ in range(8 * self.config.per_prompt if any(shares) else 0):
             condition = self._condition(self.rng.choices(entries, shares)[0], responses)
-            if condition not in found:
-                found.append(condition)
-            if len(found) == self.config.per_prompt:
+            if condition not in conditions:
+                conditions.append(condition)
+            if len(conditions) == self.config.per_prompt:
                 break
-        return found
+        return conditions
 
     def _condition(self, entry: MixConfig, responses: Sequence[Response]) -> Condition:
         names = self._names(entry)
@@ -263,7 +263,7 @@ def counted(config: ConditionsConfig) -> bool:
 
 def check(config: ConditionsConfig, objectives: Sequence[Objective]) -> None:
     mixture, scale = config.mixture, {o.name: o for o in objectives}
-    names, known = list(scale), ", ".join(scale)
+    names, choices = list(scale), ", ".join(scale)
     if not any(entry.share for entry in mixture):
         raise ValueError(f"conditions.mixture needs shares that are not all 0, got {mixture}")
     counts = [entry.count for entry in mixture]
@@ -279,7 +279,7 @@ def check(config: ConditionsConfig, objectives: Sequence[Objective]) -> None:
             raise ValueError(f"conditions.mixture: sampler {entry.sampler!r} is none of {', '.join(SAMPLERS)}")
         for name in [*(entry.objectives or []), *(entry.values or {}), *(entry.levels or {}), *(entry.rated or [])]:
             if name not in names:
-                raise ValueError(f"conditions.mixture: {name!r} is no objective; objectives: {known}")
+                raise ValueError(f"conditions.mixture: {name!r} is no objective; objectives: {choices}")
         for name, levels in (entry.values or {}).items():
             if not isinstance(levels, list) or not levels or not all(_is_level(x, scale[name]) for x in levels):
                 raise ValueError(f"conditions.mixture: values of {name} must be a list of its levels, got {levels!r}")

@@ -80,8 +80,8 @@ def conversation(messages: tuple[Message, ...], path: str) -> Prompt:
 def messages_of(row: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> tuple[Message, ...]:
     """The messages of a conversation; a single one may stand without a list."""
     value = get(row, path)
-    found = objects([value] if isinstance(value, dict) else value, path)
-    return tuple(message_of(message, path, ignored) for message in found)
+    entries = objects([value] if isinstance(value, dict) else value, path)
+    return tuple(message_of(message, path, ignored) for message in entries)
 
 
 def message_of(message: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> Message:

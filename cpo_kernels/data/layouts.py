@@ -186,10 +186,10 @@ def _ratings_of(fields: FieldMap, scale: dict[str, Objective]) -> Callable[[dict
                     f"`ratings` must be a dict of numbers, such as {{{next(iter(scale), OVERALL)}: 1}}, got "
                     f"{short(given)}; data.fields.ratings reads other fields"
                 )
-            found = {name: given.get(name) for name in scale}
+            values = {name: given.get(name) for name in scale}
         else:
-            found = {name: rule(row) for name, rule in rules.items()}
-        numbers = ((name, rating_of(value, scale[name])) for name, value in found.items())
+            values = {name: rule(row) for name, rule in rules.items()}
+        numbers = ((name, rating_of(value, scale[name])) for name, value in values.items())
         return {name: number for name, number in numbers if number is not None}
 
     return ratings

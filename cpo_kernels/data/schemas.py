@@ -35,8 +35,8 @@ class Schema:
     apart: bool = False  # ratings compare the answers of one row: rows of the same prompt stay apart
 
 
-def _ratings(found: dict[str, Any], scale: Scale) -> dict[str, float]:
-    numbers = {name: rating_of(value, scale[name], MISSING) for name, value in found.items() if name in scale}
+def _ratings(raw: dict[str, Any], scale: Scale) -> dict[str, float]:
+    numbers = {name: rating_of(value, scale[name], MISSING) for name, value in raw.items() if name in scale}
     return {name: number for name, number in numbers.items() if number is not None}
 
 
@@ -47,8 +47,8 @@ def _completions(row: dict[str, Any], scale: Scale, aspects: tuple[str, ...]) ->
     responses = []
     for completion in objects_of(row, "completions"):
         annotations = get(completion, "annotations")
-        found = {name: _annotation(annotations, name) for name in aspects if name in scale}
-        responses.append(Response(text_of(completion, "response"), _ratings(found, scale)))
+        raw = {name: _annotation(annotations, name) for name in aspects if name in scale}
+        responses.append(Response(text_of(completion, "response"), _ratings(raw, scale)))
     return Record(prompt_of(row, "instruction"), tuple(responses))
 
 
@@ -72,8 +72,8 @@ TURN = re.compile(r"\n*<extra_id_1>(User|Assistant)\n")  # between the turns of 
 
 
 def _helpsteer(row: dict[str, Any], scale: Scale) -> Record:
-    found = {name: get(row, name) for name in ATTRIBUTES if name in scale}
-    return Record(_turns(text_of(row, "prompt")), (Response(text_of(row, "response"), _ratings(found, scale)),))
+    raw = {name: get(row, name) for name in ATTRIBUTES if name in scale}
+    return Record(_turns(text_of(row, "prompt")), (Response(text_of(row, "response"), _ratings(raw, scale)),))
 
 
 def _turns(text: str) -> Prompt:
@@ -93,15 +93,15 @@ def _saferlhf(row: dict[str, Any], scale: Scale) -> Record:
     better, safer = (_choice(row, f"{name}_response_id") for name in ("better", "safer"))
     responses = []
     for i in (0, 1):
-        found: dict[str, Any] = {"helpfulness": int(i == better), "safety": int(i == safer)}
+        raw: dict[str, Any] = {"helpfulness": int(i == better), "safety": int(i == safer)}
         safe = get(row, f"is_response_{i}_safe")
         if not isinstance(safe, bool):
             raise ValueError(f"field 'is_response_{i}_safe' must be true or false, got {short(safe)}")
-        found["harmlessness"] = int(safe)
+        raw["harmlessness"] = int(safe)
         if "mildness" in scale:
             severity = rating_of(get(row, f"response_{i}_severity_level"), None)
-            found["mildness"] = None if severity is None else 3 - severity
-        responses.append(Response(text_of(row, f"response_{i}"), _ratings(found, scale)))
+            raw["mildness"] = None if severity is None else 3 - severity
+        responses.append(Response(text_of(row, f"response_{i}"), _ratings(raw, scale)))
     return Record(prompt_of(row, "prompt"), tuple(responses))
 
 

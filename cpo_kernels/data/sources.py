@@ -112,8 +112,8 @@ def _check_columns(columns: Counter[str], fields: FieldMap, path: str, report: d
     taken = {name.partition(".")[0] for name in (*named, *rules)} | set(fields.ignore)
     for name in TELLING:
         if name not in taken and columns[name]:
-            found = report.setdefault("unread_columns", {})
-            found[name] = found.get(name, 0) + columns[name]
+            counts = report.setdefault("unread_columns", {})
+            counts[name] = counts.get(name, 0) + columns[name]
 
 
 def _converter(
@@ -139,10 +139,10 @@ def _check_objectives(layouts: Sequence[str], objectives: Sequence[Objective]) -
     rated = [SCHEMAS[layout].objectives for layout in layouts if layout in SCHEMAS]
     if len(rated) < len(layouts) or not all(rated):
         return
-    known = {name for names in rated for name in names}
+    available = {name for names in rated for name in names}
     for o in objectives:
-        if o.name not in known:
-            raise ValueError(f"objectives: {', '.join(layouts)} has no {o.name!r}, but {', '.join(sorted(known))}")
+        if o.name not in available:
+            raise ValueError(f"objectives: {', '.join(layouts)} has no {o.name!r}, but {', '.join(sorted(available))}")
 
 
 def split_by_prompt(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:

@@ -30,10 +30,10 @@ def statistics(
     conditions: dict[str, dict[str, int]] = {}
     totals = Counter(pairs=0, conflicting=0, turned=0)
     for group in groups:
-        found = conditions.setdefault(condition_name(group.condition), {"groups": 0, "pairs": 0, "without_tags": 0})
+        entry = conditions.setdefault(condition_name(group.condition), {"groups": 0, "pairs": 0, "without_tags": 0})
         counts = pair_counts(group, objectives)
         for name, count in {"groups": 1, "pairs": len(group.pairs), "without_tags": int(not group.tags)}.items():
-            found[name] += count
+            entry[name] += count
         totals.update(counts)
     return {
         "records": {
@@ -98,17 +98,19 @@ def _spread(lengths: list[int]) -> dict[str, int]:
     return {name: ordered[round(share * (len(ordered) - 1))] for name, share in at.items()}
 
 
-def table(found: Statistics) -> str:
+def table(values: Statistics) -> str:
     """The statistics for people."""
-    records, pairs, tokens = found["records"], found["pairs"], found["tokens"]
+    records, pairs, tokens = values["records"], values["pairs"], values["tokens"]
     lines = [f"{records['prompts']:,} prompts, {records['responses']:,} responses"]
     for name, counts in records["ratings"].items():
         lines.append(f"  {name}: " + ", ".join(f"{level} x {count:,}" for level, count in counts.items()))
-    lines.append("drawn: " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in found["drawn"].items()))
+    lines.append(
+        "drawn: " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in values["drawn"].items())
+    )
     if pairs["pairs"]:
         shares = [f"{name} {pairs[name] / pairs['pairs']:.1%}" for name in ("conflicting", "turned")]
         lines.append(f"pairs: {pairs['pairs']:,}, of them {', '.join(shares)}")
-    conditions = found["conditions"]
+    conditions = values["conditions"]
     width = max(map(len, [*conditions, "condition"]))
     lines.append(f"  {'condition':<{width}} {'groups':>9} {'pairs':>9} {'without tags':>13}")
     for name, counts in list(conditions.items())[:SHOWN]:

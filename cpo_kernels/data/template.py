@@ -183,8 +183,8 @@ class PromptTemplate:
             text = self._render([("user", "a question"), ("assistant", ANSWER)], {})
         except Exception as error:  # chat templates raise what they like
             raise ValueError(f"the tokenizer's chat template fails on a question and its answer: {error}") from error
-        _, found, tail = text.rpartition(ANSWER)
-        if not found:
+        _, answer, tail = text.rpartition(ANSWER)
+        if not answer:
             raise ValueError(
                 "the tokenizer's chat template leaves the assistant's answers out: use one that writes them"
             )

@@ -40,12 +40,12 @@ def held_out(world: World, count: int, seed: int, exclude: frozenset[Question]) 
     }
     questions: dict[str, list[Question]] = {}
     for kind, options in kinds.items():
-        found: dict[Question, None] = {}
-        while len(found) < count:
+        pool: dict[Question, None] = {}
+        while len(pool) < count:
             question = world.question(rng, **options)  # type: ignore[arg-type]
             if question not in exclude:
-                found[question] = None
-        questions[kind] = list(found)
+                pool[question] = None
+        questions[kind] = list(pool)
     return questions
 
 

@@ -128,12 +128,12 @@ class World:
 
     def claims(self, text: str) -> list[tuple[str, str]]:
         """The (attribute, value) claims in a text, in order; the first one counts where an attribute comes twice."""
-        found: dict[str, str] = {}
+        values: dict[str, str] = {}
         for part in text.replace(".", " ").split(","):
             words = part.split()
             if len(words) == 2 and words[1] in (PERSON_FACTS | PLACE_FACTS).get(words[0], ()):
-                found.setdefault(words[0], words[1])
-        return list(found.items())
+                values.setdefault(words[0], words[1])
+        return list(values.items())
 
     def rate(self, question: Question, text: str) -> dict[str, int]:
         """The exact ratings of any text as an answer to the question."""
@@ -160,13 +160,13 @@ class World:
     ) -> Iterator[tuple[Question, list[str]]]:
         """`count` distinct questions, each with distinct answers of random quality. A quarter of them is harmful."""
         rng = random.Random(f"data {self.seed} {seed}")
-        seen = set(exclude)
+        taken = set(exclude)
         while count > 0:
             unknown = rng.choices(range(ASKED + 1), (3, 1, 1, 1, 1, 2))[0]
             question = self.question(rng, num_unknown=unknown, harmful=rng.random() < 0.25)
-            if question in seen:
+            if question in taken:
                 continue
-            seen.add(question)
+            taken.add(question)
             count -= 1
             kinds = self.possible(question)
             chosen = rng.sample(kinds, min(num_answers, len(kinds)))

@@ -33,15 +33,15 @@ def parse_scores(reply: str, objectives: Sequence[Objective]) -> list[float]:
     ends = [match.end() for match in END.finditer(reply)]
     answer = ends[-1] if ends else len(reply) if BEGIN.match(reply) else 0  # thoughts that were cut off have no answer
     # an object may hold such a mark as text: the ones that end before it are thoughts
-    objects = (found for found, end in _objects(reply) if end > answer)
-    found = next((scores for o in objects if (scores := _holder(o, objectives)) is not None), None)
+    objects = (value for value, end in _objects(reply) if end > answer)
+    by_name = next((scores for o in objects if (scores := _holder(o, objectives)) is not None), None)
     text = reply[answer:]
-    if found is None and len(objectives) == 1 and re.fullmatch(NUMBER, text.strip()):
-        found = {objectives[0].name: text}
-    if found is None:
+    if by_name is None and len(objectives) == 1 and re.fullmatch(NUMBER, text.strip()):
+        by_name = {objectives[0].name: text}
+    if by_name is None:
         names = ", ".join(o.name for o in objectives)
         raise NoScore(f"the judge's reply holds no JSON object with {names}: {reply[:200]!r}")
-    return [_score(_named(found, o.name), o, reply) for o in objectives]
+    return [_score(_named(by_name, o.name), o, reply) for o in objectives]
 
 
 def _objects(text: str) -> Iterator[tuple[Any, int]]:
@@ -50,8 +50,8 @@ def _objects(text: str) -> Iterator[tuple[Any, int]]:
     while place >= 0:
         end = place + 1
         try:
-            found, end = decoder.raw_decode(text, place)
-            yield found, end
+            value, end = decoder.raw_decode(text, place)
+            yield value, end
         except ValueError:  # a brace of prose
             pass
         except RecursionError:  # thousands of open braces: every next one would go as deep
@@ -63,20 +63,20 @@ def _key(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
-def _named(found: dict[str, Any], name: str) -> Any:
+def _named(by_name: dict[str, Any], name: str) -> Any:
     """The value under `name`, or else under the name that is written most alike."""
-    return found[name] if name in found else {_key(key): value for key, value in found.items()}[_key(name)]
+    return by_name[name] if name in by_name else {_key(key): value for key, value in by_name.items()}[_key(name)]
 
 
-def _holder(found: Any, objectives: Sequence[Objective]) -> dict[str, Any] | None:
-    """The object with a key for every objective: `found`, or the first within it."""
-    if isinstance(found, dict):
-        if {_key(o.name) for o in objectives} <= {_key(name) for name in found}:
-            return found
-        found = list(found.values())
-    if not isinstance(found, list):
+def _holder(value: Any, objectives: Sequence[Objective]) -> dict[str, Any] | None:
+    """The object with a key for every objective: `value`, or the first within it."""
+    if isinstance(value, dict):
+        if {_key(o.name) for o in objectives} <= {_key(name) for name in value}:
+            return value
+        value = list(value.values())
+    if not isinstance(value, list):
         return None
-    return next((scores for o in found if (scores := _holder(o, objectives)) is not None), None)
+    return next((scores for o in value if (scores := _holder(o, objectives)) is not None), None)
 
 
 def _score(value: Any, objective: Objective, reply: str) -> float:

@@ -44,11 +44,13 @@ def evaluate(
     result: dict[str, Any] = {"questions": len(records), "conditions": entries}
     if likelihood and rated:
         fit = fitted(records, conditions)
-        seen = sorted({i for classes in fit for i in classes} - {-1})  # the others have no answer to compare
-        fit = [[seen.index(i) if i >= 0 else -1 for i in classes] for classes in fit]
-        scores = score_answers(model, template, records, [conditions[i] for i in seen] if tags else [{}], rows=rows)
-        scores = scores if tags else [score.expand(len(seen), -1) for score in scores]
-        for i, relative in zip(seen, relative_accuracy(scores, fit, len(seen)), strict=True):
+        candidates = sorted({i for classes in fit for i in classes} - {-1})  # the others have no answer to compare
+        fit = [[candidates.index(i) if i >= 0 else -1 for i in classes] for classes in fit]
+        scores = score_answers(
+            model, template, records, [conditions[i] for i in candidates] if tags else [{}], rows=rows
+        )
+        scores = scores if tags else [score.expand(len(candidates), -1) for score in scores]
+        for i, relative in zip(candidates, relative_accuracy(scores, fit, len(candidates)), strict=True):
             entries[i]["relative_accuracy"] = relative
     if generate:
         tagged = asked if tags else [{}]
@@ -72,8 +74,8 @@ def score(
     entries = [dict(entry) for entry in result["conditions"]]
     pairs = [pair for entry in entries for pair in zip(prompts, entry["answers"], strict=True)]
     different = list(dict.fromkeys(pairs))  # a model that ignores a tag repeats itself
-    found = checked(scorer(*zip(*different, strict=True)), len(different), len(objectives), scorer)
-    by_pair = dict(zip(different, found.tolist(), strict=True))
+    scores = checked(scorer(*zip(*different, strict=True)), len(different), len(objectives), scorer)
+    by_pair = dict(zip(different, scores.tolist(), strict=True))
     for entry in entries:
         entry["scores"] = [by_pair[pair] for pair in zip(prompts, entry["answers"], strict=True)]
     return {**result, "conditions": entries} | judged_scores(entries, objectives)

@@ -121,7 +121,7 @@ class Judge:
         with ThreadPoolExecutor(self.parallel) as pool:
             futures = [pool.submit(self.scores, text) for text in texts]
             try:
-                found = [future.result() for future in tqdm(futures, "judge", leave=False)]
+                scores = [future.result() for future in tqdm(futures, "judge", leave=False)]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -130,7 +130,7 @@ class Judge:
         if self.unscored:
             count = f"{len(self.unscored)} of {len(texts)}"
             warnings.warn(f"{count} answers have no score from the judge: {self.unscored[0]}", stacklevel=2)
-        return found
+        return scores
 
     def message(self, prompt: str, response: str) -> str:
         """The template with its fields filled in one pass: what a text holds in braces stays as it is."""
@@ -145,16 +145,16 @@ class Judge:
         file = self.cache / f"{digest}.json" if self.cache else None
         if file and file.exists():
             try:
-                found = parse_scores(json.loads(file.read_text(encoding="utf-8"))["reply"], self.objectives)
+                values = parse_scores(json.loads(file.read_text(encoding="utf-8"))["reply"], self.objectives)
                 self._scored = True
-                return found
+                return values
             except (ValueError, LookupError, TypeError):  # cut off, or from other rules: ask again
                 pass
         for attempt in range(1, self.tries + 1):
             cut = False
             try:
                 reply, cut = self._reply(body)
-                found = parse_scores(reply, self.objectives)
+                values = parse_scores(reply, self.objectives)
                 break
             except NoScore as error:
                 if error.final or attempt == self.tries:
@@ -174,7 +174,7 @@ class Judge:
             temporary = file.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps({"message": message, "reply": reply}), encoding="utf-8")
             temporary.replace(file)
-        return found
+        return values
 
     def _key(self) -> str:
         return os.environ.get(self.key_env, "").strip()  # of a file it ends with a line break

@@ -146,15 +146,15 @@ def _pictures(everything: Mapping[str, Any], folder: Path) -> dict[str, list[str
     curves = {name: _rows(file) for name, file in metrics.items() if file.exists()}
     panels += figures.training_panels(curves, {name: results[name]["stage"] for name in curves})
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[str]] = {}
+    pictures: dict[str, list[str]] = {}
     for panel in panels:
         light, dark = panel.png(figures.LIGHT), panel.png(figures.DARK)
         (folder / (re.sub(r"[^\w.-]+", "-", panel.name) + ".png")).write_bytes(light)
-        found.setdefault(panel.group, []).append(
+        pictures.setdefault(panel.group, []).append(
             f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
             f'<img src="{_data(light)}" alt="{escape(panel.alt)}"></picture></figure>'
         )
-    return found
+    return pictures
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -255,12 +255,12 @@ def _shown_conditions(conditions: Sequence[Mapping[str, float]]) -> list[int]:
     """All, or of many those with only lowest and highest levels; the request without tags is always among them."""
     if len(conditions) <= CONDITIONS:
         return list(range(len(conditions)))
-    seen: dict[str, list[float]] = {}
+    levels: dict[str, list[float]] = {}
     for condition in conditions:
         for name, level in condition.items():
-            seen.setdefault(name, []).append(level)
+            levels.setdefault(name, []).append(level)
     tagged = [i for i, condition in enumerate(conditions) if condition]
-    ends = [i for i in tagged if all(x in (min(seen[n]), max(seen[n])) for n, x in conditions[i].items())]
+    ends = [i for i in tagged if all(x in (min(levels[n]), max(levels[n])) for n, x in conditions[i].items())]
     kept = ends or tagged
     bare = [i for i, condition in enumerate(conditions) if not condition]
     return [kept[i] for i in spread(len(kept), CONDITIONS - len(bare))] + bare

@@ -39,17 +39,18 @@ def condition_grid(objectives: Sequence[Objective], chosen: Sequence[str] = ()) 
     show no tag; else every objective has `levels`.
     """
     axes = {} if chosen else {o.name: levels(o) for o in objectives}
-    known = {o.name: o for o in objectives}
+    by_name = {o.name: o for o in objectives}
     for text in chosen:
         name, _, given = text.partition("=")
         name = name.strip()
-        if name not in known:
-            raise ValueError(f"--grid {text!r}: unknown objective {name!r}; known: {', '.join(known) or 'none'}")
+        if name not in by_name:
+            raise ValueError(f"--grid {text!r}: unknown objective {name!r}; known: {', '.join(by_name) or 'none'}")
         wrong = f"--grid {text!r}: write objective=level,level,..."
         axes[name] = [_number(level, wrong) for level in given.split(",")]
+        low, high = by_name[name].low, by_name[name].high
         for level in axes[name]:
-            if not known[name].low <= level <= known[name].high:
-                raise ValueError(f"--grid {text!r}: {level:g} is outside [{known[name].low:g}, {known[name].high:g}]")
+            if not low <= level <= high:
+                raise ValueError(f"--grid {text!r}: {level:g} is outside [{low:g}, {high:g}]")
     ordered = {o.name: axes[o.name] for o in objectives if o.name in axes}
     grid = [dict(zip(ordered, combination, strict=True)) for combination in product(*ordered.values())]
     if not chosen and len(grid) > MOST:

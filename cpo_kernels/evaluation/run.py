@@ -229,15 +229,15 @@ def _conditions(
     args: Any, source: Source, objectives: Sequence[Objective], records: Sequence[Record]
 ) -> list[dict[str, float]]:
     tags = TagTemplate(objectives, source.config.template.tags)
-    found = [parse_condition(text, tags) for text in args.condition or ()]
-    found += condition_grid(objectives, args.grid) if args.grid else []
-    if not found and args.scorer:
-        found = condition_grid(objectives)
-    if not found:
-        found = rating_conditions(records, [o.name for o in objectives])
-    if not found:
+    conditions = [parse_condition(text, tags) for text in args.condition or ()]
+    conditions += condition_grid(objectives, args.grid) if args.grid else []
+    if not conditions and args.scorer:
+        conditions = condition_grid(objectives)
+    if not conditions:
+        conditions = rating_conditions(records, [o.name for o in objectives])
+    if not conditions:
         raise ValueError("nothing to ask for: give --condition or --grid (no ratings here to take conditions from)")
-    return [condition for i, condition in enumerate(found) if condition not in found[:i]]
+    return [condition for i, condition in enumerate(conditions) if condition not in conditions[:i]]
 
 
 def _scorer(args: Any, objectives: Sequence[Objective], out: Path) -> Scorer | None:

@@ -98,11 +98,11 @@ def python_scorer(spec: str) -> Scorer:
     if not place:
         raise ValueError(f"python scorer {spec!r}: write module:function or path/to/file.py:function")
     if place.endswith(".py"):
-        found = importlib.util.spec_from_file_location(Path(place).stem, place)
-        if not Path(place).is_file() or found is None or found.loader is None:
+        module_spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        if not Path(place).is_file() or module_spec is None or module_spec.loader is None:
             raise FileNotFoundError(f"python scorer {spec!r}: there is no file {place}")
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
     else:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
@@ -134,9 +134,9 @@ class ModelScorer:
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = self.tokenizer
-        known = self.model.config.pad_token_id  # decoders score the last token that is not this one
-        if known is not None:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+        pad_id = self.model.config.pad_token_id  # decoders score the last token that is not this one
+        if pad_id is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
         elif tokenizer.pad_token_id is None:  # not the end token, which counts
             others = (tokenizer.unk_token, tokenizer.bos_token)
             tokenizer.pad_token = next((t for t in others if t and t != tokenizer.eos_token), None)

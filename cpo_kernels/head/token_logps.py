@@ -145,7 +145,7 @@ class LinearTokenLogps(torch.autograd.Function):
         ctx.save_for_backward(dx, *(() if args.want_dx and not any(ctx.needs_input_grad[1:3]) else for_head))
         rest = logps.extra, logps.ref_logp, filter_sums, *live  # torch.compile must see tensors of unknown sizes
         ctx.mark_non_differentiable(*rest)
-        ctx.set_materialize_grads(False)  # logp alone has one: no zeros for the rest
+        ctx.set_materialize_grads(False)  # only logp has one: no zeros for the rest
         return logps.logp, *rest
 
     @staticmethod

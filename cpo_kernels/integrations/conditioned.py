@@ -16,7 +16,7 @@ NOT_OF_THE_MODEL = RATING_KEYS | {"completion_mask", "ref_chosen_logps", "ref_re
 def conditioned_loss(trainer: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
     """Rows are [chosen column; rejected column]; the value under the condition decides which of a pair is preferred.
 
-    The loss is the mean over the pairs that are no ties, of the batches of all processes; accumulation averages these
+    The loss is the mean over the non-tied pairs of the batches of all processes; accumulation averages these
     means, as TRL averages its own.
     """
     if missing := RATING_KEYS - inputs.keys():
@@ -81,7 +81,7 @@ def ld_weights(mask: Tensor, lengths: Tensor, ld_alpha: float) -> Tensor:
 
 
 def log_metrics(trainer: Any, mode: str, inputs: dict[str, Any], outputs: Any, out: Any, mask: Tensor) -> None:
-    """TRL's metrics with `chosen` for what the value prefers, over the pairs that are no ties; and how many those are.
+    """TRL's metrics with `chosen` for what the value prefers, over the non-tied pairs; and how many those are.
 
     Sums and counts of all processes are added before dividing.
     """

@@ -5,7 +5,7 @@
 The head runs inside the model's own forward, so whatever acts there (DDP, FSDP, ZeRO, PEFT, accelerate's autocast) acts
 on it too. A sharded weight is gathered: under ZeRO-3 by TRL's `maybe_gather_lm_head_ctx`, in backward a second time; a
 DTensor once, its gradient averaged over the mesh as FSDP2 does (see `linear_token_logps`). A tensor-parallel head stays
-spread.
+sharded.
 """
 
 import functools

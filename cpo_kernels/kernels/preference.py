@@ -406,7 +406,7 @@ def aot_values_kernel(
 def aot_terms_kernel(
     values,
     ties,
-    live_first,  # [P]: the pairs, those that are no ties first
+    live_first,  # [P]: the pairs, the non-tied first
     ranks,  # [2, P]: the pairs in ascending order of either side, ties last
     pair_weights,
     pair_betas,

@@ -196,13 +196,13 @@ def _store_row(
 def _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS: tl.constexpr):
     """Stores what follows from a row's sums; returns its log-prob and the factor of its softmax, 1 / sum."""
     log_sum = tl.log(s)
-    known = y_label == y_label
+    label_is_number = y_label == y_label
     logp = nat * (y_label - m) - log_sum
-    lse = tl.where(known, nat * m + log_sum, float("nan"))
+    lse = tl.where(label_is_number, nat * m + log_sum, float("nan"))
     top1 = tl.where((y_label == m) & (s == s), 1.0, 0.0)
     entropy, log_sum_sq = log_sum - nat * (t / s), tl.log(q) - 2.0 * log_sum
     _store_row(logp_out, lse_out, extra_out, i, rows, logp, lse, entropy, log_sum_sq, nat * u / columns, top1, EXTRAS)
-    return logp, tl.where(known, 1.0 / s, float("nan"))
+    return logp, tl.where(label_is_number, 1.0 / s, float("nan"))
 
 
 # --------------------------------------------------------------------------------------------------------------- write

@@ -151,8 +151,7 @@ class FusedLinearCPOLoss(nn.Module):
         given = PairInputs(sequences.pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, *divisors)
         lengths, token_weights = sequences.lengths, sequences.token_weights
         args = kernel_args(self.options, given, lengths.shape[0], lengths, token_weights)
-        known = inputs.needs.head and not inputs.keeps_live_sets
-        run = self.from_hidden if known else self.from_token_logps
+        run = self.from_hidden if inputs.needs.head and not inputs.keeps_live_sets else self.from_token_logps
         result, seq_logps, filter_sums = run(inputs, sequences, args, ref_rows)
         out = output(result, seq_logps)
         if not inputs.filter_eps:
@@ -263,7 +262,7 @@ class FusedLinearCPOLoss(nn.Module):
 
         Args:
             labels, pairs, cu_seqlens, scores, conditions: as in the call, on the CPU. Scores and conditions are needed
-                where a trainable head takes several chunks: how many pairs are no ties is the divisor of each. They
+                where a trainable head takes several chunks: the number of non-tied pairs is the divisor of each. They
                 are checked here, where that makes no GPU wait.
             vocab_size: rows of the head's weight; of a sharded head, of its largest shard.
             dtype: of the head's products (autocast's, under autocast).

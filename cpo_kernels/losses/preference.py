@@ -23,7 +23,7 @@ from cpo_kernels.ops.preference import preference
 class PreferenceOutput(NamedTuple):
     """What a preference loss returns. Everything but `loss` is detached."""
 
-    loss: Tensor  # [], sum of weight * loss over the pairs that are no ties / num_pairs
+    loss: Tensor  # [], sum of weight * loss over the non-tied pairs / num_pairs
     losses: Tensor  # [P], 0 for ties
     seq_logps: Tensor  # [S]
     chosen_rewards: Tensor  # [P], beta * (L - ref) of the response that the loss preferred
@@ -32,7 +32,7 @@ class PreferenceOutput(NamedTuple):
     margin: Tensor  # [], mean of chosen - rejected reward over the non-tie pairs
     value_gap: Tensor  # [P], R(first) - R(second); NaN where no objective is rated on both sides, inf without scores
     order: Tensor  # [P] int8, +1 the first of the pair is chosen, -1 the second, 0 a tie
-    num_pairs: Tensor  # [] int64, pairs that are no ties
+    num_pairs: Tensor  # [] int64, non-tied pairs
     num_ties: Tensor  # [] int64, ties, unrated pairs among them
     num_unrated: Tensor  # [] int64, pairs without an objective that is rated on both sides
     # With filter_eps, means over the labelled rows whose gradient was filtered:

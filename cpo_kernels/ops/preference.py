@@ -36,7 +36,7 @@ class PreferenceArgs(NamedTuple):
         return self._replace(pair_weights=weights * self.pair_weights if self.pair_weights.numel() else weights)
 
     def counted(self, kernels: Kernels, dtype: torch.dtype) -> Tensor:
-        """[2] pairs that are no ties, and labelled tokens of their chosen sides: which only the ratings decide."""
+        """[2] non-tied pairs, and labelled tokens of their chosen sides: which only the ratings decide."""
         result = self.run(kernels, self.lengths.new_zeros(self.lengths.shape[0], dtype=dtype))
         chosen, _ = chosen_rejected(self.pairs, result.order)
         return torch.stack([result.counts[0], (self.lengths[chosen] * (result.order != 0)).sum()])

@@ -25,19 +25,20 @@ class RecipeParser(Parser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         plain, overrides = split_overrides(args)
-        known = [option for action in self._actions for option in action.option_strings]
+        options = [option for action in self._actions for option in action.option_strings]
         for name in (arg.partition("=")[0] for arg in plain if arg.startswith("--")):
             if name == "--config":
                 self.error("the recipe stands alone, without --config")
-            if not any(option.startswith(name) for option in known):  # a key, written without its section
+            if not any(option.startswith(name) for option in options):  # a key, written without its section
                 raise ValueError(unknown_key(name[2:].replace("-", "_")))
-        found = self.parse_intermixed_args(plain)
-        if found.config is None and not getattr(found, "keys", False):
+        arguments = self.parse_intermixed_args(plain)
+        if arguments.config is None and not getattr(arguments, "keys", False):
             self.error("name a YAML recipe")
-        if found.on_bad_line:
-            overrides.append(f"data.on_bad_line={found.on_bad_line}")
-        found.overrides = [*overrides, *found.overrides]  # the latter are no keys, which is said where they are read
-        return found
+        if arguments.on_bad_line:
+            overrides.append(f"data.on_bad_line={arguments.on_bad_line}")
+        # the latter are no keys, which is said where they are read
+        arguments.overrides = [*overrides, *arguments.overrides]
+        return arguments
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -127,12 +127,12 @@ def unknown_key(name: str, cls: type = Config, prefix: str = "") -> str:
     short = name.rpartition(".")[2]
     near = [full for full in every if full.rpartition(".")[2] == short]  # the right name in the wrong place
     if not near and short in ALIASES:
-        known = ALIASES[short]
-        return f"unknown key {prefix}{name}: " + (known if " " in known else f"here it is {known}")
+        hint = ALIASES[short]
+        return f"unknown key {prefix}{name}: " + (hint if " " in hint else f"here it is {hint}")
     here = {f.name: prefix + f.name for f in dataclasses.fields(cls)}
-    near = near or [here[found] for found in difflib.get_close_matches(short, here, n=1, cutoff=0.6)]
+    near = near or [here[match] for match in difflib.get_close_matches(short, here, n=1, cutoff=0.6)]
     names = {full.rpartition(".")[2]: full for full in every}
-    near = near or [names[found] for found in difflib.get_close_matches(short, names, n=1, cutoff=0.75)]
+    near = near or [names[match] for match in difflib.get_close_matches(short, names, n=1, cutoff=0.75)]
     return f"unknown key {prefix}{name}; " + (
         f"did you mean {near[0]}?" if near else f"there is {', '.join(here.values())}"
     )

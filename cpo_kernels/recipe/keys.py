@@ -122,7 +122,7 @@ class ConditionsConfig:
         1, "cdpo: different conditions of one prompt in one batch, over the same responses", "[1, inf)"
     )
     responses: int | None = key(
-        None, "cdpo, dpo: responses of a prompt in a batch, spread over rating classes; default: all", "[2, inf)"
+        None, "cdpo, dpo: responses of a prompt in a batch, of each rating class in turn; default: all", "[2, inf)"
     )
     pairs: int | None = key(
         None, "cdpo, dpo: at most so many pairs per prompt and condition; default: all non-ties", "[1, inf)"

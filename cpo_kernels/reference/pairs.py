@@ -72,7 +72,7 @@ def preference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Chosen or rejected by Delta R, the loss of every pair, and its gradient: all in float64.
 
-        loss = sum_p w_p sum_j loss_weights[j] l_j(p) / num_pairs   over the pairs that are no tie
+        loss = sum_p w_p sum_j loss_weights[j] l_j(p) / num_pairs   over the non-tied pairs
 
     seq_logps L `[S]`, ref_logps `[S]`, lengths `[S]`, pairs `[P, 2]`, scores `[S, K]`, conditions `[P, K]`,
     objectives `[2, K]` (weights, strengths), pair_weights and pair_betas `[P]`, margins `[S]`; only seq_logps

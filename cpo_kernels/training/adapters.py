@@ -66,19 +66,19 @@ def _resize(model: Any, saved: dict[str, Tensor], folder: str, tied: bool) -> No
     """Give embeddings and head the rows that `saved` has of them: those of tokens that came with the adapters."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     stems = [f"base_model.model.{name}." for name, module in model.named_modules() if module in ends]
-    found = {
+    sizes = {
         stem: len(weight)
         for stem in stems
         for name, weight in saved.items()
         if name.startswith(stem) and name.endswith(".weight")
     }
-    rows, had = set(found.values()), len(ends[0].weight)
+    rows, had = set(sizes.values()), len(ends[0].weight)
     if not rows or rows == {had}:
         return
-    if len(rows) > 1 or (len(found) < len(stems) and not tied):
+    if len(rows) > 1 or (len(sizes) < len(stems) and not tied):
         raise ValueError(
             f"model.name {folder}: the adapters were trained with {max(rows)} tokens over a model of {had}, and hold "
-            f"only {', '.join(found)}weight: save embeddings and head with them (peft's modules_to_save)"
+            f"only {', '.join(sizes)}weight: save embeddings and head with them (peft's modules_to_save)"
         )
     model.resize_token_embeddings(rows.pop(), mean_resizing=False)
 

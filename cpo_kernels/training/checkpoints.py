@@ -36,7 +36,7 @@ def training_state(named: Named, optimizer: torch.optim.Optimizer, keep: bool = 
     parameters: dict[str, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
-    seen: set[int] = set()
+    addresses: set[int] = set()
     for name, p in named:
         values = {"": p.detach()} | optimizer.state[p]
         for key, value in values.items():
@@ -51,8 +51,8 @@ def training_state(named: Named, optimizer: torch.optim.Optimizer, keep: bool = 
             if not key:
                 parameters[name] = value.contiguous()
             else:  # a tensor that parameters share is copied
-                tensors[f"{name}.{key}"] = value.clone() if value.data_ptr() in seen else value.contiguous()
-                seen.add(value.data_ptr())
+                tensors[f"{name}.{key}"] = value.clone() if value.data_ptr() in addresses else value.contiguous()
+                addresses.add(value.data_ptr())
     return parameters, tensors, numbers
 
 

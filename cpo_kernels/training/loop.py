@@ -179,7 +179,7 @@ class Loop:
         self.run, self.model, self.loss = run, model, loss
         self.same = same  # the hashes of the weights at the start and of the data: a continuation has the same
         self.quiet = not (config.training.progress and accelerator.is_main_process)
-        self.seen: list[tuple[Tensor, list[Encoded]]] = []  # loss and groups of the step's micro-batches
+        self.microbatches: list[tuple[Tensor, list[Encoded]]] = []  # loss and groups of the step's micro-batches
         with together(accelerator):
             optimizer = make_optimizer(select_trainable(model, config.training), config.training)
         self.optimizer = prepare(loss, optimizer, accelerator)
@@ -209,8 +209,8 @@ class Loop:
         if not last or last >= sum(epoch_length(units, self.training) for units in epochs):
             return lambda group: True
         steps = [groups for _, groups in islice(self.batches(epochs, 0), last)]
-        seen = {id(group) for groups in (*steps, *eval_set) for group in groups}
-        return lambda group: id(group) in seen
+        ids = {id(group) for groups in (*steps, *eval_set) for group in groups}
+        return lambda group: id(group) in ids
 
     def run_epochs(self, epochs: Sequence[Sequence[Unit]], eval_set: Sequence[Unit]) -> None:
         """`epochs`: the units of each, the last of them for all that follow."""
@@ -274,7 +274,7 @@ class Loop:
         sums = torch.zeros(len(self.loss.metrics) + 2, dtype=torch.float64, device=device)
         torch.manual_seed(hash((self.config.seed, number, accelerator.process_index)))  # of dropout
         self.model.train()
-        self.seen = []
+        self.microbatches = []
         parts = self.parts(groups)
         for i, (part, weight) in enumerate(parts, 1):
             batch = self.loss.collate(part)
@@ -282,7 +282,7 @@ class Loop:
                 loss, metrics = self.loss(batch, total)
                 backward(weight * loss, module, accelerator, i == len(parts))
             if weight:
-                self.seen.append((metrics[0], part))
+                self.microbatches.append((metrics[0], part))
                 sums += torch.cat([metrics, metrics.new_tensor([batch.tokens, batch.input_ids.numel()])])
         everywhere = accelerator.gather(torch.cat([sums, sums.new_tensor([peak_memory_gib(device)])])[None])
         *values, tokens, padded = everywhere[:, :-1].sum(0).tolist()
@@ -299,7 +299,7 @@ class Loop:
 
     def stop(self, step: int, row: dict[str, Any]) -> None:
         """Save what this step ran, by micro-batch, and raise. No parameter has taken part of it."""
-        parts = [(float(loss), [vars(group) for group in part]) for loss, part in self.seen]
+        parts = [(float(loss), [vars(group) for group in part]) for loss, part in self.microbatches]
         every = [{"loss": loss, "groups": groups} for loss, groups in gather_object(parts)]
         self.run.json("nonfinite.json", row | {"step": step, "microbatches": every})
         saved = f"; its batch is in {self.run.folder / 'nonfinite.json'}" if self.run.path else ""

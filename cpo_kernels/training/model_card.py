@@ -48,8 +48,8 @@ def model_card(
     lines += ["", "## Training", "", f"- base: {base}", f"- data: {', '.join(sources)}", f"- stage: {config.stage}"]
     lines.append("- every key of the run: config.yaml of the run directory")
     for row in [row for row in metrics if "eval_loss" in row][-1:]:
-        found = ", ".join(f"{name.removeprefix('eval_')} {x:.4g}" for name, x in row.items() if name != "step")
-        lines.append(f"- held-out prompts after step {row['step']}: {found}")
+        figures = ", ".join(f"{name.removeprefix('eval_')} {x:.4g}" for name, x in row.items() if name != "step")
+        lines.append(f"- held-out prompts after step {row['step']}: {figures}")
     return "\n".join(lines) + "\n"
 
 

@@ -171,10 +171,10 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except Exception as error:
         failed = error
-    found = gather_object([failed and f"{type(failed).__name__}: {failed}"])
+    errors = gather_object([failed and f"{type(failed).__name__}: {failed}"])
     if failed is not None:
         raise failed
-    for rank, text in enumerate(found):
+    for rank, text in enumerate(errors):
         if text:
             raise ValueError(f"rank {rank} stopped with {text}")
 

@@ -55,15 +55,15 @@ def with_reference(
     """
     main = accelerator.is_main_process
     with together(accelerator):
-        known = read_cache(cache) if main and cache and cache.exists() else {}
-    (known,) = broadcast_object_list([known])
-    found: set[str] = set()
+        cached_logps = read_cache(cache) if main and cache and cache.exists() else {}
+    (cached_logps,) = broadcast_object_list([cached_logps])
+    cache_hits: set[str] = set()
     missing: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
     for group in (group for units in sets for unit in units for group in unit if wanted(group)):
         for response in group.responses:
             key = sequence_key(group.prompt, response)
-            if key in known:
-                found.add(key)
+            if key in cached_logps:
+                cache_hits.add(key)
             else:
                 missing.setdefault(group.prompt, {})[key] = response
     todo = []
@@ -77,13 +77,13 @@ def with_reference(
         fresh |= {sequence_key(g.prompt, r): next(logps) for g in groups for r in g.responses}
         if number % SAVE_EVERY == 0 or number == len(batches):
             for part in gather_object([fresh]):
-                known |= part
+                cached_logps |= part
             fresh = {}
             with together(accelerator):
                 if main and cache:
-                    write_cache(known, cache)
-    filled = [[tuple(_fill(g, known) if wanted(g) else g for g in unit) for unit in units] for units in sets]
-    return filled, {"scored": sum(map(len, missing.values())), "cached": len(found)}
+                    write_cache(cached_logps, cache)
+    filled = [[tuple(_fill(g, cached_logps) if wanted(g) else g for g in unit) for unit in units] for units in sets]
+    return filled, {"scored": sum(map(len, missing.values())), "cached": len(cache_hits)}
 
 
 def write_cache(logps: dict[str, float], path: Path) -> None:
@@ -106,5 +106,5 @@ def _hash(logps: dict[str, float]) -> str:
     return blake2b(json.dumps(logps, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _fill(group: Encoded, known: dict[str, Any]) -> Encoded:
-    return replace(group, ref_logps=tuple(known[sequence_key(group.prompt, r)] for r in group.responses))
+def _fill(group: Encoded, logps: dict[str, Any]) -> Encoded:
+    return replace(group, ref_logps=tuple(logps[sequence_key(group.prompt, r)] for r in group.responses))

@@ -170,12 +170,12 @@ def hold(path: Path) -> TextIO:
 
 
 def versions() -> dict[str, Any]:
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    environment: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for name in ("cpo-kernels", "torch", "transformers", "accelerate", "safetensors", "peft", "bitsandbytes"):
         try:
-            found[name] = importlib.metadata.version(name)
+            environment[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    found["threads"] = torch.get_num_threads()
-    return found
+            environment[name] = None
+    environment["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    environment["threads"] = torch.get_num_threads()
+    return environment

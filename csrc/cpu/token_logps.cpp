@@ -41,8 +41,8 @@ const IsaKernels* choose_kernels() {
 void combine(const Rows& rows, Partial& a, const Partial& b) {
   Partial low = a, high = b;
   if (a.max_y > b.max_y) std::swap(low, high);
-  // Columns of -inf alone have sums of 0 whatever their shift is (NaN where they held one); c times the most negative
-  // number is a shift of -inf.
+  // Columns that are all -inf have sums of 0 whatever their shift is (NaN where they held one); c times the most
+  // negative number is a shift of -inf.
   const double step = std::isinf(low.max_y) || low.shift == high.shift ? 0.0 : low.shift - high.shift;
   lower(low, step, rows.type == kFloat64 ? std::exp(step) : std::exp2(step));
   a.shift = high.shift;
@@ -136,7 +136,7 @@ void write_rows(const Rows& rows, const Plan& plan) {
   });
 }
 
-// The sums of every row, pieces of columns spread over the threads and added in column order.
+// The sums of every row, pieces of columns divided among the threads and added in column order.
 std::vector<Partial> scan_pieces(const Rows& rows, bool extras) {
   const int64_t pieces = rows.pieces();
   std::vector<Partial> partials(rows.count * pieces);

@@ -1,6 +1,6 @@
 // What the kernels need of the machine: threads, barriers, shuffles, clusters, 16-byte accesses, conversions, launches.
 //
-// A kernel file takes raw pointers, holds no torch code, and reaches the machine through this file alone. That is what
+// A kernel file takes raw pointers, holds no torch code, and reaches the machine only through this file. That is what
 // lets tests/host_cuda/host_device.h run the same sources on a CPU, with the same names and CPO_HOST_CUDA defined.
 #pragma once
 
@@ -81,7 +81,7 @@ CPO_DEVICE T shuffle_xor(T value, int mask) {
   return value;
 }
 
-// ---- clusters: a block alone is a cluster of 1 ----------------------------------------------------------------------
+// ---- clusters: a single block is a cluster of 1 ---------------------------------------------------------------------
 
 CPO_DEVICE int cluster_size() {
 #if __CUDA_ARCH__ >= 900

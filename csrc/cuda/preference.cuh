@@ -19,12 +19,12 @@ namespace cpo::cuda {
 // What beta multiplies in the reported rewards: L - ref, or L, or L / n where no loss type needs a reference.
 enum class Reward { kRatio, kSum, kMean };
 
-// The order of the n pairs that are no tie, for one loss type. Null where it is not asked for.
+// The order of the n non-tied pairs, for one loss type. Null where it is not asked for.
 struct AotOrder {
   int64_t* rank;   // [2, P]: at which rank the upper, the lower value of a pair stands
   double* sorted;  // [2, P]: the upper, the lower value that stands at a rank
   int64_t* upper;  // [P]: the pair of the upper value at a rank
-  int64_t* live;   // [P]: the first n are the pairs that are no tie
+  int64_t* live;   // [P]: the first n are the non-tied pairs
 };
 
 struct PreferenceInput {
@@ -152,7 +152,7 @@ CPO_DEVICE LossPair loss_pair(const PreferenceInput& in, int64_t p, const Orient
           nll_scale};
 }
 
-// Every listed loss of a pair that is no tie, weighted.
+// Every listed loss of a non-tied pair, weighted.
 CPO_DEVICE LossTerm weighted_terms(const PreferenceInput& in, int64_t p, const LossPair& pair) {
   LossTerm sum{0.0, 0.0, 0.0};
   for (int j = 0; j < in.num_losses; ++j) {
@@ -194,7 +194,7 @@ struct Divisors {
   double nll_scale;  // of L_w in an NLL term
 };
 
-// Pairs that are no tie and tokens of their chosen responses, where they are not given: every block counts them.
+// Non-tied pairs and tokens of their chosen responses, where they are not given: every block counts them.
 template <int kThreads>
 CPO_DEVICE Divisors divisors(const PreferenceInput& in, void* scratch) {
   double pairs = in.divisor, tokens = in.chosen_tokens;

@@ -16,8 +16,8 @@ struct Sums {
   CPO_DEVICE static Sums none() { return {-Acc(INFINITY), 0, 0, 0, 0}; }
 };
 
-// Rounded to one number, so that all exponentials of a row are relative to the same. A row of -inf alone has sums of 0,
-// whatever its shift.
+// Rounded to one number, so that all exponentials of a row are relative to the same. A row that is all -inf has sums of
+// 0, whatever its shift.
 template <typename Acc>
 CPO_DEVICE Acc shift_of(Acc top, Acc c) {
   return top == -Acc(INFINITY) ? Acc(0) : mul_rn(top, c);

@@ -19,7 +19,7 @@ constexpr int blocks_for(int threads) {
   return (sizeof(T) == 8 ? 512 : 1024) / threads;
 }
 
-// pieces = 1: the outputs; else sums [rows, pieces] alone.
+// pieces = 1: the outputs; else only sums [rows, pieces].
 template <typename T, int kThreads, bool kSoftcap, bool kExtras>
 CPO_KERNEL(kThreads, blocks_for<T>(kThreads))
 scan_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, Sums<AccOf<T>>* sums) {

@@ -175,7 +175,7 @@ def test_a_time_limit_ends_the_check_with_what_has_run(tmp_path, monkeypatch, ca
 
 
 def test_a_time_limit_in_the_process_itself(tmp_path, monkeypatch):
-    def slow(backend, seen):
+    def slow(backend, findings):
         time.sleep(0.3)
 
     monkeypatch.setattr(run, "all_cases", lambda: [Case(f"slow/{k}", slow) for k in range(40)])
@@ -212,11 +212,11 @@ def test_nothing_goes_on_after_an_interrupt():
 def deadly_cases():
     """dies, hangs and fine; what is fine comes first where they run one after the other."""
 
-    def dies(backend, seen):
+    def dies(backend, findings):
         os._exit(3)
 
-    def hangs(backend, seen):
+    def hangs(backend, findings):
         time.sleep(1000)
 
     cases = [Case(f"dies/{k}", dies, True) for k in (0, 1)] + [Case(f"hangs/{k}", hangs, True) for k in (4, 5)]
-    return [Case(f"fine/{k}", lambda backend, seen: None, True) for k in (2, 3)] + cases
+    return [Case(f"fine/{k}", lambda backend, findings: None, True) for k in (2, 3)] + cases

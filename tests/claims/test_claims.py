@@ -99,7 +99,7 @@ def test_soup_is_the_mean_of_the_single_models(lab, start):
     assert all(torch.equal(t, parts[1][key]) for key, t in methods.soup(lab, start, one_hot(1, 3), SETTING).items())
 
 
-def test_single_objective_dpo_orders_pairs_by_it_alone(lab, start, monkeypatch):
+def test_single_objective_dpo_orders_pairs_by_only_it(lab, start, monkeypatch):
     seen = trained(monkeypatch)
     methods.dpo(lab, start, (0.0, 1.0, 0.0), Setting(2e-3))
     ((config, records),) = seen

@@ -162,7 +162,7 @@ def test_tables_say_what_is_met():
 
 
 def test_intervals_draw_questions():
-    """One point, every second answer the best of one objective alone: its mean is a mean of independent questions."""
+    """One point, every second answer the best of only one objective: its mean is a mean of independent questions."""
     values = torch.zeros(1, 1, 400, 2, dtype=torch.float64)
     values[:, :, ::2, 0] = 1.0
     samples = rated_report.resampled(values)

@@ -373,7 +373,7 @@ def test_batch_points_at_the_position_before_each_label(kind, row_tokens):
     assert bool((first // 3 == second // 3).all()) and len(batch.pairs) == sum(len(g.pairs) for g in groups)
     assert torch.equal(batch.scores[0], torch.tensor(groups[0].scores[0], dtype=torch.float64))
     assert batch.conditions.shape == (len(batch.pairs), 2)
-    real = batch.input_ids.count_nonzero()  # the token 0 is padding alone here
+    real = batch.input_ids.count_nonzero()  # the token 0 is only padding here
     assert real == batch.tokens == tokens == sum(map(sum, batch.segments))
     if kind == "padded":
         assert batch.tree is batch.branch is None

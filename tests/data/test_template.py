@@ -99,7 +99,7 @@ def test_a_boundary_without_a_token_before_it_is_refused():
 
 @pytest.mark.parametrize("kind", ["legacy", "byte level"])
 def test_an_empty_response_after_a_prompt_that_ends_in_the_end_token(kind):
-    """It is the end token alone, not nothing."""
+    """It is only the end token, not nothing."""
     template = made(TOKENIZERS[kind](), "{tags}{prompt}<eos>")
     assert pieces(template, response="")[1] == [template.end_id] == pieces(template, response="<eos>")[1]
     assert pieces(template, response="Yes")[1][-1] == template.end_id

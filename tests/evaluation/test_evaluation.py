@@ -93,7 +93,7 @@ def test_relative_accuracy_of_known_models():
 
 
 def test_paired_gain_compares_question_by_question():
-    """Two models that differ by 0.1 on every question: the interval holds the difference alone, not the questions."""
+    """Two models that differ by 0.1 on every question: the interval holds only the difference, not the questions."""
     before = {"by_question": [0.2, 0.9, float("nan"), 0.5]}
     after = {"by_question": [0.3, 1.0, float("nan"), 0.6]}
     gain = paired_gain(after, before)

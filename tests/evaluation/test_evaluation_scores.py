@@ -101,7 +101,7 @@ def test_win_rates_by_hand():
     rows = win_rates({"one": one, "two": two}, [A, B])
     assert [(r["a"], r["b"], r["asked"], r["mean"], r["questions"]) for r in rows] == [
         ("one", "two", "conditions", 0.75, 2),  # closer to 2 in the first, a tie in the second
-        ("one", "two", "no tags", 0.75, 2),  # b is not rated on one side: a alone, a tie
+        ("one", "two", "no tags", 0.75, 2),  # b is not rated on one side: only a, a tie
     ]
     turned = win_rates({"two": two, "one": one}, [A, B])
     assert [r["mean"] for r in turned] == [0.25, 0.25]

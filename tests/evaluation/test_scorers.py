@@ -314,7 +314,7 @@ def test_replies(reply, scores):
         assert [None if math.isnan(score) else score for score in parse_scores(reply, BOTH)] == scores
 
 
-def test_names_that_differ_in_case_alone_are_two():
+def test_names_that_differ_only_in_case_are_two():
     assert parse_scores('{"honesty": 5, "Honesty": 1}', [HONESTY, Objective("Honesty", 1, 5)]) == [5, 1]
 
 

@@ -139,7 +139,7 @@ def test_float16_coefficients_survive_without_loss_scaling(budget):
 
 @pytest.mark.parametrize("upstream", [1e-45, 1e-42, 1e-30, 0.0])
 def test_float16_gradients_of_next_to_nothing_are_zero(upstream):
-    """Saturated pairs: coefficients that float32 holds as subnormals alone."""
+    """Saturated pairs: coefficients that float32 holds only as subnormals."""
     batch = make_batch().to(torch.float16)
     logps = cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias)
     for grad in torch.autograd.grad(logps, batch.leaves, torch.full_like(logps, upstream)):
@@ -200,7 +200,7 @@ def test_float16_sums_over_many_rows_stay_in_range(call, rows):
 
 @pytest.mark.parametrize("train_head", [True, False])
 def test_positions_without_label_are_never_projected(monkeypatch, train_head):
-    """Multiply-adds are counted: 4 products (recompute), 3 (nll) or 2 (frozen) on the labelled rows alone."""
+    """Multiply-adds are counted: 4 products (recompute), 3 (nll) or 2 (frozen) on only the labelled rows."""
     batch = make_batch(dtype=torch.float32, bias=False)
     weight = batch.weight if train_head else batch.weight.detach()
     count, mm = [0], torch.mm

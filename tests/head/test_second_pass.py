@@ -124,7 +124,7 @@ def test_dw_has_no_float32_copy():
     assert 0 < seen.bytes < 4001 * 16 * 4
 
 
-def test_a_row_without_log_sum_exp_is_nan_alone():
+def test_only_a_row_without_log_sum_exp_is_nan():
     """On a GPU a label out of range leaves its row's log-sum-exp NaN: so is its dX, and no other row's."""
     from cpo_kernels.backends.vocab_parallel import columns_bwd_
 
@@ -135,4 +135,4 @@ def test_a_row_without_log_sum_exp_is_nan_alone():
         z = logits.clone()
         columns_bwd_(reference, z, torch.tensor([5, 99, -100]), lse, torch.ones(3), -100, 1.0, 0.0, first, 40)
         assert z[1].isnan().all() and z[0].isfinite().all() and not z[2].any()
-        assert z[0].sum().isclose(torch.tensor(-1.0 if first else 0.0), atol=1e-5)  # softmax alone, or 1 - softmax
+        assert z[0].sum().isclose(torch.tensor(-1.0 if first else 0.0), atol=1e-5)  # only softmax, or 1 - softmax

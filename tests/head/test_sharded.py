@@ -1,4 +1,4 @@
-"""A head spread over 2 and 4 processes against one process: values, gradients, what is sent, and misuse."""
+"""A head sharded over 2 and 4 processes against one process: values, gradients, what is sent, and misuse."""
 
 import functools
 import math
@@ -40,7 +40,7 @@ def batch_of(case):
 
 
 def head_of(case, batch, shards):
-    """(hidden, weight, bias) as leaves, on this rank its rows alone; a frozen head where the case says so."""
+    """(hidden, weight, bias) as leaves, on this rank only its rows; a frozen head where the case says so."""
     rows = slice(None) if shards is None else slice(shards.start, shards.start + shards.rows[dist.get_rank()])
     train = case.get("train_head", True)
     weight, bias = (
@@ -172,7 +172,7 @@ def misuse(shards):
         messages.append(str(error.value))
     with mock.patch.object(
         vocab_parallel, "check_refused"
-    ):  # a GPU's labels are not looked at: NaN for that token alone
+    ):  # a GPU's labels are not looked at: NaN for only that token
         labels = batch.labels.clone()
         labels[0, -1], labels[1, -1] = VOCAB, -5
         logps = cpo.linear_token_logps(hidden, weight, labels, vocab_shards=shards)
@@ -213,13 +213,13 @@ def dtensors(rank):
     seen["gathered"] = None, [hidden.grad, weight.grad.full_tensor(), bias.grad.full_tensor()]
 
     whole = distribute_tensor(batch.weight.detach(), mesh, [Replicate()])
-    spread = distribute_tensor(batch.hidden.detach(), mesh, [Replicate()])
+    replicated = distribute_tensor(batch.hidden.detach(), mesh, [Replicate()])
     shards = cpo.VocabShards(dist.group.WORLD, (VOCAB,) + (0,) * (world - 1))
     for match, given in (
-        ("must be Shard", (spread, whole)),
-        ("hidden is a DTensor and weight is not", (spread, batch.weight)),
-        ("leave vocab_shards out", (spread, weight, None, shards)),
-        ("must both be DTensors", (spread, weight, batch.bias)),
+        ("must be Shard", (replicated, whole)),
+        ("hidden is a DTensor and weight is not", (replicated, batch.weight)),
+        ("leave vocab_shards out", (replicated, weight, None, shards)),
+        ("must both be DTensors", (replicated, weight, batch.bias)),
     ):
         hidden, weight_, *rest = given
         bias_, shards_ = [*rest, None, None][:2]
@@ -228,7 +228,7 @@ def dtensors(rank):
     return seen
 
 
-def on_rank_1_alone(rank, change):
+def on_only_rank_1(rank, change):
     """What each rank is told when the arguments of one are wrong; in a group of its own, which may break."""
     shards, batch = cpo.VocabShards(dist.group.WORLD, (51, 50)), batch_of({})
     hidden, weight, _ = head_of({}, batch, shards)
@@ -329,14 +329,14 @@ def test_every_rank_refuses_alike(world):
 
 
 def test_a_label_out_of_range_on_one_rank_is_an_error_on_all():
-    other, own = run_processes(on_rank_1_alone, 2, "label", seconds=60)
+    other, own = run_processes(on_only_rank_1, 2, "label", seconds=60)
     assert own[0] == "ValueError" and own[1].startswith("label 101 is out of range")
     assert other[0] == "ValueError" and re.search(r"row \d+ is \d+ here and out of range on rank 1", other[1])
 
 
-def test_the_end_of_a_rank_that_raised_alone_ends_the_wait_of_the_others():
+def test_the_end_of_the_only_rank_that_raised_ends_the_wait_of_the_others():
     with pytest.raises(AssertionError, match=r"exit codes \[0, 3\]"):
-        run_processes(on_rank_1_alone, 2, "dtype", seconds=60)
+        run_processes(on_only_rank_1, 2, "dtype", seconds=60)
 
 
 @pytest.mark.parametrize("world", [2, 4])

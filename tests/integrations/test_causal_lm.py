@@ -352,7 +352,7 @@ def test_trained_rows_of_the_head_are_refused_for_what_they_are():
             r"puts rows of its own .* Leave trainable_token_indices out; modules_to_save=\['lm_head'\] trains the head",
         )
     lora_only = lora(make("LlamaForCausalLM", tie_word_embeddings=False), trainable_token_indices=[3, 4])
-    assert_same(lora_only, make_batch())  # of the embeddings alone
+    assert_same(lora_only, make_batch())  # only of the embeddings
     assert_same(lora(make("LlamaForCausalLM", tie_word_embeddings=True), modules_to_save=["lm_head"]), make_batch())
 
 

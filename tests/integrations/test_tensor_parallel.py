@@ -1,4 +1,4 @@
-"""Causal LMs whose head is spread over two processes, by a plan of transformers or torch's ColwiseParallel."""
+"""Causal LMs whose head is sharded over two processes, by a plan of transformers or torch's ColwiseParallel."""
 
 import os
 

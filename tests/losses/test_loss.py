@@ -138,7 +138,7 @@ def test_four_responses_give_six_pairs(train_head, budget):
 
 @pytest.mark.parametrize("budget", [None, 20 * ROW, 9 * ROW, 1], ids=["one_chunk", "two", "each", "two_pass"])
 def test_sequences_without_pair_or_label(budget):
-    """Sequences 1 and 4 stand in no pair, 2 holds no label: log-probs of all, gradients of the paired alone."""
+    """Sequences 1 and 4 stand in no pair, 2 holds no label: log-probs of all, gradients of only the paired."""
     batch = make_batch(6)
     batch.labels[2] = -100
     pairs = torch.tensor([[5, 0], [3, 2]])

@@ -233,7 +233,7 @@ else:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_import_needs_torch_alone():
+def test_import_needs_only_torch():
     script = """
 import sys
 import cpo_kernels

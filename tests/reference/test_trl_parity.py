@@ -148,7 +148,7 @@ def assert_parity(data, types, weights, trl_settings=None, our_settings=None):
     assert their_grad.abs().max() > 1e-4  # a loss that learns nothing would agree with anything
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(our_grad, their_grad, rtol=1e-6, atol=1e-6)
-    if any(LOSS_TYPES[name].needs_reference for name in types):  # sft alone reports beta L here
+    if any(LOSS_TYPES[name].needs_reference for name in types):  # only sft reports beta L here
         assert chosen_rewards.mean().item() == pytest.approx(metrics["rewards/chosen"][0], rel=1e-6)
         assert rejected_rewards.mean().item() == pytest.approx(metrics["rewards/rejected"][0], rel=1e-6)
 

@@ -67,9 +67,9 @@ def true_seq_logps(batch: Batch, token_weights: Tensor | None = None, **head: fl
     return (logps if token_weights is None else logps * token_weights).sum(1)
 
 
-def relative_error(seen: Tensor, truth: Tensor) -> float:
-    """max |seen - truth| over max |truth|, in float64."""
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """max |actual - truth| over max |truth|, in float64."""
     if truth.numel() == 0:
         return 0.0
-    seen, truth = seen.detach().double(), truth.detach().double()
-    return float((seen - truth).abs().max() / truth.abs().max().clamp(min=1e-300))
+    actual, truth = actual.detach().double(), truth.detach().double()
+    return float((actual - truth).abs().max() / truth.abs().max().clamp(min=1e-300))

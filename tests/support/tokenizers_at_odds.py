@@ -44,7 +44,7 @@ def metaspace(scheme, template=None, ends=False, begins=False):
 
 
 def byte_level(template=None, ends=False, begins=False):
-    """As GPT-2's, of bytes alone but for a doubled line feed."""
+    """As GPT-2's, of bytes only but for a doubled line feed."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet, "ĊĊ"])}
     made = Tokenizer(models.BPE(vocab, [("Ċ", "Ċ")]))

@@ -102,7 +102,7 @@ def test_flex_attention_gives_the_same_log_probs(rows):
 
 
 def test_flash_attention_gets_the_lengths_of_packed_sequences(monkeypatch):
-    """The varlen arguments, checked by attention made from them alone; flash-attn itself needs a GPU."""
+    """The varlen arguments, checked by attention made from only them; flash-attn itself needs a GPU."""
     model, loss, groups = loss_and_groups("cdpo", training={"rows": "packed"})
     monkeypatch.setattr(attention, "_name", lambda model: "flash_attention_2")
     batch = collate(groups[:3], "packed", attention.row_tokens(model))

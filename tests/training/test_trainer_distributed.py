@@ -79,7 +79,7 @@ def train_tiny(**sections):
 
 
 def launched_as(kind):
-    """Accelerate's own FSDP2 on a CPU: it asks for it on accelerators alone, but its code does not need them."""
+    """Accelerate's own FSDP2 on a CPU: it asks for it only on accelerators, but its code does not need them."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -375,7 +375,7 @@ def test_accelerate_launches_the_command(tmp_path):
     launcher = ["accelerate.commands.launch", *settings, "--main_process_port", str(free_port())]
     done = launch(tmp_path, launcher, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("train: prompts 10") == 1  # the main process alone speaks
+    assert done.stdout.count("train: prompts 10") == 1  # only the main process speaks
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     config = tiny.config(training={"max_steps": 2})
     one = train(config, tokenizer=tiny.tokenizer(), records=RECORDS)

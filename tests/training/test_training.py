@@ -110,7 +110,7 @@ def test_every_stage_learns(stage):
     losses = values(result, "loss")
     if preferring:
         assert losses[0] == pytest.approx(math.log(2))
-        # The reference has batches of its own: with AVX2 alone, products of other shapes are rounded otherwise (5e-8).
+        # The reference has batches of its own: with only AVX2, products of other shapes are rounded otherwise (5e-8).
         assert values(result, "margin")[0] == pytest.approx(0, abs=1e-6)
         assert losses[-1] < 0.62 and values(result, "accuracy")[-1] > 0.6
         assert values(result, "chosen_rewards")[-1] - values(result, "rejected_rewards")[-1] == pytest.approx(
@@ -142,7 +142,7 @@ def test_seed_decides_the_run():
     assert fingerprint(first.model) == fingerprint(again.model) != fingerprint(other.model)
 
 
-def test_last_k_trains_the_last_layers_and_the_norm_alone():
+def test_last_k_trains_only_the_last_layers_and_the_norm():
     config = read_config(tiny.config("cdpo", training={"train": "last_k", "k": 1}))
     model, tokenizer = load_model(config.model, None, tiny.tokenizer())
     before = {name: p.clone() for name, p in model.named_parameters()}

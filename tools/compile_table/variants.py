@@ -35,7 +35,7 @@ class Variant(NamedTuple):
     constexprs: dict[str, Any]
     aligned: set[str]  # arguments that are multiples of 16
     launch: tuning.Launch | tuning.Tile
-    wide: bool = False  # its loops must access device memory in 16 bytes alone
+    wide: bool = False  # its loops must access device memory only in 16 bytes
     resident_warps: int = 0  # of 32 threads, that a multiprocessor must have registers for
 
 
@@ -100,7 +100,7 @@ def preference_variants() -> Iterator[Variant]:
         plain = [name for name, row in LOSS_TYPES.items() if not row.couples_batch]
         lists: list[tuple[tuple[str, ...], int]] = [((name,), 0) for name in plain]
         lists += [(("sigmoid",), kind) for kind in range(1, len(F_DIVERGENCES))]
-        lists += [(tuple(plain[:MAX_LOSSES]), 0), ((), 0)]  # (): aot alone
+        lists += [(tuple(plain[:MAX_LOSSES]), 0), ((), 0)]  # (): only aot
         for names, kind in lists:
             for absent in (_OPTIONAL - {"extra"}, set()) if names else (set(),):
                 yield _preference_variant(dtype, names, kind, absent, 1)

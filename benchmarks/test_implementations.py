@@ -1,6 +1,6 @@
-"""Every subject computes what its family's truth does: `pytest benchmarks --benchmark-enable` also times them, roughly.
+"""Every implementation computes its family's truth: `pytest benchmarks --benchmark-enable` also times them, roughly.
 
-Figures that are quoted come from `cpo-kernels bench`: there the subjects take turns in processes of their own.
+Figures that are quoted come from `cpo-kernels bench`: there the implementations take turns in processes of their own.
 """
 
 import json
@@ -12,9 +12,9 @@ import torch
 
 from cpo_kernels.bench import measure, training_step
 from cpo_kernels.bench.families import FAMILIES
+from cpo_kernels.bench.implementation import Step
 from cpo_kernels.bench.measure import Clock, differences, peak_bytes, project
 from cpo_kernels.bench.preference import Preference
-from cpo_kernels.bench.subject import Step
 from cpo_kernels.bench.tokens import Tokens
 from cpo_kernels.bench.training_step import TrainingStep
 from cpo_kernels.bench.workload import Head
@@ -51,18 +51,18 @@ def family_of(workload):
     return next(name for name, family in FAMILIES.items() if isinstance(workload, family.workload))
 
 
-CASES = [(case, name) for case, w in WORKLOADS.items() for name in FAMILIES[family_of(w)].subjects]
+CASES = [(case, name) for case, w in WORKLOADS.items() for name in FAMILIES[family_of(w)].implementations]
 
 
 @pytest.mark.parametrize("case, name", CASES, ids=lambda x: x)
-def test_subject_equals_the_truth(benchmark, case, name):
+def test_implementation_equals_the_truth(benchmark, case, name):
     workload = WORKLOADS[case]
     family = FAMILIES[family_of(workload)]
-    if why := family.subjects[name].why_not(workload, CPU):
+    if why := family.implementations[name].why_not(workload, CPU):
         pytest.skip(why)
     if name in COMPILED and case not in ("groups", "tokens"):
         pytest.skip("compiles for seconds: once is enough")
-    step = family.subjects[name].build(family.tensors(workload, CPU))
+    step = family.implementations[name].build(family.tensors(workload, CPU))
     step.prepare()
     outcome = benchmark.pedantic(step.run, setup=step.prepare, rounds=3, warmup_rounds=1)
     if name == family.floor and not outcome:

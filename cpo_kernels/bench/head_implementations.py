@@ -9,7 +9,7 @@ from torch import Tensor
 import cpo_kernels as cpo
 from cpo_kernels.backends import dispatch
 from cpo_kernels.bench.head import Batch, TokenLogps, from_token_logps, gathered
-from cpo_kernels.bench.subject import BETA, Outcome, Step, Subject, gpu_only
+from cpo_kernels.bench.implementation import BETA, Implementation, Outcome, Step, gpu_only
 from cpo_kernels.bench.workload import Head
 
 FILTERED: dict[str, Any] = {"filter_eps": "auto", "filter_head_grad": True}
@@ -92,14 +92,14 @@ def needs_backend(impl: str) -> Callable[[Head, torch.device], str]:
     return lambda workload, device: gpu_only(workload, device) or dispatch.missing(impl)
 
 
-def trainable_alone(workload: Head, device: torch.device) -> str:
+def trainable_only(workload: Head, device: torch.device) -> str:
     return "" if workload.mode == "trainable" else "two_pass is for a trainable head"
 
 
 # ---------------------------------------------------------------------------------------------------------------- naive
 
 
-def naive(rows_alone: bool, compiled: bool) -> Callable[[Batch], Step]:
+def naive(labelled_only: bool, compiled: bool) -> Callable[[Batch], Step]:
     """Logits of every position, or only of the labelled rows."""
 
     @from_token_logps
@@ -114,27 +114,27 @@ def naive(rows_alone: bool, compiled: bool) -> Callable[[Batch], Step]:
         def labelled(x: Tensor, weight: Tensor) -> Tensor:
             return b.padded(function(x[keep], weight, labels, softcap))
 
-        return labelled if rows_alone else every_position
+        return labelled if labelled_only else every_position
 
     return make
 
 
-SUBJECTS = {
-    "products": Subject("bare matrix products (the floor)", products),
-    "ours": Subject("**cpo-kernels**", fused_loss()),
-    "ours_triton": Subject("cpo-kernels, Triton", fused_loss("triton"), refuses=needs_backend("triton")),
-    "ours_cuda": Subject("cpo-kernels, CUDA C++", fused_loss("cuda"), refuses=needs_backend("cuda")),
-    "ours_two_pass": Subject(
-        "cpo-kernels, two_pass: a group exceeds the budget", fused_loss(two_pass=True), refuses=trainable_alone
+IMPLEMENTATIONS = {
+    "products": Implementation("bare matrix products (the floor)", products),
+    "ours": Implementation("**cpo-kernels**", fused_loss()),
+    "ours_triton": Implementation("cpo-kernels, Triton", fused_loss("triton"), refuses=needs_backend("triton")),
+    "ours_cuda": Implementation("cpo-kernels, CUDA C++", fused_loss("cuda"), refuses=needs_backend("cuda")),
+    "ours_two_pass": Implementation(
+        "cpo-kernels, two_pass: a group exceeds the budget", fused_loss(two_pass=True), refuses=trainable_only
     ),
-    "ours_token_logps": Subject("cpo-kernels, `linear_token_logps` and a loss in torch", our_token_logps()),
-    "ours_filtered": Subject("cpo-kernels, `filter_eps`", fused_loss(filter_eps="auto")),
-    "ours_filtered_head": Subject("cpo-kernels, `filter_eps` and `filter_head_grad`", fused_loss(**FILTERED)),
-    "ours_token_logps_filtered": Subject(
+    "ours_token_logps": Implementation("cpo-kernels, `linear_token_logps` and a loss in torch", our_token_logps()),
+    "ours_filtered": Implementation("cpo-kernels, `filter_eps`", fused_loss(filter_eps="auto")),
+    "ours_filtered_head": Implementation("cpo-kernels, `filter_eps` and `filter_head_grad`", fused_loss(**FILTERED)),
+    "ours_token_logps_filtered": Implementation(
         "cpo-kernels, `linear_token_logps`, both filters", our_token_logps(**FILTERED)
     ),
-    "naive": Subject("naive PyTorch, every position", naive(False, False)),
-    "naive_unmasked": Subject("naive PyTorch, labelled rows only", naive(True, False)),
-    "naive_compiled": Subject("naive PyTorch, every position, torch.compile", naive(False, True)),
-    "naive_unmasked_compiled": Subject("naive PyTorch, labelled rows only, torch.compile", naive(True, True)),
+    "naive": Implementation("naive PyTorch, every position", naive(False, False)),
+    "naive_unmasked": Implementation("naive PyTorch, labelled rows only", naive(True, False)),
+    "naive_compiled": Implementation("naive PyTorch, every position, torch.compile", naive(False, True)),
+    "naive_unmasked_compiled": Implementation("naive PyTorch, labelled rows only, torch.compile", naive(True, True)),
 }

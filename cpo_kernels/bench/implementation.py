@@ -1,4 +1,4 @@
-"""What can be timed: a family of subjects that compute the same thing from the same tensors."""
+"""What can be timed: a family of implementations that compute the same thing from the same tensors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from cpo_kernels.environment import installed
 
 BETA = 0.1  # of every preference loss
-# Name -> tensor, as many of the truth's names as the subject computes.
+# Name -> tensor, as many of the truth's names as the implementation computes.
 Outcome = dict[str, Tensor]
 
 
@@ -20,7 +20,7 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a subject, which may hold `repeats` runs of what is timed; `prepare` runs before it, untimed."""
+    """An implementation's step, which may hold `repeats` runs of what is timed; `prepare` runs before it, untimed."""
 
     run: Callable[[], Outcome]
     prepare: Callable[[], None] = nothing
@@ -28,7 +28,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Implementation:
     """`build` makes the step from the family's tensors; `refuses` says why it cannot run a workload, '' if it can.
 
     traffic: logits that it reads and writes, in multiples of N * V; 0 where the family does not count them.
@@ -48,18 +48,18 @@ class Subject:
 
 @dataclass(frozen=True)
 class Family:
-    """Subjects and what they share.
+    """Implementations and what they share.
 
-    floor: the subject whose time the others are measured against, '' for none.
-    tensors: (workload, device) -> what every subject builds its step from; the same values in every process.
+    floor: the implementation whose time the others are measured against, '' for none.
+    tensors: (workload, device) -> what every implementation builds its step from; the same values in every process.
     truth: the same outcome in float32 or better, by the plainest route that fits in memory.
     limits: largest relative error of each of the truth's names.
-    apart: one subject in memory at a time; each turn begins its process anew and runs once untimed.
+    apart: one implementation in memory at a time; each turn begins its process anew and runs once untimed.
     """
 
     workload: type
     tensors: Callable[[Any, torch.device], Any]
-    subjects: Mapping[str, Subject]
+    implementations: Mapping[str, Implementation]
     floor: str
     truth: Callable[[Any], Outcome]
     limits: Callable[[Any], Mapping[str, float]]
