@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CUDA, m) {
   m.impl("token_logps_fused_", TORCH_BOX(&cpo::cuda::token_logps_fused_));
   m.impl("live_columns", TORCH_BOX(&cpo::cuda::live_columns));
   m.impl("live_grads", TORCH_BOX(&cpo::cuda::live_grads));
+  m.impl("live_sum", TORCH_BOX(&cpo::cuda::live_sum));
   m.impl("sequence_sum", TORCH_BOX(&cpo::cuda::sequence_sum));
   m.impl("preference", TORCH_BOX(&cpo::cuda::preference));
 }

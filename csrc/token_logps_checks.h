@@ -7,13 +7,16 @@
 
 namespace cpo {
 
+inline void check_logit_type(const char* op, const char* name, ScalarType type) {
+  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+            type == ScalarType::Double,
+        op, ": ", name, " must be float32, bfloat16, float16 or float64, got ", name_of(type));
+}
+
 inline void check_token_arguments(const char* op, const Tensor& logits, const Tensor& labels, double scale,
                                   double softcap, int64_t vocab_size) {
   check(logits.dim() == 2, op, ": logits must have shape [N, V], got ", shape_of(logits));
-  const ScalarType type = logits.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-            type == ScalarType::Double,
-        op, ": logits must be float32, bfloat16, float16 or float64, got ", name_of(type));
+  check_logit_type(op, "logits", logits.scalar_type());
   check(vocab_size >= 1 && vocab_size <= logits.size(1), op, ": vocab_size must be in [1, ", logits.size(1),
         "] (the columns of logits), got ", vocab_size);
   check(logits.size(1) == 1 || logits.stride(1) == 1, op,
@@ -47,6 +50,25 @@ inline void check_row_values(const Tensor& lse, const Tensor& grad, int64_t rows
   check_dtype("grad", grad, type);
   check_vector("lse", lse, rows);
   check_vector("grad", grad, rows);
+}
+
+// live_sum: tail [sets, v], tails [sets, H], made [columns, H], offsets [sets + 1].
+inline void check_sum_arguments(const char* op, const Tensor& tail, const Tensor& tails, const Tensor& made,
+                                const Tensor& columns, const Tensor& offsets) {
+  check(tail.dim() == 2 && tails.dim() == 2 && made.dim() == 2, op, ": tail, tails and made must be matrices, got ",
+        shape_of(tail), ", ", shape_of(tails), " and ", shape_of(made));
+  const ScalarType type = made.scalar_type();
+  check_logit_type(op, "made", type);
+  check_dtype("tail", tail, type);
+  check_dtype("tails", tails, type == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  check_dtype("columns", columns, ScalarType::Long);
+  check_dtype("offsets", offsets, ScalarType::Long);
+  check_matrix("tails", tails, tail.size(0), tails.size(1));
+  check_matrix("made", made, columns.numel(), tails.size(1));
+  check_vector("columns", columns, columns.numel());
+  check_vector("offsets", offsets, tail.size(0) + 1);
+  check(tail.size(1) <= 1 || tail.stride(1) == 1, op, ": tail must have unit stride over the columns, got stride ",
+        tail.stride(1), "; call .contiguous() first");
 }
 
 }  // namespace cpo

@@ -197,18 +197,9 @@ Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Ten
 }
 
 Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets) {
-  check(tail.dim() == 2 && tails.dim() == 2 && made.dim() == 2, "live_sum: tail, tails and made must be matrices");
+  check_sum_arguments("live_sum", tail, tails, made, columns, offsets);
   const int64_t sets = tail.size(0), width = tails.size(1);
   const ElementType type = element_type("live_sum", made.scalar_type());
-  const ScalarType acc = type == kFloat64 ? ScalarType::Double : ScalarType::Float;
-  check_dtype("tail", tail, made.scalar_type());
-  check_dtype("tails", tails, acc);
-  check_dtype("columns", columns, ScalarType::Long);
-  check_dtype("offsets", offsets, ScalarType::Long);
-  check_matrix("tails", tails, sets, width);
-  check_matrix("made", made, columns.numel(), width);
-  check_vector("offsets", offsets, sets + 1);
-  check(tail.size(1) <= 1 || tail.stride(1) == 1, "live_sum: tail must have unit stride over the columns");
   tails = dense(tails), made = dense(made), columns = dense(columns), offsets = dense(offsets);
   check_columns("live_sum", data_of<int64_t>(columns), data_of<int64_t>(offsets), sets, columns.numel(), tail.size(1));
   Tensor out = torch::stable::new_empty(made, {tail.size(1), width}, made.scalar_type());

@@ -1,11 +1,16 @@
-// live_columns and live_grads: the columns of the vocabulary in which a set of rows has a gradient worth a product, and
-// the gradient there. Formulas: cpo_kernels/reference/live_columns.py; s_tv = softmax_tv * dz/du.
+// live_columns, live_grads and live_sum: the columns of the vocabulary in which a set of rows has a gradient worth a
+// product, the gradient there, and dW of the sets' products. Formulas: cpo_kernels/reference/live_columns.py; s_tv =
+// softmax_tv * dz/du.
 //
 //   prepare   a row's softmax, once a row and not once a tile
 //   sets      a block owns a tile of the vocabulary of one set: each warp sweeps some of its rows and keeps the largest
 //             s and the sum of its columns in registers; the warps meet at the end
 //   row_sums  the tiles of a row, added in order
 //   gather    a warp a row: its set's live columns
+//   find      where the products of a set hold a row of dW: a search for each, once, whose latency the whole grid
+//   hides;
+//             in `sum` every block would wait for it again for each of its sets
+//   sum       a warp owns some rows of a tile of dW in registers, walks the sets in order, and rounds once
 //
 // No atomics: same bits every time. A row that does not count has factor 0, and its logits are not read.
 #pragma once
@@ -19,6 +24,7 @@ constexpr int kTileVectors = 2;  // of a lane: 512 16-bit columns a tile, whose 
 constexpr int kTileRows = 2;     // rows of a warp whose loads are in flight together
 constexpr int kGathered = 4;     // columns of a lane whose loads are in flight together
 constexpr int kSumThreads = 128;
+constexpr int kSumRows = 4;  // of dW, of a warp: they share the reads of `tails`; 16-bit sums of 8 rows would spill
 
 template <typename T>
 constexpr int kTile = kWarp * kTileVectors * Number<T>::kPer;
@@ -27,6 +33,13 @@ constexpr int kTile = kWarp * kTileVectors * Number<T>::kPer;
 template <typename Acc>
 struct RowShift {
   Acc shift, factor;
+};
+
+// What a set adds to a row of dW: `tail` times its tails, and row `made` of the products; -1: it has no product there.
+template <typename Acc>
+struct alignas(2 * sizeof(Acc)) RowOfSet {
+  Acc tail;
+  int32_t made;
 };
 
 template <typename T>
@@ -218,6 +231,102 @@ gather_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* row_sums, const
   g[count] = rounded<T>(counted ? (total > 0 ? Acc(0) : total) : none);
 }
 
+// found [sets, padded]. Without order in a set's ids a search ends at another of its rows, never outside them.
+template <typename T, int kThreads>
+CPO_KERNEL(kThreads, 1)
+find_kernel(const T* tail, int64_t stride, int64_t columns, int64_t padded, int64_t count, const int64_t* ids,
+            const int64_t* offsets, RowOfSet<AccOf<T>>* found) {
+  const int64_t i = block_index() * kThreads + thread_index();
+  if (i >= count) return;
+  const int64_t set = i / padded, v = i % padded, end = offsets[set + 1];
+  int64_t low = offsets[set];
+  for (int64_t high = end; low < high;) {
+    const int64_t middle = low + (high - low) / 2;
+    if (ids[middle] < v) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  const AccOf<T> q = v < columns ? widened(tail[set * stride + v]) : AccOf<T>(0);
+  found[i] = {q, low < end && ids[low] == v ? int32_t(low) : -1};
+}
+
+// This lane's numbers of a row of tails, in the order of load_vector; 0 behind the row.
+template <typename T, bool kWide>
+CPO_DEVICE void load_tails(const AccOf<T>* row, int first, int width, AccOf<T> (&x)[Number<T>::kPer]) {
+  using Acc = AccOf<T>;
+  constexpr int kPer = Number<T>::kPer, kPerAcc = Number<Acc>::kPer;
+  if constexpr (kWide) {
+#pragma unroll
+    for (int e = 0; e < kPer; e += kPerAcc) {
+      Acc part[kPerAcc];
+      Number<Acc>::unpack(load16(row + first + place_in_tile<T, true>(0, e)), part);
+#pragma unroll
+      for (int i = 0; i < kPerAcc; ++i) x[e + i] = part[i];
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kPer; ++e) {
+      const int column = first + place_in_tile<T, false>(0, e);
+      x[e] = column < width ? row[column] : Acc(0);
+    }
+  }
+}
+
+// out [columns, width]. Wide: rows of whole vectors on 16-byte boundaries.
+template <typename T, int kThreads, bool kWide>
+CPO_KERNEL(kThreads, 768 / kThreads)
+sum_kernel(const RowOfSet<AccOf<T>>* found, const AccOf<T>* tails, const T* made, int64_t sets, int64_t columns,
+           int64_t padded, int width, int64_t tiles, T* out) {
+  using Acc = AccOf<T>;
+  constexpr int kPer = Number<T>::kPer;
+  const int64_t v = (block_index() / tiles * (kThreads / kWarp) + thread_index() / kWarp) * kSumRows;
+  const int first = int(block_index() % tiles) * kWarp * kPer;
+  if (v >= columns || first + place_in_tile<T, kWide>(0, 0) >= width) return;
+  Acc total[kSumRows][kPer] = {};
+  for (int64_t set = 0; set < sets; ++set) {
+    RowOfSet<Acc> row[kSumRows];
+    Pack part[kSumRows];
+#pragma unroll
+    for (int r = 0; r < kSumRows; ++r) row[r] = found[set * padded + v + r];
+#pragma unroll
+    for (int r = 0; r < kSumRows; ++r) {
+      part[r] = {};
+      if (row[r].made < 0) continue;
+      const T* const line = made + int64_t(row[r].made) * width;
+      part[r] =
+          kWide ? load16(line + first + place_in_tile<T, true>(0, 0)) : load_vector<T, false>(line, first, 0, width);
+    }
+    Acc x[kPer];
+    load_tails<T, kWide>(tails + set * width, first, width, x);
+#pragma unroll
+    for (int r = 0; r < kSumRows; ++r) {
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) total[r][e] = fma(row[r].tail, x[e], total[r][e]);
+      if (row[r].made < 0) continue;
+      Acc y[kPer];
+      Number<T>::unpack(part[r], y);
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) total[r][e] += y[e];
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kSumRows; ++r) {
+    if (v + r >= columns) return;
+    T* const line = out + (v + r) * width + first;
+    if constexpr (kWide) {
+      store16(line + place_in_tile<T, true>(0, 0), Number<T>::pack(total[r]));
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) {
+        const int place = place_in_tile<T, false>(0, e);
+        if (first + place < width) line[place] = rounded<T>(total[r][e]);
+      }
+    }
+  }
+}
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 inline int64_t shares(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -254,6 +363,36 @@ void launch_live_grads(const char* op, const Problem<T>& p, const AccOf<T>* lse,
   const int64_t sets = shares(p.rows, set_rows), blocks = shares(set_rows, kSetThreads / kWarp);
   const auto kernel = softcap ? gather_kernel<T, kSetThreads, true> : gather_kernel<T, kSetThreads, false>;
   launch(op, {sets * blocks, kSetThreads, 1, 0, stream}, kernel, p, lse, row_sums, ids, offsets, set_rows, blocks, out);
+}
+
+constexpr int kSumBlockRows = kSetThreads / kWarp * kSumRows;
+
+inline int64_t padded_rows(int64_t columns) { return shares(columns, kSumBlockRows) * kSumBlockRows; }
+
+// Numbers of the accumulation type that launch_live_sum wants in device memory.
+inline int64_t sum_scratch_size(int64_t sets, int64_t columns) { return 2 * sets * padded_rows(columns); }
+
+template <typename T>
+int64_t sum_tiles(int64_t width) {
+  return shares(width, kWarp * Number<T>::kPer);
+}
+
+// tail [sets, columns] in rows of `stride`; columns and width are at least 1.
+template <typename T>
+void launch_live_sum(const char* op, const T* tail, int64_t stride, const AccOf<T>* tails, const T* made,
+                     const int64_t* ids, const int64_t* offsets, int64_t sets, int64_t columns, int64_t width,
+                     AccOf<T>* scratch, T* out, void* stream) {
+  auto* found = reinterpret_cast<RowOfSet<AccOf<T>>*>(scratch);
+  const int64_t padded = padded_rows(columns), count = sets * padded, tiles = sum_tiles<T>(width);
+  if (sets > 0) {
+    launch(op, {shares(count, kSumThreads), kSumThreads, 1, 0, stream}, find_kernel<T, kSumThreads>, tail, stride,
+           columns, padded, count, ids, offsets, found);
+  }
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const bool wide = width % Number<T>::kPer == 0 && aligned(tails) && aligned(made) && aligned(out);
+  const auto kernel = wide ? sum_kernel<T, kSetThreads, true> : sum_kernel<T, kSetThreads, false>;
+  launch(op, {padded / kSumBlockRows * tiles, kSetThreads, 1, 0, stream}, kernel, found, tails, made, sets, columns,
+         padded, int(width), tiles, out);
 }
 
 }  // namespace cpo::cuda

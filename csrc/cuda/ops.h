@@ -44,6 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Te
                                                 int64_t ignore_index, double scale, double softcap, int64_t vocab_size);
 Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
                   int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size);
+Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets);
 Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference(
     Tensor seq_logps, Tensor ref_logps, Tensor lengths, Tensor pairs, Tensor scores, Tensor conditions,

@@ -1,4 +1,4 @@
-// live_columns and live_grads on the host, for ctypes: what csrc/cuda/live_columns.cu does after its checks.
+// live_columns, live_grads and live_sum on the host, for ctypes: what csrc/cuda/live_columns.cu does after its checks.
 // 0: float32, 1: bfloat16, 2: float16, 3: float64.
 #include "../../csrc/cuda/live_columns.cuh"
 #include "../../csrc/cuda/token_logps_launch.h"
@@ -15,7 +15,11 @@ struct Call {
   const void* lse;
 };
 
-template <typename Run>
+struct SumCall {
+  int64_t dtype, stride, sets, columns, width, seed;
+};
+
+template <typename Call, typename Run>
 void with_dtype(const Call& call, const Run& run) {
   host_seed = call.seed;
   switch (call.dtype) {
@@ -53,6 +57,18 @@ void host_live_grads(const Call* call, const void* row_sums, const int64_t* ids,
     using Acc = AccOf<T>;
     launch_live_grads("", problem_in<T>(*call), static_cast<const Acc*>(call->lse), static_cast<const Acc*>(row_sums),
                       ids, offsets, call->set_rows, call->softcap > 0, static_cast<T*>(out), nullptr);
+  });
+}
+
+void host_live_sum(const SumCall* call, const void* tail, const void* tails, const void* made, const int64_t* ids,
+                   const int64_t* offsets, void* out) {
+  with_dtype(*call, [&](auto zero) {
+    using T = decltype(zero);
+    using Acc = AccOf<T>;
+    const std::unique_ptr<Acc[]> scratch(new Acc[sum_scratch_size(call->sets, call->columns)]);
+    launch_live_sum("", static_cast<const T*>(tail), call->stride, static_cast<const Acc*>(tails),
+                    static_cast<const T*>(made), ids, offsets, call->sets, call->columns, call->width, scratch.get(),
+                    static_cast<T*>(out), nullptr);
   });
 }
 }

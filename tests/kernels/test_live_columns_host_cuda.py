@@ -1,4 +1,4 @@
-"""The CUDA kernels of live_columns and live_grads on the CPU (tests/host_cuda), against the reference in float64."""
+"""The CUDA kernels of live_columns, live_grads and live_sum on the CPU (tests/host_cuda), against the reference in float64."""
 
 import ctypes
 from types import SimpleNamespace
@@ -34,8 +34,12 @@ class Call(ctypes.Structure):
     ]
 
 
+class SumCall(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int64) for n in ("dtype", "stride", "sets", "columns", "width", "seed")]
+
+
 def host_kernels(host_library, seed=0):
-    """Both ops of the host emulation, with the signatures of library.py; outputs begin as numbers that are wrong."""
+    """The ops of the host emulation, with the signatures of library.py; outputs begin as numbers that are wrong."""
 
     def call(logits, labels, lse, eps, set_rows, ignore_index, scale, softcap, vocab_size):
         shape = (logits.shape[0], logits.stride(0), logits.shape[1], vocab_size, ignore_index, set_rows, seed)
@@ -67,7 +71,14 @@ def host_kernels(host_library, seed=0):
         host_library.host_live_grads(arguments, *pointers(row_sums, columns, offsets, out))
         return out
 
-    return SimpleNamespace(live_columns=live_columns, live_grads=live_grads)
+    def live_sum(tail, tails, made, columns, offsets):
+        out = made.new_full((tail.shape[1], tails.shape[1]), torch.nan)
+        sizes = (tail.stride(0), *tail.shape, tails.shape[1], seed)
+        arguments = ctypes.byref(SumCall(DTYPES.index(made.dtype), *sizes))
+        host_library.host_live_sum(arguments, *pointers(tail, tails, made, columns, offsets, out))
+        return out
+
+    return SimpleNamespace(live_columns=live_columns, live_grads=live_grads, live_sum=live_sum)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +123,11 @@ def test_sanitizers(sanitizer, tmp_path):
         ("address,undefined", "column < columns ? widened", "column <= columns ? widened"),
         ("address,undefined", "j + e * kWarp < count ? ids", "j + e * kWarp <= count ? ids"),
         ("address,undefined", "kPer - 1) < columns", "0) < columns"),
+        ("address,undefined", "low < end && ids", "ids"),
+        ("address,undefined", "v < columns ? widened(tail", "v <= columns ? widened(tail"),
+        ("address,undefined", "x[e] = column < width", "x[e] = column <= width"),
+        ("address,undefined", "if (v + r >= columns) return;", ""),
+        ("address,undefined", "0) >= width) return;", "0) > width) return;"),
     ],
 )
 def test_sanitizers_bite(sanitizer, there, instead, tmp_path):

@@ -37,7 +37,7 @@ def test_every_launcher_compiles(launches):
     assert kernels == {
         "scan_kernel", "combine_kernel", "write_kernel", "sequence_sum_kernel", "preference_kernel",
         "aot_values_kernel", "aot_terms_kernel", "prepare_kernel", "scan_sets_kernel", "gather_kernel",
-        "dx_kernel", "pack_kernel", "dw_kernel",
+        "sum_sets_kernel", "dx_kernel", "pack_kernel", "dw_kernel",
     }  # fmt: skip
     for name, row in LOSS_TYPES.items():
         assert "preference_kernel" in {r["kernel"] for r in launches[name]}
@@ -64,6 +64,12 @@ def test_rows_off_16_bytes_have_a_variant_with_wide_accesses(launches, dtype):
 def test_live_columns_reads_aligned_rows_in_wide_accesses(launches, dtype):
     scan = {width: launches[f"live_columns {dtype} {width}"][-1] for width in (1024, 1025)}
     assert scan[1024]["wide"] > scan[1025]["wide"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_live_sum_moves_aligned_rows_in_wide_accesses(launches, dtype):
+    (aligned,), (off,) = (launches[f"live_sum {dtype} {width}"] for width in (512, 513))
+    assert aligned["wide"] > off["wide"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

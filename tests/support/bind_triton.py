@@ -120,6 +120,15 @@ def all_live_ops() -> None:
             kernels.live_grads(logits, labels, lse, lse, torch.arange(5), offsets, 32, *head)
 
 
+def all_live_sums() -> None:
+    """Rows of dW on 16-byte boundaries and off them."""
+    for dtype, width in itertools.product(DTYPES, (512, 513)):
+        tails = torch.zeros(2, width, dtype=torch.promote_types(dtype, torch.float32))
+        tail, made = rows(2, 1024, dtype), rows(5, width, dtype)
+        with launches(f"live_sum {str(dtype).removeprefix('torch.')} {width}"):
+            kernels.live_sum(tail, tails, made, torch.arange(5), torch.tensor([0, 5, 5]))
+
+
 def all_live_products() -> None:
     """Rows of g on 16-byte boundaries (8 numbers) and off them."""
     for dtype, live in itertools.product(DTYPES, (7, 5)):
@@ -159,5 +168,6 @@ if __name__ == "__main__":
     print(json.dumps({"triton": triton.__version__}))
     all_token_ops()
     all_live_ops()
+    all_live_sums()
     all_live_products()
     all_preferences()

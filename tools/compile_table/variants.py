@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from cpo_kernels.kernels import tuning
 from cpo_kernels.kernels.live_columns import GENERAL as LIVE_GENERAL
-from cpo_kernels.kernels.live_columns import gather_kernel, prepare_kernel, scan_sets_kernel
+from cpo_kernels.kernels.live_columns import gather_kernel, prepare_kernel, scan_sets_kernel, sum_sets_kernel
 from cpo_kernels.kernels.live_matmul import dw_kernel, dx_kernel, pack_kernel
 from cpo_kernels.kernels.preference import (
     MAX_LOSSES,
@@ -154,6 +154,10 @@ def live_variants() -> Iterator[Variant]:
         yield _live_variant(f"live dw {dtype}", dw_kernel, dtype, launch, sizes, True)
         pack = {"BM": tuning.LIVE_PACK.rows, "BV": launch.rows}
         yield _live_variant(f"live pack {dtype}", pack_kernel, dtype, tuning.LIVE_PACK, pack, True)
+        sizes = {"ROWS": tuning.LIVE_SUM.rows, "BLOCK": tuning.LIVE_SUM.block}
+        for edges in (False, True):
+            label = f"live sum {dtype}" + " edges" * edges
+            yield _live_variant(label, sum_sets_kernel, dtype, tuning.LIVE_SUM, sizes, not edges)
     launch = tuning.LIVE_PREPARE
     for dtype in ("fp32", "fp64"):
         flags = {"ROWS": launch.block}
