@@ -122,7 +122,7 @@ def filtered_table(content: Result) -> str:
     ]
     for name in FILTERED_ROWS:
         cells = [cell(r["subjects"].get(name, {"why": "not asked for"})) for r in loads]
-        lines.append(f"| {HEAD_SUBJECTS[name].label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {HEAD_IMPLEMENTATIONS[name].label} | " + " | ".join(cells) + " |")
     shares = f"Head {loads[0]['head']}, bfloat16: time as a multiple of the bare exact products, then peak memory."
     return "\n".join([*lines, "", f"{shares} {setting(content, loads)}"])
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of live_columns, live_grads and live_sum on the CPU (tests/host_cuda), against the reference in float64."""
+"""The CUDA kernels of live columns on the CPU (tests/host_cuda), against the reference in float64."""
 
 import ctypes
 from types import SimpleNamespace
