@@ -1,4 +1,4 @@
-"""The CUDA kernels of live_columns, live_grads and live_sum on the CPU (tests/host_cuda), against the reference in float64."""
+"""The CUDA kernels of live columns (live_columns, live_grads, live_sum) in the host emulation, against the reference."""
 
 import ctypes
 from types import SimpleNamespace
