@@ -1,4 +1,4 @@
-"""The CUDA kernels of live columns (live_columns, live_grads, live_sum) in the host emulation, against the reference."""
+"""The CUDA kernels of live_columns.cuh on the CPU (tests/host_cuda), against the reference in float64."""
 
 import ctypes
 from types import SimpleNamespace
