@@ -276,7 +276,7 @@ CPO_DEVICE void load_tails(const AccOf<T>* row, int first, int width, AccOf<T> (
 
 // out [columns, width]. Wide: rows of whole vectors on 16-byte boundaries.
 template <typename T, int kThreads, bool kWide>
-CPO_KERNEL(kThreads, 768 / kThreads)
+CPO_KERNEL(kThreads, 640 / kThreads)
 sum_kernel(const RowOfSet<AccOf<T>>* found, const AccOf<T>* tails, const T* made, int64_t sets, int64_t columns,
            int64_t padded, int width, int64_t tiles, T* out) {
   using Acc = AccOf<T>;

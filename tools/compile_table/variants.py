@@ -176,11 +176,13 @@ def _live_variant(
     types |= {n: "*i64" for n in ("block_sets", "block_tiles", "tile_starts", "tile_blocks", "tile_sets")}
     types |= {n: "fp64" for n in ("threshold", "nat", "c", "inner", "scale")}
     types |= {n: "i32" for n in ("stride", "rows", "columns", "set_rows", "tiles", "blocks", "ignore_index")}
-    types |= {n: "i32" for n in ("sets", "hidden", "weight_stride", "steps")}
+    types |= {n: "i32" for n in ("sets", "hidden", "width", "weight_stride", "steps")}
+    if kernel is sum_sets_kernel:
+        types |= {"tail": "*" + dtype, "made": "*" + dtype, "places": "*i64"}
     signature = {n: "constexpr" if n in constexprs else types.get(n, "*" + acc) for n in kernel.arg_names}
     off = LIVE_GENERAL["do_not_specialize_on_alignment"]
     at = {n for n, t in signature.items() if t[0] == "*" and n not in off}
-    at |= {"stride", "columns", "hidden", "weight_stride"} & set(kernel.arg_names) if aligned else set()
+    at |= {"stride", "columns", "hidden", "width", "weight_stride"} & set(kernel.arg_names) if aligned else set()
     resident = 12 if flags.get("SOFTCAP") else 20 if aligned else 16
     if dtype == "fp64" or launch.depth:
         resident = 8
