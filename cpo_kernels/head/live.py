@@ -144,7 +144,7 @@ def live_sets(head: Head, z: Tensor, labels: Tensor, lse: Tensor, eps: float, se
     columns = torch.nonzero_static(live, size=offsets[-1])[:, 1].contiguous()
     g = head.kernels.live_grads(z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options)
     total = tail.sum(1, keepdim=True)
-    q = (tail * (TAIL_UNIT / torch.where(total > 0, total, 1.0))).to(z.dtype)
+    q = (tail / torch.where(total > 0, total, 1.0) * TAIL_UNIT).to(z.dtype)  # 1 / total may not be finite
     return LiveSets(g, columns, offsets, exact, q, z.shape[0], set_rows)
 
 

@@ -133,6 +133,25 @@ def test_nothing_labelled():
     assert not any(g.any() for g in torch.autograd.grad(logp.sum(), leaves))
 
 
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap, others", [(None, -90.0), (None, -100.0), (10.0, -torch.inf)])
+def test_a_tail_of_almost_nothing(softcap, others, dtype, impl):
+    """Words that a bias rules out: their probability is a float32 number whose inverse is none."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = 0.01 * torch.randn(6, 8, generator=g), torch.randn(40, 8, generator=g)
+    bias = torch.where(torch.arange(40) < 3, 0.0, others)
+    leaves, labels = [t.to(dtype).requires_grad_() for t in (hidden, weight, bias)], torch.arange(6) % 3
+    got, exact = (
+        torch.autograd.grad(
+            cpo.linear_token_logps(*leaves[:2], labels, leaves[2], softcap=softcap, impl=impl, **options).sum(), leaves
+        )
+        for options in ({"filter_eps": 0.01, "filter_head_grad": True}, {})
+    )
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=1e-3)
+
+
 @pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)], ids=str)
 @pytest.mark.parametrize("filter_head_grad", [True, False])
 def test_only_what_is_asked_for(wanted, filter_head_grad):
