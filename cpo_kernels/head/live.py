@@ -98,7 +98,8 @@ class LiveSets:
         width = max(1, self.tail.shape[1])
         shares = [[1.0 if e else len(c) / width, float(e)] for c, e in zip(self.columns_of(), self.exact, strict=True)]
         of_sets = torch.tensor(shares, dtype=torch.float32).view(-1, 2)
-        of_rows = of_sets.repeat_interleave(torch.tensor(self.sizes(), dtype=torch.int64), 0).to(labels.device)
+        set_of = torch.arange(self.num_rows, device=labels.device) // self.set_rows
+        of_rows = of_sets.to(labels.device, non_blocking=True).index_select(0, set_of)  # the host waits for nothing
         live, exact = (of_rows * (labels != options.ignore_index)[:, None]).sum(0)
         taus = [g[:, -1].abs().sum(dtype=torch.float32) for g, e in zip(self.grads(), self.exact, strict=True) if not e]
         tail = torch.stack(taus).sum() / options.scale if taus else torch.zeros_like(live)
@@ -212,9 +213,9 @@ def over_shards(head: Head, sums: Tensor) -> Tensor:
     kernels = head.kernels
     if not isinstance(kernels, ShardedKernels):
         return sums
-    columns = sums.new_tensor(kernels.columns(head.options.vocab_size))
-    shares = columns / columns.sum()
-    return (all_gather(sums, kernels.group) * torch.stack([shares, torch.ones_like(shares), shares], 1)).sum(0)
+    shares = [columns / head.options.vocab_size for columns in kernels.columns(head.options.vocab_size)]
+    weights = torch.tensor([[share, 1.0, share] for share in shares], dtype=sums.dtype)
+    return (all_gather(sums, kernels.group) * weights.to(sums.device, non_blocking=True)).sum(0)
 
 
 def live_head_grads(
