@@ -257,12 +257,13 @@ def live_head_grads(
         if need_dw and kernels:
             total[low:high] += exact.t() @ again_scaled
         elif need_dw:
-            spans = [torch.searchsorted(ids, torch.tensor([low, high])).tolist() for ids in columns]
+            ends = torch.tensor([low, high], device=x.device)
+            spans = [torch.searchsorted(ids, ends).tolist() for ids in columns]
             tile_columns = [c[start:end] - low for c, (start, end) in zip(columns, spans, strict=True)]
             parts = [(g[:, start:end], scaled[r]) for g, r, (start, end) in zip(grads, rows, spans, strict=True)]
             dw[low:high] = _sum_of_sets(
                 head, sets.tail[:, low:high], tails, [*parts, (exact, again_scaled)],
-                [*tile_columns, torch.arange((high - low) * (len(again_scaled) > 0))],
+                [*tile_columns, torch.arange((high - low) * (len(again_scaled) > 0), device=x.device)],
             )  # fmt: skip
     if kernels and need_dw:
         dw[:width] = total

@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
-from cpo_kernels.head.live import LIVE_LIMIT
+from cpo_kernels.backends import dispatch
+from cpo_kernels.head.inputs import Head
+from cpo_kernels.head.live import LIVE_LIMIT, filtered_chunk, live_head_grads
+from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import BACKENDS, relative_error
 from tests.support.processes import run_processes
 
@@ -178,6 +182,37 @@ def test_backward_twice_and_bits(filter_head_grad):
     again = torch.autograd.grad(logp, leaves, coef)
     other = torch.autograd.grad(cpo.linear_token_logps(*leaves[:2], labels, leaves[2], **where), leaves, coef)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, other, strict=True))
+
+
+class HostTensors(TorchFunctionMode):
+    """Tensors made without a device are the host's: what joins or searches them with others fails on a GPU."""
+
+    def __init__(self) -> None:
+        self.host: dict[int, Tensor] = {}
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.searchsorted):
+            given = [id(t) in self.host for t in (args[0] if func is torch.cat else args)]
+            assert all(given) or not any(given), f"{func.__name__} of tensors of the host and of the device"
+            self.calls += func is torch.searchsorted
+        if func in (torch.arange, torch.tensor) and not (kwargs or {}).get("device"):
+            self.host[id(out)] = out
+        return out
+
+
+def test_head_gradients_join_no_tensors_of_the_host():
+    """Products of a copy of W_A, as impl="cuda" makes them."""
+    leaves, labels = rows()
+    x, weight, bias = (t.detach() for t in leaves)
+    x, labels = x[labels != -100], labels[labels != -100]
+    head = Head(weight, bias, HeadOptions(-100, 1.0, 0.0, VOCAB), len(x), dispatch.kernels("cpu", weight))
+    _, logps, sets = filtered_chunk(head, (x, labels, False, None), 1e-3, 16, x[:0], whole=False)
+    assert any(sets.exact) and not all(sets.exact)
+    with HostTensors() as seen:
+        live_head_grads(head, sets, x, labels, logps.lse, torch.ones_like(logps.lse), True, True)
+    assert seen.calls
 
 
 STRATEGIES = {  # name -> rows of a chunk, options
