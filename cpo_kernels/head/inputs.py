@@ -98,6 +98,11 @@ class HeadInputs:
         return self.filter_eps > 0 and self.filter_head_grad and self.needs.head
 
     @property
+    def filters(self) -> bool:
+        """Whether some wanted gradient is filtered."""
+        return self.keeps_live_sets or (self.filter_eps > 0 and self.needs.dx)
+
+    @property
     def needs(self) -> Needs:
         wanted = torch.is_grad_enabled()
         return Needs(*(wanted and t.requires_grad for t in self.tensors[:3]))

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import library
-from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here
+from cpo_kernels.backends.vocab_parallel import ShardedKernels, all_gather, columns_bwd_, columns_here
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Execution, Head, RowLogps
 from cpo_kernels.head.matmul import product
 from cpo_kernels.head.strategy import chunks, even_rows
+from cpo_kernels.ops.token_logps import HeadOptions
 
 LIVE_LIMIT = 0.5  # share of live columns from which a set is exact
-TAIL_UNIT = 1024.0  # q is kept as 1024 q: in float16 neither its elements nor their products with W leave the range
+TAIL_UNIT = 1024.0  # q is kept as 1024 q: in float16 small elements stay, and 1024 q W is finite while |q W| < 64
 TILE_ELEMENTS = 2**23  # of the sets' products that are added at a time: 2^20 to 2^22 took 1.1 to 3 times as long
 
 
@@ -92,16 +93,17 @@ class LiveSets:
         parts = self.g.split([n * width for n, width in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def sums(self, scale: float) -> Tensor:
-        """[3], summed over rows: share of live columns, probability of the tail, and 1 in exact sets (all live)."""
+    def sums(self, labels: Tensor, options: HeadOptions) -> Tensor:
+        """[3], over labelled rows: share of live columns, probability of the tail, and 1 in exact sets (all live)."""
         width = max(1, self.tail.shape[1])
-        live = [
-            n if e else n * len(c) / width for n, c, e in zip(self.sizes(), self.columns_of(), self.exact, strict=True)
-        ]
+        shares = [[1.0 if e else len(c) / width, float(e)] for c, e in zip(self.columns_of(), self.exact, strict=True)]
+        of_sets = torch.tensor(shares, dtype=torch.float32).view(-1, 2)
+        set_of = torch.arange(self.num_rows, device=labels.device) // self.set_rows
+        of_rows = of_sets.to(labels.device, non_blocking=True).index_select(0, set_of)  # the host waits for nothing
+        live, exact = (of_rows * (labels != options.ignore_index)[:, None]).sum(0)
         taus = [g[:, -1].abs().sum(dtype=torch.float32) for g, e in zip(self.grads(), self.exact, strict=True) if not e]
-        tail = torch.stack(taus).sum() / scale if taus else self.tail.new_zeros((), dtype=torch.float32)
-        exact = float(sum(n for n, e in zip(self.sizes(), self.exact, strict=True) if e))
-        return torch.stack([torch.full_like(tail, sum(live)), tail, torch.full_like(tail, exact)])
+        tail = torch.stack(taus).sum() / options.scale if taus else torch.zeros_like(live)
+        return torch.stack([live, tail, exact])
 
 
 def joined(parts: list[LiveSets], like: Tensor) -> LiveTensors:
@@ -143,7 +145,7 @@ def live_sets(head: Head, z: Tensor, labels: Tensor, lse: Tensor, eps: float, se
     columns = torch.nonzero_static(live, size=offsets[-1])[:, 1].contiguous()
     g = head.kernels.live_grads(z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options)
     total = tail.sum(1, keepdim=True)
-    q = (tail * (TAIL_UNIT / torch.where(total > 0, total, 1.0))).to(z.dtype)
+    q = (tail / torch.where(total > 0, total, 1.0) * TAIL_UNIT).to(z.dtype)  # 1 / total may not be finite
     return LiveSets(g, columns, offsets, exact, q, z.shape[0], set_rows)
 
 
@@ -195,7 +197,7 @@ def chunk_grads(
     """g [n, V] of a chunk, its log-probs, and `LiveSets.sums` [3]; dX [n, H] is written unless it is [0]."""
     if execution.filter_eps and dx.numel():
         g, logps, sets = filtered_chunk(head, inputs, execution.filter_eps, execution.set_rows, dx, whole=True)
-        return g, logps, sets.sums(head.options.scale)
+        return g, logps, sets.sums(inputs[1], head.options)
     g, logps = head.fused(*inputs)
     if dx.numel():
         product(g, head.weight, dx)
@@ -204,6 +206,16 @@ def chunk_grads(
 
 def no_sums(like: Tensor) -> Tensor:
     return like.new_zeros(3, dtype=torch.float32)
+
+
+def over_shards(head: Head, sums: Tensor) -> Tensor:
+    """`LiveSets.sums` of the whole vocabulary: a rank's shares count by its columns, its tail is a part."""
+    kernels = head.kernels
+    if not isinstance(kernels, ShardedKernels):
+        return sums
+    shares = [columns / head.options.vocab_size for columns in kernels.columns(head.options.vocab_size)]
+    weights = torch.tensor([[share, 1.0, share] for share in shares], dtype=sums.dtype)
+    return (all_gather(sums, kernels.group) * weights.to(sums.device, non_blocking=True)).sum(0)
 
 
 def live_head_grads(
@@ -245,12 +257,13 @@ def live_head_grads(
         if need_dw and kernels:
             total[low:high] += exact.t() @ again_scaled
         elif need_dw:
-            spans = [torch.searchsorted(ids, torch.tensor([low, high])).tolist() for ids in columns]
+            ends = torch.tensor([low, high], device=x.device)
+            spans = [torch.searchsorted(ids, ends).tolist() for ids in columns]
             tile_columns = [c[start:end] - low for c, (start, end) in zip(columns, spans, strict=True)]
             parts = [(g[:, start:end], scaled[r]) for g, r, (start, end) in zip(grads, rows, spans, strict=True)]
             dw[low:high] = _sum_of_sets(
                 head, sets.tail[:, low:high], tails, [*parts, (exact, again_scaled)],
-                [*tile_columns, torch.arange((high - low) * (len(again_scaled) > 0))],
+                [*tile_columns, torch.arange((high - low) * (len(again_scaled) > 0), device=x.device)],
             )  # fmt: skip
     if kernels and need_dw:
         dw[:width] = total

@@ -18,7 +18,7 @@ from cpo_kernels import library
 from cpo_kernels.batch_plan import Layout, Part, PlanTensors, Tables, to_device
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
 from cpo_kernels.head.inputs import Execution, Head, HeadTensors, Needs, RowLogps, Rows, gather_rows, labelled_index
-from cpo_kernels.head.live import chunk_grads, filtered_chunk, no_sums
+from cpo_kernels.head.live import chunk_grads, filtered_chunk, no_sums, over_shards
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.library import PreferenceResult, fake_preference, functional_op
 from cpo_kernels.ops.preference import PreferenceArgs, wpo_weights
@@ -90,7 +90,9 @@ def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> Li
     head = Head(tensors.weight, tensors.bias, args.options, max_rows, kernels)
     batch = _Batch(head, rows, ref, weights, loss, layout, tables, args.use_weighting, args.needs, args.execution)
     out = STRATEGIES[layout.strategy](batch)
-    return out._replace(grads=out.grads.scattered(rows, size))
+    filtered = args.execution.filter_eps > 0 and args.needs.dx
+    sums = over_shards(head, out.filter_sums) if filtered else out.filter_sums
+    return out._replace(filter_sums=sums, grads=out.grads.scattered(rows, size))
 
 
 def narrow(args: PreferenceArgs, tables: Tables, part: Part) -> PreferenceArgs:
@@ -230,7 +232,7 @@ def _two_pass(batch: _Batch) -> LinearPreference:
             _, logps, sets = filtered_chunk(
                 batch.head, batch.inputs(p), execution.filter_eps, execution.set_rows, dx[p], whole=False
             )
-            filter_sums += sets.sums(batch.head.options.scale)
+            filter_sums += sets.sums(rows.labels[p], batch.head.options)
         else:
             logps = batch.head.forward(*batch.inputs(p))
         chunks.append(logps)

@@ -31,6 +31,7 @@ from cpo_kernels.head.live import (
     live_head_grads,
     no_live_tensors,
     no_sums,
+    over_shards,
 )
 from cpo_kernels.head.matmul import product
 from cpo_kernels.head.recompute import second_pass
@@ -79,13 +80,14 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     ref_x = rows.gather(args.ref_hidden) if shared else None
     dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
     parts: list[RowLogps] = []
+    filtered = eps > 0 and (args.want_dx or args.keep_live)
     filter_sums, live = no_sums(rows.x), list[LiveSets]()
     for low, high in chunks(count, step) or [(0, 0)]:
         part = slice(low, high)
         inputs = rows.x[part], rows.labels[part], args.extras, None if ref_x is None else ref_x[part]
-        if eps and (args.want_dx or args.keep_live):
+        if filtered:
             _, logps, sets = filtered_chunk(head, inputs, eps, execution.set_rows, dx[part], whole=False)
-            filter_sums += sets.sums(args.options.scale)
+            filter_sums += sets.sums(inputs[1], args.options)
             live += [sets] if args.keep_live else []
         elif args.want_dx:
             g, logps = head.fused(*inputs)
@@ -98,6 +100,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     dx = rows.scatter(dx, size) if args.want_dx else dx
     ref_logp = rows.scatter(ref_logp, size) if shared else ref_logp
     logps = RowLogps(rows.scatter(logp, size), rows.scatter(lse, size), extra, ref_logp)
+    filter_sums = over_shards(head, filter_sums) if filtered else filter_sums
     return HeadLogps(logps, dx, filter_sums, joined(live, rows.x))
 
 

@@ -154,7 +154,7 @@ class FusedLinearCPOLoss(nn.Module):
         run = self.from_hidden if inputs.needs.head and not inputs.keeps_live_sets else self.from_token_logps
         result, seq_logps, filter_sums = run(inputs, sequences, args, ref_rows)
         out = output(result, seq_logps)
-        if not inputs.filter_eps:
+        if not inputs.filters:
             return out
         live_share, tail_mass, exact_share = filter_sums / lengths.sum().clamp(min=1)
         return out._replace(live_share=live_share, tail_mass=tail_mass, exact_share=exact_share)

@@ -35,7 +35,7 @@ class PreferenceOutput(NamedTuple):
     num_pairs: Tensor  # [] int64, non-tied pairs
     num_ties: Tensor  # [] int64, ties, unrated pairs among them
     num_unrated: Tensor  # [] int64, pairs without an objective that is rated on both sides
-    # With filter_eps, means over the labelled rows whose gradient was filtered:
+    # Where filter_eps filters a gradient, means over the labelled rows:
     live_share: Tensor | None = None  # [], share of the vocabulary in their set's live columns, 1 for exact sets
     tail_mass: Tensor | None = None  # [], probability outside the live columns
     exact_share: Tensor | None = None  # [], share of rows in sets with too many live columns, which are exact

@@ -48,7 +48,7 @@ from cpo_kernels.recipe.config import read_config
 from cpo_kernels.recipe.keys import Config
 from cpo_kernels.training.adapters import add_adapters
 from cpo_kernels.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint, training_state
-from cpo_kernels.training.losses import StageLoss
+from cpo_kernels.training.losses import FILTER_METRICS, StageLoss
 from cpo_kernels.training.model_card import CONDITIONED, model_card
 from cpo_kernels.training.models import (
     base_of_adapters,
@@ -321,7 +321,8 @@ class Loop:
             metrics = self.loss(self.loss.collate(part), total)[1]
             sums += metrics if weight else 0
         values = self.accelerator.gather(sums[None]).sum(0).tolist()
-        self.run.log({"step": step} | {f"eval_{n}": x for n, x in zip(self.loss.metrics, values, strict=True)})
+        named = zip(self.loss.metrics, values, strict=True)  # without gradients there is nothing to filter
+        self.run.log({"step": step} | {f"eval_{n}": x for n, x in named if n not in FILTER_METRICS})
 
     def parts(self, groups: Sequence[Encoded], coupled: bool = True) -> list[tuple[list[Encoded], float]]:
         """This process's micro-batches of `groups` with their weights."""

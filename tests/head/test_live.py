@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
-from cpo_kernels.head.live import LIVE_LIMIT
+from cpo_kernels.backends import dispatch
+from cpo_kernels.head.inputs import Head
+from cpo_kernels.head.live import LIVE_LIMIT, filtered_chunk, live_head_grads
+from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import BACKENDS, relative_error
 from tests.support.processes import run_processes
 
@@ -133,6 +137,25 @@ def test_nothing_labelled():
     assert not any(g.any() for g in torch.autograd.grad(logp.sum(), leaves))
 
 
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap, others", [(None, -90.0), (None, -100.0), (10.0, -torch.inf)])
+def test_a_tail_of_almost_nothing(softcap, others, dtype, impl):
+    """Words that a bias rules out: their probability is a float32 number whose inverse is none."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = 0.01 * torch.randn(6, 8, generator=g), torch.randn(40, 8, generator=g)
+    bias = torch.where(torch.arange(40) < 3, 0.0, others)
+    leaves, labels = [t.to(dtype).requires_grad_() for t in (hidden, weight, bias)], torch.arange(6) % 3
+    got, exact = (
+        torch.autograd.grad(
+            cpo.linear_token_logps(*leaves[:2], labels, leaves[2], softcap=softcap, impl=impl, **options).sum(), leaves
+        )
+        for options in ({"filter_eps": 0.01, "filter_head_grad": True}, {})
+    )
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=1e-3)
+
+
 @pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)], ids=str)
 @pytest.mark.parametrize("filter_head_grad", [True, False])
 def test_only_what_is_asked_for(wanted, filter_head_grad):
@@ -159,6 +182,37 @@ def test_backward_twice_and_bits(filter_head_grad):
     again = torch.autograd.grad(logp, leaves, coef)
     other = torch.autograd.grad(cpo.linear_token_logps(*leaves[:2], labels, leaves[2], **where), leaves, coef)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, other, strict=True))
+
+
+class HostTensors(TorchFunctionMode):
+    """Tensors made without a device are the host's: what joins or searches them with others fails on a GPU."""
+
+    def __init__(self) -> None:
+        self.host: dict[int, Tensor] = {}
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.searchsorted):
+            given = [id(t) in self.host for t in (args[0] if func is torch.cat else args)]
+            assert all(given) or not any(given), f"{func.__name__} of tensors of the host and of the device"
+            self.calls += func is torch.searchsorted
+        if func in (torch.arange, torch.tensor) and not (kwargs or {}).get("device"):
+            self.host[id(out)] = out
+        return out
+
+
+def test_head_gradients_join_no_tensors_of_the_host():
+    """Products of a copy of W_A, as impl="cuda" makes them."""
+    leaves, labels = rows()
+    x, weight, bias = (t.detach() for t in leaves)
+    x, labels = x[labels != -100], labels[labels != -100]
+    head = Head(weight, bias, HeadOptions(-100, 1.0, 0.0, VOCAB), len(x), dispatch.kernels("cpu", weight))
+    _, logps, sets = filtered_chunk(head, (x, labels, False, None), 1e-3, 16, x[:0], whole=False)
+    assert any(sets.exact) and not all(sets.exact)
+    with HostTensors() as seen:
+        live_head_grads(head, sets, x, labels, logps.lse, torch.ones_like(logps.lse), True, True)
+    assert seen.calls
 
 
 STRATEGIES = {  # name -> rows of a chunk, options
@@ -207,6 +261,41 @@ def test_preference_losses(name, filter_head_grad, impl):
         assert max(relative_error(a, b) for a, b in zip(got[1:], want[1:], strict=True)) < 1e-12
 
 
+def shares(out):
+    return [float(t) for t in (out.live_share, out.tail_mass, out.exact_share)]
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_shares_are_means_over_labelled_rows(filter_head_grad, train_head):
+    """A plan of all positions puts ignored ones into the sets: here each sequence is one, the second a flat one."""
+    leaves, labels = rows(64, flat=slice(32, 64))
+    hidden, weight = leaves[0].view(2, 32, HIDDEN), leaves[1].detach().requires_grad_(train_head)
+    labels = labels.view(2, 32)
+    labels[0, 8:], labels[:, 0] = -100, 5
+    where = {"filter_eps": 1e-3, "filter_head_grad": filter_head_grad, "memory_budget": budget(32, torch.float64, 0)}
+    loss_fn = cpo.FusedLinearCPOLoss(**where)
+    plan = loss_fn.plan(labels, VOCAB, torch.float64, device="cpu", all_positions=True)
+    got = shares(loss_fn(hidden, weight, labels, ref_logps=torch.zeros(2), plan=plan))
+    p = torch.softmax(hidden.detach() @ weight.detach().t(), -1)
+    first = labels[0] != -100
+    live = (p[0, first] >= 1e-3).any(0).index_fill(0, labels[0, first], True)
+    total = (labels != -100).sum()
+    exact = 1 - first.sum() / total
+    want = exact + (1 - exact) * live.double().mean(), p[0, first][:, ~live].sum() / total, exact
+    assert live.double().mean() < LIVE_LIMIT and got == pytest.approx([float(w) for w in want], rel=1e-4)
+
+
+def test_no_shares_where_nothing_is_filtered():
+    leaves, labels = rows(20)
+    hidden, weight, labels = leaves[0].view(2, 10, HIDDEN), leaves[1], labels.view(2, 10)
+    for grad, head_grad, given in ((False, True, hidden), (True, False, hidden.detach())):
+        loss_fn = cpo.FusedLinearCPOLoss(filter_eps=0.02, filter_head_grad=head_grad)
+        with torch.set_grad_enabled(grad):
+            out = loss_fn(given, weight, labels, ref_logps=torch.zeros(2))
+        assert out.live_share is None and out.tail_mass is None and out.exact_share is None
+
+
 @pytest.mark.parametrize("filter_head_grad", [True, False])
 def test_nll(filter_head_grad):
     leaves, labels = rows()
@@ -253,6 +342,31 @@ def test_a_sharded_head_has_sets_of_each_shard(filter_head_grad):
     assert all(relative_error(dx, want[0]) < 1e-12 for dx, *_ in grads)
     for i in (1, 2):
         assert relative_error(torch.cat([g[i] for g in grads]), want[i]) < 1e-12
+
+
+def sharded_shares(rank, filter_head_grad):
+    leaves, labels = rows(padding=8)
+    shards = cpo.VocabShards(dist.group.WORLD, SHARDS)
+    mine = slice(shards.start, shards.start + SHARDS[rank])
+    where = {"memory_budget": 16 * max(SHARDS) * 8, "filter_eps": 1e-3, "filter_head_grad": filter_head_grad}
+    loss_fn = cpo.FusedLinearCPOLoss(vocab_size=VOCAB, **where)
+    weight = leaves[1].detach()[mine].requires_grad_()
+    hidden, labels = leaves[0].view(2, -1, HIDDEN), labels.view(2, -1)
+    return shares(loss_fn(hidden, weight, labels, ref_logps=torch.zeros(2), vocab_shards=shards))
+
+
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_shares_of_a_sharded_head_are_those_of_the_whole(filter_head_grad):
+    leaves, labels = rows(padding=8)
+    *_, live = formula(
+        (*leaves[:2], torch.zeros(VOCAB + 8)), labels, upstream(len(labels)), 1e-3, 16, vocab_size=VOCAB,
+        shards=[slice(0, 250), slice(250, VOCAB)],
+    )  # fmt: skip
+    first, *others = run_processes(sharded_shares, 3, filter_head_grad)
+    assert all(other == first for other in others)
+    if filter_head_grad:  # sets of 16 rows in the batch's order
+        assert first[0] == pytest.approx(float(live), rel=1e-5)
+    assert 0.1 < first[0] < 0.9 and 0 < first[1] < 0.1 and 0 < first[2] < first[0]
 
 
 # ------------------------------------------------------------------------------------------------------- 16-bit errors

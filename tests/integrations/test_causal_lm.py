@@ -414,12 +414,10 @@ def test_sharded_weights(group):
 
 
 def test_filtered_gradients():
-    """filter_eps reaches the head: log-probs as ever, gradients of its own."""
+    """filter_eps reaches the head: log-probs as ever, gradients of its own. At 0.02 this flat model is exact."""
     model, batch = make("LlamaForCausalLM"), make_batch()
-    exact, filtered = (
-        causal_lm_logps(model, batch, filter_eps=eps, filter_head_grad=bool(eps)) for eps in (None, 0.02)
-    )
+    exact, filtered = (causal_lm_logps(model, batch, filter_eps=eps, filter_head_grad=bool(eps)) for eps in (None, 0.2))
     torch.testing.assert_close(exact, filtered)
     a, b = (grads(model, logps, batch) for logps in (exact, filtered))
-    differences = [float((x - y).norm() / x.norm()) for x, y in zip(a, b, strict=True) if x.norm() > 0]
+    differences = [float((x - b[name]).norm() / x.norm()) for name, x in a.items() if x.norm() > 0]
     assert 1e-4 < max(differences) < 1.0
