@@ -172,8 +172,9 @@ class Run:
         for step, batch in enumerate(batches):
             with tail_dropped() if DROPPED in variant else nullcontext():
                 rows.append(loop.step(step, batch, training.lr * schedule(step, last, training)))
-            if step == 0:  # the first moments are (1 - beta) g
-                gradient = {name: loop.optimizer.state[p]["exp_avg"] for name, p in loop.named}
+            if step == 0:  # the first moments are (1 - beta) g, clipped
+                state, scale = loop.optimizer.state, 1 - training.betas[0]
+                gradient = {name: state[p]["exp_avg"].cpu() / scale for name, p in loop.named}
                 made["off"]["gradient"] = self.compare(variant, "gradient", gradient, groups)
             if step + 1 in (EARLY, last):
                 update = {name: p.detach().cpu() - start[name] for name, p in loop.named}
@@ -191,7 +192,7 @@ class Run:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
             return groups.norms(tensors)
         exact = load_file(file)
-        off, norms = groups.norms({k: tensors[k].cpu() - e for k, e in exact.items()}), groups.norms(exact)
+        off, norms = groups.norms({k: tensors[k] - e for k, e in exact.items()}), groups.norms(exact)
         return {name: off[name] / norm if norm else 0.0 for name, norm in norms.items()}
 
 
@@ -204,6 +205,10 @@ def tail_dropped() -> Any:
         return replace(sets, tail=torch.zeros_like(sets.tail))
 
     return patch.object(live, "live_sets", without)
+
+
+def results(file: Path) -> Result:
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -223,14 +228,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"model": args.model or "the demo's model", "data": args.data.name if args.data else "the demo's world"}
     settings |= {"training": part.config["training"], "loss": part.config["loss"]}
     settings |= {"held_out_pairs": sum(len(group.pairs) for unit in run.held_out for group in unit)}
-    content = json.loads(args.out.read_text()) if args.out.exists() else {}
     fresh = {"settings": settings, "environment": describe(run.accelerator.device, ("transformers",)), "variants": []}
-    found = content.setdefault(args.part, fresh)
+    found = results(args.out).get(args.part, fresh)
     if found["settings"] != settings:
         raise SystemExit(f"{args.out} holds {args.part} with other settings: give another --out")
     for variant in VARIANTS:
         if variant not in [row["variant"] for row in found["variants"]]:
             found["variants"].append(run.train(variant))
+            content = results(args.out) | {args.part: found}  # the other part may run beside
             atomic_text(json.dumps(content, indent=1) + "\n", args.out)
     print(table(found))
 
