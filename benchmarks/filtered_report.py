@@ -10,6 +10,12 @@ from cpo_kernels.environment import processor
 from cpo_kernels.training.losses import FILTER_METRICS
 
 Result = dict[str, Any]
+PARTS = ("demo", "smollm2")
+
+
+def sections(content: Result) -> dict[str, str]:
+    """Name of a table in the docs -> its text."""
+    return {f"filtered training, {name}": table(content[name]) if name in content else "not measured" for name in PARTS}
 
 
 def table(part: Result) -> str:

@@ -99,7 +99,7 @@ def demo(args: argparse.Namespace, folder: Path) -> Part:
 def smollm2(args: argparse.Namespace, folder: Path) -> Part:
     if not (args.model and args.data):
         raise SystemExit("--part smollm2 needs --model and --data")
-    training = {"max_steps": args.steps or 50, "batch_size": 2, "lr": 1e-5, "schedule": "constant", "warmup": 5}
+    training = {"max_steps": args.steps or 50, "batch_size": 1, "lr": 1e-5, "schedule": "constant", "warmup": 5}
     data = {"train": [str(args.data)], "layout": "pairs", "max_prompt_tokens": 64, "max_tokens": 160}
     config = {
         "stage": "dpo",

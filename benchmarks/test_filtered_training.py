@@ -67,9 +67,7 @@ def test_goes_on_after_a_kill(peaked, tmp_path, monkeypatch):
     def same(row):
         return {name: value for name, value in row.items() if name != "seconds"}
 
-    assert list(map(same, again["smollm2"]["variants"])) == list(
-        map(same, json.loads(finished)["smollm2"]["variants"])
-    )
+    assert list(map(same, again["smollm2"]["variants"])) == list(map(same, json.loads(finished)["smollm2"]["variants"]))
     with pytest.raises(SystemExit, match="other settings"):
         main([*peaked, "--steps", "2"])
 

@@ -284,7 +284,13 @@ def test_a_lead_within_its_interval_is_not_clear():
 
 
 def test_check_notices_an_edited_table(tmp_path, monkeypatch, capsys):
-    for name in ("README.md", "docs/performance.md", "docs/results.md", "docs/training.md"):
+    for name in (
+        "README.md",
+        "docs/performance.md",
+        "docs/results.md",
+        "docs/training.md",
+        "docs/filtered_gradients_training.md",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(plot.ROOT / name, tmp_path / name)
     monkeypatch.setattr(plot, "ROOT", tmp_path)
