@@ -18,22 +18,27 @@ def sections(content: Result) -> dict[str, str]:
     return {f"filtered training, {name}": table(content[name]) if name in content else "not measured" for name in PARTS}
 
 
+def percent(share: float) -> str:
+    """Two significant digits."""
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{share:.0%}"
+
+
 def table(part: Result) -> str:
     """One part as Markdown."""
     exact, settings, env = part["variants"][0], part["settings"], part["environment"]
     *_, last = exact["off"]
     lines = [
-        "| | live columns | tail | exact rows | loss off: median, most | held out: loss, accuracy | "
+        "| | live columns | tail | exact rows | loss off: median, most | held-out loss, accuracy | "
         f"{' | '.join(f'{at}: body, head' for at in exact['off'])} | {last}: head's rows in the data, others |",
         "|---" * (7 + len(exact["off"])) + "|",
     ]
     for row in part["variants"]:
         gaps = [abs(a - b) for a, b in zip(row["losses"], exact["losses"], strict=True)]
-        cells = [f"{row[name]:.1%}" if name in row else "" for name in FILTER_METRICS]
-        cells.append(f"{statistics.median(gaps):.1e}, {max(gaps):.1e}")
+        cells = [percent(row[name]) if name in row else "" for name in FILTER_METRICS]
+        cells.append("" if row is exact else f"{statistics.median(gaps):.1e}, {max(gaps):.1e}")
         cells.append(f"{row['held_out']['loss']:.4f}, {row['held_out']['accuracy']:.1%}")
         shown = [*((off, ("body", "head")) for off in row["off"].values()), (row["off"][last], ("in_data", "others"))]
-        cells += ["" if row is exact else ", ".join(f"{off[g]:.1%}" for g in names) for off, names in shown]
+        cells += ["" if row is exact else ", ".join(percent(off[g]) for g in names) for off, names in shown]
         lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if number != "not installed")
     return "\n".join(lines) + (
