@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import filtered_gradients, long_pairs, profile, prompt_sharing, roofline
+from benchmarks import filtered_gradients, filtered_report, long_pairs, profile, prompt_sharing, roofline
 from benchmarks.claims import rated_report
 from benchmarks.claims import report as claims_report
 from cpo_kernels.bench import report
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CLAIMS = ROOT / "docs" / "results" / "claims.json"
 RATED = ROOT / "docs" / "results" / "claims_truthfulqa.json"
+FILTERED = ROOT / "docs" / "results" / "filtered_training.json"
 README_ROWS = (
     "products", "ours", "cce", "naive_unmasked", "naive_unmasked_compiled", "torch_chunked", "naive", "liger",
     "trl_unmasked", "trl",
@@ -281,6 +282,11 @@ def texts() -> dict[Path, str]:
     shared = roofline.read(RESULTS / "prompt_sharing.json")
     table = prompt_sharing.table(shared) if shared else "not measured"
     made[training] = fill(training.read_text(), "prompt sharing", table)
+    filtered = ROOT / "docs" / "filtered_gradients_training.md"
+    page = filtered.read_text()
+    for name, table in filtered_report.sections(roofline.read(FILTERED) or {}).items():
+        page = fill(page, name, table)
+    made[filtered] = page
     return made
 
 
@@ -370,6 +376,8 @@ def main() -> int:
         finished(claims_report.figure(content), ROOT / "docs" / "claims.png")
     if content := roofline.read(RATED):
         finished(rated_report.figure(content), ROOT / "docs" / "claims_truthfulqa.png")
+    if content := roofline.read(FILTERED):
+        finished(filtered_report.figure(content), ROOT / "docs" / "filtered_training.png")
     return 0
 
 

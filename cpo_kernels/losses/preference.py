@@ -35,10 +35,10 @@ class PreferenceOutput(NamedTuple):
     num_pairs: Tensor  # [] int64, non-tied pairs
     num_ties: Tensor  # [] int64, ties, unrated pairs among them
     num_unrated: Tensor  # [] int64, pairs without an objective that is rated on both sides
-    # Where filter_eps filters a gradient, means over the labelled rows:
-    live_share: Tensor | None = None  # [], share of the vocabulary in their set's live columns, 1 for exact sets
-    tail_mass: Tensor | None = None  # [], probability outside the live columns
-    exact_share: Tensor | None = None  # [], share of rows in sets with too many live columns, which are exact
+    # Where filter_eps filters a gradient, means over the labelled rows; NaN elsewhere:
+    live_share: Tensor  # [], share of the vocabulary in their set's live columns, 1 for exact sets
+    tail_mass: Tensor  # [], probability outside the live columns
+    exact_share: Tensor  # [], share of rows in sets with too many live columns, which are exact
 
 
 def output(result: PreferenceResult, seq_logps: Tensor) -> PreferenceOutput:
@@ -47,9 +47,9 @@ def output(result: PreferenceResult, seq_logps: Tensor) -> PreferenceOutput:
     num = counted.sum().clamp(min=1)
     accuracy = ((chosen > rejected) * counted).sum() / num
     margin = (torch.where(order != 0, chosen - rejected, 0.0)).sum() / num
-    return PreferenceOutput(
-        loss, losses, seq_logps.detach(), chosen, rejected, accuracy, margin, gap, order, *counts.unbind(0)
-    )
+    not_filtered = margin.new_full((3,), torch.nan)
+    pairs = loss, losses, seq_logps.detach(), chosen, rejected, accuracy, margin, gap, order
+    return PreferenceOutput(*pairs, *counts.unbind(0), *not_filtered)
 
 
 class CPOLoss(nn.Module):

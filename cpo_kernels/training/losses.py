@@ -192,9 +192,9 @@ class StageModule(nn.Module):
         if batch.ref_logps is not None:
             metrics.append((out.seq_logps - batch.ref_logps).sum() / total.tokens)
         if self.filtered["filter_eps"] is not None:
-            exact = out.loss.new_tensor([1.0, 0.0, 1.0])  # "auto" in float32
-            live = [exact[i] if (x := getattr(out, n)) is None else x for i, n in enumerate(FILTER_METRICS)]
-            metrics += [x * ((batch.labels != -100).sum() / total.tokens) for x in live]
+            labelled = (batch.labels != -100).sum() / total.tokens
+            exact = dict(zip(FILTER_METRICS, (1.0, 0.0, 1.0), strict=True))  # "auto" in float32
+            metrics += [getattr(out, name).nan_to_num(nan=value) * labelled for name, value in exact.items()]
         return out.loss, torch.stack([metric.double() for metric in metrics])
 
 

@@ -284,9 +284,10 @@ def test_a_lead_within_its_interval_is_not_clear():
 
 
 def test_check_notices_an_edited_table(tmp_path, monkeypatch, capsys):
-    for name in ("README.md", "docs/performance.md", "docs/results.md", "docs/training.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(plot.ROOT / name, tmp_path / name)
+    for path in (plot.ROOT / "README.md", *(plot.ROOT / "docs").glob("*.md")):
+        copy = tmp_path / path.relative_to(plot.ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
     monkeypatch.setattr(plot, "ROOT", tmp_path)
     monkeypatch.setattr(plot, "CLAIMS", tmp_path / "claims.json")
     plot.CLAIMS.write_text(json.dumps(made_up()))
