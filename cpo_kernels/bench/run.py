@@ -167,7 +167,12 @@ def run(args: argparse.Namespace) -> int:
                 growth.measure(bench, one, grow)
         if growths:
             print(f"\n{report.growth_table(content['growth'])}", flush=True)
-        if "cold_start" in args.only and not args.workload and "first" not in content["cold_start"]:
+        if (
+            chosen.cold_starts
+            and "cold_start" in args.only
+            and not args.workload
+            and "first" not in content["cold_start"]
+        ):
             left = deadline - time.monotonic()
             wanted = {"why": TIME_LIMIT} if left <= 0 else cold_start.measure(args.device, chosen.cold_starts, left)
             content["cold_start"] = wanted
