@@ -1,8 +1,6 @@
 """The benchmark of trainings with filtered gradients: what its variants change, what it writes, and how it goes on."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +10,8 @@ from benchmarks import filtered_training
 from benchmarks.filtered_report import figure
 from benchmarks.filtered_training import EXACT, VARIANTS, main
 from cpo_kernels.demo.run import Size
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import tiny  # noqa: E402
-from tiny import one_thread  # noqa: E402, F401
+from tests.support import tiny
+from tests.support.tiny import one_thread  # noqa: F401
 
 
 @pytest.fixture
