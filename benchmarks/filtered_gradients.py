@@ -157,7 +157,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     args = parser.parse_args()
     content: dict[str, Any] = {
-        "command": f"python -m benchmarks.filtered_gradients --model {args.model} --data {Path(args.data).name}",
+        "command": f"python -m benchmarks.filtered_gradients --model {args.model} --data {Path(args.data).name} "
+        f"--groups {args.groups} --batches {args.batches} --dtypes {' '.join(args.dtypes)}",
         "environment": describe(torch.device("cpu"), ("transformers",), torch.get_num_threads()),
         "batches": args.batches,
         "groups": args.groups,
