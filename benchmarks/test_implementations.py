@@ -18,6 +18,7 @@ from cpo_kernels.bench.preference import Preference
 from cpo_kernels.bench.tokens import Tokens
 from cpo_kernels.bench.training_step import TrainingStep
 from cpo_kernels.bench.workload import Head
+from tests.support.tiny import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 # All sizes odd: no tile, vector or chunk divides them.
@@ -36,15 +37,6 @@ WORKLOADS = {
     "training_step_groups": TrainingStep(dtype="float32", responses=3),
 }
 COMPILED = {"naive_compiled", "naive_unmasked_compiled", "cce", "liger", "compiled", "compiled_forward"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they bring at this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def family_of(workload):

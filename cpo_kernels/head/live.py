@@ -134,9 +134,10 @@ def live_sets(head: Head, z: Tensor, labels: Tensor, lse: Tensor, eps: float, se
     counts = live.sum(1).tolist()
     exact = [count > LIVE_LIMIT * live.shape[1] for count in counts]
     if by_index(head) and z.element_size() == 2:  # 7 modulo 8 columns and tau: rows of g keep to 16 bytes
-        missing = torch.tensor([(7 - count) % 8 for count in counts], device=live.device)
-        more = ~live & ((~live).cumsum(1) <= missing[:, None])
-        live, tail, counts = live | more, tail.masked_fill(more, 0.0), (live | more).sum(1).tolist()
+        missing = [min((7 - count) % 8, live.shape[1] - count) for count in counts]
+        more = ~live & ((~live).cumsum(1) <= torch.tensor(missing, device=live.device)[:, None])
+        live, tail = live | more, tail.masked_fill(more, 0.0)
+        counts = [count + added for count, added in zip(counts, missing, strict=True)]  # without a second wait
     if any(exact):
         live[torch.tensor(exact, device=live.device)] = False
     offsets = [0]
@@ -227,7 +228,8 @@ def live_head_grads(
     kernels that add them into a float32 dW by index. Rows of exact sets make their logits again for it.
     """
     weight, acc, width = head.weight, library.acc_dtype(x.dtype), sets.tail.shape[1]
-    dw = weight.new_zeros(weight.shape if need_dw else 0)
+    dw = weight.new_empty(weight.shape if need_dw else 0)
+    dw[width if sets.exact else 0 :] = 0  # padding; all of it where there are no rows
     db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
     power, db_power = sum_powers(coef, x, abs(head.options.scale))
     out = HeadGrads(x.new_empty(0), coef, dw, db, power)

@@ -1,16 +1,9 @@
 import pytest
 import torch
 
+from tests.support.tiny import one_thread  # noqa: F401  (cases that need threads ask for them)
+
 
 @pytest.fixture
 def device():
     return torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: cases that need threads ask for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
