@@ -462,3 +462,9 @@ def test_the_profile_names_the_parts_of_every_strategy(tmp_path):
     for row in rows.values():
         assert row["ms"]["products"] > 0 and row["ms"]["token kernels"] > 0
     assert rows["pairs"]["ms"]["loss kernels"] > 0
+
+
+@pytest.mark.parametrize("given, missing", [("--model", "--data"), ("--data", "--model")])
+def test_real_rows_need_a_model_and_text(given, missing):
+    with pytest.raises(ValueError, match=f"{given} makes no rows of the head by itself: give {missing} too"):
+        run.main(["--set", "filtered", "--list", given, "x"])

@@ -59,7 +59,11 @@ def chosen_runs(args: argparse.Namespace, named_set: Set) -> list[Run]:
             run = replace(run, workload=replace(run.workload, model=args.model))
         if args.data and isinstance(run.workload, TrainingStep) and run.workload.responses == 2:
             run = replace(run, workload=replace(run.workload, data=args.data))
-        if isinstance(run.workload, Head) and run.workload.rows == "peaked" and args.model and args.data:
+        peaked = isinstance(run.workload, Head) and run.workload.rows == "peaked"
+        if peaked and bool(args.model) != bool(args.data):
+            given, missing = ("--model", "--data") if args.model else ("--data", "--model")
+            raise ValueError(f"{given} makes no rows of the head by itself: give {missing} too, or neither")
+        if peaked and args.model:
             run = replace(run, workload=replace(run.workload, rows="real", model=args.model, data=args.data))
         names = [n for n in run.implementations or FAMILIES[run.family].implementations]
         if args.implementations:
