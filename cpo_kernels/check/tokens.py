@@ -286,14 +286,15 @@ def anchored_rows(
     """Logits around 20 that lack about their maximum, in some rows more; those of the labels in float32 or float64."""
     made = make_rows(backend, rows, width, torch.float64, seed=seed, spread=spread, label_limit=vocab)
     u = made.logits.cpu() + 20.0 * spread / 4
+    acc = library.acc_dtype(dtype)
     if not rows:
-        return Rows(u.to(dtype).to(backend.device), 0, width, made.labels, u.new_empty(2, 0).to(backend.device))
+        none = torch.empty(2, 0, dtype=acc, device=backend.device)
+        return Rows(u.to(dtype).to(backend.device), 0, width, made.labels, none)
     u[0, 0] += 3 * spread  # a row that one column has nearly to itself: its label
     made.labels[0] = 0
     lacks = u[:, :vocab].amax(1).to(torch.bfloat16).double()
     lacks[1::4] -= 2 * spread
     label = made.labels.cpu().masked_fill(made.labels.cpu() == IGNORE, 0)
-    acc = library.acc_dtype(dtype)
     anchors = torch.stack([lacks, u.gather(1, label[:, None]).squeeze(1)]).to(acc).to(backend.device)
     return Rows((u - lacks[:, None]).to(dtype).to(backend.device), 0, width, made.labels, anchors)
 
