@@ -301,6 +301,9 @@ def columns_bwd_(
     # Where the label is elsewhere, its stand-in has got the 1 of onehot - softmax. (index_put_: on a CPU scatter_ of
     # 16 bit copies the logits twice, 122 ms for 4096 x 24576.)
     wrong = ~here & (labels != ignore_index)
-    factor = grad if entropies is None else grad + entropies[0] * (z - lse + entropies[1])
-    share = (-factor * slope * torch.exp(z - lse)).to(logits.dtype)
+    logp = z - lse
+    factor = grad
+    if entropies is not None:
+        factor = grad + entropies[0] * (logp.clamp(min=-1e3) + entropies[1])  # 0 * -inf stays 0
+    share = (-factor * slope * torch.exp(logp)).to(logits.dtype)
     logits.index_put_((row, place), torch.where(wrong, share, logits[row, place]))

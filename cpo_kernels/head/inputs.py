@@ -14,7 +14,7 @@ from cpo_kernels import checks, library
 from cpo_kernels.backends.vocab_parallel import Backend, VocabShards, columns_here, columns_of
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.head.matmul import product
-from cpo_kernels.head.relative import anchors, anchors_of_lse, is_relative
+from cpo_kernels.head.relative import anchors, is_relative, label_logits
 from cpo_kernels.head.strategy import SET_ROWS, budget_rows, even_rows, resolve_filter, row_stride
 from cpo_kernels.head.vocab_parallel import local_head
 from cpo_kernels.library import Kernels
@@ -219,6 +219,7 @@ class RowLogps(NamedTuple):
     lse: Tensor  # [n]
     extra: Tensor  # [4, n] or [0]
     ref_logp: Tensor  # [n], the log-probs of a reference model's rows through the same head, or [0]
+    lacks: Tensor  # [n], what their 16-bit logits lacked, or [0]
 
     @classmethod
     def joined(cls, chunks: "list[RowLogps]") -> "RowLogps":
@@ -231,6 +232,14 @@ class Logits(NamedTuple):
     z: Tensor  # [n, V]
     anchors: Tensor | None  # [2, n]
 
+    @property
+    def lacks(self) -> Tensor:
+        """[n] in 16 bit, 0 where this rank has no columns; else [0]."""
+        if self.anchors is not None:
+            return self.anchors[0]
+        size = self.z.shape[0] if is_relative(self.z.dtype) else 0
+        return self.z.new_zeros(size, dtype=library.acc_dtype(self.z.dtype))
+
 
 class Head:
     """One head during one op: makes the logits of a chunk in a buffer of `max_rows` that all chunks share."""
@@ -239,15 +248,16 @@ class Head:
         self.weight, self.bias, self.options, self.kernels = weight, bias, options, kernels
         self.buffer = weight.new_empty(max_rows, row_stride(weight.shape[0], weight.dtype, weight.device))
 
-    def anchors(self, x: Tensor, labels: Tensor, lse: Tensor | None = None) -> Tensor | None:
-        """[2, n] of 16-bit logits, with lse [n] where it is known; None where they lack nothing."""
+    def anchors(self, x: Tensor, labels: Tensor, lacks: Tensor | None = None) -> Tensor | None:
+        """[2, n] of 16-bit logits; None where they lack nothing. lacks [n] or [0]: `RowLogps.lacks` of the same rows,
+        whose logits come out as they did then."""
         _, first, count = columns_here(self.kernels, self.options.vocab_size)
         if not is_relative(x.dtype) or not x.shape[0] or count <= 0:
             return None
         columns = columns_of(labels, self.options.ignore_index, first, count)[0].clamp(min=0)
-        if lse is None:
-            return anchors(x, self.weight, self.bias, columns, count)
-        return anchors_of_lse(x, self.weight, self.bias, columns, lse, self.options.scale, self.options.softcap)
+        if lacks is None:
+            return anchors(x, self.weight, self.bias, columns, count, self.options)
+        return torch.stack([lacks, label_logits(x, self.weight, self.bias, columns)])
 
     def logits(self, x: Tensor, labels: Tensor) -> Logits:
         """x [n, H], labels [n]; valid until the next call."""
@@ -271,15 +281,17 @@ class Head:
         return self.logits(x, labels), ref_logp
 
     def forward(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> RowLogps:
-        (z, lacks), ref_logp = self.with_reference(x, labels, ref)
-        return RowLogps(*self.kernels.token_logps_fwd(z, labels, *self.options, extras, lacks), ref_logp)
+        logits, ref_logp = self.with_reference(x, labels, ref)
+        out = self.kernels.token_logps_fwd(logits.z, labels, *self.options, extras, logits.anchors)
+        return RowLogps(*out, ref_logp, logits.lacks)
 
     def fused(
         self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None
     ) -> tuple[Tensor, RowLogps]:
         """g = (onehot - softmax) * dz/du in the buffer, and the log-probs."""
-        (g, lacks), ref_logp = self.with_reference(x, labels, ref)
-        return g, RowLogps(*self.kernels.token_logps_fused_(g, labels, *self.options, extras, lacks), ref_logp)
+        logits, ref_logp = self.with_reference(x, labels, ref)
+        out = self.kernels.token_logps_fused_(logits.z, labels, *self.options, extras, logits.anchors)
+        return logits.z, RowLogps(*out, ref_logp, logits.lacks)
 
     def columns(self, x: Tensor, part: slice, anchors: Tensor | None) -> Tensor:
         """Logits of x [n, H] in some columns, [n, v], without what `anchors` say; in the buffer unless one column of

@@ -183,7 +183,7 @@ def filtered_chunk(
     x, labels, extras, ref = inputs
     logits, ref_logp = head.with_reference(x, labels, ref)
     z, lacks = logits
-    logps = RowLogps(*head.kernels.token_logps_fwd(z, labels, *head.options, extras, lacks), ref_logp)
+    logps = RowLogps(*head.kernels.token_logps_fwd(z, labels, *head.options, extras, lacks), ref_logp, logits.lacks)
     sets = live_sets(head, logits, labels, logps.lse, eps, set_rows)
     for rows in [slice(None)] if whole else exact_rows(sets):
         ones = torch.ones_like(logps.lse[rows])
@@ -222,9 +222,17 @@ def over_shards(head: Head, sums: Tensor) -> Tensor:
 
 
 def live_head_grads(
-    head: Head, sets: LiveSets, x: Tensor, labels: Tensor, lse: Tensor, coef: Tensor, need_dw: bool, need_db: bool
+    head: Head,
+    sets: LiveSets,
+    x: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    lacks: Tensor,
+    coef: Tensor,
+    need_dw: bool,
+    need_db: bool,
 ) -> HeadGrads:
-    """dW / power [V, H] and db [V] of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n].
+    """dW / power [V, H] and db [V] of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n], lacks [n] or [0].
 
     dW is written by tiles of the vocabulary: the products g_A^T (c X) of all sets for a tile, then `live_sum`; or by
     kernels that add them into a float32 dW by index. Rows of exact sets make their logits again for it.
@@ -250,7 +258,12 @@ def live_head_grads(
         total = sets.tail.t().to(acc) @ tails  # [width, H]
         kernels.live_dw_(*sets.places, sets.set_rows, scaled, total)
     again = _ExactRows(
-        head, x, labels, lse, torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))])
+        head,
+        x,
+        labels,
+        lse,
+        lacks,
+        torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))]),
     )
     again_scaled, again_coef = scaled[again.index], bias_coef[again.index].to(x.dtype)
     tile = width if kernels else _tile_rows(sets, weight)
@@ -311,11 +324,11 @@ def _tile_rows(sets: LiveSets, weight: Tensor) -> int:
 class _ExactRows:
     """The rows of exact sets, whose logits are made again."""
 
-    def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, index: Tensor) -> None:
+    def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, index: Tensor) -> None:
         self.head, self.index = head, index.to(x.device)
         self.x, self.labels, self.lse = (t.index_select(0, self.index) for t in (x, labels, lse))
         self.kernels, self.first, _ = columns_here(head.kernels, head.options.vocab_size)
-        self.anchors = head.anchors(self.x, self.labels, self.lse)
+        self.anchors = head.anchors(self.x, self.labels, lacks.index_select(0, self.index) if lacks.numel() else lacks)
 
     def most_columns(self) -> int:
         """That the head's buffer holds of all rows, and whose products come to about TILE_ELEMENTS."""

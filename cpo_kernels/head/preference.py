@@ -239,7 +239,7 @@ def _two_pass(batch: _Batch) -> LinearPreference:
     logps = RowLogps.joined(chunks)
     result, seq_logps, coef = batch.loss(0, logps)
     needs = batch.needs._replace(dx=batch.needs.dx and not filtered)
-    grads = second_pass(batch.head, rows.x, rows.labels, logps.lse, coef, needs)
+    grads = second_pass(batch.head, rows.x, rows.labels, logps.lse, logps.lacks, coef, needs)
     grads = grads._replace(dx=dx, coef=coef) if filtered else grads
     return LinearPreference(result, seq_logps, filter_sums, grads)
 

@@ -33,9 +33,17 @@ def vocab_tiles(num_rows: int, num_columns: int, elements: int) -> list[slice]:
 
 
 def second_pass(
-    head: Head, x: Tensor, labels: Tensor, lse: Tensor, coef: Tensor, needs: Needs, entropies: Tensor | None = None
+    head: Head,
+    x: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    lacks: Tensor,
+    coef: Tensor,
+    needs: Needs,
+    entropies: Tensor | None = None,
 ) -> HeadGrads:
-    """The gradients of sum_t coef_t logp_t: x [n, H], labels, lse and coef [n]; lse of the whole vocabulary.
+    """The gradients of sum_t coef_t logp_t: x [n, H], labels, lse and coef [n], lacks [n] or [0]; lse of the whole
+    vocabulary.
 
     entropies [2, n]: coefficients e_t and values of the entropies H_t, for the gradient of sum_t e_t H_t as well. The
     coefficients that come back are those that rows of dx still lack.
@@ -47,17 +55,17 @@ def second_pass(
     of_logp, coef, entropies = _within_range(coef, entropies, x.dtype)
     power, db_power = sum_powers(coef, x, abs(options.scale) * (1 if entropies is None else 8))
     scaled = scale_rows(x, coef / power) if x.dtype == torch.float16 else x
-    lacks = head.anchors(x, labels, lse)
+    anchors = head.anchors(x, labels, lacks)
     dx = x.new_empty(x.shape if needs.dx else 0, dtype=x.dtype if len(parts) == 1 else acc)
     if not parts:  # a rank that holds no rows of the weight
         dx.zero_()
     dw = torch.empty_like(weight) if needs.dw else weight.new_empty(0)
     db = weight.new_empty(weight.shape[0] if needs.db else 0, dtype=acc)
     for part in parts:
-        g = head.columns(x, part, lacks)
+        g = head.columns(x, part, anchors)
         columns_bwd_(
             kernels, g, labels, lse, of_logp, options.ignore_index, options.scale, options.softcap,
-            first + part.start, min(count - part.start, g.shape[1]), lacks, entropies,
+            first + part.start, min(count - part.start, g.shape[1]), anchors, entropies,
         )  # fmt: skip
         if needs.dw:
             product(g.t(), scaled, dw[part])

@@ -6,67 +6,73 @@ from a product of its own, n H multiplications,
 
     log p_t = z_{t,y_t} - s_t - logsumexp_v (z_tv - s_t)
 
-On 3,072 rows of SmolLM2-135M-Instruct (|z| up to 42) in bfloat16 the error of a log-prob is 5e-4 (rms), of absolute
-logits 2.6e-2. s_t is the largest logit of a few columns: the labels of the chunk, and the first of the vocabulary,
-where tokenizers have frequent tokens. The exact maximum gives 3.4e-4; the first columns alone 9e-4, and the labels
-alone 5e-4, but 1.2e-2 where labels are drawn at random (with the first columns 4e-3).
+s_t is the mean logit under the softmax of a few columns: the labels of the chunk, and the first of the vocabulary,
+where tokenizers have frequent tokens. Errors of log-probs in bfloat16 (rms) on 3,072 rows of SmolLM2-135M-Instruct
+(|z| up to 42) with their labels, with labels drawn at random, and on normal logits of deviation 1:
 
-A second pass knows the log-sum-exp and lacks that.
+    absolute logits                          2.6e-2     3.4e-2     1.7e-3
+    s: that mean                             6.5e-4     4.8e-3     1.7e-5
+    s: the largest of those columns          5.1e-4     4.0e-3     2.7e-5
+    s: the mean of all columns               6.4e-4     9.1e-4
+
+The largest logit of a flat row is far from where its mass is: gradients would be worse than those of absolute logits.
 """
 
 import torch
 from torch import Tensor
 
 from cpo_kernels import library
+from cpo_kernels.ops.token_logps import HeadOptions
 
-FIRST_COLUMNS = 512  # the first of the vocabulary that are looked at, and no more than a 64th of it
-LABEL_SHARE = 32  # labels that are looked at: no more than a 32nd of the vocabulary
-ROWS = 1024  # whose label logits are made at a time: 6 bytes of H numbers each
+# Columns that are looked at: the first of the vocabulary, and labels; of small vocabularies FEW each.
+FIRST, FIRST_SHARE, LABEL_SHARE, FEW = 512, 64, 32, 64
+ROWS = 1024  # looked at together
 
 
 def is_relative(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def label_logits(x: Tensor, weight: Tensor, bias: Tensor, columns: Tensor) -> Tensor:
-    """x_t . w_{y_t} + b_{y_t} [n] in float32: x [n, H], columns [n]."""
-    out = x.new_empty(x.shape[0], dtype=library.acc_dtype(x.dtype))
+def anchors(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, count: int, options: HeadOptions) -> Tensor:
+    """[2, n]: what the logits of each row shall lack, in numbers of the dtype of x, and the logit of its label.
+
+    x [n, H]; labels [n] in [0, count), the columns that are no padding.
+    """
+    few = _few_columns(labels, count)
+    some = weight.index_select(0, few).t()
+    of_few = bias.index_select(0, few) if bias.numel() else None
+    lacks = torch.empty(x.shape[0], dtype=library.acc_dtype(x.dtype), device=x.device)
     for low in range(0, x.shape[0], ROWS):
         rows = slice(low, low + ROWS)
-        out[rows] = weight.index_select(0, columns[rows]).to(out.dtype).mul_(x[rows]).sum(1)
-    return out + bias.index_select(0, columns) if bias.numel() else out
+        u = (x[rows] @ some).to(lacks.dtype)
+        lacks[rows] = _mean_logit(u if of_few is None else u + of_few, options)
+    lacks = lacks.to(x.dtype).to(lacks.dtype)
+    lacks = torch.where(torch.isfinite(lacks), lacks, 0.0)  # where all of those columns are masked
+    return torch.stack([lacks, label_logits(x, weight, bias, labels)])
 
 
-def _columns_to_look_at(columns: Tensor, count: int) -> Tensor:
+def label_logits(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    """x_t . w_{y_t} + b_{y_t} [n] in float32: x [n, H], labels [n]."""
+    out = torch.empty(x.shape[0], dtype=library.acc_dtype(x.dtype), device=x.device)
+    for low in range(0, x.shape[0], ROWS):
+        rows = slice(low, low + ROWS)
+        out[rows] = weight.index_select(0, labels[rows]).to(out.dtype).mul_(x[rows]).sum(1)
+    return out + bias.index_select(0, labels) if bias.numel() else out
+
+
+def _few_columns(labels: Tensor, count: int) -> Tensor:
     """Labels, evenly from the chunk, and the first of `count` columns."""
-    labels = columns[:: -(-columns.shape[0] // (-(-count // LABEL_SHARE)))]
+    labels = labels[:: -(-labels.shape[0] // max(FEW, count // LABEL_SHARE))]
     if labels.device.type == "cpu":  # elsewhere the host would wait for their number
         labels = labels.unique()
-    return torch.cat([torch.arange(min(FIRST_COLUMNS, -(-count // 64)), device=labels.device), labels])
+    first = min(count, FIRST, max(FEW, count // FIRST_SHARE))
+    return torch.cat([torch.arange(first, device=labels.device), labels])
 
 
-def anchors(x: Tensor, weight: Tensor, bias: Tensor, columns: Tensor, count: int) -> Tensor:
-    """[2, n]: what the logits of each row shall lack, a number of the dtype of x, and the logit of its label.
-
-    x [n, H]; columns [n] of the labels in [0, count), the columns that are no padding.
-    """
-    at_label = label_logits(x, weight, bias, columns)
-    few = _columns_to_look_at(columns, count)
-    some = x @ weight.index_select(0, few).t()
-    if bias.numel():
-        some += bias.index_select(0, few)
-    return torch.stack([rounded(torch.maximum(some.amax(1).to(at_label.dtype), at_label), x.dtype), at_label])
-
-
-def anchors_of_lse(
-    x: Tensor, weight: Tensor, bias: Tensor, columns: Tensor, lse: Tensor, scale: float, softcap: float
-) -> Tensor:
-    """The same where the log-sum-exp [n] is known."""
-    inner = lse if not softcap else softcap * torch.atanh((lse / softcap).clamp(-0.999, 0.999))
-    return torch.stack([rounded(inner / scale, x.dtype), label_logits(x, weight, bias, columns)])
-
-
-def rounded(lacks: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where it is not finite, as where all columns are masked."""
-    lacks = lacks.to(dtype).to(lacks.dtype)
-    return torch.where(torch.isfinite(lacks), lacks, 0.0)
+def _mean_logit(u: Tensor, options: HeadOptions) -> Tensor:
+    """sum_v p_v u_v of u [n, v] without scale and softcap."""
+    z = options.scale * u
+    if options.softcap:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    p = z.softmax(1)
+    return torch.where(p > 0, p * u, 0.0).sum(1)
