@@ -6,10 +6,11 @@ Batches are the responses of `--groups` pairs each, as they come. Truth: float32
 and weight. Upstream gradients are those of DPO at its start: one number for every token of a response, opposite for the
 two of a pair. Errors are norms of differences over norms, rms over the batches.
 
-    exact            the library's exact gradients in that dtype: logits and gradients are rounded
-    auto             filter_eps="auto", filter_head_grad=True
-    kept, dropped    what a threshold costs by itself: g from the same rounded logits, in sets of so many rows; the tail
-                     as one rank-one term a set, or left out as Cut Cross Entropy leaves out tiles
+    exact            the library's exact gradients in that dtype: logits, g and results are rounded. Logits made again
+                     (trainable) take the upstream gradients into g; dX of a frozen head is rounded with them once more
+    filtered         filter_eps=2^-k, filter_head_grad=True; 2^-14 is "auto" in bfloat16
+    kept, dropped    what a threshold costs by itself: g rounded to the dtype, in float32 products, sets of so many
+                     rows; the tail as one rank-one term a set, or left out as Cut Cross Entropy leaves out tiles
 """
 
 import argparse
@@ -29,8 +30,17 @@ from cpo_kernels.bench.workload import head
 from cpo_kernels.environment import describe
 from cpo_kernels.files import atomic_text
 
-SETS = ((128, 11), (128, 12), (128, 13), (128, 14), (32, 12), (0, 12))  # rows (0: all of the batch), -log2 eps
+SETS = (
+    (128, 11),
+    (128, 12),
+    (128, 13),
+    (128, 14),
+    (128, 15),
+    (32, 14),
+    (0, 14),
+)  # rows (0: all of the batch), -log2 eps
 DROPPED = ((128, 12), (128, 14))  # measured with the tail left out, too
+OF_LIBRARY = (12, 13, 14, 15)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,20 +83,24 @@ def filtered(g: Tensor, labels: Tensor, eps: float, set_rows: int, keeps_tail: b
     return made, live, mass
 
 
-def library_grads(x: Tensor, w: Tensor, labels: Tensor, upstream: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
-    dx, dw = torch.autograd.grad(cpo.linear_token_logps(*leaves, labels, **options), leaves, upstream)
-    return dx.float(), dw.float()
+def library_grads(
+    x: Tensor, w: Tensor, labels: Tensor, upstream: Tensor, train: bool = True, **options: Any
+) -> tuple[Tensor, ...]:
+    leaves = x.clone().requires_grad_(), w.clone().requires_grad_(train)
+    wanted = leaves if train else leaves[:1]
+    grads = torch.autograd.grad(cpo.linear_token_logps(*leaves, labels, **options), wanted, upstream)
+    return tuple(g.float() for g in grads)
 
 
 def measure(args: argparse.Namespace, dtype: torch.dtype, progress: Callable[[int], None]) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
 
     def add(
-        name: str, row: dict[str, Any], grads: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], **shares: float
-    ):
-        row = rows.setdefault(name, {"name": name, **row, "dx": [], "dw": [], **{key: [] for key in shares}})
-        for key, made, want in zip(("dx", "dw"), grads, truth, strict=True):
+        name: str, row: dict[str, Any], grads: tuple[Tensor, ...], truth: tuple[Tensor, Tensor], **shares: float
+    ) -> None:
+        keys = ("dx", "dw")[: len(grads)]
+        row = rows.setdefault(name, {"name": name, **row, **{key: [] for key in (*keys, *shares)}})
+        for key, made, want in zip(keys, grads, truth, strict=False):
             row[key].append(float((made - want).norm() / want.norm()))
         for key, value in shares.items():
             row[key].append(value)
@@ -100,8 +114,11 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, progress: Callable[[in
 
         truth = products(softmax_grads(wide[0] @ wide[1].t(), labels))
         add("exact", {}, library_grads(x, w, labels, upstream), truth, tokens=len(labels))
-        add("auto", {}, library_grads(x, w, labels, upstream, filter_eps="auto", filter_head_grad=True), truth)
-        g = softmax_grads((x @ w.t()).float(), labels)
+        add("exact, frozen", {}, library_grads(x, w, labels, upstream, train=False), truth)
+        for power in OF_LIBRARY:
+            options = {"filter_eps": 2.0**-power, "filter_head_grad": True}
+            add(f"filtered, 2^-{power}", {}, library_grads(x, w, labels, upstream, **options), truth)
+        g = softmax_grads(wide[0] @ wide[1].t(), labels)
         for set_rows, power in SETS:
             for keeps in (True, False) if (set_rows, power) in DROPPED else (True,):
                 made, live, mass = filtered(g, labels, 2.0**-power, set_rows, keeps)
@@ -129,15 +146,20 @@ def table(content: dict[str, Any]) -> str:
             "",
             "| gradients | live columns | tail | error of dX | of dW | dX, tail dropped | dW, tail dropped |",
             "|---|---|---|---|---|---|---|",
-            f"| exact, as the library makes them | 100% | | {exact['dx']:.2e} | {exact['dw']:.2e} | | |",
-            f'| `filter_eps="auto"`, both | | | {named["auto"]["dx"]:.2e} | {named["auto"]["dw"]:.2e} | | |',
+            f"| exact, trainable head | 100% | | {exact['dx']:.2e} | {exact['dw']:.2e} | | |",
+            f"| exact, frozen head | 100% | | {named['exact, frozen']['dx']:.2e} | | | |",
         ]
+        for power in OF_LIBRARY:
+            row = named[f"filtered, 2^-{power}"]
+            lines.append(f"| `filter_eps=2**-{power}`, both | | | {row['dx']:.2e} | {row['dw']:.2e} | | |")
         for row in rows:
             if row.get("tail") == "kept":
                 name = row["name"].split(", ", 1)[1]
                 pair = (row, named.get(f"dropped, {name}", {}))
                 errors = " | ".join(f"{r[key]:.2e}" if r else "" for r in pair for key in ("dx", "dw"))
-                lines.append(f"| {name} | {row['live_share']:.1%} | {row['tail_mass']:.4f} | {errors} |")
+                lines.append(
+                    f"| threshold only: {name} | {row['live_share']:.1%} | {row['tail_mass']:.4f} | {errors} |"
+                )
         parts.append("\n".join(lines))
     env, tokens = content["environment"], content["rows"]["bfloat16"][0]["tokens"]
     note = (

@@ -57,12 +57,13 @@ class Batch:
             if w.mode == "trainable":
                 self.ref_weight = self.weight.detach().clone()
 
-    def outcome(self, loss: Tensor) -> Outcome:
-        """Backward, and the gradients taken off the leaves."""
+    def outcome(self, loss: Tensor, seq_logps: Tensor | None = None) -> Outcome:
+        """Backward, and the gradients taken off the leaves. seq_logps [S], of those that give log-probs."""
+        given = {"loss": loss.detach(), "seq_logps": None if seq_logps is None else seq_logps.detach()}
         if self.workload.mode == "forward":
-            return {"loss": loss}
+            return {name: tensor for name, tensor in given.items() if tensor is not None}
         loss.backward()
-        named = {"loss": loss.detach(), "dx": self.hidden.grad, "dw": self.weight.grad}
+        named = {**given, "dx": self.hidden.grad, "dw": self.weight.grad}
         self.hidden.grad = self.weight.grad = None
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -70,12 +71,13 @@ class Batch:
         """[n] of the labelled rows -> [S, T]"""
         return values.new_zeros(self.labels.shape).masked_scatter(self.labels != -100, values)
 
-    def dpo(self, token_logps: Tensor, ref_token_logps: Tensor | None) -> Tensor:
-        """-mean log sigmoid(beta d) from token log-probs [S, T], zero where nothing is labelled."""
+    def dpo(self, token_logps: Tensor, ref_token_logps: Tensor | None) -> tuple[Tensor, Tensor]:
+        """-mean log sigmoid(beta d), and seq_logps [S], of token log-probs [S, T], zero where nothing is labelled."""
         ref = self.ref_logps if ref_token_logps is None else ref_token_logps.float().sum(1)
-        d = token_logps.float().sum(1) - ref
+        seq_logps = token_logps.float().sum(1)
+        d = seq_logps - ref
         chosen, rejected = d[self.pairs].unbind(1)
-        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+        return -F.logsigmoid(BETA * (chosen - rejected)).mean(), seq_logps
 
 
 TokenLogps = Callable[[Tensor, Tensor], Tensor]  # hidden [S, T, H], weight [V, H] -> [S, T]
@@ -93,8 +95,8 @@ def from_token_logps(make: Callable[[Batch], TokenLogps]) -> Callable[[Batch], S
                 if b.ref_hidden is not None:
                     with torch.no_grad():
                         ref = logps(b.ref_hidden, b.ref_weight)
-                loss = b.dpo(logps(b.hidden, b.weight), ref)
-            return b.outcome(loss)
+                loss, seq_logps = b.dpo(logps(b.hidden, b.weight), ref)
+            return b.outcome(loss, seq_logps)
 
         return Step(run)
 
@@ -130,9 +132,9 @@ def truth(b: Batch) -> Outcome:
     if b.ref_hidden is not None:
         ref = b.padded(logps(b.ref_hidden[keep].float(), b.ref_weight.detach().float()))
     logp = logps(x, weight).requires_grad_(w.mode != "forward")
-    loss = b.dpo(b.padded(logp), ref)
+    loss, seq_logps = b.dpo(b.padded(logp), ref)
     if w.mode == "forward":
-        return {"loss": loss}
+        return {"loss": loss, "seq_logps": seq_logps}
     (coef,) = torch.autograd.grad(loss, logp)
     weight.requires_grad_(w.mode == "trainable")
     dx = torch.zeros_like(b.hidden, dtype=torch.float32)
@@ -142,7 +144,7 @@ def truth(b: Batch) -> Outcome:
         gathered(rows, weight, y, w.softcap).backward(c)
         grads.append(rows.grad)
     dx[keep] = torch.cat([grad for grad in grads if grad is not None])
-    named = {"loss": loss.detach(), "dx": dx, "dw": weight.grad}
+    named = {"loss": loss.detach(), "seq_logps": seq_logps.detach(), "dx": dx, "dw": weight.grad}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -154,4 +156,5 @@ def limits(workload: Head) -> dict[str, float]:
     """
     tokens = workload.length - workload.prompt
     limit = 1e-3 if workload.dtype == "float32" else 0.1 * max(1.0, (tokens / 64) ** 0.5)
-    return {"loss": limit, "dx": limit, "dw": limit}
+    nats = 1e-2 if workload.dtype == "float32" else 0.2 * tokens**0.5
+    return {"loss": limit, "seq_logps": nats, "dx": limit, "dw": limit}

@@ -71,7 +71,8 @@ def fused_loss(impl: str = "auto", two_pass: bool = False, **filtered: Any) -> C
 
         def run() -> Outcome:
             with torch.set_grad_enabled(w.mode != "forward"):
-                return b.outcome(loss_fn(b.hidden, b.weight, b.labels, plan=plan, **given).loss)
+                out = loss_fn(b.hidden, b.weight, b.labels, plan=plan, **given)
+                return b.outcome(out.loss, out.seq_logps)
 
         return Step(run)
 

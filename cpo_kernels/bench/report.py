@@ -63,6 +63,19 @@ def memory(result: Result, row: Result) -> str:
     return f"{row['peak_bytes'] / 2**20:.0f} MiB{beyond}"
 
 
+NAMES = {"seq_logps": "log-prob", "dx": "dX", "dw": "dW"}
+
+
+def errors(row: Result) -> str:
+    """Differences from the truth: relative, but of the log-probs of responses the rms in nats."""
+    found = row["differences"]
+    return ", ".join(
+        f"{NAMES.get(name, name)} {found[name]:.1e}"
+        for name in (*NAMES, *sorted(found.keys() - NAMES))
+        if name in found
+    )
+
+
 def table(result: Result) -> str:
     """The rows of one workload; one line where nothing of it was measured, for one reason."""
     reasons = {row.get("why") for row in result["subjects"].values()}
@@ -71,18 +84,22 @@ def table(result: Result) -> str:
     family = FAMILIES[result["family"]]
     floor = f"× of {family.floor}" if family.floor else "× of floor"
     plan = [f"Ours: {result['plan']}.", ""] if "plan" in result else []
-    lines = [*plan, f"| | median (range) | {floor} (range) | rate | first step | peak memory |", "|---" * 6 + "|"]
+    lines = [
+        *plan,
+        f"| | median (range) | {floor} (range) | rate | first step | peak memory | error |",
+        "|---" * 7 + "|",
+    ]
     for name, row in result["subjects"].items():
         label = family.implementations[name].label
         if "why" in row:
-            lines.append(f"| {label} | not measured: {row['why']} | | | | |")
+            lines.append(f"| {label} | not measured: {row['why']} | | | | | |")
             continue
         ratio = f"{row['ratio']:.2f} ({' to '.join(f'{x:.2f}' for x in row['ratio_spread'])})" if "ratio" in row else ""
         peak = memory(result, row)
         spread = f"{duration(row['min_s'])} to {duration(row['max_s'])}"
         lines.append(
             f"| {label} | {duration(row['median_s'])} ({spread}) | {ratio} | {rate(result, name, row)} | "
-            f"{duration(row['first_s'])} | {peak} |"
+            f"{duration(row['first_s'])} | {peak} | {errors(row)} |"
         )
     return "\n".join(lines)
 
