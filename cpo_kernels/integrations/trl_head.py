@@ -1,0 +1,147 @@
+"""Our fused head in TRL's trainers: in all of them, or by class.
+
+    with fuse():                                              # or: fused = fuse(); ...; fused.undo()
+        trainer = trl.GRPOTrainer(model, reward, args, train_dataset=data)
+    trainer.train()
+    trainer = FusedGRPOTrainer(model, reward, args, train_dataset=data, head_options={"filter_eps": "auto"})
+
+A trainer gives its models their head while it is constructed, with `add_fused_lm_head`, a name that each module of TRL
+imports; they keep it afterwards. TRL computes loss and metrics as ever, from our token log-probs: 2 matrix products
+with a frozen head (LoRA), 4 with a trainable one, on the labelled positions only.
+
+Written for TRL 1.16.
+"""
+
+import functools
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from cpo_kernels.backends import dispatch
+from cpo_kernels.extras import explained
+
+try:
+    import trl
+    from trl.trainer import utils as trl_utils
+except ModuleNotFoundError as error:
+    raise explained(error, __name__) from error
+
+from cpo_kernels.head.strategy import check_filter
+from cpo_kernels.integrations.fused_head import add_fused_head
+
+NAME = "add_fused_lm_head"
+_THEIRS = trl_utils.add_fused_lm_head
+_LOCK = threading.RLock()
+_IN_FORCE: list["Fused"] = []  # the last one gives the options
+
+
+class Fused:
+    """A replacement in force. `undo()`, or the end of a `with` block, takes it back; models keep the head they got."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings, self.heads = settings, 0  # heads: given so far
+        with _LOCK:
+            _IN_FORCE.append(self)
+            _replace(_THEIRS, _ours)
+
+    def undo(self) -> None:
+        with _LOCK:
+            if self in _IN_FORCE:
+                _IN_FORCE.remove(self)
+            if not _IN_FORCE:
+                _replace(_ours, _THEIRS)
+
+    def __enter__(self) -> "Fused":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+@functools.wraps(_THEIRS)
+def _ours(model: Any, *args: Any, **kwargs: Any) -> None:
+    if not _IN_FORCE:  # a caller that kept the name beyond `undo`
+        return _THEIRS(model, *args, **kwargs)
+    fused = _IN_FORCE[-1]
+    _add_head(fused.settings, model, *args, **kwargs)
+    fused.heads += 1
+
+
+def _add_head(
+    settings: Mapping[str, Any],
+    model: Any,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs",),
+) -> None:
+    """TRL's signature; an argument that it does not have raises TypeError by name."""
+    add_fused_head(model, outputs, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, **settings)
+
+
+def _replace(old: Any, new: Any) -> None:
+    """In every module of TRL; one that is imported later takes the name from `trl.trainer.utils`."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "trl" and vars(module).get(NAME) is old:  # no getattr: TRL's packages import lazily
+            setattr(module, NAME, new)
+
+
+def fuse(
+    *,
+    softcap: float | None = None,
+    scale: float | None = None,
+    memory_budget: int | None = None,
+    impl: str = "auto",
+    filter_eps: float | Literal["auto"] | None = None,
+    filter_head_grad: bool = False,
+) -> Fused:
+    """From here on every TRL trainer that asks for a fused head gets ours, until `undo()` of what is returned.
+
+    Of TRL's own these are SFT, DPO, KTO, GRPO, RLOO, the experimental AsyncGRPO, and what derives from them.
+    The options are those of `add_fused_head`. Calls nest; the last one in force gives the options.
+
+    A model whose logits are not understood raises ValueError or TypeError when a trainer is constructed. So does a
+    backward pass through the entropy (an entropy bonus of GRPO): it has no gradient here.
+    """
+    dispatch.check_impl(impl)
+    check_filter(filter_eps, filter_head_grad)
+    return Fused(
+        {
+            "softcap": softcap, "scale": scale, "memory_budget": memory_budget, "impl": impl, "filter_eps": filter_eps,
+            "filter_head_grad": filter_head_grad,
+        }
+    )  # fmt: skip
+
+
+@contextmanager
+def fused_construction(**options: Any) -> Iterator[None]:
+    """`fuse` around one trainer's constructor; another thread that constructs one of ours waits."""
+    with _LOCK, fuse(**options) as fused:
+        yield
+        if not fused.heads:
+            raise RuntimeError(f"trl {trl.__version__} does not call {NAME}: this class is written for trl 1.16")
+
+
+class _FusedTrainer:
+    """head_options: the options of `fuse`, for this trainer."""
+
+    def __init__(self, *args: Any, head_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        with fused_construction(**(head_options or {})):
+            super().__init__(*args, **kwargs)
+
+
+class FusedSFTTrainer(_FusedTrainer, trl.SFTTrainer):
+    """`trl.SFTTrainer` with our head; `head_options=` takes the options of `fuse`."""
+
+
+class FusedKTOTrainer(_FusedTrainer, trl.KTOTrainer):
+    """`trl.KTOTrainer` with our head; `head_options=` takes the options of `fuse`."""
+
+
+class FusedGRPOTrainer(_FusedTrainer, trl.GRPOTrainer):
+    """`trl.GRPOTrainer` with our head; `head_options=` takes the options of `fuse`. No entropy bonus: see `fuse`."""
+
+
+class FusedRLOOTrainer(_FusedTrainer, trl.RLOOTrainer):
+    """`trl.RLOOTrainer` with our head; `head_options=` takes the options of `fuse`."""
