@@ -270,10 +270,9 @@ class FusedDPOTrainer(trl.DPOTrainer):
             columns.extend(RATING_COLUMNS)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL names the cache only by parameters and data; these options change the log-probs too."""
-        options = (own(self.args, "head_softcap"), own(self.args, "head_scale"), self.ld_alpha)
+        """TRL names the cache by the data and the model, but not by `ld_alpha`, which changes the log-probs too."""
         parameters = self._precompute_model_hash
-        self._precompute_model_hash: Any = (parameters, options)
+        self._precompute_model_hash: Any = (parameters, self.ld_alpha)
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:

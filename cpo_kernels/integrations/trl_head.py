@@ -12,10 +12,9 @@ with a frozen head (LoRA), 4 with a trainable one, on the labelled positions onl
 Written for TRL 1.16.
 """
 
-import functools
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,8 +30,6 @@ except ModuleNotFoundError as error:
 from cpo_kernels.head.strategy import check_filter
 from cpo_kernels.integrations.fused_head import add_fused_head
 
-NAME = "add_fused_lm_head"
-_THEIRS = trl_utils.add_fused_lm_head
 _LOCK = threading.RLock()
 _IN_FORCE: list["Fused"] = []  # the last one gives the options
 
@@ -44,14 +41,15 @@ class Fused:
         self.settings, self.heads = settings, 0  # heads: given so far
         with _LOCK:
             _IN_FORCE.append(self)
-            _replace(_THEIRS, _ours)
+            for name, (theirs, ours) in _REPLACED.items():
+                _replace(name, theirs, ours)
 
     def undo(self) -> None:
         with _LOCK:
             if self in _IN_FORCE:
                 _IN_FORCE.remove(self)
-            if not _IN_FORCE:
-                _replace(_ours, _THEIRS)
+            for name, (theirs, ours) in _REPLACED.items() if not _IN_FORCE else ():
+                _replace(name, ours, theirs)
 
     def __enter__(self) -> "Fused":
         return self
@@ -60,10 +58,9 @@ class Fused:
         self.undo()
 
 
-@functools.wraps(_THEIRS)
-def _ours(model: Any, *args: Any, **kwargs: Any) -> None:
+def _give_head(model: Any, *args: Any, **kwargs: Any) -> Any:
     if not _IN_FORCE:  # a caller that kept the name beyond `undo`
-        return _THEIRS(model, *args, **kwargs)
+        return _REPLACED["add_fused_lm_head"][0](model, *args, **kwargs)
     fused = _IN_FORCE[-1]
     _add_head(fused.settings, model, *args, **kwargs)
     fused.heads += 1
@@ -80,11 +77,25 @@ def _add_head(
     add_fused_head(model, outputs, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, **settings)
 
 
-def _replace(old: Any, new: Any) -> None:
+def _hash_module(module: Any) -> str:
+    """TRL names its cache of reference log-probs by the model's weights; a given softcap or scale changes them too."""
+    given = [_IN_FORCE[-1].settings[name] for name in ("softcap", "scale")] if _IN_FORCE else [None]
+    weights: str = _REPLACED["hash_module"][0](module)
+    return weights if given.count(None) == len(given) else f"{weights} {given}"
+
+
+# Name in `trl.trainer.utils`, and in every module that imports it: TRL's function, ours.
+_REPLACED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "add_fused_lm_head": (trl_utils.add_fused_lm_head, _give_head),
+    "hash_module": (trl_utils.hash_module, _hash_module),
+}
+
+
+def _replace(name: str, old: Any, new: Any) -> None:
     """In every module of TRL; one that is imported later takes the name from `trl.trainer.utils`."""
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "trl" and vars(module).get(NAME) is old:  # no getattr: TRL's packages import lazily
-            setattr(module, NAME, new)
+    for path, module in list(sys.modules.items()):
+        if path.split(".")[0] == "trl" and vars(module).get(name) is old:  # no getattr: TRL's packages import lazily
+            setattr(module, name, new)
 
 
 def fuse(
@@ -120,7 +131,9 @@ def fused_construction(**options: Any) -> Iterator[None]:
     with _LOCK, fuse(**options) as fused:
         yield
         if not fused.heads:
-            raise RuntimeError(f"trl {trl.__version__} does not call {NAME}: this class is written for trl 1.16")
+            raise RuntimeError(
+                f"trl {trl.__version__} does not call add_fused_lm_head: this class is written for trl 1.16"
+            )
 
 
 class _FusedTrainer:
