@@ -240,37 +240,58 @@ def word_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
 
 
+def trl_arguments(b: Batch) -> dict[str, Any]:
+    """What the arguments of every trainer of TRL hold here."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+    return {
+        "output_dir": b.folder.name, "bf16": b.workload.dtype == "bfloat16", "use_cpu": b.device.type == "cpu",
+        "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def trl_step(b: Batch, made: Any, inputs: dict[str, Any]) -> Step:
+    """A step of a trainer of TRL on a batch of tokens."""
+    made.current_gradient_accumulation_steps = 1  # what its train() sets
+    model, optimizer = made.accelerator.prepare(made.model, adamw(b.model))
+    made.model_wrapped = model
+    return b.step(lambda: made.training_step(model, dict(inputs), None), optimizer)
+
+
+def pair_inputs(b: Batch) -> dict[str, Tensor]:
+    """The batch of DPO: chosen of every pair, then rejected; the reference is given."""
+    rows = b.pairs.t().flatten()
+    ref_chosen, ref_rejected = b.ref_logps[rows].chunk(2)
+    return {
+        "input_ids": b.input_ids[rows],
+        "attention_mask": b.mask[rows],
+        "completion_mask": (b.labels[rows] != -100).long(),
+        "ref_chosen_logps": ref_chosen,
+        "ref_rejected_logps": ref_rejected,
+    }
+
+
 def trainer(fused: bool = False, reference: str = "given") -> Callable[[Batch], Step]:
     def build(b: Batch) -> Step:
-        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         import datasets
         import trl
 
         from cpo_kernels.integrations.trl import FusedDPOConfig, FusedDPOTrainer
 
-        datasets.disable_progress_bars()
-        w = b.workload
         args = (FusedDPOConfig if fused else trl.DPOConfig)(
-            b.folder.name, beta=BETA, precompute_ref_log_probs=reference == "given", bf16=w.dtype == "bfloat16",
-            use_cpu=b.device.type == "cpu", gradient_checkpointing=False, report_to="none", disable_tqdm=True,
-        )  # fmt: skip
+            **trl_arguments(b), beta=BETA, precompute_ref_log_probs=reference == "given"
+        )
         data = datasets.Dataset.from_dict({"prompt": ["a ", "b "], "chosen": ["a", "b"], "rejected": ["b", "a"]})
         twin = copy.deepcopy(b.model) if reference == "computed" else None
         made = (FusedDPOTrainer if fused else trl.DPOTrainer)(
             b.model, twin, args=args, train_dataset=data, processing_class=word_tokenizer()
         )
-        made.current_gradient_accumulation_steps = 1  # what its train() sets
-        model, optimizer = made.accelerator.prepare(made.model, adamw(b.model))
-        made.model_wrapped = model
-        rows = b.pairs.t().flatten()  # chosen of every pair, then rejected
-        inputs = {
-            "input_ids": b.input_ids[rows],
-            "attention_mask": b.mask[rows],
-            "completion_mask": (b.labels[rows] != -100).long(),
-        }
-        if reference == "given":
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = b.ref_logps[rows].chunk(2)
-        return b.step(lambda: made.training_step(model, dict(inputs)), optimizer)
+        inputs = pair_inputs(b)
+        if reference == "computed":
+            del inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        return trl_step(b, made, inputs)
 
     return build
 
