@@ -4,6 +4,8 @@ Our runs are made without TRL's chunked head, so that it cannot stand in for our
 """
 
 import contextlib
+import importlib
+import inspect
 import sys
 
 import pytest
@@ -409,3 +411,32 @@ def test_a_model_with_vision_needs_its_scale(tmp_path, name):
         trainer_of(name, tmp_path, model=with_vision, fused=True)
     theirs = run(name, tmp_path, {}, model=with_vision)
     assert_same_run(theirs, run(name, tmp_path, {}, model=with_vision, fused={"scale": 1.0}))
+
+
+# ---------------------------------------------------------------- TRL's experimental trainers
+
+
+def test_what_derives_from_a_trainer_has_its_head(tmp_path):
+    """GMPO: a loss of its own over the log-probs of GRPO."""
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+
+    runs = []
+    for fused in (False, True):
+        gradients, args = Gradients(), GMPOConfig(str(tmp_path), **{**SETTINGS, **SAMPLED})
+        with contextlib.ExitStack() as stack:
+            if fused:
+                stack.enter_context(without_trls_head())
+                stack.enter_context(fuse())
+            data = datasets.Dataset.from_dict(PROMPTS)
+            given = {"train_dataset": data, "processing_class": TOKENIZER, "callbacks": [gradients]}
+            trainer = GMPOTrainer(make(), reward_funcs=reward, args=args, **given)
+            trainer.train()
+        runs.append((trainer.state.log_history, gradients.steps))
+    assert_same_run(*runs)
+
+
+@pytest.mark.parametrize("module", ["orpo.orpo_trainer", "cpo.cpo_trainer", "tpo.tpo_trainer"])
+def test_trainers_with_full_logits_do_not_ask_for_a_head(module):
+    """What docs/trl.md says of ORPO, CPO (also SimPO and AlphaPO) and TPO."""
+    trainer = importlib.import_module(f"trl.experimental.{module}")
+    assert not hasattr(trainer, "add_fused_lm_head") and "logits" in inspect.getsource(trainer)
