@@ -109,6 +109,14 @@ def test_options_of_every_trainer(tmp_path, name, options):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
+def test_bfloat16_autocast(tmp_path, name):
+    """At a learning rate that leaves the sampled completions as they are."""
+    options = {"bf16": True, "learning_rate": 1e-6}
+    theirs, fused = (run(name, tmp_path, options, fused=f) for f in (False, True))
+    assert_same_run(theirs, fused, rel=0.05)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
 def test_lora(tmp_path, name):
     """With beta the adapter's base model is the reference."""
     options = {} if name == "SFT" else {"beta": 0.2}
