@@ -58,23 +58,24 @@ class Fused:
         self.undo()
 
 
-def _give_head(model: Any, *args: Any, **kwargs: Any) -> Any:
-    if not _IN_FORCE:  # a caller that kept the name beyond `undo`
-        return _REPLACED["add_fused_lm_head"][0](model, *args, **kwargs)
-    fused = _IN_FORCE[-1]
-    _add_head(fused.settings, model, *args, **kwargs)
-    fused.heads += 1
-
-
-def _add_head(
-    settings: Mapping[str, Any],
+def _give_head(
     model: Any,
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
 ) -> None:
     """TRL's signature; an argument that it does not have raises TypeError by name."""
-    add_fused_head(model, outputs, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, **settings)
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "cast_lm_head_to_fp32": cast_lm_head_to_fp32,
+        "outputs": outputs,
+    }
+    if not _IN_FORCE:  # a caller that kept the name beyond `undo`
+        _REPLACED["add_fused_lm_head"][0](model, **given)
+        return
+    fused = _IN_FORCE[-1]
+    add_fused_head(model, **given, **fused.settings)
+    fused.heads += 1
 
 
 def _hash_module(module: Any) -> str:
