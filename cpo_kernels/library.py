@@ -6,8 +6,9 @@
     sequence_sum        token log-probs [N], cu_seqlens [S+1] -> [S]
     preference          sequence log-probs [S], pairs [P, 2], ratings -> loss, gradient, metrics
 
-Every backend offers these. The in-place kernels cannot carry autograd: what torch.compile and autograd see are
-functional ops, which choose a backend when they run (in `ops` and `head`).
+Logits may lack a constant in each row, and the logits of the labels be known better than they hold them: `anchors`
+[2, N], see `reference.token_logps_fwd`. Every backend offers these. The in-place kernels cannot carry autograd: what
+torch.compile and autograd see are functional ops, which choose a backend when they run (in `ops` and `head`).
 """
 
 import inspect
@@ -23,19 +24,25 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _LOGIT_ARGS = "int ignore_index, float scale, float softcap, int vocab_size"
+_ANCHORS = "Tensor? anchors=None"
 SCHEMAS = {
-    "token_logps_fwd": f"(Tensor logits, Tensor labels, {_LOGIT_ARGS}, bool extras) -> (Tensor, Tensor, Tensor)",
-    "token_logps_bwd_": f"(Tensor(a!) logits, Tensor labels, Tensor lse, Tensor grad, {_LOGIT_ARGS}) -> ()",
+    "token_logps_fwd": (
+        f"(Tensor logits, Tensor labels, {_LOGIT_ARGS}, bool extras, {_ANCHORS}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "token_logps_bwd_": (
+        f"(Tensor(a!) logits, Tensor labels, Tensor lse, Tensor grad, {_LOGIT_ARGS}, {_ANCHORS},"
+        " Tensor? entropies=None) -> ()"
+    ),
     "token_logps_fused_": (
-        f"(Tensor(a!) logits, Tensor labels, {_LOGIT_ARGS}, bool extras) -> (Tensor, Tensor, Tensor)"
+        f"(Tensor(a!) logits, Tensor labels, {_LOGIT_ARGS}, bool extras, {_ANCHORS}) -> (Tensor, Tensor, Tensor)"
     ),
     "live_columns": (
-        f"(Tensor logits, Tensor labels, Tensor lse, float eps, int set_rows, {_LOGIT_ARGS})"
+        f"(Tensor logits, Tensor labels, Tensor lse, float eps, int set_rows, {_LOGIT_ARGS}, {_ANCHORS})"
         " -> (Tensor, Tensor, Tensor)"
     ),
     "live_grads": (
         "(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets, int set_rows,"
-        f" {_LOGIT_ARGS}) -> Tensor"
+        f" {_LOGIT_ARGS}, {_ANCHORS}) -> Tensor"
     ),
     "live_sum": "(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets) -> Tensor",
     "sequence_sum": "(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average) -> Tensor",
@@ -78,27 +85,28 @@ class Kernels(Protocol):
 
     def token_logps_fwd(
         self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
-        extras: bool, /,
+        extras: bool, anchors: Tensor | None = None, /,
     ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 
     def token_logps_bwd_(
         self, logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, ignore_index: int, scale: float,
-        softcap: float, vocab_size: int, /,
+        softcap: float, vocab_size: int, anchors: Tensor | None = None, entropies: Tensor | None = None, /,
     ) -> None: ...  # fmt: skip
 
     def token_logps_fused_(
         self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
-        extras: bool, /,
+        extras: bool, anchors: Tensor | None = None, /,
     ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 
     def live_columns(
         self, logits: Tensor, labels: Tensor, lse: Tensor, eps: float, set_rows: int, ignore_index: int, scale: float,
-        softcap: float, vocab_size: int, /,
+        softcap: float, vocab_size: int, anchors: Tensor | None = None, /,
     ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 
     def live_grads(
         self, logits: Tensor, labels: Tensor, lse: Tensor, row_sums: Tensor, columns: Tensor, offsets: Tensor,
-        set_rows: int, ignore_index: int, scale: float, softcap: float, vocab_size: int, /,
+        set_rows: int, ignore_index: int, scale: float, softcap: float, vocab_size: int,
+        anchors: Tensor | None = None, /,
     ) -> Tensor: ...  # fmt: skip
 
     def live_sum(self, tail: Tensor, tails: Tensor, made: Tensor, columns: Tensor, offsets: Tensor, /) -> Tensor: ...
@@ -138,9 +146,9 @@ def fake_preference(seq_logps: Tensor, pairs: Tensor) -> PreferenceResult:
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "token_logps_fwd": lambda logits, *args: fake_token_logps(logits, extras=args[-1]),
+    "token_logps_fwd": lambda logits, *args: fake_token_logps(logits, extras=args[5]),
     "token_logps_bwd_": lambda *args: None,
-    "token_logps_fused_": lambda logits, *args: fake_token_logps(logits, extras=args[-1]),
+    "token_logps_fused_": lambda logits, *args: fake_token_logps(logits, extras=args[5]),
     "sequence_sum": lambda token_logps, cu_seqlens, *_: fake_sequence_sum(token_logps, cu_seqlens),
     "preference": lambda seq_logps, ref_logps, lengths, pairs, *_: fake_preference(seq_logps, pairs),
 }

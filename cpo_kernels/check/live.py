@@ -23,6 +23,7 @@ class Shape(NamedTuple):
     padding: int = 0  # columns behind the vocabulary, NaN
     gap: int = 0  # numbers between rows, NaN
     spread: float = 4.0
+    anchored: bool = False
 
 
 SHAPES = {
@@ -42,10 +43,20 @@ SHAPES = {
     "only labels are live": Shape(12, 600, 6, eps=2.0),
     "sets of one row": Shape(6, 300, 1, eps=2.0**-12),
     "flat rows": Shape(12, 600, 6, spread=0.01),
+    "relative logits": Shape(131, 777, 64, padding=7, anchored=True),
+    "relative logits, aligned": Shape(16, 1024, 8, gap=16, scale=0.5, anchored=True),
+    "relative logits, softcap": Shape(33, 600, 16, softcap=5.0, scale=1.3, padding=24, anchored=True),
 }
 
 
-def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+class LiveRows(NamedTuple):
+    logits: Tensor
+    labels: Tensor
+    lse: Tensor
+    anchors: Tensor | None
+
+
+def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> LiveRows:
     """logits with NaN beside the vocabulary, labels (some ignored, some of another shard), lse (one NaN, one -inf)."""
     generator = torch.Generator().manual_seed(0)
     width = shape.vocab + shape.padding
@@ -62,7 +73,17 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
     if shape.rows > 6:
         labels[5], labels[4] = shape.vocab + 50, -1  # of other shards
         logits[0, labels[0]] = -math.inf
-    z = logits[:, : shape.vocab].double() * shape.scale
+    anchors = None
+    u = logits[:, : shape.vocab].double()
+    if shape.anchored:
+        lacks = torch.randint(-4, 5, (shape.rows,), generator=generator).double()
+        column = labels.clamp(0, shape.vocab - 1).masked_fill(labels == IGNORE, 0)
+        at_label = u.gather(1, column[:, None]).squeeze(1) * 1.001 + lacks
+        u = u + lacks[:, None]
+        here = ((labels >= 0) & (labels < shape.vocab)).nonzero().squeeze(1)
+        u[here, labels[here]] = at_label[here]
+        anchors = torch.stack([lacks, at_label]).to(library.acc_dtype(dtype)).to(device)
+    z = u * shape.scale
     if shape.softcap:
         z = shape.softcap * torch.tanh(z / shape.softcap)
     lse = z.logsumexp(1).to(library.acc_dtype(dtype))
@@ -71,10 +92,10 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
     if shape.rows > 9:
         lse[9] = -math.inf
     if device.type == "cpu":
-        return logits, labels, lse
+        return LiveRows(logits, labels, lse, anchors)
     storage = torch.full((shape.rows, width + shape.gap), math.nan, dtype=dtype, device=device)  # keeps the gap
     storage[:, :width] = logits.to(device)
-    return storage[:, :width], labels.to(device), lse.to(device)
+    return LiveRows(storage[:, :width], labels.to(device), lse.to(device), anchors)
 
 
 def places(live: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,22 +105,25 @@ def places(live: Tensor) -> tuple[Tensor, Tensor]:
     return live.nonzero()[:, 1], offsets
 
 
-def run_live(kernels: Any, shape: Shape, rows: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_live(kernels: Any, shape: Shape, rows: LiveRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """live, tail, row_sums, and g of the columns that the backend itself took for live."""
     head: Any = (IGNORE, shape.scale, shape.softcap, shape.vocab)
-    live, tail, row_sums = kernels.live_columns(*rows, shape.eps, shape.set_rows, *head)
-    return live, tail, row_sums, kernels.live_grads(*rows, row_sums, *places(live), shape.set_rows, *head)
+    *given, anchors = rows
+    live, tail, row_sums = kernels.live_columns(*given, shape.eps, shape.set_rows, *head, anchors)
+    g = kernels.live_grads(*given, row_sums, *places(live), shape.set_rows, *head, anchors)
+    return live, tail, row_sums, g
 
 
 def check_live(backend: Backend, findings: Findings, shape: Shape, dtype: torch.dtype) -> None:
     rows = make(shape, dtype, backend.device)
     head: Any = (IGNORE, shape.scale, shape.softcap, shape.vocab)
     live, tail, row_sums, g = run_live(backend.kernels, shape, rows)
-    exact = (rows[0].double(), rows[1], rows[2].double())
+    exact: Any = (rows.logits.double(), rows.labels, rows.lse.double())
+    exact_anchors = None if rows.anchors is None else rows.anchors.double()
     tolerance = max(backend.tolerance(dtype).logp, 1e-12)  # of sums up to `scale`
 
     def wanted(eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        return reference.live_columns(*exact, eps, shape.set_rows, *head)
+        return reference.live_columns(*exact, eps, shape.set_rows, *head, exact_anchors)
 
     surely, at_most = wanted(shape.eps * (1 + 10 * tolerance))[0], wanted(shape.eps * (1 - 10 * tolerance))[0]
     findings.require("live: a column is missing", not bool((surely & ~live).any()))
@@ -108,11 +132,11 @@ def check_live(backend: Backend, findings: Findings, shape: Shape, dtype: torch.
     findings.require("live columns have a tail", not bool(tail[live].any()))
     findings.close("tail_columns", tail[~at_most], want_tail[~at_most], 10 * tolerance, 0.1 * shape.scale)
     findings.close("row_sums", row_sums, want_sums, 10 * tolerance, 0.1 * shape.scale)
-    want = reference.live_grads(*exact, row_sums.double(), *places(live), shape.set_rows, *head)
+    want = reference.live_grads(*exact, row_sums.double(), *places(live), shape.set_rows, *head, exact_anchors)
     unit = max(backend.tolerance(dtype).grad, 10 * tolerance)
     if backend.name == "triton" and not backend.on_gpu and dtype == torch.bfloat16:
         unit *= 2  # the interpreter rounds toward zero
-    findings.require("dtypes", (tail.dtype, row_sums.dtype, g.dtype) == (rows[2].dtype, rows[2].dtype, dtype))
+    findings.require("dtypes", (tail.dtype, row_sums.dtype, g.dtype) == (rows.lse.dtype, rows.lse.dtype, dtype))
     findings.close("g", g, want, unit, tolerance * shape.scale / unit)
     for name, first, again in zip(
         ("live", "tail", "row_sums", "g"),

@@ -3,13 +3,14 @@
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpo_kernels import reference
+from cpo_kernels import library, reference
 from cpo_kernels.check import limits
 from cpo_kernels.check.compare import Backend, Case, Findings, Skip, need_memory, relative_error, short
 
@@ -47,6 +48,7 @@ class Rows:
     offset: int
     width: int
     labels: Tensor  # [N]
+    anchors: Tensor | None = None  # [2, N]
 
     def copy(self) -> tuple[Tensor, Tensor]:
         """(a new storage, the logits in it)."""
@@ -96,28 +98,30 @@ def check_token_ops(
     kernels, labels, dtype = backend.kernels, rows.labels, rows.storage.dtype
     vocab_size = vocab_size or rows.width
     options = (labels, IGNORE, scale, softcap, vocab_size)
+    anchors: Any = () if rows.anchors is None else (rows.anchors,)
+    exact_anchors: Any = tuple(a.double() for a in anchors)
     tolerance = backend.tolerance(dtype)
     exact = rows.logits.double()
-    want_logp, want_lse, want_extra = reference.token_logps_fwd(exact, *options, True)
+    want_logp, want_lse, want_extra = reference.token_logps_fwd(exact, *options, True, *exact_anchors)
 
     storage, logits = rows.copy()
-    logp, lse, extra = kernels.token_logps_fwd(logits, *options, True)
+    logp, lse, extra = kernels.token_logps_fwd(logits, *options, True, *anchors)
     findings.same("fwd wrote its input", storage, rows.storage)
     findings.close("fwd logp", logp, want_logp, tolerance.logp)
     findings.close("fwd lse", lse, want_lse, tolerance.logp)
     findings.close("fwd extras", extra[:3], want_extra[:3], 4 * tolerance.logp)
     findings.same("fwd is_top1", extra[3].double(), want_extra[3])
-    plain = kernels.token_logps_fwd(logits, *options, False)
+    plain = kernels.token_logps_fwd(logits, *options, False, *anchors)
     findings.same("fwd logp without extras", plain[0], logp)
     findings.require("fwd without extras returned some", plain[2].numel() == 0)
 
     want = exact.clone()
-    reference.token_logps_fused_(want, *options, False)
+    reference.token_logps_fused_(want, *options, False, *exact_anchors)
     # On a GPU a kernel of its own to compile; the cases from hidden states run the one without extras there.
     for extras in (True,) if backend.on_gpu else (True, False):
         name = "fused_" if extras else "fused_ without extras"
         storage, fused = rows.copy()
-        fused_logp, fused_lse, fused_extra = kernels.token_logps_fused_(fused, *options, extras)
+        fused_logp, fused_lse, fused_extra = kernels.token_logps_fused_(fused, *options, extras, *anchors)
         findings.close(f"{name} logp", fused_logp, want_logp, tolerance.logp)
         findings.close(f"{name} lse", fused_lse, want_lse, tolerance.logp)
         if backend.name == "cpu":  # sweeps a row alike in every op
@@ -130,11 +134,43 @@ def check_token_ops(
 
     upstream = torch.randn(len(labels), generator=torch.Generator().manual_seed(1), dtype=lse.dtype).to(backend.device)
     want = exact.clone()
-    reference.token_logps_bwd_(want, labels, want_lse, upstream.double(), IGNORE, scale, softcap, vocab_size)
+    reference.token_logps_bwd_(want, labels, want_lse, upstream.double(), *options[1:], *exact_anchors)
     storage, grad = rows.copy()
-    kernels.token_logps_bwd_(grad, labels, lse, upstream, IGNORE, scale, softcap, vocab_size)
+    kernels.token_logps_bwd_(grad, labels, lse, upstream, *options[1:], *anchors)
     check_gradient(findings, "bwd_", grad, want, labels, vocab_size, tolerance.grad * loose, upstream.abs())
     findings.require("bwd_ wrote outside its rows", rows.outside(storage).isnan().all())
+
+
+def check_entropy_gradient(
+    backend: Backend, findings: Findings, rows: Rows, scale: float, softcap: float, vocab_size: int, loose: float
+) -> None:
+    """bwd_ with incoming gradients of the entropies: relative to the size of its terms, which may cancel."""
+    kernels, labels = backend.kernels, rows.labels
+    options = (IGNORE, scale, softcap, vocab_size)
+    exact = rows.logits.double()
+    exact_anchors = None if rows.anchors is None else rows.anchors.double()
+    _, lse, extra = kernels.token_logps_fwd(rows.logits, labels, *options, True, rows.anchors)
+    _, want_lse, want_extra = reference.token_logps_fwd(exact, labels, *options, True, exact_anchors)
+    generator = torch.Generator().manual_seed(2)
+    upstream, of_entropy = torch.randn(2, len(labels), generator=generator, dtype=lse.dtype).to(backend.device)
+    of_entropy[labels == IGNORE] = math.nan
+    for name, grad_logp in (("bwd_ of the entropy", torch.zeros_like(upstream)), ("bwd_ of both", upstream)):
+        want, size = exact.clone(), exact.clone()
+        entropies = torch.stack([of_entropy.double(), want_extra[0]])
+        reference.token_logps_bwd_(want, labels, want_lse, grad_logp.double(), *options, exact_anchors, entropies)
+        # p (|grad| + |grad_H| (|log p| + H)) * dz/du, and |grad| once more at the label
+        ones = torch.ones_like(want_lse)
+        reference.token_logps_bwd_(size, labels, want_lse, ones, *options, exact_anchors)
+        storage, grad = rows.copy()
+        kernels.token_logps_bwd_(
+            grad, labels, lse, grad_logp, *options, rows.anchors, torch.stack([of_entropy, extra[0]])
+        )
+        floor = size.abs() * (grad_logp.abs().double() + of_entropy.abs().double() * (want_extra[0] + 30.0))[:, None]
+        check_gradient(
+            findings, name, grad, want, labels, vocab_size, backend.tolerance(rows.storage.dtype).grad * loose,
+            upstream.abs() + of_entropy.abs(), floor.nan_to_num(),
+        )  # fmt: skip
+        findings.require(f"{name} wrote outside its rows", rows.outside(storage).isnan().all())
 
 
 def check_gradient(
@@ -146,12 +182,14 @@ def check_gradient(
     vocab_size: int,
     tolerance: float,
     size: Tensor | None = None,
+    terms: Tensor | None = None,
 ) -> None:
-    """Relative error per element; at the label relative to LABEL_FLOOR * size [N] at least."""
+    """Relative error per element; at the label relative to LABEL_FLOOR * size [N] at least, elsewhere to terms [N, V]
+    where they may cancel."""
     findings.require(f"{what} padded columns are not 0", not actual[:, vocab_size:].any())
     findings.require(f"{what} ignored rows are not 0", not actual[labels == IGNORE].any())
     smallest = limits.GRAD_FLOOR_FLOAT16 if actual.dtype == torch.float16 else limits.GRAD_FLOOR
-    floor = torch.full_like(expected, smallest)
+    floor = torch.full_like(expected, smallest) if terms is None else terms.clamp(min=smallest)
     kept = (labels != IGNORE).nonzero().squeeze(1)
     at_label = torch.ones_like(floor[:, 0]) if size is None else size.double()
     floor[kept, labels[kept]] = (limits.LABEL_FLOOR * at_label[kept]).clamp(min=smallest)
@@ -239,6 +277,47 @@ def option_cases() -> Iterator[Case]:
         yield Case(f"options/{short(dtype)}/scale={scale},softcap={softcap},V={width}", run, scale == 1.7)
 
 
+ANCHORED = ((0, 300, 300), (5, 31, 31), (1, 1, 1), (4, 1111, 1111), (3, 50_257, 50_250), (5, 9001, 9001), (700, 33, 30))
+
+
+def anchored_rows(
+    backend: Backend, rows: int, width: int, vocab: int, dtype: torch.dtype, seed: int, spread: float
+) -> Rows:
+    """Logits around 20 that lack about their maximum, in some rows more; those of the labels in float32 or float64."""
+    made = make_rows(backend, rows, width, torch.float64, seed=seed, spread=spread, label_limit=vocab)
+    u = made.logits.cpu() + 20.0 * spread / 4
+    acc = library.acc_dtype(dtype)
+    if not rows:
+        none = torch.empty(2, 0, dtype=acc, device=backend.device)
+        return Rows(u.to(dtype).to(backend.device), 0, width, made.labels, none)
+    u[0, 0] += 3 * spread  # a row that one column has nearly to itself: its label
+    made.labels[0] = 0
+    lacks = u[:, :vocab].amax(1).to(torch.bfloat16).double()
+    lacks[1::4] -= 2 * spread
+    label = made.labels.cpu().masked_fill(made.labels.cpu() == IGNORE, 0)
+    anchors = torch.stack([lacks, u.gather(1, label[:, None]).squeeze(1)]).to(acc).to(backend.device)
+    return Rows((u - lacks[:, None]).to(dtype).to(backend.device), 0, width, made.labels, anchors)
+
+
+def anchored_cases() -> Iterator[Case]:
+    """Relative logits with exact ones at the labels, and the gradient of the entropy, with anchors and without."""
+    options = ((1.0, 0.0, 4.0), (1.7, 30.0, 4.0), (0.0625, 0.0, 20.0), (0.3, 0.5, 0.4))
+    for (scale, softcap, spread), dtype, (count, width, vocab) in itertools.product(options, DTYPES, ANCHORED):
+
+        def run(
+            backend: Backend, findings: Findings, scale: float = scale, softcap: float = softcap,
+            spread: float = spread, dtype: torch.dtype = dtype, count: int = count,
+            width: int = width, vocab: int = vocab,
+        ) -> None:  # fmt: skip
+            rows = anchored_rows(backend, count, width, vocab, dtype, 3, spread)
+            check_token_ops(backend, findings, rows, scale, softcap, vocab, loose=4.0)
+            for each in (rows, replace(rows, anchors=None)):
+                check_entropy_gradient(backend, findings, each, scale, softcap, vocab, loose=4.0)
+
+        name = f"anchors/{short(dtype)}/scale={scale},softcap={softcap},N={count},V={width}"
+        yield Case(name, run, scale == 1.7 and count < 10)
+
+
 def naive_cases() -> Iterator[Case]:
     """16 bit: the error against float64 is no larger than that of PyTorch in the same dtype."""
     for dtype in LOW_PRECISION:
@@ -267,5 +346,5 @@ def naive_cases() -> Iterator[Case]:
 
 
 def token_cases() -> Iterator[Case]:
-    for cases in (size_cases, layout_cases, shared_cases, option_cases, naive_cases):
+    for cases in (size_cases, layout_cases, shared_cases, option_cases, anchored_cases, naive_cases):
         yield from cases()

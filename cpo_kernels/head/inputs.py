@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import checks, library
-from cpo_kernels.backends.vocab_parallel import Backend, VocabShards
+from cpo_kernels.backends.vocab_parallel import Backend, VocabShards, columns_here, columns_of
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.head.matmul import product
+from cpo_kernels.head.relative import anchors, anchors_of_lse, is_relative
 from cpo_kernels.head.strategy import SET_ROWS, budget_rows, even_rows, resolve_filter, row_stride
 from cpo_kernels.head.vocab_parallel import local_head
 from cpo_kernels.library import Kernels
@@ -224,6 +225,13 @@ class RowLogps(NamedTuple):
         return chunks[0] if len(chunks) == 1 else cls(*(torch.cat(c, dim=-1) for c in zip(*chunks, strict=True)))
 
 
+class Logits(NamedTuple):
+    """Logits of a chunk, and what they lack. See `head.relative`."""
+
+    z: Tensor  # [n, V]
+    anchors: Tensor | None  # [2, n]
+
+
 class Head:
     """One head during one op: makes the logits of a chunk in a buffer of `max_rows` that all chunks share."""
 
@@ -231,40 +239,55 @@ class Head:
         self.weight, self.bias, self.options, self.kernels = weight, bias, options, kernels
         self.buffer = weight.new_empty(max_rows, row_stride(weight.shape[0], weight.dtype, weight.device))
 
-    def logits(self, x: Tensor) -> Tensor:
-        """[n, H] -> [n, V], valid until the next call."""
-        return self.columns(x, slice(None))
+    def anchors(self, x: Tensor, labels: Tensor, lse: Tensor | None = None) -> Tensor | None:
+        """[2, n] of 16-bit logits, with lse [n] where it is known; None where they lack nothing."""
+        _, first, count = columns_here(self.kernels, self.options.vocab_size)
+        if not is_relative(x.dtype) or not x.shape[0] or count <= 0:
+            return None
+        columns = columns_of(labels, self.options.ignore_index, first, count)[0].clamp(min=0)
+        if lse is None:
+            return anchors(x, self.weight, self.bias, columns, count)
+        return anchors_of_lse(x, self.weight, self.bias, columns, lse, self.options.scale, self.options.softcap)
 
-    def with_reference(self, x: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits [n, V] of x, and log-probs [n] of a reference model's rows through the same head ([0] without).
+    def logits(self, x: Tensor, labels: Tensor) -> Logits:
+        """x [n, H], labels [n]; valid until the next call."""
+        lacks = self.anchors(x, labels)
+        return Logits(self.columns(x, slice(None), lacks), lacks)
+
+    def with_reference(self, x: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Logits, Tensor]:
+        """Logits of x, and log-probs [n] of a reference model's rows through the same head ([0] without).
 
         One product for both where the buffer holds them: few rows do not fill the device, many do by themselves.
         """
         n = x.shape[0]
         if ref is None:
-            return self.logits(x), self.weight.new_empty(0, dtype=library.acc_dtype(self.weight.dtype))
+            return self.logits(x, labels), self.weight.new_empty(0, dtype=library.acc_dtype(self.weight.dtype))
         if 2 * n <= self.buffer.shape[0]:
-            both = self.logits(torch.cat([x, ref]))
-            return both[:n], self.kernels.token_logps_fwd(both[n:], labels, *self.options, False)[0]
-        ref_logp = self.kernels.token_logps_fwd(self.logits(ref), labels, *self.options, False)[0]
-        return self.logits(x), ref_logp
+            z, lacks = self.logits(torch.cat([x, ref]), torch.cat([labels, labels]))
+            own, others = (None, None) if lacks is None else (part.contiguous() for part in lacks.split(n, 1))
+            return Logits(z[:n], own), self.kernels.token_logps_fwd(z[n:], labels, *self.options, False, others)[0]
+        z, lacks = self.logits(ref, labels)
+        ref_logp = self.kernels.token_logps_fwd(z, labels, *self.options, False, lacks)[0]
+        return self.logits(x, labels), ref_logp
 
     def forward(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> RowLogps:
-        z, ref_logp = self.with_reference(x, labels, ref)
-        return RowLogps(*self.kernels.token_logps_fwd(z, labels, *self.options, extras), ref_logp)
+        (z, lacks), ref_logp = self.with_reference(x, labels, ref)
+        return RowLogps(*self.kernels.token_logps_fwd(z, labels, *self.options, extras, lacks), ref_logp)
 
     def fused(
         self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None
     ) -> tuple[Tensor, RowLogps]:
         """g = (onehot - softmax) * dz/du in the buffer, and the log-probs."""
-        g, ref_logp = self.with_reference(x, labels, ref)
-        return g, RowLogps(*self.kernels.token_logps_fused_(g, labels, *self.options, extras), ref_logp)
+        (g, lacks), ref_logp = self.with_reference(x, labels, ref)
+        return g, RowLogps(*self.kernels.token_logps_fused_(g, labels, *self.options, extras, lacks), ref_logp)
 
-    def columns(self, x: Tensor, part: slice) -> Tensor:
-        """Logits of x [n, H] in some columns, [n, v], in the buffer unless one column of all rows exceeds it."""
+    def columns(self, x: Tensor, part: slice, anchors: Tensor | None) -> Tensor:
+        """Logits of x [n, H] in some columns, [n, v], without what `anchors` say; in the buffer unless one column of
+        all rows exceeds it."""
         n, weight = x.shape[0], self.weight[part]
         stride = row_stride(weight.shape[0], weight.dtype, weight.device)
         size = n * stride
         flat = self.buffer.view(-1) if size <= self.buffer.numel() else self.buffer.new_empty(size)
         out = flat[:size].view(n, stride)[:, : weight.shape[0]]
-        return product(x, weight.t(), out, self.bias[part] if self.bias.numel() else None)
+        bias = self.bias[part] if self.bias.numel() else None
+        return product(x, weight.t(), out, bias, None if anchors is None else anchors[0])

@@ -240,7 +240,8 @@ def _two_pass(batch: _Batch) -> LinearPreference:
     result, seq_logps, coef = batch.loss(0, logps)
     needs = batch.needs._replace(dx=batch.needs.dx and not filtered)
     grads = second_pass(batch.head, rows.x, rows.labels, logps.lse, coef, needs)
-    return LinearPreference(result, seq_logps, filter_sums, grads._replace(dx=dx) if filtered else grads)
+    grads = grads._replace(dx=dx, coef=coef) if filtered else grads
+    return LinearPreference(result, seq_logps, filter_sums, grads)
 
 
 STRATEGIES: dict[str, Callable[[_Batch], LinearPreference]] = {

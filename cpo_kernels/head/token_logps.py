@@ -37,7 +37,7 @@ from cpo_kernels.head.matmul import product
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.library import fake_token_logps, functional_op, refuse_double_backward
-from cpo_kernels.ops.token_logps import HeadOptions, TokenExtras, token_extras
+from cpo_kernels.ops.token_logps import HeadOptions, TokenExtras, entropy_grads, split_entropy, token_extras
 
 
 class TokenArgs(NamedTuple):
@@ -110,6 +110,7 @@ class BackwardArgs(NamedTuple):
     row_index: Tensor  # [n] positions of the rows, or [0]
     lse: Tensor  # [M]
     grad: Tensor  # [M]
+    entropies: Tensor  # [2, M] incoming gradients of the entropies, and the entropies; or [0]
     options: HeadOptions
     needs: Needs
     live: LiveTensors  # of the forward pass, where it kept them
@@ -128,8 +129,9 @@ def linear_token_logps_backward_op(tensors: HeadTensors, args: BackwardArgs) -> 
         sets = LiveSets.of(args.live, rows.x.shape[0], execution.set_rows)
         grads = live_head_grads(head, sets, rows.x, rows.labels, lse, grad, needs.dw, needs.db)
     else:
-        grads = second_pass(head, rows.x, rows.labels, lse, grad, needs)
-    dx = rows.scatter(scale_rows(grads.dx, grad), tensors.hidden.shape[0]) if needs.dx else grads.dx
+        entropies = rows.gather(args.entropies.t()).t().contiguous() if args.entropies.numel() else None
+        grads = second_pass(head, rows.x, rows.labels, lse, grad, needs, entropies)
+    dx = rows.scatter(scale_rows(grads.dx, grads.coef), tensors.hidden.shape[0]) if needs.dx else grads.dx
     return InputGrads(dx, restore(grads.dw, grads.power), grads.db.to(tensors.weight.dtype))
 
 
@@ -144,26 +146,33 @@ class LinearTokenLogps(torch.autograd.Function):
         logps, dx, filter_sums, live = linear_token_logps_op(tensors, args)
         ctx.args = args.options, args.execution, args.keep_live
         ctx.made_dx = args.want_dx
-        for_head = (*tensors, args.row_index, logps.lse, *live)
-        ctx.save_for_backward(dx, *(() if args.want_dx and not any(ctx.needs_input_grad[1:3]) else for_head))
-        rest = logps.extra, logps.ref_logp, filter_sums, *live  # torch.compile must see tensors of unknown sizes
+        entropy, extra = split_entropy(logps.extra)
+        for_head = (*tensors, args.row_index, logps.lse, entropy, *live)
+        only_dx = args.want_dx and not any(ctx.needs_input_grad[1:3]) and not args.extras
+        ctx.save_for_backward(dx, *(() if only_dx else for_head))
+        rest = extra, logps.ref_logp, filter_sums, *live  # torch.compile must see tensors of unknown sizes
         ctx.mark_non_differentiable(*rest)
-        ctx.set_materialize_grads(False)  # only logp has one: no zeros for the rest
-        return logps.logp, *rest
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        return logps.logp, entropy, *rest
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """An entropy that has a gradient makes the logits again for everything, whatever was made in forward."""
         refuse_double_backward()
-        if grad is None:
+        if grad is None and of_entropy is None:
             return (None,) * 5
         made_dx, *saved = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[:3])
-        grads: list[Tensor | None] = [scale_rows(made_dx, grad) if needs.dx and ctx.made_dx else None, None, None]
-        if needs.head or not ctx.made_dx:
+        needs, made = Needs(*ctx.needs_input_grad[:3]), ctx.made_dx and of_entropy is None
+        grads: list[Tensor | None] = [None, None, None]
+        if needs.dx and made and grad is not None:
+            grads[0] = scale_rows(made_dx, grad)
+        if needs.head or not made:
             options, execution, from_live = ctx.args
-            needs = needs._replace(dx=needs.dx and not ctx.made_dx)
-            hidden, weight, bias, labels, index, lse, *live = saved
-            args = BackwardArgs(index, lse, grad, options, needs, LiveTensors(*live), from_live, execution)
+            needs = needs._replace(dx=needs.dx and not made)
+            hidden, weight, bias, labels, index, lse, entropy, *live = saved
+            grad, entropies = entropy_grads(lse, grad, of_entropy, entropy)
+            from_live = from_live and of_entropy is None
+            args = BackwardArgs(index, lse, grad, entropies, options, needs, LiveTensors(*live), from_live, execution)
             out = linear_token_logps_backward_op(HeadTensors(hidden, weight, bias, labels), args)
             grads = [g if need else made for g, need, made in zip(out, needs, grads, strict=True)]
         return *grads, None, None
@@ -177,15 +186,16 @@ def token_logps_of(
     ref_hidden: Tensor | None = None,
     function: type[LinearTokenLogps] = LinearTokenLogps,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable logp [M], extra [4, M] or [0], ref_logp [M] or [0] and filter_sums [3], of checked inputs."""
+    """Differentiable logp [M], extra [4, M] (its first row too) or [0], ref_logp [M] or [0] and filter_sums [3], of
+    checked inputs."""
     tensors, needs = inputs.tensors, inputs.needs
     index = tensors.labels.new_empty(0) if index is None else index
     ref_hidden = tensors.weight.new_empty(0) if ref_hidden is None else ref_hidden
     want_dx = needs.dx and (not needs.head or inputs.filter_eps > 0)
     execution = inputs.execution(impl)
     args = TokenArgs(index, ref_hidden, inputs.options, extras, want_dx, inputs.keeps_live_sets, execution)
-    logp, extra, ref_logp, filter_sums, *_ = function.apply(*tensors, args)
-    return logp, extra, ref_logp, filter_sums
+    logp, entropy, extra, ref_logp, filter_sums, *_ = function.apply(*tensors, args)
+    return logp, torch.cat([entropy, extra]), ref_logp, filter_sums
 
 
 @overload

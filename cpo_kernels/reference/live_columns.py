@@ -14,7 +14,7 @@ et al. 2024, arXiv 2411.09009, section 4.3) drops the tail.
 import torch
 from torch import Tensor
 
-from cpo_kernels.reference.tokens import _z
+from cpo_kernels.reference.tokens import _z, anchored
 
 
 def live_columns(
@@ -27,14 +27,16 @@ def live_columns(
     scale: float,
     softcap: float,
     vocab_size: int,
+    anchors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """live [sets, vocab_size] bool, tail_columns [sets, vocab_size], row_sums [N], of s_tv = softmax_tv * dz/du.
 
     logits [N, V], labels [N], lse [N] of the whole vocabulary; set k holds rows [k * set_rows, (k + 1) * set_rows).
     tail_columns are the sums over a set of s_tv, 0 where live; row_sums those over the vocabulary. A label outside
     [0, vocab_size) is in another shard of the vocabulary. Ignored rows count nowhere, and neither do rows whose lse is
-    not finite; the row_sums of those are NaN.
+    not finite; the row_sums of those are NaN. anchors [2, N]: see `token_logps_fwd`.
     """
+    logits = anchored(logits, labels, anchors, ignore_index)
     softmax, slopes, counted = _softmax(logits, labels, lse, ignore_index, scale, softcap, vocab_size)
     sizes, here = softmax * slopes, (labels >= 0) & (labels < vocab_size) & counted  # [N, vocab_size], [N]
     starts = range(0, logits.shape[0], set_rows)
@@ -61,13 +63,15 @@ def live_grads(
     scale: float,
     softcap: float,
     vocab_size: int,
+    anchors: Tensor | None = None,
 ) -> Tensor:
     """[g_A, tau] of every set, [n_k, a_k + 1] each in row order, one behind the other in the dtype of logits.
 
     columns [sum_k a_k] are the live columns of set k in [offsets_k, offsets_k+1), offsets [sets + 1] on the host; the
     rest as in `live_columns`. tau_t = sum_{v in A} s_tv - row_sums_t.
     """
-    softmax, slopes, counted = _softmax(logits, labels, lse, ignore_index, scale, softcap, vocab_size)
+    u = anchored(logits, labels, anchors, ignore_index)
+    softmax, slopes, counted = _softmax(u, labels, lse, ignore_index, scale, softcap, vocab_size)
     sizes = softmax * slopes
     onehot = torch.zeros_like(softmax)
     row = ((labels >= 0) & (labels < vocab_size) & counted).nonzero().squeeze(1)

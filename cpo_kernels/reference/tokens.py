@@ -76,14 +76,34 @@ def token_logps_fwd(
     softcap: float,
     vocab_size: int,
     extras: bool,
+    anchors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits `[N, V]`, labels `[N]` -> logp `[N]`, lse `[N]`, extras `[4, N]` or `[0]`; 0 at ignored rows."""
+    """logits `[N, V]`, labels `[N]` -> logp `[N]`, lse `[N]`, extras `[4, N]` or `[0]`; 0 at ignored rows.
+
+    anchors `[2, N]`: row t of logits lacks a constant, u_tv = logits_tv + anchors_0t, and the logit of its label is
+    u_{t,y_t} = anchors_1t, which need not have passed through the dtype of logits. is_top1 compares what is in logits.
+    """
     options = (ignore_index, softcap, scale, vocab_size)
-    logits = logits.detach()
-    logp = token_logps(logits, labels, *options)
-    lse = torch.logsumexp(_z(logits, scale, softcap, vocab_size), -1)
+    u = anchored(logits, labels, anchors, ignore_index)
+    logp = token_logps(u, labels, *options)
+    lse = torch.logsumexp(_z(u, scale, softcap, vocab_size), -1)
     lse = torch.where(labels == ignore_index, 0.0, lse)
-    return logp, lse, token_extras(logits, labels, *options) if extras else logp.new_empty(0)
+    if not extras:
+        return logp, lse, logp.new_empty(0)
+    extra = token_extras(u, labels, *options)
+    extra[3] = token_extras(logits.detach(), labels, *options)[3]
+    return logp, lse, extra
+
+
+def anchored(logits: Tensor, labels: Tensor, anchors: Tensor | None, ignore_index: int) -> Tensor:
+    """u `[N, V]` of logits and anchors, see `token_logps_fwd`. A label outside the columns is nowhere in u."""
+    u = logits.detach()
+    if anchors is None:
+        return u
+    u = u.to(_acc(logits.dtype)) + anchors[0, :, None]
+    row = ((labels != ignore_index) & (labels >= 0) & (labels < logits.shape[1])).nonzero().squeeze(1)
+    u[row, labels[row]] = anchors[1, row]
+    return u
 
 
 def token_logps_bwd_(
@@ -95,32 +115,43 @@ def token_logps_bwd_(
     scale: float,
     softcap: float,
     vocab_size: int,
+    anchors: Tensor | None = None,
+    entropies: Tensor | None = None,
 ) -> None:
-    """Overwrites logits `[N, V]` with grad_t * (onehot - softmax) * scale * (1 - tanh^2), rounded once.
+    """Overwrites logits `[N, V]` with the gradient of sum_t grad_t logp_t + sum_t entropies_0t H_t, rounded once.
 
-    Rows that are ignored and columns from `vocab_size` on become 0. softmax = exp(z - lse) is as exact as lse is:
-    to |lse| eps, relatively.
+        [grad_t (onehot - p) - entropies_0t p (log p + H_t)] * scale * (1 - tanh^2),   p = exp(z - lse)
+
+    entropies `[2, N]`: incoming gradients of the entropies, and the entropies H_t. Rows that are ignored and columns
+    from `vocab_size` on become 0. p is as exact as lse is: to |lse| eps, relatively. anchors: see `token_logps_fwd`.
     """
-    softmax = torch.exp(_z(logits.detach(), scale, softcap, vocab_size) - lse[:, None])
-    _write_grad_(logits, labels, softmax, grad, ignore_index, scale, softcap)
+    u = anchored(logits, labels, anchors, ignore_index)
+    logp = _z(u, scale, softcap, vocab_size) - lse[:, None]
+    softmax = torch.exp(logp)
+    dz = -softmax * grad[:, None]
+    if entropies is not None:
+        terms = torch.where(softmax > 0, softmax * (logp + entropies[1, :, None]), 0.0)
+        dz -= torch.where(entropies[0] != 0, entropies[0], 0.0)[:, None] * terms
+    _write_grad_(logits, u, labels, dz, grad, ignore_index, scale, softcap)
 
 
 def _write_grad_(
     logits: Tensor,
+    u: Tensor,
     labels: Tensor,
-    softmax: Tensor,
+    dz: Tensor,
     grad: Tensor,
     ignore_index: int,
     scale: float,
     softcap: float,
 ) -> None:
-    vocab_size = softmax.shape[1]
+    """dz `[N, vocab_size]` lacks grad_t at the labels, and dz/du."""
+    vocab_size = dz.shape[1]
     ignored = labels == ignore_index
-    dz = -softmax
-    dz.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], torch.ones_like(dz[:, :1]))
-    dz *= grad[:, None] * scale
+    dz.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], grad[:, None].to(dz.dtype))
+    dz *= scale
     if softcap:
-        dz *= 1 - (_z(logits.detach(), scale, softcap, vocab_size) / softcap) ** 2
+        dz *= 1 - (_z(u, scale, softcap, vocab_size) / softcap) ** 2
     dz.masked_fill_(ignored[:, None], 0.0)
     with torch.no_grad():
         logits[:, vocab_size:] = 0
@@ -135,11 +166,13 @@ def token_logps_fused_(
     softcap: float,
     vocab_size: int,
     extras: bool,
+    anchors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`token_logps_fwd`, and logits overwritten with (onehot - softmax) * scale * (1 - tanh^2)."""
-    logp, lse, extra = token_logps_fwd(logits, labels, ignore_index, scale, softcap, vocab_size, extras)
-    softmax = torch.softmax(_z(logits.detach(), scale, softcap, vocab_size), -1)
-    _write_grad_(logits, labels, softmax, torch.ones_like(lse), ignore_index, scale, softcap)
+    logp, lse, extra = token_logps_fwd(logits, labels, ignore_index, scale, softcap, vocab_size, extras, anchors)
+    u = anchored(logits, labels, anchors, ignore_index)
+    dz = -torch.softmax(_z(u, scale, softcap, vocab_size), -1)
+    _write_grad_(logits, u, labels, dz, torch.ones_like(lse), ignore_index, scale, softcap)
     return logp, lse, extra
 
 
