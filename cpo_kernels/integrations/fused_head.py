@@ -61,7 +61,7 @@ def add_fused_head(
     """Give `model.forward` the keyword `fused_lm_head`. Without it the forward stays what it was.
 
     outputs: the fields of `FusedCausalLMOutput` that are wanted, among `FIELDS`; each is [S, T - 1] and 0 where the
-        label is -100 ([S, T] with `shift_labels`). `log_probs` is always there. Only `log_probs` has a gradient.
+        label is -100 ([S, T] with `shift_labels`). `log_probs` is always there; it and `entropy` have gradients.
     softcap, scale: see `lm_head`; memory_budget, impl, filter_eps, filter_head_grad: see `linear_token_logps`.
     temperature: every field is of the model's logits / temperature.
     cast_lm_head_to_fp32: the projection in float32, whatever autocast says.
@@ -158,37 +158,20 @@ class FusedHead:
         fields = {"log_probs": logps.view(labels.shape)}
         if extras:
             e = token_extras(extra, labels.shape)
-            fields |= {"entropy": _WithoutGradient.apply(e.entropy, logps), "log_sum_sq_probs": e.log_sum_sq_probs}
+            fields |= {"entropy": e.entropy, "log_sum_sq_probs": e.log_sum_sq_probs}
             fields |= {"mean_logits": e.mean_logit, "is_top1": e.is_top1}
         return {name: fields[name] for name in self.outputs}
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """The entropy where a loss may read it: it stands in the graph, so that a loss of it is refused, not trained on."""
-
-    @staticmethod
-    def forward(ctx: Any, entropy: Tensor, logps: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return entropy.view_as(entropy)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None]:
-        if grad is not None:
-            raise ValueError(
-                "the entropy of the fused head has no gradient, an entropy bonus would do nothing: set entropy_coef to "
-                "0 and use_adaptive_entropy to False in GRPOConfig, or keep TRL's head for this run"
-            )
-        return None, None
 
 
 class _GatheredTokenLogps(LinearTokenLogps):
     """ZeRO-3 takes the weight away after forward; recomputed logits need it once more."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        weights = ctx.saved_tensors[2:4]  # none where the head is frozen
+    def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        again = of_entropy is not None or not ctx.made_dx or any(ctx.needs_input_grad[1:3])  # not of a frozen head
+        weights = ctx.saved_tensors[2:4] if again else ()
         with trl_utils.maybe_gather_lm_head_ctx(*(w for w in weights if hasattr(w, "ds_id"))):
-            return LinearTokenLogps.backward(ctx, grad, *_)
+            return LinearTokenLogps.backward(ctx, grad, of_entropy, *_)
 
 
 def _aux_loss(states: Any, config: Any, kwargs: dict[str, Any]) -> Any:

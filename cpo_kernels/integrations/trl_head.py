@@ -113,8 +113,7 @@ def fuse(
     Of TRL's own these are SFT, DPO, KTO, GRPO, RLOO, the experimental AsyncGRPO, and what derives from them.
     The options are those of `add_fused_head`. Calls nest; the last one in force gives the options.
 
-    A model whose logits are not understood raises ValueError or TypeError when a trainer is constructed. So does a
-    backward pass through the entropy (an entropy bonus of GRPO): it has no gradient here.
+    A model whose logits are not understood raises ValueError or TypeError when a trainer is constructed.
     """
     dispatch.check_impl(impl)
     check_filter(filter_eps, filter_head_grad)
@@ -154,7 +153,7 @@ class FusedKTOTrainer(_FusedTrainer, trl.KTOTrainer):
 
 
 class FusedGRPOTrainer(_FusedTrainer, trl.GRPOTrainer):
-    """`trl.GRPOTrainer` with our head; `head_options=` takes the options of `fuse`. No entropy bonus: see `fuse`."""
+    """`trl.GRPOTrainer` with our head; `head_options=` takes the options of `fuse`."""
 
 
 class FusedRLOOTrainer(_FusedTrainer, trl.RLOOTrainer):

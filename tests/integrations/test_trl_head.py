@@ -270,10 +270,23 @@ def test_a_float32_head_of_a_bfloat16_model(tmp_path, tied):
     assert theirs[0][0]["entropy"] == pytest.approx(fused[0][0]["entropy"], rel=1e-5)
 
 
-@pytest.mark.parametrize("bonus", [{"entropy_coef": 0.01}, {"use_adaptive_entropy": True}], ids=lambda b: next(iter(b)))
-def test_an_entropy_bonus_is_refused(tmp_path, bonus):
-    with pytest.raises(ValueError, match="set entropy_coef to 0 and use_adaptive_entropy to False"):
-        run("GRPO", tmp_path, bonus, fused=True)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "bonus",
+    [
+        {"entropy_coef": 0.5},
+        {"entropy_coef": 0.5, "top_entropy_quantile": 0.5},
+        {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.5, "entropy_coef_max": 2.0},
+    ],
+    ids=lambda b: "-".join(b),
+)
+def test_an_entropy_bonus(tmp_path, bonus, frozen):
+    given = {"peft_config": lora()} if frozen else {}
+    _, steps = assert_parity("GRPO", tmp_path, bonus, **given)
+    _, without = run("GRPO", tmp_path, {}, **given)
+    k = 2 if "use_adaptive_entropy" in bonus else 0  # it begins after the first step
+    name = max(steps[k], key=lambda n: steps[k][n].norm())
+    assert (steps[k][name] - without[k][name]).norm() > 1e-3 * without[k][name].norm()
 
 
 # ---------------------------------------------------------------- the protocol
@@ -287,7 +300,9 @@ def both_heads(ids, name="Llama", call=None, config=None, **protocol):
         add(model, **protocol)
         out = model(input_ids=ids, fused_lm_head=True, **call)
         upstream = torch.linspace(-1, 1, out.log_probs.numel()).view(out.log_probs.shape)
-        (out.loss + (out.log_probs * upstream).sum()).backward()
+        loss = out.loss + (out.log_probs * upstream).sum()
+        loss = loss if out.entropy is None else loss + (out.entropy * upstream.flip(0)).sum()
+        loss.backward()
         results.append((out, [p.grad for p in model.parameters()]))
     return results
 

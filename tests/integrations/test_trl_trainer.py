@@ -253,16 +253,25 @@ def test_lora_on_the_head_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_partitioned_weight_is_gathered_where_it_is_read(monkeypatch, frozen):
-    """ZeRO-3's behaviour played by one process: the weight is empty outside of the gathering context."""
+@pytest.mark.parametrize("bonus", [0.0, 0.5])
+def test_a_partitioned_weight_is_gathered_where_it_is_read(monkeypatch, frozen, bonus):
+    """ZeRO-3's behaviour played by one process: the weight is empty outside of the gathering context.
+
+    bonus: of the entropy, whose gradient needs the logits once more.
+    """
     model, truth = make(), make()
     labels = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     for m in (model, truth):
         m.lm_head.weight.requires_grad_(not frozen)
-        fused_head.add_fused_head(m)
-    expected = truth(input_ids=labels, labels=labels, fused_lm_head=True).log_probs
-    upstream = torch.randn(expected.shape)
-    (expected * upstream).sum().backward()
+        fused_head.add_fused_head(m, ("log_probs", "entropy"))
+    upstream = torch.randn(2, 8)
+
+    def loss(out):
+        value = (out.log_probs * upstream).sum()
+        return value + bonus * (out.entropy * upstream).sum() if bonus else value
+
+    expected = truth(input_ids=labels, labels=labels, fused_lm_head=True)
+    loss(expected).backward()
 
     weight, entered = model.lm_head.weight, []
     full, weight.ds_id = weight.data, 0
@@ -278,10 +287,10 @@ def test_a_partitioned_weight_is_gathered_where_it_is_read(monkeypatch, frozen):
         weight.data = full[:0]
 
     monkeypatch.setattr(trl_utils, "maybe_gather_lm_head_ctx", gather)
-    logps = model(input_ids=labels, labels=labels, fused_lm_head=True).log_probs
-    assert torch.equal(logps, expected) and weight.numel() == 0
-    (logps * upstream).sum().backward()
-    assert entered == [[True], [] if frozen else [True]]
+    out = model(input_ids=labels, labels=labels, fused_lm_head=True)
+    assert torch.equal(out.log_probs, expected.log_probs) and weight.numel() == 0
+    loss(out).backward()
+    assert entered == [[True], [] if frozen and not bonus else [True]]
     for (name, p), q in zip(model.named_parameters(), truth.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
         assert p.grad is None or relative_error(p.grad, q.grad) < 1e-6, name
