@@ -110,10 +110,13 @@ def test_options_of_every_trainer(tmp_path, name, options):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_bfloat16_autocast(tmp_path, name):
-    """At a learning rate that leaves the sampled completions as they are."""
+    """At a learning rate that leaves the sampled completions as they are.
+
+    floor: RLOO's loss is 0 up to the rounding of log-probs, here 1e-2, which differs between two batches of a token.
+    """
     options = {"bf16": True, "learning_rate": 1e-6}
     theirs, fused = (run(name, tmp_path, options, fused=f) for f in (False, True))
-    assert_same_run(theirs, fused, rel=0.05)
+    assert_same_run(theirs, fused, rel=0.05, floor=2e-3)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
