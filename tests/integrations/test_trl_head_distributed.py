@@ -15,7 +15,7 @@ from tests.integrations.test_trl_head import TRAINERS, run, trainer_of  # noqa: 
 from tests.support.trl_runs import assert_same_run, without_trls_head  # noqa: E402
 
 pytestmark = pytest.mark.distributed
-SHARDED = ("KTO", "GRPO")
+SHARDED = {"KTO": {}, "GRPO": {"entropy_coef": 0.5}}
 
 
 def sharded_step(name, folder, fused):
@@ -24,7 +24,7 @@ def sharded_step(name, folder, fused):
     from torch.distributed.fsdp import fully_shard
 
     with without_trls_head() if fused else contextlib.nullcontext():
-        trainer = trainer_of(name, folder, {"per_device_train_batch_size": 2}, fused=fused)
+        trainer = trainer_of(name, folder, {"per_device_train_batch_size": 2, **SHARDED[name]}, fused=fused)
         trainer.current_gradient_accumulation_steps = 1  # what train() sets
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         mesh = init_device_mesh("cpu", (2,))
