@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cpo_kernels.bench import measure, training_step
+from cpo_kernels.bench import measure, training_step, trl_steps
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.implementation import Step
 from cpo_kernels.bench.measure import Clock, differences, peak_bytes, project
@@ -71,7 +71,7 @@ def test_implementation_equals_the_truth(benchmark, case, name):
 
 def test_pairs_of_a_file_pass_through_the_tokenizer(tmp_path, monkeypatch):
     """The first `groups` pairs whose prompt fits, cut to `length`; their tokens are counted without padding."""
-    words = training_step.word_tokenizer()
+    words = trl_steps.word_tokenizer()
     words.chat_template = "{{ messages[0]['content'] }} "
     monkeypatch.setattr(training_step, "tokenizer_of", lambda model: words)
     file = tmp_path / "pairs.jsonl"

@@ -15,16 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cpo_kernels.bench.implementation import BETA, Family, Implementation, Outcome, Step
-from cpo_kernels.bench.training_step import (
-    WITH_TRL,
-    Batch,
-    TrainingStep,
-    limits,
-    pair_inputs,
-    trl_arguments,
-    trl_step,
-    word_tokenizer,
-)
+from cpo_kernels.bench.training_step import Batch, TrainingStep, limits
+from cpo_kernels.bench.trl_steps import WITH_TRL, arguments, pair_inputs, step, word_tokenizer
 
 TRAINERS = ("sft", "dpo", "kto", "grpo", "rloo")
 
@@ -120,7 +112,7 @@ def trainer(fused: bool) -> Callable[[Batch], Step]:
 
         workload: TrainerStep = b.workload  # type: ignore[assignment]
         name = workload.trainer
-        args = getattr(trl, f"{name.upper()}Config")(**trl_arguments(b), **SETTINGS[name])
+        args = getattr(trl, f"{name.upper()}Config")(**arguments(b), **SETTINGS[name])
         rewards = (
             {"reward_funcs": lambda completions, **_: [0.0] * len(completions)}
             if INPUTS[name] is sampled_inputs
@@ -135,7 +127,7 @@ def trainer(fused: bool) -> Callable[[Batch], Step]:
                 **rewards,
             )
         made._prepare_inputs = lambda inputs: inputs  # generates nothing
-        return trl_step(b, made, INPUTS[name](b, made))
+        return step(b, made, INPUTS[name](b, made))
 
     return build
 
