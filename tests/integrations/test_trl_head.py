@@ -398,6 +398,12 @@ def test_a_constructor_that_fails_leaves_nothing_behind(tmp_path):
     trainer_of("SFT", tmp_path, model=unknown, fused={"scale": 1.0})
 
 
+def test_a_trainer_that_asks_for_no_head_is_an_error():
+    with pytest.raises(RuntimeError, match="does not call add_fused_lm_head"), trl_head.fused_construction():
+        pass
+    assert set(holders().values()) == {THEIRS}
+
+
 def test_options_reach_the_head(tmp_path):
     with pytest.raises(RuntimeError, match="impl='cuda' is not available"):
         trainer_of("KTO", tmp_path, by_class=True, fused={"impl": "cuda"})
