@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import compare, long_pairs, plot, profile, roofline
 from cpo_kernels.bench import arguments, growth, report, run, side_by_side
+from cpo_kernels.bench.arguments import PARTS
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.growth import Growth, exponent
 from cpo_kernels.bench.implementation import Family, Implementation, Step
@@ -410,8 +411,10 @@ def test_sets_name_what_exists(name, capsys):
     for one in SETS[name].runs:
         assert set(one.implementations) <= set(FAMILIES[one.family].implementations)
         assert FAMILIES[one.family].floor in (*one.implementations, "") or not one.implementations
-    assert run.main(["--set", name, "--list"]) == 0
+    assert run.main(["--set", name, "--list", "--only", *PARTS]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 * len(SETS[name].runs)
+    assert run.main(["--set", name, "--list"]) == 0
+    assert "Trainer of TRL" not in capsys.readouterr().out
 
 
 def test_gpu_set_has_the_sizes_of_the_floors():

@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cpo_kernels.bench import measure, training_step
+from cpo_kernels.bench import measure, training_step, trl_steps
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.implementation import Step
 from cpo_kernels.bench.measure import Clock, differences, peak_bytes, project
 from cpo_kernels.bench.preference import Preference
 from cpo_kernels.bench.tokens import Tokens
+from cpo_kernels.bench.trainers import TRAINERS, TrainerStep
 from cpo_kernels.bench.training_step import TrainingStep
 from cpo_kernels.bench.workload import Head
 from tests.support.tiny import one_thread  # noqa: F401
@@ -35,12 +36,13 @@ WORKLOADS = {
     "preference": Preference(pairs=16),
     "training_step": TrainingStep(dtype="float32"),
     "training_step_groups": TrainingStep(dtype="float32", responses=3),
+    **{f"trainer_{name}": TrainerStep(trainer=name, dtype="float32", groups=3) for name in TRAINERS},
 }
 COMPILED = {"naive_compiled", "naive_unmasked_compiled", "cce", "liger", "compiled", "compiled_forward"}
 
 
 def family_of(workload):
-    return next(name for name, family in FAMILIES.items() if isinstance(workload, family.workload))
+    return next(name for name, family in FAMILIES.items() if type(workload) is family.workload)
 
 
 CASES = [(case, name) for case, w in WORKLOADS.items() for name in FAMILIES[family_of(w)].implementations]
@@ -69,7 +71,7 @@ def test_implementation_equals_the_truth(benchmark, case, name):
 
 def test_pairs_of_a_file_pass_through_the_tokenizer(tmp_path, monkeypatch):
     """The first `groups` pairs whose prompt fits, cut to `length`; their tokens are counted without padding."""
-    words = training_step.word_tokenizer()
+    words = trl_steps.word_tokenizer()
     words.chat_template = "{{ messages[0]['content'] }} "
     monkeypatch.setattr(training_step, "tokenizer_of", lambda model: words)
     file = tmp_path / "pairs.jsonl"

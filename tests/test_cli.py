@@ -123,6 +123,7 @@ def test_a_checkout_that_is_not_installed_names_its_extra(monkeypatch):
     [
         ("integrations.trl", "trl"),
         ("integrations.fused_head", "trl"),
+        ("integrations.trl_head", "trl"),
         ("integrations.transformers", "transformers"),
         ("training.loop", "accelerate"),
         ("data.sources", "yaml"),

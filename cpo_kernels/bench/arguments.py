@@ -2,6 +2,7 @@
 
     cpo-kernels bench --set default --out results.json      # gpu where there is one
     cpo-kernels bench --only head --implementations products ours cce --workload head=llama-3-8b,mode=frozen
+    cpo-kernels bench --only trainers                       # TRL's trainers, with TRL's head and with ours
     cpo-kernels bench --list
 
 Every implementation runs in a process of its own on the same tensors; the processes take turns in changing order.
@@ -15,7 +16,7 @@ from pathlib import Path
 from cpo_kernels.arguments import Parser
 
 SETS = ("ci", "default", "full", "gpu", "filtered")
-PARTS = ("head", "tokens", "preference", "training_step", "growth", "cold_start")
+PARTS = ("head", "tokens", "preference", "training_step", "trainers", "growth", "cold_start")
 
 
 def parser() -> Parser:
@@ -23,13 +24,16 @@ def parser() -> Parser:
     made.add_argument("--set", choices=SETS, help="default: gpu where there is a GPU, else default")
     made.add_argument("--out", type=Path, metavar="FILE", help="results as JSON, written as they come")
     made.add_argument("--resume", action="store_true", help="keep what the file at --out holds, measure the rest")
-    made.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the set")
+    asked_for = [part for part in PARTS if part != "trainers"]  # they load a model for every turn: only where named
+    made.add_argument(
+        "--only", nargs="+", choices=PARTS, default=asked_for, help="parts of the set; default: all but trainers"
+    )
     made.add_argument("--implementations", "--subjects", nargs="+", metavar="NAME", help="and the floor; see --list")
     made.add_argument("--workload", action="append", metavar="KEY=VALUE,...", help="a head instead of the set's runs")
     made.add_argument(
         "--model",
         metavar="PATH",
-        help="model.name of the training step, instead of random weights; with --data also of the set filtered",
+        help="model.name of the training steps, instead of random weights; with --data also of the set filtered",
     )
     made.add_argument(
         "--data",

@@ -1,6 +1,6 @@
 """Every family of implementations by name."""
 
-from cpo_kernels.bench import baselines, head, head_implementations, preference, tokens, training_step
+from cpo_kernels.bench import baselines, head, head_implementations, preference, tokens, trainers, training_step
 from cpo_kernels.bench.implementation import Family
 
 HEAD_IMPLEMENTATIONS = {**head_implementations.IMPLEMENTATIONS, **baselines.IMPLEMENTATIONS}
@@ -9,4 +9,5 @@ FAMILIES = {
     "tokens": tokens.FAMILY,
     "preference": preference.FAMILY,
     "training_step": training_step.FAMILY,
+    "trainers": trainers.FAMILY,
 }

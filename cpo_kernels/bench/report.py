@@ -38,7 +38,8 @@ def title(result: Result) -> str:
         )
         lengths += f"{r['completion_tokens']} of responses)"
     prompts = f"{r['groups']} prompts with {r['responses']} responses {lengths}"
-    return f"training step of {r['model'].rpartition('/')[2]}, {prompts}, {r['dtype']}"
+    step = f"training step of {r['model'].rpartition('/')[2]}, {prompts}, {r['dtype']}"
+    return f"{r['trainer'].upper()}Trainer of TRL: {step}" if r["family"] == "trainers" else step
 
 
 def rate(result: Result, name: str, row: Result) -> str:
@@ -49,7 +50,7 @@ def rate(result: Result, name: str, row: Result) -> str:
             return ""
         share = f" ({traffic / 2 / row['ratio']:.0%} of copy)" if "ratio" in row else ""
         return f"{traffic * result['bytes'] / row['median_s'] / 1e9:.3g} GB/s{share}"
-    if result["family"] == "training_step":
+    if result["family"] in ("training_step", "trainers"):
         return f"{result['completion_tokens'] / row['median_s']:,.0f} completion tokens/s"
     return ""
 

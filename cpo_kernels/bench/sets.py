@@ -7,6 +7,7 @@ from cpo_kernels.bench import tokens
 from cpo_kernels.bench.growth import Growth
 from cpo_kernels.bench.preference import Preference
 from cpo_kernels.bench.tokens import Tokens
+from cpo_kernels.bench.trainers import TRAINERS, TrainerStep
 from cpo_kernels.bench.training_step import TrainingStep
 from cpo_kernels.bench.workload import Head, head
 
@@ -41,6 +42,10 @@ def dtypes(base: Head, *modes_of_each: str) -> tuple[Run, ...]:
     return tuple(run for dtype in ("bfloat16", "float32") for run in modes(replace(base, dtype=dtype), *modes_of_each))
 
 
+def trainers(**sizes: Any) -> tuple[Run, ...]:
+    return tuple(Run("trainers", TrainerStep(trainer=name, **sizes)) for name in TRAINERS)
+
+
 BOTH, ALL = ("trainable", "frozen"), ("trainable", "frozen", "forward")
 CLOSEST = ("products", "ours", "ours_two_pass", "naive_unmasked", "torch_chunked", "cce", "liger", "trl_unmasked")
 
@@ -59,6 +64,7 @@ CI = Set(
         Run("tokens", Tokens(rows=37, vocab=1999, softcap=5.0, dtype="float32"), KERNELS),
         Run("preference", Preference(pairs=16)),
         Run("training_step", TrainingStep(dtype="float32"), ("trl", "shared")),
+        Run("trainers", TrainerStep(trainer="grpo", dtype="float32")),
     ),
     growth=(Growth(TINY, "groups", (2, 4)),),
     cold_starts=1, rounds=2, turn_s=0.0, answer_s=120, limit_s=600,
@@ -84,6 +90,7 @@ DEFAULT = Set(
         Run("preference", Preference()),
         Run("training_step", STEP),
         Run("training_step", FOUR),
+        *trainers(model="smollm2-135m", groups=2, length=384, prompt=192),
     ),
     growth=(
         Growth(LONG, "groups", (8, 32, 128, 256)),  # 1k to 32k labelled tokens
@@ -128,6 +135,7 @@ GPU = Set(
         Run("head", head("qwen2.5-0.5b", groups=8, length=1024, prompt=512), CLOSEST),
         Run("head", head("qwen2.5-7b", groups=8, length=1024, prompt=512, mode="frozen"), CLOSEST),
         Run("training_step", replace(STEP, groups=8, length=1024, prompt=512)),
+        *trainers(model="smollm2-135m", groups=8, length=1024, prompt=512),
     ),
     growth=(Growth(replace(LLAMA, groups=2), "groups", (2, 8, 32)),),
     cold_starts=2, rounds=5, turn_s=0.1, answer_s=90, limit_s=480,

@@ -6,9 +6,7 @@ trainer's rows run a prompt once for all its responses. The reference is the mod
 learning rate 0: it does all its work and every step starts from the same weights.
 """
 
-import copy
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import cpo_kernels as cpo
 from cpo_kernels.bench.implementation import BETA, Family, Implementation, Outcome, Step
-from cpo_kernels.environment import installed
+from cpo_kernels.bench.trl_steps import WITH_TRL, dpo, needs
 
 # Random weights take the time that trained ones take.
 MODELS: dict[str, dict[str, Any]] = {
@@ -169,6 +167,10 @@ class Batch:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.workload.dtype == "bfloat16")
 
+    def adamw(self) -> torch.optim.Optimizer:
+        """The default of both trainers."""
+        return torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+
     def step(self, loss_and_backward: Callable[[], Tensor], optimizer: Any) -> Step:
         def run() -> Outcome:
             optimizer.zero_grad()
@@ -177,10 +179,6 @@ class Batch:
             return {"loss": loss.detach(), "dw": self.head.grad}  # type: ignore[dict-item]
 
         return Step(run)
-
-
-def adamw(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)  # the default of both trainers
 
 
 def loop(b: Batch) -> Step:
@@ -197,7 +195,7 @@ def loop(b: Batch) -> Step:
         loss.backward()
         return loss
 
-    return b.step(loss_and_backward, adamw(b.model))
+    return b.step(loss_and_backward, b.adamw())
 
 
 def shared_prompts(b: Batch) -> Step:
@@ -227,52 +225,7 @@ def shared_prompts(b: Batch) -> Step:
         value.backward()
         return value
 
-    return b.step(loss_and_backward, adamw(b.model))
-
-
-def word_tokenizer() -> Any:
-    """What a trainer wants at its construction; the batch holds tokens already."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2, "b": 3}, unk_token="a"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
-
-
-def trainer(fused: bool = False, reference: str = "given") -> Callable[[Batch], Step]:
-    def build(b: Batch) -> Step:
-        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-        import datasets
-        import trl
-
-        from cpo_kernels.integrations.trl import FusedDPOConfig, FusedDPOTrainer
-
-        datasets.disable_progress_bars()
-        w = b.workload
-        args = (FusedDPOConfig if fused else trl.DPOConfig)(
-            b.folder.name, beta=BETA, precompute_ref_log_probs=reference == "given", bf16=w.dtype == "bfloat16",
-            use_cpu=b.device.type == "cpu", gradient_checkpointing=False, report_to="none", disable_tqdm=True,
-        )  # fmt: skip
-        data = datasets.Dataset.from_dict({"prompt": ["a ", "b "], "chosen": ["a", "b"], "rejected": ["b", "a"]})
-        twin = copy.deepcopy(b.model) if reference == "computed" else None
-        made = (FusedDPOTrainer if fused else trl.DPOTrainer)(
-            b.model, twin, args=args, train_dataset=data, processing_class=word_tokenizer()
-        )
-        made.current_gradient_accumulation_steps = 1  # what its train() sets
-        model, optimizer = made.accelerator.prepare(made.model, adamw(b.model))
-        made.model_wrapped = model
-        rows = b.pairs.t().flatten()  # chosen of every pair, then rejected
-        inputs = {
-            "input_ids": b.input_ids[rows],
-            "attention_mask": b.mask[rows],
-            "completion_mask": (b.labels[rows] != -100).long(),
-        }
-        if reference == "given":
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = b.ref_logps[rows].chunk(2)
-        return b.step(lambda: made.training_step(model, dict(inputs)), optimizer)
-
-    return build
+    return b.step(loss_and_backward, b.adamw())
 
 
 def truth(b: Batch) -> Outcome:
@@ -288,18 +241,10 @@ def limits(workload: TrainingStep) -> dict[str, float]:
     return {"loss": 0.05, "dw": 0.2} if workload.dtype == "bfloat16" else {"loss": 1e-4, "dw": 1e-3}
 
 
-def needs(*packages: str) -> Callable[[TrainingStep, torch.device], str]:
-    def refuses(workload: TrainingStep, device: torch.device) -> str:
-        return next((f"{name} is not installed" for name in packages if not installed(name)), "")
-
-    return refuses
-
-
-WITH_TRL = needs("transformers", "datasets", "trl")
 IMPLEMENTATIONS = {
-    "trl": Implementation("TRL's DPOTrainer", trainer(reference="computed"), refuses=WITH_TRL),
-    "trl_precomputed": Implementation("TRL's DPOTrainer, reference given", trainer(), refuses=WITH_TRL),
-    "fused_trl": Implementation("FusedDPOTrainer, reference given", trainer(fused=True), refuses=WITH_TRL),
+    "trl": Implementation("TRL's DPOTrainer", dpo(reference="computed"), refuses=WITH_TRL),
+    "trl_precomputed": Implementation("TRL's DPOTrainer, reference given", dpo(), refuses=WITH_TRL),
+    "fused_trl": Implementation("FusedDPOTrainer, reference given", dpo(fused=True), refuses=WITH_TRL),
     "loop": Implementation(
         "a plain loop with FusedLinearCPOLoss: every response once", loop, refuses=needs("transformers")
     ),

@@ -6,17 +6,28 @@ The names below are imported, with the package that they adapt to, when they are
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["FusedDPOConfig", "FusedDPOTrainer", "add_fused_head", "causal_lm_inputs", "causal_lm_logps", "lm_head"]
+__all__ = [
+    "FusedDPOConfig", "FusedDPOTrainer", "FusedGRPOTrainer", "FusedKTOTrainer", "FusedRLOOTrainer", "FusedSFTTrainer",
+    "add_fused_head", "causal_lm_inputs", "causal_lm_logps", "fuse", "lm_head",
+]  # fmt: skip
 
 if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the same
     from cpo_kernels.integrations.fused_head import add_fused_head
     from cpo_kernels.integrations.transformers import causal_lm_inputs, causal_lm_logps, lm_head
     from cpo_kernels.integrations.trl import FusedDPOConfig, FusedDPOTrainer
+    from cpo_kernels.integrations.trl_head import (
+        FusedGRPOTrainer,
+        FusedKTOTrainer,
+        FusedRLOOTrainer,
+        FusedSFTTrainer,
+        fuse,
+    )
 
 _MODULES = {
     "fused_head": ("add_fused_head",),
     "transformers": ("causal_lm_inputs", "causal_lm_logps", "lm_head"),
     "trl": ("FusedDPOConfig", "FusedDPOTrainer"),
+    "trl_head": ("FusedGRPOTrainer", "FusedKTOTrainer", "FusedRLOOTrainer", "FusedSFTTrainer", "fuse"),
 }
 
 

@@ -1,6 +1,6 @@
 """A causal LM whose forward returns token log-probs: TRL's protocol (`add_fused_lm_head`), our head.
 
-    model(..., labels=labels, fused_lm_head=True) -> FusedCausalLMOutput(log_probs [S, T - 1], entropy, ...)
+    model(..., labels=labels, fused_lm_head=True) -> FusedCausalLMOutput(loss, log_probs [S, T - 1], entropy, ...)
 
 The head runs inside the model's own forward, so whatever acts there (DDP, FSDP, ZeRO, PEFT, accelerate's autocast) acts
 on it too. A sharded weight is gathered: under ZeRO-3 by TRL's `maybe_gather_lm_head_ctx`, in backward a second time; a
@@ -9,10 +9,14 @@ sharded.
 """
 
 import functools
+import math
 import types
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from cpo_kernels.backends import dispatch
@@ -51,23 +55,33 @@ def add_fused_head(
     impl: str = "auto",
     filter_eps: float | Literal["auto"] | None = None,
     filter_head_grad: bool = False,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
 ) -> None:
     """Give `model.forward` the keyword `fused_lm_head`. Without it the forward stays what it was.
 
     outputs: the fields of `FusedCausalLMOutput` that are wanted, among `FIELDS`; each is [S, T - 1] and 0 where the
-    label is -100 ([S, T] with `shift_labels`). A router's load-balancing loss comes as `aux_loss` where
-    `output_router_logits` asks for it. softcap, scale: see `lm_head`; memory_budget, impl, filter_eps,
-    filter_head_grad: see `linear_token_logps`.
+        label is -100 ([S, T] with `shift_labels`). `log_probs` is always there; it and `entropy` have gradients.
+    softcap, scale: see `lm_head`; memory_budget, impl, filter_eps, filter_head_grad: see `linear_token_logps`.
+    temperature: every field is of the model's logits / temperature.
+    cast_lm_head_to_fp32: the projection in float32, whatever autocast says.
+
+    The output holds `loss` too: -log_probs over the labels, summed and divided by `num_items_in_batch` or by their
+    number, plus `router_aux_loss_coef` times a router's load-balancing loss, `aux_loss`, where `output_router_logits`
+    asks for that.
     """
     if unknown := set(outputs) - set(FIELDS):
         raise ValueError(f"outputs must be among {', '.join(FIELDS)}, got {', '.join(sorted(unknown))}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
     dispatch.check_impl(impl)
     check_filter(filter_eps, filter_head_grad)
     settings = {
         "memory_budget": memory_budget, "filter_eps": filter_eps, "filter_head_grad": filter_head_grad,
     }  # fmt: skip
-    head_layer(model)
-    numbers = logit_map(model, softcap, scale)
+    head_layer(model, cast_lm_head_to_fp32)
+    numbers = logit_map(model, softcap, scale).over(temperature)
+    fused = FusedHead(("log_probs", *outputs), cast_lm_head_to_fp32, numbers, settings, impl)
     original = model.forward
 
     # `generate` reads the signature, inspect.unwrap the original.
@@ -76,68 +90,88 @@ def add_fused_head(
         self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None,
         shift_labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-        given = {name: value for name, value in given.items() if value is not None}
         if not fused_lm_head:
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            given = {name: value for name, value in given.items() if value is not None}
             return original(*args, **given, **kwargs)
-        return _forward(self, args, kwargs, labels, shift_labels, outputs, numbers, settings, impl)
+        return fused(self, args, kwargs, labels, shift_labels, num_items_in_batch)
 
     model.forward = types.MethodType(forward, model)
 
 
-def _forward(
-    model: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    labels: Tensor | None,
-    shifted: Tensor | None,
-    outputs: Sequence[str],
-    numbers: LogitMap,
-    settings: dict[str, Any],
-    impl: str,
-) -> FusedCausalLMOutput:
-    config = model.config.get_text_config()
-    kwargs["use_cache"] = False
-    if getattr(config, "output_router_logits", False):
-        kwargs.setdefault("output_router_logits", True)
-    states = backbone(model)(*args, **kwargs)
-    end = None
-    if shifted is None:
-        if labels is None:
-            raise ValueError("fused_lm_head=True needs labels (or shift_labels)")
-        shifted, end = shift_labels(labels), -1
-    layer: Any = head_layer(model)
-    weight, bias = layer.weight, layer.bias
-    hidden = states.last_hidden_state.to(weight.device)
-    shifted = shifted.to(weight.device)
-    if is_tensor_parallel(layer):
-        hidden = parallel_input(layer, hidden)
-    with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
-        # As TRL, a weight of another dtype than the hidden states (a head saved in float32) is cast to theirs.
-        w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))
-        head = HeadConfig(-100, numbers.softcap, numbers.scale, None, **settings)
-        inputs = head_inputs(hidden, w, shifted, b, head)
-        extras = set(outputs) != {"log_probs"}
-        function = _GatheredTokenLogps if hasattr(weight, "ds_id") else LinearTokenLogps
-        logps, extra, *_ = token_logps_of(inputs, extras, impl, function=function)
-    fields = {"log_probs": logps.view(shifted.shape)}
-    if extras:
-        e = token_extras(extra, shifted.shape)
-        fields |= {"entropy": e.entropy, "log_sum_sq_probs": e.log_sum_sq_probs}
-        fields |= {"mean_logits": e.mean_logit, "is_top1": e.is_top1}
-    fields = {name: fields[name][:, :end] for name in outputs}
-    aux_loss = _aux_loss(states, config, kwargs) if kwargs.get("output_router_logits") else None
-    return FusedCausalLMOutput(**fields, label_mask=(shifted != -100)[:, :end], aux_loss=aux_loss)
+@dataclass(frozen=True)
+class FusedHead:
+    """What `forward` runs with `fused_lm_head=True`; the head itself is looked up in each call."""
+
+    outputs: tuple[str, ...]
+    in_float32: bool
+    numbers: LogitMap
+    settings: dict[str, Any]
+    impl: str
+
+    def __call__(
+        self,
+        model: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        labels: Tensor | None,
+        shifted: Tensor | None,
+        num_items: Any,
+    ) -> FusedCausalLMOutput:
+        config = model.config.get_text_config()
+        kwargs["use_cache"] = False
+        if getattr(config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        end = None
+        if shifted is None:
+            if labels is None:
+                raise ValueError("fused_lm_head=True needs labels (or shift_labels)")
+            shifted, end = shift_labels(labels), -1
+        states = backbone(model)(*args, **kwargs)
+        layer: Any = head_layer(model, self.in_float32)
+        shifted = shifted.to(layer.weight.device)
+        fields = {name: field[:, :end] for name, field in self.fields(layer, states.last_hidden_state, shifted).items()}
+        mask = (shifted != -100)[:, :end]
+        loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = _aux_loss(states, config, kwargs)
+            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+        return FusedCausalLMOutput(loss=loss, **fields, label_mask=mask, aux_loss=aux_loss)
+
+    def fields(self, layer: Any, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The wanted fields [S, T] of hidden [S, T, H] and shifted labels [S, T]."""
+        weight, bias = layer.weight, layer.bias
+        hidden = hidden.to(weight.device)
+        if is_tensor_parallel(layer):
+            hidden = parallel_input(layer, hidden)
+        hidden = hidden.float() if self.in_float32 else hidden
+        no_autocast = torch.autocast(hidden.device.type, enabled=False) if self.in_float32 else nullcontext()
+        with no_autocast, trl_utils.maybe_gather_lm_head_ctx(weight, bias):
+            # As TRL, a weight of another dtype than the hidden states (a head saved in float32) is cast to theirs.
+            w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))
+            head = HeadConfig(-100, self.numbers.softcap, self.numbers.scale, None, **self.settings)
+            inputs = head_inputs(hidden, w, labels, b, head)
+            extras = set(self.outputs) != {"log_probs"}
+            function = _GatheredTokenLogps if hasattr(weight, "ds_id") else LinearTokenLogps
+            logps, extra, *_ = token_logps_of(inputs, extras, self.impl, function=function)
+        fields = {"log_probs": logps.view(labels.shape)}
+        if extras:
+            e = token_extras(extra, labels.shape)
+            fields |= {"entropy": e.entropy, "log_sum_sq_probs": e.log_sum_sq_probs}
+            fields |= {"mean_logits": e.mean_logit, "is_top1": e.is_top1}
+        return {name: fields[name] for name in self.outputs}
 
 
 class _GatheredTokenLogps(LinearTokenLogps):
     """ZeRO-3 takes the weight away after forward; recomputed logits need it once more."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        weights = ctx.saved_tensors[2:4]  # none where the head is frozen
+    def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        again = of_entropy is not None or not ctx.made_dx or any(ctx.needs_input_grad[1:3])  # not of a frozen head
+        weights = ctx.saved_tensors[2:4] if again else ()
         with trl_utils.maybe_gather_lm_head_ctx(*(w for w in weights if hasattr(w, "ds_id"))):
-            return LinearTokenLogps.backward(ctx, grad, *_)
+            return LinearTokenLogps.backward(ctx, grad, of_entropy, *_)
 
 
 def _aux_loss(states: Any, config: Any, kwargs: dict[str, Any]) -> Any:

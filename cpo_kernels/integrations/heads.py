@@ -28,6 +28,11 @@ class LogitMap(NamedTuple):
     softcap: float | None = None
     scale: float = 1.0
 
+    def over(self, temperature: float) -> "LogitMap":
+        """What gives the logits / temperature."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return LogitMap(softcap, self.scale / temperature)
+
 
 def _plain(model: Any) -> LogitMap:
     return LogitMap()
@@ -131,8 +136,11 @@ def lm_head(
     return HeadParts(layer.weight, layer.bias, *logit_map(base, softcap, scale), vocab_size)
 
 
-def head_layer(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that `model` projects with now: under PEFT the saved copy of the active adapter."""
+def head_layer(model: PreTrainedModel, in_float32: bool = False) -> nn.Linear:
+    """The linear layer that `model` projects with now: under PEFT the saved copy of the active adapter.
+
+    in_float32: the caller projects in float32, as TRL lets a head do with `cast_lm_head_to_fp32`.
+    """
     layer: Any = model.get_output_embeddings()
     if "peft" in sys.modules:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -155,7 +163,9 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
                 "multiplies with. Take 'lm_head' out of target_modules; modules_to_save=['lm_head'] trains the head"
             )
     plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-    replaced = plain and "forward" in vars(layer) and not is_tensor_parallel(layer) and not is_dispatched(layer)
+    replaced = plain and "forward" in vars(layer)
+    if replaced:
+        replaced = not (is_tensor_parallel(layer) or is_dispatched(layer) or (in_float32 and is_cast_by_trl(layer)))
     if not plain or replaced:
         raise TypeError(
             f"the head of {type(model).__name__} is {type(layer).__name__}{' with another forward' * replaced}, a "
@@ -173,6 +183,12 @@ def is_dispatched(layer: nn.Linear) -> bool:
 
     hook = vars(layer).get("_hf_hook")
     return isinstance(hook, AlignDevicesHook) and not hook.offload
+
+
+def is_cast_by_trl(layer: nn.Linear) -> bool:
+    """Whether TRL replaced the forward by the same product in float32 and nothing else (`cast_lm_head_to_fp32`)."""
+    forward = vars(layer).get("forward")
+    return getattr(forward, "__name__", "") == "cast_forward_to_fp32" and forward.__module__.startswith("trl.trainer.")
 
 
 def is_tensor_parallel(layer: nn.Linear) -> bool:

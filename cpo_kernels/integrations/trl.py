@@ -1,5 +1,7 @@
-"""TRL's DPOTrainer with our fused head, and with conditioned preferences where the data is rated.
+"""TRL's trainers with our fused head; its DPOTrainer also with conditioned preferences where the data is rated.
 
+    with fuse():                                                  # every trainer of TRL: see `trl_head`
+        trainer = trl.GRPOTrainer(model, reward, train_dataset=data, ...)
     trainer = FusedDPOTrainer(model, ref_model, FusedDPOConfig("out", loss_type="ipo"), train_dataset=data, ...)
 
 Without `objectives` TRL computes loss and metrics as ever, from our token log-probs: 2 matrix products with a frozen
@@ -16,11 +18,8 @@ Written for TRL 1.16.
 
 import json
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,18 +30,28 @@ from cpo_kernels.extras import explained
 
 try:
     import trl
-    from trl.trainer import dpo_trainer
     from trl.trainer.utils import get_config_model_id
 except ModuleNotFoundError as error:
     raise explained(error, __name__) from error
 
 from cpo_kernels.head.strategy import check_filter
 from cpo_kernels.integrations.conditioned import RATING_KEYS, conditioned_loss
-from cpo_kernels.integrations.fused_head import add_fused_head
+from cpo_kernels.integrations.trl_head import (
+    FusedGRPOTrainer,
+    FusedKTOTrainer,
+    FusedRLOOTrainer,
+    FusedSFTTrainer,
+    fuse,
+    fused_construction,
+)
 from cpo_kernels.losses.options import LossOptions
 from cpo_kernels.losses.preference import CPOLoss
 from cpo_kernels.objectives import Objective
 
+__all__ = [
+    "FusedDPOConfig", "FusedDPOTrainer", "FusedGRPOTrainer", "FusedKTOTrainer", "FusedRLOOTrainer", "FusedSFTTrainer",
+    "fuse",
+]  # fmt: skip
 RATING_COLUMNS = ("chosen_scores", "rejected_scores", "condition")
 NOT_IN_TRL = {"simpo", "orpo", "contrastive_cpo", "alphapo", "modpo"}
 SMOOTHED_BY_TRL = {"robust", "exo_pair", "aot", "aot_unpaired"}
@@ -216,7 +225,7 @@ class FusedDPOTrainer(trl.DPOTrainer):
             "impl": own(args, "impl"),
             **filter_options(args),
         }
-        with _head_installer(partial(add_fused_head, **head)):
+        with fused_construction(**head):
             super().__init__(model, ref_model, args, *rest, **kwargs)
         self.cpo_loss: CPOLoss | None = None
         if self.rated.objectives is None:
@@ -261,10 +270,9 @@ class FusedDPOTrainer(trl.DPOTrainer):
             columns.extend(RATING_COLUMNS)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL names the cache only by parameters and data; these options change the log-probs too."""
-        options = (own(self.args, "head_softcap"), own(self.args, "head_scale"), self.ld_alpha)
+        """TRL names the cache by the data and the model, but not by `ld_alpha`, which changes the log-probs too."""
         parameters = self._precompute_model_hash
-        self._precompute_model_hash: Any = (parameters, options)
+        self._precompute_model_hash: Any = (parameters, self.ld_alpha)
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
@@ -279,30 +287,3 @@ class FusedDPOTrainer(trl.DPOTrainer):
         if self.cpo_loss is None:
             return super()._compute_loss(model, inputs, return_outputs)
         return conditioned_loss(self, model, inputs, return_outputs)
-
-
-_LOCK = threading.RLock()
-
-
-@contextmanager
-def _head_installer(install: Callable[..., None]) -> Iterator[None]:
-    """DPOTrainer's constructor gives its models their head through a name of its module: that name is ours meanwhile.
-
-    Later would be too late: by then the reference log-probs are computed and accelerate has wrapped the forward.
-    """
-    installed = []
-
-    def replacement(model: Any, outputs: tuple[str, ...] = ("log_probs",)) -> None:
-        install(model, outputs=outputs)
-        installed.append(model)
-
-    with _LOCK:
-        module: Any = dpo_trainer
-        theirs = module.add_fused_lm_head
-        module.add_fused_lm_head = replacement
-        try:
-            yield
-        finally:
-            module.add_fused_lm_head = theirs
-    if not installed:
-        raise RuntimeError(f"trl {trl.__version__} does not call add_fused_lm_head: FusedDPOTrainer is for trl 1.16")

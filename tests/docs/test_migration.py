@@ -30,7 +30,7 @@ def names(tmp_path):
 def trl_names():
     pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    from tests.integrations.test_trl_trainer import DATA, TOKENIZER, make
+    from tests.support.trl_runs import DATA, TOKENIZER, make
 
     settings = {"bf16": False, "use_cpu": True, "max_steps": 2, "logging_steps": 1, "optim": "sgd", "report_to": []}
     settings |= {"disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False}

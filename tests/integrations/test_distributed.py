@@ -18,8 +18,8 @@ from cpo_kernels.integrations import fused_head  # noqa: E402
 from cpo_kernels.integrations.transformers import CausalLMLogps  # noqa: E402
 from cpo_kernels.integrations.trl import FusedDPOConfig, FusedDPOTrainer  # noqa: E402
 from tests.integrations.test_causal_lm import make as make_model  # noqa: E402
-from tests.integrations.test_trl_trainer import DATA, TOKENIZER  # noqa: E402
-from tests.integrations.test_trl_trainer import make as make_policy  # noqa: E402
+from tests.support.trl_runs import DATA, TOKENIZER  # noqa: E402
+from tests.support.trl_runs import make as make_policy  # noqa: E402
 
 pytestmark = pytest.mark.distributed
 

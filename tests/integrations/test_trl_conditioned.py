@@ -13,19 +13,9 @@ pytest.importorskip("datasets")
 
 import cpo_kernels as cpo  # noqa: E402
 from cpo_kernels.integrations.trl import FusedDPOConfig, RatedPreferences  # noqa: E402
-from tests.integrations.test_trl_trainer import (  # noqa: E402
-    DATA,
-    SMOOTHED,
-    TYPES,
-    assert_same_run,
-    lora,
-    make,
-    quiet,  # noqa: F401
-    run,
-    trainer_of,
-    without_trls_head,
-)
+from tests.integrations.test_trl_trainer import SMOOTHED, TYPES, run, trainer_of  # noqa: E402
 from tests.support.tiny import one_thread  # noqa: E402, F401
+from tests.support.trl_runs import DATA, assert_same_run, lora, make, quiet, without_trls_head  # noqa: E402, F401
 
 OBJECTIVES = (cpo.Objective("honesty", 1, 5), cpo.Objective("helpfulness", 1, 5, weight=2.0, strength=1.5))
 NONE = None

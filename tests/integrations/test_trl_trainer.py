@@ -1,17 +1,13 @@
 """`FusedDPOTrainer` against TRL's own `DPOTrainer`: losses, logged metrics and gradients of every step (SGD).
 
-TRL's chunked head is made to raise wherever ours runs, so that it cannot stand in for it.
+Our runs are made without TRL's chunked head, so that it cannot stand in for ours.
 """
 
 import contextlib
-import os
-import warnings
 
 import pytest
 import torch
-import transformers
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
@@ -22,86 +18,27 @@ import cpo_kernels as cpo  # noqa: E402
 from cpo_kernels.integrations import fused_head  # noqa: E402
 from cpo_kernels.integrations.trl import NOT_IN_TRL, FusedDPOConfig, FusedDPOTrainer  # noqa: E402
 from tests.support.heads import relative_error  # noqa: E402
-from tests.support.tiny import one_thread, tokenizer  # noqa: E402, F401
+from tests.support.tiny import one_thread  # noqa: E402, F401
+from tests.support.trl_runs import (  # noqa: E402
+    DATA,
+    SETTINGS,
+    TOKENIZER,
+    Gradients,
+    assert_same_run,
+    lora,
+    make,
+    quiet,  # noqa: F401
+    unknown,
+    without_trls_head,
+)
 
-datasets.disable_progress_bars()
-TOKENIZER = tokenizer()
 TYPES = [name for name in cpo.LOSS_TYPES if name not in NOT_IN_TRL]
 SMOOTHED = {"exo_pair": 0.07, "robust": 0.07, "aot": 0.07, "aot_unpaired": 0.07}
-TIMING = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
-ROWS = [
-    ("say ab: ", "aabb", "bb"),
-    ("say cde: ", "ccc", "dddeeeff"),
-    ("q ", "x y z", "zz"),
-    ("a longer prompt for h: ", "hhhhhhhhhhhh", "h"),
-    ("k", "lmno", "pqrstu"),
-    ("v: ", "ww", "xxyyzz"),
-]
-DATA = {key: [row[i] for row in ROWS] for i, key in enumerate(("prompt", "chosen", "rejected"))}
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    warnings.simplefilter("ignore", FutureWarning)
-    transformers.utils.logging.set_verbosity_error()
-    monkeypatch.setattr(transformers.trainer_callback.PrinterCallback, "on_log", lambda *_, **__: None)
-
-
-def make(name="Llama", seed=0, **options):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    kind = getattr(transformers, f"{name}ForCausalLM")
-    model = kind(kind.config_class(vocab_size=len(TOKENIZER), **sizes, **heads, **options))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
-    return model
-
-
-class Mine(transformers.LlamaForCausalLM):
-    def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs)
-
-
-def unknown():
-    """A model whose head must be given."""
-    model = make()
-    model.__class__ = Mine
-    return model
-
-
-class Gradients(transformers.TrainerCallback):
-    """The gradients that each step applies."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        named = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        self.steps.append(named)
-
-
-@contextlib.contextmanager
-def without_trls_head():
-    def fail(*_):
-        raise AssertionError("TRL's chunked head ran")
-
-    theirs = trl_utils._ChunkedLogProbFunction.apply
-    trl_utils._ChunkedLogProbFunction.apply = fail
-    try:
-        yield
-    finally:
-        trl_utils._ChunkedLogProbFunction.apply = theirs
 
 
 def trainer_of(fused, tmp_path, options, model=None, ref_model=None, data=None, eval_data=None, **kwargs):
     kind, config = (FusedDPOTrainer, FusedDPOConfig) if fused else (trl.DPOTrainer, trl.DPOConfig)
-    settings = {
-        "bf16": False, "use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1,
-        "optim": "sgd", "learning_rate": 0.03, "beta": 0.3, "report_to": [], "disable_tqdm": True,
-        "save_strategy": "no", "gradient_checkpointing": False, **options,
-    }  # fmt: skip
+    settings = {**SETTINGS, "beta": 0.3, **options}
     data, eval_data = (datasets.Dataset.from_dict(d) if isinstance(d, dict) else d for d in (data or DATA, eval_data))
     return kind(
         make() if model is None else model(),
@@ -121,21 +58,6 @@ def run(fused, tmp_path, options, **kwargs):
         trainer = trainer_of(fused, tmp_path, options, callbacks=[seen], **kwargs)
         trainer.train()
     return trainer.state.log_history, seen.steps
-
-
-def assert_same_run(theirs, ours, rel=1e-4, keys=None):
-    assert len(ours[0]) == len(theirs[0]) and len(ours[1]) == len(theirs[1]) == 3
-    for step, (one, other) in enumerate(zip(theirs[0], ours[0], strict=True)):
-        names = one.keys() - TIMING if keys is None else keys & one.keys()
-        assert keys is not None or names == other.keys() - TIMING
-        for name in names:
-            assert other[name] == pytest.approx(one[name], rel=rel, abs=2e-5), f"{name} at log {step}"
-    for step, (one, other) in enumerate(zip(theirs[1], ours[1], strict=True)):
-        assert one.keys() == other.keys()
-        top = max(float(g.abs().max()) for g in one.values())
-        assert top > 1e-4  # a run that learns nothing would agree with anything
-        for name, grad in one.items():
-            assert float((other[name] - grad).abs().max()) < rel * top, f"{name} at step {step}"
 
 
 def assert_parity(tmp_path, options, **kwargs):
@@ -292,12 +214,6 @@ def test_plain_config_generation_and_cleanup(tmp_path):
 # ---------------------------------------------------------------- PEFT
 
 
-def lora(**options):
-    peft = pytest.importorskip("peft")
-    names = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "r": 4, "task_type": "CAUSAL_LM"}
-    return peft.LoraConfig(**{**names, **options})
-
-
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"precompute_ref_log_probs": True}])
 def test_lora(tmp_path, options):
     """The adapter is the policy, the base model the reference; nothing but the adapter learns."""
@@ -337,16 +253,25 @@ def test_lora_on_the_head_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_partitioned_weight_is_gathered_where_it_is_read(monkeypatch, frozen):
-    """ZeRO-3's behaviour played by one process: the weight is empty outside of the gathering context."""
+@pytest.mark.parametrize("bonus", [0.0, 0.5])
+def test_a_partitioned_weight_is_gathered_where_it_is_read(monkeypatch, frozen, bonus):
+    """ZeRO-3's behaviour played by one process: the weight is empty outside of the gathering context.
+
+    bonus: of the entropy, whose gradient needs the logits once more.
+    """
     model, truth = make(), make()
     labels = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     for m in (model, truth):
         m.lm_head.weight.requires_grad_(not frozen)
-        fused_head.add_fused_head(m)
-    expected = truth(input_ids=labels, labels=labels, fused_lm_head=True).log_probs
-    upstream = torch.randn(expected.shape)
-    (expected * upstream).sum().backward()
+        fused_head.add_fused_head(m, ("log_probs", "entropy"))
+    upstream = torch.randn(2, 8)
+
+    def loss(out):
+        value = (out.log_probs * upstream).sum()
+        return value + bonus * (out.entropy * upstream).sum() if bonus else value
+
+    expected = truth(input_ids=labels, labels=labels, fused_lm_head=True)
+    loss(expected).backward()
 
     weight, entered = model.lm_head.weight, []
     full, weight.ds_id = weight.data, 0
@@ -362,10 +287,10 @@ def test_a_partitioned_weight_is_gathered_where_it_is_read(monkeypatch, frozen):
         weight.data = full[:0]
 
     monkeypatch.setattr(trl_utils, "maybe_gather_lm_head_ctx", gather)
-    logps = model(input_ids=labels, labels=labels, fused_lm_head=True).log_probs
-    assert torch.equal(logps, expected) and weight.numel() == 0
-    (logps * upstream).sum().backward()
-    assert entered == [[True], [] if frozen else [True]]
+    out = model(input_ids=labels, labels=labels, fused_lm_head=True)
+    assert torch.equal(out.log_probs, expected.log_probs) and weight.numel() == 0
+    loss(out).backward()
+    assert entered == [[True], [] if frozen and not bonus else [True]]
     for (name, p), q in zip(model.named_parameters(), truth.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
         assert p.grad is None or relative_error(p.grad, q.grad) < 1e-6, name
