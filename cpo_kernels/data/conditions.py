@@ -276,7 +276,7 @@ def check(config: ConditionsConfig, objectives: Sequence[Objective]) -> None:
         )
     for entry in mixture:
         if entry.sampler not in SAMPLERS:
-            raise ValueError(f"conditions.mixture: sampler {entry.sampler!r} is none of {', '.join(SAMPLERS)}")
+            raise ValueError(f"conditions.mixture: sampler {entry.sampler!r} is not one of {', '.join(SAMPLERS)}")
         for name in [*(entry.objectives or []), *(entry.values or {}), *(entry.levels or {}), *(entry.rated or [])]:
             if name not in names:
                 raise ValueError(f"conditions.mixture: {name!r} is no objective; objectives: {choices}")

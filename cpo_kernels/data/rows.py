@@ -53,7 +53,7 @@ def source_files(source: SourceConfig, key: str = "data") -> list[str]:
         raise FileNotFoundError(f"{key}: data file {path!r} does not exist")
     if not _is_local(path) and any(Path(file).is_file() for file in files):
         raise ValueError(
-            f"{key}: data file {path!r}: the ending says how a file reads, which is none of "
+            f"{key}: data file {path!r}: the ending says how a file reads, which is not one of "
             f"{', '.join((*READ_HERE, *BUILDERS))} here, packed as {', '.join(OPENERS)} or not at all"
         )
     return files

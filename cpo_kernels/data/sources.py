@@ -123,7 +123,7 @@ def _converter(
     if layout in LAYOUTS:
         return layout_of(layout, data.fields, objectives), layout == "pairs"
     if layout not in SCHEMAS:
-        raise ValueError(f"layout {layout!r} is none of {', '.join([*LAYOUTS, *SCHEMAS])}")
+        raise ValueError(f"layout {layout!r} is not one of {', '.join([*LAYOUTS, *SCHEMAS])}")
     schema, scale = SCHEMAS[layout], {o.name: o for o in objectives}
     return lambda row: schema.convert(row, scale), schema.apart
 

@@ -190,7 +190,7 @@ def _sources(args: Any) -> list[Source]:
             raise ValueError(f"{names.count(name)} models are called {name!r}: rename a folder")
     for name in args.without_tags:
         if name not in names:
-            raise ValueError(f"--without-tags {name!r} is none of {', '.join(names)}")
+            raise ValueError(f"--without-tags {name!r} is not one of {', '.join(names)}")
     return sources
 
 

@@ -17,7 +17,7 @@ from cpo_kernels.reference.terms import F_DIVERGENCES, OPTIONS
 class LossOptions:
     """Options of the preference losses. A combination that a loss type would ignore raises ValueError.
 
-    The classes and functions that take these as keywords raise TypeError for a name that is none of them.
+    The classes and functions that take these as keywords raise TypeError for a name that is not one of them.
 
     Args:
         objectives: the objectives that `scores` rate; needed with scores.

@@ -56,6 +56,6 @@ def run_id(file: Path, step: int) -> str:
 def check_trackers(names: list[str]) -> None:
     for name in names:
         if name not in PACKAGES:
-            raise ValueError(f"training.trackers: {name!r} is none of {', '.join(PACKAGES)}")
+            raise ValueError(f"training.trackers: {name!r} is not one of {', '.join(PACKAGES)}")
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ValueError(f"training.trackers: {name} is not installed: {install_line(PACKAGES[name])}")

@@ -299,7 +299,7 @@ def test_missing_ratings_stay_missing():
 @pytest.mark.parametrize(
     "keys, reason",
     [
-        ({"mixture": [{"sampler": "random"}]}, "'random' is none of attained"),
+        ({"mixture": [{"sampler": "random"}]}, "'random' is not one of attained"),
         ({"mixture": [{"objectives": ["humour"]}]}, "'humour' is no objective"),
         ({"mixture": [{"share": 0}]}, "not all 0"),
         ({"class_weights": [{"honesty": 1}]}, "class_weights"),

@@ -398,7 +398,7 @@ def test_answers_that_are_no_results_file(tmp_path, capsys, text):
     "arguments, reason",
     [
         (["--scorer", "python:tests.evaluation.test_scorers:by_length", "--no-generate"], "leave --no-generate out"),
-        (["--without-tags", "other"], "'other' is none of run"),
+        (["--without-tags", "other"], "'other' is not one of run"),
         (["--prompts", "p.txt", "--data", "d.jsonl"], "not both"),
         (["--scorer", "judge:http://localhost/v1"], "needs --judge-model"),
         (["--objective", "honesty"], "name:low:high"),

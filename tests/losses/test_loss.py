@@ -334,7 +334,7 @@ def test_seq_logps_keep_the_precision_of_long_sums():
         ({"ld_alpha": 2.0}, r"ld_alpha must lie in \[0, 1\], got 2.0"),
         ({"simpo_gamma": 1.0}, "simpo_gamma has no meaning for loss_type 'sigmoid'"),
         ({"objectives": []}, "objectives is empty"),
-        ({"objectives": [OBJECTIVES[0], OBJECTIVES[0]]}, "is given 2 times; names must differ"),
+        ({"objectives": [OBJECTIVES[0], OBJECTIVES[0]]}, "is given 2 times; names must be unique"),
         ({"tie_margin": NAN}, "tie_margin must be finite, got nan"),
         ({"margin": NAN}, "margin must be finite, got nan"),
         ({"beta": float("inf")}, "beta must be finite, got inf"),

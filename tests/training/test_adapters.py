@@ -173,9 +173,9 @@ def test_a_compiled_body_computes_the_same_at_every_length():
     [
         ({"quantize": "4bit"}, {"train": "all"}, r"a 4-bit model trains adapters only: .* \(now all\)"),
         ({}, {"train": "lora", "lora": {"targets": ["lm_head"]}}, "Take 'lm_head' out of target_modules"),
-        ({"quantize": "8bit"}, {}, "model.quantize: '8bit' is none of 4bit"),
+        ({"quantize": "8bit"}, {}, "model.quantize: '8bit' is not one of 4bit"),
         ({"name": None, "config": tiny.MODEL, "quantize": "4bit"}, {"train": "lora"}, "model.config makes new ones"),
-        ({}, {"optimizer": "lion"}, "training.optimizer: 'lion' is none of adamw, adamw_8bit"),
+        ({}, {"optimizer": "lion"}, "training.optimizer: 'lion' is not one of adamw, adamw_8bit"),
     ],
 )
 def test_what_cannot_be_is_refused(base, model, training, reason):
@@ -292,7 +292,7 @@ def test_adapters_over_adapters(tmp_path, base):
     with pytest.raises(ValueError, match="holds adapters beside its weights; merge them into it first"):
         load_model(read_config({"model": str(both)}).model)
     (both / "config.json").unlink()
-    with pytest.raises(ValueError, match="both holds adapters over itself"):
+    with pytest.raises(ValueError, match="the adapters in .*both name themselves as base model"):
         load_model(read_config({"model": str(both)}).model)
 
 

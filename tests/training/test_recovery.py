@@ -254,7 +254,7 @@ def test_metrics_go_to_wandb(tmp_path, monkeypatch):
 
 
 def test_trackers_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="training.trackers: 'mlflow' is none of tensorboard, wandb"):
+    with pytest.raises(ValueError, match="training.trackers: 'mlflow' is not one of tensorboard, wandb"):
         run("cdpo", **settings(tmp_path, trackers=["mlflow"]))
     with pytest.raises(ValueError, match="trackers need a run_dir"):
         run("cdpo", training={"trackers": ["tensorboard"]})

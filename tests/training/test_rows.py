@@ -163,7 +163,7 @@ def test_a_model_that_passes_no_segments_on_is_refused(monkeypatch):
 def test_attention_that_cannot_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="flash_attention_2 needs flash-attn, which is not installed: take sdpa"):
         run(model={"attention": "flash_attention_2"})
-    with pytest.raises(ValueError, match="model.attention: 'flash' is none of sdpa, segments, flex_attention"):
+    with pytest.raises(ValueError, match="model.attention: 'flash' is not one of sdpa, segments, flex_attention"):
         read_config({"model": {"attention": "flash"}})
     with pytest.raises(ValueError, match="segments would be compiled anew for every batch: set"):
         loss_and_groups("cdpo", model={"attention": "segments"}, training={"compile": True})
@@ -196,5 +196,5 @@ def test_attention_by_place_in_the_row_needs_padded_rows(rows):
 
 def test_rows_are_named():
     assert set(ROWS) == {"shared", "packed", "padded"}
-    with pytest.raises(ValueError, match="training.rows: 'tree' is none of shared, packed, padded"):
+    with pytest.raises(ValueError, match="training.rows: 'tree' is not one of shared, packed, padded"):
         read_config({"training": {"rows": "tree"}})
