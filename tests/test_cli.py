@@ -321,7 +321,7 @@ def test_a_chat_prompt_without_a_chat_template_is_refused_at_once(recipe, capsys
     monkeypatch.setattr(data_command, "load_data", not_yet)
     for command in ("train", "data"):
         assert main([command, str(recipe), "--template", "{prompt: chat}"]) == 2
-        assert "this one has none: give one with --model.tokenizer FOLDER" in capsys.readouterr().err
+        assert "this one has none: give another with --model.tokenizer FOLDER" in capsys.readouterr().err
 
 
 def test_numbers_are_kept_as_they_are():
@@ -533,7 +533,7 @@ def test_what_is_not_there_is_said_at_once(recipe, tmp_path, capsys, monkeypatch
         (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     plain = ["--model.tokenizer", "null"]
     for given, reason, calls in [
-        (["--data.train", "[]"], "data.train is empty: say what to train on, --data.train FILE", []),
+        (["--data.train", "[]"], "data.train is empty: set what to train on, --data.train FILE", []),
         (["--data.train", "no.jsonl"], "data.train[0]: data file 'no.jsonl' does not exist", []),
         (["--data.eval", f"{tmp_path}/no"], f"data.eval[0]: {tmp_path}/no does not exist\n", []),
         (
@@ -556,13 +556,13 @@ def test_what_is_not_there_is_said_at_once(recipe, tmp_path, capsys, monkeypatch
             f"base model of the adapters in {adapters}: gone/base does not exist",
             ["gone/base"],
         ),
-        (["--model", str(bare), *plain], f"{bare} holds no tokenizer (", []),
+        (["--model", str(bare), *plain], f"{bare} has no tokenizer (", []),
         (
             ["--model", str(run / "model"), *plain],
-            "holds no tokenizer (its vocabulary is empty): give one with --model.",
+            "has no tokenizer (its vocabulary is empty): give one with --model.",
             [],
         ),
-        (["--model", str(bare), "--model.tokenizer", "gone"], "model.tokenizer: gone does not exist here", ["gone"]),
+        (["--model", str(bare), "--model.tokenizer", "gone"], "model.tokenizer: gone does not exist locally", ["gone"]),
     ]:
         asked.clear()
         assert main(["train", str(recipe), *given]) == 2

@@ -328,7 +328,7 @@ def test_a_model_without_a_tokenizer_names_the_option(run, tmp_path, capsys, mon
     asked = ["bare", "--config", str(run / "config.yaml")]
     for command in ("eval", "play"):
         assert main([command, *asked]) == 2
-        assert re.search("bare holds no tokenizer .*give one with --tokenizer FOLDER", capsys.readouterr().err)
+        assert re.search("bare has no tokenizer .*give one with --tokenizer FOLDER", capsys.readouterr().err)
     more = ["--prompts", "prompts.txt", "--max-new-tokens", "1", "--condition", "honesty=5", "--out", "e.json"]
     assert main(["eval", *asked, *more, "--tokenizer", str(run / "model")]) == 0
     assert json.loads((tmp_path / "e.json").read_text())["results"]["bare"]["questions"] == 1
@@ -340,9 +340,9 @@ def test_a_model_without_a_tokenizer_names_the_option(run, tmp_path, capsys, mon
     "name, text, reason",
     [
         ("model.safetensors", "cut", "model cannot be loaded (SafetensorError: "),
-        ("tokenizer.json", '{"a": 1}', "model holds no tokenizer (KeyError: "),
+        ("tokenizer.json", '{"a": 1}', "model has no tokenizer (KeyError: "),
         ("config.json", '{"model_type": "nonsense"}', "model cannot be loaded (ValueError: "),
-        ("config.json", "{", "model holds no tokenizer (OSError: "),
+        ("config.json", "{", "model has no tokenizer (OSError: "),
     ],
 )
 def test_a_broken_model_is_one_line(run, tmp_path, capsys, name, text, reason):

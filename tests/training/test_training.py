@@ -321,7 +321,7 @@ def test_held_out_prompts_may_all_be_ties():
 
 def test_class_weights_that_could_not_act_are_refused():
     weights = [{"honesty": 1, "weight": 0.1}]
-    with pytest.raises(ValueError, match="class_weights act where conditions.balance or conditions.responses"):
+    with pytest.raises(ValueError, match="class_weights only matter when conditions.balance or conditions.responses"):
         run("cpsft", conditions={"class_weights": weights, "responses": None})
     run("cpsft", conditions={"class_weights": weights, "responses": None, "balance": True}, training={"max_steps": 1})
 
