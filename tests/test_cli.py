@@ -638,7 +638,7 @@ def test_a_recipe_that_is_not_there(tmp_path, capsys):
 def test_a_run_that_keeps_nothing_says_so(tmp_path, capsys):
     recipe = tmp_path / "cpsft.yaml"
     recipe.write_text("stage: cpsft\nmodel: nosuch/a/b\ndata: {train: [gone.jsonl]}\n")
-    note = "run_dir is not set: neither model nor metrics are kept (--run_dir FOLDER keeps them)"
+    note = "run_dir is not set: neither model nor metrics are saved (--run_dir FOLDER saves them)"
     assert main(["train", str(recipe)]) == 2 and note in capsys.readouterr().err
     assert main(["train", str(recipe), "--run_dir", str(tmp_path / "run")]) == 2
     assert note not in capsys.readouterr().err

@@ -68,7 +68,7 @@ def prepare(
     sampler = Sampler(records, objectives, config, random.Random(seed), tie_margin)
     draws = {"cpsft": sampler.cpsft, "sft": sampler.sft, "cdpo": sampler.cdpo, "dpo": sampler.dpo}[stage]()
     if not draws.units and not may_be_empty:
-        raise ValueError(f"stage {stage}: found nothing to train on in {len(records)} records; counts: {draws.counts}")
+        raise ValueError(f"stage {stage}: nothing to train on in {len(records)} records; counts: {draws.counts}")
     return draws
 
 

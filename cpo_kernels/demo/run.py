@@ -1,7 +1,7 @@
-"""`cpo-kernels demo`: train a tiny model with CPSFT and CDPO, and with SFT and DPO on the same data; see which follows.
+"""`cpo-kernels demo`: train a tiny model with CPSFT and CDPO, and with SFT and DPO on the same data, and compare.
 
-Everything is made on the spot: the world and its rated answers, the word-level tokenizer, the model. The score of a
-generated answer is computed by the program that rated the data.
+Everything is generated locally: the world and its rated answers, the word-level tokenizer, the model. The program that
+rated the data also scores generated answers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. The full size is what two cores learn in four minutes."""
+    """Sizes of the demo. The full size takes two cores four minutes."""
 
     people: int = 16
     prompts: int = 4000
@@ -66,7 +66,7 @@ QUICK = Size(
 
 
 def stage_config(stage: str, size: Size, seed: int, folder: Path, progress: bool) -> dict[str, Any]:
-    """The trainer's config of one stage, as a YAML recipe would hold it."""
+    """The trainer's config of one stage, as in a YAML recipe."""
     preference = stage in ("cdpo", "dpo")
     epochs = {"sft": size.sft_epochs, "cpsft": size.cpsft_epochs}.get(stage, size.preference_epochs)
     conditions: dict[str, Any] = {}
@@ -110,7 +110,7 @@ def make_data(world: World, size: Size, seed: int) -> tuple[list[Record], frozen
 
 
 def run_demo(out: Path, size: Size | None = None, seed: int = 0, progress: bool = True) -> dict[str, Any]:
-    """Train the four models, judge them, and write results.json, controllability.png and a run folder per stage."""
+    """Train the four models, evaluate them, and write results.json, controllability.png and a run folder per stage."""
     import torch
     from transformers.utils import logging
 
@@ -215,7 +215,7 @@ def run(args: Any) -> int:
 
 
 def check(results: dict[str, Any]) -> int:
-    """0 if the model follows its tags better than chance: every rank correlation of CPO is above DPO's by 0.3."""
+    """0 if the model follows its tags better than chance: every rank correlation of CPO exceeds DPO's by 0.3."""
     models = results["models"]
     for objective in NAMES:
         ours = models[MODELS["cdpo"]]["control"][objective]["correlation"]

@@ -423,10 +423,10 @@ def test_values_of_the_wrong_kind_in_a_recipe(tmp_path, sections, reason):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        ("{", "answers.json is no results file"),
-        ("[]", "answers.json is no results file"),
-        ('{"objectives": [3], "results": {}}', "answers.json is no results file"),
-        ('{"objectives": {"name": "honesty"}, "results": {}}', "answers.json is no results file"),
+        ("{", "answers.json is not a results file"),
+        ("[]", "answers.json is not a results file"),
+        ('{"objectives": [3], "results": {}}', "answers.json is not a results file"),
+        ('{"objectives": {"name": "honesty"}, "results": {}}', "answers.json is not a results file"),
     ],
 )
 def test_a_results_file_of_another_kind(tmp_path, content, reason):
