@@ -1,4 +1,4 @@
-"""Objectives, the value R(y) of a response under conditions, and the condition tags that stand in a prompt.
+"""Objectives, the value R(y) of a response under conditions, and the condition tags of a prompt.
 
 Controllable Preference Optimization (Guo et al. 2024, arXiv 2402.19085) rates a response on several
 objectives (helpfulness, honesty, ...). A condition requests one level of an objective; a rated response is worth more

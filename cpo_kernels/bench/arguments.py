@@ -20,7 +20,7 @@ PARTS = ("head", "tokens", "preference", "training_step", "growth", "cold_start"
 
 def parser() -> Parser:
     made = Parser("cpo-kernels bench", __doc__ or "")
-    made.add_argument("--set", choices=SETS, help="default: gpu where there is a GPU, else default")
+    made.add_argument("--set", choices=SETS, help="default: gpu if there is a GPU, else default")
     made.add_argument("--out", type=Path, metavar="FILE", help="JSON file of results, written as they come")
     made.add_argument(
         "--resume", action="store_true", help="keep the results in the file at --out and measure the rest"
@@ -42,7 +42,7 @@ def parser() -> Parser:
         metavar="JSONL",
         help="pairs for the training steps of two responses and the set filtered: {prompt, chosen, rejected} a line",
     )
-    made.add_argument("--device", help="cuda, cuda:1 or cpu; default: cuda where there is a GPU")
+    made.add_argument("--device", help="cuda, cuda:1 or cpu; default: cuda if there is a GPU")
     made.add_argument("--threads", type=int, help="CPU threads; default: torch's default")
     made.add_argument("--rounds", type=int, help="number of turns of each implementation")
     made.add_argument("--time-limit", type=float, metavar="SECONDS", help="start nothing after this time")
