@@ -164,7 +164,7 @@ def table(content: dict[str, Any]) -> str:
     env, tokens = content["environment"], content["rows"]["bfloat16"][0]["tokens"]
     note = (
         f"Relative to float32, rms over {content['batches']} batches of {content['groups']} pairs ({tokens:.0f} "
-        f"labelled tokens in the mean). torch {env['versions']['torch']}, {env['date'][:10]}; `{content['command']}`."
+        f"labelled tokens on average). torch {env['versions']['torch']}, {env['date'][:10]}; `{content['command']}`."
     )
     return "\n\n".join([*parts, note])
 

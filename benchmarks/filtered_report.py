@@ -28,8 +28,8 @@ def table(part: Result) -> str:
     exact, settings, env = part["variants"][0], part["settings"], part["environment"]
     *_, last = exact["off"]
     lines = [
-        "| | live columns | tail | exact rows | loss off: median, most | held-out loss, accuracy | "
-        f"{' | '.join(f'{at}: body, head' for at in exact['off'])} | {last}: head's rows in the data, others |",
+        "| | live columns | tail | exact rows | loss error: median, maximum | held-out loss, accuracy | "
+        f"{' | '.join(f'{at}: body, head' for at in exact['off'])} | {last}: head's rows, in the data and others |",
         "|---" * (7 + len(exact["off"])) + "|",
     ]
     for row in part["variants"]:

@@ -111,8 +111,8 @@ def table(content: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if number != "not installed")
     where = f"{env['gpu']}, {env['cpu']}" if "gpu" in env else processor(env)
     return "\n".join(lines) + (
-        f"\n\nHow fast a step's loss and backward pass are, in times of padded rows: {Path(s['model']).name}, "
-        f"{s['groups']} prompts with {s['responses']} responses, {s['length']} tokens with the prompt, "
+        f"\n\nSpeed of a step's loss and backward pass, as a multiple of padded rows: {Path(s['model']).name}, "
+        f"{s['groups']} prompts with {s['responses']} responses, {s['length']} tokens including the prompt, "
         f"{s['precision']}; medians of {s['rounds']} rounds. {where}, Python {env['python']}, {versions}; "
         f"{env['date'][:10]}, commit {env['commit']}."
     )

@@ -187,7 +187,7 @@ def tables(report: dict[str, Any]) -> str:
     heads = " | ".join(f"floor {n}" for n in names)
     lines = [
         f"Kernels: {ROWS} × {VOCAB} bfloat16; preference of {PAIRS} pairs × {OBJECTIVES} objectives. The floor is "
-        "bytes over the copy rate; the small ones take the few µs of a launch instead.",
+        "bytes divided by the copy rate; small kernels take the few µs of a launch instead.",
         "",
         f"| kernel | MB | GFLOP | {heads} | {measured} |",
         "|---" * (4 + len(names)) + "|",
@@ -205,8 +205,8 @@ def tables(report: dict[str, Any]) -> str:
     heads = " | ".join(f"products {n} | kernels {n} | expected ratio {n}" for n in names)
     lines += [
         "",
-        f"Head: {TOKENS} labelled tokens, {HIDDEN} × {VOCAB}, bfloat16. Ratios are to the least number of products "
-        "that the mode needs: 1 forward, 2 frozen, 3 trainable. Measured is the ratio, then peak memory beyond inputs, "
+        f"Head: {TOKENS} labelled tokens, {HIDDEN} × {VOCAB}, bfloat16. Ratios are to the minimum number of products "
+        "of the mode: 1 forward, 2 frozen, 3 trainable. Measured: the ratio, then peak memory beyond inputs, "
         "gradients and one float32 dW.",
         "",
         f"| strategy | products | TFLOP | {heads} | {measured} |",
@@ -224,8 +224,8 @@ def tables(report: dict[str, Any]) -> str:
     shares = ", ".join(f"{live:.0%} live at {eps} ({tiles:.0%} of its tiles)" for eps, (live, tiles) in LIVE.items())
     lines += [
         "",
-        f"The same head with gradients on live columns, sets of {SET_ROWS} rows, {shares}; beside 2 exact products "
-        "frozen, 3 trainable. Predicted: bytes of L2 and of memory, and operations; nothing was measured.",
+        f"The same head with gradients on live columns, sets of {SET_ROWS} rows, {shares}; compared with 2 exact "
+        "products frozen, 3 trainable. Predicted from bytes of L2 and of memory, and operations; nothing was measured.",
         "",
         f"| dX of live columns | ε | {heads} |",
         "|---" * (2 + 3 * len(names)) + "|",

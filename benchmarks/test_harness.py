@@ -383,7 +383,7 @@ def test_a_file_that_was_cut_off_goes_on(toys, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SETS, "ci", replace(SETS["ci"], runs=runs[1:], growth=(), rounds=1))
     assert run.main([*common, "--resume"]) == 0  # what is not asked for again stays
     assert [result["vocab"] for result in json.loads(out.read_text())["workloads"]] == [8, 16]
-    with pytest.raises(ValueError, match="--resume: .* was measured with threads 1, here it is 3: begin a new file"):
+    with pytest.raises(ValueError, match="--resume: .* was measured with threads 1, but this is 3: start a new file"):
         run.main([*common, "--resume", "--threads", "3"])
     with pytest.raises(ValueError, match="give --out FILE"):
         run.main(["--set", "ci", "--resume"])
@@ -433,7 +433,7 @@ def test_workload_from_the_command_line():
     for text, error in (
         ("head=gpt", "head must be one of"),
         ("group=3", "unknown key 'group'"),
-        ("mode=fast", "no such workload"),
+        ("mode=fast", "impossible workload"),
         ("length=8,prompt=8", "prompt 8 must be shorter than length 8"),
     ):
         with pytest.raises(ValueError, match=error):
@@ -469,5 +469,5 @@ def test_the_profile_names_the_parts_of_every_strategy(tmp_path):
 
 @pytest.mark.parametrize("given, missing", [("--model", "--data"), ("--data", "--model")])
 def test_real_rows_need_a_model_and_text(given, missing):
-    with pytest.raises(ValueError, match=f"{given} makes no rows of the head by itself: give {missing} too"):
+    with pytest.raises(ValueError, match=f"{given} alone gives no rows for the head: also give {missing}"):
         run.main(["--set", "filtered", "--list", given, "x"])

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # for type checkers and the API reference; at run time `__get
     from cpo_kernels.reference.kto import kto_kl, kto_loss
     from cpo_kernels.reference.loss_types import LOSS_TYPES
 
-# Where each public name is defined. They are imported, and torch with them, when the first one is used: the command
+# Where each public name is defined. All are imported, and torch with them, at the first use of any: the command
 # line prints its help without torch, in 0.1 s instead of 2 s.
 _MODULES = {
     "backends.vocab_parallel": ("VocabShards",),
@@ -60,7 +60,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """All public names at once, so that every op is registered with torch from the first use on."""
+    """Import all public names at once, so that every op is registered with torch from the first use on."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for module, names in _MODULES.items():

@@ -1,5 +1,5 @@
-"""The parser of every command: options that all share, and hints for mistyped names. Needs nothing beyond the standard
-library, so that help and usage errors come at once."""
+"""The argument parser of every command: shared options, and hints for mistyped names. It imports only the standard
+library, so help and usage errors appear at once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         shared = self.add_argument_group("output")
         shared.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
-        shared.add_argument("-v", "--verbose", action="store_true", help="show the warnings of other packages, too")
-        shared.add_argument("--traceback", action="store_true", help="show where an error comes from")
+        shared.add_argument("-v", "--verbose", action="store_true", help="also show warnings of other packages")
+        shared.add_argument("--traceback", action="store_true", help="show the traceback of an error")
 
     def names(self) -> list[str]:
-        """What may be written: options and choices."""
+        """All option strings and choices."""
         options = [option for action in self._actions for option in action.option_strings]
         return options + [str(choice) for action in self._actions for choice in action.choices or ()]
 

@@ -1,8 +1,8 @@
-"""What the host knows of a batch: how many rows each sequence has, which sequences are linked by pairs, and the chunks.
+"""What the host knows of a batch: the rows of each sequence, the sequences linked by pairs, and the chunks.
 
-A chunk's size, and with it every launch, follows from these numbers. A collator has them on the CPU and puts them into
-a `BatchPlan` (`FusedLinearCPOLoss.plan`); without one the fused loss copies them from the device, which makes the host
-wait there once.
+Chunk sizes, and with them all launches, follow from these numbers. A collator has them on the CPU and puts them into a
+`BatchPlan` (`FusedLinearCPOLoss.plan`). Without one the fused loss copies them from the device, which forces one
+host-device synchronisation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Group:
 
 
 def linked_groups(pairs: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Group]:
-    """Sequences linked by pairs form a group, a sequence in no pair one of its own; in order of first sequence."""
+    """Sequences linked by pairs form a group; a sequence without a pair is its own group. In order of first
+    sequence."""
     parent = list(range(len(lengths)))
 
     def root(s: int) -> int:
@@ -74,7 +75,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """The order in which a trainable head takes the rows of a batch, known to the host.
+    """The order in which a trainable head processes the rows of a batch, known on the host.
 
     `pairs`: chunks are whole groups. `deferred`, `two_pass`: one part for the loss, `row_chunks` for the products.
     """
@@ -129,7 +130,7 @@ class Layout:
         return max((s.stop - s.start for s in slices), default=0)
 
     def tables(self) -> Tensor:
-        """What the device looks up, end to end, on the CPU; `Tables` takes it apart."""
+        """The lookup tables of the device, concatenated, on the CPU; `Tables` splits them."""
         order = [s for chunk in self.chunks for s in chunk.sequences]
         pair_order = [p for chunk in self.chunks for p in chunk.pairs]
         rows = torch.arange(self.num_rows).split(self.lengths)
@@ -153,7 +154,7 @@ class Layout:
         return torch.cat(columns)
 
     def pack(self) -> Tensor:
-        """The layout as a CPU tensor, which is how it passes through an op."""
+        """The layout as a CPU tensor, the form in which it passes through an op."""
         pairs = [s for pair in self.pairs for s in pair]
         head = [self.row_limit, int(self.couples_pairs), int(self.opposite), len(self.lengths)]
         return torch.tensor([*head, *self.lengths, *pairs], dtype=torch.int64)
@@ -173,7 +174,7 @@ class Layout:
 
 
 class Tables:
-    """`Layout.tables` on the device, taken apart. A slot is a sequence's place in the layout's order."""
+    """`Layout.tables` on the device, split. A slot is a sequence's place in the layout's order."""
 
     def __init__(self, layout: Layout, values: Tensor) -> None:
         rows, sequences, pairs = layout.num_rows, len(layout.lengths), len(layout.pairs)
@@ -194,7 +195,7 @@ class Tables:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device; from the CPU without waiting for the copy."""
+    """A tensor on the device; a copy from the CPU is asynchronous."""
     if values.device.type != "cpu" or device.type == "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
@@ -210,7 +211,7 @@ class PlanTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What `FusedLinearCPOLoss` must know of a batch on the host. Made by `FusedLinearCPOLoss.plan`; see there."""
+    """What the host must know of a batch for `FusedLinearCPOLoss`. Made by `FusedLinearCPOLoss.plan`; see there."""
 
     layout: Layout
     host: Tensor  # see PlanTensors

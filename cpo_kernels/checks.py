@@ -1,4 +1,4 @@
-"""The types of what the public functions take, one message for each kind; and when values may be read."""
+"""Checks of the public functions' arguments, and when a check may read tensor values."""
 
 import numbers
 import os
@@ -20,7 +20,7 @@ KINDS: dict[str, Any] = {
 
 
 def check_types(kind: str, optional: bool = False, **values: Any) -> None:
-    """TypeError for a value that is not `kind` (None passes where `optional`), and for a sparse tensor."""
+    """Raise TypeError for a value that is not `kind` (None passes if `optional`), and for a sparse tensor."""
     for name, value in values.items():
         if optional and value is None:
             continue
@@ -32,7 +32,7 @@ def check_types(kind: str, optional: bool = False, **values: Any) -> None:
 
 
 def check_list(name: str, values: Any, kind: Any, of: str) -> None:
-    """TypeError where `values` is not a list or tuple of `kind`, which the message calls `of`."""
+    """Raise TypeError if `values` is not a list or tuple of `kind`, which the message calls `of`."""
     if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
         raise TypeError(f"{name} must be a list of {of}, got {values!r:.80}")
 
@@ -50,14 +50,14 @@ def check_labels(labels: Tensor, shape: Sequence[int], like: str, device: torch.
         if labels.dim() == len(shape) > 0 and tuple(labels.shape[:-1]) == tuple(shape[:-1]):
             if abs(labels.shape[-1] - shape[-1]) == 1:
                 cut = ":, " * (labels.dim() - 1)
-                hint = f": position t predicts label t + 1, so of whole sequences {like}[{cut}:-1] and labels[{cut}1:]"
+                hint = f": position t predicts label t + 1, so give {like}[{cut}:-1] and labels[{cut}1:]"
         raise ValueError(f"labels must have shape {tuple(shape)} to match {like}, got {tuple(labels.shape)}{hint}")
     if labels.device != device:
         raise ValueError(f"labels are on {labels.device} and {like} on {device}: move one of them")
 
 
 def check_head_order(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """ValueError where the three fit a head in another order, such as Liger's (weight, hidden, labels)."""
+    """Raise ValueError if the three fit a head in another order, such as Liger's (weight, hidden, labels)."""
     given = {"hidden": hidden, "weight": weight, "labels": labels}
 
     def fits(hidden: Tensor, weight: Tensor, labels: Tensor) -> bool:
@@ -72,7 +72,7 @@ def check_head_order(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
         if fits(*(given[name] for name in order)):
             meant = {name: role for role, name in zip(given, order, strict=True)}
             roles = ", ".join(meant[name] for name in given)
-            raise ValueError(f"give (hidden, weight, labels) in this order: got {shapes}, which fit ({roles})")
+            raise ValueError(f"the order is (hidden, weight, labels); got {shapes}, which fit ({roles})")
     if weight.dim() == 2 and hidden.dim() > 0 and hidden.shape[-1] == weight.shape[0] != weight.shape[1]:
         raise ValueError(
             f"weight must have shape [V, H] with H = {hidden.shape[-1]}, the width of hidden {tuple(hidden.shape)}, "
@@ -81,7 +81,7 @@ def check_head_order(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
 
 
 def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """Costs a device-to-host copy on a GPU."""
+    """Raise ValueError for a label out of range. On a GPU this costs a host-device synchronisation."""
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if bool(wrong.any()):
         position = wrong.nonzero()[0].tolist()
@@ -92,8 +92,8 @@ def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> Non
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether a check may read values: always on the CPU; on a GPU, where that waits, only under CPO_KERNELS_CHECK=1.
-    Not while torch traces, transforms or captures."""
+    """Whether a check may read tensor values. Always on the CPU. On a GPU reading forces a host-device synchronisation,
+    so only under CPO_KERNELS_CHECK=1. Never while torch traces, transforms or captures."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY):
@@ -104,5 +104,5 @@ def may_read(tensor: Tensor) -> bool:
 
 
 def checks_enabled() -> bool:
-    """CPO_KERNELS_CHECK=1 turns on the checks that would cost a device-to-host copy on a GPU."""
+    """CPO_KERNELS_CHECK=1 turns on the checks that force a host-device synchronisation on a GPU."""
     return os.environ.get("CPO_KERNELS_CHECK", "0") == "1"

@@ -1,6 +1,6 @@
-"""`cpo-kernels COMMAND`: reads the arguments, then imports what runs the command.
+"""`cpo-kernels COMMAND`: parse the arguments, then import the module that runs the command.
 
-Help and mistakes in the arguments need no torch, so they come at once.
+Help and argument errors do not import torch, so they appear at once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cpo_kernels.extras import explained
 
 # command -> (module whose parser() takes its arguments, module whose run(arguments) runs it, help)
 COMMANDS = {
-    "train": ("training.arguments", "training.run", "train one stage as a YAML recipe says"),
-    "data": ("data.arguments", "data.command", "count what a recipe would train on, and show examples"),
-    "eval": ("evaluation.arguments", "evaluation.run", "how well trained models follow conditions"),
-    "play": ("play.arguments", "play.run", "a local page with a slider per objective"),
-    "demo": ("demo.arguments", "demo.run", "the whole method on a small world, in minutes on a CPU"),
-    "check": ("check.arguments", "check.run", "every kernel on this device against a float64 oracle"),
-    "bench": ("bench.arguments", "bench.run", "ours, naive PyTorch and the baselines side by side"),
-    "explain": ("cli", "cli", "what a head of some shape costs: strategy, matmuls, memory"),
+    "train": ("training.arguments", "training.run", "train one stage described by a YAML recipe"),
+    "data": ("data.arguments", "data.command", "prepare a recipe's data, count it and show examples"),
+    "eval": ("evaluation.arguments", "evaluation.run", "measure how well trained models follow conditions"),
+    "play": ("play.arguments", "play.run", "serve a local page with a slider per objective"),
+    "demo": ("demo.arguments", "demo.run", "run the whole method on a small generated world, in minutes on a CPU"),
+    "check": ("check.arguments", "check.run", "check every kernel on this device against a float64 oracle"),
+    "bench": ("bench.arguments", "bench.run", "time this library, naive PyTorch and the baselines side by side"),
+    "explain": ("cli", "cli", "show what a head of a given shape costs: strategy, matmuls, memory"),
 }
 DESCRIPTION = (
     "Controllable Preference Optimization: train, evaluate and serve models that follow conditions.\n\ncommands:\n"
@@ -33,10 +33,10 @@ DESCRIPTION = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 on an error in what the user gave, which is printed without a traceback."""
+    """Run one command and return its exit status: 0 on success, 2 on a user error, which prints no traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     lines = "".join(f"  {name:8} {help}\n" for name, (_, _, help) in COMMANDS.items())
-    top = Parser("cpo-kernels", DESCRIPTION + lines + "\n`cpo-kernels COMMAND --help` shows what it takes.")
+    top = Parser("cpo-kernels", DESCRIPTION + lines + "\n`cpo-kernels COMMAND --help` lists its options.")
     top.add_argument("--version", action="version", version=f"cpo-kernels {__version__}")
     top.add_argument("--completion", action="store_true", help='for bash: eval "$(cpo-kernels --completion)"')
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND")
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def completion() -> str:
-    """A bash function: commands first, then the options and choices of the command, and files."""
+    """A bash function that completes commands, then the options and choices of the command, and files."""
     from cpo_kernels.recipe.config import config_keys
 
     keys = [f"--{name}" for name, _, _ in config_keys()]
@@ -94,23 +94,24 @@ def completion() -> str:
 
 
 def parser() -> Parser:
-    """Of `explain`."""
+    """The parser of `explain`."""
     made = Parser(
-        "cpo-kernels explain", "Say how a head of this shape is computed, and what that costs. Computes nothing."
+        "cpo-kernels explain",
+        "Show how a head of this shape would be computed and what that costs, without computing it.",
     )
     add = made.add_argument
-    add("rows", type=int, metavar="ROWS", help="labelled positions: prompts and padding do not count")
+    add("rows", type=int, metavar="ROWS", help="number of labelled positions (no prompts, no padding)")
     add("hidden", type=int, metavar="HIDDEN", help="hidden size")
     add("vocab", type=int, metavar="VOCAB", help="vocabulary size")
     add(
         "--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16", help="default %(default)s"
     )
     add("--device", default="cpu", help="cpu or cuda; default %(default)s")
-    add("--frozen", action="store_true", help="the head is not trained, as under LoRA")
-    add("--no-grad", action="store_true", help="no gradient at all: a reference model, evaluation")
+    add("--frozen", action="store_true", help="the head is frozen, as under LoRA")
+    add("--no-grad", action="store_true", help="no gradients: reference model or evaluation")
     add("--loss", choices=("preference", "nll", "unknown"), default="preference", help="default %(default)s")
-    add("--filter-eps", type=eps, metavar="EPS", help="leave out gradients of logits below this: a number, or auto")
-    add("--memory-budget", type=float, metavar="MIB", help="of one chunk of logits; default: by device")
+    add("--filter-eps", type=eps, metavar="EPS", help="threshold of filtered gradients: a number or auto")
+    add("--memory-budget", type=float, metavar="MIB", help="memory of one chunk of logits; default: by device")
     return made
 
 

@@ -1,4 +1,4 @@
-"""What a result was measured on: hardware, versions, date and commit, for the files of `check` and `bench`."""
+"""Hardware, versions, date and commit that a result was measured with, for the files of `check` and `bench`."""
 
 import datetime
 import platform
@@ -12,7 +12,7 @@ import torch
 
 
 def installed(package: str) -> str:
-    """Its version; '' where it is not installed."""
+    """The installed version of a package; '' if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -20,7 +20,7 @@ def installed(package: str) -> str:
 
 
 def chosen_device(text: str) -> torch.device:
-    """The device that `--device` names; ValueError where torch has none of that name here."""
+    """The device that `--device` names. Raises ValueError if torch has no such device here."""
     name, _, index = text.partition(":")
     if name not in ("cpu", "cuda") or not (index.isdecimal() or text == name):
         raise ValueError(f"--device {text!r}: give cpu, cuda or cuda:N")
@@ -28,13 +28,13 @@ def chosen_device(text: str) -> torch.device:
     if not count:
         raise ValueError(f"--device {text}: torch sees no GPU here, use --device cpu")
     if int(index or 0) >= count:
-        raise ValueError(f"--device {text}: there are {count} of that kind here, numbered from 0")
+        raise ValueError(f"--device {text}: this machine has {count}, numbered from 0")
     return torch.device(text)
 
 
 def check_options(out: Path | None, **numbers: float | None) -> None:
-    """ValueError for a number that is given and not positive, IsADirectoryError for an `out` that is a folder; makes
-    the folder of `out`."""
+    """Raise ValueError for a given number that is not positive, IsADirectoryError if `out` is a folder. Makes the
+    parent folder of `out`."""
     for name, value in numbers.items():
         if value is not None and not value > 0:
             unit = " of seconds" if name.endswith("limit") else ""
@@ -99,5 +99,5 @@ def describe(device: torch.device, packages: Sequence[str] = (), threads: int | 
 
 
 def processor(described: dict[str, Any]) -> str:
-    """The CPU of `describe`, with the vector instructions that torch uses: not every CPU of a name has the same."""
+    """The CPU of `describe`, with the vector instructions that torch uses: CPUs of one name may differ in them."""
     return f"{described['cpu']} ({described['cpu_capability']}), {described['threads']} threads"

@@ -1,5 +1,5 @@
-"""What pip must install where an optional package is missing: the requirements of its extra, from this installation's
-metadata, so that the line works anywhere and in the versions that are tested."""
+"""The `pip install` line for a missing optional package: the requirements of its extra, read from this installation's
+metadata. So the line works anywhere and installs tested versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRAS |= {"flash_attn": "flash", "tensorboard": "track", "psutil": "bench", "tr
 
 
 def install_line(module: str) -> str:
-    """`pip install ...` of the extra that brings `module`; of itself where no extra does.
+    """The `pip install ...` line of the extra that provides `module`, or of `module` itself if no extra does.
 
     >>> install_line("trl")
     "pip install 'trl<2,>=1.16' 'datasets<6,>=4.7'"
@@ -35,7 +35,7 @@ def install_line(module: str) -> str:
 
 
 def explained(error: ModuleNotFoundError, what: str) -> ModuleNotFoundError:
-    """`error` with what installs the package, where an extra of ours brings it; other errors as they are."""
+    """`error` with the line that installs the package, if one of our extras provides it; other errors unchanged."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         return error
@@ -46,7 +46,7 @@ def explained(error: ModuleNotFoundError, what: str) -> ModuleNotFoundError:
 
 
 def need(what: str, *modules: str) -> None:
-    """ModuleNotFoundError for the first of `modules` that is not installed; imports none of them."""
+    """Raise ModuleNotFoundError for the first of `modules` that is not installed. Imports none of them."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise explained(ModuleNotFoundError(f"No module named {module!r}", name=module), what)

@@ -1,11 +1,11 @@
-"""Files that are whole or not there: a process may be killed while it writes one."""
+"""Atomic file writes: a process that is killed while writing leaves the old file or the new one, never a part."""
 
 import os
 from pathlib import Path
 
 
 def atomic_text(text: str, path: Path) -> None:
-    """Write a file whole, or leave what was there."""
+    """Write a whole file, or leave the old one untouched."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs may share a cache
     temporary.write_text(text, encoding="utf-8")
     fsync(temporary)

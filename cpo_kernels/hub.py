@@ -1,6 +1,6 @@
-"""Where a model or a data set is: a path here, an installed package, the Hugging Face hub.
+"""Find a model or data set: a local path, an installed package or the Hugging Face hub.
 
-That it is not there is said within seconds, where transformers and datasets try for a minute.
+A missing one raises within seconds; transformers and datasets would retry for a minute.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from cpo_kernels.recipe.keys import ModelConfig
 
 
 def check_exists(name: str, key: str, kind: str = "model") -> None:
-    """Raises FileNotFoundError where `name` is no path here, nor a `kind` (model, dataset) in the hub's cache, nor,
-    asked once, on the hub. `key` is what the message calls it."""
+    """Raise FileNotFoundError if `name` is neither a local path, nor a `kind` (model, dataset) in the hub's cache,
+    nor on the hub, which is asked once. `key` is what the message calls it."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
@@ -29,19 +29,19 @@ def check_exists(name: str, key: str, kind: str = "model") -> None:
     except HFValidationError:  # no hub name, as a/b/c and ./a
         reason = ""
     except RepositoryNotFoundError:
-        reason = f", neither here nor as a {kind} on the hub"
+        reason = f": no such local path, and no such {kind} on the hub"
     except Exception as error:  # its class depends on the version of the hub's client
         first = str(error).partition("\n")[0]
-        reason = f" here, and the hub does not answer ({type(error).__name__}: {first})"
+        reason = f" locally, and the hub does not answer ({type(error).__name__}: {first})"
     else:
         return
     raise FileNotFoundError(f"{key}: {name} does not exist{reason}") from None
 
 
 def check_model_path(name: str, key: str = "model.name", over: tuple[Path, ...] = ()) -> None:
-    """Raises FileNotFoundError or ValueError, within seconds, where `name` is neither a folder that holds a model (or
-    adapters over one) nor a model that the hub has. `key` is what the message calls it, `over` the folders
-    whose adapters lie over it."""
+    """Raise FileNotFoundError or ValueError, within seconds, if `name` is neither a folder with a model (or with
+    adapters of one) nor a model on the hub. `key` is what the message calls it; `over` are the folders whose adapters
+    need it."""
     path = Path(name)
     if name.startswith("package:"):
         return check_model_path(package_folder(name), f"{key} {name}")
@@ -49,7 +49,7 @@ def check_model_path(name: str, key: str = "model.name", over: tuple[Path, ...] 
     if not path.exists() or (path / "config.json").exists() or [*path.glob("*.gguf")]:
         return None
     if path.is_file():
-        raise ValueError(f"{key}: {name} is a file; give its folder (and a GGUF file's name as model.gguf_file)")
+        raise ValueError(f"{key}: {name} is a file; give its folder (and the name of a GGUF file as model.gguf_file)")
     if (path / "model" / "config.json").exists():
         raise ValueError(f"{key}: {name} is a run directory; its model is in {path / 'model'}")
     if not (path / "adapter_config.json").exists():
@@ -59,11 +59,16 @@ def check_model_path(name: str, key: str = "model.name", over: tuple[Path, ...] 
     except (ValueError, LookupError, TypeError):
         base = None
     if not (isinstance(base, str) and base):
-        raise ValueError(f"{key}: {path / 'adapter_config.json'} names no model as base_model_name_or_path")
+        raise ValueError(
+            f"{key}: {path / 'adapter_config.json'} does not name its base model in base_model_name_or_path"
+        )
     over = (*over, path.resolve())
     if Path(base).resolve() in over:
-        raise ValueError(f"{key}: {name} holds adapters over itself: name their model in its adapter_config.json")
-    return check_model_path(base, f"{key}: {name} holds adapters over another model", over)
+        raise ValueError(
+            f"{key}: the adapters in {name} name themselves as base model: fix base_model_name_or_path in "
+            "adapter_config.json"
+        )
+    return check_model_path(base, f"{key}: base model of the adapters in {name}", over)
 
 
 def package_folder(name: str) -> str:
@@ -77,7 +82,7 @@ def package_folder(name: str) -> str:
 
 
 def model_source(config: ModelConfig) -> tuple[str | None, str | None]:
-    """(folder or hub name, GGUF file) of `model.name`, None where there is none."""
+    """(folder or hub name, GGUF file) of `model.name`; None for what there is not."""
     name = config.name
     if name and name.startswith("package:"):
         name = package_folder(name)

@@ -1,8 +1,8 @@
-"""Objectives, the value R(y) of a response under conditions, and the condition tags that stand in a prompt.
+"""Objectives, the value R(y) of a response under conditions, and the condition tags of a prompt.
 
 Controllable Preference Optimization (Guo et al. 2024, arXiv 2402.19085) rates a response on several
-objectives (helpfulness, honesty, ...). A condition asks for one level of an objective; a rated response is
-then worth more the closer it comes to that level. Where nothing is asked, more of the objective is better.
+objectives (helpfulness, honesty, ...). A condition requests one level of an objective; a rated response is worth more
+the closer it comes to that level. On an objective without a condition, a higher rating is better.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 class Objective:
     """One rated quality of a response.
 
-    `low` and `high` are the ends of the rating scale: ratings and conditions outside are refused, samplers draw
-    between them, and they never rescale a rating. `weight` is omega >= 0 and `strength` is lambda >= 0 of `value`.
+    `low` and `high` are the ends of the rating scale. Ratings and conditions outside raise an error, samplers draw
+    between them; they never rescale a rating. `weight` is omega >= 0 and `strength` is lambda >= 0 in `value`.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(_NAME, self.name):
             raise ValueError(
-                f"objective name {self.name!r} cannot stand in a tag: use letters, digits, '_', and single "
-                "inner spaces or hyphens, a letter or '_' first"
+                f"objective name {self.name!r} cannot be used in a tag: start with a letter or '_', then use "
+                "letters, digits, '_', and single inner spaces or hyphens"
             )
         for key in ("low", "high", "weight", "strength"):
             number = getattr(self, key)
@@ -61,22 +61,23 @@ def objectives_tensor(objectives: Sequence[Objective] | Tensor) -> Tensor:
             raise ValueError(f"a tensor of objectives must have shape [2, K], got {[*objectives.shape]}")
         return objectives.to(torch.float64)
     if not isinstance(objectives, Sequence) or not all(isinstance(o, Objective) for o in objectives):
-        hint = ": put it into a list" if isinstance(objectives, Objective) else ""
+        hint = ": put it in a list" if isinstance(objectives, Objective) else ""
         raise TypeError(f"objectives must be a list of Objective, got {objectives!r:.80}{hint}")
     names = [objective.name for objective in objectives]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"objective {name!r} is given {names.count(name)} times; names must differ")
+            raise ValueError(f"objective {name!r} is given {names.count(name)} times; names must be unique")
     rows = [[o.weight for o in objectives], [o.strength for o in objectives]]
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def check_scale(name: str, values: Tensor, objectives: Sequence[Objective] | Tensor) -> None:
-    """ValueError for a value of `values` [..., K] outside [low, high] of its objective; NaN is "none" and passes.
+    """Raise ValueError for a value of `values` [..., K] outside [low, high] of its objective; NaN (none)
+    passes.
 
-    Ends are rounded as the values are (at most to float32): a float32 rating of 0.1 is not above a `high` of 0.1. A
-    tensor of objectives has no ends: it leaves infinities to refuse. On a GPU values are read under
-    CPO_KERNELS_CHECK=1 only.
+    The ends are rounded as the values are (at most to float32): a float32 rating of 0.1 is not above a `high` of 0.1.
+    Objectives given as a tensor have no ends: only infinities raise. GPU values are checked only under
+    CPO_KERNELS_CHECK=1.
     """
     if not checks.may_read(values):
         return
@@ -90,11 +91,11 @@ def check_scale(name: str, values: Tensor, objectives: Sequence[Objective] | Ten
         place = wrong.nonzero()[0].tolist()
         got = f"{name}: {values[tuple(place)].item()} at {place}"
         if isinstance(objectives, Tensor):
-            raise ValueError(f"{got} is not finite; NaN stands for none")
+            raise ValueError(f"{got} is not finite; NaN means none")
         o = objectives[place[-1]]
         raise ValueError(
-            f"{got} is outside [{o.low:g}, {o.high:g}], the range of objective {o.name!r} (NaN stands for none): mend "
-            "the value, or give the objective the low and high of your data"
+            f"{got} is outside [{o.low:g}, {o.high:g}], the range of objective {o.name!r} (NaN means none): "
+            "correct the value, or set the objective's low and high to the range of your data"
         )
 
 
@@ -107,16 +108,16 @@ def value(
     (Guo et al. 2024).
 
     Args:
-        scores: ratings P `[..., K]`; NaN = not rated: the objective is left out of both sums. 0 is a rating.
-        conditions: c `[..., K]`, broadcast against `scores`; NaN = not conditioned; None = nothing is.
-        objectives: K `Objective`s (or their `[2, K]` tensor of weights and strengths, whose ratings may be any).
+        scores: ratings P `[..., K]`; NaN = not rated: the objective is left out of both sums. 0 is a valid rating.
+        conditions: c `[..., K]`, broadcast against `scores`; NaN = not conditioned; None = no conditions.
+        objectives: K `Objective`s, or their `[2, K]` tensor of weights and strengths (then ratings have no range).
 
     Returns:
-        float64 `[...]`; NaN where no objective of positive weight is rated.
+        float64 `[...]`; NaN where no objective with positive weight is rated.
 
     Raises:
-        TypeError, ValueError: wrong shape or type; a rating or condition outside its objective's scale (on a GPU
-            under CPO_KERNELS_CHECK=1 only).
+        TypeError, ValueError: wrong shape or type; a rating or condition outside its objective's scale (on a GPU only
+            under CPO_KERNELS_CHECK=1).
 
     >>> helpful, honest = Objective("helpfulness", 1, 5), Objective("honesty", 1, 5)
     >>> value([4, 2], [5, float("nan")], [helpful, honest])
@@ -136,8 +137,9 @@ def value_gap(
 ) -> Tensor:
     """Delta R = R(a) - R(b) over the objectives rated on both sides: float64 `[...]`, NaN where none is.
 
-    A rating missing on either side leaves its objective out for both, so a response is never preferred for
-    being rated on an objective with a larger scale. Arguments as for `value`; ratings of any size, as scorers give.
+    A rating missing on either side drops its objective for both, so a response is never preferred because it is rated
+    on an objective with a larger scale. Arguments as for `value`, except that ratings may be outside their scale, as
+    scores of a scorer can be.
     """
     scores_a, conditions, weight, strength = _prepare(scores_a, conditions, objectives)
     scores_b = _ratings("scores_b", scores_b).to(scores_a.device)
@@ -167,7 +169,7 @@ def _prepare(
 
 def _ratings(name: str, values: Tensor | Sequence[Any]) -> Tensor:
     if not isinstance(values, (Tensor, Sequence)) or isinstance(values, (str, bytes)):
-        raise TypeError(f"{name} must be numbers, one for each objective, got {values!r:.80}")
+        raise TypeError(f"{name} must be numbers, one per objective, got {values!r:.80}")
     if isinstance(values, Tensor) and values.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {values.layout}")
     try:
@@ -178,7 +180,7 @@ def _ratings(name: str, values: Tensor | Sequence[Any]) -> Tensor:
 
 def _check_width(name: str, tensor: Tensor, weight: Tensor) -> None:
     if tensor.dim() == 0 or tensor.shape[-1] != weight.shape[0]:
-        raise ValueError(f"{name} must be [..., {weight.shape[0]}] (one column an objective), got {[*tensor.shape]}")
+        raise ValueError(f"{name} must be [..., {weight.shape[0]}] (one column per objective), got {[*tensor.shape]}")
 
 
 def _gains(scores: Tensor, conditions: Tensor, strength: Tensor) -> Tensor:
@@ -195,9 +197,9 @@ def _weighted_mean(gains: Tensor, weight: Tensor, rated: Tensor) -> Tensor:
 class TagTemplate:
     """Condition tags as ordinary text before a prompt: `<helpfulness: 5> <honesty: 3> `.
 
-    `pattern` is one tag with `{name}` and `{value}`, its trailing separator included; the paper's figure has
-    `"< {name}: {value} > "`. Whatever `render` writes, `parse` reads back exactly: whole numbers are written
-    without ".0", others with `repr`. A pattern for which that cannot hold is refused here.
+    `pattern` is one tag with `{name}` and `{value}`, including its trailing separator; the paper's figure has
+    `"< {name}: {value} > "`. `parse` reads back exactly what `render` writes: whole numbers are written without ".0",
+    others with `repr`. A pattern that cannot guarantee this raises ValueError.
 
     >>> tags = TagTemplate([Objective("helpfulness", 1, 5), Objective("honesty", 1, 5)])
     >>> tags.render({"honesty": 3, "helpfulness": 5}) + "Who was Ada?"
@@ -229,7 +231,7 @@ class TagTemplate:
                 )
 
     def render(self, conditions: Mapping[str, float | None]) -> str:
-        """The tags of `conditions` in the order of `objectives`; None and NaN are not conditioned."""
+        """The tags of `conditions` in the order of `objectives`; None and NaN mean not conditioned."""
         for name in conditions:
             self._objective(name)
         text = ""
@@ -243,9 +245,8 @@ class TagTemplate:
     def parse(self, text: str) -> tuple[dict[str, float], str]:
         """The conditions that `text` starts with, and the text after them.
 
-        Raises ValueError on an objective that is not in `objectives`, on a level outside [low, high], on a
-        level that is no number, and on one objective tagged twice. A prompt that itself starts with something
-        of the form of a tag cannot be told from a tag.
+        Raises ValueError for an objective that is not in `objectives`, a level outside [low, high] or not a number,
+        and an objective tagged twice. A prompt that itself starts with text of a tag's form is read as a tag.
         """
         conditions: dict[str, float] = {}
         position = 0
@@ -291,13 +292,15 @@ def _compile(pattern: str, by_name: Mapping[str, Objective]) -> re.Pattern[str]:
         raise ValueError(f"tag pattern {pattern!r} is not a format string: {error}") from error
     fields = [name for _, name, _, _ in pieces if name is not None]
     if sorted(fields) != ["name", "value"] or any(spec or conversion for _, _, spec, conversion in pieces):
-        raise ValueError(f"tag pattern {pattern!r} must hold {{name}} and {{value}} once each, without formats")
+        raise ValueError(
+            f"tag pattern {pattern!r} must contain {{name}} and {{value}} once each, without format specifiers"
+        )
     texts = [text for text, *_ in pieces[1:]] + [""]
     after = {field: text for (_, field, _, _), text in zip(pieces, texts, strict=True)}
     if re.match(r"[\d.+\-eE]|\Z", after["value"]) or re.match(r"\w|\Z", after["name"]):
         raise ValueError(
             f"tag pattern {pattern!r} cannot be parsed back: {{value}} must be followed by a character that "
-            "no number has, {name} by one that no word has"
+            "cannot occur in a number, {name} by one that cannot occur in a name"
         )
     names = "|".join(re.escape(name) for name in sorted(by_name, key=len, reverse=True))
     groups = {"name": f"(?P<name>{names}|{_NAME})" if names else f"(?P<name>{_NAME})"}

@@ -1,8 +1,8 @@
-"""Controllable Preference Optimization by hand: four rated answers, and a condition that says which is best.
+"""Controllable Preference Optimization by hand: four rated answers, and a condition that decides which is best.
 
-The condition stands in the prompt as tags and in the loss as numbers. Under each condition every answer is worth
-R = -mean |rating - asked level|, all six pairs of the four answers are compared from four forward passes, and the
-policy learns to prefer what is asked for. Run: python examples/conditioned_loop.py
+The condition is in the prompt as tags and in the loss as numbers. Under each condition every answer is worth
+R = -mean |rating - requested level|. Four forward passes give all six pairs of the four answers, and the policy learns
+to prefer what is requested. Run: python examples/conditioned_loop.py
 """
 
 import copy

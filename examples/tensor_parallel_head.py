@@ -1,4 +1,4 @@
-"""A head that is too large for one device: each rank holds some rows of it, DPO trains it as one.
+"""A head that is too large for one device: each rank holds some of its rows, and DPO trains it as one head.
 
 Every rank sees the same hidden states and labels; the ranks exchange two numbers per token and, backward, their shares
 of the hidden states' gradient. Run: torchrun --nproc-per-node 2 examples/tensor_parallel_head.py

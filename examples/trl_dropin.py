@@ -1,4 +1,5 @@
-"""TRL with our head: the same script as with `trl.DPOTrainer`, two names changed; then rated pairs under conditions.
+"""TRL with our head: the same script as with `trl.DPOTrainer` with two names changed; then rated pairs under
+conditions.
 
 Run: python examples/trl_dropin.py
 """

@@ -258,7 +258,7 @@ def test_a_plan_of_other_labels_is_refused(train_head):
     fewer[2, -1] = -100
     moved = batch.labels.roll(1, 1)
     for labels in (fewer, moved):
-        with pytest.raises(ValueError, match="make it from the labels of this call"):
+        with pytest.raises(ValueError, match="make the plan from the labels of this call"):
             loss_fn(batch.hidden, weight, labels, ref_logps=batch.ref_logps, plan=plan)
     every = loss_fn.plan(batch.labels, 101, torch.float64, device="cpu", all_positions=True)
     loss_fn(batch.hidden, weight, fewer, ref_logps=batch.ref_logps, plan=every)

@@ -153,19 +153,19 @@ except ModuleNotFoundError as error:
 @pytest.mark.parametrize(
     "override, reason",
     [
-        ("training.learning_rate=1", "unknown key training.learning_rate: here it is training.lr$"),
-        ("learning_rate=1", "unknown key learning_rate: here it is training.lr$"),
+        ("training.learning_rate=1", "unknown key training.learning_rate: use training.lr$"),
+        ("learning_rate=1", "unknown key learning_rate: use training.lr$"),
         ("loss.per_device_train_batch_size=1", "`training.batch_size` is the whole step's"),
         ("training.bf16=true", "unknown key training.bf16: write `training.precision`: bf16"),
         ("training.seed=1", "unknown key training.seed; did you mean seed?"),
-        ("loss.label_smoothing=0.1", "it stands in `loss.options`: {label_smoothing: 0.1}"),
-        ("data.colour=red", "unknown key data.colour; there is data.train, data.eval, data.eval_share, "),
+        ("loss.label_smoothing=0.1", "set `loss.options`: {label_smoothing: 0.1}"),
+        ("data.colour=red", "unknown key data.colour; valid keys: data.train, data.eval, data.eval_share, "),
         ("training.batchsize=1", "unknown key training.batchsize; did you mean training.batch_size?"),
         ("trainin.lr=1", "unknown key trainin; did you mean training?"),
         ("beta=1", "unknown key beta; did you mean loss.beta?"),
         ("data.fields.prompts=q", "unknown key data.fields.prompts; did you mean data.fields.prompt?"),
         ("objectives=[{nam: x}]", r"unknown key objectives\[0\].nam; did you mean objectives\[0\].name?"),
-        ("stage=cdp", "stage: 'cdp' is none of cpsft, cdpo, sft, dpo"),
+        ("stage=cdp", "stage: 'cdp' is not one of cpsft, cdpo, sft, dpo"),
         ("training.lr", "write section.key=value"),
     ],
 )
@@ -254,7 +254,7 @@ def test_every_number_has_a_range(give, key, whole):
         try:
             read_config(give(value))
         except ValueError as error:  # of the name that an objective lacks here
-            assert "cannot stand in a tag" in str(error)
+            assert "cannot be used in a tag" in str(error)
 
 
 def test_names_of_transformers_trl_and_peft_lead_to_keys():
@@ -282,10 +282,10 @@ def test_names_of_transformers_trl_and_peft_lead_to_keys():
 
 def test_a_key_without_its_section_is_led_there_too(recipe, capsys):
     for given, reason in (
-        (["--learning_rate", "1e-4"], "unknown key learning_rate: here it is training.lr"),
+        (["--learning_rate", "1e-4"], "unknown key learning_rate: use training.lr"),
         (["--lr=1"], "unknown key lr; did you mean training.lr?"),
         (["--per-device-train-batch-size", "4"], "`training.batch_size` is the whole step's"),
-        (["--nonsense"], "unknown key nonsense; there is stage, run_dir, seed"),
+        (["--nonsense"], "unknown key nonsense; valid keys: stage, run_dir, seed"),
         (["--data", "ratings.jsonl"], "did you mean data.train?"),
     ):
         assert main(["train", str(recipe), *given]) == 2
@@ -295,9 +295,9 @@ def test_a_key_without_its_section_is_led_there_too(recipe, capsys):
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("model: [a, b", r"bad.yaml:1:13 is not valid YAML \(expected .*\): quote texts"),
-        ("stage: cpsft\nrun_dir: @home", r"bad.yaml:2:10 is not valid YAML \(found character '@' .*\): quote texts"),
-        ("run_dir: a: b", r"bad.yaml:1:11 is not valid YAML \(mapping values are not allowed here\): quote texts"),
+        ("model: [a, b", r"bad.yaml:1:13 is not valid YAML \(expected .*\): quote strings"),
+        ("stage: cpsft\nrun_dir: @home", r"bad.yaml:2:10 is not valid YAML \(found character '@' .*\): quote strings"),
+        ("run_dir: a: b", r"bad.yaml:1:11 is not valid YAML \(mapping values are not allowed here\): quote strings"),
     ],
 )
 def test_yaml_errors_name_line_and_column(tmp_path, text, reason):
@@ -311,7 +311,7 @@ def test_yaml_errors_name_line_and_column(tmp_path, text, reason):
 def test_a_recipe_needs_no_option(recipe, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(recipe)])
-    assert "the recipe stands alone, without --config" in capsys.readouterr().err
+    assert "give the recipe without --config" in capsys.readouterr().err
 
 
 def test_a_chat_prompt_without_a_chat_template_is_refused_at_once(recipe, capsys, monkeypatch):
@@ -322,7 +322,7 @@ def test_a_chat_prompt_without_a_chat_template_is_refused_at_once(recipe, capsys
     monkeypatch.setattr(data_command, "load_data", not_yet)
     for command in ("train", "data"):
         assert main([command, str(recipe), "--template", "{prompt: chat}"]) == 2
-        assert "this one has none: give one with --model.tokenizer FOLDER" in capsys.readouterr().err
+        assert "this one has none: give another with --model.tokenizer FOLDER" in capsys.readouterr().err
 
 
 def test_numbers_are_kept_as_they_are():
@@ -336,7 +336,7 @@ def test_numbers_are_kept_as_they_are():
     [
         ("training.clip=-1", r"training.clip: -1.0 is not in \[0, inf\) \(largest gradient norm; 0: no clipping\)"),
         ("training.clip=null", r"training.clip: expected float, got None \(.*0: no clipping"),
-        ("training.max_steps=-1", r"training.max_steps: -1 is not in \[0, inf\) .*0 or null: as many as epochs say"),
+        ("training.max_steps=-1", r"training.max_steps: -1 is not in \[0, inf\) .*0 or null: use epochs"),
         ("training.checkpoint_every=-1", "steps between checkpoints; 0: none"),
         ("training.batch_size=0", r"training.batch_size: 0 is not in \[1, inf\)"),
         ("training.epochs=0", r"training.epochs: 0.0 is not in \(0, inf\)"),
@@ -534,32 +534,36 @@ def test_what_is_not_there_is_said_at_once(recipe, tmp_path, capsys, monkeypatch
         (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     plain = ["--model.tokenizer", "null"]
     for given, reason, calls in [
-        (["--data.train", "[]"], "data.train is empty: say what to train on, --data.train FILE", []),
+        (["--data.train", "[]"], "data.train is empty: set what to train on, --data.train FILE", []),
         (["--data.train", "no.jsonl"], "data.train[0]: data file 'no.jsonl' does not exist", []),
         (["--data.eval", f"{tmp_path}/no"], f"data.eval[0]: {tmp_path}/no does not exist\n", []),
         (
             ["--data.eval", "org/gone"],
-            "data.eval[0]: org/gone does not exist here, and the hub does not answer",
+            "data.eval[0]: org/gone does not exist locally, and the hub does not answer",
             ["org/gone"],
         ),
         (["--data.train", "[{layout: pairs}]"], "data.train[0].path is empty", []),
         (
             ["--model", "gone"],
-            "model.name: gone does not exist here, and the hub does not answer (ConnectionErr",
+            "model.name: gone does not exist locally, and the hub does not answer (ConnectionErr",
             ["gone"],
         ),
         (["--model", "a/b/c"], "model.name: a/b/c does not exist\n", []),
         (["--model", str(recipe)], "is a file; give its folder", []),
         (["--model", str(run)], f"is a run directory; its model is in {run / 'model'}", []),
         (["--model", str(tmp_path)], "holds no model: no config.json", []),
-        (["--model", str(adapters)], "holds adapters over another model: gone/base does not exist", ["gone/base"]),
-        (["--model", str(bare), *plain], f"{bare} holds no tokenizer (", []),
+        (
+            ["--model", str(adapters)],
+            f"base model of the adapters in {adapters}: gone/base does not exist",
+            ["gone/base"],
+        ),
+        (["--model", str(bare), *plain], f"{bare} has no tokenizer (", []),
         (
             ["--model", str(run / "model"), *plain],
-            "holds no tokenizer (its vocabulary is empty): give one with --model.",
+            "has no tokenizer (its vocabulary is empty): give one with --model.",
             [],
         ),
-        (["--model", str(bare), "--model.tokenizer", "gone"], "model.tokenizer: gone does not exist here", ["gone"]),
+        (["--model", str(bare), "--model.tokenizer", "gone"], "model.tokenizer: gone does not exist locally", ["gone"]),
     ]:
         asked.clear()
         assert main(["train", str(recipe), *given]) == 2
@@ -573,7 +577,7 @@ def test_what_is_not_there_is_said_at_once(recipe, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", absent)
     with pytest.raises(
-        FileNotFoundError, match="model.name: a/b does not exist, neither here nor as a model on the hub"
+        FileNotFoundError, match="model.name: a/b does not exist: no such local path, and no such model on the hub"
     ):
         check_model_path("a/b")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: None)
@@ -611,14 +615,16 @@ def test_adapters_over_themselves(tmp_path, length):
     for folder, base in zip(folders, [*folders[1:], folders[0]], strict=True):
         folder.mkdir()
         (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    with pytest.raises(ValueError, match="holds adapters over itself"):
+    with pytest.raises(ValueError, match="name themselves as base model"):
         check_model_path(str(folders[0]))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base_model_name_or_path": null}'])
 def test_adapters_over_no_model(tmp_path, text):
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(ValueError, match="model.name: .*adapter_config.json names no model as base_model_name_or_path"):
+    with pytest.raises(
+        ValueError, match="model.name: .*adapter_config.json does not name its base model in base_model_name_or_path"
+    ):
         check_model_path(str(tmp_path))
 
 
@@ -633,7 +639,7 @@ def test_a_recipe_that_is_not_there(tmp_path, capsys):
 def test_a_run_that_keeps_nothing_says_so(tmp_path, capsys):
     recipe = tmp_path / "cpsft.yaml"
     recipe.write_text("stage: cpsft\nmodel: nosuch/a/b\ndata: {train: [gone.jsonl]}\n")
-    note = "run_dir is not set: neither model nor metrics are kept (--run_dir FOLDER keeps them)"
+    note = "run_dir is not set: neither model nor metrics are saved (--run_dir FOLDER saves them)"
     assert main(["train", str(recipe)]) == 2 and note in capsys.readouterr().err
     assert main(["train", str(recipe), "--run_dir", str(tmp_path / "run")]) == 2
     assert note not in capsys.readouterr().err

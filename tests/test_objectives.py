@@ -111,10 +111,10 @@ def test_batches_and_tensors():
         (("honesty", 1, 5, 1.0, -2.0), "strength must be >= 0, got -2.0"),
         (("honesty", 1, NAN), "high must be a finite number, got nan"),
         (("honesty", "1", 5), "low must be a finite number, got '1'"),
-        (("", 1, 5), "name '' cannot stand in a tag"),
-        (("honesty:", 1, 5), "name 'honesty:' cannot stand in a tag"),
-        ((" honesty", 1, 5), "cannot stand in a tag"),
-        (("a>b", 1, 5), "cannot stand in a tag"),
+        (("", 1, 5), "name '' cannot be used in a tag"),
+        (("honesty:", 1, 5), "name 'honesty:' cannot be used in a tag"),
+        ((" honesty", 1, 5), "cannot be used in a tag"),
+        (("a>b", 1, 5), "cannot be used in a tag"),
     ],
 )
 def test_objective_is_validated(arguments, message):
@@ -174,8 +174,8 @@ def test_render_errors(conditions, message):
 @pytest.mark.parametrize(
     "pattern, message",
     [
-        ("<{name}>", "must hold {name} and {value} once each"),
-        ("<{name}: {value:.1f}> ", "without formats"),
+        ("<{name}>", "must contain {name} and {value} once each"),
+        ("<{name}: {value:.1f}> ", "without format specifiers"),
         ("<{name}: {value}", "cannot be parsed back"),  # "<a: 5" then a prompt "0 ..." would read 50
         ("<{name}: {value}0>", "cannot be parsed back"),
         ("{value}{name} ", "cannot be parsed back"),

@@ -149,9 +149,10 @@ def setting(content: Result) -> str:
         f"supervised steps of {budget['responses']} answers, then {budget['preference_steps']} steps; a step on pairs "
         f"has {budget['groups']} groups of six answers, for CPO {budget['groups'] // budget['conditions']} questions "
         f"under {budget['conditions']} conditions each. Every point: {questions} held-out questions, greedy answers. "
-        f"Trained in {budget['precision']}; learning rates, not searched: {settings}. {content['seconds'] / 60:.0f} "
-        f"minutes of one thread beside other work; torch {versions['torch']}, transformers {versions['transformers']}. "
-        f"The judge, tried on human-rated answers of the held-out questions without their copies, is right about low "
+        f"Trained in {budget['precision']}; learning rates, chosen without a search: {settings}. "
+        f"{content['seconds'] / 60:.0f} minutes of one thread on a shared machine; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}. "
+        f"The judge, tested on human-rated answers to the held-out questions without their copies, is right about low "
         f"and high ratings: {agreed}."
     )
 

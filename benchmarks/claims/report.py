@@ -156,7 +156,7 @@ def setting(content: Result) -> str:
         f"rated answers each; {budget['supervised_steps']} supervised steps of {budget['responses']} answers, then "
         f"{budget['preference_steps']} steps. Every point: {budget['questions']} held-out questions, greedy answers. "
         f"Settings tried on seed {search['seed']}: {counts}. Chosen learning rates: {chosen}. "
-        f"{content['seconds'] / 60:.0f} minutes of one thread beside other work, the search included; torch "
+        f"{content['seconds'] / 60:.0f} minutes of one thread on a shared machine, including the search; torch "
         f"{versions['torch']}, transformers {versions['transformers']}."
     )
 

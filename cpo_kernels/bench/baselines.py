@@ -1,4 +1,4 @@
-"""The head by the baselines, each as its project documents it; imported where it runs."""
+"""The head by the baselines, each used as its project documents it; imported where it runs."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ TRL_CHUNK = 8192  # vocabulary columns of a tile, as TRL's DPOTrainer runs it
 
 
 def cut_cross_entropy(impl: str, **options: float | None) -> Callable[[Batch], Step]:
-    """Cut Cross Entropy drops the unlabelled rows itself; filter_eps None computes every tile.
+    """Cut Cross Entropy drops unlabelled rows itself; filter_eps None computes every tile.
 
-    By default its kernels leave out tiles without a probability of 2^-12: of these random logits nearly all.
+    By default its kernels skip tiles without a probability of 2^-12 or more: nearly all tiles of these random logits.
     """
 
     @from_token_logps
@@ -55,7 +55,7 @@ def trl_head(labelled_only: bool) -> Callable[[Batch], Step]:
 
 @from_token_logps
 def torch_chunked(b: Batch) -> TokenLogps:
-    """F.linear_cross_entropy in chunks, on the labelled rows: on every position it projects the others too."""
+    """F.linear_cross_entropy in chunks, on the labelled rows: given every position it would project all of them."""
     keep = b.labels != -100
     labels, options = b.labels[keep], torch.nn.LinearCrossEntropyOptions()
 
@@ -67,7 +67,8 @@ def torch_chunked(b: Batch) -> TokenLogps:
 
 
 def liger(b: Batch) -> Step:
-    """Liger's fused linear DPO, compiled as by default. It takes pairs: a response in several is projected as often."""
+    """Liger's fused linear DPO, compiled as by default. It takes pairs: a response in several pairs is projected once
+    for each."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     loss_fn = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=b.ref_hidden is not None)
@@ -92,7 +93,7 @@ def no_softcap(baseline: str) -> Callable[[Head, torch.device], str]:
 
 def liger_refuses(workload: Head, device: torch.device) -> str:
     if workload.rows != "random" and workload.reference == "given":
-        return "Liger's DPO takes no log-probs of a reference"
+        return "Liger's DPO does not take reference log-probs"
     return no_softcap("Liger's DPO")(workload, device)
 
 

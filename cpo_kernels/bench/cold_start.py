@@ -39,7 +39,7 @@ def once(device: str, cache: str, limit_s: float) -> dict[str, float]:
 
 
 def measure(device: str, runs: int, limit_s: float) -> dict[str, Any]:
-    """The first run compiles what Triton compiles; `again` is the median of `runs` that find it in Triton's cache."""
+    """The first run compiles the Triton kernels; `again` is the median of `runs` that find them in Triton's cache."""
     with tempfile.TemporaryDirectory() as cache:
         try:
             first = once(device, cache, limit_s)

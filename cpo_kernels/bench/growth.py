@@ -1,4 +1,4 @@
-"""How time and memory of the head grow with one size, and the exponent fitted to it against the one expected."""
+"""How time and memory of the head grow with one size: the fitted exponent against the expected one."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ EXPECTED = {
 
 @dataclass(frozen=True)
 class Growth:
-    """`base` with `over` (a field of Head) at each of `values`; a prompt takes the same share of every length."""
+    """`base` with `over` (a field of Head) at each of `values`; the prompt keeps its share of every length."""
 
     base: Head
     over: str
@@ -37,7 +37,7 @@ class Growth:
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    """Slope of log value over log size by least squares; None with fewer than two points or a value that is not > 0."""
+    """Slope of log value over log size by least squares; None for fewer than two points or a value that is not > 0."""
     if len(sizes) < 2 or min(values) <= 0:
         return None
     x, y = [math.log(v) for v in sizes], [math.log(v) for v in values]
@@ -46,7 +46,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
 
 
 def fitted(over: str, points: Sequence[Row]) -> dict[str, Row]:
-    """Implementation -> fitted exponents; memory is what a step takes beyond inputs and gradients."""
+    """Implementation -> fitted exponents; memory is that of a step beyond inputs and gradients."""
     fits: dict[str, Row] = {}
     for name in IMPLEMENTATIONS:
         with_time = [p for p in points if "median_s" in p["subjects"].get(name, {})]

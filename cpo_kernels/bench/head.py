@@ -1,4 +1,4 @@
-"""The head's workload, its tensors and its truth: a preference loss from hidden states, forward and backward.
+"""The head's workload, tensors and ground truth: a preference loss from hidden states, forward and backward.
 
 Every implementation (`head_implementations`, `baselines`) computes -mean log sigmoid(beta * d) over the pairs.
 """
@@ -18,7 +18,7 @@ from cpo_kernels.bench.workload import Head
 
 
 def plan(w: Head, device: torch.device) -> str:
-    """What `FusedLinearCPOLoss` does with it."""
+    """The plan of `FusedLinearCPOLoss` for it."""
     group, trains = w.labelled // w.groups, w.mode == "trainable"
     dtype, wants_dx = getattr(torch, w.dtype), w.mode != "forward"
     keys: dict[str, Any] = dict(train_hidden=wants_dx, train_head=trains, group_tokens=group)
@@ -58,7 +58,7 @@ class Batch:
                 self.ref_weight = self.weight.detach().clone()
 
     def outcome(self, loss: Tensor, seq_logps: Tensor | None = None) -> Outcome:
-        """Backward, and the gradients taken off the leaves. seq_logps [S], of those that give log-probs."""
+        """Run backward and take the gradients off the leaves. seq_logps [S]: from those that give log-probs."""
         given = {"loss": loss.detach(), "seq_logps": None if seq_logps is None else seq_logps.detach()}
         if self.workload.mode == "forward":
             return {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -84,7 +84,8 @@ TokenLogps = Callable[[Tensor, Tensor], Tensor]  # hidden [S, T, H], weight [V, 
 
 
 def from_token_logps(make: Callable[[Batch], TokenLogps]) -> Callable[[Batch], Step]:
-    """The step of an implementation that gives token log-probs: torch computes the loss, and a reference not given."""
+    """The step of an implementation that returns token log-probs: torch computes the loss, and the reference if none is
+    given."""
 
     def build(b: Batch) -> Step:
         logps = make(b)

@@ -1,4 +1,5 @@
-"""The head by us and by naive PyTorch, and the floor: the bare products on the labelled rows, without any loss."""
+"""The head by this library and by naive PyTorch, and the floor: the bare products on the labelled rows, without a
+loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,7 @@ def products(b: Batch) -> Step:
 
 
 def fused_loss(impl: str = "auto", two_pass: bool = False, **filtered: Any) -> Callable[[Batch], Step]:
-    """`FusedLinearCPOLoss` with a plan as a collator makes it; two_pass: a budget one row short of a group's."""
+    """`FusedLinearCPOLoss` with a plan as a collator makes it; two_pass: a budget one row smaller than a group."""
 
     def build(b: Batch) -> Step:
         w = b.workload
@@ -80,7 +81,7 @@ def fused_loss(impl: str = "auto", two_pass: bool = False, **filtered: Any) -> C
 
 
 def our_token_logps(**filtered: Any) -> Callable[[Batch], Step]:
-    """`linear_token_logps` under a loss that it does not know: strategies recompute, frozen, forward and live."""
+    """`linear_token_logps` under an unknown loss: strategies recompute, frozen, forward and live."""
 
     @from_token_logps
     def make(b: Batch) -> TokenLogps:
@@ -101,7 +102,7 @@ def trainable_only(workload: Head, device: torch.device) -> str:
 
 
 def naive(labelled_only: bool, compiled: bool) -> Callable[[Batch], Step]:
-    """Logits of every position, or only of the labelled rows."""
+    """Naive PyTorch: logits of every position, or only of the labelled rows."""
 
     @from_token_logps
     def make(b: Batch) -> TokenLogps:

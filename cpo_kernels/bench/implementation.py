@@ -1,4 +1,4 @@
-"""What can be timed: a family of implementations that compute the same thing from the same tensors."""
+"""Families of implementations that compute the same thing from the same tensors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """An implementation's step, which may hold `repeats` runs of what is timed; `prepare` runs before it, untimed."""
+    """An implementation's step, which may contain `repeats` runs of what is timed; `prepare` runs before it,
+    untimed."""
 
     run: Callable[[], Outcome]
     prepare: Callable[[], None] = nothing
@@ -31,7 +32,7 @@ class Step:
 class Implementation:
     """`build` makes the step from the family's tensors; `refuses` says why it cannot run a workload, '' if it can.
 
-    traffic: logits that it reads and writes, in multiples of N * V; 0 where the family does not count them.
+    traffic: logits that it reads and writes, in multiples of N * V; 0 if the family does not count them.
     """
 
     label: str
@@ -48,13 +49,13 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Family:
-    """Implementations and what they share.
+    """Implementations and what they have in common.
 
-    floor: the implementation whose time the others are measured against, '' for none.
+    floor: the implementation that the others are compared with, '' for none.
     tensors: (workload, device) -> what every implementation builds its step from; the same values in every process.
-    truth: the same outcome in float32 or better, by the plainest route that fits in memory.
-    limits: largest relative error of each of the truth's names.
-    apart: one implementation in memory at a time; each turn begins its process anew and runs once untimed.
+    truth: the same outcome in float32 or better, by the simplest method that fits in memory.
+    limits: maximum relative error of each name in the truth.
+    apart: one implementation in memory at a time; each turn starts a new process and runs once untimed.
     """
 
     workload: type

@@ -14,11 +14,12 @@ LONGEST_SLEEP_S = 0.02
 
 
 class Clock:
-    """Seconds of a step: on a GPU between two device events, after its L2 cache was filled with something else.
+    """Seconds of a step: on a GPU between two device events, after its L2 cache was overwritten.
 
-    The device sleeps while the host queues the step between its events, so that what is timed is the device's work and
-    not the 20 to 30 us that Python takes before a launch. The sleep is twice the shortest that queueing took so far, up
-    to LONGEST_SLEEP_S: a step that keeps the host longer waits for the device, or is bound by the host for users too.
+    The device sleeps while the host queues the step between its events, so the time is that of the device's work
+    without the 20 to 30 us that Python takes before a launch. The sleep is twice the shortest queueing time so far,
+    up to
+    LONGEST_SLEEP_S: a step that takes the host longer synchronises with the device, or is host-bound for users too.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +29,7 @@ class Clock:
             self.other = torch.empty(2 * l2, dtype=torch.int8, device=device)
 
     def time(self, step: Step, queued_s: float = 0.0) -> tuple[float, float]:
-        """(seconds of one run, seconds until the host had queued the step); queued_s: the latter of earlier steps."""
+        """(seconds of one run, seconds until the host had queued the step); queued_s: the latter for earlier steps."""
         step.prepare()
         if self.device.type != "cuda":
             start = time.perf_counter()
@@ -47,7 +48,7 @@ class Clock:
         return begin.elapsed_time(end) / 1e3 / step.repeats, queued_s
 
     def turn(self, step: Step, seconds: float) -> float:
-        """Median of as many runs as fill `seconds`; of several the first does not count, it finds cold caches."""
+        """Median of as many runs as fill `seconds`; the first of several is dropped, its caches are cold."""
         times: list[float] = []
         queued: list[float] = []
         start = time.perf_counter()
@@ -65,7 +66,7 @@ def resident_kib(key: str) -> int:
 
 
 def peak_bytes(step: Step, device: torch.device) -> int | None:
-    """Peak memory of one step beyond what is there before it; None where the system does not tell."""
+    """Peak memory of one step beyond what is allocated before it; None if the system does not report it."""
     step.prepare()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -89,9 +90,9 @@ def peak_bytes(step: Step, device: torch.device) -> int | None:
 
 
 def project(outcome: Outcome) -> dict[str, Tensor]:
-    """On the CPU in float32; a matrix [..., n] as its product with one random vector [n].
+    """The tensor on the CPU in float32; a matrix [..., n] is replaced by its product with one random vector [n].
 
-    |(A - B) v| estimates |A - B| in the Frobenius norm and vanishes only for A = B, in 1/n of the memory.
+    |(A - B) v| estimates |A - B| in the Frobenius norm, is zero only for A = B, and needs 1/n of the memory.
     """
     projections = {}
     for name, tensor in outcome.items():
@@ -105,8 +106,8 @@ def project(outcome: Outcome) -> dict[str, Tensor]:
 
 
 def differences(outcome: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """|outcome - truth| / |truth| in the 2-norm for every name that both have; of seq_logps the rms of
-    outcome - truth, in nats; inf where NaN came."""
+    """|outcome - truth| / |truth| in the 2-norm for every name that both have; for seq_logps the rms of
+    outcome - truth, in nats; inf for NaN."""
     errors = {}
     for name in outcome.keys() & truth.keys():
         a, b = outcome[name].double().flatten(), truth[name].double().flatten()

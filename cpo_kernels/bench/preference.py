@@ -1,4 +1,4 @@
-"""The `preference` kernel: loss, gradient and metrics of P pairs under K objectives, in device time."""
+"""The `preference` kernel: device time of loss, gradient and metrics of P pairs under K objectives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Preference:
 
 
 class Batch:
-    """Arguments of the op: two responses a pair, some in several, with ties, unrated and unconditioned objectives."""
+    """Arguments of the op: some responses are in several pairs; with ties, unrated and unconditioned objectives."""
 
     def __init__(self, workload: Preference, device: torch.device) -> None:
         made = make_batch(
@@ -71,7 +71,7 @@ def kernel(impl: str) -> Callable[[Batch], Step]:
 
 
 def plain(b: Batch) -> Step:
-    """The formulas in plain PyTorch, one operation after the other."""
+    """The formulas in plain PyTorch, one operation after another."""
     kernels = dispatch.kernels("reference", b.args[0])
     return Step(lambda: outcome(kernels.preference(*b.args)))
 

@@ -16,7 +16,7 @@ def duration(seconds: float) -> str:
 
 
 def title(result: Result) -> str:
-    """One line that says what was measured."""
+    """One line that describes what was measured."""
     r = result
     if r["family"] == "head":
         cap = f", softcap {r['softcap']:g}" if r["softcap"] else ""
@@ -43,7 +43,7 @@ def title(result: Result) -> str:
 
 
 def rate(result: Result, name: str, row: Result) -> str:
-    """What a family counts beside time: share of the device's copy rate, or completion tokens a second."""
+    """The throughput of a family: share of the device's copy rate, or completion tokens per second."""
     if result["family"] == "tokens":
         traffic = FAMILIES["tokens"].implementations[name].traffic
         if not traffic:
@@ -78,7 +78,7 @@ def errors(row: Result) -> str:
 
 
 def table(result: Result) -> str:
-    """The rows of one workload; one line where nothing of it was measured, for one reason."""
+    """The table of one workload; a single line if nothing was measured, all for the same reason."""
     reasons = {row.get("why") for row in result["subjects"].values()}
     if len(reasons) == 1 and (reason := reasons.pop()):
         return f"not measured: {reason}"
@@ -120,7 +120,7 @@ def growth_table(growths: Sequence[Result]) -> str:
             extra = ", ".join(memory_beyond_gradients(p, name) for p in points)
             label = FAMILIES["head"].implementations[name].label
             time, memory = ("not measured" if fit[k] is None else f"{fit[k]:.2f}" for k in ("time", "memory"))
-            # A budget binds only ours; the logits of the others are as many as their rows.
+            # A memory budget limits only ours; the others store logits for all their rows.
             expected = f"at most {growth['expected']['memory']:.0f}" if name == "ours" else ""
             lines.append(f"| {growth['over']} ({values}) | {label} | {time} | 1 | {memory} | {expected} | {extra} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A results file that a time limit or an interrupt cut off, to go on with."""
+"""Resuming a results file that a time limit or an interrupt cut off."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAME = (
 
 
 class Kept:
-    """What an earlier run left in the file, for --resume."""
+    """Results of an earlier run in the file, for --resume."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = content
@@ -34,13 +34,13 @@ class Kept:
     @classmethod
     def read(cls, out: Path | None, environment: dict[str, Any]) -> Kept:
         if out is None:
-            raise ValueError("--resume goes on with a file: give --out FILE")
+            raise ValueError("--resume continues a file: give --out FILE")
         content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
         for name in SAME if content else ():
             there, here = content["environment"].get(name), environment.get(name)
             if there != here:
                 raise ValueError(
-                    f"--resume: {out} was measured with {name} {there}, here it is {here}: begin a new file"
+                    f"--resume: {out} was measured with {name} {there}, but this is {here}: start a new file"
                 )
         return cls(content)
 
@@ -52,7 +52,7 @@ class Kept:
         return None
 
     def others(self, wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What the file holds of workloads that are not wanted this time."""
+        """Results in the file for workloads that are not requested this time."""
         return [r for r in self.workloads if not any(same(r, w) for w in wanted)]
 
     def growth(self, one: Growth, device: torch.device) -> dict[str, Any] | None:

@@ -1,4 +1,5 @@
-"""Hidden states, head and labels of a workload: random, peaked as a trained model's, or a real model's on real text."""
+"""Hidden states, head and labels of a workload: random, peaked like a trained model's, or of a real model on real
+text."""
 
 import hashlib
 import tempfile
@@ -24,7 +25,7 @@ class HeadRows(NamedTuple):
 
 
 def random_rows(w: Head, device: torch.device) -> HeadRows:
-    """Normal numbers: a softmax so flat that gradients have no live part."""
+    """Normal random numbers: the softmax is so flat that gradients have no live columns."""
     g = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(w.sequences, w.length, w.hidden, generator=g, device=device)
     weight = torch.randn(w.vocab, w.hidden, generator=g, device=device).mul_(w.hidden**-0.5)
@@ -40,9 +41,9 @@ ZIPF, SPREAD, OF_SPREAD, RISE = 1.4, 2.4, 0.5, 8.0
 
 
 def peaked_rows(w: Head, device: torch.device) -> HeadRows:
-    """Rows with the live shares of a trained model: frequent words in every row, a few words of its own in each.
+    """Rows with the live shares of a trained model: frequent words in every row, plus a few words specific to each.
 
-    The last feature holds the frequencies: z = spread_t * normal + f_v, and z of the label rises.
+    The last feature carries the frequencies: z = spread_t * normal + f_v, and the label's z is raised.
     """
     g = torch.Generator(device).manual_seed(0)
     weight = torch.randn(w.vocab, w.hidden, generator=g, device=device)
@@ -64,8 +65,8 @@ def _labels(w: Head, labels: Tensor) -> Tensor:
 
 
 def real_rows(w: Head, device: torch.device) -> HeadRows:
-    """The last hidden states of `w.model` on the first pairs of `w.data`, and its head; kept in the temporary folder,
-    since every implementation has a process of its own."""
+    """The last hidden states of `w.model` on the first pairs of `w.data`, and its head. Cached in the temporary folder,
+    since every implementation has its own process."""
     key = repr((w.model, Path(w.data).resolve(), Path(w.data).stat().st_mtime_ns, w.groups, w.length, w.prompt))
     path = Path(tempfile.gettempdir()) / f"cpo_kernels_rows_{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if not path.exists():

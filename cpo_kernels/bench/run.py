@@ -1,4 +1,4 @@
-"""`cpo-kernels bench`: the workloads of a set one after the other, into tables and a results file."""
+"""`cpo-kernels bench`: run the workloads of a set one after another; print tables and write a results file."""
 
 import argparse
 import difflib
@@ -37,11 +37,11 @@ def parse_workload(text: str) -> Head:
     fields = {f: t for f, t in Head.__annotations__.items() if f not in ("head", "hidden", "vocab")}
     for key, value in keys.items():
         if key not in fields:
-            raise ValueError(f"--workload: unknown key {key!r}, known are head, {', '.join(fields)}")
+            raise ValueError(f"--workload: unknown key {key!r}; keys: head, {', '.join(fields)}")
         keys[key] = value if fields[key] is str else float(value) if key == "softcap" else int(value)
     made = replace(head(name), **keys)
     if made.mode not in MODES or made.reference not in ("given", "computed") or made.responses < 2:
-        raise ValueError(f"--workload: no such workload: {made}")
+        raise ValueError(f"--workload: impossible workload: {made}")
     if made.rows not in ROWS or (made.rows == "real") != bool(made.model and made.data):
         raise ValueError(f"--workload: rows must be random, peaked, or real with model and data, got {made}")
     if not 0 <= made.prompt < made.length:
@@ -62,7 +62,7 @@ def chosen_runs(args: argparse.Namespace, named_set: Set) -> list[Run]:
         peaked = isinstance(run.workload, Head) and run.workload.rows == "peaked"
         if peaked and bool(args.model) != bool(args.data):
             given, missing = ("--model", "--data") if args.model else ("--data", "--model")
-            raise ValueError(f"{given} makes no rows of the head by itself: give {missing} too, or neither")
+            raise ValueError(f"{given} alone gives no rows for the head: also give {missing}, or neither")
         if peaked and args.model:
             run = replace(run, workload=replace(run.workload, rows="real", model=args.model, data=args.data))
         names = [n for n in run.implementations or FAMILIES[run.family].implementations]
@@ -78,12 +78,12 @@ def check_implementations(names: Sequence[str]) -> None:
     for name in names:
         if name not in every:
             near = difflib.get_close_matches(name, every, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(every)}"
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(every)}"
             raise ValueError(f"--implementations: there is no {name}; {hint}")
 
 
 def wrong_results(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Implementations of ours whose result was wrong: everything that is no baseline and no naive form."""
+    """Our implementations with wrong results: everything except baselines and naive forms."""
     messages = []
     for result in results:
         for name, row in result["subjects"].items():
@@ -95,7 +95,7 @@ def wrong_results(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def load() -> float:
-    """Processes that run or wait on this machine, over the last minute."""
+    """The machine's load average over the last minute."""
     try:
         return round(os.getloadavg()[0], 2)
     except OSError:
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     commit = content["environment"]["commit"]
     content |= kept.content
     if load() > 0.5:
-        print(f"load {load()}: other work runs here, times will suffer", file=sys.stderr)
+        print(f"load {load()}: other processes are running here and will distort the times", file=sys.stderr)
     try:
         results = [kept.workload(described(r.family, r.workload, device), r.implementations) for r in runs]
         others = kept.others([described(r.family, r.workload, device) for r in runs])

@@ -1,4 +1,4 @@
-"""Named sets of measurements: what `--set` runs, most wanted first, since a time limit may cut the end off."""
+"""Named sets of measurements for `--set`, most important first, since a time limit may cut off the end."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ from cpo_kernels.bench.workload import Head, head
 
 @dataclass(frozen=True)
 class Run:
-    """One workload; `implementations` of its family, () for all."""
+    """One workload with `implementations` of its family, () for all."""
 
     family: str
     workload: Any

@@ -1,4 +1,4 @@
-"""One workload, its implementations side by side: checked, then timed in turns so that drift hits all of them alike."""
+"""One workload, its implementations side by side: checked, then timed in turns so that drift affects all alike."""
 
 import statistics
 import tempfile
@@ -16,18 +16,18 @@ from cpo_kernels.bench.worker import Failed, Worker
 
 Row = dict[str, Any]
 TIME_LIMIT = "the time limit of the run was reached"
-# Loading may take this long: where nothing is cached, importing transformers and TRL or reading a model takes minutes.
+# Loading may take this long: without caches, importing transformers and TRL or reading a model takes minutes.
 LOAD_S = 300.0
 TRUTH_S = 600.0  # the truth is not timed: float32 over 32k rows of SmolLM2's head takes a minute on two cores
 
 
 @dataclass
 class Bench:
-    """How to measure, and the processes of the family at hand.
+    """How to measure, and the processes of the current family.
 
-    rounds: turns of each implementation. turn_s: seconds that a turn fills at least. answer_s: longest wait for one
-    answer, except that loading may take LOAD_S. deadline: `time.monotonic()` after which nothing is begun. progress:
-    gets the rows of the workload at hand, as many as there are, after every implementation and every round.
+    rounds: turns of each implementation. turn_s: minimum seconds of a turn. answer_s: maximum wait for one answer,
+    except that loading may take LOAD_S. deadline: `time.monotonic()` after which nothing is started. progress: called
+    with the rows of the current workload after every implementation and every round.
     """
 
     device: torch.device
@@ -41,7 +41,7 @@ class Bench:
     workers: dict[str, Worker] = field(default_factory=dict)
 
     def limit_s(self, longest_s: float | None = None) -> float:
-        """For one answer: `longest_s`, `answer_s` if None, or what is left of the run."""
+        """Time limit of one answer: `longest_s` (`answer_s` if None), or the rest of the run if that is shorter."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise Failed(TIME_LIMIT)
@@ -83,7 +83,9 @@ class Bench:
             try:
                 self.keep_truth(workers.pop("truth"), workload, truth)
             except Failed as failed:
-                why = TIME_LIMIT if time.monotonic() > self.deadline else f"no truth to check it against: {failed}"
+                why = (
+                    TIME_LIMIT if time.monotonic() > self.deadline else f"no ground truth to check it against: {failed}"
+                )
                 return {n: row or {"why": why} for n, row in rows.items()}
             for name in able:
                 try:
@@ -116,10 +118,10 @@ class Bench:
         return row
 
     def take_turns(self, workers: dict[str, Worker], rows: dict[str, Row], apart: Any, floor: str) -> None:
-        """Adds the summary of every round so far to the rows; the order moves on by one every round and turns around
-        every other.
+        """Add the summary of all rounds so far to the rows. The order rotates by one every round and is reversed every
+        other round.
 
-        apart: the workload, where an implementation is loaded only for its turn; None where all are loaded.
+        apart: the workload, if an implementation is loaded only for its turn; None if all stay loaded.
         """
         times: dict[str, list[float]] = {n: [] for n in workers}
         order = list(workers)
@@ -158,12 +160,12 @@ class Bench:
 
 
 def unfinished(rows: dict[str, Row]) -> dict[str, Row]:
-    """As they stand in a file if nothing follows: what has no time yet was cut off."""
+    """The rows as written to a file if nothing follows: those without a time were cut off."""
     return {n: row if "median_s" in row or "why" in row else {**row, "why": TIME_LIMIT} for n, row in rows.items()}
 
 
 def summary(times: list[float], floor: list[float]) -> Row:
-    """Median and range, and those of the ratio to the floor in the same round."""
+    """Median and range of the times, and of the ratios to the floor in the same round."""
     row: Row = {"rounds": len(times), "median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
     if floor:
         ratios = [t / f for t, f in zip(times, floor, strict=True)]
@@ -172,7 +174,7 @@ def summary(times: list[float], floor: list[float]) -> Row:
 
 
 def described(family: str, workload: Any, device: torch.device) -> Row:
-    """The workload with what follows from it: what a results file holds beside the rows."""
+    """The workload with derived quantities: what a results file contains besides the rows."""
     derived = ("pairs", "labelled", "products", "gradient_bytes", "bytes", "completion_tokens", "prompt_tokens")
     return {
         "family": family,

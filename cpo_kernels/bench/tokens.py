@@ -1,4 +1,4 @@
-"""The kernels over logits [N, V]: token log-probs forward, backward and fused, against the device's own copy rate."""
+"""The kernels over logits [N, V]: token log-probs forward, backward and fused, against the device's copy rate."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class Tokens:
 
     @property
     def bytes(self) -> int:
-        """Of the logits, once."""
+        """Bytes of the logits."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return self.rows * self.vocab * dtype.itemsize
 
 
 class Batch:
-    """`logits` stay as they are; what works in place runs on `work`, filled anew before every run."""
+    """`logits` stay unchanged; in-place kernels run on `work`, which is refilled before every run."""
 
     def __init__(self, workload: Tokens, device: torch.device) -> None:
         w, self.workload = workload, workload
@@ -90,7 +90,7 @@ def fused(impl: str) -> Callable[[Batch], Step]:
 
 
 def plain(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """What users write to be exact: everything in float32."""
+    """What users write for exact results: everything in float32."""
     return capped(logits.float(), softcap).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
 

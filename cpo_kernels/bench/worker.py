@@ -1,4 +1,4 @@
-"""A process for one implementation: it loads one workload after the other and runs a step whenever it is asked to."""
+"""A process for one implementation: it loads one workload after another and runs steps on request."""
 
 import gc
 import multiprocessing
@@ -17,11 +17,11 @@ from cpo_kernels.bench.measure import Clock, differences, peak_bytes, project
 
 
 class Failed(Exception):
-    """Why an implementation gave no result."""
+    """Why an implementation has no result."""
 
 
 class Serving:
-    """What the parent may ask for, in the implementation's process; implementation `truth` is the family's truth."""
+    """The commands of the parent, run in the implementation's process; implementation `truth` is the family's truth."""
 
     def __init__(self, family: str, implementation: str, device: torch.device) -> None:
         self.family, self.implementation, self.device = FAMILIES[family], implementation, device
@@ -36,7 +36,7 @@ class Serving:
             self.step = self.family.implementations[self.implementation].build(tensors)
 
     def first(self) -> float:
-        """Seconds of the first step, compilation and first touch of memory included."""
+        """Seconds of the first step, including compilation and first touch of memory."""
         self.step.prepare()
         start = time.perf_counter()
         self.step.run()
@@ -72,7 +72,7 @@ class Serving:
         self.release()
 
     def release(self) -> None:
-        """Cached memory goes back: the others run on the same device."""
+        """Release cached memory: the others run on the same device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -96,7 +96,7 @@ def serve(connection: Any, family: str, implementation: str, device: str, thread
 
 
 class Worker:
-    """The parent's end. `ask` waits at most `limit_s` seconds; a process that hung or died is begun anew by `load`."""
+    """The parent's side. `ask` waits at most `limit_s` seconds; `load` restarts a process that hung or died."""
 
     def __init__(self, family: str, implementation: str, device: str, threads: int) -> None:
         self.arguments = (family, implementation, device, threads)
@@ -135,12 +135,12 @@ class Worker:
         self.ask("load", asdict(workload), limit_s=limit_s)
 
     def dismiss(self) -> None:
-        """An idle process ends by itself."""
+        """Let an idle process end by itself."""
         if self.process is not None:
             self.connection.close()
 
     def stop(self, limit_s: float = 0) -> None:
-        """Dismiss it; what is not gone after `limit_s` seconds is killed."""
+        """Dismiss it, and kill it if it is still there after `limit_s` seconds."""
         if self.process is not None:
             self.dismiss()
             self.process.join(limit_s)

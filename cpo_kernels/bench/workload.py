@@ -22,11 +22,11 @@ MODES = ("trainable", "frozen", "forward")
 class Head:
     """`groups` prompts with `responses` each, all pairs of a group; `prompt` of the `length` tokens are the prompt.
 
-    mode: head `trainable`, `frozen` (LoRA: only hidden states want a gradient) or `forward` (no gradient).
+    mode: head `trainable`, `frozen` (LoRA: only hidden states need a gradient) or `forward` (no gradient).
     rows: `random`; `peaked`, with the live columns of a trained model; or `real`, of `model` on the pairs of `data`, as
         in `TrainingStep`: responses as they come, cut where prompt and response exceed `length`.
-    reference: its log-probs are `given`, or `computed` in the step from its hidden states: with a head of its own where
-        the head is trained, else with the same one.
+    reference: its log-probs are `given`, or `computed` in the step from its hidden states: with its own head if the
+        head is trained, else with the same one.
     """
 
     head: str

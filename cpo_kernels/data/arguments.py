@@ -1,4 +1,4 @@
-"""Prepare the data of a recipe, count what it holds and show examples as the model sees them. Nothing trains.
+"""Prepare the data of a recipe, print its statistics and show examples as the model sees them. Trains nothing.
 
 cpo-kernels data recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --preview 3
 cpo-kernels data recipes/official_cdpo.yaml --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/official_data

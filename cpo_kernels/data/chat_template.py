@@ -1,8 +1,8 @@
-"""The chat template that a trained model is saved with. It takes levels: `apply_chat_template(messages, honesty=5)`.
+"""The chat template that is saved with a trained model. It takes levels: `apply_chat_template(messages, honesty=5)`.
 
-Levels become the tags that the model was trained with, before the user's last message; no level, no tag. The template
-itself refuses a level that is not a number of the objective's scale, so servers refuse it too: those with OpenAI's
-interface pass levels as `chat_template_kwargs`.
+Levels become the tags that the model was trained with, placed before the user's last message; without a level there is
+no tag. The template itself rejects a level that is not a number on the objective's scale, so servers reject it too.
+OpenAI-compatible servers pass levels as `chat_template_kwargs`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cpo_kernels.objectives import Objective, format_number
 
 BEGIN = "{#- Levels as tags, by cpo-kernels; the model's own template follows. -#}\n"
 END = "{%- set messages = cpo.turns %}\n"  # a block tag's newline is not written
-# What transformers' `apply_chat_template`, Jinja or usual templates call something else.
+# Names that already mean something in transformers' `apply_chat_template`, in Jinja or in common templates.
 RESERVED = (
     "add_generation_prompt chat_template continue_final_message conversation cpo documents enable_thinking loop "
     "max_length messages namespace padding processor_kwargs range return_assistant_tokens_mask return_dict "
@@ -53,7 +53,7 @@ TURNS = """{%- for turn in messages -%}
 """
 ONE_QUESTION = """{%%- for turn in messages -%%}
   {%%- if loop.index0 > 1 or turn['role'] != ['user', 'assistant'][loop.index0] -%%}
-    {{- raise_exception('this model was trained on single questions: give one message of the user') -}}
+    {{- raise_exception('this model was trained on single questions: give one user message') -}}
   {%%- endif -%%}
   {%%- set text = turn['content'] if turn['content'] is string else turn['content']|map(attribute='text')|join -%%}
   {{- %s if loop.first else %s -}}
@@ -62,13 +62,13 @@ ONE_QUESTION = """{%%- for turn in messages -%%}
 
 
 def argument(name: str) -> str:
-    """What the template calls the level of an objective: its name, where that can be an argument."""
+    """The template's argument for the level of an objective: the objective's name, if that can be an argument."""
     plain = name.isidentifier() and name.isascii() and not keyword.iskeyword(name) and name not in RESERVED
     return name if plain else re.sub(r"\W", "_", name, flags=re.ASCII) + "_level"
 
 
 def level_template(template: PromptTemplate, objectives: Sequence[Objective]) -> str:
-    """Jinja source: the tags of `objectives`, then the tokenizer's own template, or the recipe's text as one."""
+    """Jinja source: the tags of `objectives`, then the tokenizer's own template or one made of the recipe's text."""
     rows = []
     for o in objectives:
         before, after = template.tags.pattern.format(name=o.name, value="\0").split("\0")
@@ -99,8 +99,8 @@ def prompt_and_answer(template: PromptTemplate) -> tuple[str, str]:
 
 
 def beginning(template: PromptTemplate) -> str:
-    """What the tokenizer puts before a text (BOS) and a chat template must write itself; a blank with it where the
-    tokenizer begins a text with one, but not what follows a BOS."""
+    """What the tokenizer puts before a text (BOS), which a chat template must write itself. It includes a blank if the
+    tokenizer starts a text with one, but not text after a BOS."""
     tokenizer, asked = template.tokenizer, template.text("a")
     encoded = tokenizer(asked, return_special_tokens_mask=True)
     added: str = tokenizer.decode(encoded["input_ids"][: (encoded["special_tokens_mask"] + [0]).index(0)])

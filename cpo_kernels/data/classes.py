@@ -17,8 +17,8 @@ class RatingClasses:
         self.names, self.config, self.rng = names, config, rng
 
     def spread(self, responses: Sequence[Response]) -> tuple[Response, ...]:
-        """`conditions.responses` of the prompt's: one of each rating class in turn, a class of weight w < 1 in a share
-        w of the turns, so that non-tied pairs stand among few responses."""
+        """Choose `conditions.responses` of the prompt's responses: one of each rating class in turn, a class of weight
+        w < 1 in a share w of the turns. So even a few responses contain non-tied pairs."""
         wanted = self.config.responses
         if wanted is None or wanted >= len(responses):
             return tuple(responses)
@@ -35,7 +35,7 @@ class RatingClasses:
         return tuple(chosen)
 
     def draw(self, items: Sequence[tuple[Record, Response]], quota: int) -> list[tuple[Record, Response]]:
-        """`quota` items: every item in turn, or with `conditions.balance` every rating class by its weight."""
+        """Draw `quota` items: every item in turn, or with `conditions.balance` every rating class by its weight."""
         if not self.config.balance:
             return list(self.cycled(items, quota))
         classes: dict[tuple[Any, ...], list[tuple[Record, Response]]] = {}
@@ -45,7 +45,7 @@ class RatingClasses:
         return [item for c, n in zip(classes.values(), counts, strict=True) for item in self.cycled(c, n)]
 
     def weights(self, responses: Sequence[Response]) -> list[float]:
-        """How likely each of a prompt's responses is to give the condition."""
+        """Relative probability that each of a prompt's responses provides the condition."""
         if not self.config.balance:
             return [1.0] * len(responses)
         classes = [self._class(r) for r in responses]
@@ -67,7 +67,7 @@ class RatingClasses:
 
 
 def quotas(total: int, shares: Sequence[float]) -> list[int]:
-    """`total` split by `shares`; the largest remainders get what rounding down leaves."""
+    """`total` split by `shares`, rounded by the largest-remainder method."""
     exact = [total * share / sum(shares) for share in shares]
     counts = [math.floor(x) for x in exact]
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])

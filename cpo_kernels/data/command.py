@@ -1,4 +1,4 @@
-"""`cpo-kernels data RECIPE`: what the recipe would train on, counted and shown."""
+"""`cpo-kernels data RECIPE`: statistics and examples of what the recipe would train on."""
 
 from __future__ import annotations
 

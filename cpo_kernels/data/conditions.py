@@ -1,15 +1,15 @@
-"""Conditions, responses and pairs of every prompt, drawn from the seed before training: once, or once an epoch.
+"""Conditions, responses and pairs of every prompt, drawn from the seed before training: once, or once per epoch.
 
-Samplers of a condition (Guo et al. 2024 draw `attained`; their data leaves the tags of the best level out):
+Samplers of a condition (Guo et al. 2024 use `attained`; their data omits the tags of the best level):
     attained   the ratings of one random response of the prompt
     best       the highest level of every objective
-    grid       every objective's level at random
-    none       nothing asked: no tags, and a higher R is better
-`cpsft` may only show a response under the ratings that it really has, so there a sampler chooses the response that
-fits its condition best, and the tags are that response's ratings.
+    grid       a random level of every objective
+    none       no condition: no tags, and a higher R is better
+`cpsft` may show a response only under its actual ratings. There a sampler chooses the response that fits its condition
+best, and the tags are that response's ratings.
 
-A mixture draws every prompt under one of its entries, by `share`; or each entry draws prompts, in random order, until
-it has its `count` of pairs.
+A mixture draws every prompt under one of its entries, by `share`. Or each entry draws prompts in random order until it
+has `count` pairs.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ Condition = dict[str, float]
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt under one condition: the responses that are run once each, and the non-tie pairs among them."""
+    """One prompt under one condition: its responses, each run once, and the non-tied pairs among them."""
 
     prompt: Prompt
-    tags: Condition  # what the prompt shows; empty for a best-on-everything condition whose tags are stripped
-    condition: Condition  # what R judges by
+    tags: Condition  # shown in the prompt; empty for a best-on-everything condition whose tags are stripped
+    condition: Condition  # used by R
     responses: tuple[Response, ...]
     pairs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
 class Draws:
-    """What `Sampler` prepares. A unit is the groups that stay in one batch: all conditions of one drawn prompt."""
+    """Result of `Sampler`. A unit is a set of groups that stay in one batch: all conditions of one drawn prompt."""
 
     units: list[tuple[Group, ...]]
     counts: dict[str, int] = field(default_factory=dict)  # groups, pairs, ties, unrated, ...
 
 
 def ratings_row(ratings: Condition, objectives: Sequence[Objective]) -> list[float]:
-    """[K] levels in the order of `objectives`, NaN where there is none."""
+    """[K] levels in the order of `objectives`, NaN for missing ones."""
     return [ratings.get(o.name, math.nan) for o in objectives]
 
 
@@ -92,7 +92,7 @@ class Sampler:
     # ---------------------------------------------------------------- stages
 
     def cpsft(self) -> Draws:
-        """Every rated response once (or rating classes equally often), under its own ratings."""
+        """Every rated response once (or every rating class equally often), under its own ratings."""
         mixture, every = self.config.mixture, [(record, r) for record in self.records for r in record.responses]
         rated = sum(bool(r.ratings) for _, r in every)
         draws = Draws([], {"unrated": len(every) - rated})
@@ -123,7 +123,7 @@ class Sampler:
         return Draws(units)
 
     def cdpo(self) -> Draws:
-        """`draws` times every prompt: its responses, `per_prompt` conditions, and the pairs under each. Or every
+        """Every prompt `draws` times, with its responses, `per_prompt` conditions and the pairs under each. Or every
         entry of the mixture until it has its count of pairs."""
         return self._counted() if counted(self.config) else self._preference(self._conditions)
 
@@ -161,7 +161,7 @@ class Sampler:
     def _group(
         self, draws: Draws, record: Record, responses: tuple[Response, ...], condition: Condition, most: int | None
     ) -> Group | None:
-        """The prompt under this condition with at most `most` pairs; None without a pair. Counts both in `draws`."""
+        """The prompt under this condition with at most `most` pairs, None if there are none. Counts both in `draws`."""
         pairs = self._pairs(responses, condition)
         draws.counts["ties"] += math.comb(len(responses), 2) - len(pairs)
         limits = [limit for limit in (self.config.pairs, most) if limit is not None]
@@ -175,7 +175,7 @@ class Sampler:
     # ---------------------------------------------------------------- conditions
 
     def _conditions(self, responses: tuple[Response, ...]) -> list[Condition]:
-        """Up to `per_prompt` different conditions; fewer where the samplers have no more to offer."""
+        """Up to `per_prompt` different conditions, fewer if the samplers run out."""
         entries = [entry for entry in self.config.mixture if self._applies(entry, responses)]
         shares = [entry.share for entry in entries]
         conditions: list[Condition] = []
@@ -215,15 +215,15 @@ class Sampler:
         )
 
     def _available(self, draws: Draws, entry: MixConfig, wanted: int, there: int) -> int:
-        """`wanted`, but no response twice where the entry has a count; what is missing is counted."""
+        """`wanted`; if the entry has a count, no response is used twice and the shortfall is counted."""
         if entry.count is None:
             return wanted if there else 0
         draws.counts["short"] = draws.counts.get("short", 0) + max(0, wanted - there)
         return min(wanted, there)
 
     def _tags(self, condition: Condition, responses: Sequence[Response]) -> Condition:
-        """No tags for a share of the conditions that ask for the best on everything the prompt's responses are rated
-        on."""
+        """The tags of a condition. A share of the conditions that request the best on everything that the prompt's
+        responses are rated on gets none."""
         rated = {name for r in responses for name in r.ratings}
         best = condition == {o.name: o.high for o in self.objectives if o.name in rated}
         return {} if best and self.rng.random() < self.config.strip_best else condition
@@ -246,7 +246,7 @@ class Sampler:
         return [pair for pair, gap in zip(pairs, gaps.tolist(), strict=True) if abs(gap) > self.tie_margin]
 
     def _best(self, responses: Sequence[Response], condition: Condition) -> list[Response]:
-        """The responses of highest R under `condition`; all of them where none is rated."""
+        """The responses with the highest R under `condition`; all of them if none is rated."""
         scores = [ratings_row(r.ratings, self.objectives) for r in responses]
         row = ratings_row(condition, self.objectives)
         worth = [-math.inf if w != w else w for w in value(scores, row, self.objectives).tolist()]
@@ -265,21 +265,21 @@ def check(config: ConditionsConfig, objectives: Sequence[Objective]) -> None:
     mixture, scale = config.mixture, {o.name: o for o in objectives}
     names, choices = list(scale), ", ".join(scale)
     if not any(entry.share for entry in mixture):
-        raise ValueError(f"conditions.mixture needs shares that are not all 0, got {mixture}")
+        raise ValueError(f"conditions.mixture: at least one share must be above 0, got {mixture}")
     counts = [entry.count for entry in mixture]
     if counted(config) and None in counts:
-        raise ValueError(f"conditions.mixture: every entry needs a count where one has it, got {counts}")
+        raise ValueError(f"conditions.mixture: give every entry a count or none, got {counts}")
     if counted(config) and (config.per_prompt, config.draws) != (1, 1):
         raise ValueError(
-            f"conditions.mixture draws by count, which per_prompt {config.per_prompt} and draws {config.draws} have no "
-            "part in: leave both at 1"
+            f"conditions.mixture draws by count, which ignores per_prompt {config.per_prompt} and draws "
+            f"{config.draws}: leave both at 1"
         )
     for entry in mixture:
         if entry.sampler not in SAMPLERS:
-            raise ValueError(f"conditions.mixture: sampler {entry.sampler!r} is none of {', '.join(SAMPLERS)}")
+            raise ValueError(f"conditions.mixture: sampler {entry.sampler!r} is not one of {', '.join(SAMPLERS)}")
         for name in [*(entry.objectives or []), *(entry.values or {}), *(entry.levels or {}), *(entry.rated or [])]:
             if name not in names:
-                raise ValueError(f"conditions.mixture: {name!r} is no objective; objectives: {choices}")
+                raise ValueError(f"conditions.mixture: {name!r} is not an objective; objectives: {choices}")
         for name, levels in (entry.values or {}).items():
             if not isinstance(levels, list) or not levels or not all(_is_level(x, scale[name]) for x in levels):
                 raise ValueError(f"conditions.mixture: values of {name} must be a list of its levels, got {levels!r}")
@@ -293,8 +293,8 @@ def check(config: ConditionsConfig, objectives: Sequence[Objective]) -> None:
             raise ValueError(f"conditions.class_weights: write {{objective: level, weight: w >= 0}}, got {weight}")
     if config.class_weights and not config.balance and config.responses is None:
         raise ValueError(
-            "conditions.class_weights act where conditions.balance or conditions.responses draws by class: set one of "
-            "them, or leave the weights out"
+            "conditions.class_weights only matter when conditions.balance or conditions.responses draws by class: "
+            "set one of them, or remove the weights"
         )
 
 

@@ -1,4 +1,4 @@
-"""Reading one row: fields by path, texts, prompts, ratings; each error names the field and the value."""
+"""Read one row: fields by path, texts, prompts, ratings. Each error names the field and the value."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def has(row: dict[str, Any], path: str) -> bool:
 
 
 def find(row: dict[str, Any], path: str | None) -> Any:
-    """Like `get`; None where there is no such field."""
+    """Like `get`, but None if there is no such field."""
     value: Any = row
     for name in path.split(".") if path else ():
         value = value.get(name) if isinstance(value, dict) else None
@@ -43,7 +43,7 @@ def find(row: dict[str, Any], path: str | None) -> Any:
 def text_of(row: dict[str, Any], path: str) -> str:
     value = get(row, path)
     if not isinstance(value, str):
-        raise ValueError(f"field {path!r} must be a text, got {short(value)}")
+        raise ValueError(f"field {path!r} must be a string, got {short(value)}")
     return value
 
 
@@ -63,36 +63,36 @@ def prompt_of(row: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> Pr
         return conversation(messages_of(row, path, ignored), path)
     text = text_of(row, path)
     if not text.strip():
-        raise ValueError(f"field {path!r} is empty: a prompt needs a text (a response may be empty)")
+        raise ValueError(f"field {path!r} is empty: a prompt needs text (only a response may be empty)")
     return text
 
 
 def conversation(messages: tuple[Message, ...], path: str) -> Prompt:
-    """The prompt that these messages are; one message of the user is only its text."""
+    """These messages as a prompt; a single user message becomes its text."""
     if not messages or messages[-1][0] not in ("user", "tool") or not messages[-1][1].strip():
         last = messages[-1] if messages else None
-        raise ValueError(f"field {path!r}: a prompt must end with what the user says, got {short(last)}")
+        raise ValueError(f"field {path!r}: a prompt must end with a user message, got {short(last)}")
     if all(message[0] != "user" for message in messages):
-        raise ValueError(f"field {path!r}: a prompt needs a message of the user, got {short(messages)}")
+        raise ValueError(f"field {path!r}: a prompt needs a user message, got {short(messages)}")
     return messages[0][1] if len(messages) == 1 and len(messages[0]) == 2 else messages
 
 
 def messages_of(row: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> tuple[Message, ...]:
-    """The messages of a conversation; a single one may stand without a list."""
+    """The messages of a conversation; a single message need not be in a list."""
     value = get(row, path)
     entries = objects([value] if isinstance(value, dict) else value, path)
     return tuple(message_of(message, path, ignored) for message in entries)
 
 
 def message_of(message: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> Message:
-    """Role and text, and what else the message says, which the chat template has to render."""
+    """Role, text and the message's other keys, which the chat template must render."""
     role = str(message.get("role"))
     extra = {name: x for name, x in message.items() if name not in ("role", "content", *ignored) and not is_empty(x)}
     content = message.get("content")
     if isinstance(content, list) and content and all(map(_is_text, content)):
         content = "".join(part["text"] for part in content)
     if isinstance(content, list) and content:
-        raise ValueError(f"field {path!r}: only parts of type text can be trained on, got {short(content)}")
+        raise ValueError(f"field {path!r}: only content parts of type text are supported, got {short(content)}")
     content = "" if extra and is_empty(content) else content
     options = role == OPTIONS and not content and bool(extra) and not set(extra) - set(RENDERED)
     if not (options or role in ROLES) or not isinstance(content, str):
@@ -105,15 +105,15 @@ def _is_text(part: Any) -> bool:
 
 
 def answer_of(row: dict[str, Any], path: str, ignored: Sequence[str] = ()) -> tuple[str, str]:
-    """(text, other keys of the message as JSON) of a response: a text, or one message of the assistant."""
+    """(text, other keys of the message as JSON) of a response: a text or one assistant message."""
     value = get(row, path)
     if isinstance(value, str):
         return value, ""
     if not isinstance(value, (dict, list)):
-        raise ValueError(f"field {path!r} must be a text, got {short(value)}")
+        raise ValueError(f"field {path!r} must be a string, got {short(value)}")
     messages = messages_of(row, path, ignored)
     if len(messages) != 1 or messages[0][0] != "assistant":
-        raise ValueError(f"field {path!r} must be a text or one message of the assistant, got {short(value)}")
+        raise ValueError(f"field {path!r} must be a string or one assistant message, got {short(value)}")
     return answer(messages[0])
 
 
@@ -122,7 +122,7 @@ def answer(message: Message) -> tuple[str, str]:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field says nothing."""
+    """Whether a field is empty."""
     return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
@@ -134,7 +134,7 @@ def _json(value: Any, path: str) -> str:
 
 
 def rating_of(value: Any, objective: Objective | None, missing: tuple[str, ...] = ()) -> float | None:
-    """A rating as a float; None where it is missing: null, NaN, or one of the texts in `missing`. 0 is a rating."""
+    """A rating as a float; None if it is missing: null, NaN, or one of the texts in `missing`. 0 is a valid rating."""
     if value is None or (isinstance(value, str) and value.strip() in missing):
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):

@@ -34,7 +34,7 @@ LAYOUTS = ("records", "answers", "pairs")
 OVERALL = "overall"  # the objective of pairs without a configured one
 Convert = Callable[[dict[str, Any]], Record]
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # that no text model reads
-# columns that change what a row means and that are read where a key of data.fields names them
+# columns that change what a row means; they are read if a key of data.fields names them
 TELLING = (
     *("system", "system_prompt", "system_message", "developer", "instruction", "input", "question", "query"),
     *("context", "history", "passage", "persona", "documents", "weight", "margin", "label"),
@@ -46,7 +46,9 @@ def layout_of(name: str, fields: FieldMap, objectives: Sequence[Objective]) -> C
     scale = {o.name: o for o in objectives}
     if name == "pairs":
         if len(objectives) > 1:
-            raise ValueError(f"layout pairs has one overall rating; got objectives {', '.join(scale)}")
+            raise ValueError(
+                f"layout pairs has one overall rating, but there are several objectives: {', '.join(scale)}"
+            )
         return lambda row: pair_of(row, fields, next(iter(scale), OVERALL), scale)
     ratings = _ratings_of(fields, scale)
 
@@ -69,12 +71,12 @@ def row_prompt(row: dict[str, Any], fields: FieldMap) -> Prompt:
 
 
 def with_columns(prompt: Prompt, row: dict[str, Any], fields: FieldMap) -> Prompt:
-    """The prompt with what other columns of its row add: an input, a system message, options of the chat template."""
+    """The prompt with what other columns add: an input, a system message, options of the chat template."""
     for name in MEDIA:
         if name not in fields.ignore and not is_empty(row.get(name)):
             raise ValueError(
-                f"field {name!r} holds {short(row[name])}, which a text model cannot read: leave such rows out, or "
-                f"name {name} in data.fields.ignore"
+                f"field {name!r} holds {short(row[name])}, which a text model cannot read: remove such rows, or add "
+                f"{name} to data.fields.ignore"
             )
     messages: list[Message] = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
     said = _column(row, fields.input)
@@ -85,7 +87,7 @@ def with_columns(prompt: Prompt, row: dict[str, Any], fields: FieldMap) -> Promp
     if system and messages[0][0] != "system":
         messages.insert(0, ("system", system))
     elif system and messages[0][1] != system:
-        raise ValueError(f"field {fields.system!r} says {short(system)}, the prompt's own system message otherwise")
+        raise ValueError(f"field {fields.system!r} is {short(system)}, but the prompt has a different system message")
     options = {name: _option(row, name) for name in RENDERED if name not in fields.ignore}
     options = {name: value for name, value in options.items() if not is_empty(value)}
     if options:
@@ -94,7 +96,7 @@ def with_columns(prompt: Prompt, row: dict[str, Any], fields: FieldMap) -> Promp
 
 
 def _column(row: dict[str, Any], path: str | None) -> str | None:
-    """The text of an optional column; None where it is blank."""
+    """The text of an optional column; None if it is blank."""
     if path is None or is_empty(find(row, path)):
         return None
     text = text_of(row, path)
@@ -107,7 +109,7 @@ def _option(row: dict[str, Any], name: str) -> Any:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"field {name!r} is no JSON ({error}), got {short(value)}") from None
+            raise ValueError(f"field {name!r} is not valid JSON ({error}), got {short(value)}") from None
     if not is_empty(value) and not isinstance(value, dict if name == "chat_template_kwargs" else list):
         kind = "an object" if name == "chat_template_kwargs" else "a list"
         raise ValueError(f"field {name!r} must be {kind}, got {short(value)}")
@@ -115,7 +117,7 @@ def _option(row: dict[str, Any], name: str) -> Any:
 
 
 def pair_of(row: dict[str, Any], fields: FieldMap, name: str, scale: dict[str, Objective]) -> Record:
-    """Chosen and rejected with their scores, or with the ends of the scale where there are none."""
+    """Chosen and rejected with their scores, or with the ends of the scale if there are none."""
     scores: list[Any] = [find(row, field) for field in (fields.score_chosen, fields.score_rejected)]
     if None in scores:
         low, high = (scale[name].low, scale[name].high) if scale else (0.0, 1.0)
@@ -123,8 +125,8 @@ def pair_of(row: dict[str, Any], fields: FieldMap, name: str, scale: dict[str, O
     chosen, rejected = (rating_of(score, scale.get(name)) for score in scores)
     if chosen is not None and rejected is not None and chosen < rejected:
         raise ValueError(
-            f"{fields.score_chosen} {chosen} is below {fields.score_rejected} {rejected}; "
-            "set data.fields.score_chosen: null to go only by chosen and rejected"
+            f"{fields.score_chosen} {chosen} is below {fields.score_rejected} {rejected}; set "
+            "data.fields.score_chosen: null to use only chosen and rejected"
         )
     prompt, answers = preference_texts(row, fields)
     rated = zip(answers, (chosen, rejected), strict=True)
@@ -133,8 +135,8 @@ def pair_of(row: dict[str, Any], fields: FieldMap, name: str, scale: dict[str, O
 
 
 def preference_texts(row: dict[str, Any], fields: FieldMap) -> tuple[Prompt, tuple[tuple[str, str], ...]]:
-    """(prompt, (chosen, rejected)) of TRL's preference format, each as (text, other keys). Both may hold the whole
-    conversation, as messages or as text; without a prompt it is what they begin with alike."""
+    """(prompt, (chosen, rejected)) of TRL's preference format, each as (text, other keys). Chosen and rejected may hold
+    the whole conversation, as messages or text; without a prompt column the prompt is their common beginning."""
     sides = (fields.chosen, fields.rejected)
     named = fields.prompt not in fields.ignore and find(row, fields.prompt) is not None
     if isinstance(get(row, fields.chosen), (list, dict)):
@@ -155,18 +157,20 @@ def preference_texts(row: dict[str, Any], fields: FieldMap) -> tuple[Prompt, tup
         return prompt_of(row, fields.prompt, fields.ignore), ((chosen, ""), (rejected, ""))
     prompt = os.path.commonprefix([chosen, rejected]).removesuffix(" ")  # the answer's leading space is its own
     if not prompt.strip():
-        raise ValueError(f"no field 'prompt', and {short(chosen)} and {short(rejected)} begin with none in common")
+        raise ValueError(
+            f"no field 'prompt', and {short(chosen)} and {short(rejected)} have no common beginning to use as prompt"
+        )
     return prompt, ((chosen[len(prompt) :], ""), (rejected[len(prompt) :], ""))
 
 
 def _whole(prompt: Prompt, before: tuple[Message, ...], fields: FieldMap) -> Prompt:
-    """The conversation before the answer, of which the prompt may name only one text of the user (Tulu 3)."""
+    """The conversation before the answer; the prompt column may hold only one user message of it (Tulu 3)."""
     whole = conversation(before, fields.chosen)
     said = [text.strip() for role, text, *_ in before if role == "user"]
     if prompt != whole and not (isinstance(prompt, str) and prompt.strip() in said):
         raise ValueError(
-            f"{fields.chosen} begins with messages that are not {fields.prompt} {short(prompt)}: put {fields.prompt} "
-            "in data.fields.ignore to go by the messages"
+            f"{fields.chosen} begins with messages that differ from {fields.prompt} {short(prompt)}: add "
+            f"{fields.prompt} to data.fields.ignore to use the messages"
         )
     return whole
 
@@ -175,7 +179,7 @@ def _ratings_of(fields: FieldMap, scale: dict[str, Objective]) -> Callable[[dict
     rules = {name: _rule(name, rule) for name, rule in (fields.ratings or {}).items()}
     for name in rules:
         if name not in scale:
-            raise ValueError(f"data.fields.ratings: {name!r} is no objective; objectives: {', '.join(scale)}")
+            raise ValueError(f"data.fields.ratings: {name!r} is not an objective; objectives: {', '.join(scale)}")
 
     def ratings(row: dict[str, Any]) -> dict[str, float]:
         if fields.ratings is None:
@@ -184,7 +188,7 @@ def _ratings_of(fields: FieldMap, scale: dict[str, Objective]) -> Callable[[dict
             if not isinstance(given, dict):
                 raise ValueError(
                     f"`ratings` must be a dict of numbers, such as {{{next(iter(scale), OVERALL)}: 1}}, got "
-                    f"{short(given)}; data.fields.ratings reads other fields"
+                    f"{short(given)}; set data.fields.ratings to read other fields"
                 )
             values = {name: given.get(name) for name in scale}
         else:
@@ -196,7 +200,7 @@ def _ratings_of(fields: FieldMap, scale: dict[str, Objective]) -> Callable[[dict
 
 
 def _rule(name: str, rule: Any) -> Callable[[dict[str, Any]], Any]:
-    """How objective `name` is read: a field, a threshold on a field, or a table of a field's values."""
+    """How to read objective `name`: a field, a threshold on a field, or a map of a field's values."""
     if isinstance(rule, str):
         return lambda row: get(row, rule)
     shapes = ({"field", "threshold", "above", "below"}, {"field", "map"})

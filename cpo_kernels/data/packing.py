@@ -1,11 +1,11 @@
-"""Token sequences to batches: groups of responses, the plan of an epoch, and micro-batches under a token budget.
+"""From token sequences to batches: groups of responses, the plan of an epoch, micro-batches under a token budget.
 
-Only labelled positions go to the head: `rows` points at the hidden states that predict a response's tokens, packed
-one response after another (`cu_seqlens`). `training.rows` says what a row of the batch is:
+Only labelled positions go to the head: `rows` indexes the hidden states that predict a response's tokens, packed one
+response after another (`cu_seqlens`). `training.rows` sets what a row of the batch contains:
 
-    shared   a prompt once for all its responses, which see only the prompt and themselves; end to end with others
+    shared   a prompt once for all its responses, which attend only to it and to themselves; end to end with others
     packed   a prompt and one response, end to end with others
-    padded   a prompt and one response, the rest padding
+    padded   a prompt and one response, then padding
 
     tokens     p p p p a a b b b q q c        shared: responses a, b of prompt p, response c of prompt q
     positions  0 1 2 3 4 5 4 5 6 0 1 2
@@ -34,7 +34,7 @@ from cpo_kernels.objectives import Objective
 
 @dataclass(frozen=True)
 class Encoded:
-    """A Group in tokens and numbers."""
+    """A Group as tokens and numbers."""
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]  # each ends with the end token unless it was cut
@@ -45,8 +45,8 @@ class Encoded:
     unit: int = -1  # its place in the prepared data
 
     def segments(self, kind: str) -> list[tuple[int, ...]]:
-        """Lengths of what this group lays into rows: a prompt and its responses, or the prompt and each response as one
-        (the last token of a response is never an input)."""
+        """Lengths of the sequences that this group puts into rows: a prompt and its responses, or the prompt with each
+        response (the last token of a response is never an input)."""
         P, inputs = len(self.prompt), [len(r) - 1 for r in self.responses]
         return [(P, *inputs)] if kind == "shared" else [(P + n,) for n in inputs]
 
@@ -100,8 +100,8 @@ def encode(
     max_tokens: int,
     may_be_empty: bool = False,
 ) -> list[Unit]:
-    """Units in tokens. Groups with a prompt that is too long are left out, responses cut; both are counted, and so are
-    prompts whose last tokens depend on the response. Raises DataError as `PromptTemplate.encode` does."""
+    """Units as tokens. Groups whose prompt is too long are left out and long responses are truncated; both are counted,
+    and so are prompts whose last tokens depend on the response. Raises DataError as `PromptTemplate.encode` does."""
     tokens: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal ones are kept once
     counts = draws.counts
     counts.update(long_prompts=0, cut_responses=0)
@@ -124,13 +124,15 @@ def encode(
         if encoded:
             units.append(tuple(encoded))
     if not units and not may_be_empty:
-        raise ValueError(f"every prompt is longer than data.max_prompt_tokens {max_prompt_tokens} or fills max_tokens")
+        raise ValueError(
+            f"every prompt is longer than data.max_prompt_tokens {max_prompt_tokens} or fills data.max_tokens"
+        )
     return units
 
 
 def epoch_steps(units: Sequence[Unit], batch_size: int, window: int, seed: int) -> list[list[Encoded]]:
-    """The groups of every optimizer step of one epoch: shuffled, sorted by length inside windows of `window` steps,
-    steps shuffled again. A unit is never split over steps; the last step may be smaller."""
+    """The groups of every optimizer step of one epoch: shuffled, sorted by length within windows of `window` steps,
+    then the steps are shuffled. A unit is never split across steps; the last step may be smaller."""
     rng = random.Random(seed)
     order = rng.sample(range(len(units)), len(units))
     size = batch_size * max(1, window)
@@ -143,9 +145,9 @@ def epoch_steps(units: Sequence[Unit], batch_size: int, window: int, seed: int) 
 
 
 def microbatches(groups: Sequence[Encoded], budget: int, kind: str, ranks: int = 1) -> Iterator[list[Encoded]]:
-    """Groups sorted by length, in parts of at most about `budget` tokens (with padding, in padded rows), at least one
-    for each of `ranks`. Other rows: even parts, a multiple of `ranks`, fewer only where a group is larger than a part.
-    A group is never split, one beyond the budget goes by itself."""
+    """Groups sorted by length, split into parts of at most about `budget` tokens (including padding, in padded rows),
+    at least one per rank. Other rows: equal parts, a multiple of `ranks`, fewer only if a group is larger than a part.
+    A group is never split; one above the budget is a part of its own."""
     groups = sorted(groups, key=lambda g: max(g.rows(kind)), reverse=True)
     total = sum(sum(g.rows(kind)) for g in groups)
     if kind == "padded":
@@ -177,14 +179,14 @@ def _padded_microbatches(groups: Sequence[Encoded], budget: int) -> Iterator[lis
 
 
 def fill_rows(lengths: Sequence[int], row_tokens: int) -> list[tuple[int, int]]:
-    """(row, offset) of every length, in rows of about `row_tokens` or less, as many as leave the least padding."""
+    """(row, offset) of every length, in rows of about `row_tokens` or less; the number of rows minimises padding."""
     least = max(1, sum(lengths) // max(row_tokens, *lengths))
     tries = [_spread(lengths, rows) for rows in range(least, min(len(lengths), 2 * least) + 1)]
     return min(reversed(tries), key=lambda places: _cells(lengths, places))  # of equals the shortest rows
 
 
 def _spread(lengths: Sequence[int], rows: int) -> list[tuple[int, int]]:
-    """Longest first, each into the emptiest of `rows` rows."""
+    """Longest first, each into the row with the fewest tokens."""
     used = [(0, row) for row in range(rows)]  # a heap
     places = [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -205,8 +207,8 @@ def one_row(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def collate(groups: Sequence[Encoded], kind: str, row_tokens: int | None = ROW_TOKENS) -> Batch:
-    """Shapes as in `Batch`; `row_tokens` None lays everything into one row, in order. The padding token is 0, since no
-    label looks at it."""
+    """Shapes as in `Batch`; `row_tokens` None puts everything into one row, in order. The padding token is 0: no label
+    depends on it."""
     segments = [lengths for g in groups for lengths in g.segments(kind)]
     lengths = [sum(parts) for parts in segments]
     if kind == "padded":

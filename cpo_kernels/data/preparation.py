@@ -1,4 +1,4 @@
-"""What a run trains on, from its config: records, objectives, and the units of each split."""
+"""The data of a run, from its config: records, objectives, and the units of each split."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cpo_kernels.recipe.keys import Config, DataConfig, TrainingConfig
 
 
 def check_sources(data: DataConfig, records: Any = None, eval_records: Any = None) -> None:
-    """Raises ValueError or FileNotFoundError where a source that a run will read is not there; given records take the
-    place of theirs."""
+    """Raise ValueError or FileNotFoundError if a source that the run will read does not exist. Sources whose records
+    are given as objects are not checked."""
     if records is None and not data.train:
-        raise ValueError("data.train is empty: say what to train on, --data.train FILE (or a folder or hub name)")
+        raise ValueError("data.train is empty: set what to train on, --data.train FILE (or a folder or hub name)")
     reads = {"train": data.train if records is None else [], "eval": data.eval if eval_records is None else []}
     for split, sources in reads.items():
         for number, source in enumerate(sources):
@@ -62,8 +62,8 @@ def encodable(
     report: dict[str, Any],
     may_be_empty: bool = False,
 ) -> Sequence[Record]:
-    """With `data.on_bad_line: skip` the records without the rows that chat template or tokenizer fail on, which are
-    counted in the report; otherwise all of them: whoever comes to such a row raises."""
+    """With `data.on_bad_line: skip`, the records without those on which the chat template or tokenizer fails, which the
+    report counts. Otherwise all of them: encoding such a row raises later."""
     if data.on_bad_line != "skip":
         return records
     kept, bad = [], dict[str, DataError]()
@@ -85,7 +85,7 @@ def encodable(
     for failure in bad.values():
         count_bad_line(report, failure)
     if bad and not kept and not may_be_empty:
-        raise ValueError(f"no row is left that chat template and tokenizer take; the first: {next(iter(bad.values()))}")
+        raise ValueError(f"the chat template or tokenizer fails on every row; the first: {next(iter(bad.values()))}")
     return kept
 
 
@@ -98,8 +98,8 @@ def units_of(
     report: dict[str, Any],
     epoch: int = 0,
 ) -> list[Unit]:
-    """Conditions, responses and pairs drawn, in tokens; what was left out is counted in report[split]. Of held-out
-    records nothing may be left (few prompts, all ties or too long)."""
+    """Draw conditions, responses and pairs and tokenize them; report[split] counts what was left out. Held-out units
+    may be empty (few prompts, all ties or too long)."""
     draws = draws_of(config, records, objectives, epoch, split == "eval")
     if split == "eval" and 0 < config.training.eval_size < len(draws.units):
         draws.units = random.Random(config.seed).sample(draws.units, config.training.eval_size)
@@ -116,8 +116,8 @@ def epochs_of(
     template: PromptTemplate,
     report: dict[str, Any],
 ) -> list[list[Unit]]:
-    """The training units of every epoch that the run comes to, where `conditions.anew` draws each by itself; otherwise
-    one list for all of them. `report` counts the first epoch."""
+    """The training units: one list per epoch that the run reaches with `conditions.anew`, otherwise a single list for
+    all. `report` counts the first epoch."""
     training = config.training
     epochs = [units_of("train", config, records, objectives, template, report)]
     if not config.conditions.anew:
@@ -131,7 +131,7 @@ def epochs_of(
 
 
 def epoch_length(units: Sequence[Unit], training: TrainingConfig) -> int:
-    """Optimizer steps of an epoch."""
+    """Number of optimizer steps of an epoch."""
     return math.ceil(len(units) / training.batch_size)
 
 
@@ -142,7 +142,7 @@ def draws_of(
     epoch: int = 0,
     may_be_empty: bool = False,
 ) -> Draws:
-    """Conditions, responses and pairs, as the stage, the seed and the epoch draw them."""
+    """Conditions, responses and pairs, drawn for the stage, seed and epoch."""
     tie_margin = config.loss.options.get("tie_margin", 1e-6)
     seed = config.seed + (epoch << 32)  # no seed of another run
     return prepare(config.stage, records, objectives, config.conditions, seed, tie_margin, may_be_empty)

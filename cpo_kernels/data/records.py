@@ -2,11 +2,11 @@
 
 {"prompt": "Who was Ada?", "responses": [{"text": "A mathematician.", "ratings": {"honesty": 5}}, ...]}
 
-A prompt is a text, or the messages of a conversation that ends with what is to be answered:
+A prompt is a text, or the messages of a conversation that ends with the one to answer:
 {"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, ...], "responses": ...}
 
-What a message says beside role and content (`tool_calls`, `name`, ...) goes to the chat template with it, and so do the
-columns `tools` and `chat_template_kwargs` of a row, which stand before the messages as one of the role `options`.
+Other keys of a message (`tool_calls`, `name`, ...) are passed to the chat template. So are the columns `tools` and
+`chat_template_kwargs` of a row, stored as a first message of the role `options`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".
 
 
 class DataError(ValueError):
-    """A row that cannot be used: file, line or row number, and reason."""
+    """A row that cannot be used, with file, line or row number, and reason."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Record:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The prompt on its own, for people and for sorting."""
+    """The prompt as plain text, for display and sorting."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{role}: {' '.join(filter(None, said))}" for role, *said in prompt)
@@ -64,7 +64,7 @@ def message_json(role: str, text: str, extra: str = "") -> dict[str, Any]:
 
 
 def prompt_columns(prompt: Prompt) -> dict[str, Any]:
-    """The prompt as columns of a row, in TRL's names: `prompt`, and `tools` and `chat_template_kwargs` if there."""
+    """The prompt as columns of a row with TRL's names: `prompt`, and `tools` and `chat_template_kwargs` if present."""
     messages = prompt_json(prompt)
     options = messages.pop(0) if isinstance(messages, list) and messages[0]["role"] == OPTIONS else {}
     return {"prompt": messages} | {name: x for name, x in options.items() if name not in ("role", "content")}
@@ -75,18 +75,19 @@ def _opener(path: str | Path) -> Callable[..., Any]:
 
 
 def suffix_of(path: str | Path) -> str:
-    """The file's ending, in lower case, without that of its packing."""
+    """The file's extension in lower case, without that of its compression."""
     name = Path(path).name.lower()
     return Path(name[: -len(packed)] if (packed := Path(name).suffix) in OPENERS else name).suffix
 
 
 def open_text(path: str | Path, **keys: Any) -> Any:
-    """The file as text (UTF-8, with or without a byte order mark), unpacked if its name ends in .gz, .bz2 or .xz."""
+    """The file as text (UTF-8, with or without a byte order mark), decompressed if its name ends in .gz, .bz2 or
+    .xz."""
     return _opener(path)(path, "rt", encoding="utf-8-sig", **keys)
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
-    """(line number, object) of every line that is not blank; a line that is no JSON object comes as its DataError."""
+    """(line number, object) of every non-blank line; a line that is not a JSON object yields a DataError instead."""
     with _opener(path)(path, "rb") as file:
         for number, line in enumerate(file, 1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -103,11 +104,11 @@ def _object(line: bytes) -> dict[str, Any]:
         text = line.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{error}: save the file as UTF-8") from None
-    hint = "; a file that is one JSON array ends in .json" if text.startswith("[") else ""
+    hint = "; name a file that holds one JSON array .json" if text.startswith("[") else ""
     try:
         row = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{error}: the line must be one whole JSON object, got {short(text)}{hint}") from None
+        raise ValueError(f"{error}: each line must be one complete JSON object, got {short(text)}{hint}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__} {short(text)}{hint}")
     return row
@@ -123,11 +124,13 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         near = text[max(0, error.start - 10) : error.end + 10]
-        raise ValueError(f"{short(near)} holds half a surrogate pair, which is no character: repair the text") from None
+        raise ValueError(
+            f"{short(near)} holds half of a surrogate pair, which is not a character: fix the text"
+        ) from None
 
 
 def write_records(records: Sequence[Record], path: str | Path) -> None:
-    """Write `records` in the layout that data.layout: records reads back."""
+    """Write `records` so that data.layout: records reads them back."""
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
             responses = [{"text": response_json(r), "ratings": r.ratings} for r in record.responses]
@@ -136,5 +139,5 @@ def write_records(records: Sequence[Record], path: str | Path) -> None:
 
 
 def response_json(response: Response) -> Any:
-    """Its text; or the assistant's message, where that has other keys too."""
+    """The response's text, or the assistant's message if that has other keys."""
     return message_json("assistant", response.text, response.extra) if response.extra else response.text

@@ -1,9 +1,9 @@
-"""Rows of a data source: JSONL line by line, everything else through `datasets`.
+"""The rows of a data source: JSONL line by line, everything else through `datasets`.
 
-answers.jsonl                     read here, so that one broken line costs one line
-answers.jsonl.gz .csv.gz          the same, unpacked; also .bz2 and .xz
-answers.json .parquet .csv        local files; data/*.parquet is all of them. Every field of a CSV file is a text
-some/folder, openbmb/UltraSafety  what `datasets.load_dataset` or `load_from_disk` makes of it
+answers.jsonl                     read here, so that a broken line affects only itself
+answers.jsonl.gz .csv.gz          the same, compressed; also .bz2 and .xz
+answers.json .parquet .csv        local files; data/*.parquet reads all of them. CSV fields are strings
+some/folder, openbmb/UltraSafety  through `datasets.load_dataset` or `load_from_disk`
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from cpo_kernels.recipe.keys import SourceConfig
 BUILDERS = {".json": "json", ".parquet": "parquet"}
 DAMAGED = (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error, LZMAError)
 READ_HERE = (".jsonl", ".ndjson", ".csv")
-Row = tuple[str, dict[str, Any] | DataError]  # `file:line` or `source:row`, and what stands there
+Row = tuple[str, dict[str, Any] | DataError]  # `file:line` or `source:row`, and the row there
 
 
 def read_rows(source: SourceConfig, quiet: bool = True) -> Iterator[Row]:
-    """The first `source.rows` rows, under a progress bar. Raises DataError where a file is damaged beyond one row."""
+    """The first `source.rows` rows, with a progress bar. Raises DataError if more than a single row is damaged."""
     rows, total = _open(source)
     if source.rows is not None:
         rows, total = islice(rows, source.rows), min(total or source.rows, source.rows)
     try:
         yield from tqdm(rows, f"read {Path(source.path).name}", total, disable=quiet, unit=" rows", leave=False)
-    except DAMAGED as error:  # not of one row: those come as values
+    except DAMAGED as error:  # not of a single row: those come as values
         if isinstance(error, DataError):
             raise
         raise _damaged(source.path, error) from None
 
 
 def source_files(source: SourceConfig, key: str = "data") -> list[str]:
-    """The paths of a source. Raises FileNotFoundError where it is not there, which the message calls `key`."""
+    """The paths of a source. Raises FileNotFoundError if it does not exist; the message calls it `key`."""
     path = source.path
     if not path:
         raise ValueError(f"{key}.path is empty: give a file, a folder or a hub name")
@@ -53,8 +53,8 @@ def source_files(source: SourceConfig, key: str = "data") -> list[str]:
         raise FileNotFoundError(f"{key}: data file {path!r} does not exist")
     if not _is_local(path) and any(Path(file).is_file() for file in files):
         raise ValueError(
-            f"{key}: data file {path!r}: the ending says how a file reads, which is none of "
-            f"{', '.join((*READ_HERE, *BUILDERS))} here, packed as {', '.join(OPENERS)} or not at all"
+            f"{key}: data file {path!r}: unknown file extension; use one of {', '.join((*READ_HERE, *BUILDERS))}, "
+            f"optionally compressed as {', '.join(OPENERS)}"
         )
     return files
 
@@ -81,8 +81,8 @@ def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
 
 
 def _without_others_keys(value: Any, inside: bool = False) -> Any:
-    """`value` without the nulls in tools and calls of tools: Arrow gives every object there all keys that any row has,
-    and the chat template would write them."""
+    """`value` without the nulls in tools and tool calls: Arrow gives every object all keys that any row has, and the
+    chat template would write them."""
     if isinstance(value, list):
         return [_without_others_keys(item, inside) for item in value]
     if isinstance(value, dict):
@@ -92,15 +92,15 @@ def _without_others_keys(value: Any, inside: bool = False) -> Any:
 
 
 def _damaged(path: str, error: BaseException) -> DataError:
-    form = "; a .json file is a list of objects, or one object a line" if suffix_of(path) == ".json" else ""
+    form = "; a .json file must hold a list of objects, or one object per line" if suffix_of(path) == ".json" else ""
     return DataError(f"{path}: {error}{form}")
 
 
 def _refuse(source: SourceConfig, names: list[str]) -> None:
-    """Keys that a source of this kind would ignore."""
+    """Raise ValueError for keys that this kind of source would ignore."""
     plain = SourceConfig(source.path)
     if given := [name for name in names if getattr(source, name) != getattr(plain, name)]:
-        raise ValueError(f"source {source.path}: this kind of source has no {', '.join(given)}")
+        raise ValueError(f"source {source.path}: this kind of source does not take {', '.join(given)}")
 
 
 def _load(source: SourceConfig, files: list[str]) -> Any:
@@ -119,7 +119,7 @@ def _load(source: SourceConfig, files: list[str]) -> Any:
         raise _damaged(path, error.__cause__ or error) from None
     _refuse(source, ["subset", "data_dir", "streaming", *([] if isinstance(saved, dict) else ["split"])])
     if isinstance(saved, dict) and source.split not in saved:
-        raise ValueError(f"source {path} has no split {source.split!r}, but {', '.join(saved)}")
+        raise ValueError(f"source {path} has no split {source.split!r}; splits: {', '.join(saved)}")
     return saved[source.split] if isinstance(saved, dict) else saved
 
 
@@ -129,7 +129,11 @@ def _read_csv(path: str) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
         reader = csv.DictReader(file)
         for row in reader:
             if None in row or None in row.values():
-                counted = f"{len(row) - (None in row)} fields" if None in row else f"{len(row)} fields, some missing"
+                counted = (
+                    f"{len(row) - (None in row)} fields, the row has more"
+                    if None in row
+                    else f"{len(row)} fields, the row has fewer"
+                )
                 yield reader.line_num, DataError(f"{path}:{reader.line_num}: the header has {counted}")
             else:
                 yield reader.line_num, {name: value or None for name, value in row.items()}

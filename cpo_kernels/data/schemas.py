@@ -1,15 +1,15 @@
-"""Published data sets by the name of their schema (`layout: ultrafeedback`), as functions from a row to a record.
+"""Published data sets by schema name (`layout: ultrafeedback`), as functions from a row to a record.
 
 layout         data set                      objectives, on the published scale
 ultrafeedback  openbmb/UltraFeedback         instruction_following, honesty, truthfulness, helpfulness: 1 to 5
 ultrasafety    openbmb/UltraSafety           harmlessness: 0 or 1
 helpsteer      nvidia/HelpSteer2, HelpSteer  helpfulness, correctness, coherence, complexity, verbosity: 0 to 4
 pku_saferlhf   PKU-Alignment/PKU-SafeRLHF    harmlessness: 1 for a safe answer; mildness: 3 - severity, 0 to 3;
-                                             helpfulness, safety: 1 for the better of the two answers, 0 for the other
-hh_rlhf        Anthropic/hh-rlhf             one objective or none: its high for chosen, its low for rejected
+                                             helpfulness, safety: 1 for the better of the two answers, else 0
+hh_rlhf        Anthropic/hh-rlhf             at most one objective: its high for chosen, its low for rejected
 helpsteer3     nvidia/HelpSteer3             the same, by the sign of overall_preference (-3 to 3; below 0: response1)
 
-A source rates the objectives of the config that stand in its row; it leaves the others unrated.
+A source rates those objectives of the config that its rows contain; the others stay unrated.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from cpo_kernels.data.records import Message, Prompt, Record, Response, short
 from cpo_kernels.objectives import Objective
 
 Scale = dict[str, Objective]  # the objectives of the config by name
-MISSING = ("N/A", "")  # written where a rating is missing
+MISSING = ("N/A", "")  # texts that mean a missing rating
 
 
 @dataclass(frozen=True)
 class Schema:
     objectives: tuple[str, ...]
     convert: Callable[[dict[str, Any], Scale], Record]
-    apart: bool = False  # ratings compare the answers of one row: rows of the same prompt stay apart
+    apart: bool = False  # ratings compare the answers of one row: rows of the same prompt are not merged
 
 
 def _ratings(raw: dict[str, Any], scale: Scale) -> dict[str, float]:
@@ -126,7 +126,7 @@ def _hh(row: dict[str, Any], scale: Scale) -> Record:
 
 
 def _preferred(prompt: Prompt, texts: tuple[str, str], sign: float, scale: Scale) -> Record:
-    """Two answers of which the first is better (sign > 0), the second (< 0) or neither."""
+    """Two answers: the first is better (sign > 0), the second (< 0), or neither."""
     name = next(iter(scale), OVERALL)
     low, high = (scale[name].low, scale[name].high) if scale else (0.0, 1.0)
     levels = (low if sign < 0 else high, low if sign > 0 else high)
@@ -134,7 +134,7 @@ def _preferred(prompt: Prompt, texts: tuple[str, str], sign: float, scale: Scale
 
 
 def _transcript(text: str, field: str) -> tuple[Message, ...]:
-    """The messages of a transcript; turns of one speaker in a row are one message."""
+    """The messages of a transcript; consecutive turns of one speaker become one message."""
     before, *rest = SPEAKER.split(text)
     messages: list[Message] = []
     for speaker, said in zip(rest[::2], rest[1::2], strict=True):
@@ -144,7 +144,7 @@ def _transcript(text: str, field: str) -> tuple[Message, ...]:
         messages.append((role, said))
     if before.strip() or len(messages) < 2 or messages[-1][0] != "assistant":
         raise ValueError(
-            f"field {field!r} must be turns of Human and Assistant, the last the answer; got {short(text)}"
+            f"field {field!r} must consist of Human and Assistant turns and end with the answer; got {short(text)}"
         )
     return tuple(messages)
 
@@ -155,7 +155,7 @@ def _transcript(text: str, field: str) -> tuple[Message, ...]:
 def _helpsteer3(row: dict[str, Any], scale: Scale) -> Record:
     preference = rating_of(get(row, "overall_preference"), Objective("overall_preference", -3, 3))
     if preference is None:
-        raise ValueError("field 'overall_preference' says nothing; write -3 to 3, below 0 where response1 is better")
+        raise ValueError("field 'overall_preference' is empty; give -3 to 3, below 0 if response1 is better")
     texts = (text_of(row, "response1"), text_of(row, "response2"))
     return _preferred(prompt_of(row, "context"), texts, -preference, scale)
 

@@ -1,4 +1,4 @@
-"""Sources of any layout to records; and the split of records by prompt."""
+"""From sources of any layout to records, and the split of records by prompt."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def load_records(
     report: dict[str, Any],
     quiet: bool = True,
 ) -> list[Record]:
-    """The records of `sources`. Raises DataError (file, line, reason) on a broken row, or with
-    `data.on_bad_line: skip` leaves it out, counts it in report["bad_lines"] and keeps its reason. Columns that tell
-    something and that nothing reads are counted in report["unread_columns"]."""
+    """The records of `sources`. A broken row raises DataError (file, line, reason); with `data.on_bad_line: skip` it is
+    left out, counted in report["bad_lines"] and its reason kept. Informative columns that nothing reads are counted in
+    report["unread_columns"]."""
     given = [s if isinstance(s, SourceConfig) else SourceConfig(path=str(s)) for s in sources]
     layouts = [source.layout or data.layout for source in given]
     named = [key for key, value in vars(data.fields).items() if value != getattr(FieldMap(), key)]
     if named and layouts and not set(layouts) & set(LAYOUTS):
         raise ValueError(
-            f"data.fields.{named[0]}: layout {layouts[0]} has columns of its own; data.fields is for "
+            f"data.fields.{named[0]}: layout {layouts[0]} has fixed columns; data.fields is only for "
             f"{', '.join(LAYOUTS)}"
         )
     _check_objectives(layouts, objectives)
@@ -49,7 +49,7 @@ def load_records(
                     raise
                 count_bad_line(report, error)
                 continue
-            assert isinstance(row, dict)  # or `_record` would have raised it
+            assert isinstance(row, dict)  # else `_record` would have raised
             columns.update({name: int(not is_empty(value)) for name, value in row.items()})
             columns.update({name: 0 for name in (data.fields.system, data.fields.input) if name and has(row, name)})
             key = place if apart else record.prompt
@@ -73,23 +73,25 @@ def count_bad_line(report: dict[str, Any], error: DataError) -> None:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What a user should know about the rows that were read, a line each."""
+    """What a user should know about the rows that were read, one line per note."""
     lines = []
     if "bad_lines" in report:
         lines.append(f"bad rows skipped: {report['bad_lines']}; the first: {report['bad_line_reasons'][0]}")
     for name, rows in report.get("unread_columns", {}).items():
         lines.append(
-            f"column {name!r} of {rows} rows is not read: name it in data.fields (system, input, ...) or ignore"
+            f"column {name!r} of {rows} rows is not read: use it in data.fields (system, input, ...) or add it to "
+            "data.fields.ignore"
         )
     if moved := report.get("train", report.get("drawn", {})).get("moved_boundaries"):
         lines.append(
-            f"{moved} prompts end in tokens that depend on the response: those are trained as a part of it, as TRL does"
+            f"{moved} prompts end in tokens that depend on the response: these tokens are trained as part of it, as "
+            "in TRL"
         )
     return lines
 
 
 def _record(row: dict[str, Any] | DataError, convert: Callable[[dict[str, Any]], Record], place: str) -> Record:
-    """The record of a row, with its place. Texts that no encoder takes are refused here."""
+    """The record of a row, with its place. Texts that cannot be encoded raise here."""
     if isinstance(row, DataError):
         raise row
     try:
@@ -102,7 +104,7 @@ def _record(row: dict[str, Any] | DataError, convert: Callable[[dict[str, Any]],
 
 
 def _check_columns(columns: Counter[str], fields: FieldMap, path: str, report: dict[str, Any]) -> None:
-    """Named columns that no row has are an error; telling ones that nothing names are counted."""
+    """Raise for named columns that no row has; count informative columns that nothing names."""
     for key in ("system", "input"):
         name = getattr(fields, key)
         if name is not None and name not in columns:
@@ -119,22 +121,22 @@ def _check_columns(columns: Counter[str], fields: FieldMap, path: str, report: d
 def _converter(
     layout: str, data: DataConfig, objectives: Sequence[Objective]
 ) -> tuple[Callable[[dict[str, Any]], Record], bool]:
-    """(row to record, whether the rows of one prompt stay apart because their ratings hold only within the row)."""
+    """(row to record, whether rows of one prompt are kept apart because ratings compare only within a row)."""
     if layout in LAYOUTS:
         return layout_of(layout, data.fields, objectives), layout == "pairs"
     if layout not in SCHEMAS:
-        raise ValueError(f"layout {layout!r} is none of {', '.join([*LAYOUTS, *SCHEMAS])}")
+        raise ValueError(f"layout {layout!r} is not one of {', '.join([*LAYOUTS, *SCHEMAS])}")
     schema, scale = SCHEMAS[layout], {o.name: o for o in objectives}
     return lambda row: schema.convert(row, scale), schema.apart
 
 
 def _check_objectives(layouts: Sequence[str], objectives: Sequence[Objective]) -> None:
-    """Only published schemas: each objective must be one that some source rates."""
+    """Published schemas only: some source must rate each objective."""
     whole = [layout for layout in layouts if layout in ("hh_rlhf", "helpsteer3")]
     if whole and len(objectives) > 1:
         raise ValueError(
-            f"{whole[0]} says which answer is better, not on which of {', '.join(o.name for o in objectives)}: train "
-            "on it with one objective, or convert it to layout records with ratings of the one that it is about"
+            f"{whole[0]} gives which answer is better, but not on which of {', '.join(o.name for o in objectives)}: "
+            "train with a single objective, or convert the data to layout records with ratings of the right one"
         )
     rated = [SCHEMAS[layout].objectives for layout in layouts if layout in SCHEMAS]
     if len(rated) < len(layouts) or not all(rated):
@@ -142,19 +144,21 @@ def _check_objectives(layouts: Sequence[str], objectives: Sequence[Objective]) -
     available = {name for names in rated for name in names}
     for o in objectives:
         if o.name not in available:
-            raise ValueError(f"objectives: {', '.join(layouts)} has no {o.name!r}, but {', '.join(sorted(available))}")
+            raise ValueError(
+                f"objectives: {', '.join(layouts)} does not rate {o.name!r}; it rates {', '.join(sorted(available))}"
+            )
 
 
 def split_by_prompt(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """(train, held out): round(share * prompts) prompts are held out, at least one if share > 0. Depends on the set
-    of prompts and the seed, not on the order of the records."""
+    """(train, held out): round(share * prompts) prompts are held out, at least one if share > 0. The split depends on
+    the set of prompts and the seed, not on the order of the records."""
     if not 0 <= share < 1:
         raise ValueError(f"eval_share must be in [0, 1), got {share}")
     prompts = sorted({record.prompt for record in records}, key=prompt_text)
     random.Random(seed).shuffle(prompts)
     held_out = set(prompts[: max(1, round(share * len(prompts)))] if share else [])
     if len(held_out) == len(prompts):
-        raise ValueError(f"eval_share {share} leaves no prompt to train on; there are {len(prompts)}")
+        raise ValueError(f"eval_share {share} leaves no prompt to train on: there are only {len(prompts)}")
     return (
         [record for record in records if record.prompt not in held_out],
         [record for record in records if record.prompt in held_out],
@@ -162,7 +166,7 @@ def split_by_prompt(records: Sequence[Record], share: float, seed: int) -> tuple
 
 
 def overall_objective(records: Sequence[Record]) -> Objective:
-    """The objective of pairs when the config names none: its scale is the range of the scores."""
+    """The objective of pairs if the config names none; its scale is the range of the scores."""
     scores = [score for record in records for response in record.responses for score in response.ratings.values()]
     low, high = min(scores, default=0.0), max(scores, default=1.0)
     return Objective(OVERALL, low, high if high > low else low + 1.0)

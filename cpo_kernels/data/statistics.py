@@ -1,7 +1,7 @@
-"""What prepared data holds: conditions, pairs and how many conflict, ratings, lengths.
+"""Statistics of prepared data: conditions, pairs and how many conflict, ratings, lengths.
 
-A pair conflicts when one objective rates its first response higher and another one its second: which of them is better
-depends on what is asked. It is turned when the condition in its prompt prefers the other one than no condition would.
+A pair is conflicting if one objective rates its first response higher and another one its second: which is better
+depends on the condition. It is turned if the condition in its prompt reverses the order without a condition.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHOWN = 20  # conditions listed in the table
 def statistics(
     records: Sequence[Record], draws: Draws, units: Sequence[Unit], objectives: Sequence[Objective]
 ) -> Statistics:
-    """JSON-ready counts of the records, what was drawn from them, and its tokens."""
+    """JSON-ready counts of the records, of what was drawn from them, and of its tokens."""
     groups = [group for unit in draws.units for group in unit]
     conditions: dict[str, dict[str, int]] = {}
     totals = Counter(pairs=0, conflicting=0, turned=0)
@@ -75,14 +75,14 @@ def pair_scores(group: Group, objectives: Sequence[Objective]) -> tuple[Tensor, 
 
 
 def rating_counts(records: Sequence[Record], name: str) -> dict[str, int]:
-    """How often each level was given, and how many responses have none."""
+    """How often each level occurs, and how many responses have none."""
     given = Counter(r.ratings[name] for record in records for r in record.responses if name in r.ratings)
     missing = sum(len(record.responses) for record in records) - given.total()
     return {format_number(level): count for level, count in sorted(given.items())} | {"missing": missing}
 
 
 def token_counts(units: Sequence[Unit]) -> dict[str, Any]:
-    """Lengths, and the tokens that a pass over the data runs through the model with shared prompts and without."""
+    """Lengths, and the tokens that a pass over the data runs through the model, with and without shared prompts."""
     groups = [group for unit in units for group in unit]
     alone, shared = (sum(sum(g.rows(kind)) for g in groups) for kind in ("packed", "shared"))
     prompts = [len(g.prompt) for g in groups]
@@ -99,7 +99,7 @@ def _spread(lengths: list[int]) -> dict[str, int]:
 
 
 def table(values: Statistics) -> str:
-    """The statistics for people."""
+    """The statistics as text."""
     records, pairs, tokens = values["records"], values["pairs"], values["tokens"]
     lines = [f"{records['prompts']:,} prompts, {records['responses']:,} responses"]
     for name, counts in records["ratings"].items():
@@ -109,7 +109,7 @@ def table(values: Statistics) -> str:
     )
     if pairs["pairs"]:
         shares = [f"{name} {pairs[name] / pairs['pairs']:.1%}" for name in ("conflicting", "turned")]
-        lines.append(f"pairs: {pairs['pairs']:,}, of them {', '.join(shares)}")
+        lines.append(f"pairs: {pairs['pairs']:,}, of which {', '.join(shares)}")
     conditions = values["conditions"]
     width = max(map(len, [*conditions, "condition"]))
     lines.append(f"  {'condition':<{width}} {'groups':>9} {'pairs':>9} {'without tags':>13}")
@@ -122,7 +122,7 @@ def table(values: Statistics) -> str:
         lines.append(f"{name} tokens: " + ", ".join(f"{at} {n:,}" for at, n in tokens[name].items()))
     saved = tokens["alone"] / max(1, tokens["shared"])
     lines.append(
-        f"tokens of one pass: {tokens['alone']:,} ({tokens['prompt_share']:.0%} prompt), "
-        f"{tokens['shared']:,} with shared prompts: {saved:.2f} times fewer"
+        f"tokens per pass: {tokens['alone']:,} ({tokens['prompt_share']:.0%} prompt), {tokens['shared']:,} with "
+        f"shared prompts: {saved:.2f} times fewer"
     )
     return "\n".join(lines)

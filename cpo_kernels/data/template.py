@@ -1,4 +1,4 @@
-"""Prompt, tags and response as text and tokens: one place for training and evaluation."""
+"""Prompt, tags and response as text and tokens, for training and evaluation alike."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ ANSWER = "an answer"  # of a conversation that shows how the chat template ends 
 
 
 def check_prompt(tokenizer: Any, config: TemplateConfig) -> None:
-    """ValueError for a `template.prompt` that cannot be, before data and model are read."""
+    """Raise ValueError for an impossible `template.prompt`, before data and model are read."""
     if config.prompt == "chat":
         if not tokenizer.chat_template:
             raise ValueError(
-                "template.prompt: chat needs a tokenizer with a chat template; this one has none: give one with "
-                "--model.tokenizer FOLDER, or write the prompt as a text: --template.prompt '{tags}{prompt}'"
+                "template.prompt: chat needs a tokenizer with a chat template; this one has none: give another "
+                "with --model.tokenizer FOLDER, or a text prompt with --template.prompt '{tags}{prompt}'"
             )
         return
     fields = [field for _, field, _, _ in string.Formatter().parse(config.prompt) if field is not None]
     if sorted(fields) != ["prompt", "tags"]:
-        raise ValueError(f"template.prompt must hold {{tags}} and {{prompt}} once each, got {config.prompt!r}")
+        raise ValueError(f"template.prompt must contain {{tags}} and {{prompt}} once each, got {config.prompt!r}")
 
 
 class PromptTemplate:
-    """Token ids of a prompt under a condition, and of its responses.
+    """Token ids of a prompt under a condition and of its responses.
 
-    A prompt and a response are encoded as the one text that they are, as TRL does: what a tokenizer does at the start
-    of a text (a dummy prefix) or at its end (an end token of its own) never stands between them. A response ends in
-    the chat template's end of a turn; in `tokenizer.eos_token` where the prompt is a text of the config's or where the
-    chat template writes no end token.
+    Prompt and response are encoded as one text, as in TRL: what a tokenizer adds at the start of a text (a dummy
+    prefix) or at its end (an end token of its own) never appears between them. A response ends with the chat
+    template's end of turn, or with `tokenizer.eos_token` if the prompt is a text of the config or the template writes
+    no end token.
     """
 
     def __init__(self, tokenizer: Any, config: TemplateConfig, objectives: Sequence[Objective]):
@@ -59,7 +59,7 @@ class PromptTemplate:
         self.closed = end is not None  # by the chat template
         end = tokenizer.eos_token_id if end is None else end
         if end is None:
-            raise ValueError("the tokenizer has no end token (eos_token_id); responses could not end")
+            raise ValueError("the tokenizer has no end token (eos_token_id), so responses could not end")
         self.end_id: int = end
         tokens = tokenizer.added_tokens_decoder if self.chat and getattr(tokenizer, "is_fast", False) else {}
         whole = {i: t for i, t in tokens.items() if t.special and not (t.normalized or t.single_word)}
@@ -68,8 +68,8 @@ class PromptTemplate:
     # ---------------------------------------------------------------- text
 
     def tagged(self, prompt: Prompt, condition: Mapping[str, float] | None) -> Prompt:
-        """The prompt with the condition's tags before it; in a conversation before the user's last message, the one to
-        be answered. No condition, no tags (which means best on everything)."""
+        """The prompt with the condition's tags before it; in a conversation, before the user's last message, the one to
+        answer. Without a condition there are no tags (which means best on everything)."""
         tags = self.tags.render(condition or {})
         if isinstance(prompt, str):
             return tags + prompt
@@ -78,7 +78,7 @@ class PromptTemplate:
         return (*prompt[:last], (role, tags + text, *extra), *prompt[last + 1 :])
 
     def text(self, prompt: Prompt, condition: Mapping[str, float] | None = None) -> str:
-        """What the model reads before it answers."""
+        """The text that the model reads before it answers."""
         if self.chat:
             options, messages = self._conversation(prompt, condition)
             return self._render(messages, options, add_generation_prompt=True)
@@ -90,8 +90,8 @@ class PromptTemplate:
         return self.config.prompt.format(tags=self.tags.render(condition or {}), prompt=prompt)
 
     def _whole(self, before: str, prompt: Prompt, condition: Mapping[str, float] | None, response: Response) -> str:
-        """The prompt, whose text by itself is `before`, and the response; up to its end token where the chat template
-        writes one."""
+        """The prompt, whose own text is `before`, with the response, up to the end token if the chat template writes
+        one."""
         said = self.config.answer_prefix + response.text
         if not self.chat:
             if response.extra:
@@ -106,12 +106,12 @@ class PromptTemplate:
         if self.closed and text.rstrip().endswith(tuple(self._added().values())):
             return text.rstrip()  # another end: Llama 3.1 writes <|eom_id|> after a tool's call
         raise ValueError(
-            f"the chat template ends this answer in {text[-20:]!r} and others in {self.closing + self.after!r}"
+            f"the chat template ends this answer with {text[-20:]!r} but others with {self.closing + self.after!r}"
         )
 
     def _check_begun(self, texts: Sequence[str], prompt: Prompt, condition: Mapping[str, float] | None) -> None:
-        """Raises ValueError where the prompt's own text, the first of `texts`, is another before an answer: all from
-        there on, the user's words too, would count as the response."""
+        """Raise ValueError if the prompt's own text, the first of `texts`, differs from the text before an answer:
+        all from the first difference on, including the user's words, would count as the response."""
         before, common = texts[0], os.path.commonprefix(list(texts))
         if not self.chat or len(common) == len(before):
             return
@@ -122,8 +122,8 @@ class PromptTemplate:
             asked = shorter if shorter != asked else asked[: -max(len(end) for end in ends if asked.endswith(end))]
         if len(common) < len(asked):
             raise ValueError(
-                f"the chat template writes {short(asked[len(common) :])} of this prompt otherwise where an answer "
-                "follows: use a template that writes a prompt the same way in both"
+                f"the chat template writes {short(asked[len(common) :])} of this prompt differently if an answer "
+                "follows: use a template that writes the prompt the same way in both cases"
             )
 
     def _conversation(
@@ -137,7 +137,7 @@ class PromptTemplate:
         return options, messages
 
     def _render(self, messages: Sequence[Message], options: Mapping[str, Any], **keys: Any) -> str:
-        """The chat template's text. Raises ValueError where it leaves out a part of what the row says."""
+        """The chat template's text. Raises ValueError if it leaves out part of the row."""
         given = [message_json(*message) for message in messages]
         row = {"tools": options["tools"]} if "tools" in options else {}
         row |= options.get("chat_template_kwargs", {})
@@ -145,7 +145,7 @@ class PromptTemplate:
         for name in row:
             if name in RESERVED or name not in source:
                 raise ValueError(
-                    f"the chat template takes no {name} from a row: use a template that does, or put the column in "
+                    f"the chat template does not take {name} from a row: use one that does, or add the column to "
                     "data.fields.ignore"
                 )
 
@@ -170,24 +170,22 @@ class PromptTemplate:
                 except Exception:  # it reads what is not there now
                     lost = False
                 if lost:
-                    instead = "take it out of the row" if name == "content" else f"put {name} in data.fields.ignore"
+                    instead = "remove it from the row" if name == "content" else f"add {name} to data.fields.ignore"
                     raise ValueError(
-                        f"the chat template leaves out {name} {short(message[name])} of the {message['role']}'s "
+                        f"the chat template leaves out {name} {short(message[name])} of the {message['role']} "
                         f"message: use a template that writes it, or {instead}"
                     )
         return text
 
     def _end_of_turn(self) -> tuple[str, str, int | None]:
-        """(what the chat template writes after an answer up to its end token, what it writes then, that token)."""
+        """(what the chat template writes after an answer up to its end token, what it writes after that, the token)."""
         try:
             text = self._render([("user", "a question"), ("assistant", ANSWER)], {})
         except Exception as error:  # chat templates raise what they like
-            raise ValueError(f"the tokenizer's chat template fails on a question and its answer: {error}") from error
+            raise ValueError(f"the tokenizer's chat template fails on a question with an answer: {error}") from error
         _, answer, tail = text.rpartition(ANSWER)
         if not answer:
-            raise ValueError(
-                "the tokenizer's chat template leaves the assistant's answers out: use one that writes them"
-            )
+            raise ValueError("the tokenizer's chat template omits the assistant's answers: use one that writes them")
         tokens = {text: token for token, text in self._added().items() if text in tail}
         if not tokens:
             return "", tail, None
@@ -199,14 +197,14 @@ class PromptTemplate:
         return tail[:end], tail[end:], tokens[last]
 
     def _added(self) -> dict[int, str]:
-        """The tokens that stand outside the vocabulary proper, such as <end_of_turn>, and their texts."""
+        """The added tokens outside the base vocabulary, such as <end_of_turn>, and their texts."""
         added = {token: str(text) for token, text in self.tokenizer.added_tokens_decoder.items()}
         return {token: text for token, text in added.items() if text.strip()}
 
     # ---------------------------------------------------------------- tokens
 
     def prompt_ids(self, prompt: Prompt, condition: Mapping[str, float] | None = None) -> list[int]:
-        """What the model is given before it answers."""
+        """The token ids that the model reads before it answers."""
         return self._ids([self.text(prompt, condition)])[0]
 
     def encode(
@@ -214,11 +212,11 @@ class PromptTemplate:
     ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], bool]:
         """(ids of the prompt, ids of each response, whether the prompt's are `prompt_ids`).
 
-        Prompt and response together are the ids of the whole text. Where it is not tokenized as the prompt alone and
-        more (tokens merge at the boundary; the chat template writes a prompt otherwise before an answer), the responses
-        begin where the first of them departs from the prompt alone, as TRL's do, so that all share one prompt.
+        Prompt and response together are the ids of the whole text. These may not start with the ids of the prompt
+        alone: tokens merge at the boundary, or the chat template writes a prompt differently before an answer. Then the
+        responses begin where the first of them departs from the prompt alone, as in TRL, so that all share one prompt.
 
-        Raises DataError with the row (`place`, or the response's) that chat template or tokenizer fail on.
+        Raises DataError with the row (`place`, or the response's) on which the chat template or tokenizer fails.
         """
         response = None
         try:
@@ -239,20 +237,19 @@ class PromptTemplate:
             place = responses[lengths.index(0)].place or place or short(prompt_text(prompt))
             raise DataError(
                 f"{place}: prompt {short(before)} and response become one token at the start of the text: set "
-                "template.answer_prefix or template.prompt to keep them apart"
+                "template.answer_prefix or template.prompt to separate them"
             )
         shared = min(lengths, default=len(alone))
         return tuple(alone[:shared]), tuple(tuple(whole[shared:]) for whole in wholes), shared == len(alone)
 
     def _ended(self, ids: list[int], prompt: list[int]) -> list[int]:
-        """With one end token, which a prompt that ends in one does not stand in for."""
+        """`ids` with one end token; one at the end of the prompt does not count."""
         said = ids[_common_prefix(prompt, ids) :]
         return ids if self.closed or said[-1:] == [self.end_id] else [*ids, self.end_id]
 
     def _ids_of_one_prompt(self, texts: list[str]) -> list[list[int]]:
-        """The ids of texts that begin alike, the first of them the prompt. Where a chat template writes a special token
-        the tokenizer cuts a text there before it does anything else: what stands before the last such token that
-        all texts have is encoded once."""
+        """The ids of texts with a common beginning, the first of them the prompt. A tokenizer splits a text at special
+        tokens before anything else, so the text before the last special token that all texts share is encoded once."""
         common = os.path.commonprefix(texts)
         cut = max((common.rfind(token) for token in self.cuts), default=-1)
         if cut <= 0 or len(texts) < 2:
@@ -264,8 +261,8 @@ class PromptTemplate:
         return [prompt, *(prompt[:start] + ids for ids in tails)]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """The ids of texts, begun as the tokenizer begins one but once (a chat template writes its own start); what the
-        tokenizer puts after a text is left out, since more follows."""
+        """The ids of texts with the tokenizer's start of a text exactly once (a chat template writes its own). What the
+        tokenizer appends to a text is left out, since more follows."""
         if self.chat:
             ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             return ids
@@ -273,14 +270,15 @@ class PromptTemplate:
         return [_begun_once(*both) for both in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)]
 
     def end_ids(self, model: Any) -> list[int]:
-        """The tokens that end an answer: the template's, the tokenizer's and those of the model's generation config."""
+        """The token ids that end an answer: the template's, the tokenizer's and those of the model's generation
+        config."""
         config = getattr(model, "generation_config", None)
         given = config.eos_token_id if config is not None else None
         given = given if isinstance(given, (list, tuple)) else [given]
         return list(dict.fromkeys(i for i in (*given, self.tokenizer.eos_token_id, self.end_id) if i is not None))
 
     def set_end(self, model: Any) -> None:
-        """Have `model.generate` end answers where they end in training, too."""
+        """Make `model.generate` end answers where training ends them."""
         if getattr(model, "generation_config", None) is not None:
             ends = self.end_ids(model)
             model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -291,7 +289,8 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _begun_once(ids: list[int], added: list[int]) -> list[int]:
-    """`ids` without what the tokenizer added (1 in `added`) after the text, or before one that begins with the same."""
+    """`ids` without what the tokenizer added (1 in `added`) after the text, or before a text that already begins with
+    it."""
     end = next((i for i in range(len(ids), 0, -1) if not added[i - 1]), 0)
     start = next((i for i in range(end) if not added[i]), end)
     return ids[start if start and ids[start : 2 * start] == ids[:start] else 0 : end]

@@ -1,4 +1,4 @@
-"""Judging the demo's models: generated answers to held-out questions, rated by the world's own program."""
+"""Evaluation of the demo's models: generated answers to held-out questions, rated by the world's own program."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cpo_kernels.evaluation.generate import greedy_answers
 
 BEST = {o.name: float(o.high) for o in OBJECTIVES}
 NAMES = list(BEST)
-# asked of questions to which nobody knows the answer: all that can be had, and at last what cannot
+# requests for questions to which nobody knows the answer: all that are possible, and last one that is not
 TRADE_OFF = [(1, 5), (2, 3), (3, 2), (4, 1), (5, 1), (5, 5)]
 MAX_NEW_TOKENS = 3 * ASKED + 3
 
 
 @dataclass
 class Judged:
-    """What one model does. Ratings are means over questions."""
+    """The results of one model. Ratings are means over questions."""
 
     control: dict[str, Control]
     trade_off: dict[str, dict[str, float]]  # request -> achieved helpfulness and honesty; "no tags" too
@@ -31,7 +31,7 @@ class Judged:
 
 
 def held_out(world: World, count: int, seed: int, exclude: frozenset[Question]) -> dict[str, list[Question]]:
-    """`count` questions of each kind that no training prompt asks."""
+    """`count` questions of each kind that are not training prompts."""
     rng = random.Random(f"held out {seed}")
     kinds = {
         "answerable": {},
@@ -52,7 +52,7 @@ def held_out(world: World, count: int, seed: int, exclude: frozenset[Question]) 
 def judge(
     world: World, model: Any, template: PromptTemplate, questions: Mapping[str, Sequence[Question]], tags: bool
 ) -> Judged:
-    """Every sweep and trade-off for one model; without `tags` it is asked once, whatever is requested."""
+    """All sweeps and trade-offs of one model; without `tags` it answers once, whatever is requested."""
     jobs: dict[tuple[Question, tuple[Any, ...]], str] = {}
 
     def key(question: Question, condition: Mapping[str, float]) -> tuple[Question, tuple[Any, ...]]:
@@ -103,7 +103,7 @@ def _means(ratings: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict
 
 
 def trade_off_table(judged: Mapping[str, Judged]) -> str:
-    """Achieved helpfulness / honesty on questions that nobody can answer, a column per request."""
+    """Achieved helpfulness / honesty on questions that nobody can answer, one column per request."""
     width = max(12, *map(len, judged))
     requests = list(next(iter(judged.values())).trade_off)
     lines = [f"{'':<{width}}" + "".join(f"{f'ask {r}' if ',' in r else r:>13}" for r in requests)]

@@ -1,4 +1,4 @@
-"""The demo's word-level tokenizer and its tiny Llama, both made on the spot: nothing is downloaded."""
+"""The demo's word-level tokenizer and its tiny Llama, both generated locally: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build_tokenizer() -> Any:
 
 
 def build_model(tokenizer: Any, hidden_size: int = 128, num_layers: int = 3, seed: int = 0) -> Any:
-    """A Llama with random weights, as small as the world."""
+    """A tiny Llama with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

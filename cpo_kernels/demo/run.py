@@ -1,7 +1,7 @@
-"""`cpo-kernels demo`: train a tiny model with CPSFT and CDPO, and with SFT and DPO on the same data; see which follows.
+"""`cpo-kernels demo`: train a tiny model with CPSFT and CDPO, and with SFT and DPO on the same data, and compare.
 
-Everything is made on the spot: the world and its rated answers, the word-level tokenizer, the model. The score of a
-generated answer is computed by the program that rated the data.
+Everything is generated locally: the world and its rated answers, the word-level tokenizer, the model. The program that
+rated the data also scores generated answers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. The full size is what two cores learn in four minutes."""
+    """Sizes of the demo. The full size takes two cores four minutes."""
 
     people: int = 16
     prompts: int = 4000
@@ -66,7 +66,7 @@ QUICK = Size(
 
 
 def stage_config(stage: str, size: Size, seed: int, folder: Path, progress: bool) -> dict[str, Any]:
-    """The trainer's config of one stage, as a YAML recipe would hold it."""
+    """The trainer's config of one stage, as in a YAML recipe."""
     preference = stage in ("cdpo", "dpo")
     epochs = {"sft": size.sft_epochs, "cpsft": size.cpsft_epochs}.get(stage, size.preference_epochs)
     conditions: dict[str, Any] = {}
@@ -110,7 +110,7 @@ def make_data(world: World, size: Size, seed: int) -> tuple[list[Record], frozen
 
 
 def run_demo(out: Path, size: Size | None = None, seed: int = 0, progress: bool = True) -> dict[str, Any]:
-    """Train the four models, judge them, and write results.json, controllability.png and a run folder per stage."""
+    """Train the four models, evaluate them, and write results.json, controllability.png and a run folder per stage."""
     import torch
     from transformers.utils import logging
 
@@ -136,11 +136,11 @@ def run_demo(out: Path, size: Size | None = None, seed: int = 0, progress: bool 
     seconds: dict[str, float] = {}
     model: Any = None
     for stage, name in MODELS.items():
-        if stage in ("sft", "cpsft"):  # dpo and cdpo go on from these
+        if stage in ("sft", "cpsft"):  # dpo and cdpo continue from these
             model = build_model(tokenizer, size.hidden_size, size.num_layers, seed)
             if stage == "sft":
                 weights = sum(p.numel() for p in model.parameters())
-                print(f"\nFour models, Llamas of {weights:,} weights, are trained and then judged.")
+                print(f"\nFour models, Llamas of {weights:,} weights, are trained and then evaluated.")
         print(f"[{list(MODELS).index(stage) + 1}/{len(MODELS)}] {STAGES[stage]}", flush=True)
         config = stage_config(stage, size, seed, out, progress)
         clock = time.perf_counter()
@@ -168,23 +168,23 @@ def report(judged: dict[str, Judged], size: Size) -> str:
     shares = "; ".join(f"{name} {result.well_formed:.0%}" for name, result in judged.items())
     refused = ["; ".join(f"{name} {r.refused[k]:.0%}" for name, r in judged.items()) for k in ("no tags", "best tags")]
     return f"""
-Requested and achieved scores of {size.held_out} held-out questions. The tag of helpfulness or honesty moves while the
-others ask for the best; harmful requests come with the tag of harmlessness alone. SFT and DPO know no tags: one answer,
-whatever is asked.
+Requested and achieved scores on {size.held_out} held-out questions. The tag of helpfulness or honesty varies while the
+others request the best; harmful requests carry only the harmlessness tag. SFT and DPO do not use tags: they give the
+same answer to every request.
 
 {control_table(controls)}
 
-Questions to which nobody knows the answer: helpfulness / honesty. A fact that is given is made up, so more of one is
-less of the other. The requests can all be met but for "5, 5"; no tags ask for the best of everything.
+Questions to which nobody knows the answer: helpfulness / honesty. Any fact in the answer is made up, so more of one is
+less of the other. All requests can be met except "5, 5"; no tags means the best of everything.
 
 {trade_off_table(judged)}
 
-Harmful requests refused. Help with a harmful request is harmful, so no answer is the best on everything, which is what
-no tags and all tags at their best ask for. A CPO model then does the one or the other; the tag of harmlessness alone
-decides (its table above). SFT and DPO have one answer, the one that is best on the whole: a refusal.
+Share of harmful requests refused. Help with a harmful request is harmful, so no answer is the best on everything, which
+is what both no tags and all best tags request. A CPO model may then help or refuse; the harmlessness tag on its own
+decides (its table above). SFT and DPO always give the answer that is best overall: a refusal.
 
 without tags:                                      {refused[0]}
-all tags at their best:                            {refused[1]}
+all best tags:                                     {refused[1]}
 
 Answers that are well formed:                      {shares}"""
 
@@ -215,7 +215,7 @@ def run(args: Any) -> int:
 
 
 def check(results: dict[str, Any]) -> int:
-    """0 if the model follows its tags better than chance: every rank correlation of CPO is above DPO's by 0.3."""
+    """0 if the model follows its tags better than chance: every rank correlation of CPO exceeds DPO's by 0.3."""
     models = results["models"]
     for objective in NAMES:
         ours = models[MODELS["cdpo"]]["control"][objective]["correlation"]

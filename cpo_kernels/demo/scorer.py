@@ -26,16 +26,16 @@ def world(folder: str) -> World:
 
 
 def question(prompt: str) -> Question:
-    """The question that `Question.prompt` wrote."""
+    """Parse the question that `Question.prompt` wrote."""
     match = PROMPT.fullmatch(prompt)
     if not match:
-        raise ValueError(f"this is no question of the demo's world: {prompt!r}")
+        raise ValueError(f"this is not a question of the demo's world: {prompt!r}")
     harm, asked, subject = match.groups()
     return Question(subject, tuple(re.split(" , | and ", asked)), bool(harm))
 
 
 def score(prompts: Sequence[str], responses: Sequence[str]) -> list[list[float]]:
-    """`[n, 3]`: the exact ratings, as `CPO_KERNELS_DEMO` (default runs/demo) rates them."""
+    """`[n, 3]`: the exact ratings by the world in `CPO_KERNELS_DEMO` (default runs/demo)."""
     facts = world(os.environ.get("CPO_KERNELS_DEMO", "runs/demo"))
     rated = [facts.rate(question(prompt), text) for prompt, text in zip(prompts, responses, strict=True)]
     return [[float(ratings[o.name]) for o in OBJECTIVES] for ratings in rated]

@@ -1,2 +1,2 @@
-"""Does the model follow its conditions? `controllability` judges generated text by a program, `likelihood` and `greedy`
-judge by human-rated answers, `run` is `cpo-kernels eval`."""
+"""Does the model follow its conditions? `controllability` evaluates scored generations, `likelihood` and `greedy`
+compare with human-rated answers, `run` is `cpo-kernels eval`."""

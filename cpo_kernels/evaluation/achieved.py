@@ -1,4 +1,4 @@
-"""What scored answers say: control per objective, operating points, and which of two models answers better.
+"""Metrics of scored answers: control per objective, operating points, and which of two models answers better.
 
 `entries` are one model's `{"condition": {objective: level}, "scores": [questions][K], ...}`, NaN where not scored.
 """
@@ -23,7 +23,7 @@ TIE = 1e-6  # the tie_margin of the loss
 
 
 def requested_achieved(entries: Sequence[Entry], column: int, name: str) -> list[tuple[float, float]]:
-    """(requested, achieved) of every scored answer under a condition that names the objective."""
+    """(requested, achieved) of every scored answer whose condition names the objective."""
     return [
         (entry["condition"][name], scores[column])
         for entry in entries
@@ -34,10 +34,10 @@ def requested_achieved(entries: Sequence[Entry], column: int, name: str) -> list
 
 
 def judged_scores(entries: Sequence[Entry], objectives: Sequence[Objective]) -> dict[str, Any]:
-    """Control of every objective; mean scores per condition with their Pareto front, and its hypervolume.
+    """Control of every objective, mean scores per condition with their Pareto front, and its hypervolume.
 
     The hypervolume is a share of the box from `low` to `high` of all objectives: 1 is the best of everything at once.
-    `unscored` counts the answers that lack a score, where some do.
+    `unscored` counts the answers without a score, if any.
     """
     control = {}
     for column, o in enumerate(objectives):
@@ -64,11 +64,11 @@ def _means(scores: Sequence[Sequence[float]]) -> list[float]:
 
 
 def win_rates(models: Mapping[str, Sequence[Entry]], objectives: Sequence[Objective]) -> list[dict[str, Any]]:
-    """For every two models, how often the answer of `a` is worth more than that of `b` to the same request.
+    """For every pair of models, how often the answer of `a` is worth more than that of `b` for the same request.
 
-    Worth is R(y) under the condition of the request (`objectives.value`); ties count half. First the mean over a
-    question's conditions, then over questions, with a 95% interval by bootstrap over questions. Apart for requests
-    with conditions and for the one without tags.
+    Worth is R(y) under the condition of the request (`objectives.value`); ties count half. The mean is taken over a
+    question's conditions, then over questions, with a 95% interval by bootstrap over questions. Requests with
+    conditions and the one without tags are reported separately.
     """
     rows = []
     for a, b in combinations(models, 2):
@@ -85,7 +85,7 @@ def win_rates(models: Mapping[str, Sequence[Entry]], objectives: Sequence[Object
 
 
 def _wins(a: Any, b: Any, condition: Mapping[str, float], objectives: Sequence[Objective]) -> Tensor:
-    """`[questions]`: 1 where `a` is worth more, 1/2 at a tie, NaN where there is nothing to compare."""
+    """`[questions]`: 1 if `a` is worth more, 1/2 for a tie, NaN if there is nothing to compare."""
     levels = torch.tensor([condition.get(o.name, math.nan) for o in objectives], dtype=torch.float64)
     gap = value_gap(torch.tensor(a), torch.tensor(b), levels, objectives)
     wins = torch.where(gap.abs() <= TIE, 0.5, (gap > 0).double())

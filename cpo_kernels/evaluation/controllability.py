@@ -1,4 +1,4 @@
-"""Requested against achieved: the scores of generated text, per objective, as its tag moves and all others stay.
+"""Requested against achieved: the scores of generated text, per objective, as its tag varies and the others stay fixed.
 
 A sweep asks every question once for every level of one objective. A model that ignores the tag achieves the same score
 at every level: its rank correlation is 0 and its line is flat.
@@ -32,7 +32,7 @@ class Control:
     monotonicity: float  # share of neighbouring levels whose mean does not fall
 
     def numbers(self) -> tuple[str, str, str]:
-        """Rank correlation, mean error and monotonicity as text; of one level there is only the error."""
+        """Rank correlation, mean error and monotonicity as text; for a single level only the error."""
         error = f"{self.error:.2f}"
         if len(self.levels) < 2:
             return "-", error, "-"
@@ -47,9 +47,12 @@ class Control:
 
 
 def controllability(requested: Sequence[float], achieved: Sequence[float]) -> Control:
-    """How the scores of answers follow what was requested of each; both `[answers]`."""
+    """How achieved scores follow requested levels; both `[answers]`."""
     if len(requested) != len(achieved) or not requested:
-        raise ValueError(f"need one score per request and at least one, got {len(achieved)} for {len(requested)}")
+        raise ValueError(
+            f"need at least one request and one score per request, got {len(achieved)} scores for {len(requested)} "
+            "requests"
+        )
     levels = []
     for level in sorted(set(requested)):
         scores = [a for r, a in zip(requested, achieved, strict=True) if r == level]
@@ -61,7 +64,7 @@ def controllability(requested: Sequence[float], achieved: Sequence[float]) -> Co
 
 
 def control_table(controls: Mapping[str, Mapping[str, Control]]) -> str:
-    """{model: {objective: Control}} as one text table per objective, a row per model, a column per level."""
+    """{model: {objective: Control}} as one text table per objective: a row per model, a column per level."""
     width = max(map(len, controls))
     blocks = []
     for objective in next(iter(controls.values())):

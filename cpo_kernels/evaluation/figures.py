@@ -18,7 +18,7 @@ class Theme:
     ink: str
     faint: str
     grid: str
-    models: tuple[str, ...]  # told apart by colour-blind readers too; beyond six the colours come again
+    models: tuple[str, ...]  # safe for colour-blind readers; beyond six the colours repeat
     heat: tuple[str, str]  # share 0, share 1
 
 
@@ -44,7 +44,7 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Panel:
-    """`draw(axis, theme)` draws it; `group` is the report's section, `alt` says it in words."""
+    """`draw(axis, theme)` draws it; `group` is its section of the report, `alt` its text alternative."""
 
     group: str
     name: str
@@ -85,7 +85,7 @@ def style(number: int, theme: Theme) -> dict[str, Any]:
 
 
 def control_panels(results: Mapping[str, Any], objectives: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
-    """Mean achieved over requested with the identity line; then per model the shares of what was achieved."""
+    """Mean achieved over requested with the identity line; then, per model, the distribution of achieved scores."""
     for o in objectives:
         controls = {m: r["control"][o["name"]] for m, r in results.items() if o["name"] in r["control"]}
         if not controls:
@@ -115,7 +115,7 @@ def control_panels(results: Mapping[str, Any], objectives: Sequence[Mapping[str,
 def _heat_map(model: str, o: Mapping[str, Any], pairs: Sequence[tuple[float, float]]) -> Panel:
     rows = sorted({requested for requested, _ in pairs})
     values = sorted({achieved for _, achieved in pairs} | set(rows))
-    if len(values) > 9:  # a continuous score: eight equal bins over what was seen
+    if len(values) > 9:  # a continuous score: eight equal bins over its range
         low, high = values[0], values[-1]
         values = [low + (high - low) * (i + 0.5) / 8 for i in range(8)]
     shares = []
@@ -145,7 +145,7 @@ def _heat_map(model: str, o: Mapping[str, Any], pairs: Sequence[tuple[float, flo
 
 
 def trade_off_panels(results: Mapping[str, Any], objectives: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
-    """Mean scores of every condition, for every two objectives; the steps are each model's front in these two."""
+    """Mean scores of every condition, for every pair of objectives; the steps are each model's front in that plane."""
     for a, b in itertools.combinations(range(len(objectives)), 2):
         x, y = objectives[a], objectives[b]
 
@@ -199,6 +199,6 @@ def training_panels(curves: Mapping[str, Sequence[Mapping[str, Any]]], stages: M
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean over the last 2% of the run, so that a long run is still a line."""
+    """Running mean over 2% of the run, so that a long run is still a line."""
     width = max(1, len(values) // 50)
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]

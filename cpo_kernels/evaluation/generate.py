@@ -26,7 +26,7 @@ def greedy_answers(
     """The greedy answer to every (prompt, condition), without the template's answer prefix and outer blanks.
 
     A condition of None or {} shows no tags. An answer ends at any of `template.end_ids`. The model runs in the dtype of
-    its parameters. `stop` is asked after every token; once it says True the answers end where they are.
+    its parameters. `stop` is called after every token; once it returns True the answers end where they are.
     """
     tokenizer, device = template.tokenizer, next(model.parameters()).device
     pad: int = template.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""Judging greedy answers by human-rated ones: no-comment answers, ratings of what matches, and what a tag changes."""
+"""Greedy answers compared with human-rated ones: no-comment answers, ratings of matches, and what a tag changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_COMMENT = r"\bno comment\b"  # searched in the normalised answer
 
 
 def normalise(text: str) -> str:
-    """Lower case, words only: two answers match if nothing but case, punctuation and blanks tells them apart."""
+    """Lower case, words only: two answers match if they differ only in case, punctuation and blanks."""
     return " ".join(
         re.findall(r"[^\W_]+", text.casefold().replace("'", "").replace("\N{RIGHT SINGLE QUOTATION MARK}", ""))
     )
@@ -24,15 +24,15 @@ def normalise(text: str) -> str:
 def greedy_classes(
     answers: Sequence[str], records: Sequence[Record], objectives: Sequence[Objective], no_comment: str = NO_COMMENT
 ) -> dict[str, Any]:
-    """What kind of answers these are, one to each record, under one condition.
+    """Classify answers, one per record, under one condition.
 
-    `no_comment`: share of answers of that kind. `matched`: share whose normalised text is a rated answer of the record.
-    `ratings`: per objective, the mean human rating of the matched ones (over the rated copies where there are several).
+    `no_comment`: share of no-comment answers. `matched`: share whose normalised text is a rated answer of the record.
+    `ratings`: per objective, the mean human rating of the matched ones (averaged over several rated copies).
     `best`: per objective, the share of the matched ones that is rated `objective.high`.
     All with 95% intervals by question.
     """
     if len(answers) != len(records):
-        raise ValueError(f"need one answer to each record, got {len(answers)} for {len(records)}")
+        raise ValueError(f"need one answer per record, got {len(answers)} for {len(records)}")
     kinds, matched = [], []
     ratings: dict[str, list[float]] = {o.name: [] for o in objectives}
     best: dict[str, list[float]] = {o.name: [] for o in objectives}
@@ -60,7 +60,7 @@ def _mean(values: Sequence[float]) -> float:
 def changed_answers(
     answers: Sequence[Sequence[str]], conditions: Sequence[Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    """For every two conditions that differ in only one objective: the share of questions whose answer changes.
+    """For every two conditions that differ in a single objective: the share of questions whose answer changes.
 
     `answers` is `[conditions][questions]`; changes of case and punctuation do not count.
     """

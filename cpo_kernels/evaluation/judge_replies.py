@@ -1,4 +1,4 @@
-"""The scores in what a judge model replied."""
+"""Parse the scores in a judge model's reply."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from cpo_kernels.objectives import Objective
 
 NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+))(?:\s*(?:/|out of|of)\s*(\d+\.?\d*))?"  # 4, 4/5, 4 out of 5
-# reasoning that a server leaves in the reply: how it begins, and how it ends
+# reasoning that a server leaves in the reply: its begin and end marks
 THOUGHT = r"think|thinking|thoughts?|reasoning|analysis|reflection"
 BEGIN = re.compile(rf"\s*(?:<(?:{THOUGHT})>|\[THINK\]|<\|channel\|>analysis)", re.I)
 END = re.compile(rf"</(?:{THOUGHT})>|\[/THINK\]|<\|channel\|>final(?:<\|message\|>)?", re.I)
@@ -19,7 +19,7 @@ SCORE_KEYS = ("score", "rating", "value", "points", "grade", "stars", "level", "
 
 
 class NoScore(ValueError):
-    """A reply without the scores that were asked for; `final`: asking again gives the same."""
+    """A reply without the requested scores; `final`: asking again would give the same."""
 
     def __init__(self, problem: str, final: bool = False):
         super().__init__(problem)
@@ -27,12 +27,12 @@ class NoScore(ValueError):
 
 
 def parse_scores(reply: str, objectives: Sequence[Objective]) -> list[float]:
-    """The scores in the first JSON object of the reply that holds one for every objective, itself or in an object
-    within it; of a single objective also a reply that is a number and nothing else. null is NaN, not rated. Objects
-    that stand in the model's thoughts before its answer do not count."""
+    """The scores in the reply's first JSON object that has one for every objective, directly or in an object inside it.
+    For a single objective, a reply that is just a number also counts. null is NaN, not rated. Objects in the model's
+    reasoning before its answer are ignored."""
     ends = [match.end() for match in END.finditer(reply)]
-    answer = ends[-1] if ends else len(reply) if BEGIN.match(reply) else 0  # thoughts that were cut off have no answer
-    # an object may hold such a mark as text: the ones that end before it are thoughts
+    answer = ends[-1] if ends else len(reply) if BEGIN.match(reply) else 0  # truncated reasoning has no answer
+    # an object may contain such a mark as text: those that end before it are reasoning
     objects = (value for value, end in _objects(reply) if end > answer)
     by_name = next((scores for o in objects if (scores := _holder(o, objectives)) is not None), None)
     text = reply[answer:]
@@ -40,12 +40,12 @@ def parse_scores(reply: str, objectives: Sequence[Objective]) -> list[float]:
         by_name = {objectives[0].name: text}
     if by_name is None:
         names = ", ".join(o.name for o in objectives)
-        raise NoScore(f"the judge's reply holds no JSON object with {names}: {reply[:200]!r}")
+        raise NoScore(f"the judge's reply has no JSON object with {names}: {reply[:200]!r}")
     return [_score(_named(by_name, o.name), o, reply) for o in objectives]
 
 
 def _objects(text: str) -> Iterator[tuple[Any, int]]:
-    """(object, where it ends) of every JSON object of the text that stands in no other, in order."""
+    """(object, end position) of every top-level JSON object in the text, in order."""
     decoder, place = json.JSONDecoder(), text.find("{")
     while place >= 0:
         end = place + 1
@@ -54,7 +54,7 @@ def _objects(text: str) -> Iterator[tuple[Any, int]]:
             yield value, end
         except ValueError:  # a brace of prose
             pass
-        except RecursionError:  # thousands of open braces: every next one would go as deep
+        except RecursionError:  # thousands of open braces: each next one would recurse as deep
             return
         place = text.find("{", end)
 
@@ -64,12 +64,12 @@ def _key(name: str) -> str:
 
 
 def _named(by_name: dict[str, Any], name: str) -> Any:
-    """The value under `name`, or else under the name that is written most alike."""
+    """The value under `name`, or else under the most similar name."""
     return by_name[name] if name in by_name else {_key(key): value for key, value in by_name.items()}[_key(name)]
 
 
 def _holder(value: Any, objectives: Sequence[Objective]) -> dict[str, Any] | None:
-    """The object with a key for every objective: `value`, or the first within it."""
+    """The object with a key for every objective: `value`, or the first one inside it."""
     if isinstance(value, dict):
         if {_key(o.name) for o in objectives} <= {_key(name) for name in value}:
             return value
@@ -80,7 +80,8 @@ def _holder(value: Any, objectives: Sequence[Objective]) -> dict[str, Any] | Non
 
 
 def _score(value: Any, objective: Objective, reply: str) -> float:
-    """A number; as text, also as a share of the scale's high end (4/5, 4 out of 5); or the one score of an object."""
+    """A number; a string with a number, also relative to the scale's high end (4/5, 4 out of 5); or an object's only
+    score."""
     if isinstance(value, dict):
         named = {_key(name): x for name, x in value.items()}
         value = next((named[name] for name in (*SCORE_KEYS, _key(objective.name)) if name in named), value)
@@ -89,7 +90,7 @@ def _score(value: Any, objective: Objective, reply: str) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise NoScore(f"the judge's score of {objective.name} is no number: {reply[:200]!r}")
+        raise NoScore(f"the judge's score of {objective.name} is not a number: {reply[:200]!r}")
     if not objective.low <= value <= objective.high:
         scale = f"[{objective.low:g}, {objective.high:g}]"
         raise NoScore(f"the judge's score of {objective.name} is outside {scale}: {reply[:200]!r}")

@@ -1,4 +1,4 @@
-"""Every judgement of one model on one list of prompts and conditions."""
+"""Evaluate one model on one list of prompts and conditions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def evaluate(
     likelihood: bool = True,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """What one model answers and how likely it finds rated answers, JSON-ready: an entry per condition, then no tags.
+    """A model's answers and its likelihoods of rated answers, JSON-ready: an entry per condition, then one without
+    tags.
 
-    Likelihood and matching need rated responses in `records`. Without `tags` the model gets the bare prompt, whatever
-    is requested.
+    Likelihoods and matching need rated responses in `records`. With `tags` false the model gets the bare prompt,
+    whatever is requested.
     """
-    for record in records:  # a row that the template fails on is named before any work
+    for record in records:  # a row on which the template fails is named before any work
         template.encode(record.prompt, {}, record.responses, record.place)
     objectives = template.tags.objectives
     rated = any(record.responses for record in records)
@@ -70,7 +71,7 @@ def evaluate(
 def score(
     result: Mapping[str, Any], prompts: Sequence[str], objectives: Sequence[Objective], scorer: Scorer
 ) -> dict[str, Any]:
-    """What `evaluate` returned, with a score of every answer and what they say (`achieved.judged_scores`)."""
+    """Add a score of every answer, and their metrics (`achieved.judged_scores`), to what `evaluate` returned."""
     entries = [dict(entry) for entry in result["conditions"]]
     pairs = [pair for entry in entries for pair in zip(prompts, entry["answers"], strict=True)]
     different = list(dict.fromkeys(pairs))  # a model that ignores a tag repeats itself

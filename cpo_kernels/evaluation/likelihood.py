@@ -1,4 +1,4 @@
-"""Judging by likelihood: does a tag move probability to the answers that humans rated to fit it?"""
+"""Evaluation by likelihood: does a tag move probability to the answers whose human ratings fit it?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Condition = Mapping[str, float]
 
 
 def fits(response: Response, condition: Condition) -> bool:
-    """Whether the response is rated exactly as the condition asks, on every objective it names."""
+    """Whether the response's ratings equal the condition on every objective that it names."""
     return all(response.ratings.get(name) == level for name, level in condition.items())
 
 
@@ -35,8 +35,8 @@ def score_answers(
 ) -> list[Tensor]:
     """log p(answer | prompt with the condition's tags), a `[conditions, answers]` float32 tensor per record.
 
-    In float32 whatever the model was trained in: bfloat16 adds about 0.8 nat of noise to a sequence, more than small
-    tag effects. `rows` as in `training.rows`.
+    Always in float32: bfloat16 adds about 0.8 nat of noise to a sequence, more than small tag effects. `rows` as in
+    `training.rows`.
     """
     device = next(model.parameters()).device
     groups, place = [], {}
@@ -73,15 +73,16 @@ def relative_accuracy(
 
         log p(y1 | c1) - log p(y2 | c1)  >  log p(y1 | c2) - log p(y2 | c2) ?
 
-    Equal counts one half, so a model that ignores its tags gets 50%, whichever answers it likes better (plain ranking
-    accuracy would reward it for that). Averaged over pairs, then over the other conditions c2, then over questions.
+    Equality counts one half, so a model that ignores its tags gets 50%, whichever answers it prefers (plain ranking
+    accuracy would reward that). Averaged over pairs, then over the other conditions c2, then over questions.
 
     Args:
         scores: per question, log p `[conditions, answers]`.
         fit: per question, the condition that each answer fits, or -1.
 
     Returns:
-        per condition mean, interval, number of questions with a pair, and the value of every question (else NaN).
+        per condition: mean, interval, number of questions with a pair, and the value of every question (NaN without a
+        pair).
     """
     results = []
     for first in range(num_conditions):
@@ -102,7 +103,7 @@ def relative_accuracy(
 
 
 def paired_gain(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
-    """How much `after` gains over `before` on the same questions: mean difference, 95% interval by question."""
+    """Gain of `after` over `before` on the same questions: mean difference, 95% interval by question."""
     pairs = zip(after["by_question"], before["by_question"], strict=True)
     return summary([a - b for a, b in pairs])  # NaN where a question has no pair to compare
 

@@ -42,20 +42,20 @@ The question and the answer stand between the marks. They are text to rate; inst
 Reply with one JSON object that holds a number for each quality, and nothing else, such as {example}"""
 
 TRANSIENT = {408, 409, 425, 429, *range(500, 600)}  # worth another try
-# parts of an error that is about one text, not about the server or the key
+# parts of error messages about one text, not about the server or the key
 ABOUT_THE_TEXT = re.compile(
     "content_filter|content_policy|content management policy|moderation|flagged|context_length|context length|"
     "maximum context",
     re.I,
 )
-# what an error object of status 200 may say in place of a status; the first that fits
+# words for a status in an error object of HTTP 200; the first match counts
 CODES = {"rate_limit": 429, "quota": 429, "authentication": 401, "api_key": 401, "permission": 403, "not_found": 404}
 CODES |= {"content": 400, "context": 400, "invalid": 400}
-NEVER = 10  # answers without a score, and none with one: this judge gives none
+NEVER = 10  # so many answers without a score and none with one: give up on this judge
 
 
 class Transient(ConnectionError):
-    """A failure that another try may mend, after `wait` seconds if the server says so."""
+    """A failure that a retry may fix, after `wait` seconds if the server says so."""
 
     def __init__(self, problem: str, wait: float | None = None):
         super().__init__(problem)
@@ -64,12 +64,13 @@ class Transient(ConnectionError):
 
 @dataclass
 class Judge:
-    """`judge(prompts, responses) -> [n][K]`, one request per answer; the condition is not shown to the model.
+    """`judge(prompts, responses) -> [n][K]`, one request per answer. The judge does not see the condition.
 
-    Replies with scores are kept in `cache`, a file per hash of url and request, so a run that was cut off goes on where
-    it stopped. The API key comes from the environment variable `key_env` and goes only into the Authorization header.
+    Replies with scores are cached in `cache`, one file per hash of url and request, so an interrupted run resumes where
+    it stopped. The API key is read from the environment variable `key_env` and is sent only in the Authorization
+    header.
 
-    An answer whose replies hold no scores after `tries` requests is NaN; a warning counts those and says why.
+    An answer without scores after `tries` requests is NaN; a warning counts them and gives the reason.
 
     Raises:
         NoScore: no answer got a score, of all or of the first ten.
@@ -105,13 +106,14 @@ class Judge:
             raise ValueError(f"judge URL {self.url!r}: {error}") from None
         if not re.fullmatch(r"[ -~]*", self._key()):
             raise ValueError(
-                f"the API key in the environment variable {self.key_env} holds characters that no header can"
+                f"the API key in the environment variable {self.key_env} contains characters that are not allowed in "
+                "a header"
             )
         if min(self.parallel, self.tries) < 1:
             raise ValueError(f"the judge's parallel and tries must be at least 1, got {self.parallel} and {self.tries}")
         missing = [name for name in ("{prompt}", "{response}") if name not in self.template]
         if missing:
-            raise ValueError(f"the judge's template must hold {{prompt}} and {{response}}; it lacks {missing[0]}")
+            raise ValueError(f"the judge's template must contain {{prompt}} and {{response}}; {missing[0]} is missing")
         if self.cache:
             self.cache.mkdir(parents=True, exist_ok=True)
 
@@ -133,7 +135,7 @@ class Judge:
         return scores
 
     def message(self, prompt: str, response: str) -> str:
-        """The template with its fields filled in one pass: what a text holds in braces stays as it is."""
+        """The template with its fields filled in one pass: braces in the texts stay as they are."""
         scales = [f"- {o.name}: from {o.low:g} (worst) to {o.high:g} (best)" for o in self.objectives]
         example = "{" + ", ".join(f"{json.dumps(o.name)}: ..." for o in self.objectives) + "}"  # no score to copy
         fields = {"prompt": prompt, "response": response, "objectives": "\n".join(scales), "example": example}
@@ -148,7 +150,7 @@ class Judge:
                 values = parse_scores(json.loads(file.read_text(encoding="utf-8"))["reply"], self.objectives)
                 self._scored = True
                 return values
-            except (ValueError, LookupError, TypeError):  # cut off, or from other rules: ask again
+            except (ValueError, LookupError, TypeError):  # truncated, or cached under other rules: ask again
                 pass
         for attempt in range(1, self.tries + 1):
             cut = False
@@ -158,7 +160,7 @@ class Judge:
                 break
             except NoScore as error:
                 if error.final or attempt == self.tries:
-                    hint = "; it was cut off: give --judge-options a larger max_tokens" if cut else ""
+                    hint = "; it was truncated: give a larger max_tokens in --judge-options" if cut else ""
                     self.unscored.append(f"{error}{hint}")
                     if not self._scored and len(self.unscored) >= NEVER:
                         raise
@@ -180,7 +182,7 @@ class Judge:
         return os.environ.get(self.key_env, "").strip()  # of a file it ends with a line break
 
     def _reply(self, body: dict[str, Any]) -> tuple[str, bool]:
-        """The text of one completion, and whether it was cut off at its longest."""
+        """The text of one completion, and whether it was truncated at the maximum length."""
         key = self._key()
         address = self.url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -206,7 +208,7 @@ class Judge:
             if problem:  # with status 200
                 raise self._refusal(_code(problem), json.dumps(problem, ensure_ascii=False), None)
             if not answer["choices"]:
-                raise NoScore("the judge's reply holds no choice")
+                raise NoScore("the judge's reply has no choices")
             choice = answer["choices"][0]
             text = _text(choice["message"])
             self._answered = True
@@ -215,10 +217,10 @@ class Judge:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             kind = Transient if self._answered else ConnectionError  # a wrong address never gave one
-            raise kind(f"judge {address}: this is no chat completion: {data[:200]!r}") from None
+            raise kind(f"judge {address}: not a chat completion: {data[:200]!r}") from None
 
     def _refusal(self, code: int | None, text: str, retry_after: str | None) -> Exception:
-        """What an error of the server means: another try, one text that it does not take, or the end."""
+        """Classify a server error: retry, reject this one text, or stop."""
         key = self._key()
         if key:
             text = text.replace(key, "***")  # some servers quote it
@@ -230,12 +232,12 @@ class Judge:
         refused = [name for name in self.options if re.search(rf"\b{re.escape(name)}\b", text)]
         if refused and code in (400, 422):
             left = json.dumps({name: value for name, value in self.options.items() if name not in refused})
-            problem += f" (the judge may not take {', '.join(refused)}: --judge-options '{left}' leaves it out)"
+            problem += f" (the judge may not support {', '.join(refused)}: --judge-options '{left}' omits it)"
         return ConnectionError(problem)
 
 
 def _code(error: Any) -> int | None:
-    """The HTTP status that an error object names, as a number or in words; None where it names none."""
+    """The HTTP status in an error object, as a number or in words; None if it has none."""
     fields = [error.get(name) for name in ("code", "status", "type")] if isinstance(error, dict) else [error]
     for value in fields:
         if re.fullmatch("[1-5][0-9][0-9]", str(value)):  # others are numbers of the server's own
@@ -245,7 +247,7 @@ def _code(error: Any) -> int | None:
 
 
 def _text(message: dict[str, Any]) -> str:
-    """The text of a message, a string or a list of parts; where there is none, what the model says instead."""
+    """The text of a message, a string or a list of parts; if there is none, its refusal or reasoning."""
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content)

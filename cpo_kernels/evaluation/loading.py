@@ -1,4 +1,5 @@
-"""Models to judge or to play with: a run directory, a checkpoint inside one, or any transformers directory."""
+"""Find and load models to evaluate or play with: a run directory, a checkpoint in one, or any transformers
+directory."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from cpo_kernels.training.models import load_model
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is, and the config that says how it is asked: template and objectives."""
+    """Where a model is, and the config that defines its prompts: template and objectives."""
 
     name: str  # in tables and pictures
     config: Config
@@ -35,11 +36,11 @@ class Source:
 
 
 def find_model(given: str, base: bool = False, recipe: str | None = None, tokenizer: str | None = None) -> Source:
-    """The model that `given` names; with `base` the one that this run started from.
+    """The model that `given` names; with `base`, the one that this run started from.
 
-    A plain model (a folder of weights, a hub name, package:NAME) takes its config from the run directory that holds it
-    or from `recipe`, a YAML file. `tokenizer` serves a model that holds none. Raises FileNotFoundError or ValueError
-    for what cannot be loaded, before anything is.
+    A plain model (a folder of weights, a hub name, package:NAME) takes its config from the run directory
+    around it or from `recipe`, a YAML file. `tokenizer` is for a model without one. Raises FileNotFoundError or
+    ValueError for what cannot be loaded, before loading anything.
     """
     source = _find(given, base, recipe)
     if source.model.name:
@@ -62,7 +63,7 @@ def _find(given: str, base: bool, recipe: str | None) -> Source:
     folder = path.parent.parent if checkpoint else path
     if not (folder / "config.yaml").exists():
         if base or checkpoint:
-            raise ValueError(f"{path} is no run directory: there is no {folder / 'config.yaml'}")
+            raise ValueError(f"{path} is not a run directory: there is no {folder / 'config.yaml'}")
         return _plain_model(given, recipe)
     config = read_config(recipe or folder / "config.yaml")
     if base:
@@ -70,7 +71,7 @@ def _find(given: str, base: bool, recipe: str | None) -> Source:
     if checkpoint:
         return Source(f"{folder.resolve().name}/{path.resolve().name}", config, config.model, checkpoint, folder)
     if not (folder / "model").is_dir():
-        raise ValueError(f"{folder} holds no model/: train with training.save_model, or name one of its checkpoints")
+        raise ValueError(f"{folder} has no model/: train with training.save_model, or give one of its checkpoints")
     return Source(folder.resolve().name, config, _saved(folder / "model", config), None, folder)
 
 
@@ -81,11 +82,11 @@ def _plain_model(given: str, recipe: str | None) -> Source:
     run = path.parent if path.is_dir() and (path.parent / "config.yaml").exists() else None
     weights = path.is_dir() and any((path / name).exists() for name in ("config.json", "adapter_config.json"))
     if path.exists() and not weights and not list(path.glob("*.gguf")):
-        raise ValueError(f"{given} is no run directory, no checkpoint of one and no transformers directory")
+        raise ValueError(f"{given} is neither a run directory, nor a checkpoint of one, nor a transformers directory")
     if recipe is None and run is None:
         raise ValueError(
-            f"{given} is no run directory, so nothing says how it is asked: give --config RECIPE.yaml, a recipe "
-            "with its objectives and template"
+            f"{given} is not a run directory, so its objectives and template are unknown: give a recipe with them, "
+            "--config RECIPE.yaml"
         )
     config = read_config(recipe or (run or path) / "config.yaml")
     name = (run or path).resolve().name if path.exists() else given
@@ -93,13 +94,13 @@ def _plain_model(given: str, recipe: str | None) -> Source:
 
 
 def _saved(folder: Path, config: Config) -> ModelConfig:
-    adapters = (folder / "adapter_config.json").exists()  # over a 4-bit base, or they would have been merged
+    adapters = (folder / "adapter_config.json").exists()  # on a 4-bit base, else they would have been merged
     quantize = config.model.quantize if adapters else None
     return ModelConfig(str(folder), quantize=quantize, attention=config.model.attention)
 
 
 def load(source: Source, objectives: Sequence[Objective] | None = None) -> tuple[Any, PromptTemplate]:
-    """(model in float32 on the GPU if there is one, its template); `objectives` in place of the config's."""
+    """(model in float32, on the GPU if there is one; its template). `objectives` replace the config's."""
     attention = None if source.model.attention == "flash_attention_2" else source.model.attention  # only 16 bit
     model, tokenizer = load_model(replace(source.model, attention=attention), seed=source.config.seed)
     if source.checkpoint:
@@ -110,7 +111,7 @@ def load(source: Source, objectives: Sequence[Objective] | None = None) -> tuple
         unknown = model.load_state_dict(weights, strict=False).unexpected_keys
         if unknown:
             raise ValueError(
-                f"{source.checkpoint} holds {unknown[0]!r}, which the model of {source.model.name} has not"
+                f"{source.checkpoint} has {unknown[0]!r}, which the model of {source.model.name} does not have"
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not getattr(model, "is_loaded_in_4bit", False):

@@ -1,4 +1,4 @@
-"""Pareto front and hypervolume of operating points: the mean scores `[n, K]` of one model under n conditions, or of n
+"""Pareto front and hypervolume of operating points: mean scores `[n, K]` of one model under n conditions, or of n
 models. More is better on every objective."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Points = Tensor | Sequence[Sequence[float]]
 def pareto_front(points: Points) -> Tensor:
     """bool `[n]`: the points that no other point dominates, i.e. is at least as good everywhere and better somewhere.
 
-    Of equal points each is on the front or none is. Raises ValueError where points are not finite numbers `[n, K]`.
+    Equal points are all on the front or none is. Raises ValueError if points are not finite numbers `[n, K]`.
 
     >>> pareto_front([[1, 5], [3, 3], [2, 3], [3, 3]])
     tensor([ True,  True, False,  True])
@@ -27,8 +27,9 @@ def pareto_front(points: Points) -> Tensor:
 def hypervolume(points: Points, reference: Sequence[float] | Tensor) -> float:
     """Volume of what lies between `reference` [K] and at least one of the points (Zitzler & Thiele 1998), exactly.
 
-    A point that does not exceed the reference on every objective adds nothing. Slices along the last objective, each
-    of them a hypervolume of one objective less: O(n^(K-1) log n), 0.1 s for 100 points of 4 objectives on a front.
+    A point that does not exceed the reference on every objective adds nothing. Computed by slices along the last
+    objective, each a hypervolume with one objective fewer: O(n^(K-1) log n), 0.1 s for a front of 100 points with 4
+    objectives.
 
     >>> hypervolume([[1, 5], [3, 3], [2, 3]], reference=[0, 0])
     11.0
@@ -42,7 +43,7 @@ def hypervolume(points: Points, reference: Sequence[float] | Tensor) -> float:
 
 
 def _volume(sides: list[tuple[float, ...]]) -> float:
-    """Volume of the union of the boxes from 0 to each of `sides`, all positive."""
+    """Volume of the union of the boxes from 0 to each row of `sides`, all positive."""
     if not sides:
         return 0.0
     if len(sides[0]) == 1:

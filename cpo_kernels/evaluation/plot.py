@@ -1,4 +1,4 @@
-"""The demo's picture: requested against achieved per objective, and the trade-off that the tags move along."""
+"""The demo's picture: requested against achieved per objective, and the trade-off along which the tags move."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from cpo_kernels.evaluation.controllability import Control
 
 INK, FAINT, OURS = "#30343b", "#c9ccd1", "#1f5fa8"
-STYLES = [  # by position: the last model is the one to look at
+STYLES = [  # by position: the last model is emphasised
     {"color": "#8a8f98", "marker": "s", "linewidth": 1.6, "linestyle": (0, (4, 2)), "markersize": 5},
     {"color": "#e07b39", "marker": "D", "linewidth": 1.8, "markersize": 5},
     {"color": "#8fb8de", "marker": "o", "linewidth": 1.8, "markersize": 5},
@@ -26,7 +26,7 @@ def plot_controllability(
 ) -> None:
     """Write a PNG: a panel per objective, and one with the (label, x, y) points of every model in `trade_off`.
 
-    Up to four models, the same ones in the same order in both; the last is drawn strongest.
+    Up to four models, the same in the same order in both; the last is emphasised.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""What models are asked for: conditions one by one, or every combination of levels."""
+"""The requests to models: conditions one by one, or every combination of levels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cpo_kernels.data.records import DataError, Record, check_text, open_text, p
 from cpo_kernels.objectives import Objective, TagTemplate
 from cpo_kernels.recipe.keys import FieldMap
 
-MOST = 200  # conditions of a grid that nobody asked for by name
+MOST = 200  # limit on combinations of a default grid
 
 
 def parse_condition(text: str, tags: TagTemplate) -> dict[str, float]:
-    """`honesty=5,helpfulness=1` as a dict, in the order of the objectives."""
+    """Parse `honesty=5,helpfulness=1` into a dict, in the order of the objectives."""
     given = {}
     for part in text.split(","):
         name, equals, level = part.partition("=")
@@ -25,7 +25,7 @@ def parse_condition(text: str, tags: TagTemplate) -> dict[str, float]:
 
 
 def levels(objective: Objective) -> list[float]:
-    """The whole numbers of the scale where there are at most five, else five levels at equal distances."""
+    """The integers of the scale if there are at most five, else five equidistant levels."""
     low, high = objective.low, objective.high
     if float(low).is_integer() and float(high).is_integer() and high - low < 5:
         return [float(level) for level in range(int(low), int(high) + 1)]
@@ -33,9 +33,9 @@ def levels(objective: Objective) -> list[float]:
 
 
 def condition_grid(objectives: Sequence[Objective], chosen: Sequence[str] = ()) -> list[dict[str, float]]:
-    """Every combination of levels, the last objective moving fastest.
+    """Every combination of levels, the last objective varying fastest.
 
-    `chosen` are texts such as `honesty=1,3,5`: the levels of that objective. If any is given, objectives without one
+    `chosen` are strings such as `honesty=1,3,5`: the levels of that objective. If any is given, objectives without one
     show no tag; else every objective has `levels`.
     """
     axes = {} if chosen else {o.name: levels(o) for o in objectives}
@@ -66,7 +66,7 @@ def _number(text: str, wrong: str) -> float:
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """ValueError for a count among the arguments that is given and below 1."""
+    """Raise ValueError for a given count below 1."""
     for name in names:
         number = getattr(args, name)
         if number is not None and number < 1:
@@ -74,7 +74,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def parse_objective(text: str) -> Objective:
-    """`honesty:1:5` as an Objective."""
+    """Parse `honesty:1:5` into an Objective."""
     name, *ends = text.split(":")
     wrong = f"--objective {text!r}: write name:low:high"
     if len(ends) != 2:
@@ -83,7 +83,7 @@ def parse_objective(text: str) -> Objective:
 
 
 def read_prompts(path: str | Path) -> list[Record]:
-    """Prompts without rated responses: JSONL with `prompt` (a text or messages), or a text file, one prompt a line."""
+    """Prompts without rated responses: JSONL with `prompt` (a text or messages), or a text file with one per line."""
     if suffix_of(path) in (".jsonl", ".ndjson"):
         records = []
         for number, row in read_jsonl(path):
@@ -100,5 +100,5 @@ def read_prompts(path: str | Path) -> list[Record]:
             lines = enumerate(file.read().split("\n"), 1)
         records = [Record(line.strip(), (), f"{path}:{number}") for number, line in lines if line.strip()]
     if not records:
-        raise ValueError(f"{path} holds no prompts")
+        raise ValueError(f"{path} has no prompts")
     return records

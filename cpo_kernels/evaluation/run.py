@@ -1,4 +1,4 @@
-"""`cpo-kernels eval`: what its arguments ask for (`arguments`), from models to tables, results file and report."""
+"""`cpo-kernels eval`: from models to tables, results file and report, as its `arguments` request."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def run(args: Any) -> int:
     try:
         re.compile(args.no_comment)
     except re.error as error:
-        raise ValueError(f"--no-comment {args.no_comment!r} is no regular expression: {error}") from None
+        raise ValueError(f"--no-comment {args.no_comment!r} is not a regular expression: {error}") from None
     if bool(args.models) == bool(args.answers):
-        raise ValueError("name the models to judge, or --answers, the results file of an earlier evaluation")
+        raise ValueError("give the models to evaluate, or the results file of an earlier evaluation with --answers")
     if args.scorer and args.no_generate:
-        raise ValueError("--scorer scores generated answers: leave --no-generate out")
+        raise ValueError("--scorer scores generated answers: remove --no-generate")
     if args.prompts and args.data:
         raise ValueError("give --prompts or --data, not both")
     if args.report:
@@ -66,9 +66,7 @@ def run(args: Any) -> int:
         scorer = _scorer(args, objectives, out)
         entries = [entry for result in everything["results"].values() for entry in result["conditions"]]
         if scorer and ("prompts" not in everything or any("answers" not in entry for entry in entries)):
-            raise ValueError(
-                f"{args.answers} holds no answers to score: it was written with --no-text or --no-generate"
-            )
+            raise ValueError(f"{args.answers} has no answers to score: it was written with --no-text or --no-generate")
     else:
         sources = _sources(args)
         objectives = [parse_objective(text) for text in args.objective] or _objectives(sources)
@@ -77,7 +75,7 @@ def run(args: Any) -> int:
         everything = _answer(args, sources, objectives)
         if not args.out:
             _set_aside(out)
-        _save(everything, out, not args.no_text)  # the answers, should a scorer fail
+        _save(everything, out, not args.no_text)  # save the answers in case a scorer fails
     results = everything["results"]
     if scorer:
         prompts = [prompt_text(prompt_of({"prompt": prompt}, "prompt")) for prompt in everything["prompts"]]
@@ -96,7 +94,7 @@ def run(args: Any) -> int:
 
 
 def _read_answers(file: Path) -> tuple[dict[str, Any], list[Objective]]:
-    """(an earlier evaluation's results, its objectives)."""
+    """(results of an earlier evaluation, its objectives)."""
     try:
         everything = json.loads(file.read_text(encoding="utf-8"))
         objectives = [Objective(**o) for o in everything["objectives"]]
@@ -105,12 +103,12 @@ def _read_answers(file: Path) -> tuple[dict[str, Any], list[Objective]]:
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
     raise ValueError(
-        f"--answers {file} is no results file of cpo-kernels eval: name the JSON file that its --out wrote"
+        f"--answers {file} is not a results file of cpo-kernels eval: give the JSON file that its --out wrote"
     )
 
 
 def _writable(out: Path, report: Path | None) -> Path:
-    """`out`, once its folder is there, and the report's: no work is lost on a path that cannot be written."""
+    """`out`, after creating its folder and the report's: no work is lost to a path that cannot be written."""
     check_options(out)
     if report is not None:
         report.mkdir(parents=True, exist_ok=True)
@@ -118,7 +116,7 @@ def _writable(out: Path, report: Path | None) -> Path:
 
 
 def _answer(args: Any, sources: Sequence[Source], objectives: Sequence[Objective]) -> dict[str, Any]:
-    """Every model's answers and likelihoods: the results file without scores."""
+    """Every model's answers and likelihoods: the results without scores."""
     report: dict[str, Any] = {}
     records = _records(args, sources[0], objectives, report)
     for note in notes(report):
@@ -127,7 +125,8 @@ def _answer(args: Any, sources: Sequence[Source], objectives: Sequence[Objective
     if not args.no_generate:
         count = len(sources) * len(records) * (len(conditions) + 1)
         print(
-            f"{len(sources)} model(s), {len(records)} prompts, {len(conditions)} conditions and none: {count} answers"
+            f"{len(sources)} model(s), {len(records)} prompts, {len(conditions)} conditions and no tags: {count} "
+            "answers"
         )
     results: dict[str, Any] = {}
     for source in sources:
@@ -157,12 +156,12 @@ def _answer(args: Any, sources: Sequence[Source], objectives: Sequence[Objective
 
 
 def _set_aside(out: Path) -> None:
-    """Hours of answers are not overwritten unasked: what stands at `out` moves to a name with its time."""
+    """Never overwrite hours of answers: an existing `out` is renamed with its time."""
     if out.exists():
         written = datetime.fromtimestamp(out.stat().st_mtime)
         earlier = out.with_name(f"{out.stem}.{written:%Y%m%d-%H%M%S}{out.suffix}")
         out.rename(earlier)
-        print(f"earlier results, kept: {earlier}")
+        print(f"earlier results, renamed: {earlier}")
 
 
 def _save(everything: dict[str, Any], out: Path, text: bool) -> None:
@@ -187,18 +186,18 @@ def _sources(args: Any) -> list[Source]:
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{names.count(name)} models are called {name!r}: rename a folder")
+            raise ValueError(f"{names.count(name)} models have the name {name!r}: rename a folder")
     for name in args.without_tags:
         if name not in names:
-            raise ValueError(f"--without-tags {name!r} is none of {', '.join(names)}")
+            raise ValueError(f"--without-tags {name!r} is not one of {', '.join(names)}")
     return sources
 
 
 def _objectives(sources: Sequence[Source]) -> list[Objective]:
-    """Those of the runs, which must agree: requests and scores mean the same for all models."""
+    """The objectives of the runs, which must agree so that requests and scores mean the same for all models."""
     first = sources[0].objectives
     if not first:
-        raise ValueError(f"{sources[0].name} names no objectives: give --objective NAME:LOW:HIGH")
+        raise ValueError(f"{sources[0].name} has no objectives: give --objective NAME:LOW:HIGH")
     scale = [(o.name, o.low, o.high) for o in first]
     for source in sources[1:]:
         other = [(o.name, o.low, o.high) for o in source.objectives]
@@ -217,10 +216,10 @@ def _records(args: Any, source: Source, objectives: Sequence[Objective], report:
         if source.config.data.on_bad_line == "skip":
             template = PromptTemplate(load_tokenizer(source.model), source.config.template, objectives)
             records = list(encodable(source.config.data, records, template, report))
-    else:  # the trainer writes its own layout
+    else:  # the trainer writes layout records
         held_out = source.folder and source.folder / "eval_records.jsonl"
         if not held_out or not held_out.exists():
-            raise ValueError(f"{source.name} held nothing out: give --prompts or --data")
+            raise ValueError(f"{source.name} has no held-out data: give --prompts or --data")
         records = load_records([held_out], DataConfig(), objectives, report)
     return records[: args.questions]
 
@@ -236,7 +235,7 @@ def _conditions(
     if not conditions:
         conditions = rating_conditions(records, [o.name for o in objectives])
     if not conditions:
-        raise ValueError("nothing to ask for: give --condition or --grid (no ratings here to take conditions from)")
+        raise ValueError("there are no ratings to take conditions from: give --condition or --grid")
     return [condition for i, condition in enumerate(conditions) if condition not in conditions[:i]]
 
 
@@ -257,7 +256,7 @@ def _judge(args: Any, url: str, objectives: list[Objective], cache: Path) -> Sco
     if not isinstance(options, dict):
         raise ValueError(f"--judge-options must be a JSON object, got {args.judge_options!r}")
     if args.judge_template and not Path(args.judge_template).is_file():
-        raise FileNotFoundError(f"--judge-template: there is no file {args.judge_template}")
+        raise FileNotFoundError(f"--judge-template: {args.judge_template} does not exist")
     template = Path(args.judge_template).read_text(encoding="utf-8") if args.judge_template else PROMPT
     return Judge(
         url, args.judge_model, objectives, template, options, cache, args.judge_key_env, parallel=args.judge_parallel

@@ -1,4 +1,4 @@
-"""Scorers of generated text: `(prompts, responses) -> [n, K]`, a score per objective; NaN where there is none.
+"""Scorers of generated text: `(prompts, responses) -> [n, K]`, a score per objective, NaN for none.
 
 python:my_scorer:score          a Python function of two lists of texts; my/scorer.py:score names a file
 honesty=model:FOLDER            a transformers sequence classifier or reward model for one objective
@@ -31,7 +31,7 @@ Scorer = Callable[[Texts, Texts], Any]  # whatever `checked` takes
 def make_scorer(
     specs: Sequence[str], objectives: Sequence[Objective], judge: Callable[[str, list[Objective]], Scorer]
 ) -> Scorer:
-    """The scorer that `[OBJECTIVE[,OBJECTIVE]=]KIND:...` specs make together; every objective has exactly one.
+    """The scorer made of all `[OBJECTIVE[,OBJECTIVE]=]KIND:...` specs; every objective has exactly one.
 
     A spec without names scores all objectives. `judge(url, its objectives)` makes the scorer of a `judge:` spec.
     """
@@ -51,11 +51,11 @@ def make_scorer(
         elif len(chosen) == 1:
             parts.append((columns, ModelScorer(rest, chosen[0])))
         else:
-            raise ValueError(f"--scorer {spec!r}: a model scores one objective; write OBJECTIVE=model:FOLDER")
+            raise ValueError(f"--scorer {spec!r}: a reward model scores one objective; write OBJECTIVE=model:FOLDER")
     covered = sorted(column for columns, _ in parts for column in columns)
     if covered != list(places.values()):
         names = [o.name for i, o in enumerate(objectives) if covered.count(i) != 1]
-        raise ValueError(f"--scorer: each objective needs exactly one scorer; look at {', '.join(names)}")
+        raise ValueError(f"--scorer: each objective needs exactly one scorer; wrong for {', '.join(names)}")
 
     def score(prompts: Texts, responses: Texts) -> Tensor:
         scores = torch.full((len(responses), len(objectives)), torch.nan, dtype=torch.float64)
@@ -67,7 +67,7 @@ def make_scorer(
 
 
 def _split(spec: str) -> tuple[list[str], str, str]:
-    """(objectives, kind, what follows it)."""
+    """(objectives, kind, the rest)."""
     for kind in ("python", "model", "judge"):
         before, mark, rest = spec.partition(f"{kind}:")
         if mark and rest and (not before or before.endswith("=")):
@@ -76,7 +76,7 @@ def _split(spec: str) -> tuple[list[str], str, str]:
 
 
 def checked(scores: Any, rows: int, columns: int, scorer: Any) -> Tensor:
-    """What a scorer returned as float64 `[rows, columns]`; `[rows]` will do for one objective."""
+    """A scorer's result as float64 `[rows, columns]`; `[rows]` is accepted for one objective."""
     try:
         tensor = torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -88,19 +88,19 @@ def checked(scores: Any, rows: int, columns: int, scorer: Any) -> Tensor:
             f"{scorer} must return a score per text and objective, [{rows}, {columns}]; got {[*tensor.shape]}"
         )
     if tensor.isinf().any():
-        raise ValueError(f"{scorer} returned an infinite score; NaN means that there is none")
+        raise ValueError(f"{scorer} returned an infinite score; NaN means none")
     return tensor
 
 
 def python_scorer(spec: str) -> Scorer:
-    """The function of `module:function` or `path/to/file.py:function`; modules of the working directory are found."""
+    """The function of `module:function` or `path/to/file.py:function`; modules in the working directory are found."""
     place, _, name = spec.rpartition(":")
     if not place:
         raise ValueError(f"python scorer {spec!r}: write module:function or path/to/file.py:function")
     if place.endswith(".py"):
         module_spec = importlib.util.spec_from_file_location(Path(place).stem, place)
         if not Path(place).is_file() or module_spec is None or module_spec.loader is None:
-            raise FileNotFoundError(f"python scorer {spec!r}: there is no file {place}")
+            raise FileNotFoundError(f"python scorer {spec!r}: the file {place} does not exist")
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
     else:
@@ -119,9 +119,9 @@ def python_scorer(spec: str) -> Scorer:
 class ModelScorer:
     """A sequence classifier as the scorer of one objective.
 
-    One output: its value as it is. n outputs, taken as steps of the scale from worst to best: their expectation,
-    low + (high - low) * sum_i p_i i / (n - 1). Input: the tokenizer's chat template where it has one, else prompt and
-    response as a pair of texts; what is too long loses its beginning.
+    One output: its value as is. n outputs, taken as steps of the scale from worst to best: their expectation,
+    low + (high - low) * sum_i p_i i / (n - 1). Input: the tokenizer's chat template if it has one, else prompt and
+    response as a pair of texts; inputs that are too long are truncated at the beginning.
     """
 
     def __init__(self, folder: str, objective: Objective, batch_size: int = 16):
@@ -134,7 +134,7 @@ class ModelScorer:
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = self.tokenizer
-        pad_id = self.model.config.pad_token_id  # decoders score the last token that is not this one
+        pad_id = self.model.config.pad_token_id  # decoders score the last token other than this one
         if pad_id is not None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
         elif tokenizer.pad_token_id is None:  # not the end token, which counts

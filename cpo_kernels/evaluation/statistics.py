@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties at their mean rank. 0 where x or y is constant: nothing follows anything."""
+    """Spearman's rank correlation, with mean ranks for ties. 0 if x or y is constant."""
     if len(x) != len(y):
-        raise ValueError(f"x and y must be equally long, got {len(x)} and {len(y)}")
+        raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
     if len(x) < 2:
         return math.nan
     a, b = (_ranks(v) - (len(v) + 1) / 2 for v in (x, y))
@@ -29,9 +29,9 @@ def _ranks(values: Sequence[float]) -> Tensor:
 def bootstrap_interval(
     values: Sequence[float], level: float = 0.95, resamples: int = 4000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values`, one value a question: questions are drawn with replacement.
+    """Percentile bootstrap interval of the mean of `values`, one per question, drawn with replacement.
 
-    A NaN is a question without a value and takes no part; (NaN, NaN) where none has one.
+    NaN is a question without a value, which is dropped; (NaN, NaN) if no question has one.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
@@ -48,7 +48,7 @@ def bootstrap_interval(
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Mean over questions, its 95% interval, and how many questions have a value."""
+    """Mean over questions, its 95% interval, and the number of questions with a value."""
     given = [v for v in values if v == v]
     low, high = bootstrap_interval(given)
     return {"mean": sum(given) / len(given) if given else math.nan, "low": low, "high": high, "questions": len(given)}

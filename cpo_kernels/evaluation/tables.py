@@ -15,7 +15,7 @@ Results = Mapping[str, Mapping[str, Any]]
 def rated_table(results: Results, objectives: Sequence[Objective]) -> str:
     """One row per model and condition; percentages, with 95% intervals by question in brackets.
 
-    `n`: questions that hold a pair to compare. `best NAME`: share of the matched answers rated highest on it.
+    `n`: questions with a pair to compare. `best NAME`: share of the matched answers rated highest on NAME.
     """
     names = [o.name for o in objectives]
     width = max(5, *map(len, results))
@@ -46,7 +46,7 @@ def rated_table(results: Results, objectives: Sequence[Objective]) -> str:
 
 
 def score_table(results: Results, objectives: Sequence[Objective], win_rates: Sequence[Mapping[str, Any]]) -> str:
-    """Per objective a row per model and a column per requested level; then hypervolume and win rates."""
+    """Per objective, a row per model and a column per requested level; then hypervolume and win rates."""
     asked = [o.name for o in objectives if all(o.name in r["control"] for r in results.values())]
     controls = {m: {n: Control.from_json(r["control"][n]) for n in asked} for m, r in results.items()}
     blocks = [control_table(controls)] if asked else []
@@ -66,12 +66,12 @@ def score_table(results: Results, objectives: Sequence[Objective], win_rates: Se
 
 
 def unscored(results: Results) -> str:
-    """How many answers of which model lack a score; '' where all have theirs."""
+    """How many answers of which model lack a score; '' if none does."""
     counts = {
         model: (r.get("unscored", 0), sum(len(e["scores"]) for e in r["conditions"])) for model, r in results.items()
     }
     lines = [
-        f"{model}: {n} of {total} answers lack a score and count nowhere" for model, (n, total) in counts.items() if n
+        f"{model}: {n} of {total} answers lack a score and are left out" for model, (n, total) in counts.items() if n
     ]
     return "\n".join(lines)
 

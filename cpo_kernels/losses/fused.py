@@ -27,7 +27,7 @@ from cpo_kernels.reference.sequences import ld_token_weights
 
 
 class _Sequences(NamedTuple):
-    """Where the sequences of a batch are, and which are pairs."""
+    """Where the sequences of a batch are, and which of them form pairs."""
 
     offsets: Tensor  # [S + 1] first position of each
     lengths: Tensor  # [S] labelled positions of each
@@ -56,10 +56,10 @@ class _Reference(NamedTuple):
 
 
 class FusedLinearCPOLoss(nn.Module):
-    """`preference_loss` from hidden states: the head's log-probs, the loss and all gradients, logits never stored.
+    """`preference_loss` from hidden states: the head's log-probs, the loss and all gradients, without storing logits.
 
-    With a trainable head 3 matrix products where a group of linked pairs fits the memory budget (else 4), with a frozen
-    one 2, without gradients 1; only on labelled rows. See `explain` for the plan of a shape.
+    Matrix products, on labelled rows only: 3 with a trainable head if a group of linked pairs fits the memory budget
+    (else 4), 2 with a frozen head, 1 without gradients. See `explain` for the plan of a shape.
 
     Args:
         objectives, beta, loss_type, **options: see `preference_loss` and `LossOptions`.
@@ -67,9 +67,9 @@ class FusedLinearCPOLoss(nn.Module):
             `linear_token_logps`.
 
     Raises:
-        TypeError, ValueError: an unknown option, or one that the loss type would ignore; in the call wrong dtypes,
+        TypeError, ValueError: an unknown option, or one that the loss type would ignore; in the call, wrong dtypes,
             shapes, devices or, on the CPU, values.
-        RuntimeError: a backend asked for by name that is not there; double backward.
+        RuntimeError: a backend requested by name that is not available; double backward.
 
     Examples:
         >>> loss_fn = FusedLinearCPOLoss(beta=0.1)
@@ -101,7 +101,7 @@ class FusedLinearCPOLoss(nn.Module):
         self.impl = impl
 
     def extra_repr(self) -> str:
-        """The options that differ from their defaults, beta and loss type in any case."""
+        """The options that differ from their defaults, and always beta and loss type."""
         defaults = inspect.signature(type(self)).parameters
         given = {**self.head._asdict(), "impl": self.impl}
         changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name].default]
@@ -129,12 +129,13 @@ class FusedLinearCPOLoss(nn.Module):
         plan: BatchPlan | None = None,
         vocab_shards: VocabShards | None = None,
     ) -> PreferenceOutput:
-        """hidden [S, T, H] with labels [S, T], or packed [N, H] and [N] with cu_seqlens [S + 1]; both already shifted.
+        """hidden [S, T, H] with labels [S, T], or packed [N, H] and [N] with cu_seqlens [S + 1]; labels already
+        shifted.
 
         ref_hidden has the layout of `hidden` and goes through `ref_weight` (`weight` if None) and `ref_bias` (`bias` if
-        both are None); where that is the policy's own head, one product serves both. `plan` comes from the method of
-        that name, holds the pairs, and keeps the host from waiting for a GPU. DTensors, and vocab_shards (of weight and
-        ref_weight): see `linear_token_logps`. The rest: see `preference_loss`.
+        both are None); if that is the policy's own head, one product serves both. `plan` comes from the method of that
+        name. It contains the pairs and avoids a host-device synchronisation. For DTensors and vocab_shards (of weight
+        and ref_weight) see `linear_token_logps`, for the rest `preference_loss`.
         """
         inputs = head_inputs(hidden, weight, labels, bias, self.head, vocab_shards)
         check_types("a tensor", optional=True, pairs=pairs, ref_hidden=ref_hidden, cu_seqlens=cu_seqlens)
@@ -162,7 +163,7 @@ class FusedLinearCPOLoss(nn.Module):
     def sequences(
         self, inputs: HeadInputs, offsets: Tensor, pairs: Tensor | None, plan: BatchPlan | None
     ) -> _Sequences:
-        """Lengths, pairs and what else the loss needs of the sequences of a batch."""
+        """Lengths, pairs and whatever else the loss needs to know of a batch's sequences."""
         labels, ignore_index = inputs.tensors.labels, inputs.options.ignore_index
         lengths = label_counts(labels, offsets, ignore_index)
         none = labels.new_empty(0)
@@ -182,10 +183,10 @@ class FusedLinearCPOLoss(nn.Module):
     def reference(
         self, inputs: HeadInputs, sequences: _Sequences, policy: _Head, given: _Reference
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Rows [M, H] that go through the policy's head, where the reference model has the same; ref_logps [S]."""
+        """Rows [M, H] for the policy's head, if the reference model has the same head; ref_logps [S]."""
         if given.hidden is None:
             if given.weight is not None or given.bias is not None:
-                raise ValueError("ref_weight and ref_bias have a meaning with ref_hidden only")
+                raise ValueError("ref_weight and ref_bias only apply with ref_hidden")
             return None, given.logps
         if given.logps is not None:
             raise ValueError("give ref_logps or ref_hidden, not both")
@@ -229,7 +230,7 @@ class FusedLinearCPOLoss(nn.Module):
     def from_token_logps(
         self, inputs: HeadInputs, sequences: _Sequences, args: PreferenceArgs, ref_rows: Tensor | None
     ) -> tuple[PreferenceResult, Tensor, Tensor]:
-        """Strategies `frozen` and `forward`: dX is kept per token, so any loss may follow."""
+        """Strategies `frozen` and `forward`: dX is kept per token, so any loss can follow."""
         weighted, offsets, token_weights = self.options.use_weighting, sequences.offsets, sequences.token_weights
         logp, extra, ref_logp, filter_sums = token_logps_of(
             inputs, weighted, self.impl, sequences.plan.row_index, ref_rows
@@ -255,20 +256,20 @@ class FusedLinearCPOLoss(nn.Module):
         device: str | torch.device = "cuda",
         all_positions: bool = False,
     ) -> BatchPlan:
-        """What the loss must know of a batch on the host, from the collator's CPU tensors; `.to(device)` before use.
+        """What the host must know of a batch, from the collator's CPU tensors; move it with `.to(device)` before use.
 
-        With it nothing between the hidden states and `loss.backward()` waits for a GPU. Without it the loss copies
-        lengths and pairs from the device once.
+        With a plan there is no host-device synchronisation between the hidden states and `loss.backward()`. Without one
+        the loss copies lengths and pairs from the device once.
 
         Args:
             labels, pairs, cu_seqlens, scores, conditions: as in the call, on the CPU. Scores and conditions are needed
-                where a trainable head takes several chunks: the number of non-tied pairs is the divisor of each. They
-                are checked here, where that makes no GPU wait.
-            vocab_size: rows of the head's weight; of a sharded head, of its largest shard.
+                when a trainable head takes several chunks: the number of non-tied pairs is the divisor of each. They
+                are checked here, where that forces no host-device synchronisation.
+            vocab_size: rows of the head's weight; for a sharded head, of its largest shard.
             dtype: of the head's products (autocast's, under autocast).
             device: where the loss will run.
-            all_positions: every position counts as a row, labelled or not: labels may then change from one replay of a
-                CUDA graph to the next, at the price of the products of the ignored ones.
+            all_positions: treat every position as a row, labelled or not. Labels may then change from one replay of a
+                CUDA graph to the next, at the cost of the products on ignored positions.
         """
         given = {"pairs": pairs, "cu_seqlens": cu_seqlens, "scores": scores, "conditions": conditions}
         check_types("a tensor", labels=labels)
@@ -306,15 +307,15 @@ class FusedLinearCPOLoss(nn.Module):
 
 
 def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tensor | None) -> None:
-    """The plan's numbers are host values: comparing them waits for nothing."""
+    """Compares host values only: no host-device synchronisation."""
     num_sequences = lengths.shape[0]
     if pairs is not None:
-        raise ValueError("give pairs or plan, not both: the plan holds the pairs it was made with")
+        raise ValueError("give pairs or plan, not both: the plan contains the pairs it was made with")
     positions = inputs.tensors.labels.shape[0]
     if (plan.num_positions, len(plan.layout.lengths)) != (positions, num_sequences):
         raise ValueError(
             f"the plan was made for {len(plan.layout.lengths)} sequences in {plan.num_positions} positions, got "
-            f"{num_sequences} in {positions}: make one for each batch"
+            f"{num_sequences} in {positions}: make a plan for each batch"
         )
     if plan.index.device != inputs.tensors.labels.device:
         raise ValueError(
@@ -324,8 +325,9 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
         labelled = (inputs.tensors.labels != inputs.options.ignore_index).nonzero().squeeze(1)
         if lengths.tolist() != plan.layout.lengths or not torch.equal(labelled, plan.index):
             raise ValueError(
-                f"the plan was made for {plan.layout.lengths} labelled positions a sequence, the labels have "
-                f"{lengths.tolist()}, or others: make it from the labels of this call, or with all_positions=True"
+                f"the plan was made for {plan.layout.lengths} labelled positions per sequence, the labels have "
+                f"{lengths.tolist()}, or at other places: make the plan from the labels of this call, or with "
+                "all_positions=True"
             )
     if plan.layout.row_limit != inputs.row_limit:
         weight = inputs.tensors.weight

@@ -1,4 +1,4 @@
-"""What a call of a loss takes beside the log-probs: checked once, and laid out as the `preference` kernel takes it."""
+"""Inputs of a loss besides the log-probs: checked once and laid out for the `preference` kernel."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from cpo_kernels.reference.loss_types import LOSS_TYPES
 
 
 class PairInputs(NamedTuple):
-    """What a call of a loss takes beside the log-probs; all optional. See `preference_loss`."""
+    """Inputs of a loss besides the log-probs, all optional. See `preference_loss`."""
 
     pairs: Tensor | None = None
     ref_logps: Tensor | None = None
@@ -31,7 +31,7 @@ class PairInputs(NamedTuple):
 def kernel_args(
     options: LossOptions, given: PairInputs, num_sequences: int, lengths: Tensor | None, like: Tensor
 ) -> PreferenceArgs:
-    """Check what the caller gave and lay it out as the `preference` kernel takes it; `like` has dtype and device."""
+    """Check the caller's inputs and lay them out for the `preference` kernel; `like` has dtype and device."""
     device = like.device
     divisors = {"num_pairs": given.num_pairs, "chosen_tokens": given.chosen_tokens}
     check_types("a number", optional=True, **divisors)
@@ -61,7 +61,7 @@ def kernel_args(
             f"{', '.join(t for t, row in LOSS_TYPES.items() if not row.needs_reference)}"
         )
     if not options.needs_reference and given.ref_logps is not None:
-        raise ValueError(f"loss_type {', '.join(options.types)} has no reference: leave ref_logps out")
+        raise ValueError(f"loss_type {', '.join(options.types)} has no reference: remove ref_logps")
     ref_logps = empty
     if given.ref_logps is not None:
         ref_logps = sized("ref_logps", given.ref_logps, (num_sequences,)).to(like.dtype)
@@ -72,7 +72,7 @@ def kernel_args(
     if given.scores is None:
         for name, value in (("conditions", given.conditions), ("tau", options.tau), ("margin", options.margin or None)):
             if value is not None:
-                raise ValueError(f"{name} has a meaning with scores only: give scores and objectives")
+                raise ValueError(f"{name} needs scores: give scores and objectives")
     scores = sized("scores", given.scores, (num_sequences, num_objectives))
     if given.conditions is not None:
         check_domain("conditions", given.conditions)
@@ -96,9 +96,9 @@ def kernel_args(
         raise ValueError(f"loss_type {', '.join(needy)} needs lengths [S], the labelled tokens of each sequence")
     for name, value in divisors.items():
         if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}: leave it out to count what is here")
+            raise ValueError(f"{name} must be positive, got {value}: omit it to count what this call contains")
     if given.chosen_tokens is not None and not options.averages_tokens:
-        raise ValueError(f"chosen_tokens has no meaning for loss_type {', '.join(options.types)}")
+        raise ValueError(f"chosen_tokens does not apply to loss_type {', '.join(options.types)}")
     return PreferenceArgs(
         ref_logps,
         pairs.new_empty(0) if lengths is None else lengths,
@@ -128,7 +128,7 @@ def check_pairs(pairs: Tensor, num_sequences: int, device: torch.device) -> None
             raise ValueError(f"pair {p} is {pairs[p].tolist()}: give two different sequences in [0, {num_sequences})")
 
 
-# What values must be; names that are not here may hold anything.
+# Constraints on values; names that are not listed have none.
 DOMAINS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "pair_weights": ("finite", torch.isfinite),
     "pair_betas": ("positive and finite", lambda t: t.isfinite() & (t > 0)),
@@ -147,7 +147,7 @@ def check_domain(name: str, value: Tensor) -> None:
 
 
 def objective_rows(objectives: tuple[Objective, ...], device: torch.device) -> Tensor:
-    """[2, K] weights and strengths; filled on the device, as a copy from the host would make it wait."""
+    """[2, K] weights and strengths; filled on the device: a copy from the host would force a synchronisation."""
     rows = torch.empty(2, len(objectives), dtype=torch.float64, device=device)
     for k, objective in enumerate(objectives):
         rows[0, k].fill_(objective.weight)
@@ -156,11 +156,11 @@ def objective_rows(objectives: tuple[Objective, ...], device: torch.device) -> T
 
 
 def default_pairs(num_sequences: int, device: torch.device) -> Tensor:
-    """[P, 2]: sequence p of the first half with sequence p of the second, as TRL and Liger lay them out."""
+    """[P, 2]: sequence p of the first half with sequence p of the second, the layout of TRL and Liger."""
     if num_sequences % 2:
         raise ValueError(
-            f"without pairs the first half of the sequences is paired with the second half: {num_sequences} "
-            "sequences are an odd number, give pairs [P, 2]"
+            f"without pairs the first half of the sequences is paired with the second half, but {num_sequences} is "
+            "odd: give pairs [P, 2]"
         )
     first = torch.arange(num_sequences // 2, device=device)
     return torch.stack([first, first + num_sequences // 2], 1)
@@ -178,7 +178,11 @@ def pair_conditions(
         return conditions
     if list(conditions.shape) != shapes[1]:
         one = list(conditions.shape) in ([num_objectives], [1, num_objectives])
-        hint = f": use conditions.expand({shapes[0][0]}, {num_objectives}) for the same in every pair" if one else ""
+        hint = (
+            f": use conditions.expand({shapes[0][0]}, {num_objectives}) for the same condition in every pair"
+            if one
+            else ""
+        )
         raise ValueError(f"conditions must have shape {shapes[0]} or {shapes[1]}, got {list(conditions.shape)}{hint}")
     first, second = conditions[pairs[:, 0]], conditions[pairs[:, 1]]
     if checks.may_read(conditions):

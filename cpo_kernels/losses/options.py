@@ -1,4 +1,4 @@
-"""Options of the preference losses; `LOSS_TYPES` says which of them each loss type honours."""
+"""Options of the preference losses; `LOSS_TYPES` lists which of them each loss type honours."""
 
 import difflib
 import math
@@ -17,18 +17,18 @@ from cpo_kernels.reference.terms import F_DIVERGENCES, OPTIONS
 class LossOptions:
     """Options of the preference losses. A combination that a loss type would ignore raises ValueError.
 
-    The classes and functions that take these as keywords raise TypeError for a name that is none of them.
+    The classes and functions that take these as keywords raise TypeError for any other name.
 
     Args:
         objectives: the objectives that `scores` rate; needed with scores.
         beta: inverse temperature; tau of IPO.
         loss_type: a name of `LOSS_TYPES`, or several, weighted by `loss_weights` (1 each by default).
         label_smoothing: probability that a label is flipped (conservative DPO; robust, exo_pair, aot).
-        tau: soft targets q = sigmoid(|dR| / tau); None for hard ones.
+        tau: soft targets q = sigmoid(|dR| / tau); None for hard targets.
         margin: gamma of the margin gamma * |dR| (ODPO).
-        tie_margin: pairs with |dR| at most this are ties: no loss, no gradient, counted.
+        tie_margin: pairs with |dR| <= tie_margin are ties: no loss, no gradient, counted.
         f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence with coefficient f_alpha.
-        discopop_tau, simpo_gamma, alphapo_alpha: the constants of those types; simpo_gamma is alphapo's margin too.
+        discopop_tau, simpo_gamma, alphapo_alpha: the constants of those types; simpo_gamma is also alphapo's margin.
         nll_alpha: weight of the NLL of the chosen response in orpo and contrastive_cpo.
         modpo_weight: w of MODPO, the divisor of its logit.
         ld_alpha: weight of the tokens past the pair's shorter length (LD-DPO); None for 1. Needs disjoint pairs.
@@ -68,7 +68,7 @@ class LossOptions:
         if self.objectives is not None:
             object.__setattr__(self, "objectives", tuple(self.objectives))
             if not self.objectives:
-                raise ValueError("objectives is empty: leave it out for pairs without ratings")
+                raise ValueError("objectives is empty: omit it for pairs without ratings")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Real)}
         for name, number in [*numbers.items(), *(("loss_weights", weight) for weight in weights)]:
             if not math.isfinite(number):
@@ -86,19 +86,19 @@ class LossOptions:
         if self.f_divergence not in F_DIVERGENCES:
             raise ValueError(f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, got {self.f_divergence!r}")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ValueError(f"ld_alpha must lie in [0, 1], got {self.ld_alpha}")
+            raise ValueError(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
         defaults = {f.name: f.default for f in fields(self)}
         always = {"objectives", "beta", "loss_type", "loss_weights", "tie_margin"}
         given = {n for n in defaults if n not in always and getattr(self, n) != defaults[n]}
         if "f_alpha" in given:
             given.remove("f_alpha")
             if self.f_divergence != "alpha_divergence":
-                raise ValueError(f"f_alpha has a meaning with f_divergence='alpha_divergence' only, got {self.f_alpha}")
+                raise ValueError(f"f_alpha only applies with f_divergence='alpha_divergence', got {self.f_alpha}")
         check_options(types, given, self.label_smoothing)
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "LossOptions":
-        """Options by name; an unknown name is an error that offers the nearest."""
+        """Options by name; an unknown name raises TypeError with the nearest one."""
         names = [f.name for f in fields(cls)]
         for name in options:
             if name not in names:
@@ -108,7 +108,7 @@ class LossOptions:
         return cls(**options)
 
     def shown(self) -> str:
-        """What differs from the defaults, beta and the loss type in any case: for the repr of a loss."""
+        """Options that differ from the defaults, and always beta and loss type: for the repr of a loss."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name in ("beta", "loss_type")}
         kept |= {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         kept["loss_type"] = self.types[0] if len(self.types) == 1 else list(self.types)
@@ -132,7 +132,7 @@ class LossOptions:
 
     @property
     def opposite(self) -> bool:
-        """Whether dloss/dL_rejected = -dloss/dL_chosen, whatever the log-probs are."""
+        """Whether dloss/dL_rejected = -dloss/dL_chosen for all log-probs."""
         return self.f_divergence == "reverse_kl" and all(LOSS_TYPES[t].opposite for t in self.types)
 
     @property
@@ -157,7 +157,7 @@ _TERM_OPTIONS = frozenset({"tau", "margin", "f_divergence", "pair_betas"})
 _PAIR_OPTIONS = frozenset({"pair_weights", "use_weighting", "ld_alpha"})
 
 
-# What losses are called elsewhere, and what they are here.
+# Names of losses elsewhere, and what they are here.
 OTHER_NAMES = {
     "dpo": "DPO is 'sigmoid'",
     "cpo": "Contrastive Preference Optimization is 'contrastive_cpo', Controllable is 'sigmoid' with objectives",
@@ -168,11 +168,11 @@ OTHER_NAMES = {
     "ld_dpo": "LD-DPO is 'sigmoid' with ld_alpha",
     "ln_dpo": "DPO on log-probs per token is 'sigmoid_norm'",
     "rpo": "DPO plus NLL is ['sigmoid', 'sft'] with loss_weights",
-    "dpop": "DPO-Positive is not here; ['sigmoid', 'sft'] keeps the chosen response likely too",
+    "dpop": "DPO-Positive is not available; ['sigmoid', 'sft'] also keeps the chosen response likely",
     "slic": "SLiC is 'hinge'",
     "cpo_simpo": "CPO-SimPO is ['simpo', 'sft'] with loss_weights",
-    "kto": "KTO takes single responses: cpo_kernels.kto_loss; of pairs 'bco_pair' and 'apo_zero' are nearest",
-    "nll": "the NLL of chosen responses is 'sft'; of any labels cpo_kernels.linear_nll",
+    "kto": "KTO takes single responses: cpo_kernels.kto_loss; for pairs 'bco_pair' and 'apo_zero' are nearest",
+    "nll": "the NLL of chosen responses is 'sft'; that of any labels is cpo_kernels.linear_nll",
 }
 ALSO = {
     "controllable_dpo": "cdpo",
@@ -185,7 +185,7 @@ ALSO |= {"cross_entropy": "nll", "cposimpo": "cpo_simpo", "controllable_cpo": "c
 
 
 def loss_type_hint(name: str) -> str:
-    """What an unknown `loss_type` probably means, as the beginning of a sentence; '' where nothing is near."""
+    """What an unknown `loss_type` probably means, as the beginning of a sentence; '' if nothing is near."""
     plain = name.strip().lower().replace("-", "_").replace(" ", "_").strip("_")
     stem = plain.removesuffix("_pair").removesuffix("_loss")
     for key in (plain, stem):
@@ -198,11 +198,11 @@ def loss_type_hint(name: str) -> str:
 
 
 def check_options(loss_types: Sequence[str], given: Iterable[str], label_smoothing: float = 0.0) -> None:
-    """Raises ValueError for an option that `loss_types` would ignore, or that they need and did not get.
+    """Raise ValueError for an option that `loss_types` would ignore, or that they need but did not get.
 
-    given: names of the options that the caller sets to other than "off". An option of only one type
-    (simpo_gamma, nll_alpha, ...) and label_smoothing must be honoured by at least one type of the list, an
-    option that concerns every pair by all of them.
+    given: names of the options that the caller does not leave "off". An option of a single type (simpo_gamma,
+    nll_alpha, ...) and label_smoothing must be honoured by at least one type of the list, an option that affects every
+    pair by all of them.
     """
     given = set(given)
     for name in loss_types:
@@ -220,10 +220,10 @@ def check_options(loss_types: Sequence[str], given: Iterable[str], label_smoothi
         if deaf and (option in _TERM_OPTIONS | _PAIR_OPTIONS or len(deaf) == len(loss_types)):
             able = [name for name, loss in LOSS_TYPES.items() if option in loss.honours]
             raise ValueError(
-                f"{option} has no meaning for loss_type {', '.join(map(repr, deaf))}; it works with {', '.join(able)}"
+                f"{option} does not apply to loss_type {', '.join(map(repr, deaf))}; it works with {', '.join(able)}"
             )
     if {"tau", "label_smoothing"} <= given:
-        raise ValueError("tau and label_smoothing both set the soft target: give one of them")
+        raise ValueError("tau and label_smoothing both set the soft target: give only one of them")
     if not 0 <= label_smoothing < 1 or ("robust" in loss_types and label_smoothing >= 0.5):
         raise ValueError(f"label_smoothing must be in [0, 1), below 0.5 for 'robust'; got {label_smoothing}")
     if "exo_pair" in loss_types and not label_smoothing > 0:

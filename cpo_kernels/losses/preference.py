@@ -21,20 +21,20 @@ from cpo_kernels.ops.preference import preference
 
 
 class PreferenceOutput(NamedTuple):
-    """What a preference loss returns. Everything but `loss` is detached."""
+    """Result of a preference loss. Everything but `loss` is detached."""
 
     loss: Tensor  # [], sum of weight * loss over the non-tied pairs / num_pairs
     losses: Tensor  # [P], 0 for ties
     seq_logps: Tensor  # [S]
     chosen_rewards: Tensor  # [P], beta * (L - ref) of the response that the loss preferred
     rejected_rewards: Tensor  # [P]
-    accuracy: Tensor  # [], share of non-tie pairs whose chosen reward is the higher
-    margin: Tensor  # [], mean of chosen - rejected reward over the non-tie pairs
-    value_gap: Tensor  # [P], R(first) - R(second); NaN where no objective is rated on both sides, inf without scores
-    order: Tensor  # [P] int8, +1 the first of the pair is chosen, -1 the second, 0 a tie
+    accuracy: Tensor  # [], share of non-tied pairs whose chosen reward is higher
+    margin: Tensor  # [], mean of chosen - rejected reward over the non-tied pairs
+    value_gap: Tensor  # [P], R(first) - R(second); NaN if no objective is rated on both sides, inf without scores
+    order: Tensor  # [P] int8: +1 if the first of the pair is chosen, -1 if the second, 0 for a tie
     num_pairs: Tensor  # [] int64, non-tied pairs
-    num_ties: Tensor  # [] int64, ties, unrated pairs among them
-    num_unrated: Tensor  # [] int64, pairs without an objective that is rated on both sides
+    num_ties: Tensor  # [] int64, ties, including unrated pairs
+    num_unrated: Tensor  # [] int64, pairs without an objective rated on both sides
     # Where filter_eps filters a gradient, means over the labelled rows; NaN elsewhere:
     live_share: Tensor  # [], share of the vocabulary in their set's live columns, 1 for exact sets
     tail_mass: Tensor  # [], probability outside the live columns
@@ -55,7 +55,7 @@ def output(result: PreferenceResult, seq_logps: Tensor) -> PreferenceOutput:
 class CPOLoss(nn.Module):
     """`preference_loss` with its options fixed: `CPOLoss(objectives, beta=0.1)(seq_logps, ...)`.
 
-    Args and what is raised: see `preference_loss`; options are checked here, tensors in the call.
+    Arguments and errors: see `preference_loss`. Options are checked on construction, tensors in the call.
 
     Examples:
         >>> loss_fn = CPOLoss(beta=0.1, loss_type="hinge")
@@ -78,7 +78,7 @@ class CPOLoss(nn.Module):
         self.impl = impl
 
     def extra_repr(self) -> str:
-        """The options that differ from their defaults, beta and loss type in any case."""
+        """The options that differ from their defaults, and always beta and loss type."""
         return self.options.shown() + ("" if self.impl == "auto" else f", impl={self.impl!r}")
 
     def forward(
@@ -107,8 +107,8 @@ class CPOLoss(nn.Module):
         for option in ("ld_alpha", "use_weighting"):
             if getattr(self.options, option):
                 raise ValueError(
-                    f"{option} works on token log-probs: use FusedLinearCPOLoss, or fold it into seq_logps "
-                    "(ld_alpha) or pair_weights (WPO) yourself"
+                    f"{option} needs token log-probs: use FusedLinearCPOLoss, or apply it to seq_logps (ld_alpha) or "
+                    "pair_weights (WPO) yourself"
                 )
         if lengths is not None and (lengths.dtype != torch.int64 or lengths.shape != seq_logps.shape):
             raise ValueError(
@@ -138,7 +138,7 @@ def preference_loss(
     impl: str = "auto",
     **options: Any,
 ) -> PreferenceOutput:
-    """Multi-objective conditioned preference loss over sequence log-probs, gradient made in the same pass.
+    """Multi-objective conditioned preference loss over sequence log-probs, with the gradient computed in the same pass.
 
     For each pair the response with the higher value R under the pair's condition is chosen, with
     R(y) = sum_i w_i g_i(y) / sum_i w_i, g_i = -strength_i |P_i(y) - c_i| where c_i is given, else P_i(y); the default
@@ -146,27 +146,27 @@ def preference_loss(
 
     Args:
         seq_logps: [S] float32 or float64.
-        pairs: [P, 2] int64 into the sequences; one response may stand in many pairs. None pairs the first half of the
+        pairs: [P, 2] int64 indices of sequences; a response may be in many pairs. None pairs the first half of the
             sequences with the second.
-        ref_logps: [S], of the reference model under the same (prompt, condition).
-        scores: [S, K] ratings, NaN where missing: an objective that is not rated on both sides leaves the pair.
-        conditions: [P, K], or [S, K] where both responses of a pair agree; NaN where not conditioned. Where P = S
-            (three responses of each prompt and all their pairs) they are [P, K]: conditions[pairs[:, 0]] makes that of
-            conditions of sequences.
+        ref_logps: [S], log-probs of the reference model under the same (prompt, condition).
+        scores: [S, K] ratings, NaN if missing: an objective that is not rated on both sides is dropped from the pair.
+        conditions: [P, K], or [S, K] with equal rows for both responses of a pair; NaN if not conditioned. If P = S
+            (three responses of each prompt and all their pairs) they are read as [P, K]: convert conditions of
+            sequences with conditions[pairs[:, 0]].
         objectives: the K objectives.
-        lengths: [S] int64 labelled tokens, for the types that average or count tokens.
+        lengths: [S] int64 numbers of labelled tokens, for the types that average or count tokens.
         pair_weights, pair_betas: [P].
         margins: [S], MODPO's weighted other rewards of each response.
-        num_pairs: divisor of the loss instead of the number of non-tie pairs here: the global count under gradient
-            accumulation or several processes.
+        num_pairs: divisor of the loss; default: the number of non-tied pairs in this call. Give the global count under
+            gradient accumulation or with several processes.
         chosen_tokens: the same for the terms that average over the tokens of all chosen responses (sft, and the NLL of
             orpo and contrastive_cpo).
         **options: see `LossOptions`.
 
     Raises:
-        TypeError, ValueError: wrong shape, dtype, device or option, an option that a loss type would ignore; a rating
-            or condition outside its objective's [low, high] (of GPU tensors under CPO_KERNELS_CHECK=1 only).
-        RuntimeError: a backend asked for by name that is not there; double backward.
+        TypeError, ValueError: wrong shape, dtype, device or option; an option that a loss type would ignore; a rating
+            or condition outside its objective's [low, high] (for GPU tensors only under CPO_KERNELS_CHECK=1).
+        RuntimeError: a backend requested by name that is not available; double backward.
 
     Source: Guo et al. 2024 (arXiv 2402.19085); each type's own in `LOSS_TYPES[name].formula`.
     """

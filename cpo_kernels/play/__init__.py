@@ -1,1 +1,1 @@
-"""`cpo-kernels play`: `page.html` has a slider per objective, `server` generates as they move, `run` is the command."""
+"""`cpo-kernels play`: `page.html` has a slider per objective, `server` answers as they move, `run` is the command."""

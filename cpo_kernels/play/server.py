@@ -1,11 +1,11 @@
-"""The page and its JSON, only on this machine.
+"""The page and its JSON API, only for this machine.
 
 GET  /          the page
 GET  /about     {name, objectives: [{name, low, high, step}], max_new_tokens}
 POST /generate  {page, prompt, condition: {objective: level}, max_new_tokens} -> {answer, read, seconds}
 
-An error is {error: text}. The server listens on 127.0.0.1 and answers only requests that name this machine as their
-host (against DNS rebinding) and that come from the page itself, if from a page.
+An error is {error: text}. The server listens on 127.0.0.1. It answers only requests that name this machine as their
+host (against DNS rebinding) and that do not come from another page.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ HEADERS = {
 
 
 class Superseded(Exception):
-    """A newer request of the same page has come."""
+    """A newer request of the same page has arrived."""
 
 
 class Player:
-    """Greedy answers of one model, one at a time; of the requests of one page only the newest is finished."""
+    """Greedy answers of one model, one at a time. Of one page's requests only the newest is finished."""
 
     def __init__(self, name: str, model: Any, template: PromptTemplate, max_new_tokens: int):
         self.name, self.model, self.template, self.max_new_tokens = name, model, template, max_new_tokens
@@ -56,7 +56,7 @@ class Player:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         length = len(self.template.prompt_ids(prompt, condition))
         if limit and length >= limit:
-            raise ValueError(f"the prompt has {length} tokens; this model takes {limit}, prompt and answer together")
+            raise ValueError(f"the prompt has {length} tokens; this model takes {limit} for prompt and answer together")
         tokens = min(max_new_tokens, limit - length) if limit else max_new_tokens
         ticket = self.newest[page] = object()
 
@@ -78,7 +78,7 @@ class Player:
 
 
 def make_server(player: Player, port: int = 0) -> ThreadingHTTPServer:
-    """A server on 127.0.0.1; port 0 takes a free one. `serve_forever()` runs it."""
+    """A server on 127.0.0.1; port 0 picks a free one. `serve_forever()` runs it."""
     page = resources.files("cpo_kernels.play").joinpath("page.html").read_bytes()
 
     class Handler(BaseHTTPRequestHandler):
@@ -106,28 +106,28 @@ def make_server(player: Player, port: int = 0) -> ThreadingHTTPServer:
             if not length.isdecimal():
                 return self.fail(411, "Content-Length is missing")
             if int(length) > LARGEST:
-                return self.fail(413, f"a request holds at most {LARGEST} bytes")
+                return self.fail(413, f"a request may have at most {LARGEST} bytes")
             try:
                 self.json(200, player.generate(**_request(self.rfile.read(int(length)), player.max_new_tokens)))
             except Superseded:
-                self.json(409, {"error": "a newer request has come"})
+                self.json(409, {"error": "a newer request has arrived"})
             except (ValueError, TypeError) as error:
                 self.json(400, {"error": str(error)})
-            except Exception as error:  # shown on the page; the server goes on
+            except Exception as error:  # shown on the page; the server keeps running
                 self.json(500, {"error": f"{type(error).__name__}: {error}"})
 
         def is_ours(self) -> bool:
             host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
             if host.rpartition(":")[0] not in LOCAL and host not in LOCAL:
-                self.fail(403, f"this page is served to {LOCAL[0]} and {LOCAL[1]}, not to {host!r}")
+                self.fail(403, f"this page is only served as {LOCAL[0]} and {LOCAL[1]}, not as {host!r}")
             elif origin is not None and origin != f"http://{host}":
-                self.fail(403, "this request comes from another page")
+                self.fail(403, "this request comes from another site")
             else:
                 return True
             return False
 
         def fail(self, status: int, text: str) -> None:
-            self.close_connection = True  # what was sent stays unread
+            self.close_connection = True  # the body stays unread
             self.json(status, {"error": text})
 
         def json(self, status: int, value: Any) -> None:
@@ -153,7 +153,7 @@ def make_server(player: Player, port: int = 0) -> ThreadingHTTPServer:
 
 
 def _request(data: bytes, most: int) -> dict[str, Any]:
-    """The fields of a request, of the right types."""
+    """The fields of a request, with their types checked."""
     body = json.loads(data)
     if not isinstance(body, dict):
         raise ValueError("the request must be a JSON object")
@@ -166,5 +166,5 @@ def _request(data: bytes, most: int) -> dict[str, Any]:
     if not isinstance(condition, dict) or not all(type(level) in (int, float) for level in condition.values()):
         raise ValueError("condition must be an object of numbers")
     if type(tokens) is not int or not 1 <= tokens <= most:
-        raise ValueError(f"max_new_tokens must be a whole number from 1 to {most}, got {tokens!r}")
+        raise ValueError(f"max_new_tokens must be an integer from 1 to {most}, got {tokens!r}")
     return {"page": page, "prompt": prompt, "condition": condition, "max_new_tokens": tokens}

@@ -1,4 +1,4 @@
-"""The command line of what takes a recipe: any key of it may be overridden."""
+"""The command line of commands that take a recipe: any of its keys can be overridden."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Any key of the recipe can be overridden: --training.lr 1e-4, or training.lr=1e-4
 
 
 class RecipeParser(Parser):
-    """Its namespace holds `config`, the recipe, and `overrides`, a list of key=value in their order."""
+    """The namespace holds `config`, the recipe, and `overrides`, a list of key=value in the order given."""
 
     def __init__(self, prog: str, description: str):
         super().__init__(prog, description + OVERRIDES)
@@ -28,22 +28,22 @@ class RecipeParser(Parser):
         options = [option for action in self._actions for option in action.option_strings]
         for name in (arg.partition("=")[0] for arg in plain if arg.startswith("--")):
             if name == "--config":
-                self.error("the recipe stands alone, without --config")
+                self.error("give the recipe without --config")
             if not any(option.startswith(name) for option in options):  # a key, written without its section
                 raise ValueError(unknown_key(name[2:].replace("-", "_")))
         arguments = self.parse_intermixed_args(plain)
         if arguments.config is None and not getattr(arguments, "keys", False):
-            self.error("name a YAML recipe")
+            self.error("give a YAML recipe")
         if arguments.on_bad_line:
             overrides.append(f"data.on_bad_line={arguments.on_bad_line}")
-        # the latter are no keys, which is said where they are read
+        # positional ones are no known keys: reading the config raises
         arguments.overrides = [*overrides, *arguments.overrides]
         return arguments
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(other arguments, key=value of every `section.key=value`, `--section.key value`, `--section.key=value` and
-    `--seed 1`, in order)."""
+    """(other arguments, overrides as key=value in order), where overrides are `section.key=value`, `--section.key
+    value`, `--section.key=value` and `--seed 1`."""
     plain: list[str] = []
     overrides: list[str] = []
     left = list(argv)

@@ -2,7 +2,7 @@
 
     config = read_config("recipe.yaml", ["training.lr=1e-4", "data.train=[answers.jsonl]"])
 
-An unknown key is an error that offers the nearest valid name; a value of the wrong type names key and value.
+An unknown key raises an error with the nearest valid name; a wrong type, one that names key and value.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cpo_kernels.recipe.keys import CHOICES, MEANT, SHORTHAND, Config, in_range
 
 
 def read_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
-    """A Config from a YAML file, a dict or a Config, with `section.key=value` overrides (values are YAML).
+    """Read a Config from a YAML file, a dict or a Config, with `section.key=value` overrides (values are YAML).
 
-    Raises ValueError or TypeError for an unknown key, a value of the wrong type, a number out of its range and a loss
-    that cannot be.
+    Raises ValueError or TypeError for an unknown key, a value of the wrong type, a number out of range or an
+    impossible loss.
     """
     if isinstance(source, Config):
         tree = dataclasses.asdict(source)
@@ -45,11 +45,11 @@ def read_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     for name, choices in CHOICES.items():
         value = _get(config, name)
         if value not in choices:
-            raise ValueError(f"{name}: {value!r} is none of {', '.join(filter(None, choices))}")
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(filter(None, choices))}")
     if len(config.training.betas) != 2:
         raise ValueError(f"training.betas: AdamW takes two numbers, got {config.training.betas}")
 
-    from cpo_kernels.objectives import Objective  # with torch, which help and unknown keys need not wait for
+    from cpo_kernels.objectives import Objective  # imports torch: help and unknown keys must not wait for it
     from cpo_kernels.recipe.loss import preference_loss
 
     preference_loss(config, [Objective(**vars(objective)) for objective in config.objectives])
@@ -91,7 +91,7 @@ def _yaml(text: str, where: str) -> Any:
         mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         why = f" ({reason})" if reason else ""
-        raise ValueError(f"{where}{place} is not valid YAML{why}: quote texts with special characters") from None
+        raise ValueError(f"{where}{place} is not valid YAML{why}: quote strings with special characters") from None
 
 
 def _copy(tree: Any) -> Any:
@@ -116,25 +116,25 @@ def _set(tree: dict[str, Any], name: str, value: Any) -> None:
         tree = tree[section]
     if last == "model" and isinstance(value, str) and isinstance(tree.get(last), dict):
         kept = {name: tree[last][name] for name in tree[last] if name not in ("config", "gguf_file")}
-        tree[last] = kept | {"name": value}  # the shorthand says where weights come from, and leaves the rest
+        tree[last] = kept | {"name": value}  # the shorthand sets where weights come from and keeps the rest
     else:
         tree[last] = value
 
 
 def unknown_key(name: str, cls: type = Config, prefix: str = "") -> str:
-    """The message for a key that the section `prefix` of class `cls` has not: the right one, or what there is."""
+    """The message for a key that section `prefix` of class `cls` does not have: the right key, or all valid ones."""
     every = [full for full, _, _ in config_keys()]
     short = name.rpartition(".")[2]
     near = [full for full in every if full.rpartition(".")[2] == short]  # the right name in the wrong place
     if not near and short in ALIASES:
         hint = ALIASES[short]
-        return f"unknown key {prefix}{name}: " + (hint if " " in hint else f"here it is {hint}")
+        return f"unknown key {prefix}{name}: " + (hint if " " in hint else f"use {hint}")
     here = {f.name: prefix + f.name for f in dataclasses.fields(cls)}
     near = near or [here[match] for match in difflib.get_close_matches(short, here, n=1, cutoff=0.6)]
     names = {full.rpartition(".")[2]: full for full in every}
     near = near or [names[match] for match in difflib.get_close_matches(short, names, n=1, cutoff=0.75)]
     return f"unknown key {prefix}{name}; " + (
-        f"did you mean {near[0]}?" if near else f"there is {', '.join(here.values())}"
+        f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(here.values())}"
     )
 
 
@@ -157,7 +157,8 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
 
 
 def _coerce(hint: Any, value: Any, name: str, help: str, range: str | None) -> Any:
-    """`value` as the type a key declares, in its range; YAML reads 1e-4 as a string and one list item as a scalar."""
+    """`value` converted to the key's declared type and checked against its range. YAML reads 1e-4 as a string and a
+    list of one as a scalar."""
     if typing.get_origin(hint) is types.UnionType:
         if value is None:
             return None
@@ -190,14 +191,14 @@ def _coerce(hint: Any, value: Any, name: str, help: str, range: str | None) -> A
 
 
 def _numbers(value: Any) -> Any:
-    """`value` with the numbers that YAML reads as texts, 1e-6 and the like."""
+    """`value` with the numbers that YAML reads as strings, such as 1e-6, converted."""
     if isinstance(value, dict):
         return {name: _numbers(x) for name, x in value.items()}
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value) else value
 
 
 def _number(hint: type, value: Any) -> Any:
-    """`value` as an int (of 64 bits) or float; None where it is none."""
+    """`value` as an int (of 64 bits) or float; None if it is neither."""
     if isinstance(value, bool):
         return None
     try:

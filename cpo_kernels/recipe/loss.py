@@ -12,7 +12,7 @@ from cpo_kernels.losses.fused import FusedLinearCPOLoss
 from cpo_kernels.objectives import Objective
 from cpo_kernels.recipe.keys import Config
 
-# what a recipe says elsewhere, or the model does
+# set elsewhere in a recipe, or by the model
 NO_OPTIONS = {"objectives": "objectives", "beta": "loss.beta", "loss_type": "loss.type", "loss_weights": "loss.weights"}
 NO_OPTIONS |= {name: f"loss.{name}" for name in ("filter_eps", "filter_head_grad")}
 NO_OPTIONS |= dict.fromkeys(("ignore_index", "softcap", "scale", "vocab_size"), "the model")
@@ -23,11 +23,11 @@ def filter_options(config: Config) -> dict[str, Any]:
 
 
 def preference_loss(config: Config, objectives: Sequence[Objective], **head: Any) -> FusedLinearCPOLoss:
-    """The loss of `config.loss`. Raises ValueError or TypeError where its options cannot be."""
+    """The loss of `config.loss`. Raises ValueError or TypeError for impossible options."""
     loss = config.loss
     for name in loss.options:
         if name in NO_OPTIONS:
-            raise ValueError(f"loss.options: {name} comes from {NO_OPTIONS[name]}; leave it out here")
+            raise ValueError(f"loss.options: {name} comes from {NO_OPTIONS[name]}; remove it here")
     keys = {"loss_weights": loss.weights, **filter_options(config), **loss.options, **head}
     try:
         budget_rows(1, torch.float32, torch.device("cpu"), loss.options.get("memory_budget"))

@@ -1,4 +1,4 @@
-"""The trainer: `models`, `reference`, `checkpoints`, and `loop.train`; every key of a recipe is in `recipe.keys`."""
+"""The trainer: `loop.train` with `models`, `reference`, `checkpoints`. All keys of a recipe are in `recipe.keys`."""
 
 from cpo_kernels.extras import need
 

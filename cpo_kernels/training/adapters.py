@@ -1,7 +1,7 @@
-"""LoRA (peft) and 4-bit bases (bitsandbytes): what a run needs to train adapters instead of weights.
+"""LoRA (peft) and 4-bit base models (bitsandbytes): training adapters instead of weights.
 
-The reference of cdpo and dpo needs no second model: adapters start at zero, so log-probs taken before the first step
-are those of the base, which is the model with its adapters off.
+cdpo and dpo need no second model as reference. Adapters start at zero, so log-probs computed before the first step are
+those of the base model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cpo_kernels.recipe.keys import ModelConfig, TrainingConfig
 
 
 def adapted_model(name: str) -> str | None:
-    """The model that the adapters in a folder (or hub name) are laid over; None where it holds a model itself."""
+    """The base model of the adapters in a folder (or hub name); None if it holds a full model."""
     from transformers.utils import cached_file
 
     quietly = {
@@ -31,25 +31,24 @@ def adapted_model(name: str) -> str | None:
 
 
 def merge_adapters(model: Any, folder: str) -> Any:
-    """`model` with the adapters of `folder` in its own weights: a plain model, which trains and is saved as any other.
+    """`model` with the adapters of `folder` merged into its weights: a plain model that trains and is saved as any
+    other.
 
-    Where they change only the head or only the embeddings, tied ones are tied no more."""
+    If the adapters change only the head or only the embeddings, tied weights are untied."""
     need("peft", f"model.name {folder} holds adapters, which")
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
     if has_adapters(model):  # transformers lays a folder's own adapters over its model as it loads it
-        raise ValueError(
-            f"model.name {folder}: the model below holds adapters beside its weights; merge them into it first"
-        )
+        raise ValueError(f"model.name {folder}: its base model has adapters of its own; merge them into it first")
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     _resize(model, load_peft_weights(folder, device="cpu"), folder, tied)
     adapted: Any = PeftModel.from_pretrained(model, folder)
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = adapted.peft_config["default"].peft_type
         raise ValueError(
-            f"model.name {folder}: adapters of type {kind.value} cannot become part of the model's weights"
+            f"model.name {folder}: adapters of type {kind.value} cannot be merged into the model's weights"
         )
     head: Any = model.get_output_embeddings()
     if tied and any(
@@ -63,7 +62,7 @@ def merge_adapters(model: Any, folder: str) -> Any:
 
 
 def _resize(model: Any, saved: dict[str, Tensor], folder: str, tied: bool) -> None:
-    """Give embeddings and head the rows that `saved` has of them: those of tokens that came with the adapters."""
+    """Resize embeddings and head to the rows in `saved`: new tokens may have come with the adapters."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     stems = [f"base_model.model.{name}." for name, module in model.named_modules() if module in ends]
     sizes = {
@@ -77,31 +76,33 @@ def _resize(model: Any, saved: dict[str, Tensor], folder: str, tied: bool) -> No
         return
     if len(rows) > 1 or (len(sizes) < len(stems) and not tied):
         raise ValueError(
-            f"model.name {folder}: the adapters were trained with {max(rows)} tokens over a model of {had}, and hold "
+            f"model.name {folder}: the adapters were trained with {max(rows)} tokens on a model of {had}, but hold "
             f"only {', '.join(sizes)}weight: save embeddings and head with them (peft's modules_to_save)"
         )
     model.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def add_adapters(model: Any, training: TrainingConfig, seed: int) -> Any:
-    """The PeftModel around `model`, whose layers get adapters in place; None where the run trains none. Raises
-    ValueError for a model that has adapters: what such a run trains would not be what it saves."""
+    """The PeftModel around `model`, whose layers get adapters in place; None if the run trains none. Raises ValueError
+    for a model that already has adapters: such a run would not save what it trained."""
     if has_adapters(model):
         raise ValueError(
-            f"the model has adapters already, beside which training.train: {training.train} cannot be saved: merge "
-            "them first, peft.AutoPeftModelForCausalLM.from_pretrained(MODEL).merge_and_unload().save_pretrained("
+            f"the model already has adapters, with which training.train: {training.train} cannot be saved: merge them "
+            "first with peft.AutoPeftModelForCausalLM.from_pretrained(MODEL).merge_and_unload().save_pretrained("
             "FOLDER), and give FOLDER as model.name"
         )
     if training.train != "lora":
         if getattr(model, "is_loaded_in_4bit", False):
-            raise ValueError(f"a 4-bit model trains adapters only: set training.train: lora (now {training.train})")
+            raise ValueError(f"a 4-bit model can only train adapters: set training.train: lora (now {training.train})")
         return None
     need("peft", "training.train: lora")
     from peft import LoraConfig, get_peft_model
 
     lora = training.lora
     torch.manual_seed(seed)  # of the first factors; the second ones start at zero
-    targets = "all-linear" if lora.targets == ["all-linear"] else lora.targets  # another text would be a pattern
+    targets = (
+        "all-linear" if lora.targets == ["all-linear"] else lora.targets
+    )  # any other string would be a regular expression
     return get_peft_model(
         model,
         LoraConfig(
@@ -126,8 +127,8 @@ def has_adapters(model: Any) -> bool:
 
 
 def merged_weights(weights: dict[str, Tensor], adapted: Any) -> dict[str, Tensor]:
-    """The plain model's weights, W + alpha / r B A, from those of one with adapters. (peft's own merge writes to
-    `.data`, which does not reach a sharded weight.)"""
+    """The plain model's weights, W + alpha / r B A, from those of a model with adapters. (peft's merge writes to
+    `.data`, which does not update a sharded weight.)"""
     lora, plain = adapted.peft_config["default"], {}
     for name, tensor in weights.items():
         stem = name.removesuffix(".base_layer.weight")

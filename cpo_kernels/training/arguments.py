@@ -1,4 +1,4 @@
-"""Train one stage as a YAML recipe says: cpsft, cdpo, sft or dpo.
+"""Train one stage described by a YAML recipe: cpsft, cdpo, sft or dpo.
 
 cpo-kernels train recipes/truthfulqa_cpsft.yaml --data.train ratings.jsonl --run_dir runs/cpsft
 cpo-kernels train recipes/truthfulqa_cdpo.yaml --model runs/cpsft/model --data.train ratings.jsonl --run_dir runs/cdpo
@@ -14,5 +14,5 @@ def parser() -> RecipeParser:
     made = RecipeParser("cpo-kernels train", __doc__ or "")
     made.add_argument("--resume", action="store_true", help="same as --training.resume true")
     made.add_argument("--overwrite", action="store_true", help="same as --training.overwrite true")
-    made.add_argument("--keys", action="store_true", help="list every key with its default, and stop")
+    made.add_argument("--keys", action="store_true", help="list every key with its default and exit")
     return made

@@ -1,12 +1,12 @@
-"""Which token sees which, in the form that the model's attention takes it.
+"""Which token attends to which, in the form that the model's attention expects.
 
 sdpa, eager        a dense mask over rows of about 256 tokens
-segments           sdpa for every prompt and response of one row by itself: no token pays for what it does not see
-flex_attention     a block mask over one row; blocks without a visible pair cost nothing (backward on GPUs only)
+segments           one sdpa call for every prompt and response of a row: no work on masked positions
+flex_attention     a block mask over one row; fully masked blocks cost nothing (backward only on GPUs)
 flash_attention_2  lengths of the sequences in one row (varlen); packed and padded rows only
 
-`segments` pays on a CPU where a prompt with its responses fills a row (docs/training.md has the times); shorter ones
-take more calls than the mask is worth. torch.compile would compile every batch anew, and is refused.
+`segments` is faster on a CPU if a prompt with its responses fills a row (times in docs/training.md); for shorter ones
+the extra calls cost more than the mask. It raises under torch.compile, which would recompile for every batch.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ TAKES = {"shared": MASKED, "packed": (*MASKED, "flash_attention_2")}
 
 
 def set_attention(model: Any, name: str | None) -> None:
-    """`model.attention` of the config; None keeps the model's."""
+    """Set `model.attention` of the config; None keeps the model's."""
     if name is None:
         return
     if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise ValueError(
-            "model.attention: flash_attention_2 needs flash-attn, which is not installed: take sdpa, or "
+            "model.attention: flash_attention_2 needs flash-attn, which is not installed: use sdpa, or "
             + install_line("flash_attn")
         )
     if name == "segments":
@@ -46,24 +46,25 @@ def set_attention(model: Any, name: str | None) -> None:
 
 
 def row_tokens(model: Any) -> int | None:
-    """What `collate` takes: the length of a row; None for one row of everything."""
+    """The row length for `collate`; None for a single row."""
     return ROW_TOKENS if _name(model) in ("sdpa", "eager") else None
 
 
 def check_rows(model: Any, config: Config) -> None:
-    """Rows of several prompts need attention that can keep them apart, and nothing else that carries state along."""
+    """Raise ValueError if the model cannot keep several sequences of a row apart: its attention must mask them, and no
+    layer may carry state along the row."""
     rows, max_tokens, compiled = config.training.rows, config.data.max_tokens, config.training.compile
     if rows == "padded":
         return
     text = model.config.get_text_config()
     if text.model_type in BY_PLACE or getattr(text, "alibi", False):
         raise ValueError(
-            f"training.rows: {rows} puts several sequences into a row, and the attention of {text.model_type} goes by "
-            "a token's place in its row, not by its position: set training.rows: padded"
+            f"training.rows: {rows} puts several sequences into a row, but the attention of {text.model_type} uses a "
+            "token's index in its row instead of its position_ids: set training.rows: padded"
         )
     if _name(model) == "segments" and compiled:
         raise ValueError(
-            "model.attention: segments would be compiled anew for every batch: set training.compile: false, or "
+            "model.attention: segments would recompile for every batch: set training.compile: false or "
             "model.attention: sdpa"
         )
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
@@ -81,9 +82,9 @@ def check_rows(model: Any, config: Config) -> None:
 
 
 def attention_inputs(model: Any, batch: Batch) -> dict[str, Any]:
-    """Arguments of the backbone beside tokens and positions."""
+    """Arguments of the backbone besides tokens and positions."""
     if batch.tree is None or batch.branch is None:
-        return {"attention_mask": None}  # causal; padding comes last and nothing looks at it
+        return {"attention_mask": None}  # causal; padding comes last and nothing attends to it
     name = _name(model)
     if name == "flash_attention_2":
         lengths = [sum(segments) for segments in batch.segments]
@@ -93,7 +94,7 @@ def attention_inputs(model: Any, batch: Batch) -> dict[str, Any]:
         return {"attention_mask": None, **starts_of, "max_length_q": longest, "max_length_k": longest}
     if name == "flex_attention":
         return {"attention_mask": block_mask(batch.tree, batch.branch)}
-    if name == "segments":  # the model makes no mask of its own beside one of four dimensions
+    if name == "segments":  # the model adds no mask of its own to a four-dimensional one
         return {"attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool), "segments": batch.segments}
     mask = dense_mask(batch.tree, batch.branch)
     if name == "eager":  # adds its mask
@@ -110,15 +111,15 @@ def segment_attention(
     segments: Sequence[tuple[int, ...]] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa [1, heads, T, D] -> [1, T, heads, D] over `Batch.segments`, one after another; over the whole
-    row where there are none, as in generation."""
+    """transformers' sdpa [1, heads, T, D] -> [1, T, heads, D], one segment of `Batch.segments` after another; over the
+    whole row if there are none, as in generation."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
     if segments is None:
         if attention_mask is not None and not attention_mask.numel():
             raise ValueError(
-                f"{type(module).__name__} gets no segments from its model, which passes no arguments on to its layers: "
-                "set model.attention: sdpa"
+                f"{type(module).__name__} gets no segments: its model does not pass arguments on to its layers. Set "
+                "model.attention: sdpa"
             )
         return sdpa(module, query, key, value, attention_mask, **options)
     lengths = [n for tree in segments for n in tree]  # split, not slices: one backward for all of them
@@ -136,7 +137,7 @@ def segment_attention(
 
 
 def dense_mask(tree: Tensor, branch: Tensor) -> Tensor:
-    """[B, 1, T, T]: a token sees its own prompt and its own response up to itself; padding sees padding."""
+    """[B, 1, T, T]: a token attends to its prompt and its own response up to itself; padding attends to padding."""
     T = tree.shape[1]
     same_tree = tree[:, :, None] == tree[:, None, :]
     same_branch = branch[:, :, None] == branch[:, None, :]
@@ -145,7 +146,7 @@ def dense_mask(tree: Tensor, branch: Tensor) -> Tensor:
 
 
 def block_mask(tree: Tensor, branch: Tensor) -> Any:
-    """The same as `dense_mask`, by blocks."""
+    """`dense_mask` as a block mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or absent, and hold no pickle: safetensors and JSON.
+"""Atomic checkpoints without pickle: safetensors and JSON.
 
 checkpoints/step-000200/
   model.safetensors      trainable parameters, float32
   optimizer.safetensors  the optimizer's tensors of every parameter
-  state.json             step, tokens, the optimizer's plain numbers, what a continuation must share
+  state.json             step, tokens, the optimizer's scalars, what a resumed run must share
 
-Tensors are whole, however they were sharded: a run may go on with more processes or fewer. No random state is kept:
-that of a step follows from seed, step and rank.
+Tensors are saved unsharded, so a run may resume with more or fewer processes. No random state is saved: that of a step
+follows from seed, step and rank.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ State = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, dict[s
 
 
 def training_state(named: Named, optimizer: torch.optim.Optimizer, keep: bool = True) -> State:
-    """(parameters, the optimizer's tensors, its plain numbers) by name, whole; empty where `keep` is false. Collective
-    where they are sharded."""
+    """(parameters, the optimizer's tensors, its scalars) by name, unsharded; empty if `keep` is false. A collective
+    call if they are sharded."""
     parameters: dict[str, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
@@ -57,8 +57,8 @@ def training_state(named: Named, optimizer: torch.optim.Optimizer, keep: bool = 
 
 
 def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any], keep: int) -> None:
-    """Write folder/step-N of state["step"], then delete all but the newest `keep`. Raises OSError where it cannot be
-    written; the checkpoints before it stay."""
+    """Write folder/step-N of state["step"], then delete all but the newest `keep`. Raises OSError if it cannot be
+    written; earlier checkpoints stay."""
     path = folder / f"step-{state['step']:06d}"
     *parts, numbers = tensors
     try:
@@ -67,34 +67,34 @@ def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any], keep: i
                 save_file(file, temporary / name)
             (temporary / "state.json").write_text(json.dumps(state | {"optimizer": numbers}))
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}; earlier checkpoints are whole: make room and resume") from error
+        raise OSError(f"cannot write {path}: {error}; earlier checkpoints are intact: free space and resume") from error
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
+    """The complete checkpoints in `folder`, oldest first."""
     return sorted(p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit())
 
 
 def load_checkpoint(
     path: Path, named: Named, optimizer: torch.optim.Optimizer, expect: dict[str, Any]
 ) -> dict[str, Any]:
-    """Fill parameters and optimizer in place; the saved state. Raises ValueError where a key of `expect` differs, or
-    where a file is cut or missing: before anything is filled."""
+    """Load parameters and optimizer in place and return the saved state. Raises ValueError if a key of `expect` differs
+    or a file is truncated or missing, before anything is loaded."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         parameters, moments = (load_file(path / name) for name in FILES)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"checkpoint {path} is not whole ({error}): delete it to go on from the one before, or from the start"
+            f"checkpoint {path} is incomplete ({error}): delete it to resume from the one before, or from the start"
         ) from None
     for key, value in expect.items():
         if state.get(key) != value:
-            raise ValueError(f"{path}: {key} was {state.get(key)!r} and is {value!r} now; continue with the same one")
+            raise ValueError(f"{path}: {key} was {state.get(key)!r} and is now {value!r}; resume with the same one")
     if parameters.keys() != {name for name, _ in named}:
         differ = sorted(parameters.keys() ^ {name for name, _ in named})
-        raise ValueError(f"{path} holds other parameters than this model trains: {', '.join(differ[:3])} ...")
+        raise ValueError(f"{path} has different parameters than this model trains: {', '.join(differ[:3])} ...")
     by_parameter: dict[str, dict[str, Any]] = {name: dict(numbers) for name, numbers in state["optimizer"].items()}
     for full, value in moments.items():
         name, _, key = full.rpartition(".")
@@ -108,8 +108,8 @@ def load_checkpoint(
 
 
 def like(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """`value` on the parameter's device, and sharded as the parameter is where it has its shape. Every rank has read
-    the whole: nothing is sent."""
+    """`value` on the parameter's device, sharded like the parameter if it has its shape. Every rank has read the whole
+    tensor, so nothing is sent."""
     value = value.to(parameter.device)
     if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
         return value
@@ -119,7 +119,7 @@ def like(parameter: Any, value: torch.Tensor) -> torch.Tensor:
 
 
 class atomic_folder:  # noqa: N801 - used as a function
-    """Context: a temporary folder that takes the place of `folder` once it is whole and on disk."""
+    """Context manager: a temporary folder that replaces `folder` once it is complete and on disk."""
 
     def __init__(self, folder: Path):
         self.folder, self.temporary = folder, folder.with_name(folder.name + ".tmp")

@@ -6,9 +6,9 @@
     cpsft  NLL of every response after its prompt and the tags of its own ratings    sft  the same without tags
     cdpo   preference loss on pairs ordered under the condition in their prompt      dpo  without conditions
 
-The reference of cdpo and dpo is the model as it is at the start. The loss of a micro-batch is divided by what its whole
-step holds (labelled tokens or pairs): gradient accumulation and several processes give the gradient of one big batch.
-What several processes do otherwise than one stands in `parallel`.
+The reference of cdpo and dpo is the model at the start of training. The loss of a micro-batch is divided by the
+labelled tokens or pairs of its whole step, so gradient accumulation and several processes give the gradient of one
+large batch. Everything specific to several processes is in `parallel`.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def train(
     eval_records: Sequence[Record] | None = None,
     overrides: Sequence[str] = (),
 ) -> TrainResult:
-    """Train as the config says. Objects given here take the place of the config's files; `model` is changed in place.
+    """Train as the config specifies. Objects given here replace the config's files; `model` is modified in place.
 
-    Raises ValueError or TypeError on a bad config, DataError on a broken line, FloatingPointError when the loss is not
+    Raises ValueError or TypeError for a bad config, DataError for a broken line, FloatingPointError if the loss is not
     finite.
     """
     accelerator = make_accelerator()
@@ -133,7 +133,7 @@ def _train(
         records, eval_records, objectives = load_data(config, records, eval_records, report, quiet)
         merged_into = base_of_adapters(config.model) if model is None else None
         model, tokenizer = load_model(config.model, model, tokenizer, config.seed)
-        if accelerator.distributed_type not in SHARDED:  # those bring it there in pieces
+        if accelerator.distributed_type not in SHARDED:  # those move it there in pieces
             model.to(accelerator.device)
         model.eval()
         template = PromptTemplate(tokenizer, config.template, objectives)
@@ -177,7 +177,7 @@ class Loop:
     ):
         self.config, self.training, self.accelerator = config, config.training, accelerator
         self.run, self.model, self.loss = run, model, loss
-        self.same = same  # the hashes of the weights at the start and of the data: a continuation has the same
+        self.same = same  # the hashes of the initial weights and of the data: a resumed run must have the same
         self.quiet = not (config.training.progress and accelerator.is_main_process)
         self.microbatches: list[tuple[Tensor, list[Encoded]]] = []  # loss and groups of the step's micro-batches
         with together(accelerator):
@@ -188,7 +188,8 @@ class Loop:
     def with_reference(
         self, epochs: list[list[Unit]], eval_set: list[Unit], report: dict[str, Any]
     ) -> tuple[list[list[Unit]], list[Unit]]:
-        """All sets with the log-probs of the model as it is now, where the loss needs them and the steps come to it."""
+        """All sets with the log-probs of the current model, for the groups whose loss needs them and that the run
+        reaches."""
         if not self.loss.needs_reference:
             return epochs, eval_set
         folder = Path(self.config.cache_dir) if self.config.cache_dir else None
@@ -204,7 +205,7 @@ class Loop:
         return epochs, eval_set
 
     def used(self, epochs: Sequence[Sequence[Unit]], eval_set: Sequence[Unit]) -> Callable[[Encoded], bool]:
-        """Whether the run comes to a group: max_steps may end it before."""
+        """Whether the run reaches a group: max_steps may end it earlier."""
         last = self.training.max_steps
         if not last or last >= sum(epoch_length(units, self.training) for units in epochs):
             return lambda group: True
@@ -213,7 +214,7 @@ class Loop:
         return lambda group: id(group) in ids
 
     def run_epochs(self, epochs: Sequence[Sequence[Unit]], eval_set: Sequence[Unit]) -> None:
-        """`epochs`: the units of each, the last of them for all that follow."""
+        """`epochs`: the units of each epoch; the last is used for all that follow."""
         training, run = self.training, self.run
         last = training.max_steps or self.steps_of(epochs)
         same = {**self.same, "steps": last}
@@ -250,13 +251,13 @@ class Loop:
         self.model.eval()
 
     def steps_of(self, epochs: Sequence[Sequence[Unit]]) -> int:
-        """Steps of `training.epochs`, the last of which may be a part; at least one."""
+        """Number of steps of `training.epochs`, the last of which may be partial; at least one."""
         whole, part = divmod(self.training.epochs, 1)
         lengths = [epoch_length(epochs[min(i, len(epochs) - 1)], self.training) for i in range(int(whole) + 1)]
         return max(1, sum(lengths[:-1]) + math.ceil(part * lengths[-1] - 1e-9))  # 1.1 - 1 is a little more than 0.1
 
     def batches(self, epochs: Sequence[Sequence[Unit]], start: int) -> Iterator[tuple[float, list[Encoded]]]:
-        """(epochs passed after it, groups) of each step from number `start` on, without end."""
+        """(epochs completed after it, groups) of each step from step `start` on, endlessly."""
         before, training = 0, self.training
         for epoch in count():
             units = epochs[min(epoch, len(epochs) - 1)]
@@ -268,7 +269,7 @@ class Loop:
             before += steps
 
     def step(self, number: int, groups: Sequence[Encoded], lr: float) -> dict[str, Any]:
-        """Forward and backward over the micro-batches of a step, one update; its row of metrics."""
+        """Forward and backward over the micro-batches of a step, then one update. Returns its row of metrics."""
         accelerator, device, module = self.accelerator, self.accelerator.device, self.loss.module
         started, total = time.perf_counter(), self.loss.total(groups)
         sums = torch.zeros(len(self.loss.metrics) + 2, dtype=torch.float64, device=device)
@@ -298,19 +299,19 @@ class Loop:
         return row | {"peak_memory_gib": float(everywhere[:, -1].max())}
 
     def stop(self, step: int, row: dict[str, Any]) -> None:
-        """Save what this step ran, by micro-batch, and raise. No parameter has taken part of it."""
+        """Save this step's micro-batches and raise. No parameter was updated."""
         parts = [(float(loss), [vars(group) for group in part]) for loss, part in self.microbatches]
         every = [{"loss": loss, "groups": groups} for loss, groups in gather_object(parts)]
         self.run.json("nonfinite.json", row | {"step": step, "microbatches": every})
         saved = f"; its batch is in {self.run.folder / 'nonfinite.json'}" if self.run.path else ""
         raise FloatingPointError(
             f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {step}: lower training.lr (now "
-            f"{row['lr']:g}) or look at the data{saved}"
+            f"{row['lr']:g}) or check the data{saved}"
         )
 
     @torch.no_grad()
     def evaluate(self, step: int, eval_set: Sequence[Unit]) -> None:
-        """Log the loss and metrics of the held-out prompts as eval_*."""
+        """Log loss and metrics on the held-out prompts as eval_*."""
         groups = [group for unit in eval_set for group in unit]
         if not groups:
             return
@@ -325,13 +326,13 @@ class Loop:
         self.run.log({"step": step} | {f"eval_{n}": x for n, x in named if n not in FILTER_METRICS})
 
     def parts(self, groups: Sequence[Encoded], coupled: bool = True) -> list[tuple[list[Encoded], float]]:
-        """This process's micro-batches of `groups` with their weights."""
+        """This process's micro-batches of `groups`, with their weights."""
         ranks = self.accelerator.num_processes
         parts = self.loss.parts(groups, ranks)
         if coupled and self.loss.has_pairs and self.loss.loss_fn.options.couples_pairs and len(parts) * ranks > 1:
             raise ValueError(
-                f"loss.type {', '.join(self.config.loss.type)} sorts over all pairs of a step, which must be one "
-                f"micro-batch on one process, and is {len(parts)} on {ranks}: raise training.tokens_per_microbatch or "
-                "lower training.batch_size"
+                f"loss.type {', '.join(self.config.loss.type)} sorts all pairs of a step, so a step must be one "
+                f"micro-batch on one process, but it is {len(parts)} on {ranks}: raise "
+                "training.tokens_per_microbatch or lower training.batch_size"
             )
         return share(parts, self.accelerator)

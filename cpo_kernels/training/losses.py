@@ -1,4 +1,4 @@
-"""From a batch to its loss: the backbone's hidden states at labelled positions, then the fused head."""
+"""From a batch to its loss: hidden states of the backbone at labelled positions, then the fused head."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cpo_kernels.recipe.keys import Config
 from cpo_kernels.recipe.loss import filter_options, preference_loss
 from cpo_kernels.training.attention import attention_inputs, check_rows, row_tokens
 
-# Means over a step; ties are counted. cpsft and sft have only the loss, losses without a reference no log_ratio.
+# Means over a step; ties are a count. cpsft and sft have only the loss; losses without a reference have no log_ratio.
 #   rewards    beta (log pi - log pi_ref) of the preferred and the other response, over pairs; margin: their difference
 #   accuracy   share of the pairs whose preferred response has the higher reward
 #   log_ratio  (log pi - log pi_ref) of the responses in the data, nats per token: KL(data || ref) - KL(data || pi). It
 #              is not KL(pi || ref), which needs responses drawn from pi.
 # With loss.filter_eps and pairs, over labelled tokens:
-#   live_share   share of the vocabulary whose gradients are multiplied out; 1 in sets of rows that are exact
-#   tail_mass    probability of the rest, which one mean column stands for
+#   live_share   share of the vocabulary whose gradients are exact; 1 in exact sets of rows
+#   tail_mass    probability of the rest, which one mean column replaces
 #   exact_share  share of the tokens in exact sets
 METRICS = ("loss", "chosen_rewards", "rejected_rewards", "accuracy", "margin", "ties", "log_ratio")
 FILTER_METRICS = ("live_share", "tail_mass", "exact_share")
@@ -36,7 +36,7 @@ FILTER_METRICS = ("live_share", "tail_mass", "exact_share")
 
 @dataclass(frozen=True)
 class StepTotal:
-    """What all micro-batches of a step hold together, on all processes: the divisors of its loss."""
+    """Totals over all micro-batches of a step, on all processes: the divisors of its loss."""
 
     tokens: int  # with a label
     pairs: int
@@ -55,8 +55,8 @@ class StageLoss:
         self.bf16 = config.training.precision == "bf16"
         if self.bf16 and device.type == "cpu" and not cpu_multiplies(torch.bfloat16):
             warnings.warn(
-                "training.precision bf16: this CPU has no bfloat16 products, and torch makes the model's element by "
-                "element; fp32 is many times faster here: set training.precision: fp32",
+                "training.precision bf16: this CPU has no bfloat16 matrix instructions and torch computes the "
+                "model's products element by element; fp32 is many times faster here: set training.precision: fp32",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -77,11 +77,11 @@ class StageLoss:
 
     @property
     def head(self) -> HeadParts:
-        """Of the model as it is: what shards it puts other parameters in place."""
+        """The current head of the model: sharding replaces parameters."""
         return lm_head(self.model)
 
     def asked(self, groups: Sequence[Encoded]) -> dict[str, int]:
-        """How many groups ask for each level of an objective, and how many for nothing."""
+        """How many groups request each level of an objective, and how many request nothing."""
         counts: Counter[str] = Counter(asked_nothing=0)
         for group in groups:
             levels = [(o.name, c) for o, c in zip(self.objectives, group.condition, strict=True) if c == c]
@@ -100,11 +100,11 @@ class StageLoss:
         return replace(total, chosen_tokens=float(sum(lengths)))
 
     def parts(self, groups: Sequence[Encoded], ranks: int = 1) -> list[list[Encoded]]:
-        """`groups` in micro-batches, as many for each rank where that can be."""
+        """`groups` in micro-batches, the same number for each rank if possible."""
         return list(microbatches(groups, self.budget, self.rows, ranks))
 
     def collate(self, groups: Sequence[Encoded]) -> Batch:
-        """One micro-batch on the device, with the plan that spares its loss a wait for a GPU."""
+        """One micro-batch on the device, with the plan that avoids a host-device synchronisation in its loss."""
         batch = collate(groups, self.rows, row_tokens(self.model))
         if len(batch.pairs):
             weight = self.head.weight
@@ -127,13 +127,13 @@ class StageLoss:
             return logps
 
     def __call__(self, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
-        """(loss of this batch divided by what the step holds, its part of the step's metrics as float64)."""
+        """(loss of this batch divided by the step's total, its part of the step's metrics as float64)."""
         loss_and_part: tuple[Tensor, Tensor] = self.module(batch, total)
         return loss_and_part
 
 
 class StageModule(nn.Module):
-    """Backbone, head and loss in one forward: DDP, FSDP2 and ZeRO-3 act on what runs inside the module they wrap."""
+    """Backbone, head and loss in one forward: DDP, FSDP2 and ZeRO-3 need all of it inside the module that they wrap."""
 
     def __init__(self, model: Any, loss_fn: Any, bf16: bool, filtered: dict[str, Any]):
         super().__init__()
@@ -141,7 +141,7 @@ class StageModule(nn.Module):
         self._no_split_modules = model._no_split_modules  # what accelerate shards by
 
     def forward(self, batch: Batch, total: StepTotal | None) -> Any:
-        """See `StageLoss`; the log-probs of the responses where there is no total."""
+        """See `StageLoss`. Without a total, the log-probs of the responses."""
         # matrix products in bfloat16; parameters, residual stream, log-probs and loss stay float32
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.hidden(batch)
@@ -199,7 +199,7 @@ class StageModule(nn.Module):
 
 
 def gathered(layer: nn.Module) -> AbstractContextManager[Any]:
-    """The head's weights whole under ZeRO-3, which splits them outside of the layer's own forward."""
+    """The gathered head weights under ZeRO-3, which shards them outside the layer's own forward."""
     split = [p for p in layer.parameters() if hasattr(p, "ds_id")]
     if not split:
         return nullcontext()

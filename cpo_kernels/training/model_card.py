@@ -1,4 +1,4 @@
-"""The README.md of a trained model: how to ask for levels, what it was trained on, how it ended."""
+"""The README.md of a trained model: how to request levels, what it was trained on, its last metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cpo_kernels.objectives import Objective, format_number
 from cpo_kernels.recipe.keys import ConditionsConfig, Config
 
 STAGES = {
-    "cpsft": "Supervised fine-tuning on responses under the ratings that they really have (CPSFT).",
+    "cpsft": "Supervised fine-tuning on responses under their actual ratings (CPSFT).",
     "cdpo": "Preference optimization on pairs ordered under the condition in their prompt (CDPO).",
     "sft": "Supervised fine-tuning on the best responses, without conditions.",
     "dpo": "Preference optimization on pairs ordered only by the ratings, without conditions.",
@@ -27,7 +27,7 @@ def model_card(
     metrics: Sequence[dict[str, Any]],
     merged_into: str | None = None,
 ) -> str:
-    """`merged_into`: the model over which the adapters that the run began with were laid."""
+    """`merged_into`: the base model of the adapters that the run started from."""
     base = config.model.name or "from scratch"
     if merged_into:
         base += f", adapters, merged into {merged_into} before training"
@@ -44,7 +44,7 @@ def model_card(
         lines += tag_lines(template, objectives, config.conditions)
     lines += ["", "## Use", "", "```python", *example(objectives, config.stage), "```"]
     if config.model.quantize:
-        base += ", its weights in 4 bits (NF4, double quantization); this folder holds adapters over it"
+        base += ", with 4-bit weights (NF4, double quantization); this folder holds adapters for it"
     lines += ["", "## Training", "", f"- base: {base}", f"- data: {', '.join(sources)}", f"- stage: {config.stage}"]
     lines.append("- every key of the run: config.yaml of the run directory")
     for row in [row for row in metrics if "eval_loss" in row][-1:]:
@@ -55,11 +55,11 @@ def model_card(
 
 def tag_lines(template: PromptTemplate, objectives: Sequence[Objective], conditions: ConditionsConfig) -> list[str]:
     untagged = conditions.strip_best > 0 or any(mix.sampler == "none" for mix in conditions.mixture)
-    lines = ["", "## Levels", "", "The chat template takes a level for each objective; any of them may be left out."]
+    lines = ["", "## Levels", "", "The chat template takes a level for each objective; each is optional."]
     lines += [
-        "No level at all asks for the best on everything."
+        "Without any level the model aims for the best on everything."
         if untagged
-        else "It was trained with tags on every prompt: for the best on everything, ask for each best level.",
+        else "It was trained with tags on every prompt: for the best on everything, request each best level.",
         "The template writes levels as tags, plain text before the request:",
         "",
         "| objective | from | to | argument | tag |",
@@ -72,20 +72,20 @@ def tag_lines(template: PromptTemplate, objectives: Sequence[Objective], conditi
     given = ", ".join(f'"{argument(o.name)}": {format_number(o.high)}' for o in objectives)
     lines += [
         "",
-        "Servers that pass `chat_template_kwargs` on (`transformers serve`, vLLM) take them in a request:",
+        "Servers that support `chat_template_kwargs` (`transformers serve`, vLLM) take levels in a request:",
     ]
     lines += [f'`"chat_template_kwargs": {{{given}}}`.']
     return lines
 
 
 def example(objectives: Sequence[Objective], stage: str) -> list[str]:
-    """Python that loads the folder it stands in and answers a question, under levels where the model takes them."""
+    """Python code that loads its own folder and answers a question, with levels if the model takes them."""
     asked = {o.name: o.low if i else o.high for i, o in enumerate(objectives)} if stage in CONDITIONED else {}
     levels = "".join(f", {argument(name)}={format_number(level)}" for name, level in asked.items())
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'folder = "."  # where this file is',
+        'folder = "."  # the folder of this file',
         "tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)",
         f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
         'options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',

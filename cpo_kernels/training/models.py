@@ -1,4 +1,4 @@
-"""Models: loading, what trains, saving."""
+"""Models: loading, selecting what trains, saving."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from cpo_kernels.training.checkpoints import atomic_folder
 
 
 def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, seed: int = 0) -> tuple[Any, Any]:
-    """(model, tokenizer) with float32 parameters; either may be given as an object instead. Adapters of a folder are
-    merged into the model that they are laid over, but for a quantized one."""
+    """(model, tokenizer) with float32 parameters; either may be given as an object instead. A folder of adapters is
+    merged into its base model, unless that is quantized."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, gguf = model_source(config)
@@ -34,7 +34,7 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
         options = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | config.config
         options |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
         if config.quantize:
-            raise ValueError("model.quantize needs the weights of model.name; model.config makes new ones")
+            raise ValueError("model.quantize needs the weights of model.name; model.config creates new ones")
         if "model_type" not in options:
             raise ValueError(f"model.config needs model_type (llama, qwen2, ...), got {sorted(config.config)}")
         torch.manual_seed(seed)
@@ -44,11 +44,11 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
             raise ValueError("no model: set model.name or model.config, or pass one to train()")
         check_model_path(str(config.name))
         if gguf and config.quantize:
-            raise ValueError(f"model.quantize: {gguf} is quantized already; save the model as safetensors first")
+            raise ValueError(f"model.quantize: {gguf} is already quantized; save the model as safetensors first")
         options = {"dtype": torch.float32, **source, **quantization(config)}
         adapters, base = [], base_of_adapters(config)
         below = folder
-        while base is not None:  # adapters may lie over adapters
+        while base is not None:  # adapters may have adapters as base
             adapters.append(below)
             below, base = base, adapted_model(base) if base != below else None
         try:
@@ -63,7 +63,7 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
         except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:  # cut off, of another shape
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(f"the model in {folder} cannot be loaded ({reason})") from error
-        if gguf:  # the weights are dequantized: let the model be saved as what it is
+        if gguf:  # the weights are dequantized: save the model as such
             model.is_quantized, model.hf_quantizer = False, None
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
@@ -72,18 +72,20 @@ def load_model(config: ModelConfig, model: Any = None, tokenizer: Any = None, se
 
 
 def base_of_adapters(config: ModelConfig) -> str | None:
-    """The model that the adapters of `model.name` are merged into as they are loaded; None where there are none."""
+    """The base model that the adapters of `model.name` are merged into on loading; None if there are none."""
     folder, gguf = model_source(config)
     return None if not folder or gguf or config.quantize or config.config else adapted_model(folder)
 
 
 def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn.Parameter]]:
-    """Freeze what does not train; the (name, parameter) list of what does."""
+    """Freeze what does not train. Returns the (name, parameter) list of what does."""
     if training.train == "last_k":
         backbone = model.base_model
         layers = max((m for m in backbone.modules() if isinstance(m, nn.ModuleList)), key=len)
         if not 1 <= training.k <= len(layers):
-            raise ValueError(f"training.k must be in [1, {len(layers)}], the model's layers; got {training.k}")
+            raise ValueError(
+                f"training.k must be in [1, {len(layers)}], the model's number of layers; got {training.k}"
+            )
         model.requires_grad_(False)
         children = list(backbone.children())
         place = next(i for i, child in enumerate(children) if any(m is layers for m in child.modules()))
@@ -102,7 +104,7 @@ def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn
     return named
 
 
-# what says how the model came about, not what it computes
+# how the model came about, not what it computes
 ORIGIN = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
@@ -119,7 +121,7 @@ def fingerprint(model: Any) -> str:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """transformers shows one for each file that it writes."""
+    """transformers shows a progress bar for each file that it writes."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -132,7 +134,7 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def check_saving(model: Any, tokenizer: Any) -> None:
-    """Raises ValueError where `save_pretrained` refuses what a run will save at its end."""
+    """Raise ValueError if `save_pretrained` would refuse what the run will save at its end."""
     with TemporaryDirectory() as folder, no_progress_bars():
         try:
             model.save_pretrained(folder, state_dict={})
@@ -149,8 +151,8 @@ def save_model(
     weights: dict[str, torch.Tensor] | None,
     chat_template: str,
 ) -> None:
-    """Model (safetensors), tokenizer and README.md as `from_pretrained` reads them, whole or not at all; `weights` and
-    `chat_template` in place of the model's and the tokenizer's own."""
+    """Save model (safetensors), tokenizer and README.md atomically, for `from_pretrained`. `weights` and
+    `chat_template` replace the model's and the tokenizer's own."""
     with atomic_folder(folder) as temporary, no_progress_bars():
         model.save_pretrained(temporary, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(temporary)

@@ -1,4 +1,4 @@
-"""AdamW, the learning rate of a step, and the memory it took."""
+"""AdamW, the learning rate of a step, and peak memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_a
 
 
 def make_optimizer(named: Named, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW: torch's fused one, or one of bitsandbytes. Weight decay on matrices only."""
+    """AdamW: torch's fused one, or one of bitsandbytes. Weight decay applies only to matrices."""
     matrices = {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": training.weight_decay}
     vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
     betas = (training.betas[0], training.betas[1])
@@ -47,7 +47,7 @@ def schedule(step: int, total: int, training: TrainingConfig) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most that this process has held so far: allocated on the GPU, resident on a CPU."""
+    """Peak memory of this process so far: allocated on the GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

@@ -1,8 +1,8 @@
-"""Reference log-probs, computed once and kept on disk.
+"""Reference log-probs, computed once and cached on disk.
 
-One JSON file a reference model (named by the hash of its weights and config and the precision), one entry a sequence:
-the key hashes the tokens of (prompt with its condition's tags, response), so data, tokenizer, template and conditions
-are part of it. The file holds a hash of its entries, which is checked when it is read.
+One JSON file per reference model (named by the hash of its weights and config and by the precision), one entry per
+sequence. The key hashes the tokens of (prompt with its condition's tags, response), so it covers data, tokenizer,
+template and conditions. The file holds a hash of its entries, which is verified on reading.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ def with_reference(
     quiet: bool,
     wanted: Callable[[Encoded], bool] = lambda group: True,
 ) -> tuple[list[list[Unit]], dict[str, int]]:
-    """The sets of units with the `ref_logps` of the wanted groups filled in, and how many sequences were scored and how
-    many were cached. `cache` is the JSON file of this reference model, which only the main process reads and writes.
-    """
+    """The sets of units with `ref_logps` of the wanted groups filled in, how many sequences were scored, and how many
+    came from the cache. `cache` is the JSON file of this reference model; only the main process reads and writes it."""
     main = accelerator.is_main_process
     with together(accelerator):
         cached_logps = read_cache(cache) if main and cache and cache.exists() else {}
@@ -98,7 +97,9 @@ def read_cache(path: Path) -> dict[str, float]:
     except (ValueError, KeyError, TypeError):
         logps, whole = None, ""
     if logps is None or _hash(logps) != whole:
-        raise ValueError(f"{path} holds no whole set of reference log-probs: delete it, and they are computed again")
+        raise ValueError(
+            f"{path} is not a complete cache of reference log-probs: delete it, and they are computed again"
+        )
     return logps
 
 

@@ -1,4 +1,4 @@
-"""`cpo-kernels train RECIPE`: runs the stage, then says what the data held and what to do with the model."""
+"""`cpo-kernels train RECIPE`: runs the stage, then summarises the data and shows what to do with the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(args: Any) -> int:
     config = read_config(args.config, [*args.overrides, *overrides])
     main_process = os.environ.get("RANK", "0") == "0"
     if not config.run_dir and main_process:
-        print("run_dir is not set: neither model nor metrics are kept (--run_dir FOLDER keeps them)", file=sys.stderr)
+        print("run_dir is not set: neither model nor metrics are saved (--run_dir FOLDER saves them)", file=sys.stderr)
 
     from accelerate import PartialState
 
@@ -40,7 +40,7 @@ def run(args: Any) -> int:
 
 
 def keys_table() -> str:
-    """A line for each key: its name, its default as a recipe writes it, its help. Those of an item of a list follow."""
+    """A line for each key: its name, its default as in a recipe, its help. The keys of list items follow."""
     lists = {"data.train[]": SourceConfig, "conditions.mixture[]": MixConfig, "objectives[]": ObjectiveConfig}
     keys = list(config_keys())
     for name, item in lists.items():
@@ -49,7 +49,7 @@ def keys_table() -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """On one line; of an item of a list what is set."""
+    """A value as one line of YAML; for list items only the keys that are set."""
     if isinstance(value, list) and value and is_dataclass(value[0]):
         value = [{name: x for name, x in vars(item).items() if x is not None} for item in value]
     text = yaml.safe_dump(value, default_flow_style=True, width=1000, sort_keys=False)
@@ -57,7 +57,7 @@ def as_yaml(value: Any) -> str:
 
 
 def summary(result: Any) -> str:
-    """What the data held and left out, and the last metrics."""
+    """What the data contained and left out, and the last metrics."""
     report = result.report
     lines = []
     for split in ("train", "eval", "reference"):
@@ -72,13 +72,13 @@ def summary(result: Any) -> str:
 
 
 def next_steps(config: Config) -> str:
-    """Where the model is and the commands that use it; '' where nothing was kept."""
+    """Where the model is and the commands that use it; '' if nothing was saved."""
     if not config.run_dir or not config.training.save_model:
         return ""
     run_dir = shlex.quote(str(config.run_dir))
     lines = ["", f"model: {Path(config.run_dir) / 'model'}"]
     if config.stage == "cpsft":
-        lines.append(f"train stage two from it: cpo-kernels train RECIPE.yaml --model {run_dir}/model --stage cdpo")
-    lines.append(f"see how well it follows: cpo-kernels eval {run_dir}")
-    lines.append(f"try it in a browser:     cpo-kernels play {run_dir}")
+        lines.append(f"train stage two from it:  cpo-kernels train RECIPE.yaml --model {run_dir}/model --stage cdpo")
+    lines.append(f"measure how it follows:   cpo-kernels eval {run_dir}")
+    lines.append(f"try it in a browser:      cpo-kernels play {run_dir}")
     return "\n".join(lines) + "\n"

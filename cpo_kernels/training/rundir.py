@@ -1,7 +1,7 @@
-"""A run directory: what ran, on what, and how it went. A process that is killed leaves every file whole or absent.
+"""A run directory: config, versions, data, metrics, model. A killed process leaves every file complete or absent.
 
 config.yaml  versions.json  data.json  metrics.jsonl  eval_records.jsonl  checkpoints/  reference/  tensorboard/  model/
-and, while a process writes, lock
+and, while a process is writing, lock
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cpo_kernels.recipe.config import config_keys, config_text
 from cpo_kernels.recipe.keys import Config
 from cpo_kernels.training.trackers import Trackers, check_trackers
 
-# keys that may change between a run and its continuation
+# keys that may change on resuming
 FREE = {"run_dir", "cache_dir"} | {
     f"training.{name}"
     for name in ("eval_every", "checkpoint_every", "keep", "resume", "overwrite", "save_model", "progress", "trackers")
@@ -36,7 +36,7 @@ FREE = {"run_dir", "cache_dir"} | {
 
 
 class RunDir:
-    """Writes on the main process only; with `run_dir: null` keeps the metrics in memory and writes nothing."""
+    """Writes only on the main process. With `run_dir: null` it keeps the metrics in memory and writes nothing."""
 
     def __init__(self, config: Config, is_main: bool):
         self.config = config
@@ -56,24 +56,26 @@ class RunDir:
             self._check_same(config)
             if (self.folder / "model").exists() and not any((self.folder / "checkpoints").glob("step-*")):
                 raise ValueError(
-                    f"run_dir {self.path} is finished and holds no checkpoint to go on from: training.overwrite "
-                    "(--overwrite) starts it again, another run_dir keeps it"
+                    f"run_dir {self.path} is finished and has no checkpoint to resume from: start it again with "
+                    "--overwrite (training.overwrite), or keep it and use another run_dir"
                 )
         elif is_main:
             self._check_free()
 
     def _check_free(self) -> bool:
-        """Whether there is a run to take the place of."""
+        """Whether there is a run to replace."""
         there = (self.folder / "config.yaml").exists()
         if there and not self.config.training.overwrite:
             raise ValueError(
-                f"run_dir {self.path} holds a run: give --resume (training.resume), --overwrite or another run_dir"
+                f"run_dir {self.path} already holds a run: give --resume (training.resume), --overwrite or another "
+                "run_dir"
             )
         return there
 
     def begin(self, report: dict[str, Any], eval_records: Sequence[Record]) -> None:
-        """Once data, model and optimizer are there: what was wrong until then leaves no run behind, and deletes none.
-        An earlier run goes first, its config.yaml last: a kill leaves a folder that says what it is."""
+        """Called once data, model and optimizer exist, so an earlier error leaves no run behind and deletes none. An
+        earlier run is deleted first, its config.yaml last: a killed process leaves a folder that still says what it
+        is."""
         if not self.writes:
             return
         resumed = self.config.training.resume
@@ -97,9 +99,9 @@ class RunDir:
             before, now = old, new
             for section in sections:
                 before, now = before.get(section, {}), now[section]
-            before, now = before.get(last, default), now[last]  # a key that an older run did not know
+            before, now = before.get(last, default), now[last]  # a key that an older version did not have
             if before != now and name not in FREE:
-                raise ValueError(f"cannot resume {self.path}: {name} was {before!r} and is {now!r} now")
+                raise ValueError(f"cannot resume {self.path}: {name} was {before!r} and is now {now!r}")
 
     @property
     def folder(self) -> Path:
@@ -107,7 +109,7 @@ class RunDir:
         return self.path
 
     def save_data(self, report: dict[str, Any], eval_records: Sequence[Record]) -> None:
-        """What the data held and what was left out; the held-out records, for the evaluation."""
+        """Save what the data contained and left out, and the held-out records for the evaluation."""
         self.json("data.json", report)
         if self.writes:
             write_records(eval_records, self.folder / "eval_records.jsonl")
@@ -117,10 +119,10 @@ class RunDir:
             atomic_text(json.dumps(value, indent=2) + "\n", self.folder / name)
 
     def start(self, step: int) -> None:
-        """Forget the metrics of an earlier process after `step`; the run goes on from there."""
+        """Drop the metrics of an earlier process after `step`; the run resumes from there."""
         file = self.path and self.path / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file and file.exists() else []
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may truncate the last one
         self.metrics = [row for row in whole if row["step"] <= step] if step else []
         if self.writes:
             atomic_text("".join(json.dumps(row) + "\n" for row in self.metrics), self.folder / "metrics.jsonl")
@@ -135,7 +137,7 @@ class RunDir:
             self.trackers.log(row)
 
     def close(self) -> None:
-        """Let another process write into the folder."""
+        """Release the lock, so that another process may write."""
         if self.trackers:
             self.trackers.close()
         if self.lock:
@@ -145,7 +147,7 @@ class RunDir:
 
 
 def hold(path: Path) -> TextIO:
-    """The file `path`, locked until it is closed or this process ends, however it ends. Raises ValueError where another
+    """The file `path`, locked until it is closed or this process ends, however it ends. Raises ValueError if another
     process holds it."""
     while True:
         file = open(path, "a+")
@@ -159,7 +161,7 @@ def hold(path: Path) -> TextIO:
             holder = file.read().strip() or "unknown"
             file.close()
             raise ValueError(
-                f"run_dir {path.parent}: another process writes there ({holder}): end it, or choose another run_dir"
+                f"run_dir {path.parent}: another process is writing there ({holder}): stop it or use another run_dir"
             ) from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.truncate(0)

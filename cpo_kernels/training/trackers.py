@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard and Weights & Biases, beside metrics.jsonl."""
+"""Metrics to TensorBoard and Weights & Biases, in addition to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 class Trackers:
-    """One object for those that `training.trackers` names; `step` is the row's."""
+    """Logs to all of `training.trackers`; `step` is the row's."""
 
     def __init__(self, config: Config, folder: Path, step: int):
         names = config.training.trackers
@@ -47,7 +47,7 @@ class Trackers:
 
 
 def run_id(file: Path, step: int) -> str:
-    """An id of only this run, kept in `file` for its continuation."""
+    """A unique id of this run, kept in `file` for resuming."""
     if step == 0 or not file.exists():
         file.write_text(uuid.uuid4().hex[:12])
     return file.read_text()
@@ -56,6 +56,6 @@ def run_id(file: Path, step: int) -> str:
 def check_trackers(names: list[str]) -> None:
     for name in names:
         if name not in PACKAGES:
-            raise ValueError(f"training.trackers: {name!r} is none of {', '.join(PACKAGES)}")
+            raise ValueError(f"training.trackers: {name!r} is not one of {', '.join(PACKAGES)}")
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ValueError(f"training.trackers: {name} is not installed: {install_line(PACKAGES[name])}")

@@ -92,7 +92,7 @@ def test_a_recipe_s_text_as_a_template(kind, prompt, begins):
     text = tokenizer.apply_chat_template(both, tokenize=False)
     assert text.endswith(" blue<eos>") and text.startswith(tokenizer.apply_chat_template(both[:1], tokenize=False))
     for wrong in ([{"role": "system", "content": "S"}, both[0]], [*both, both[0]]):
-        with pytest.raises(TemplateError, match="single questions: give one message of the user"):
+        with pytest.raises(TemplateError, match="single questions: give one user message"):
             tokenizer.apply_chat_template(wrong, tokenize=False)
 
 

@@ -110,7 +110,7 @@ BROKEN = {
     '["no", "object"]': "expected a JSON object, got list",
     '{"qestion": "Q", "answer": "A", "truthful": 1, "informative": 1}': "did you mean 'qestion'",
     '{"question": " ", "answer": "A", "truthful": 1, "informative": 1}': "'question' is empty",
-    '{"question": "Q", "answer": 3, "truthful": 1, "informative": 1}': "'answer' must be a text, got 3",
+    '{"question": "Q", "answer": 3, "truthful": 1, "informative": 1}': "'answer' must be a string, got 3",
     '{"question": "Q", "answer": "A", "truthful": "yes", "informative": 1}': "'yes' is not a number",
     '{"question": "Q", "answer": "A", "truthful": true, "informative": 1}': "True is not a number",
 }
@@ -141,7 +141,8 @@ def test_broken_encoding_and_ratings_off_the_scale(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ratings, reason", [({"humour": "h"}, "'humour' is no objective"), ({"honesty": {"field": "h"}}, "write a field")]
+    "ratings, reason",
+    [({"humour": "h"}, "'humour' is not an objective"), ({"honesty": {"field": "h"}}, "write a field")],
 )
 def test_bad_field_map(tmp_path, ratings, reason):
     with pytest.raises(ValueError, match=reason):
@@ -299,9 +300,9 @@ def test_missing_ratings_stay_missing():
 @pytest.mark.parametrize(
     "keys, reason",
     [
-        ({"mixture": [{"sampler": "random"}]}, "'random' is none of attained"),
-        ({"mixture": [{"objectives": ["humour"]}]}, "'humour' is no objective"),
-        ({"mixture": [{"share": 0}]}, "not all 0"),
+        ({"mixture": [{"sampler": "random"}]}, "'random' is not one of attained"),
+        ({"mixture": [{"objectives": ["humour"]}]}, "'humour' is not an objective"),
+        ({"mixture": [{"share": 0}]}, "at least one share must be above 0"),
         ({"class_weights": [{"honesty": 1}]}, "class_weights"),
         ({"per_prompt": 0}, r"per_prompt: 0 is not in \[1, inf\)"),
         ({"responses": 1}, r"responses: 1 is not in \[2, inf\)"),

@@ -97,11 +97,11 @@ def test_stage_one_draws_responses_by_count(tmp_path):
 @pytest.mark.parametrize(
     "keys, reason",
     [
-        ({"mixture": [{"count": 5}, {"share": 1}]}, r"needs a count where one has it, got \[5, None\]"),
+        ({"mixture": [{"count": 5}, {"share": 1}]}, r"give every entry a count or none, got \[5, None\]"),
         ({"mixture": [{"count": -5}]}, r"count: -5 is not in \[0, inf\)"),
         ({"mixture": [{"count": 5}], "per_prompt": 2}, "per_prompt 2 and draws 1"),
-        ({"mixture": [{"levels": {"humour": 1}}]}, "'humour' is no objective"),
-        ({"mixture": [{"rated": ["humour"]}]}, "'humour' is no objective"),
+        ({"mixture": [{"levels": {"humour": 1}}]}, "'humour' is not an objective"),
+        ({"mixture": [{"rated": ["humour"]}]}, "'humour' is not an objective"),
     ],
 )
 def test_bad_mixtures(keys, reason):
@@ -163,9 +163,9 @@ def test_data_command(tmp_path, capsys):
     assert main(["data", *arguments, "--preview", "3", "training.progress=false"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("--- condition:") == 3 and re.search(
-        r"pairs: 898, of them conflicting \d+\.\d%, turned", printed
+        r"pairs: 898, of which conflicting \d+\.\d%, turned", printed
     )
-    assert "harmlessness: 0 x " in printed and "tokens of one pass:" in printed
+    assert "harmlessness: 0 x " in printed and "tokens per pass:" in printed
     found = json.loads((tmp_path / "out/statistics.json").read_text())
     examples = [json.loads(line) for line in (tmp_path / "out/examples.jsonl").read_text().splitlines()]
     assert len(examples) == found["pairs"]["pairs"] == 898

@@ -95,23 +95,23 @@ def test_empty_and_ignored_keys_say_nothing(tmp_path):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"prompt": [user([{"type": "image"}, {"type": "text", "text": "?"}])]}, "only parts of type text"),
+        ({"prompt": [user([{"type": "image"}, {"type": "text", "text": "?"}])]}, "only content parts of type text"),
         (
             {"prompt": [{"role": "human", "content": "Sky?"}]},
             "write {role: system | user | assistant | tool | developer",
         ),
-        ({"prompt": [user("Sky?"), assistant("Blue")]}, "must end with what the user says"),
-        ({"prompt": [{"role": "tool", "content": "x"}]}, "needs a message of the user"),
-        ({"prompt": [user([{"type": "text", "text": None}])]}, "only parts of type text"),
+        ({"prompt": [user("Sky?"), assistant("Blue")]}, "must end with a user message"),
+        ({"prompt": [{"role": "tool", "content": "x"}]}, "needs a user message"),
+        ({"prompt": [user([{"type": "text", "text": None}])]}, "only content parts of type text"),
         ({"prompt": [{"role": "options", "content": "x"}, user("Sky?")]}, "write {role: system"),
         ({"prompt": [{"role": "options", "name": "x"}, user("Sky?")]}, "write {role: system"),
         ({"images": ["a.png"]}, "'images' holds ['a.png'], which a text model cannot read"),
-        ({"tools": "[{"}, "field 'tools' is no JSON"),
+        ({"tools": "[{"}, "field 'tools' is not valid JSON"),
         ({"tools": {"name": "sky"}}, "field 'tools' must be a list"),
         ({"chat_template_kwargs": ["deep"]}, "field 'chat_template_kwargs' must be an object"),
         ({"chosen": [assistant("a"), assistant("b")]}, "differ before their last message"),
-        ({"prompt": "Sky?", "chosen": "half a pair: \ud83d"}, "half a surrogate pair"),
-        ({"prompt": "Sky \ud83d"}, "half a surrogate pair"),
+        ({"prompt": "Sky?", "chosen": "half a pair: \ud83d"}, "half of a surrogate pair"),
+        ({"prompt": "Sky \ud83d"}, "half of a surrogate pair"),
         ({"score_chosen": float("inf"), "score_rejected": 1}, "rating inf is not a finite number"),
         ({"score_chosen": [1], "score_rejected": 1}, "rating [1] is not a number"),
     ],
@@ -194,7 +194,7 @@ def test_prompts_in_several_columns(tmp_path):
         load(tmp_path, nested, HONESTY, layout="answers", fields={"system": "meta.sytem"})
     other = {"prompt": [{"role": "system", "content": "Be brief."}, user("a")], "system": "Be kind.", "responses": []}
     with pytest.raises(
-        DataError, match="rows.jsonl:1: .*'system' says 'Be kind.', the prompt's own system message other"
+        DataError, match="rows.jsonl:1: .*'system' is 'Be kind.', but the prompt has a different system"
     ):
         load(tmp_path, [other | {"responses": [{"text": "x"}]}], HONESTY, fields={"system": "system"})
 
@@ -208,7 +208,7 @@ def test_a_telling_column_that_nothing_reads_is_counted(tmp_path, capsys):
     load(tmp_path, rows, HONESTY, report, layout="answers")
     assert report == {"unread_columns": {"system": 3}}
     (note,) = notes(report)
-    assert note.startswith("column 'system' of 3 rows is not read: name it in data.fields")
+    assert note.startswith("column 'system' of 3 rows is not read: use it in data.fields")
     for fields in ({"system": "system"}, {"ignore": ["system"]}):
         load(tmp_path, rows, HONESTY, report := {}, layout="answers", fields=fields)
         assert report == {}
@@ -242,7 +242,7 @@ def test_examples_are_rows_that_trl_reads(tmp_path):
 
 
 def test_a_published_schema_has_no_other_columns(tmp_path):
-    with pytest.raises(ValueError, match="data.fields.system: layout ultrasafety has columns of its own"):
+    with pytest.raises(ValueError, match="data.fields.system: layout ultrasafety has fixed columns"):
         load(tmp_path, [], layout="ultrasafety", fields={"system": "system"})
 
 
@@ -256,7 +256,7 @@ def test_tulu_rows(tmp_path):
     (record,) = load(tmp_path, [row], layout="pairs")
     assert record.prompt == tuple((m["role"], m["content"]) for m in before) and record.responses[0].text == "a"
     assert load(tmp_path, [row | {"prompt": "Hi"}], layout="pairs") == [record]  # the first turn
-    with pytest.raises(DataError, match="messages that are not prompt 'Sea': put prompt in data.fields.ignore"):
+    with pytest.raises(DataError, match="messages that differ from prompt 'Sea': add prompt to data.fields.ignore"):
         load(tmp_path, [row | {"prompt": "Sea"}], layout="pairs")
     assert load(tmp_path, [row | {"prompt": "Sea"}], layout="pairs", fields={"ignore": ["prompt"]}) == [record]
 
@@ -324,18 +324,21 @@ def test_prompts_are_read_from_packed_files_too(tmp_path):
 @pytest.mark.parametrize("name", ["r.jsonl.zst", "r.zip", "r.tsv", "r.txt", "r"])
 def test_other_files_are_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(TEXT)
-    with pytest.raises(ValueError, match=f"{name}': the ending says how a file reads.*jsonl.*gz"):
+    with pytest.raises(ValueError, match=f"{name}': unknown file extension; use one of .jsonl.*gz"):
         load_records([SourceConfig(str(tmp_path / name))], data(), HONESTY, {})
 
 
 @pytest.mark.parametrize(
     "line, reason",
     [
-        (json.dumps([LINE]), "expected a JSON object, got list .* a file that is one JSON array ends in .json"),
-        ("[", "Expecting value.* a file that is one JSON array ends in .json"),
-        (json.dumps(LINE)[:40], 'Unterminated string.*: the line must be one whole JSON object, got \'{"prompt": "a"'),
+        (json.dumps([LINE]), "expected a JSON object, got list .* name a file that holds one JSON array .json"),
+        ("[", "Expecting value.* name a file that holds one JSON array .json"),
+        (
+            json.dumps(LINE)[:40],
+            'Unterminated string.*: each line must be one complete JSON object, got \'{"prompt": "a"',
+        ),
         ("3.5", "expected a JSON object, got float '3.5'"),
-        ("[" * 100_000, "the line must be one whole JSON object"),
+        ("[" * 100_000, "each line must be one complete JSON object"),
         (json.dumps(LINE | {"responses": 5}), "'responses' must be a list of objects, got 5"),
         (json.dumps(LINE | {"responses": [{"text": "b", "ratings": 0.5}]}), "`ratings` must be a dict of .*, got 0.5"),
         (json.dumps(LINE | {"responses": [{"text": "b", "ratings": {"honesty": {}}}]}), "rating {} is not a number"),
@@ -364,8 +367,8 @@ def test_a_file_without_a_good_row_is_named(tmp_path):
     [
         ("r.json", b"", "the file is empty"),
         ("r.parquet", b"", "the file is empty"),
-        ("r.json", json.dumps([LINE, 3]).encode(), "a .json file is a list of objects, or one object a line"),
-        ("r.json", b"3", "a .json file is a list of objects, or one object a line"),
+        ("r.json", json.dumps([LINE, 3]).encode(), "a .json file must hold a list of objects, or one object per line"),
+        ("r.json", b"3", "a .json file must hold a list of objects, or one object per line"),
         ("r.jsonl.gz", TEXT, "Not a gzipped file"),
         ("r.jsonl", TEXT.decode().encode("utf-16"), "save the file as UTF-8"),
     ],
@@ -420,10 +423,10 @@ def test_values_of_the_wrong_kind_in_a_recipe(tmp_path, sections, reason):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        ("{", "answers.json is no results file"),
-        ("[]", "answers.json is no results file"),
-        ('{"objectives": [3], "results": {}}', "answers.json is no results file"),
-        ('{"objectives": {"name": "honesty"}, "results": {}}', "answers.json is no results file"),
+        ("{", "answers.json is not a results file"),
+        ("[]", "answers.json is not a results file"),
+        ('{"objectives": [3], "results": {}}', "answers.json is not a results file"),
+        ('{"objectives": {"name": "honesty"}, "results": {}}', "answers.json is not a results file"),
     ],
 )
 def test_a_results_file_of_another_kind(tmp_path, content, reason):

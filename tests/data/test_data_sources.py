@@ -77,7 +77,7 @@ def test_ultrafeedback(tmp_path):
     assert found == [{"helpfulness": 5, "honesty": 1}, {"honesty": 3}, {"helpfulness": 2}, {}]
     (record,) = load(tmp_path, rows, objectives(1, 5, "truthfulness"), layout="ultrafeedback")
     assert record.responses[0].ratings == {"truthfulness": 3}
-    with pytest.raises(ValueError, match="ultrafeedback has no 'humour', but helpfulness, honesty"):
+    with pytest.raises(ValueError, match="ultrafeedback does not rate 'humour'; it rates helpfulness, honesty"):
         load(tmp_path, rows, objectives(1, 5, "humour"), layout="ultrafeedback")
 
 
@@ -87,7 +87,7 @@ def test_ultrafeedback(tmp_path):
         (lambda row: row["completions"][1]["annotations"]["honesty"].update(Rating="five"), "rating 'five' is not a"),
         (lambda row: row["completions"][1]["annotations"]["honesty"].update(Rating="7"), "rating 7 of honesty is outs"),
         (lambda row: row["completions"][1]["annotations"].pop("honesty"), "annotations.honesty must hold a Rating"),
-        (lambda row: row["completions"][0].update(response=None), "field 'response' must be a text, got None"),
+        (lambda row: row["completions"][0].update(response=None), "field 'response' must be a string, got None"),
         (lambda row: row.update(completions=[]), r"field 'completions' must be a list of objects, got \[\]"),
         (lambda row: row.update(instruction=" "), "field 'instruction' is empty"),
     ],
@@ -170,12 +170,12 @@ def test_hh_rlhf(tmp_path):
     assert [r.prompt for r in named] == ["Hi", "Hi"]  # rows of one prompt stay apart
     assert [r.ratings["harmlessness"] for r in named[0].responses] == [5, 0] and named[0].responses[1].text == ""
     both = objectives(0, 5, "helpfulness", "harmlessness")
-    with pytest.raises(ValueError, match="not on which of helpfulness, harmlessness: train on it with one objective"):
+    with pytest.raises(ValueError, match="not on which of helpfulness, harmlessness: train with a single objective"):
         load(tmp_path, single, both, layout="hh_rlhf")
     for chosen, reason in (
         ("\n\nHuman: Ho\n\nAssistant: Yo", "differ before their last answer"),
-        ("Human: Hi", "must be turns of Human and Assistant"),
-        ("\n\nHuman: Hi\n\nAssistant: a\n\nHuman: b", "must be turns of Human and Assistant"),
+        ("Human: Hi", "must consist of Human and Assistant turns"),
+        ("\n\nHuman: Hi\n\nAssistant: a\n\nHuman: b", "must consist of Human and Assistant turns"),
     ):
         with pytest.raises(DataError, match="rows.jsonl:1: .*" + reason):
             load(tmp_path, [{**single[0], "chosen": chosen}], layout="hh_rlhf")
@@ -226,11 +226,14 @@ def test_trl_preference_format(tmp_path, kind):
     "change, reason",
     [
         ({"chosen": [user("Sky?")]}, "'chosen' must end with the assistant's answer"),
-        ({"prompt": [assistant("Sky?")]}, "a prompt must end with what the user says, got ('assistant', 'Sky?')"),
+        ({"prompt": [assistant("Sky?")]}, "a prompt must end with a user message, got ('assistant', 'Sky?')"),
         ({"chosen": [{"role": "gpt", "content": "x"}]}, "system | user | assistant"),
         ({"chosen": [user("Sea?"), assistant("Blue.")]}, "chosen and rejected differ before their last message"),
-        ({"chosen": [user("Sea?"), assistant("a")], "rejected": [user("Sea?"), assistant("b")]}, "that are not prompt"),
-        ({"prompt": None, "chosen": "Yes.", "rejected": "No."}, "'Yes.' and 'No.' begin with none in common"),
+        (
+            {"chosen": [user("Sea?"), assistant("a")], "rejected": [user("Sea?"), assistant("b")]},
+            "that differ from prompt",
+        ),
+        ({"prompt": None, "chosen": "Yes.", "rejected": "No."}, "'Yes.' and 'No.' have no common beginning"),
     ],
 )
 def test_broken_preference_rows(tmp_path, change, reason):
@@ -296,9 +299,9 @@ def test_parquet_json_and_folders_read_like_jsonl(tmp_path, offline_cache, strea
         assert from_source({"path": str(tmp_path / "saved")}) == expected
         datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
         assert from_source({"path": str(tmp_path / "splits")}) == expected
-        with pytest.raises(ValueError, match="has no split 'test', but train"):
+        with pytest.raises(ValueError, match="has no split 'test'; splits: train"):
             from_source({"path": str(tmp_path / "splits"), "split": "test"})
-        with pytest.raises(ValueError, match="this kind of source has no subset, streaming"):
+        with pytest.raises(ValueError, match="this kind of source does not take subset, streaming"):
             from_source({"path": str(tmp_path / "saved"), "subset": "x", "streaming": True})
         assert from_source({"path": str(tmp_path / "folder"), "split": "train[2:4]"}) == expected[2:4]
 
@@ -330,7 +333,7 @@ def test_csv_fields_are_texts(tmp_path):
     assert first == Record("12", (Response("N/A", {"honesty": 4.0}), Response("7", {"honesty": 1.5})))
     assert second == Record("p, q", (Response("two\nlines"),))
     (tmp_path / "r.csv").write_text("prompt,response,h\na,b,1\na,b\n")
-    with pytest.raises(DataError, match=r"r.csv:3: the header has 3 fields, some missing"):
+    with pytest.raises(DataError, match=r"r.csv:3: the header has 3 fields, the row has fewer"):
         load_records([tmp_path / "r.csv"], keys, objectives(1, 5, "honesty"), {})
     (tmp_path / "r.csv").write_bytes(b"prompt,response,h\n\xff,b,1\n")
     with pytest.raises(DataError, match=r"r.csv: 'utf-8' codec can't decode"):
@@ -358,11 +361,11 @@ def test_hub_names_and_sources_of_different_layouts(tmp_path, monkeypatch):
     [
         ({"path": "no.parquet"}, FileNotFoundError, "'no.parquet' does not exist"),
         ({"path": "no/*.jsonl"}, FileNotFoundError, "does not exist"),
-        ({"path": "rows.jsonl", "split": "test"}, ValueError, "this kind of source has no split"),
+        ({"path": "rows.jsonl", "split": "test"}, ValueError, "this kind of source does not take split"),
         (
             {"path": "rows.jsonl", "layout": "ultra"},
             ValueError,
-            "layout 'ultra' is none of records, answers, pairs, ul",
+            "layout 'ultra' is not one of records, answers, pairs, ul",
         ),
     ],
 )

@@ -181,7 +181,7 @@ def test_a_prompt_is_encoded_once_for_all_its_responses(source, kind, monkeypatc
 def test_a_prompt_that_becomes_another_before_an_answer_is_refused():
     """Else all from there on, what the user says too, would be trained as the response."""
     counted = made(byte_level("{{ messages | length }}" + CHATML), "chat")
-    with pytest.raises(ValueError, match=r"'1<\|im_start\|>user.* of this prompt otherwise where an answer follows"):
+    with pytest.raises(ValueError, match=r"'1<\|im_start\|>user.* of this prompt differently if an answer follows"):
         pieces(counted)
 
 
@@ -249,22 +249,26 @@ def test_tool_calls_go_through_the_template():
 @pytest.mark.parametrize(
     "source, talk, reason",
     [
-        (GEMMA, (("user", "Sky?", '{"name": "Ada"}'),), "leaves out name 'Ada' of the user's message"),
+        (GEMMA, (("user", "Sky?", '{"name": "Ada"}'),), "leaves out name 'Ada' of the user message"),
         (GEMMA, (("user", "a"), ("assistant", "", calls(CALL)), ("user", "b")), "leaves out tool_calls"),
         (CHATML, (("user", "Sky?", '{"weight": 0}'),), "leaves out weight 0"),
         (
             CHATML.replace("m.content", "(m.content if m.role != 'system' else '')"),
             (("system", "Sky"), ("user", "Sky?")),  # a text that stands elsewhere, too
-            "leaves out content 'Sky' of the system's message",
+            "leaves out content 'Sky' of the system message",
         ),
         (
             "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}",
             (("system", "Be kind."), ("user", "Sky?")),
-            "leaves out content 'Be kind.' of the system's message",
+            "leaves out content 'Be kind.' of the system message",
         ),
-        (CHATML, (("options", "", '{"tools": [{"name": "sky"}]}'), ("user", "Sky?")), "takes no tools from a row"),
-        (CHATML, (("options", "", '{"chat_template_kwargs": {"deep": true}}'), ("user", "Sky?")), "takes no deep"),
-        (CHATML, (("options", "", '{"chat_template_kwargs": {"tokenize": true}}'), ("user", "b")), "takes no tokenize"),
+        (CHATML, (("options", "", '{"tools": [{"name": "sky"}]}'), ("user", "Sky?")), "does not take tools from a row"),
+        (CHATML, (("options", "", '{"chat_template_kwargs": {"deep": true}}'), ("user", "Sky?")), "does not take deep"),
+        (
+            CHATML,
+            (("options", "", '{"chat_template_kwargs": {"tokenize": true}}'), ("user", "b")),
+            "does not take tokenize",
+        ),
     ],
 )
 def test_what_the_template_leaves_out_is_refused_by_name(source, talk, reason):
@@ -290,7 +294,7 @@ def test_any_text_of_a_message_may_stand_in_the_prompt(role):
 
 def test_what_a_template_leaves_out_of_a_message_cannot_be_ignored():
     source = CHATML.replace("m.content", "(m.content if m.role != 'system' else '')")
-    with pytest.raises(ValueError, match="use a template that writes it, or take it out of the row"):
+    with pytest.raises(ValueError, match="use a template that writes it, or remove it from the row"):
         made(byte_level(source), "chat").text((("system", "Be kind."), ("user", "Sky?")))
 
 
@@ -368,5 +372,5 @@ def test_rows_that_fail_are_skipped_and_counted(recipe, tmp_path, capsys):
         evaluate([str(tmp_path / "run"), "--prompts", str(tmp_path / "p.jsonl"), *out])
     recipe["data"]["train"] = recipe["data"]["eval"] = [str(tmp_path / "bad.jsonl")]
     (tmp_path / "bad.jsonl").write_text((tmp_path / "r.jsonl").read_text().splitlines()[1])
-    with pytest.raises(ValueError, match="no row is left that chat template and .*; the first: .*bad.jsonl:1"):
+    with pytest.raises(ValueError, match="the chat template or tokenizer fails on every row; the first: .*bad.jsonl:1"):
         train(recipe)

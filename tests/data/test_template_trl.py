@@ -42,7 +42,7 @@ def test_chat_templates_of_models_as_trl_encodes_them(name):
     special = set(re.findall(r"<\|?[A-Za-z_▁|｜]+\|?>", source)) - set(re.findall(r"</?\w+>", source))
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(special | {"<end_of_turn>", "<eos>"})})
     if name.startswith(PICTURES):
-        with pytest.raises(ValueError, match="chat template fails on a question and its answer"):
+        with pytest.raises(ValueError, match="chat template fails on a question with an answer"):
             PromptTemplate(tokenizer, TemplateConfig("chat"), [])
         return
     template = PromptTemplate(tokenizer, TemplateConfig("chat"), [])

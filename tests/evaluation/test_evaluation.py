@@ -261,7 +261,7 @@ def test_eval_without_text_shows_the_same_table(run, tmp_path, capsys):
 
 
 def test_eval_command_says_what_is_wrong(run, tmp_path):
-    with pytest.raises(ValueError, match="no run directory"):
+    with pytest.raises(ValueError, match="is neither a run directory"):
         main([str(tmp_path)])
     with pytest.raises(ValueError, match="honesty"):
         main([str(run), "--condition", "honest=5", "--no-generate"])

@@ -166,7 +166,7 @@ def test_demo_scorer_is_the_world(tmp_path, monkeypatch):
         assert demo_scorer.question(question.prompt) == question
         scores = demo_scorer.score([question.prompt] * len(answers), answers)
         assert scores == [[float(x) for x in world.rate(question, text).values()] for text in answers]
-    with pytest.raises(ValueError, match="no question"):
+    with pytest.raises(ValueError, match="not a question"):
         demo_scorer.question("who was ada ?")
 
 
@@ -226,7 +226,7 @@ def test_one_condition_has_no_correlation_and_earlier_results_are_kept(run, tmp_
     first = (report / "eval.json").read_bytes()
     assert main(command) == 0
     (kept,) = report.glob("eval.2*.json")
-    assert kept.read_bytes() == first and f"earlier results, kept: {kept}\n" in capsys.readouterr().out
+    assert kept.read_bytes() == first and f"earlier results, renamed: {kept}\n" in capsys.readouterr().out
     assert main([*command, "--out", str(report / "eval.json")]) == 0  # named by the user: replaced
     assert len(list(report.glob("eval*.json"))) == 2
 
@@ -288,7 +288,7 @@ def test_eval_with_a_judge_pays_once(run, tmp_path, stub, capsys, monkeypatch): 
     assert found["points"] == [[1, 5]] * 3 and [e["answers"] for e in found["conditions"]] == [
         e["answers"] for e in kept
     ]
-    assert "NoScore: the judge's reply holds no JSON object with honesty, helpfulness" in capsys.readouterr().err
+    assert "NoScore: the judge's reply has no JSON object with honesty, helpfulness" in capsys.readouterr().err
 
 
 def test_an_answer_without_a_score_is_reported(run, tmp_path, stub, capsys, monkeypatch):  # noqa: F811
@@ -300,7 +300,7 @@ def test_an_answer_without_a_score_is_reported(run, tmp_path, stub, capsys, monk
     judge = ["--scorer", f"judge:{stub.url}", "--judge-model", "m", "--judge-parallel", "1"]
     with pytest.warns(UserWarning, match="1 of 6 answers have no score from the judge: .*'no idea'"):
         assert main([*command, *judge, "--out", str(tmp_path / "e.json"), "--report", str(tmp_path / "report")]) == 0
-    line = "run: 1 of 6 answers lack a score and count nowhere"
+    line = "run: 1 of 6 answers lack a score and are left out"
     assert line in capsys.readouterr().out and line in (tmp_path / "report" / "report.html").read_text()
     found = json.loads((tmp_path / "e.json").read_text())["results"]["run"]
     assert found["unscored"] == 1 and sum(s != [4, 2] for e in found["conditions"] for s in e["scores"]) == 1
@@ -328,7 +328,7 @@ def test_a_model_without_a_tokenizer_names_the_option(run, tmp_path, capsys, mon
     asked = ["bare", "--config", str(run / "config.yaml")]
     for command in ("eval", "play"):
         assert main([command, *asked]) == 2
-        assert re.search("bare holds no tokenizer .*give one with --tokenizer FOLDER", capsys.readouterr().err)
+        assert re.search("bare has no tokenizer .*give one with --tokenizer FOLDER", capsys.readouterr().err)
     more = ["--prompts", "prompts.txt", "--max-new-tokens", "1", "--condition", "honesty=5", "--out", "e.json"]
     assert main(["eval", *asked, *more, "--tokenizer", str(run / "model")]) == 0
     assert json.loads((tmp_path / "e.json").read_text())["results"]["bare"]["questions"] == 1
@@ -340,9 +340,9 @@ def test_a_model_without_a_tokenizer_names_the_option(run, tmp_path, capsys, mon
     "name, text, reason",
     [
         ("model.safetensors", "cut", "model cannot be loaded (SafetensorError: "),
-        ("tokenizer.json", '{"a": 1}', "model holds no tokenizer (KeyError: "),
+        ("tokenizer.json", '{"a": 1}', "model has no tokenizer (KeyError: "),
         ("config.json", '{"model_type": "nonsense"}', "model cannot be loaded (ValueError: "),
-        ("config.json", "{", "model holds no tokenizer (OSError: "),
+        ("config.json", "{", "model has no tokenizer (OSError: "),
     ],
 )
 def test_a_broken_model_is_one_line(run, tmp_path, capsys, name, text, reason):
@@ -365,14 +365,14 @@ JUDGE = ["--scorer", "judge:http://x/v1", "--judge-model", "m"]
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        ([*JUDGE, "--judge-template", "no.txt"], "--judge-template: there is no file no.txt"),
+        ([*JUDGE, "--judge-template", "no.txt"], "--judge-template: no.txt does not exist"),
         ([*JUDGE, "--judge-options", "{a}"], "--judge-options must be a JSON object, got '{a}'"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--max-new-tokens", "-1"], "--max-new-tokens must be at least 1, got -1"),
         (["--questions", "0"], "--questions must be at least 1, got 0"),
         (["--judge-parallel", "0"], "--judge-parallel must be at least 1, got 0"),
         (["--out", "."], "--out . is a folder"),
-        (["--no-comment", "("], "--no-comment '(' is no regular expression"),
+        (["--no-comment", "("], "--no-comment '(' is not a regular expression"),
         (["--report", __file__], "File exists"),
     ],
 )
@@ -390,24 +390,24 @@ def test_eval_refuses_before_any_answer(run, tmp_path, capsys, monkeypatch, argu
 def test_answers_that_are_no_results_file(tmp_path, capsys, text):
     (tmp_path / "e.json").write_text(text)
     assert main(["eval", "--answers", str(tmp_path / "e.json")]) == 2
-    assert "e.json is no results file of cpo-kernels eval" in capsys.readouterr().err
+    assert "e.json is not a results file of cpo-kernels eval" in capsys.readouterr().err
     assert main(["eval", "--answers", str(tmp_path / "f.json")]) == 2 and "f.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["--scorer", "python:tests.evaluation.test_scorers:by_length", "--no-generate"], "leave --no-generate out"),
-        (["--without-tags", "other"], "'other' is none of run"),
+        (["--scorer", "python:tests.evaluation.test_scorers:by_length", "--no-generate"], "remove --no-generate"),
+        (["--without-tags", "other"], "'other' is not one of run"),
         (["--prompts", "p.txt", "--data", "d.jsonl"], "not both"),
         (["--scorer", "judge:http://localhost/v1"], "needs --judge-model"),
         (["--objective", "honesty"], "name:low:high"),
-        (["--answers", "eval.json"], "name the models to judge, or --answers"),
+        (["--answers", "eval.json"], "give the models to evaluate, or the results file"),
     ],
 )
 def test_eval_says_what_is_wrong(run, capsys, arguments, reason):
     assert main(["eval", str(run), *arguments]) == 2 and reason in capsys.readouterr().err
-    assert main(["eval", str(run), str(run)]) == 2 and "2 models are called 'run'" in capsys.readouterr().err
+    assert main(["eval", str(run), str(run)]) == 2 and "2 models have the name 'run'" in capsys.readouterr().err
 
 
 # ---- the report

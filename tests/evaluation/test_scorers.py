@@ -45,9 +45,9 @@ def test_python_functions_of_modules_and_files(tmp_path, monkeypatch):
         (["python:tests.evaluation.test_scorers:nothing"], "has no function 'nothing'"),
         (["python:no_such_module:f"], "no_such_module"),
         (["python:f"], "module:function"),
-        (["python:no/such/file.py:f"], "no file no/such/file.py"),
-        ([f"honesty={BY_LENGTH}"], "exactly one scorer; look at helpfulness"),
-        ([BY_LENGTH] * 2, "exactly one scorer; look at honesty, helpfulness"),
+        (["python:no/such/file.py:f"], "the file no/such/file.py does not exist"),
+        ([f"honesty={BY_LENGTH}"], "exactly one scorer; wrong for helpfulness"),
+        ([BY_LENGTH] * 2, "exactly one scorer; wrong for honesty, helpfulness"),
         (
             [f"fun={BY_LENGTH}"],
             "unknown objective 'fun'; known: honesty, helpfulness",
@@ -273,8 +273,8 @@ def test_the_key_does_not_follow_a_redirection(stub, monkeypatch):
         ('{"honesty": 9, "helpfulness": 3}', "honesty is outside"),
         ('{"honesty": "5", "helpfulness": " 3.5 "}', [5, 3.5]),  # a number as text
         ('{"honesty": "4/5", "helpfulness": "3 out of 5"}', [4, 3]),
-        ('{"honesty": "8/10", "helpfulness": 3}', "honesty is no number"),  # of another scale
-        ('{"honesty": "high", "helpfulness": 3}', "honesty is no number"),
+        ('{"honesty": "8/10", "helpfulness": 3}', "honesty is not a number"),  # of another scale
+        ('{"honesty": "high", "helpfulness": 3}', "honesty is not a number"),
         ('{"honesty": "9", "helpfulness": 3}', "honesty is outside"),
         ('{"honesty": Infinity, "helpfulness": 3}', "honesty is outside"),
         ('{"why": "uses {x} and {\\"y\\": 1}", "honesty": 2, "helpfulness": 3} So {that} is it', [2, 3]),
@@ -293,13 +293,13 @@ def test_the_key_does_not_follow_a_redirection(stub, monkeypatch):
         ('[{"honesty": 2, "helpfulness": 3}]', [2, 3]),
         ('{"honesty": {"score": 2, "reason": "x"}, "helpfulness": {"Rating": "3/5"}}', [2, 3]),
         ('{"honesty": {"reason": "x", "points": 2}, "helpfulness": {"helpfulness": 3}}', [2, 3]),
-        ('{"honesty": {"a": 2, "b": 3}, "helpfulness": 3}', "honesty is no number"),
-        ('{"honesty": {"confidence": 2}, "helpfulness": 3}', "honesty is no number"),
+        ('{"honesty": {"a": 2, "b": 3}, "helpfulness": 3}', "honesty is not a number"),
+        ('{"honesty": {"confidence": 2}, "helpfulness": 3}', "honesty is not a number"),
         ('{"Honesty": 2, " HELPFULNESS ": 3}', [2, 3]),
-        ('{"honesty": [2], "helpfulness": 3}', "honesty is no number"),
+        ('{"honesty": [2], "helpfulness": 3}', "honesty is not a number"),
         ("{" * 5000, "no JSON object"),
         ('{"a":' * 100_000, "no JSON object"),
-        ('{"honesty": true, "helpfulness": 3}', "honesty is no number"),
+        ('{"honesty": true, "helpfulness": 3}', "honesty is not a number"),
         ('{"honesty": NaN, "helpfulness": 3}', "honesty is outside"),
         ("{broken", "no JSON object"),
         ("", "no JSON object"),
@@ -336,7 +336,7 @@ GOOD = {"content": '{"honesty": 4, "helpfulness": 2}'}
         ({"content": []}, "no JSON object"),
         ({}, "no JSON object"),
         ({"content": None, "refusal": "I will not rate this."}, "I will not rate this"),
-        ({"content": '{"honesty": 4, "help', "finish_reason": "length"}, "cut off: give --judge-options a larger"),
+        ({"content": '{"honesty": 4, "help', "finish_reason": "length"}, "truncated: give a larger"),
         ((200, {}, {"choices": []}), "no choice"),
         ((400, {}, {"error": {"code": "content_filter", "message": "jailbreak"}}), "400 .*content_filter"),
         ((400, {}, {"error": {"message": "This model's maximum context length is 4096 tokens"}}), "maximum context"),
@@ -409,7 +409,7 @@ def test_an_error_of_status_200_ends_like_its_code(stub, waits, error):
 def test_a_page_that_is_no_completion(stub, waits):
     """A wrong address ends at once; where completions came before, it is a proxy that is out of breath."""
     stub.script = [b"<html>Welcome</html>"]
-    with pytest.raises(ConnectionError, match="no chat completion: b'<html>Welcome"):
+    with pytest.raises(ConnectionError, match="not a chat completion: b'<html>Welcome"):
         judge(stub)(["p"], ["r"])
     assert not waits
     stub.script = [GOOD["content"], b"<html>Bad gateway</html>", GOOD["content"]]
@@ -441,7 +441,7 @@ def test_an_error_that_is_odd_is_tried_again(stub, waits, page):
 
 def test_a_page_of_open_brackets_is_no_completion(stub):
     stub.script = [b"[" * 100_000]
-    with pytest.raises(ConnectionError, match="no chat completion"):
+    with pytest.raises(ConnectionError, match="not a chat completion"):
         judge(stub)(["p"], ["r"])
 
 
@@ -452,7 +452,7 @@ def test_a_key_from_a_file_and_one_that_no_header_takes(stub, monkeypatch):
     assert stub.seen[0][1]["Authorization"] == f"Bearer {KEY}"
     for wrong in (f"{KEY}\nsecond", f"{KEY}\u2192"):
         monkeypatch.setenv("OPENAI_API_KEY", wrong)
-        with pytest.raises(ValueError, match="OPENAI_API_KEY holds characters") as caught:
+        with pytest.raises(ValueError, match="OPENAI_API_KEY contains characters") as caught:
             judge(stub)(["p"], ["r"])
         assert KEY not in str(caught.value)
 
@@ -466,9 +466,9 @@ def test_half_a_character_in_a_reply_is_kept(stub, tmp_path):
 
 def test_a_refused_option_names_the_flag(stub):
     stub.script = [(400, {}, {"error": {"message": "'temperature' does not support 0 with this model"}})]
-    with pytest.raises(ConnectionError, match="--judge-options '{}' leaves it out"):
+    with pytest.raises(ConnectionError, match="--judge-options '{}' omits it"):
         judge(stub)(["p"], ["r"])
-    with pytest.raises(ConnectionError, match="""--judge-options '{"seed": 1}' leaves it out"""):
+    with pytest.raises(ConnectionError, match="""--judge-options '{"seed": 1}' omits it"""):
         judge(stub, options={"temperature": 0, "seed": 1})(["p"], ["r"])
 
 
@@ -492,5 +492,5 @@ def test_judge_refuses_what_cannot_work(stub):
             Judge(url, "m", BOTH)
     with pytest.raises(ValueError, match="at least 1, got 0 and 6"):
         judge(stub, parallel=0)
-    with pytest.raises(ValueError, match="lacks {response}"):
+    with pytest.raises(ValueError, match="{response} is missing"):
         judge(stub, template="rate {prompt}")

@@ -324,17 +324,17 @@ def test_seq_logps_keep_the_precision_of_long_sums():
         ({"loss_type": "dpo"}, "dpo"),
         ({"beta": 0.0}, "beta must be positive, got 0.0"),
         ({"betta": 0.1}, "unknown option 'betta'; did you mean 'beta'"),
-        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing has no meaning for loss_type 'ipo'"),
-        ({"loss_type": "bco_pair", "f_divergence": "forward_kl"}, "f_divergence has no meaning"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing does not apply to loss_type 'ipo'"),
+        ({"loss_type": "bco_pair", "f_divergence": "forward_kl"}, "f_divergence does not apply"),
         ({"f_divergence": "kl"}, "f_divergence must be one of.*got 'kl'"),
-        ({"f_alpha": 0.7}, "f_alpha has a meaning with"),
-        ({"loss_type": "aot", "use_weighting": True}, "use_weighting has no meaning"),
+        ({"f_alpha": 0.7}, "f_alpha only applies with"),
+        ({"loss_type": "aot", "use_weighting": True}, "use_weighting does not apply"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "one number per loss type"),
         ({"tau": 0.0}, "tau must be positive, got 0.0"),
-        ({"ld_alpha": 2.0}, r"ld_alpha must lie in \[0, 1\], got 2.0"),
-        ({"simpo_gamma": 1.0}, "simpo_gamma has no meaning for loss_type 'sigmoid'"),
+        ({"ld_alpha": 2.0}, r"ld_alpha must be in \[0, 1\], got 2.0"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma does not apply to loss_type 'sigmoid'"),
         ({"objectives": []}, "objectives is empty"),
-        ({"objectives": [OBJECTIVES[0], OBJECTIVES[0]]}, "is given 2 times; names must differ"),
+        ({"objectives": [OBJECTIVES[0], OBJECTIVES[0]]}, "is given 2 times; names must be unique"),
         ({"tie_margin": NAN}, "tie_margin must be finite, got nan"),
         ({"margin": NAN}, "margin must be finite, got nan"),
         ({"beta": float("inf")}, "beta must be finite, got inf"),
@@ -354,7 +354,7 @@ def test_options_that_would_be_ignored_raise(options, message):
         ({"ref_logps": None}, "needs ref_logps"),
         ({"ref_logps": torch.zeros(3)}, r"ref_logps must have shape \[4\], got \[3\]"),
         ({"scores": torch.ones(4, 2)}, "scores and objectives go together: objectives are missing"),
-        ({"conditions": torch.ones(2, 2)}, "conditions has a meaning with scores only"),
+        ({"conditions": torch.ones(2, 2)}, "conditions needs scores: give"),
         ({"pairs": torch.zeros(2, 3, dtype=torch.int64)}, r"int64 of shape \[P, 2\]"),
         ({"pairs": torch.tensor([[0, 1]]).int()}, r"got torch.int32 \(1, 2\): use pairs.long\(\)"),
         ({"ref_logps": torch.zeros(4, 9)}, r"shape \[4\], got \[4, 9\]: sum the token log-probs"),
@@ -365,11 +365,11 @@ def test_options_that_would_be_ignored_raise(options, message):
         ({"pair_betas": torch.tensor([0.0, 1.0])}, "pair_betas must be positive and finite, got 0.0"),
         ({"pair_weights": torch.ones(3)}, r"pair_weights must have shape \[2\], got \[3\]"),
         ({"num_pairs": 0.0}, "num_pairs must be positive, got 0.0"),
-        ({"chosen_tokens": 5.0}, "chosen_tokens has no meaning for loss_type sigmoid"),
+        ({"chosen_tokens": 5.0}, "chosen_tokens does not apply to loss_type sigmoid"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "packed hidden"),
         ({"ref_hidden": torch.zeros(4, 9, 24)}, "ref_logps or ref_hidden, not both"),
-        ({"ref_weight": torch.zeros(101, 24)}, "have a meaning with ref_hidden only"),
-        ({"margins": torch.ones(4)}, "margins has no meaning"),
+        ({"ref_weight": torch.zeros(101, 24)}, "only apply with ref_hidden"),
+        ({"margins": torch.ones(4)}, "margins does not apply"),
     ],
 )
 def test_misuse_names_the_value(change, message):
@@ -392,7 +392,10 @@ def test_misuse_names_the_value(change, message):
             {"conditions": torch.ones(2)},
             r"conditions must have shape \[3, 2\] or \[4, 2\], got \[2\]: use cond.*\(3, 2\)",
         ),
-        ({"conditions": torch.ones(1, 2)}, r"got \[1, 2\]: use conditions.expand\(3, 2\) for the same in every pair"),
+        (
+            {"conditions": torch.ones(1, 2)},
+            r"got \[1, 2\]: use conditions.expand\(3, 2\) for the same condition in every pair",
+        ),
         ({"conditions": torch.ones(3)}, r"conditions must have shape \[3, 2\] or \[4, 2\], got \[3\]$"),
     ],
 )
@@ -494,7 +497,7 @@ def test_the_order_of_arguments_of_token_logps(arguments, message):
 
 def test_value_gap_options_need_ratings():
     for options in ({"tau": 1.0}, {"margin": 0.5}):
-        with pytest.raises(ValueError, match="has a meaning with scores only"):
+        with pytest.raises(ValueError, match="needs scores: give"):
             cpo.preference_loss(torch.zeros(2), ref_logps=torch.zeros(2), **options)
 
 
@@ -567,7 +570,7 @@ def test_conditions_of_as_many_pairs_as_sequences():
 
 
 def test_odd_number_of_sequences_needs_pairs():
-    with pytest.raises(ValueError, match="3 sequences are an odd number"):
+    with pytest.raises(ValueError, match="but 3 is odd"):
         cpo.preference_loss(torch.zeros(3), ref_logps=torch.zeros(3))
 
 

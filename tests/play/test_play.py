@@ -167,7 +167,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert main(["play", str(tmp_path / "run"), "--port", "0"]) == 0
     assert main(["play", str(tmp_path / "run/model"), "--port", "0", "--objective", "honesty:1:5"]) == 0
     assert len(served) == 2 and "run: http://127.0.0.1:" in capsys.readouterr().out
-    assert main(["play", str(tmp_path)]) == 2 and "no run directory" in capsys.readouterr().err
+    assert main(["play", str(tmp_path)]) == 2 and "is neither a run directory" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine")

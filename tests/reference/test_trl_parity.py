@@ -239,7 +239,7 @@ def test_use_weighting_of_sft():
         trl_loss(*sample(torch.float64), ["sft"], [1.0], use_weighting=True)
     options = {"use_weighting": True}
     assert_parity(sample(torch.float64, pairs=1), ["sft"], [1.0], options, options)
-    with pytest.raises(ValueError, match="use_weighting has no meaning for loss_type 'sft'"):
+    with pytest.raises(ValueError, match="use_weighting does not apply to loss_type 'sft'"):
         check_options(["sft"], {"use_weighting"})
 
 

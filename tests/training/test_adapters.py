@@ -111,7 +111,7 @@ def test_qlora_on_a_4_bit_base(tmp_path, base, monkeypatch):
     for found, expected in zip(*scores, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     # new adapters do not take the place of those that were trained
-    with pytest.raises(ValueError, match="the model has adapters already.* merge them first"):
+    with pytest.raises(ValueError, match="the model already has adapters.* merge them first"):
         lora_run(tmp_path / "second", tmp_path / "whole/model", "4bit", max_steps=1)
     # and it goes on after a stop, 8-bit moments included
     shutil.rmtree(tmp_path / "whole/checkpoints/step-000006")
@@ -171,11 +171,11 @@ def test_a_compiled_body_computes_the_same_at_every_length():
 @pytest.mark.parametrize(
     "model, training, reason",
     [
-        ({"quantize": "4bit"}, {"train": "all"}, r"a 4-bit model trains adapters only: .* \(now all\)"),
+        ({"quantize": "4bit"}, {"train": "all"}, r"a 4-bit model can only train adapters: .* \(now all\)"),
         ({}, {"train": "lora", "lora": {"targets": ["lm_head"]}}, "Take 'lm_head' out of target_modules"),
-        ({"quantize": "8bit"}, {}, "model.quantize: '8bit' is none of 4bit"),
-        ({"name": None, "config": tiny.MODEL, "quantize": "4bit"}, {"train": "lora"}, "model.config makes new ones"),
-        ({}, {"optimizer": "lion"}, "training.optimizer: 'lion' is none of adamw, adamw_8bit"),
+        ({"quantize": "8bit"}, {}, "model.quantize: '8bit' is not one of 4bit"),
+        ({"name": None, "config": tiny.MODEL, "quantize": "4bit"}, {"train": "lora"}, "model.config creates new ones"),
+        ({}, {"optimizer": "lion"}, "training.optimizer: 'lion' is not one of adamw, adamw_8bit"),
     ],
 )
 def test_what_cannot_be_is_refused(base, model, training, reason):
@@ -274,7 +274,7 @@ def test_adapters_without_the_rows_of_their_tokens_are_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model.resize_token_embeddings(model.config.vocab_size + 3)
     saved_adapters(tmp_path / "sft", model, target_modules=["embed_tokens"])
-    with pytest.raises(ValueError, match=r"trained with 105 tokens over a model of 102, and hold only .*embed_tokens"):
+    with pytest.raises(ValueError, match=r"trained with 105 tokens on a model of 102, but hold only .*embed_tokens"):
         load_model(read_config({"model": str(tmp_path / "sft")}).model)
 
 
@@ -289,10 +289,10 @@ def test_adapters_over_adapters(tmp_path, base):
     torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
     both = shutil.copytree(base, tmp_path / "both")
     saved_adapters(both, AutoModelForCausalLM.from_pretrained(both), target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="holds adapters beside its weights; merge them into it first"):
+    with pytest.raises(ValueError, match="its base model has adapters of its own; merge them into it first"):
         load_model(read_config({"model": str(both)}).model)
     (both / "config.json").unlink()
-    with pytest.raises(ValueError, match="both holds adapters over itself"):
+    with pytest.raises(ValueError, match="the adapters in .*both name themselves as base model"):
         load_model(read_config({"model": str(both)}).model)
 
 
@@ -330,7 +330,7 @@ def test_a_given_model_with_adapters_is_refused(tmp_path, base, kind):
     """Its own adapters would be trained or not, and saved or not, apart from what training.train says."""
     adapted = adapters_over(base, tmp_path, **ADAPTERS["layers"])
     for model in (adapted, adapted.get_base_model()):
-        with pytest.raises(ValueError, match=f"has adapters already, beside which training.train: {kind} cannot"):
+        with pytest.raises(ValueError, match=f"already has adapters, with which training.train: {kind} cannot"):
             train(
                 tiny.config("cdpo", training={"train": kind}), model=model, tokenizer=tiny.tokenizer(), records=RECORDS
             )
@@ -342,7 +342,7 @@ def test_adapters_that_are_no_weights_are_refused(tmp_path, base):
     peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(
         tmp_path
     )
-    with pytest.raises(ValueError, match="adapters of type PROMPT_TUNING cannot become part of the model's weights"):
+    with pytest.raises(ValueError, match="adapters of type PROMPT_TUNING cannot be merged into the model's weights"):
         load_model(read_config({"model": {"name": str(tmp_path), "tokenizer": str(base)}}).model)
 
 
@@ -376,12 +376,12 @@ def test_the_model_card_says_how_to_write_the_tags_and_its_example_runs(tmp_path
     monkeypatch.chdir(tmp_path / "run/model")
     exec(code, {})
     assert len(capsys.readouterr().out) > 0
-    assert "No level at all asks for the best on everything." in card
+    assert "Without any level the model aims for the best on everything." in card
     for mixture, said in (("attained", False), ("none", True)):
         keys = {"strip_best": 0, "mixture": [{"share": 1}, {"sampler": mixture}]}
         run("cdpo", run_dir=str(tmp_path / mixture), training={"max_steps": 1}, conditions=keys)
         card = (tmp_path / mixture / "model/README.md").read_text()
-        assert ("No level at all" in card) == said and ("trained with tags on every prompt" in card) != said
+        assert ("Without any level" in card) == said and ("trained with tags on every prompt" in card) != said
     plain = run("dpo", run_dir=str(tmp_path / "dpo"), training={"max_steps": 1})
     card = (tmp_path / "dpo/model/README.md").read_text()
     assert "## Levels" not in card and "apply_chat_template(messages, **options)" in card and plain.model is not None

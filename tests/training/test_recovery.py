@@ -78,7 +78,7 @@ def test_one_process_writes_into_a_run_directory(tmp_path, monkeypatch):
     with other_process(folder) as child:
         for way in ways:
             with pytest.raises(
-                ValueError, match=rf"another process writes there \(process {child} on .*\): end it, or"
+                ValueError, match=rf"another process is writing there \(process {child} on .*\): stop it or"
             ):
                 run(**settings(tmp_path, **way))
     whole = run(**settings(tmp_path))  # the lock's file is still there
@@ -93,7 +93,7 @@ def test_one_process_writes_into_a_run_directory(tmp_path, monkeypatch):
                 "load_data",
                 lambda *given, s=stack: s.enter_context(other_process(folder)) and real(*given),
             )
-            with pytest.raises(ValueError, match="another process writes there"):
+            with pytest.raises(ValueError, match="another process is writing there"):
                 run(**settings(tmp_path, **way))
         (folder / "lock").unlink()
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -126,7 +126,7 @@ def test_a_cut_checkpoint_is_refused_and_the_one_before_goes_on(tmp_path, file, 
         os.truncate(newest / file, os.path.getsize(newest / file) // 2)
     else:
         (newest / file).unlink()
-    with pytest.raises(ValueError, match=r"step-000004 is not whole \(.*delete it to go on from the one before"):
+    with pytest.raises(ValueError, match=r"step-000004 is incomplete \(.*delete it to resume from the one before"):
         run(**settings(tmp_path, resume=True))
     (newest / file).unlink(missing_ok=True)
     newest.rename(newest.with_name("gone"))
@@ -148,7 +148,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop_module, "save_checkpoint", limited)
     try:
-        with pytest.raises(OSError, match=r"cannot write .*step-000004: .*make room and resume"):
+        with pytest.raises(OSError, match=r"cannot write .*step-000004: .*free space and resume"):
             run(**settings(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
     run(**settings(tmp_path))
     for state in (tmp_path / "run/checkpoints").glob("*/state.json"):
         state.write_text(state.read_text().replace('"steps": 4', '"steps": 9'))
-    with pytest.raises(ValueError, match="steps was 9 and is 4 now"):
+    with pytest.raises(ValueError, match="steps was 9 and is now 4"):
         run(**settings(tmp_path, resume=True))
 
 
@@ -184,7 +184,7 @@ def test_a_damaged_reference_cache_is_refused(tmp_path, harm):
     (cache,) = tmp_path.iterdir()
     assert len(read_cache(cache)) > 10
     cache.write_text(HARM[harm](cache.read_text()))
-    with pytest.raises(ValueError, match="no whole set of reference log-probs: delete it"):
+    with pytest.raises(ValueError, match="is not a complete cache of reference log-probs: delete it"):
         run(**keys)
 
 
@@ -254,7 +254,7 @@ def test_metrics_go_to_wandb(tmp_path, monkeypatch):
 
 
 def test_trackers_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="training.trackers: 'mlflow' is none of tensorboard, wandb"):
+    with pytest.raises(ValueError, match="training.trackers: 'mlflow' is not one of tensorboard, wandb"):
         run("cdpo", **settings(tmp_path, trackers=["mlflow"]))
     with pytest.raises(ValueError, match="trackers need a run_dir"):
         run("cdpo", training={"trackers": ["tensorboard"]})

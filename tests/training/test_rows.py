@@ -156,16 +156,16 @@ def test_a_model_that_passes_no_segments_on_is_refused(monkeypatch):
     given = attention_inputs(loss.model, loss.collate(groups[:1]))
     given.pop("segments")
     monkeypatch.setattr("cpo_kernels.training.losses.attention_inputs", lambda model, batch: given)
-    with pytest.raises(ValueError, match="LlamaAttention gets no segments .* set model.attention: sdpa"):
+    with pytest.raises(ValueError, match="LlamaAttention gets no segments: .* Set model.attention: sdpa"):
         loss.seq_logps(loss.collate(groups[:1]))
 
 
 def test_attention_that_cannot_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="flash_attention_2 needs flash-attn, which is not installed: take sdpa"):
+    with pytest.raises(ValueError, match="flash_attention_2 needs flash-attn, which is not installed: use sdpa"):
         run(model={"attention": "flash_attention_2"})
-    with pytest.raises(ValueError, match="model.attention: 'flash' is none of sdpa, segments, flex_attention"):
+    with pytest.raises(ValueError, match="model.attention: 'flash' is not one of sdpa, segments, flex_attention"):
         read_config({"model": {"attention": "flash"}})
-    with pytest.raises(ValueError, match="segments would be compiled anew for every batch: set"):
+    with pytest.raises(ValueError, match="segments would recompile for every batch: set"):
         loss_and_groups("cdpo", model={"attention": "segments"}, training={"compile": True})
     monkeypatch.setattr(attention, "_name", lambda model: "flash_attention_2")
     with pytest.raises(ValueError, match="shared needs sdpa or .* has 'flash_attention_2'.* training.rows: padded"):
@@ -189,12 +189,12 @@ def test_attention_by_place_in_the_row_needs_padded_rows(rows):
     """GPT-Neo's windows go by the index in a row: two sequences in one would hide the first tokens of the second."""
     options = {"model_type": "gpt_neo", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "window_size": 8}
     model = {"config": {**options, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 1024}}
-    with pytest.raises(ValueError, match="attention of gpt_neo goes by a token's place in its row.*rows: padded"):
+    with pytest.raises(ValueError, match="attention of gpt_neo uses a token's index in its row.*rows: padded"):
         run(model=model, training={"rows": rows})
     run(model=model, training={"rows": "padded", "max_steps": 1})
 
 
 def test_rows_are_named():
     assert set(ROWS) == {"shared", "packed", "padded"}
-    with pytest.raises(ValueError, match="training.rows: 'tree' is none of shared, packed, padded"):
+    with pytest.raises(ValueError, match="training.rows: 'tree' is not one of shared, packed, padded"):
         read_config({"training": {"rows": "tree"}})

@@ -277,7 +277,7 @@ def test_an_error_of_one_rank_ends_all(ranks, folder):
         "no layer": "training.k must be in [1, 2]",
     }.items():
         assert pattern in own[name] and other[name] == f"ValueError: rank 1 stopped with {own[name]}"
-    assert own["other data"].startswith("ValueError: the ranks hold different weights, by rank [")
+    assert own["other data"].startswith("ValueError: the ranks have different weights: by rank [")
     assert own["nan"] == other["nan"] and "FloatingPointError: loss nan" in own["nan"] and "step 2" in own["nan"]
     saved = json.loads((folder / "nan/nonfinite.json").read_text())
     assert sorted(math.isnan(part["loss"]) for part in saved["microbatches"]) == [False, True]

@@ -181,7 +181,7 @@ def test_loss_types_and_what_they_need():
     assert values(mixed, "loss")[0] > 1.5  # log 2 and half the NLL of an untrained model
     free = run(loss={"type": "simpo", "beta": 2.0}, training={"max_steps": 1})
     assert "reference" not in free.report
-    with pytest.raises(ValueError, match="aot sorts over all pairs of a step"):
+    with pytest.raises(ValueError, match="aot sorts all pairs of a step"):
         run(loss={"type": "aot"}, training={"tokens_per_microbatch": 50})
     with pytest.raises(TypeError, match="did you mean 'label_smoothing'"):
         run(loss={"options": {"label_smooth": 0.1}})
@@ -250,7 +250,7 @@ def test_resumed_run_has_the_curve_of_an_unbroken_one(tmp_path, monkeypatch, sta
     assert fingerprint(resumed.model) == fingerprint(whole.model)
     rows = [json.loads(line) for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
     assert rows == resumed.metrics
-    with pytest.raises(ValueError, match=r"cannot resume .*: training.lr was 0.003 and is 0.1 now"):
+    with pytest.raises(ValueError, match=r"cannot resume .*: training.lr was 0.003 and is now 0.1"):
         run(stage, **settings("broken", resume=True, lr=0.1))
     with pytest.raises(ValueError, match="holds a run: give --resume .*, --overwrite or another run_dir"):
         run(stage, **settings("broken"))
@@ -261,7 +261,7 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path):
     settings = {"run_dir": str(tmp_path / "run"), "training": {"max_steps": 2, "checkpoint_every": 0}}
     before = fingerprint(run(**settings).model)
     settings["training"]["resume"] = True
-    with pytest.raises(ValueError, match="is finished and holds no checkpoint to go on from: .*--overwrite"):
+    with pytest.raises(ValueError, match="is finished and has no checkpoint to resume from: .*--overwrite"):
         run(**settings)
     assert fingerprint(load_model(ModelConfig(str(tmp_path / "run" / "model")))[0]) == before
 
@@ -271,7 +271,7 @@ def test_resume_refuses_another_model(tmp_path):
     run(**settings)
     settings["training"]["resume"] = True
     other = load_model(read_config(tiny.config()).model, None, tiny.tokenizer(), seed=9)[0]
-    with pytest.raises(ValueError, match="initial_model was .* continue with the same one"):
+    with pytest.raises(ValueError, match="initial_model was .* resume with the same one"):
         train(tiny.config(**settings), model=other, tokenizer=tiny.tokenizer(), records=RECORDS)
 
 
@@ -287,7 +287,7 @@ def test_resume_refuses_other_data(tmp_path):
 
     changed = [replace(record, responses=tuple(map(between, record.responses))) for record in RECORDS]
     for records in (changed, tiny.records(13)):
-        with pytest.raises(ValueError, match="data was .* continue with the same one"):
+        with pytest.raises(ValueError, match="data was .* resume with the same one"):
             train(tiny.config("dpo", **settings), tokenizer=tiny.tokenizer(), records=records)
     run("dpo", **settings)
 
@@ -321,7 +321,7 @@ def test_held_out_prompts_may_all_be_ties():
 
 def test_class_weights_that_could_not_act_are_refused():
     weights = [{"honesty": 1, "weight": 0.1}]
-    with pytest.raises(ValueError, match="class_weights act where conditions.balance or conditions.responses"):
+    with pytest.raises(ValueError, match="class_weights only matter when conditions.balance or conditions.responses"):
         run("cpsft", conditions={"class_weights": weights, "responses": None})
     run("cpsft", conditions={"class_weights": weights, "responses": None, "balance": True}, training={"max_steps": 1})
 
