@@ -24,8 +24,9 @@ from torch import Tensor
 from cpo_kernels import library
 from cpo_kernels.ops.token_logps import HeadOptions
 
-# Columns that are looked at: the first of the vocabulary, and labels; of small vocabularies FEW each.
-FIRST, FIRST_SHARE, LABEL_SHARE, FEW = 512, 64, 32, 64
+# Columns that are looked at: the first of the vocabulary, and labels; the numbers with FEW for small vocabularies.
+FIRST, FIRST_SHARE, FEW_FIRST = 512, 64, 64
+LABEL_SHARE, FEW_LABELS = 32, 256
 ROWS = 1024  # looked at together
 
 
@@ -46,9 +47,11 @@ def anchors(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, count: int,
         rows = slice(low, low + ROWS)
         u = (x[rows] @ some).to(lacks.dtype)
         lacks[rows] = _mean_logit(u if of_few is None else u + of_few, options)
-    lacks = lacks.to(x.dtype).to(lacks.dtype)
-    lacks = torch.where(torch.isfinite(lacks), lacks, 0.0)  # where all of those columns are masked
-    return torch.stack([lacks, label_logits(x, weight, bias, labels)])
+    at_label = label_logits(x, weight, bias, labels)
+    lacks = torch.where(torch.isfinite(lacks), lacks, at_label)  # float16 logits beyond 65,504
+    lacks = torch.where(torch.isfinite(lacks), lacks, 0.0)  # all of those columns are masked
+    largest = torch.finfo(x.dtype).max
+    return torch.stack([lacks.clamp(-largest, largest).to(x.dtype).to(lacks.dtype), at_label])
 
 
 def label_logits(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -62,10 +65,10 @@ def label_logits(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Ten
 
 def _few_columns(labels: Tensor, count: int) -> Tensor:
     """Labels, evenly from the chunk, and the first of `count` columns."""
-    labels = labels[:: -(-labels.shape[0] // max(FEW, count // LABEL_SHARE))]
+    labels = labels[:: -(-labels.shape[0] // max(FEW_LABELS, count // LABEL_SHARE))]
     if labels.device.type == "cpu":  # elsewhere the host would wait for their number
         labels = labels.unique()
-    first = min(count, FIRST, max(FEW, count // FIRST_SHARE))
+    first = min(count, FIRST, max(FEW_FIRST, count // FIRST_SHARE))
     return torch.cat([torch.arange(first, device=labels.device), labels])
 
 

@@ -1,0 +1,185 @@
+"""Relative logits: how much better 16-bit log-probs become, on every path of the head, and what the rows lack."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cpo_kernels as cpo
+from cpo_kernels import reference
+from cpo_kernels.bench.rows import MAKERS
+from cpo_kernels.bench.workload import head
+from cpo_kernels.head import relative
+from cpo_kernels.ops.token_logps import HeadOptions
+from tests.support.heads import EVERY_BACKEND, LOW_PRECISION
+
+VOCAB, HIDDEN, ROWS = 6001, 64, 256
+
+
+def made(dtype, labels="true", bias=False, kind="peaked", seed=0):
+    """Rows of the benchmark: peaked as those of a trained model, with its frequent words; or of random numbers."""
+    workload = replace(
+        head("smollm2-135m"), hidden=HIDDEN, vocab=VOCAB, groups=ROWS // 16, responses=1, length=16, prompt=0
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        rows = MAKERS[kind](workload, torch.device("cpu"))
+    g = torch.Generator().manual_seed(seed)
+    x, weight, y = rows.hidden.view(ROWS, HIDDEN), rows.weight, rows.labels.view(-1)
+    x = x * (0.5 + torch.rand(ROWS, 1, generator=g))
+    if labels == "shuffled":
+        y = y[torch.randperm(ROWS, generator=g)]
+    if labels == "random":
+        y = torch.randint(VOCAB, (ROWS,), generator=g)
+    y[::7] = -100
+    b = torch.randn(VOCAB, generator=g).to(dtype) if bias else None
+    return x.to(dtype), weight.to(dtype), b, y
+
+
+def rms(actual, truth):
+    return float((actual.double() - truth).square().mean().sqrt())
+
+
+def naive(x, weight, labels, bias, softcap=None, scale=1.0):
+    """What PyTorch makes in this dtype: logits rounded, log_softmax in float32."""
+    z = torch.nn.functional.linear(x, weight, bias).float() * scale
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    return z.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None]).squeeze(1) * (labels != -100)
+
+
+def of_loss(x, weight, labels, bias, budget=None, **options):
+    """Per-token log-probs by way of the fused loss: sequences of one token, pairs of neighbours."""
+    loss_fn = cpo.FusedLinearCPOLoss(memory_budget=budget, **options.pop("loss", {}), **options)
+    pairs = torch.arange(ROWS).view(-1, 2)
+    out = loss_fn(x[:, None], weight, labels[:, None], bias, pairs=pairs, ref_logps=torch.zeros(ROWS))
+    return out.seq_logps
+
+
+def leaves(x, weight, bias, train):
+    return x.clone().requires_grad_(), weight.clone().requires_grad_(train), bias
+
+
+PATHS = {
+    "forward": lambda x, w, y, b, **o: cpo.linear_token_logps(x, w, y, b, **o),
+    "frozen": lambda x, w, y, b, **o: cpo.linear_token_logps(x.clone().requires_grad_(), w, y, b, **o),
+    "recompute": lambda x, w, y, b, **o: cpo.linear_token_logps(*leaves(x, w, b, True)[:2], y, b, **o),
+    "chunks": lambda x, w, y, b, **o: cpo.linear_token_logps(x, w, y, b, memory_budget=40 * VOCAB * 2, **o),
+    "filtered": lambda x, w, y, b, **o: cpo.linear_token_logps(
+        *leaves(x, w, b, True)[:2], y, b, filter_eps=2.0**-12, filter_head_grad=True, **o
+    ),
+    "pairs": lambda x, w, y, b, **o: of_loss(*leaves(x, w, b, True)[:2], y, b, **o),
+    "two_pass": lambda x, w, y, b, **o: of_loss(
+        *leaves(x, w, b, True)[:2], y, b, budget=40 * VOCAB * 2, loss={"loss_type": "aot"}, **o
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("labels", ["true", "shuffled", "random"])
+def test_a_part_of_the_naive_error_on_peaked_logits(path, dtype, labels):
+    x, weight, _, y = made(dtype, labels)
+    truth = reference.linear_token_logps(x.double(), weight.double(), y)
+    share = {"true": 1 / 4, "shuffled": 1 / 3, "random": 1}[labels]  # random labels are not where the mass is
+    assert rms(PATHS[path](x, weight, y, None).detach(), truth) <= rms(naive(x, weight, y, None), truth) * share
+
+
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
+@pytest.mark.parametrize("head", [{}, {"scale": 0.5}, {"softcap": 30.0}, {"softcap": 30.0, "scale": 1.5}], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_scale_softcap_and_bias(head, bias, impl):
+    """float16, as Triton's interpreter has no bfloat16."""
+    x, weight, b, y = made(torch.float16, bias=bias)
+    truth = reference.linear_token_logps(x.double(), weight.double(), y, None if b is None else b.double(), **head)
+    logps = cpo.linear_token_logps(x, weight, y, b, impl=impl, **head)
+    assert rms(logps, truth) <= rms(naive(x, weight, y, b, **head), truth) / 3
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("path", ["frozen", "recompute", "pairs"])
+def test_never_more_than_the_naive_error_on_random_logits(path, dtype):
+    x, weight, _, y = made(dtype, kind="random")
+    truth = reference.linear_token_logps(x.double(), weight.double(), y)
+    assert rms(PATHS[path](x, weight, y, None).detach(), truth) <= rms(naive(x, weight, y, None), truth)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", ["random", "peaked"])
+def test_gradients_are_no_worse_than_naive_ones(train, kind, dtype):
+    """rms over 4 batches, in norms; on peaked logits less than 0.7 of the naive error. dX of a frozen head and dW in
+    float16 are rounded once more: their coefficients are known later, or multiply in float32."""
+    errors = {"ours": 0.0, "naive": 0.0}
+    for seed in range(4):
+        x, weight, _, y = made(dtype, kind=kind, seed=seed)
+        upstream = torch.randn(ROWS, generator=torch.Generator().manual_seed(seed))
+        true = [t.double().requires_grad_() for t in (x, weight)]
+        want = torch.autograd.grad(reference.linear_token_logps(*true, y), true, upstream.double())
+        for name, function in (("ours", cpo.linear_token_logps), ("naive", lambda x, w, y: naive(x, w, y, None))):
+            x_, w_, _ = leaves(x, weight, None, train)
+            wanted = [x_, w_][: 1 + train]
+            got = torch.autograd.grad(function(x_, w_, y), wanted, upstream)
+            for g, w in zip(got, want, strict=False):
+                errors[name] += float((g.double() - w).norm() / w.norm()) ** 2
+    assert errors["ours"] ** 0.5 <= errors["naive"] ** 0.5 * (0.7 if kind == "peaked" else 1.15)
+
+
+def test_a_reference_through_the_same_head():
+    x, weight, _, y = made(torch.bfloat16)
+    truth = reference.linear_token_logps(x.double(), weight.double(), y)
+    loss_fn = cpo.FusedLinearCPOLoss()
+    pairs = torch.arange(ROWS).view(-1, 2)
+    for budget in (None, 50 * VOCAB * 2):  # both in one product, and one after the other
+        loss_fn = cpo.FusedLinearCPOLoss(memory_budget=budget)
+        out = loss_fn(x[:, None], weight, y[:, None], ref_hidden=x[:, None].flip(0), pairs=pairs)
+        want = truth[pairs] - reference.linear_token_logps(x.flip(0).double(), weight.double(), y)[pairs]
+        got = torch.stack([out.chosen_rewards, out.rejected_rewards], 1) / 0.1
+        assert rms(got, want) < 4e-3
+
+
+def test_what_rows_lack():
+    """Numbers of the 16-bit dtype, near the mean logit; nothing where all of the columns are masked; exact labels."""
+    x, weight, bias, y = made(torch.bfloat16, bias=True)
+    options, columns = HeadOptions(-100, 0.7, 0.0, VOCAB), y.clamp(min=0)
+    lacks, at_label = relative.anchors(x, weight, bias, columns, VOCAB, options)
+    z = x.double() @ weight.double().t() + bias.double()
+    assert torch.equal(lacks, lacks.bfloat16().float())
+    mean = ((0.7 * z).softmax(1) * z).sum(1)
+    assert float((lacks - mean)[y != -100].abs().median()) < 0.6 * float(mean.abs().median())
+    torch.testing.assert_close(at_label.double(), z.gather(1, columns[:, None]).squeeze(1), rtol=1e-6, atol=1e-5)
+    masked = torch.full_like(bias, -torch.inf)
+    lacks, at_label = relative.anchors(x, weight, masked, columns, VOCAB, options)
+    assert not lacks.any() and bool((at_label == -torch.inf).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wider_logits_lack_nothing(dtype):
+    assert not relative.is_relative(dtype)
+
+
+def test_float16_logits_beyond_its_range():
+    """A product of 1e5 is infinite in float16; what it lacks is not."""
+    x, weight, _, y = made(torch.float16)
+    weight[:, 0], x[:, 0] = 250.0, 250.0  # 62,500 in every logit, and at most 65,504 in float16
+    x[:, 1], weight[:, 1] = 100.0, 100.0
+    truth = reference.linear_token_logps(x.double(), weight.double(), y)
+    assert not torch.isfinite(naive(x, weight, y, None)).all()
+    x_ = x.clone().requires_grad_()
+    logps = cpo.linear_token_logps(x_, weight, y)
+    assert float((logps.detach() - truth).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
+def test_masked_columns(impl):
+    """Unused words at -inf, among them labels: their log-prob is -inf, gradients of the others are finite."""
+    x, weight, bias, y = made(torch.float16, bias=True)
+    bias[100:200] = -torch.inf
+    y[1] = 150
+    truth = reference.linear_token_logps(x.double(), weight.double(), y, bias.double())
+    x_ = x.clone().requires_grad_()
+    logps = cpo.linear_token_logps(x_, weight, y, bias, impl=impl)
+    assert logps[1] == -torch.inf
+    rest = torch.isfinite(truth)
+    assert rms(logps.detach()[rest], truth[rest]) < 1e-2
+    logps[rest].sum().backward()
+    assert torch.isfinite(x_.grad).all()
