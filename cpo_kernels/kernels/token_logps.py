@@ -68,12 +68,14 @@ def _y_of(x, inner, offset, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _anchors(anchors, i, rows, inner):
-    """(a, inner * a, u of the label): row i of the logits lacks a; (None, None, None) where none lacks anything."""
+def _anchors(anchors, i, rows, inner, counted):
+    """(a, inner * a, u of the label): row i of the logits lacks a; 0 where not `counted`; None without anchors."""
     if anchors is None:
-        return None, None, None
-    a = tl.load(anchors + i)
-    return a, inner * a, tl.load(anchors + rows + i)
+        a, offset, exact = None, None, None
+    else:
+        a = tl.load(anchors + i, mask=counted, other=0.0)
+        offset, exact = inner * a, tl.load(anchors + rows + i, mask=counted, other=0.0)
+    return a, offset, exact
 
 
 # ----------------------------------------------------------------------------------------------------- the row's layout
@@ -231,26 +233,26 @@ def _finish(
     logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact, nat, c, inner,
     SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """Stores what follows from a row's sums; returns its log-prob, and shift and factor, 1 / sum, of its softmax."""
-    label_is_number = y_label == y_label
-    top1 = tl.where((y_label == m) & (s == s), 1.0, 0.0)
-    outside = 0.0  # of y: what z holds of a
+    """Stores what follows from a row's sums; returns its log-prob, its largest y and the factor of its softmax, 1 / sum.
+    Without anchors y, its label's logit, is that of the row."""
+    stored, top = y_label, m
     if a is not None:
-        y_exact = _y_of(exact, inner, None, SOFTCAP)
+        y_label = _y_of(exact, inner, None, SOFTCAP)
         if not SOFTCAP:
-            y_exact -= a
-            outside = nat * a
-        m, s, t, q, u = _exchange(m, s, t, q, u, y_label, y_exact, c, SOFTCAP, EXTRAS)
-        y_label = y_exact
+            y_label -= a
+        m, s, t, q, u = _exchange(m, s, t, q, u, stored, y_label, c, SOFTCAP, EXTRAS)
     log_sum = tl.log(s)
+    label_is_number = stored == stored
     logp = nat * (y_label - m) - log_sum
-    lse, mean = nat * m + log_sum, nat * u / columns
-    if a is not None:
-        lse, mean = lse + outside, mean + outside
-    lse = tl.where(label_is_number, lse, float("nan"))
+    lse = tl.where(label_is_number, nat * m + log_sum, float("nan"))
+    top1 = tl.where((stored == top) & (s == s), 1.0, 0.0)
     entropy, log_sum_sq = log_sum - nat * (t / s), tl.log(q) - 2.0 * log_sum
+    mean = nat * u / columns
+    if a is not None:
+        if not SOFTCAP:
+            lse, mean = lse + nat * a, mean + nat * a
     _store_row(logp_out, lse_out, extra_out, i, rows, logp, lse, entropy, log_sum_sq, mean, top1, EXTRAS)
-    return logp, tl.where(m == float("-inf"), 0.0, m), tl.where(label_is_number, 1.0 / s, float("nan"))
+    return logp, m, tl.where(label_is_number, 1.0 / s, float("nan"))
 
 
 # --------------------------------------------------------------------------------------------------------------- write
@@ -359,7 +361,7 @@ def scan_kernel(
             _write(row, body, head, width, columns, label, 0, 1, nat, nat, None, nat, c, inner, None,
                    ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
     else:
-        a, offset, exact = _anchors(anchors, i, rows, inner)
+        a, offset, exact = _anchors(anchors, i, rows, inner, True)
         # Before the scan, whose barrier holds back the warps that will overwrite it. Of split rows combine_kernel does.
         y_label = nat
         if not SPLIT:
@@ -375,11 +377,12 @@ def scan_kernel(
                 tl.store(at + 3, q)
                 tl.store(at + 4, u)
         else:
-            logp, shift, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a,
-                                          exact, nat, c, inner, SOFTCAP, EXTRAS)  # fmt: skip
+            logp, m, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact,
+                                      nat, c, inner, SOFTCAP, EXTRAS)  # fmt: skip
             if WRITE:
                 grad = tl.full([], scale, ACC)
                 at_label = _at_label(row, label, columns, exact, logp, grad, None, None, inner, ACC, SOFTCAP)
+                shift = tl.where(m == float("-inf"), 0.0, m)
                 if EDGES:
                     tl.debug_barrier()  # every warp has read the edges, which come after the scan's own barrier
                 _write(row, body, head, width, columns, label, 0, 1, shift, -grad * factor, None, at_label, c, inner,
@@ -408,12 +411,12 @@ def combine_kernel(
             t = tl.load(at + 2, mask=keep, other=0.0)
             q = tl.load(at + 3, mask=keep, other=0.0)
             u = tl.load(at + 4, mask=keep, other=0.0)
-        a, offset, exact = _anchors(anchors, i, rows, inner)
+        a, offset, exact = _anchors(anchors, i, rows, inner, True)
         y_label = _label_y(logits + i * stride, label, columns, inner, offset, ACC, SOFTCAP)
         m, s, t, q, u = _meet(m, s, t, q, u, c, SOFTCAP, EXTRAS)
-        _, shift, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a,
-                                   exact, nat, c, inner, SOFTCAP, EXTRAS)  # fmt: skip
-        tl.store(shifts + i, shift)
+        _, m, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact,
+                               nat, c, inner, SOFTCAP, EXTRAS)  # fmt: skip
+        tl.store(shifts + i, tl.where(m == float("-inf"), 0.0, m))
         tl.store(shifts + rows + i, factor)
 
 
@@ -435,7 +438,7 @@ def write_kernel(
         _write(row, body, head, width, columns, label, piece, pieces, nat, nat, None, nat, c, inner, None,
                ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
     else:
-        a, offset, exact = _anchors(anchors, i, rows, inner)
+        a, offset, exact = _anchors(anchors, i, rows, inner, True)
         of_entropy, entropy, tilt = None, None, None
         # The label's logit: the one thread that uses it reads it before it overwrites it.
         if FROM_LSE:
