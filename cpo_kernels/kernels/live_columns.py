@@ -139,7 +139,7 @@ def scan_sets_kernel(
         after = _row_shift(shifts, row + 2 * ROWS, rows, high)
         row_offset = None
         if OFFSETS:
-            row_offset = offset[:, None]
+            row_offset = tl.expand_dims(offset, 1)
             offset, next_offset = next_offset, _row_offset(shifts, row + 2 * ROWS, rows, high)
         s = _size(x.to(ACC), shift[:, None], factor[:, None], c, inner, row_offset, SOFTCAP)
         tops = tl.maximum(tops, s)

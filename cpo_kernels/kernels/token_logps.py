@@ -233,8 +233,8 @@ def _finish(
     logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact, nat, c, inner,
     SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """Stores what follows from a row's sums; returns its log-prob, its largest y and the factor of its softmax, 1 / sum.
-    Without anchors y, its label's logit, is that of the row."""
+    """Stores what follows from a row's sums; returns log-prob, largest y, and the factor of its softmax, 1 / sum.
+    a, exact: as from _anchors."""
     stored, top = y_label, m
     if a is not None:
         y_label = _y_of(exact, inner, None, SOFTCAP)
@@ -377,6 +377,8 @@ def scan_kernel(
                 tl.store(at + 3, q)
                 tl.store(at + 4, u)
         else:
+            if not WRITE:  # read again: kept through the scan it cost a spill, under a softcap with extras
+                _, _, exact = _anchors(anchors, i, rows, inner, True)
             logp, m, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact,
                                       nat, c, inner, SOFTCAP, EXTRAS)  # fmt: skip
             if WRITE:
@@ -443,7 +445,9 @@ def write_kernel(
         # The label's logit: the one thread that uses it reads it before it overwrites it.
         if FROM_LSE:
             lse_i = tl.load(lse + i)
-            grad_i = grad * tl.load(grads + i)
+            if entropies is not None:
+                of_entropy, entropy = grad * tl.load(entropies + i), tl.load(entropies + rows + i)
+            grad *= tl.load(grads + i)
             if exact is None:
                 y_label = _label_y(row, label, columns, inner, None, ACC, SOFTCAP)
             else:
@@ -454,12 +458,11 @@ def write_kernel(
                     lse_i -= nat * a
             shift = lse_i / nat
             rest = nat * shift - lse_i  # what the division rounded off
-            at_columns = grad_i
+            factor = grad
             if entropies is not None:
-                of_entropy, entropy = grad * tl.load(entropies + i), tl.load(entropies + rows + i)
-                at_columns += of_entropy * (rest + entropy)
-                tilt = -of_entropy * nat * tl.exp(rest)
-            grad, factor = grad_i, -at_columns * tl.exp(rest)
+                factor += of_entropy * (entropy + rest)
+                tilt = of_entropy * (-nat * tl.exp(rest))
+            factor *= -tl.exp(rest)
         else:
             logp = tl.load(logps + i)
             shift = tl.load(shifts + i)

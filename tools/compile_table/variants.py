@@ -40,7 +40,7 @@ class Variant(NamedTuple):
 
 
 def token_variants() -> Iterator[Variant]:
-    """All that the launches of token_logps.py can reach; what is aligned to 16 is marked as Triton would."""
+    """What the launches of token_logps.py can reach; what is aligned to 16 is marked as Triton would."""
     jobs: list[tuple[str, Any, Any, dict[str, Any]]] = [
         ("scan", scan_kernel, tuning.SCAN, {"SPLIT": split, "WRITE": False}) for split in (False, True)
     ]
@@ -49,24 +49,19 @@ def token_variants() -> Iterator[Variant]:
     jobs += [("combine", combine_kernel, tuning.COMBINE, {})]
     for name, kernel, launch, fixed in jobs:
         free = [flag for flag in ("EDGES", "SOFTCAP", "EXTRAS") if flag in kernel.arg_names]
+        optional = [("", "anchors"), *[("", "entropies")] * fixed.get("FROM_LSE", False)]
         for dtype in ("bf16", "fp16", "fp32", "fp64"):
             chosen = list(itertools.product((0, 1), repeat=len(free)))
             if "EDGES" in free:
                 chosen.append((2, *(0 for _ in free[1:])))
-            for values, given in itertools.product(chosen, itertools.product(*_optional_tokens(kernel, fixed))):
+            for values, given in itertools.product(chosen, itertools.product(*optional)):
                 if any(given) and dtype != "bf16" and len(set(values)) > 1:
-                    continue
+                    continue  # with these: bfloat16 with every combination of flags, others with none and all
                 flags = {**dict(zip(free, values, strict=True)), **fixed}
                 shape = launch
                 if isinstance(launch, int):  # bytes of a row
                     shape = tuning.fused(launch, dtype != "fp64" and not flags["SOFTCAP"] and not flags["EXTRAS"])
                 yield _token_variant(name, kernel, dtype, shape, flags, tuple(filter(None, given)))
-
-
-def _optional_tokens(kernel: Any, fixed: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What may be given to a kernel or not; '' where it is not. With it: bfloat16 with every combination of flags, other
-    dtypes with none and all."""
-    return [("", "anchors"), ("", "entropies")] if fixed.get("FROM_LSE") else [("", "anchors")]
 
 
 def _token_variant(
