@@ -55,13 +55,21 @@ def token_variants() -> Iterator[Variant]:
             if "EDGES" in free:
                 chosen.append((2, *(0 for _ in free[1:])))
             for values, given in itertools.product(chosen, itertools.product(*optional)):
-                if any(given) and dtype != "bf16" and len(set(values)) > 1:
-                    continue  # with these: bfloat16 with every combination of flags, others with none and all
-                flags = {**dict(zip(free, values, strict=True)), **fixed}
+                chosen_flags = dict(zip(free, values, strict=True))
+                if any(given) and not _with_optional(dtype, chosen_flags):
+                    continue
+                flags = {**chosen_flags, **fixed}
                 shape = launch
                 if isinstance(launch, int):  # bytes of a row
                     shape = tuning.fused(launch, dtype != "fp64" and not flags["SOFTCAP"] and not flags["EXTRAS"])
                 yield _token_variant(name, kernel, dtype, shape, flags, tuple(filter(None, given)))
+
+
+def _with_optional(dtype: str, flags: dict[str, int]) -> bool:
+    """Of the kernels with anchors or entropies: all flags, and in bfloat16 none, edges only, a softcap only."""
+    return all(v == 1 for v in flags.values()) or (
+        dtype == "bf16" and sum(flags.values()) < 2 and not flags.get("EXTRAS")
+    )
 
 
 def _token_variant(
@@ -142,15 +150,15 @@ def _pair_variant(
 
 
 def live_variants() -> Iterator[Variant]:
-    """Rows whose stride and vocabulary are multiples of 16 numbers, and any."""
+    """Rows whose stride and vocabulary are multiples of 16 numbers, and any; with anchors the former."""
     free = itertools.product(("bf16", "fp16", "fp32", "fp64"), (False, True), (False, True), (False, True))
     for dtype, softcap, edges, anchored in free:
         for name, kernel, launch in (
             ("scan", scan_sets_kernel, tuning.LIVE_SCAN["fp64" if dtype == "fp64" else "fp32"]),
             ("gather", gather_kernel, tuning.LIVE_GATHER),
         ):
-            if anchored and name == "scan" and not softcap:
-                continue  # the one without anchors
+            if anchored and (edges or (name == "scan" and not softcap)):  # that scan is the one without anchors
+                continue
             flags = {"SOFTCAP": softcap, "ROWS": launch.rows, "BLOCK": launch.block, "OFFSETS": anchored}
             flags |= {} if anchored else {"anchors": None}
             options = " edges" * edges + " softcap" * softcap + " anchors" * anchored
