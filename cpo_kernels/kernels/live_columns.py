@@ -72,7 +72,9 @@ def prepare_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     label, value, counted, ignored = _counts(labels, lse, row, inside, ignore_index)
-    a, offset, exact = _anchors(anchors, row, rows, inner, counted)
+    a, offset, exact = None, None, None
+    if anchors is not None:
+        a, offset, exact = _anchors(anchors, row, rows, inner, counted)
     shift, factor = _shift_of(value, a, nat, scale, counted, ACC, SOFTCAP)
     tl.store(shifts + row, shift, mask=inside)
     tl.store(shifts + rows + row, factor, mask=inside)
@@ -171,7 +173,9 @@ def gather_kernel(
     first = tl.load(offsets + k)
     count = tl.load(offsets + k + 1) - first
     label, value, counted, ignored = _counts(labels, lse, row, inside, ignore_index)
-    a, offset, exact = _anchors(anchors, row, rows, inner, counted)
+    a, offset, exact = None, None, None
+    if anchors is not None:
+        a, offset, exact = _anchors(anchors, row, rows, inner, counted)
     shift, factor = _shift_of(value, a, nat64, scale64, counted, ACC, SOFTCAP)
     here = counted & (label >= 0) & (label < columns)
     line = logits + row * stride

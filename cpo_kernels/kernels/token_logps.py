@@ -69,13 +69,9 @@ def _y_of(x, inner, offset, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _anchors(anchors, i, rows, inner, counted):
-    """(a, inner * a, u of the label): row i of the logits lacks a; 0 where not `counted`; None without anchors."""
-    if anchors is None:
-        a, offset, exact = None, None, None
-    else:
-        a = tl.load(anchors + i, mask=counted, other=0.0)
-        offset, exact = inner * a, tl.load(anchors + rows + i, mask=counted, other=0.0)
-    return a, offset, exact
+    """(a, inner * a, u of the label): row i of the logits lacks a; 0 where not `counted`."""
+    a = tl.load(anchors + i, mask=counted, other=0.0)
+    return a, inner * a, tl.load(anchors + rows + i, mask=counted, other=0.0)
 
 
 # ----------------------------------------------------------------------------------------------------- the row's layout
@@ -361,7 +357,9 @@ def scan_kernel(
             _write(row, body, head, width, columns, label, 0, 1, nat, nat, None, nat, c, inner, None,
                    ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
     else:
-        a, offset, exact = _anchors(anchors, i, rows, inner, True)
+        a, offset, exact = None, None, None
+        if anchors is not None:
+            a, offset, exact = _anchors(anchors, i, rows, inner, True)
         # Before the scan, whose barrier holds back the warps that will overwrite it. Of split rows combine_kernel does.
         y_label = nat
         if not SPLIT:
@@ -377,8 +375,9 @@ def scan_kernel(
                 tl.store(at + 3, q)
                 tl.store(at + 4, u)
         else:
-            if not WRITE:  # read again: kept through the scan it cost a spill, under a softcap with extras
-                _, _, exact = _anchors(anchors, i, rows, inner, True)
+            if anchors is not None:
+                if not WRITE:  # read again: kept through the scan it cost a spill, under a softcap with extras
+                    _, _, exact = _anchors(anchors, i, rows, inner, True)
             logp, m, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact,
                                       nat, c, inner, SOFTCAP, EXTRAS)  # fmt: skip
             if WRITE:
@@ -413,7 +412,9 @@ def combine_kernel(
             t = tl.load(at + 2, mask=keep, other=0.0)
             q = tl.load(at + 3, mask=keep, other=0.0)
             u = tl.load(at + 4, mask=keep, other=0.0)
-        a, offset, exact = _anchors(anchors, i, rows, inner, True)
+        a, offset, exact = None, None, None
+        if anchors is not None:
+            a, offset, exact = _anchors(anchors, i, rows, inner, True)
         y_label = _label_y(logits + i * stride, label, columns, inner, offset, ACC, SOFTCAP)
         m, s, t, q, u = _meet(m, s, t, q, u, c, SOFTCAP, EXTRAS)
         _, m, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact,
@@ -440,7 +441,9 @@ def write_kernel(
         _write(row, body, head, width, columns, label, piece, pieces, nat, nat, None, nat, c, inner, None,
                ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
     else:
-        a, offset, exact = _anchors(anchors, i, rows, inner, True)
+        a, offset, exact = None, None, None
+        if anchors is not None:
+            a, offset, exact = _anchors(anchors, i, rows, inner, True)
         of_entropy, entropy, tilt = None, None, None
         # The label's logit: the one thread that uses it reads it before it overwrites it.
         if FROM_LSE:
