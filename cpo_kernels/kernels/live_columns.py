@@ -7,6 +7,9 @@ Formulas and contracts: cpo_kernels/reference/live_columns.py. s_tv = softmax_tv
     gather   a program owns some rows and sweeps their set's live columns
 
 A row's sum is that of its tiles, in order: same bits every time. Rows that do not count have factor 0 and are not read.
+
+Relative logits (`anchors`): the constant that a row lacks goes into its shift, or under a softcap in front of tanh.
+scan takes the label as the row holds it: its column is live, so only the row's sum must change, which prepare does.
 """
 
 import torch
@@ -16,11 +19,11 @@ from torch import Tensor
 
 from cpo_kernels import library
 from cpo_kernels.kernels import tuning
-from cpo_kernels.kernels.token_logps import ACC_TYPES, LOG2E, _cap, _one_minus_exp, _y_of
+from cpo_kernels.kernels.token_logps import ACC_TYPES, LOG2E, _anchors, _cap, _one_minus_exp, _y_of
 
 GENERAL = {
     "do_not_specialize": ["rows", "set_rows", "tiles", "blocks", "ignore_index"],
-    "do_not_specialize_on_alignment": ["labels", "lse", "row_sums", "ids"],
+    "do_not_specialize_on_alignment": ["labels", "lse", "row_sums", "ids", "anchors"],
 }
 
 
@@ -34,19 +37,22 @@ def _counts(labels, lse, row, inside, ignore_index):
 
 
 @triton.jit
-def _shift_of(lse, nat, scale, counted, ACC: tl.constexpr):
+def _shift_of(lse, a, nat, scale, counted, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
     """(shift, factor), nat and scale in float64; what rounding the shift leaves goes into the factor. (0, 0) where the
     row does not count."""
     lse = tl.where(counted, lse, 0.0).to(tl.float64)
+    if a is not None:
+        if not SOFTCAP:
+            lse -= nat * a.to(tl.float64)
     shift = (lse / nat).to(ACC)
     return shift, tl.where(counted, scale * tl.exp(nat * shift.to(tl.float64) - lse), 0.0).to(ACC)
 
 
 @triton.jit
-def _size(x, shift, factor, c, inner, SOFTCAP: tl.constexpr):
+def _size(x, shift, factor, c, inner, offset, SOFTCAP: tl.constexpr):
     """s = factor e^{nat (y - shift)}, times 1 - tanh^2 under a softcap; x = -inf gives 0."""
     if SOFTCAP:
-        y, slope = _cap(x, inner)
+        y, slope = _cap(x, inner, offset)
         s = factor * tl.exp2((y - shift) * c) * slope
     else:
         s = factor * tl.exp2((x - shift) * c)
@@ -56,18 +62,33 @@ def _size(x, shift, factor, c, inner, SOFTCAP: tl.constexpr):
 @triton.jit(**GENERAL)
 def prepare_kernel(
     labels, lse, live, shifts, nan_rows, rows, columns, set_rows, ignore_index, nat: "fp64", scale: "fp64",
-    ACC: tl.constexpr, ROWS: tl.constexpr,
+    logits, anchors, stride, c: "fp64", inner: "fp64",
+    ACC: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """shifts [2, rows]; nan_rows [rows]: NaN for a row whose lse is not finite, else 0; live 1 at the labels."""
+    """shifts [2, rows], and with anchors under a softcap inner * a [rows] behind them; live 1 at the labels; nan_rows
+    [rows]: NaN for a row whose lse is not finite, else what its sum lacks."""
+    c, inner = tl.full([], c, ACC), tl.full([], inner, ACC)
     nat, scale = tl.full([], nat, tl.float64), tl.full([], scale, tl.float64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     label, value, counted, ignored = _counts(labels, lse, row, inside, ignore_index)
-    shift, factor = _shift_of(value, nat, scale, counted, ACC)
+    a, offset, exact = None, None, None
+    if anchors is not None:
+        a, offset, exact = _anchors(anchors, row, rows, inner, counted)
+    shift, factor = _shift_of(value, a, nat, scale, counted, ACC, SOFTCAP)
     tl.store(shifts + row, shift, mask=inside)
     tl.store(shifts + rows + row, factor, mask=inside)
-    tl.store(nan_rows + row, tl.where(counted | ignored, 0.0, float("nan")).to(ACC), mask=inside)
     here = counted & (label >= 0) & (label < columns)
+    lacks = tl.zeros([ROWS], ACC)
+    if a is not None:
+        if SOFTCAP:
+            tl.store(shifts + 2 * rows + row, offset, mask=inside)
+        x = tl.load(logits + row * stride + label, mask=here, other=float("-inf")).to(ACC)
+        if not SOFTCAP:
+            exact -= a
+        lacks = _size(exact, shift, factor, c, inner, None, SOFTCAP)
+        lacks = tl.where(here, lacks - _size(x, shift, factor, c, inner, offset, SOFTCAP), 0.0)
+    tl.store(nan_rows + row, tl.where(counted | ignored, lacks, float("nan")), mask=inside)
     tl.store(live + row // set_rows * columns + label, tl.full([ROWS], 1, tl.uint8), mask=here)
 
 
@@ -75,6 +96,11 @@ def prepare_kernel(
 def _row_shift(shifts, row, rows, high):
     shift = tl.load(shifts + row, mask=row < high, other=0.0)
     return shift, tl.load(shifts + rows + row, mask=row < high, other=0.0)
+
+
+@triton.jit
+def _row_offset(shifts, row, rows, high):
+    return tl.load(shifts + 2 * rows + row, mask=row < high, other=0.0)
 
 
 @triton.jit
@@ -87,6 +113,7 @@ def _row_logits(logits, row, stride, column, inside, factor):
 def scan_sets_kernel(
     logits, shifts, live, tail, partial, stride, rows, columns, set_rows, tiles, threshold: "fp64", c: "fp64",
     inner: "fp64", ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+    OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """One tile of one set: live (stays 1 where it is), tail, and the tile's part of the rows' sums, partial [tiles, N].
 
@@ -105,10 +132,18 @@ def scan_sets_kernel(
     shift, factor = _row_shift(shifts, row, rows, high)
     x = _row_logits(logits, row, stride, column, inside, factor)
     next_shift, next_factor = _row_shift(shifts, row + ROWS, rows, high)
+    offset, next_offset = None, None
+    if OFFSETS:
+        offset = _row_offset(shifts, row, rows, high)
+        next_offset = _row_offset(shifts, row + ROWS, rows, high)
     for _ in range(low, high, ROWS):  # logits are asked for one step ahead, and what says which of them two steps
         next_x = _row_logits(logits, row + ROWS, stride, column, inside, next_factor)
         after = _row_shift(shifts, row + 2 * ROWS, rows, high)
-        s = _size(x.to(ACC), shift[:, None], factor[:, None], c, inner, SOFTCAP)
+        row_offset = None
+        if OFFSETS:
+            row_offset = tl.expand_dims(offset, 1)
+            offset, next_offset = next_offset, _row_offset(shifts, row + 2 * ROWS, rows, high)
+        s = _size(x.to(ACC), shift[:, None], factor[:, None], c, inner, row_offset, SOFTCAP)
         tops = tl.maximum(tops, s)
         sums += s
         tl.store(partial + tile.to(tl.int64) * rows + row, tl.sum(s, 1), mask=row < high)
@@ -123,7 +158,7 @@ def scan_sets_kernel(
 
 @triton.jit(**GENERAL)
 def gather_kernel(
-    logits, labels, lse, row_sums, ids, offsets, out, stride, rows, columns, set_rows, blocks, ignore_index,
+    logits, labels, lse, row_sums, anchors, ids, offsets, out, stride, rows, columns, set_rows, blocks, ignore_index,
     nat: "fp64", c: "fp64", inner: "fp64", scale: "fp64",
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -138,15 +173,23 @@ def gather_kernel(
     first = tl.load(offsets + k)
     count = tl.load(offsets + k + 1) - first
     label, value, counted, ignored = _counts(labels, lse, row, inside, ignore_index)
-    shift, factor = _shift_of(value, nat64, scale64, counted, ACC)
+    a, offset, exact = None, None, None
+    if anchors is not None:
+        a, offset, exact = _anchors(anchors, row, rows, inner, counted)
+    shift, factor = _shift_of(value, a, nat64, scale64, counted, ACC, SOFTCAP)
     here = counted & (label >= 0) & (label < columns)
     line = logits + row * stride
-    x_label = tl.load(line + label, mask=here, other=0.0).to(ACC)
-    logp = nat * _y_of(x_label, inner, SOFTCAP) - value
-    at_label = scale * _one_minus_exp(logp)
+    if exact is None:
+        u_label = tl.load(line + label, mask=here, other=0.0).to(ACC)
+    else:
+        u_label = exact
+        offset = offset[:, None]
+    logp = nat * _y_of(u_label, inner, None, SOFTCAP) - value
+    at_label, s_label = scale * _one_minus_exp(logp), scale * tl.exp(logp)
     if SOFTCAP:
-        _, slope = _cap(x_label, inner)
+        _, slope = _cap(u_label, inner, None)
         at_label *= slope
+        s_label *= slope
     label = tl.where(here, label, -1)
     target = out + set_rows * (first + k) + within * (count + 1)  # before this set: set_rows of count + 1 numbers each
     OUT: tl.constexpr = out.dtype.element_ty
@@ -156,9 +199,13 @@ def gather_kernel(
         keep = (place < count)[None, :]
         column = tl.load(ids + first + place, mask=place < count, other=0)
         x = tl.load(line[:, None] + column[None, :], mask=counted[:, None] & keep, other=float("-inf")).to(ACC)
-        s = _size(x, shift[:, None], factor[:, None], c, inner, SOFTCAP)
-        sums += s
-        g = tl.where(column[None, :] == label[:, None], at_label[:, None], 0.0 - s)
+        s = _size(x, shift[:, None], factor[:, None], c, inner, offset, SOFTCAP)
+        is_label = column[None, :] == label[:, None]
+        if exact is None:
+            sums += s
+        else:
+            sums += tl.where(is_label, s_label[:, None], s)
+        g = tl.where(is_label, at_label[:, None], 0.0 - s)
         tl.store(target[:, None] + place[None, :], g.to(OUT), mask=inside[:, None] & keep)
     tau = tl.sum(sums, 1) - tl.load(row_sums + row, mask=inside, other=0.0)
     tau = tl.where(tau > 0.0, 0.0, tau)  # keeps NaN, which a minimum need not
@@ -190,6 +237,7 @@ def live_columns(
     scale: float,
     softcap: float,
     vocab_size: int,
+    anchors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """live [sets, vocab_size] bool, tail_columns [sets, vocab_size], row_sums [N]; see the reference."""
     call = _Call(logits, scale, softcap, set_rows)
@@ -199,17 +247,19 @@ def live_columns(
     tail = torch.empty((call.sets, vocab_size), dtype=call.acc, device=logits.device)
     partial = torch.empty((tiles + 1, call.rows), dtype=call.acc, device=logits.device)  # last: NaN where no row sum is
     if call.rows:
+        relative = (None, None, None) if anchors is None else (logits, anchors.contiguous(), logits.stride(0))
+        capped = anchors is not None and softcap > 0
         with torch.cuda.device_of(logits):
-            shifts = torch.empty((2, call.rows), dtype=call.acc, device=logits.device)
+            shifts = torch.empty((2 + int(capped), call.rows), dtype=call.acc, device=logits.device)
             flags = live.view(torch.uint8)
             prepare_kernel[(-(-call.rows // tuning.LIVE_PREPARE.block),)](
                 labels.contiguous(), lse.contiguous(), flags, shifts, partial[tiles], call.rows, vocab_size,
-                call.set_rows, ignore_index, call.nat, scale, ACC=call.flags["ACC"], ROWS=tuning.LIVE_PREPARE.block,
-                **tuning.options(tuning.LIVE_PREPARE),
+                call.set_rows, ignore_index, call.nat, scale, *relative, call.c, call.inner, ACC=call.flags["ACC"],
+                ROWS=tuning.LIVE_PREPARE.block, SOFTCAP=capped, **tuning.options(tuning.LIVE_PREPARE),
             )  # fmt: skip
             scan_sets_kernel[(tiles * call.sets,)](
                 logits, shifts, flags, tail, partial, logits.stride(0), call.rows, vocab_size, call.set_rows, tiles,
-                eps * scale, call.c, call.inner, **call.flags, ROWS=launch.rows, BLOCK=launch.block,
+                eps * scale, call.c, call.inner, **call.flags, ROWS=launch.rows, BLOCK=launch.block, OFFSETS=capped,
                 **tuning.options(launch),
             )  # fmt: skip
     return live, tail, partial.sum(0, dtype=torch.float64).to(call.acc)
@@ -227,6 +277,7 @@ def live_grads(
     scale: float,
     softcap: float,
     vocab_size: int,
+    anchors: Tensor | None = None,
 ) -> Tensor:
     """[g_A, tau] of every set, flat, in the dtype of logits; offsets [sets + 1] on the host. See the reference."""
     call = _Call(logits, scale, softcap, set_rows)
@@ -239,7 +290,8 @@ def live_grads(
     blocks = -(-call.set_rows // launch.rows)
     with torch.cuda.device_of(logits):
         gather_kernel[(blocks * call.sets,)](
-            logits, labels.contiguous(), lse.contiguous(), row_sums.contiguous(), columns.contiguous(),
+            logits, labels.contiguous(), lse.contiguous(), row_sums.contiguous(),
+            None if anchors is None else anchors.contiguous(), columns.contiguous(),
             offsets.to(logits.device, non_blocking=True), out, logits.stride(0), call.rows, vocab_size, call.set_rows,
             blocks, ignore_index, call.nat, call.c, call.inner, scale, **call.flags, ROWS=launch.rows,
             BLOCK=launch.block, **tuning.options(launch),

@@ -7,6 +7,9 @@ the programs that share a row, meet once, in a fixed order: same bits every time
 
 Rows need no alignment: the columns before the first 16-byte boundary and after the last are the edges, each fewer than
 VEC.
+
+Relative logits (`anchors`): y is then that of the logit as it is stored, shifted by a number of the row where it ends,
+or under a softcap before tanh; the label's term in the row's sums is exchanged for the exact one at the end.
 """
 
 import math
@@ -31,9 +34,12 @@ STATS = tl.constexpr(5)  # of a piece of a row: as _scan returns them
 
 
 @triton.jit
-def _cap(x, inner):
-    """tanh(u), 1 - tanh(u)^2 of u = inner * x, from t = e^-2|u|; an odd polynomial below 1/4, where 1 - t cancels."""
+def _cap(x, inner, offset):
+    """tanh(u), 1 - tanh(u)^2 of u = inner * x + offset (None: 0), from t = e^-2|u|; an odd polynomial below 1/4, where
+    1 - t cancels."""
     u = x * inner
+    if offset is not None:
+        u += offset
     t = tl.exp2(tl.abs(u) * -2.8853900817779268)
     r = 1.0 / (1.0 + t)
     y = (1.0 - t) * r
@@ -55,10 +61,17 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _y_of(x, inner, SOFTCAP: tl.constexpr):
+def _y_of(x, inner, offset, SOFTCAP: tl.constexpr):
     if SOFTCAP:
-        x, _ = _cap(x, inner)
+        x, _ = _cap(x, inner, offset)
     return x
+
+
+@triton.jit
+def _anchors(anchors, i, rows, inner, counted):
+    """(a, inner * a, u of the label): row i of the logits lacks a; 0 where not `counted`."""
+    a = tl.load(anchors + i, mask=counted, other=0.0)
+    return a, inner * a, tl.load(anchors + rows + i, mask=counted, other=0.0)
 
 
 # ----------------------------------------------------------------------------------------------------- the row's layout
@@ -141,7 +154,7 @@ def _meet(m, s, t, q, u, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr):
 
 @triton.jit
 def _scan(
-    row, body, head, columns, piece, pieces, c, inner,
+    row, body, head, columns, piece, pieces, c, inner, offset,
     ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     EDGES: tl.constexpr, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
@@ -157,14 +170,14 @@ def _scan(
         x = tl.load(body + first * VEC + offsets, mask=keep, other=float("-inf")).to(ACC)
         y = x
         if SOFTCAP:
-            y = tl.where(keep, _y_of(x, inner, SOFTCAP), float("-inf"))
+            y = tl.where(keep, _y_of(x, inner, offset, SOFTCAP), float("-inf"))
         m, s, t, q, u = _fold(m, s, t, q, u, y, keep, c, SOFTCAP, EXTRAS)
     m, s, t, q, u = _meet(m, s, t, q, u, c, SOFTCAP, EXTRAS)
     if EDGES:
         if piece == pieces - 1:
             column, keep = _edge_columns(head, columns, VEC)
             x = tl.load(row + column, mask=keep, other=float("-inf")).to(ACC)
-            y = tl.where(keep, _y_of(x, inner, SOFTCAP), float("-inf"))[None, :]
+            y = tl.where(keep, _y_of(x, inner, offset, SOFTCAP), float("-inf"))[None, :]
             keep, one = keep[None, :], tl.zeros([1], ACC)
             m1, s1, t1, q1, u1 = _fold(m + one, s + one, t + one, q + one, u + one, y, keep, c, SOFTCAP, EXTRAS)
             m, s, t, q, u = tl.max(m1, 0), tl.sum(s1, 0), tl.sum(t1, 0), tl.sum(q1, 0), tl.sum(u1, 0)
@@ -172,11 +185,30 @@ def _scan(
 
 
 @triton.jit
-def _label_y(row, label, columns, inner, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
-    """y of the label; NaN where the label is out of range."""
+def _label_y(row, label, columns, inner, offset, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
+    """y of the label as the row holds it; NaN where the label is out of range."""
     inside = (label >= 0) & (label < columns)
     x = tl.load(row + label, mask=inside, other=float("nan")).to(ACC)
-    return _y_of(x, inner, SOFTCAP)
+    return _y_of(x, inner, offset, SOFTCAP)
+
+
+@triton.jit
+def _exchange(m, s, t, q, u, y, exact, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr):
+    """A row's sums with the term of `exact` in place of that of y. What is left of the others is not negative."""
+    top = tl.maximum(m, exact)
+    s, t, q = _raise(m, s, t, q, top, c, SOFTCAP, EXTRAS)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    d, d_exact = y - base, exact - base
+    e, e_exact = tl.exp2(d * c), tl.exp2(d_exact * c)
+    s -= e
+    s = tl.where(s < 0, 0.0, s) + e_exact  # keeps NaN, which a maximum need not
+    if EXTRAS:
+        t -= tl.where(e > 0, e * d, 0.0)
+        t = tl.where(t > 0, 0.0, t) + tl.where(e_exact > 0, e_exact * d_exact, 0.0)
+        q -= e * e
+        q = tl.where(q < 0, 0.0, q) + e_exact * e_exact
+        u = tl.where(y == float("-inf"), u, u - y) + exact
+    return top, s, t, q, u
 
 
 @triton.jit
@@ -193,36 +225,57 @@ def _store_row(
 
 
 @triton.jit
-def _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS: tl.constexpr):
-    """Stores what follows from a row's sums; returns its log-prob and the factor of its softmax, 1 / sum."""
+def _finish(
+    logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact, nat, c, inner,
+    SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr,
+):  # fmt: skip
+    """Stores what follows from a row's sums; returns log-prob, largest y, and the factor of its softmax, 1 / sum.
+    a, exact: as from _anchors."""
+    stored, top = y_label, m
+    if a is not None:
+        y_label = _y_of(exact, inner, None, SOFTCAP)
+        if not SOFTCAP:
+            y_label -= a
+        m, s, t, q, u = _exchange(m, s, t, q, u, stored, y_label, c, SOFTCAP, EXTRAS)
     log_sum = tl.log(s)
-    label_is_number = y_label == y_label
+    label_is_number = stored == stored
     logp = nat * (y_label - m) - log_sum
     lse = tl.where(label_is_number, nat * m + log_sum, float("nan"))
-    top1 = tl.where((y_label == m) & (s == s), 1.0, 0.0)
+    top1 = tl.where((stored == top) & (s == s), 1.0, 0.0)
     entropy, log_sum_sq = log_sum - nat * (t / s), tl.log(q) - 2.0 * log_sum
-    _store_row(logp_out, lse_out, extra_out, i, rows, logp, lse, entropy, log_sum_sq, nat * u / columns, top1, EXTRAS)
-    return logp, tl.where(label_is_number, 1.0 / s, float("nan"))
+    mean = nat * u / columns
+    if a is not None:
+        if not SOFTCAP:
+            lse, mean = lse + nat * a, mean + nat * a
+    _store_row(logp_out, lse_out, extra_out, i, rows, logp, lse, entropy, log_sum_sq, mean, top1, EXTRAS)
+    return logp, m, tl.where(label_is_number, 1.0 / s, float("nan"))
 
 
 # --------------------------------------------------------------------------------------------------------------- write
 
 
 @triton.jit
-def _gradient(x, column, columns, label, shift, factor, at_label, c, inner, SOFTCAP: tl.constexpr):
-    """factor e^{nat (y - shift)}, times 1 - tanh^2 under a softcap; the label's column is known."""
+def _gradient(x, column, columns, label, shift, factor, tilt, at_label, c, inner, offset, SOFTCAP: tl.constexpr):
+    """(factor + tilt (y - shift)) e^{nat (y - shift)}, times 1 - tanh^2 under a softcap; the label's column is known.
+    tilt: None for 0."""
+    y = x
     if SOFTCAP:
-        y, slope = _cap(x, inner)
-        g = factor * tl.exp2((y - shift) * c) * slope
+        y, slope = _cap(x, inner, offset)
+    d = y - shift
+    if tilt is None:
+        g = factor * tl.exp2(d * c)
     else:
-        g = factor * tl.exp2((x - shift) * c)
+        e = tl.exp2(d * c)
+        g = tl.where(e == 0, 0.0, (factor + tilt * d) * e)  # d may be -inf
+    if SOFTCAP:
+        g *= slope
     g = tl.where(column == label, at_label, g)
     return tl.where(column < columns, g, 0.0)
 
 
 @triton.jit
 def _write(
-    row, body, head, width, columns, label, piece, pieces, shift, factor, at_label, c, inner,
+    row, body, head, width, columns, label, piece, pieces, shift, factor, tilt, at_label, c, inner, offset,
     ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     EDGES: tl.constexpr, SOFTCAP: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
@@ -239,7 +292,7 @@ def _write(
             ge = tl.zeros([2 * VEC], ACC)
             if not CLEAR:
                 xe = tl.load(row + edge, mask=inside, other=0.0).to(ACC)
-                ge = _gradient(xe, edge, columns, label, shift, factor, at_label, c, inner, SOFTCAP)
+                ge = _gradient(xe, edge, columns, label, shift, factor, tilt, at_label, c, inner, offset, SOFTCAP)
             tl.store(row + edge, ge.to(OUT), mask=inside)
     tiles = (high - low + LANES - 1) // LANES
     for i in range(0, tiles):
@@ -249,16 +302,24 @@ def _write(
         if not CLEAR:
             x = tl.load(body + first * VEC + offsets, mask=keep, other=0.0).to(ACC)
             column = head + first * VEC + offsets
-            g = _gradient(x, column, columns, label, shift, factor, at_label, c, inner, SOFTCAP)
+            g = _gradient(x, column, columns, label, shift, factor, tilt, at_label, c, inner, offset, SOFTCAP)
         tl.store(body + first * VEC + offsets, g.to(OUT), mask=keep)
 
 
 @triton.jit
-def _at_label(row, label, columns, logp, grad, inner, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(1 - softmax) of the label's column times grad, and 1 - tanh^2 under a softcap."""
+def _at_label(
+    row, label, columns, exact, logp, grad, of_entropy, entropy, inner, ACC: tl.constexpr, SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """grad (1 - p) - of_entropy p (log p + entropy) of the label's column, times 1 - tanh^2 under a softcap.
+    of_entropy: None for 0."""
     g = grad * _one_minus_exp(logp)
+    if of_entropy is not None:
+        p = tl.exp(logp)
+        g -= tl.where(p == 0, 0.0, of_entropy * p * (logp + entropy))
     if SOFTCAP:
-        _, slope = _cap(tl.load(row + label, mask=(label >= 0) & (label < columns), other=0.0).to(ACC), inner)
+        if exact is None:
+            exact = tl.load(row + label, mask=(label >= 0) & (label < columns), other=0.0).to(ACC)
+        _, slope = _cap(exact, inner, None)
         g *= slope
     return g
 
@@ -266,15 +327,16 @@ def _at_label(row, label, columns, logp, grad, inner, ACC: tl.constexpr, SOFTCAP
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 # One compilation for every number of rows, and for labels that start anywhere: they change from chunk to chunk.
+# anchors and entropies [2, rows] are None where there are none, which Triton compiles a kernel for.
 GENERAL: dict[str, Any] = {
     "do_not_specialize": ["rows", "ignore_index"],
-    "do_not_specialize_on_alignment": ["labels"],
+    "do_not_specialize_on_alignment": ["labels", "anchors", "entropies"],
 }
 
 
 @triton.jit(**GENERAL)
 def scan_kernel(
-    logits, labels, logp_out, lse_out, extra_out, stats, stride, rows, width, columns, pieces, ignore_index,
+    logits, labels, anchors, logp_out, lse_out, extra_out, stats, stride, rows, width, columns, pieces, ignore_index,
     nat: "fp64", c: "fp64", inner: "fp64", scale: "fp64",
     ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, SOFTCAP: tl.constexpr,
     EXTRAS: tl.constexpr, SPLIT: tl.constexpr, WRITE: tl.constexpr,
@@ -292,14 +354,17 @@ def scan_kernel(
         if not SPLIT:
             _store_row(logp_out, lse_out, extra_out, i, rows, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, EXTRAS)
         if WRITE:
-            _write(row, body, head, width, columns, label, 0, 1, nat, nat, nat, c, inner,
+            _write(row, body, head, width, columns, label, 0, 1, nat, nat, None, nat, c, inner, None,
                    ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
     else:
+        a, offset, exact = None, None, None
+        if anchors is not None:
+            a, offset, exact = _anchors(anchors, i, rows, inner, True)
         # Before the scan, whose barrier holds back the warps that will overwrite it. Of split rows combine_kernel does.
         y_label = nat
         if not SPLIT:
-            y_label = _label_y(row, label, columns, inner, ACC, SOFTCAP)
-        m, s, t, q, u = _scan(row, body, tl.minimum(head, columns), columns, piece, pieces, c, inner,
+            y_label = _label_y(row, label, columns, inner, offset, ACC, SOFTCAP)
+        m, s, t, q, u = _scan(row, body, tl.minimum(head, columns), columns, piece, pieces, c, inner, offset,
                               ACC, LANES, VEC, EDGES, SOFTCAP, EXTRAS)  # fmt: skip
         if SPLIT:
             at = stats + tl.program_id(0).to(tl.int64) * STATS
@@ -310,20 +375,24 @@ def scan_kernel(
                 tl.store(at + 3, q)
                 tl.store(at + 4, u)
         else:
-            logp, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS)
+            if anchors is not None:
+                if not WRITE:  # read again: kept through the scan it cost a spill, under a softcap with extras
+                    _, _, exact = _anchors(anchors, i, rows, inner, True)
+            logp, m, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact,
+                                      nat, c, inner, SOFTCAP, EXTRAS)  # fmt: skip
             if WRITE:
                 grad = tl.full([], scale, ACC)
-                at_label = _at_label(row, label, columns, logp, grad, inner, ACC, SOFTCAP)
+                at_label = _at_label(row, label, columns, exact, logp, grad, None, None, inner, ACC, SOFTCAP)
                 shift = tl.where(m == float("-inf"), 0.0, m)
                 if EDGES:
                     tl.debug_barrier()  # every warp has read the edges, which come after the scan's own barrier
-                _write(row, body, head, width, columns, label, 0, 1, shift, -grad * factor, at_label, c, inner,
-                       ACC, LANES, VEC, EDGES, SOFTCAP, False)  # fmt: skip
+                _write(row, body, head, width, columns, label, 0, 1, shift, -grad * factor, None, at_label, c, inner,
+                       offset, ACC, LANES, VEC, EDGES, SOFTCAP, False)  # fmt: skip
 
 
 @triton.jit(**GENERAL)
 def combine_kernel(
-    logits, labels, stats, logp_out, lse_out, extra_out, shifts, stride, rows, columns, pieces, ignore_index,
+    logits, labels, anchors, stats, logp_out, lse_out, extra_out, shifts, stride, rows, columns, pieces, ignore_index,
     nat: "fp64", c: "fp64", inner: "fp64", ACC: tl.constexpr, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """A row's log-probs from the sums of its pieces, and the shift and factor [2, rows] of its softmax."""
@@ -343,16 +412,20 @@ def combine_kernel(
             t = tl.load(at + 2, mask=keep, other=0.0)
             q = tl.load(at + 3, mask=keep, other=0.0)
             u = tl.load(at + 4, mask=keep, other=0.0)
-        y_label = _label_y(logits + i * stride, label, columns, inner, ACC, SOFTCAP)
+        a, offset, exact = None, None, None
+        if anchors is not None:
+            a, offset, exact = _anchors(anchors, i, rows, inner, True)
+        y_label = _label_y(logits + i * stride, label, columns, inner, offset, ACC, SOFTCAP)
         m, s, t, q, u = _meet(m, s, t, q, u, c, SOFTCAP, EXTRAS)
-        _, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, nat, EXTRAS)
+        _, m, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact,
+                               nat, c, inner, SOFTCAP, EXTRAS)  # fmt: skip
         tl.store(shifts + i, tl.where(m == float("-inf"), 0.0, m))
         tl.store(shifts + rows + i, factor)
 
 
 @triton.jit(**GENERAL)
 def write_kernel(
-    logits, labels, lse, grads, logps, shifts, stride, rows, width, columns, pieces, ignore_index,
+    logits, labels, anchors, entropies, lse, grads, logps, shifts, stride, rows, width, columns, pieces, ignore_index,
     nat: "fp64", c: "fp64", inner: "fp64", scale: "fp64",
     ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, SOFTCAP: tl.constexpr,
     FROM_LSE: tl.constexpr,
@@ -365,23 +438,41 @@ def write_kernel(
     label = tl.load(labels + i)
     row, body, head = _row_start(logits, i, stride, width, VEC, EDGES)
     if label == ignore_index:
-        _write(row, body, head, width, columns, label, piece, pieces, nat, nat, nat, c, inner,
+        _write(row, body, head, width, columns, label, piece, pieces, nat, nat, None, nat, c, inner, None,
                ACC, LANES, VEC, EDGES, SOFTCAP, True)  # fmt: skip
     else:
+        a, offset, exact = None, None, None
+        if anchors is not None:
+            a, offset, exact = _anchors(anchors, i, rows, inner, True)
+        of_entropy, entropy, tilt = None, None, None
         # The label's logit: the one thread that uses it reads it before it overwrites it.
         if FROM_LSE:
             lse_i = tl.load(lse + i)
+            if entropies is not None:
+                of_entropy, entropy = grad * tl.load(entropies + i), tl.load(entropies + rows + i)
             grad *= tl.load(grads + i)
-            logp = nat * _label_y(row, label, columns, inner, ACC, SOFTCAP) - lse_i
+            if exact is None:
+                y_label = _label_y(row, label, columns, inner, None, ACC, SOFTCAP)
+            else:
+                y_label = _y_of(exact, inner, None, SOFTCAP)
+            logp = nat * y_label - lse_i
+            if a is not None:
+                if not SOFTCAP:
+                    lse_i -= nat * a
             shift = lse_i / nat
-            factor = tl.exp(nat * shift - lse_i)  # what the division rounded off
+            rest = nat * shift - lse_i  # what the division rounded off
+            factor = grad
+            if entropies is not None:
+                factor += of_entropy * (entropy + rest)
+                tilt = of_entropy * (-nat * tl.exp(rest))
+            factor *= -tl.exp(rest)
         else:
             logp = tl.load(logps + i)
             shift = tl.load(shifts + i)
-            factor = tl.load(shifts + rows + i)
-        at_label = _at_label(row, label, columns, logp, grad, inner, ACC, SOFTCAP)
-        _write(row, body, head, width, columns, label, piece, pieces, shift, -grad * factor, at_label, c, inner,
-               ACC, LANES, VEC, EDGES, SOFTCAP, False)  # fmt: skip
+            factor = -grad * tl.load(shifts + rows + i)
+        at_label = _at_label(row, label, columns, exact, logp, grad, of_entropy, entropy, inner, ACC, SOFTCAP)
+        _write(row, body, head, width, columns, label, piece, pieces, shift, factor, tilt, at_label, c, inner,
+               offset, ACC, LANES, VEC, EDGES, SOFTCAP, False)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
@@ -391,9 +482,17 @@ class _Rows:
     """What the launches share: layout, options and flags of logits [N, V]."""
 
     def __init__(
-        self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        scale: float,
+        softcap: float,
+        vocab_size: int,
+        anchors: Tensor | None,
     ) -> None:
         self.logits, self.labels = logits, labels.contiguous()
+        self.anchors = None if anchors is None else anchors.contiguous()
         self.rows, self.width = logits.shape
         self.columns, self.ignore_index, self.stride = vocab_size, ignore_index, logits.stride(0)
         self.vec = 16 // logits.element_size()
@@ -425,10 +524,13 @@ class _Rows:
         shape = (self.stride, self.rows, self.width, self.columns, pieces, self.ignore_index)
         return *shape, self.nat, self.nat * LOG2E, self.inner, self.scale
 
-    def write(self, pieces: int, from_lse: bool, lse: Tensor, grads: Tensor, logps: Tensor, shifts: Tensor) -> None:
+    def write(
+        self, pieces: int, from_lse: bool, lse: Tensor, grads: Tensor, logps: Tensor, shifts: Tensor,
+        entropies: Tensor | None = None,
+    ) -> None:  # fmt: skip
         launch = tuning.WRITE
         write_kernel[(self.rows * pieces,)](
-            self.logits, self.labels, lse, grads, logps, shifts, *self.numbers(pieces),
+            self.logits, self.labels, self.anchors, entropies, lse, grads, logps, shifts, *self.numbers(pieces),
             **self.flags, LANES=launch.vectors, FROM_LSE=from_lse, **tuning.options(launch),
         )  # fmt: skip
 
@@ -446,16 +548,16 @@ def _forward(rows: _Rows, extras: bool, write: bool) -> tuple[Tensor, Tensor, Te
             launch = tuning.fused(rows.columns * rows.logits.element_size(), rows.lean and not extras)
         stats = rows.empty(rows.rows * pieces * STATS.value) if split else logp
         scan_kernel[(rows.rows * pieces,)](
-            rows.logits, rows.labels, logp, lse, extra, stats, *rows.numbers(pieces),
+            rows.logits, rows.labels, rows.anchors, logp, lse, extra, stats, *rows.numbers(pieces),
             **rows.flags, LANES=launch.vectors, EXTRAS=extras, SPLIT=split, WRITE=write and not split,
             **tuning.options(launch),
         )  # fmt: skip
         if split:
             shifts = rows.empty(2, rows.rows)
             combine_kernel[(rows.rows,)](
-                rows.logits, rows.labels, stats, logp, lse, extra, shifts, rows.stride, rows.rows, rows.columns, pieces,
-                rows.ignore_index, rows.nat, rows.nat * LOG2E, rows.inner, ACC=rows.flags["ACC"],
-                SOFTCAP=rows.flags["SOFTCAP"], EXTRAS=extras, **tuning.options(tuning.COMBINE),
+                rows.logits, rows.labels, rows.anchors, stats, logp, lse, extra, shifts, rows.stride, rows.rows,
+                rows.columns, pieces, rows.ignore_index, rows.nat, rows.nat * LOG2E, rows.inner,
+                ACC=rows.flags["ACC"], SOFTCAP=rows.flags["SOFTCAP"], EXTRAS=extras, **tuning.options(tuning.COMBINE),
             )  # fmt: skip
             if write:
                 rows.write(pieces, False, lse, lse, logp, shifts)
@@ -463,17 +565,31 @@ def _forward(rows: _Rows, extras: bool, write: bool) -> tuple[Tensor, Tensor, Te
 
 
 def token_logps_fwd(
-    logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int, extras: bool
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+    extras: bool,
+    anchors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits [N, V], labels [N] -> logp [N], lse [N], extra [4, N] or [0]; 0 at ignored rows. See `library`."""
-    return _forward(_Rows(logits, labels, ignore_index, scale, softcap, vocab_size), extras, False)
+    return _forward(_Rows(logits, labels, ignore_index, scale, softcap, vocab_size, anchors), extras, False)
 
 
 def token_logps_fused_(
-    logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int, extras: bool
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+    extras: bool,
+    anchors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fwd, and the logits overwritten with (onehot - softmax) * scale * (1 - tanh^2)."""
-    return _forward(_Rows(logits, labels, ignore_index, scale, softcap, vocab_size), extras, True)
+    return _forward(_Rows(logits, labels, ignore_index, scale, softcap, vocab_size, anchors), extras, True)
 
 
 def token_logps_bwd_(
@@ -485,10 +601,14 @@ def token_logps_bwd_(
     scale: float,
     softcap: float,
     vocab_size: int,
+    anchors: Tensor | None = None,
+    entropies: Tensor | None = None,
 ) -> None:
-    """Overwrites the logits with grad_t * (onehot - softmax) * scale * (1 - tanh^2), softmax = e^(z - lse)."""
-    rows = _Rows(logits, labels, ignore_index, scale, softcap, vocab_size)
+    """Overwrites the logits with [grad_t (onehot - p) - entropies_0t p (log p + entropies_1t)] * scale * (1 - tanh^2),
+    p = e^(z - lse)."""
+    rows = _Rows(logits, labels, ignore_index, scale, softcap, vocab_size, anchors)
     if rows.rows:
         with torch.cuda.device_of(logits):
             lse = lse.contiguous()
-            rows.write(rows.pieces(tuning.WRITE), True, lse, grad.contiguous(), lse, lse)
+            of_entropy = None if entropies is None else entropies.contiguous()
+            rows.write(rows.pieces(tuning.WRITE), True, lse, grad.contiguous(), lse, lse, of_entropy)

@@ -61,6 +61,29 @@ def test_rows_off_16_bytes_have_a_variant_with_wide_accesses(launches, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_anchors_and_entropies_are_variants_that_keep_the_wide_accesses(launches, dtype):
+    """One for anchors that start anywhere, as those of a chunk do."""
+    for op in ("fwd", "fused", "bwd", "bwd entropies"):
+        (plain,), (anchored,) = launches[f"{dtype} rows {op}"], launches[f"{dtype} rows anchors {op}"]
+        (off,) = launches[f"{dtype} rows anchors off 16 bytes {op}"]
+        assert plain["specialisation"] != anchored["specialisation"] == off["specialisation"]
+        assert plain["wide"] == anchored["wide"] > 0
+    (plain,), (entropies,) = launches[f"{dtype} rows bwd"], launches[f"{dtype} rows bwd entropies"]
+    assert plain["specialisation"] != entropies["specialisation"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_anchors_change_the_sweep_of_live_columns_under_a_softcap_only(launches, dtype):
+    """Without one the constant of a row is in its shift."""
+    for options, same in (("", True), (" softcap", False)):
+        _, plain = launches[f"live_columns {dtype} 1024{options}"]
+        _, anchored = launches[f"live_columns {dtype} 1024{options} anchors"]
+        assert plain["kernel"] == anchored["kernel"] == "scan_sets_kernel"
+        assert (plain["specialisation"] == anchored["specialisation"]) == same
+        assert plain["wide"] == anchored["wide"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_live_columns_reads_aligned_rows_in_wide_accesses(launches, dtype):
     scan = {width: launches[f"live_columns {dtype} {width}"][-1] for width in (1024, 1025)}
     assert scan[1024]["wide"] > scan[1025]["wide"] == 0

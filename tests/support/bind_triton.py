@@ -78,17 +78,24 @@ def rows(count: int, width: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
     return storage[start : start + count * width].view(count, width)
 
 
-def token_ops(what: str, logits: Tensor, softcap: float, extras: bool) -> None:
+def anchors(logits: Tensor, offset: int = 0) -> Tensor:
+    """[2, N] of zeros, `offset` elements off a 16-byte boundary."""
+    return rows(2, logits.shape[0], torch.promote_types(logits.dtype, torch.float32), offset)
+
+
+def token_ops(what: str, logits: Tensor, softcap: float, extras: bool, given: Tensor | None = None) -> None:
     labels = torch.zeros(logits.shape[0], dtype=torch.int64)
     acc = torch.zeros(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
     head = (-100, 1.0, softcap, logits.shape[1])
     with launches(f"{what} fwd"):
-        kernels.token_logps_fwd(logits, labels, *head, extras)
+        kernels.token_logps_fwd(logits, labels, *head, extras, given)
     with launches(f"{what} fused"):
-        kernels.token_logps_fused_(logits, labels, *head, extras)
+        kernels.token_logps_fused_(logits, labels, *head, extras, given)
     if not extras:
         with launches(f"{what} bwd"):
-            kernels.token_logps_bwd_(logits, labels, acc, acc, *head)
+            kernels.token_logps_bwd_(logits, labels, acc, acc, *head, given)
+        with launches(f"{what} bwd entropies"):
+            kernels.token_logps_bwd_(logits, labels, acc, acc, *head, given, anchors(logits))
 
 
 def all_token_ops() -> None:
@@ -101,9 +108,13 @@ def all_token_ops() -> None:
             options = " edges" * edges + " softcap" * softcap + " extras" * extras
             many, few = (64, 1024 + edges), (1, 65_536 + edges)
             for what, shape in (("rows", many), ("split", few)):
-                token_ops(f"{name} {what}{options}", rows(*shape, dtype), 30.0 * softcap, extras)
+                logits = rows(*shape, dtype)
+                token_ops(f"{name} {what}{options}", logits, 30.0 * softcap, extras)
+                token_ops(f"{name} {what}{options} anchors", logits, 30.0 * softcap, extras, anchors(logits))
         token_ops(f"{name} wide rows", rows(64, WIDE_ROW, dtype), 0.0, False)
         token_ops(f"{name} rows off 16 bytes", rows(64, 1024, dtype, offset=1), 0.0, False)
+        logits = rows(64, 1024, dtype)
+        token_ops(f"{name} rows anchors off 16 bytes", logits, 0.0, False, anchors(logits, offset=1))
 
 
 def all_live_ops() -> None:
@@ -114,10 +125,11 @@ def all_live_ops() -> None:
         lse = torch.zeros(64, dtype=torch.promote_types(dtype, torch.float32))
         name = f"{str(dtype).removeprefix('torch.')} {width}" + " softcap" * (softcap > 0)
         head = (-100, 1.0, softcap, width)
-        with launches(f"live_columns {name}"):
-            kernels.live_columns(logits, labels, lse, 2.0**-12, 32, *head)
-        with launches(f"live_grads {name}"):
-            kernels.live_grads(logits, labels, lse, lse, torch.arange(5), offsets, 32, *head)
+        for options, given in (("", None), (" anchors", anchors(logits))):
+            with launches(f"live_columns {name}{options}"):
+                kernels.live_columns(logits, labels, lse, 2.0**-12, 32, *head, given)
+            with launches(f"live_grads {name}{options}"):
+                kernels.live_grads(logits, labels, lse, lse, torch.arange(5), offsets, 32, *head, given)
 
 
 def all_live_sums() -> None:

@@ -40,7 +40,7 @@ class Variant(NamedTuple):
 
 
 def token_variants() -> Iterator[Variant]:
-    """All that the launches of token_logps.py can reach; what is aligned to 16 is marked as Triton would."""
+    """What the launches of token_logps.py can reach; what is aligned to 16 is marked as Triton would."""
     jobs: list[tuple[str, Any, Any, dict[str, Any]]] = [
         ("scan", scan_kernel, tuning.SCAN, {"SPLIT": split, "WRITE": False}) for split in (False, True)
     ]
@@ -49,21 +49,35 @@ def token_variants() -> Iterator[Variant]:
     jobs += [("combine", combine_kernel, tuning.COMBINE, {})]
     for name, kernel, launch, fixed in jobs:
         free = [flag for flag in ("EDGES", "SOFTCAP", "EXTRAS") if flag in kernel.arg_names]
+        optional = [("", "anchors"), *[("", "entropies")] * fixed.get("FROM_LSE", False)]
         for dtype in ("bf16", "fp16", "fp32", "fp64"):
             chosen = list(itertools.product((0, 1), repeat=len(free)))
             if "EDGES" in free:
                 chosen.append((2, *(0 for _ in free[1:])))
-            for values in chosen:
-                flags = {**dict(zip(free, values, strict=True)), **fixed}
+            for values, given in itertools.product(chosen, itertools.product(*optional)):
+                chosen_flags = dict(zip(free, values, strict=True))
+                if any(given) and not _with_optional(dtype, chosen_flags):
+                    continue
+                flags = {**chosen_flags, **fixed}
                 shape = launch
                 if isinstance(launch, int):  # bytes of a row
                     shape = tuning.fused(launch, dtype != "fp64" and not flags["SOFTCAP"] and not flags["EXTRAS"])
-                yield _token_variant(name, kernel, dtype, shape, flags)
+                yield _token_variant(name, kernel, dtype, shape, flags, tuple(filter(None, given)))
 
 
-def _token_variant(name: str, kernel: Any, dtype: str, launch: tuning.Launch, flags: dict[str, Any]) -> Variant:
+def _with_optional(dtype: str, flags: dict[str, int]) -> bool:
+    """Of the kernels with anchors or entropies: all flags, and in bfloat16 none, edges only, a softcap only."""
+    return all(v == 1 for v in flags.values()) or (
+        dtype == "bf16" and sum(flags.values()) < 2 and not flags.get("EXTRAS")
+    )
+
+
+def _token_variant(
+    name: str, kernel: Any, dtype: str, launch: tuning.Launch, flags: dict[str, Any], given: tuple[str, ...]
+) -> Variant:
     acc = "fp64" if dtype == "fp64" else "fp32"
     constexprs = {"ACC": ACC_TYPES[acc], "VEC": 128 // int(dtype[2:]), "LANES": launch.vectors, **flags}
+    constexprs |= {n: None for n in ("anchors", "entropies") if n not in given}
     types = {"logits": "*" + dtype, "labels": "*i64"} | {n: "fp64" for n in ("nat", "c", "inner", "scale")}
     types |= {n: "i32" for n in ("stride", "rows", "width", "columns", "pieces", "ignore_index")}
     signature = {n: "constexpr" if n in constexprs else types.get(n, "*" + acc) for n in kernel.arg_names}
@@ -71,7 +85,8 @@ def _token_variant(name: str, kernel: Any, dtype: str, launch: tuning.Launch, fl
     edges = flags.get("EDGES", 1)
     aligned |= {"stride", "width", "columns"} if edges == 0 else set()
     aligned -= {"logits"} if edges == 2 else set()
-    label = " ".join([name, dtype, *(n.lower() for n, on in flags.items() if on), *["off 16 bytes"] * (edges == 2)])
+    named = [*(n.lower() for n, on in flags.items() if on), *given]
+    label = " ".join([name, dtype, *named, *["off 16 bytes"] * (edges == 2)])
     label += f" {launch.warps} warps" if name == "fused" else ""
     kept = {n: constexprs[n] for n in signature if n in constexprs}
     plain = not any(flags.get(n) for n in ("EDGES", "SOFTCAP", "EXTRAS"))
@@ -135,15 +150,18 @@ def _pair_variant(
 
 
 def live_variants() -> Iterator[Variant]:
-    """Rows whose stride and vocabulary are multiples of 16 numbers, and any."""
-    free = itertools.product(("bf16", "fp16", "fp32", "fp64"), (False, True), (False, True))
-    for dtype, softcap, edges in free:
+    """Rows whose stride and vocabulary are multiples of 16 numbers, and any; with anchors the former."""
+    free = itertools.product(("bf16", "fp16", "fp32", "fp64"), (False, True), (False, True), (False, True))
+    for dtype, softcap, edges, anchored in free:
         for name, kernel, launch in (
             ("scan", scan_sets_kernel, tuning.LIVE_SCAN["fp64" if dtype == "fp64" else "fp32"]),
             ("gather", gather_kernel, tuning.LIVE_GATHER),
         ):
-            flags = {"SOFTCAP": softcap, "ROWS": launch.rows, "BLOCK": launch.block}
-            options = " edges" * edges + " softcap" * softcap
+            if anchored and (edges or (name == "scan" and not softcap)):  # that scan is the one without anchors
+                continue
+            flags = {"SOFTCAP": softcap, "ROWS": launch.rows, "BLOCK": launch.block, "OFFSETS": anchored}
+            flags |= {} if anchored else {"anchors": None}
+            options = " edges" * edges + " softcap" * softcap + " anchors" * anchored
             yield _live_variant(f"live {name} {dtype}{options}", kernel, dtype, launch, flags, not edges)
     for dtype in ("bf16", "fp16", "fp32", "fp64"):
         for aligned in (False, True):
@@ -160,8 +178,12 @@ def live_variants() -> Iterator[Variant]:
             yield _live_variant(label, sum_sets_kernel, dtype, tuning.LIVE_SUM, sizes, not edges)
     launch = tuning.LIVE_PREPARE
     for dtype in ("fp32", "fp64"):
-        flags = {"ROWS": launch.block}
+        flags = {"ROWS": launch.block, "SOFTCAP": False, "logits": None, "anchors": None, "stride": None}
         yield _live_variant(f"live prepare {dtype}", prepare_kernel, dtype, launch, flags, True)
+    for dtype, softcap in itertools.product(("bf16", "fp16", "fp32", "fp64"), (False, True)):
+        label = f"live prepare {dtype}" + " softcap" * softcap + " anchors"
+        flags = {"ROWS": launch.block, "SOFTCAP": softcap}
+        yield _live_variant(label, prepare_kernel, dtype, launch, flags, True)
 
 
 def _live_variant(
