@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
 
 #include "common.h"
 
@@ -50,6 +51,15 @@ inline void check_row_values(const Tensor& lse, const Tensor& grad, int64_t rows
   check_dtype("grad", grad, type);
   check_vector("lse", lse, rows);
   check_vector("grad", grad, rows);
+}
+
+// anchors [2, N] and entropies [2, N], where they are given.
+inline void check_row_pairs(const char* op, const char* name, const std::optional<Tensor>& pairs, int64_t rows,
+                            ScalarType type) {
+  if (!pairs) return;
+  check(pairs->scalar_type() == type, op, ": ", name, " must be ", name_of(type), ", got ",
+        name_of(pairs->scalar_type()));
+  check_matrix(name, *pairs, 2, rows);
 }
 
 // live_sum: tail [sets, v], tails [sets, H], made [columns, H], offsets [sets + 1].
