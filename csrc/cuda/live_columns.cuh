@@ -205,9 +205,9 @@ gather_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* row_sums, const
   T* const g = out + set_rows * (first + set) + within * (count + 1);  // sets before have set_rows rows
   const T* const row = p.logits + i * p.stride;
   const bool counted = counts(p, lse, i);
-  Softmax<Acc> s = softmax_of_lse(lse[i], lacking<kSoftcap, kAnchored>(p, i), p);
-  if (!counted) s = {0, 0, 0, 0};
-  const Weights<Acc> w{s.shift, s.factor * p.scale, 0, offset_of<kSoftcap, kAnchored>(p, i)};
+  const Softmax<Acc> s = softmax_of_lse(lse[i], lacking<kSoftcap, kAnchored>(p, i), p);
+  Weights<Acc> w{s.shift, s.factor * p.scale, 0, offset_of<kSoftcap, kAnchored>(p, i)};
+  if (!counted) w = {0, 0, 0, 0};
   Acc x_label = 0, at_label = 0;
   if (counted && column_of(p, label) >= 0) {
     x_label = kAnchored ? exact_logit(p, i) : widened(row[label]);

@@ -63,12 +63,11 @@ struct Label {
   bool is_top;  // what the row holds of it is its top
 };
 
-// x_stored: the label's logit as the row holds it. The sums get the exact one.
+// stored: y of the label as the row holds it. The sums get the exact one.
 template <bool kSoftcap, bool kExtras, bool kAnchored, typename T>
-CPO_DEVICE Label<AccOf<T>> label_of(Sums<AccOf<T>>& a, AccOf<T> x_stored, int64_t i, const Problem<T>& p) {
-  using Acc = AccOf<T>;
-  const Acc offset = offset_of<kSoftcap, kAnchored>(p, i), stored = y_of<kSoftcap, kAnchored>(p, x_stored, offset);
-  Label<Acc> label{stored, stored == a.top};
+CPO_DEVICE Label<AccOf<T>> label_of(Sums<AccOf<T>>& a, AccOf<T> stored, AccOf<T> offset, int64_t i,
+                                    const Problem<T>& p) {
+  Label<AccOf<T>> label{stored, stored == a.top};
   if (kAnchored && !isnan(stored)) {
     label.y = y_of<kSoftcap, kAnchored>(p, exact_logit(p, i), offset);
     replace<kExtras>(a, stored, label.y, p.c);
@@ -84,9 +83,10 @@ CPO_DEVICE void store_outputs(const Outputs<AccOf<T>>& out, int64_t i, const Sum
   out.logp[i] = fma(p.nat, label.y - a.top, -s.log_sum);  // explicit: the same bits with and without extras
   out.lse[i] = isnan(label.y) ? label.y : kAnchored ? fma(p.nat, lack, lse) : lse;
   if (!kExtras) return;
-  const Acc largest = fma(a.top, p.c, -s.shift), mean = a.sum_y / p.columns;
+  const Acc largest = fma(a.top, p.c, -s.shift);
   out.extra[i] = s.log_sum - kLogE<Acc> * (a.sum_t / a.sum - largest);
   out.extra[p.rows + i] = log(a.sum_sq) - 2 * (s.log_sum + kLogE<Acc> * largest);
+  const Acc mean = a.sum_y / p.columns;
   out.extra[2 * p.rows + i] = p.nat * (kAnchored ? mean + lack : mean);
   out.extra[3 * p.rows + i] = label.is_top && !isnan(a.sum) ? Acc(1) : Acc(0);
 }

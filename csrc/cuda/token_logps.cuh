@@ -34,13 +34,15 @@ scan_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, Sums<AccOf<T>>* sum
   const Part<kThreads, kStreamed> part(piece, pieces);
   const Acc x_label = stored_logit(row.start, column_of(p, label));
   Pack v[kStreamed];
-  Sums<Acc> a = scan<kSoftcap, kExtras, kAnchored>(row, part, p, offset_of<kSoftcap, kAnchored>(p, i), v);
+  const Acc offset = offset_of<kSoftcap, kAnchored>(p, i);
+  Sums<Acc> a = scan<kSoftcap, kExtras, kAnchored>(row, part, p, offset, v);
   a = meet_block<kThreads, kExtras>(a, p.c, shared<Sums<Acc>>());
   if (thread_index() != 0) return;
   if (pieces > 1) {
     sums[block_index()] = a;
   } else {
-    const Label<Acc> at = label_of<kSoftcap, kExtras, kAnchored>(a, x_label, i, p);
+    const Acc stored = y_of<kSoftcap, kAnchored>(p, x_label, offset);
+    const Label<Acc> at = label_of<kSoftcap, kExtras, kAnchored>(a, stored, offset, i, p);
     store_outputs<kSoftcap, kExtras, kAnchored>(out, i, a, softmax_of(a, at.y, p), at, p);
   }
 }
@@ -57,9 +59,10 @@ combine_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, const Sums<AccOf
     return;
   }
   const Acc x_label = stored_logit(p.logits + i * p.stride, column_of(p, label));
+  const Acc offset = offset_of<kSoftcap, kAnchored>(p, i), stored = y_of<kSoftcap, kAnchored>(p, x_label, offset);
   Sums<Acc> a = meet<kExtras>(sums + i * pieces, pieces, p.c);
   if (thread_index() != 0) return;
-  const Label<Acc> at = label_of<kSoftcap, kExtras, kAnchored>(a, x_label, i, p);
+  const Label<Acc> at = label_of<kSoftcap, kExtras, kAnchored>(a, stored, offset, i, p);
   const Softmax<Acc> s = softmax_of(a, at.y, p);
   store_outputs<kSoftcap, kExtras, kAnchored>(out, i, a, s, at, p);
   if (softmaxes) softmaxes[i] = s;
@@ -110,7 +113,8 @@ fused_kernel(Problem<T> p, Outputs<AccOf<T>> out) {
   Sums<Acc>* slots = shared<Sums<Acc>>();
   a = meet_block<kThreads, kExtras>(a, p.c, slots);
   if (blocks > 1) a = meet_cluster<kExtras>(a, p.c, slots + kThreads / kWarp);
-  const Label<Acc> at = label_of<kSoftcap, kExtras, kAnchored>(a, x_label, i, p);
+  const Acc stored = y_of<kSoftcap, kAnchored>(p, x_label, offset);
+  const Label<Acc> at = label_of<kSoftcap, kExtras, kAnchored>(a, stored, offset, i, p);
   const Softmax<Acc> s = softmax_of(a, at.y, p);
   if (part.first == 0) store_outputs<kSoftcap, kExtras, kAnchored>(out, i, a, s, at, p);
   if (kAnchored) x_label = exact_logit(p, i);
