@@ -77,7 +77,8 @@ write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const
   using Acc = AccOf<T>;
   const int64_t i = block_index() / pieces, label = p.labels[i];
   const Row<T> row(p.logits + i * p.stride, p.columns);
-  const Part<kThreads, kStreamed> part(int(block_index() % pieces), pieces);
+  constexpr int kLoads = kSoftcap && kEntropy ? kStreamed - 1 : kStreamed;  // 4 would spill on sm_100
+  const Part<kThreads, kLoads> part(int(block_index() % pieces), pieces);
   if (label == p.ignore_index) return part.clear(Row<T>(row.start, p.width));
   const int column = column_of(p, label);
   Acc x_label = part.owns(row, column) ? widened(row.start[column]) : Acc(0);
@@ -86,7 +87,7 @@ write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const
   if (column < 0) s.factor = Acc(NAN);
   Upstream<Acc> grad{softmaxes ? Acc(1) : grads[i], 0, 0};
   if (kEntropy) grad = {grad.logp, entropies[i], entropies[p.rows + i]};
-  Pack v[kStreamed];
+  Pack v[kLoads];
   const Acc offset = offset_of<kSoftcap, kAnchored>(p, i);
   write<kSoftcap, kAnchored, kEntropy>(row, part, p, column, x_label, offset, s, grad, v, false);
 }
