@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -16,6 +17,7 @@ namespace cpo {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
 
 // Throws with a message made of `parts`; it reaches Python as a RuntimeError.
 template <typename... Parts>
@@ -85,15 +87,18 @@ inline Tensor new_vector(const Tensor& like, int64_t size, ScalarType type) {
 
 // The ops (CPU). Shapes and formulas: cpo_kernels/library.py.
 std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
-                                                   double softcap, int64_t vocab_size, bool extras);
+                                                   double softcap, int64_t vocab_size, bool extras, Optional anchors);
 void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int64_t ignore_index, double scale,
-                      double softcap, int64_t vocab_size);
+                      double softcap, int64_t vocab_size, Optional anchors, Optional entropies);
 std::tuple<Tensor, Tensor, Tensor> token_logps_fused_(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
-                                                      double softcap, int64_t vocab_size, bool extras);
+                                                      double softcap, int64_t vocab_size, bool extras,
+                                                      Optional anchors);
 std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
-                                                int64_t ignore_index, double scale, double softcap, int64_t vocab_size);
+                                                int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                                                Optional anchors);
 Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
-                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size);
+                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                  Optional anchors);
 Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets);
 Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference(

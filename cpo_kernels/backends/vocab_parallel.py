@@ -125,20 +125,24 @@ class ShardedKernels:
 
     def token_logps_fwd(
         self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
-        extras: bool,
+        extras: bool, anchors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         columns = self.columns(vocab_size)
         mine = columns[self.group.rank()]
         column, here = columns_of(labels, ignore_index, self.start, mine)
         if mine:
-            logp, lse, extra = self.kernels.token_logps_fwd(logits, column, -1, scale, softcap, mine, extras)
+            if anchors is not None:  # the logit of a label that is elsewhere stands for no column here
+                stored = label_logits(logits, column, anchors)
+                anchors = torch.stack([anchors[0], torch.where(here, anchors[1], stored.to(anchors.dtype))])
+            logp, lse, extra = self.kernels.token_logps_fwd(logits, column, -1, scale, softcap, mine, extras, anchors)
         else:
             zeros = logits.new_zeros(labels.shape, dtype=library.acc_dtype(logits.dtype))
             logp, lse, extra = zeros, torch.full_like(zeros, -math.inf), zeros.expand(4, -1)
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
         sent = [lse, torch.where(here, logp, NOT_HERE).masked_fill(wrong, REFUSED)]
         if extras:
-            top = logits[:, :mine].amax(1).to(lse.dtype) if mine else lse
+            top = logits[:, :mine].amax(1).to(lse.dtype) if mine else torch.full_like(lse, -math.inf)
+            top = top if anchors is None else top + anchors[0]
             sent += [*extra, top]
         gathered = all_gather(torch.stack(sent), self.group).double()  # [ranks, 2 or 7, n]
         total = torch.logsumexp(gathered[:, 0], 0)
@@ -164,18 +168,20 @@ class ShardedKernels:
 
     def token_logps_bwd_(
         self, logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, ignore_index: int, scale: float,
-        softcap: float, vocab_size: int,
+        softcap: float, vocab_size: int, anchors: Tensor | None = None, entropies: Tensor | None = None,
     ) -> None:  # fmt: skip
         mine = self.columns(vocab_size)[self.group.rank()]
-        columns_bwd_(self.kernels, logits, labels, lse, grad, ignore_index, scale, softcap, self.start, mine)
+        columns_bwd_(
+            self.kernels, logits, labels, lse, grad, ignore_index, scale, softcap, self.start, mine, anchors, entropies
+        )
 
     def token_logps_fused_(
         self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
-        extras: bool,
+        extras: bool, anchors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         head = ignore_index, scale, softcap, vocab_size
-        logp, lse, extra = self.token_logps_fwd(logits, labels, *head, extras)
-        self.token_logps_bwd_(logits, labels, lse, torch.ones_like(lse), *head)
+        logp, lse, extra = self.token_logps_fwd(logits, labels, *head, extras, anchors)
+        self.token_logps_bwd_(logits, labels, lse, torch.ones_like(lse), *head, anchors)
         return logp, lse, extra
 
     def live_columns(
@@ -189,6 +195,7 @@ class ShardedKernels:
         scale: float,
         softcap: float,
         vocab_size: int,
+        anchors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of this rank's columns: the sets of each rank are its own, and so are their tails."""
         mine = self.columns(vocab_size)[self.group.rank()]
@@ -197,7 +204,7 @@ class ShardedKernels:
             none = lse.new_empty(sets, 0)
             return none.bool(), none, torch.where(torch.isfinite(lse), 0.0, math.nan)
         here = self.labels_here(labels, ignore_index)
-        return self.kernels.live_columns(logits, here, lse, eps, set_rows, IGNORED, scale, softcap, mine)
+        return self.kernels.live_columns(logits, here, lse, eps, set_rows, IGNORED, scale, softcap, mine, anchors)
 
     def live_grads(
         self,
@@ -212,13 +219,14 @@ class ShardedKernels:
         scale: float,
         softcap: float,
         vocab_size: int,
+        anchors: Tensor | None = None,
     ) -> Tensor:
         mine = self.columns(vocab_size)[self.group.rank()]
         if not mine:
             return row_sums.to(logits.dtype)
         here = self.labels_here(labels, ignore_index)
         return self.kernels.live_grads(
-            logits, here, lse, row_sums, columns, offsets, set_rows, IGNORED, scale, softcap, mine
+            logits, here, lse, row_sums, columns, offsets, set_rows, IGNORED, scale, softcap, mine, anchors
         )
 
     def labels_here(self, labels: Tensor, ignore_index: int) -> Tensor:
@@ -258,6 +266,13 @@ def columns_of(labels: Tensor, ignore_index: int, first: int, count: int) -> tup
     return column.clamp(0, max(count - 1, 0)).masked_fill(labels == ignore_index, -1), here
 
 
+def label_logits(logits: Tensor, column: Tensor, anchors: Tensor | None) -> Tensor:
+    """[n] the logits in the columns [n], as far as `logits` and what they lack hold them."""
+    row = torch.arange(logits.shape[0], device=logits.device)
+    stored = logits[row, column.clamp(min=0)]
+    return stored if anchors is None else stored + anchors[0]
+
+
 def columns_bwd_(
     kernels: Kernels,
     logits: Tensor,
@@ -269,6 +284,8 @@ def columns_bwd_(
     softcap: float,
     first: int,
     count: int,
+    anchors: Tensor | None = None,
+    entropies: Tensor | None = None,
 ) -> None:
     """`token_logps_bwd_` of logits [n, v], columns from `first` on of a wider vocabulary; `count` are no padding."""
     if count <= 0:
@@ -276,13 +293,17 @@ def columns_bwd_(
         return
     column, here = columns_of(labels, ignore_index, first, count)
     row, place = torch.arange(logits.shape[0], device=logits.device), column.clamp(min=0)
-    z = logits[row, place].double() * scale
+    z = label_logits(logits, column, anchors).double() * scale
     slope = torch.full_like(z, scale)
     if softcap:
         z, slope = softcap * torch.tanh(z / softcap), scale / torch.cosh(z / softcap).square()
-    kernels.token_logps_bwd_(logits, column, lse, grad, -1, scale, softcap, count)
+    kernels.token_logps_bwd_(logits, column, lse, grad, -1, scale, softcap, count, anchors, entropies)
     # Where the label is elsewhere, its stand-in has got the 1 of onehot - softmax. (index_put_: on a CPU scatter_ of
     # 16 bit copies the logits twice, 122 ms for 4096 x 24576.)
     wrong = ~here & (labels != ignore_index)
-    share = (-grad * slope * torch.exp(z - lse)).to(logits.dtype)
+    logp = z - lse
+    factor = grad
+    if entropies is not None:
+        factor = grad + entropies[0] * (logp.clamp(min=-1e3) + entropies[1])  # 0 * -inf stays 0
+    share = (-factor * slope * torch.exp(logp)).to(logits.dtype)
     logits.index_put_((row, place), torch.where(wrong, share, logits[row, place]))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import checks, library
-from cpo_kernels.backends.vocab_parallel import Backend, VocabShards
+from cpo_kernels.backends.vocab_parallel import Backend, VocabShards, columns_here, columns_of
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.head.matmul import product
+from cpo_kernels.head.relative import anchors, is_relative, label_logits
 from cpo_kernels.head.strategy import SET_ROWS, budget_rows, even_rows, resolve_filter, row_stride
 from cpo_kernels.head.vocab_parallel import local_head
 from cpo_kernels.library import Kernels
@@ -218,10 +219,26 @@ class RowLogps(NamedTuple):
     lse: Tensor  # [n]
     extra: Tensor  # [4, n] or [0]
     ref_logp: Tensor  # [n], the log-probs of a reference model's rows through the same head, or [0]
+    lacks: Tensor  # [n], what their 16-bit logits lacked, or [0]
 
     @classmethod
     def joined(cls, chunks: "list[RowLogps]") -> "RowLogps":
         return chunks[0] if len(chunks) == 1 else cls(*(torch.cat(c, dim=-1) for c in zip(*chunks, strict=True)))
+
+
+class Logits(NamedTuple):
+    """Logits of a chunk, and what they lack. See `head.relative`."""
+
+    z: Tensor  # [n, V]
+    anchors: Tensor | None  # [2, n]
+
+    @property
+    def lacks(self) -> Tensor:
+        """[n] in 16 bit, 0 where this rank has no columns; else [0]."""
+        if self.anchors is not None:
+            return self.anchors[0]
+        size = self.z.shape[0] if is_relative(self.z.dtype) else 0
+        return self.z.new_zeros(size, dtype=library.acc_dtype(self.z.dtype))
 
 
 class Head:
@@ -231,40 +248,58 @@ class Head:
         self.weight, self.bias, self.options, self.kernels = weight, bias, options, kernels
         self.buffer = weight.new_empty(max_rows, row_stride(weight.shape[0], weight.dtype, weight.device))
 
-    def logits(self, x: Tensor) -> Tensor:
-        """[n, H] -> [n, V], valid until the next call."""
-        return self.columns(x, slice(None))
+    def anchors(self, x: Tensor, labels: Tensor, lacks: Tensor | None = None) -> Tensor | None:
+        """[2, n] of 16-bit logits; None where they lack nothing. lacks [n] or [0]: `RowLogps.lacks` of the same rows,
+        whose logits come out as they did then."""
+        _, first, count = columns_here(self.kernels, self.options.vocab_size)
+        if not is_relative(x.dtype) or not x.shape[0] or count <= 0:
+            return None
+        columns = columns_of(labels, self.options.ignore_index, first, count)[0].clamp(min=0)
+        if lacks is None:
+            return anchors(x, self.weight, self.bias, columns, count, self.options)
+        return torch.stack([lacks, label_logits(x, self.weight, self.bias, columns)])
 
-    def with_reference(self, x: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits [n, V] of x, and log-probs [n] of a reference model's rows through the same head ([0] without).
+    def logits(self, x: Tensor, labels: Tensor) -> Logits:
+        """x [n, H], labels [n]; valid until the next call."""
+        lacks = self.anchors(x, labels)
+        return Logits(self.columns(x, slice(None), lacks), lacks)
+
+    def with_reference(self, x: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Logits, Tensor]:
+        """Logits of x, and log-probs [n] of a reference model's rows through the same head ([0] without).
 
         One product for both where the buffer holds them: few rows do not fill the device, many do by themselves.
         """
         n = x.shape[0]
         if ref is None:
-            return self.logits(x), self.weight.new_empty(0, dtype=library.acc_dtype(self.weight.dtype))
+            return self.logits(x, labels), self.weight.new_empty(0, dtype=library.acc_dtype(self.weight.dtype))
         if 2 * n <= self.buffer.shape[0]:
-            both = self.logits(torch.cat([x, ref]))
-            return both[:n], self.kernels.token_logps_fwd(both[n:], labels, *self.options, False)[0]
-        ref_logp = self.kernels.token_logps_fwd(self.logits(ref), labels, *self.options, False)[0]
-        return self.logits(x), ref_logp
+            z, lacks = self.logits(torch.cat([x, ref]), torch.cat([labels, labels]))
+            own, others = (None, None) if lacks is None else (part.contiguous() for part in lacks.split(n, 1))
+            return Logits(z[:n], own), self.kernels.token_logps_fwd(z[n:], labels, *self.options, False, others)[0]
+        z, lacks = self.logits(ref, labels)
+        ref_logp = self.kernels.token_logps_fwd(z, labels, *self.options, False, lacks)[0]
+        return self.logits(x, labels), ref_logp
 
     def forward(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> RowLogps:
-        z, ref_logp = self.with_reference(x, labels, ref)
-        return RowLogps(*self.kernels.token_logps_fwd(z, labels, *self.options, extras), ref_logp)
+        logits, ref_logp = self.with_reference(x, labels, ref)
+        out = self.kernels.token_logps_fwd(logits.z, labels, *self.options, extras, logits.anchors)
+        return RowLogps(*out, ref_logp, logits.lacks)
 
     def fused(
         self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None
     ) -> tuple[Tensor, RowLogps]:
         """g = (onehot - softmax) * dz/du in the buffer, and the log-probs."""
-        g, ref_logp = self.with_reference(x, labels, ref)
-        return g, RowLogps(*self.kernels.token_logps_fused_(g, labels, *self.options, extras), ref_logp)
+        logits, ref_logp = self.with_reference(x, labels, ref)
+        out = self.kernels.token_logps_fused_(logits.z, labels, *self.options, extras, logits.anchors)
+        return logits.z, RowLogps(*out, ref_logp, logits.lacks)
 
-    def columns(self, x: Tensor, part: slice) -> Tensor:
-        """Logits of x [n, H] in some columns, [n, v], in the buffer unless one column of all rows exceeds it."""
+    def columns(self, x: Tensor, part: slice, anchors: Tensor | None) -> Tensor:
+        """Logits of x [n, H] in some columns, [n, v], without what `anchors` say; in the buffer unless one column of
+        all rows exceeds it."""
         n, weight = x.shape[0], self.weight[part]
         stride = row_stride(weight.shape[0], weight.dtype, weight.device)
         size = n * stride
         flat = self.buffer.view(-1) if size <= self.buffer.numel() else self.buffer.new_empty(size)
         out = flat[:size].view(n, stride)[:, : weight.shape[0]]
-        return product(x, weight.t(), out, self.bias[part] if self.bias.numel() else None)
+        bias = self.bias[part] if self.bias.numel() else None
+        return product(x, weight.t(), out, bias, None if anchors is None else anchors[0])

@@ -19,7 +19,7 @@ from torch import Tensor
 from cpo_kernels import library
 from cpo_kernels.backends.vocab_parallel import ShardedKernels, all_gather, columns_bwd_, columns_here
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
-from cpo_kernels.head.inputs import Execution, Head, RowLogps
+from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
 from cpo_kernels.head.matmul import product
 from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -127,10 +127,10 @@ def by_index(head: Head) -> Any:
     return head.kernels if hasattr(head.kernels, "live_dx") else None
 
 
-def live_sets(head: Head, z: Tensor, labels: Tensor, lse: Tensor, eps: float, set_rows: int) -> LiveSets:
-    """Splits the gradient of a chunk's logits z [n, V], which stay as they are. The host waits once, for all |A|."""
-    options = head.options
-    live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options)
+def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: float, set_rows: int) -> LiveSets:
+    """Splits the gradient of a chunk's logits, which stay as they are. The host waits once, for all |A|."""
+    options, (z, lacks) = head.options, logits
+    live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options, lacks)
     counts = live.sum(1).tolist()
     exact = [count > LIVE_LIMIT * live.shape[1] for count in counts]
     if by_index(head) and z.element_size() == 2:  # 7 modulo 8 columns and tau: rows of g keep to 16 bytes
@@ -144,7 +144,7 @@ def live_sets(head: Head, z: Tensor, labels: Tensor, lse: Tensor, eps: float, se
     for count, whole in zip(counts, exact, strict=True):
         offsets.append(offsets[-1] + (0 if whole else count))
     columns = torch.nonzero_static(live, size=offsets[-1])[:, 1].contiguous()
-    g = head.kernels.live_grads(z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options)
+    g = head.kernels.live_grads(z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options, lacks)
     total = tail.sum(1, keepdim=True)
     q = (tail / torch.where(total > 0, total, 1.0) * TAIL_UNIT).to(z.dtype)  # 1 / total may not be finite
     return LiveSets(g, columns, offsets, exact, q, z.shape[0], set_rows)
@@ -181,12 +181,14 @@ def filtered_chunk(
     in exact sets.
     """
     x, labels, extras, ref = inputs
-    z, ref_logp = head.with_reference(x, labels, ref)
-    logps = RowLogps(*head.kernels.token_logps_fwd(z, labels, *head.options, extras), ref_logp)
-    sets = live_sets(head, z, labels, logps.lse, eps, set_rows)
+    logits, ref_logp = head.with_reference(x, labels, ref)
+    z, lacks = logits
+    logps = RowLogps(*head.kernels.token_logps_fwd(z, labels, *head.options, extras, lacks), ref_logp, logits.lacks)
+    sets = live_sets(head, logits, labels, logps.lse, eps, set_rows)
     for rows in [slice(None)] if whole else exact_rows(sets):
         ones = torch.ones_like(logps.lse[rows])
-        head.kernels.token_logps_bwd_(z[rows], labels[rows], logps.lse[rows], ones, *head.options)
+        own = None if lacks is None else lacks[:, rows].contiguous()
+        head.kernels.token_logps_bwd_(z[rows], labels[rows], logps.lse[rows], ones, *head.options, own)
     if dx.numel():
         live_dx(head, sets, z, dx)
     return z, logps, sets
@@ -220,9 +222,17 @@ def over_shards(head: Head, sums: Tensor) -> Tensor:
 
 
 def live_head_grads(
-    head: Head, sets: LiveSets, x: Tensor, labels: Tensor, lse: Tensor, coef: Tensor, need_dw: bool, need_db: bool
+    head: Head,
+    sets: LiveSets,
+    x: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    lacks: Tensor,
+    coef: Tensor,
+    need_dw: bool,
+    need_db: bool,
 ) -> HeadGrads:
-    """dW / power [V, H] and db [V] of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n].
+    """dW / power [V, H] and db [V] of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n], lacks [n] or [0].
 
     dW is written by tiles of the vocabulary: the products g_A^T (c X) of all sets for a tile, then `live_sum`; or by
     kernels that add them into a float32 dW by index. Rows of exact sets make their logits again for it.
@@ -248,7 +258,12 @@ def live_head_grads(
         total = sets.tail.t().to(acc) @ tails  # [width, H]
         kernels.live_dw_(*sets.places, sets.set_rows, scaled, total)
     again = _ExactRows(
-        head, x, labels, lse, torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))])
+        head,
+        x,
+        labels,
+        lse,
+        lacks,
+        torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))]),
     )
     again_scaled, again_coef = scaled[again.index], bias_coef[again.index].to(x.dtype)
     tile = width if kernels else _tile_rows(sets, weight)
@@ -309,10 +324,11 @@ def _tile_rows(sets: LiveSets, weight: Tensor) -> int:
 class _ExactRows:
     """The rows of exact sets, whose logits are made again."""
 
-    def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, index: Tensor) -> None:
+    def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, index: Tensor) -> None:
         self.head, self.index = head, index.to(x.device)
         self.x, self.labels, self.lse = (t.index_select(0, self.index) for t in (x, labels, lse))
         self.kernels, self.first, _ = columns_here(head.kernels, head.options.vocab_size)
+        self.anchors = head.anchors(self.x, self.labels, lacks.index_select(0, self.index) if lacks.numel() else lacks)
 
     def most_columns(self) -> int:
         """That the head's buffer holds of all rows, and whose products come to about TILE_ELEMENTS."""
@@ -325,9 +341,9 @@ class _ExactRows:
         """g [m, high - low] in some columns."""
         if not self.index.numel():
             return self.x.new_empty(0, high - low)
-        options, g = self.head.options, self.head.columns(self.x, slice(low, high))
+        options, g = self.head.options, self.head.columns(self.x, slice(low, high), self.anchors)
         columns_bwd_(
             self.kernels, g, self.labels, self.lse, torch.ones_like(self.lse), options.ignore_index, options.scale,
-            options.softcap, self.first + low, high - low,
+            options.softcap, self.first + low, high - low, self.anchors,
         )  # fmt: skip
         return g

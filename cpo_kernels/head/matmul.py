@@ -43,10 +43,17 @@ def tile_bytes(rows: int, hidden_size: int, dtype: torch.dtype, device: torch.de
     return 4 * (rows * hidden_size + TILE * (rows + hidden_size))
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    """out [m, n] = a [m, k] @ b [k, n] + bias [n], rounded once to the dtype of `out`."""
+def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, lacks: Tensor | None = None) -> Tensor:
+    """out [m, n] = a [m, k] @ b [k, n] + bias [n] - lacks [m], rounded once to the dtype of `out`.
+
+    lacks: numbers of that dtype. With a bias too, the sum is rounded a second time. On two cores with AVX-512 and
+    bfloat16 X W^T of 1024 x 576 x 49,152 takes 1.14 times as long with it: 0.05 to fill `out`, the rest to read it.
+    """
     if by_tiles(a):
-        return _in_float32(a, b, out, bias, add=False)
+        return _in_float32(a, b, out, bias, lacks, add=False)
+    if lacks is not None:
+        torch.addmm(lacks.to(a.dtype).neg_()[:, None], a, b, out=out)
+        return out if bias is None else out.add_(bias)
     if bias is not None:
         return torch.addmm(bias, a, b, out=out)
     return torch.mm(a, b, out=out)
@@ -82,7 +89,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     if first and a.dtype == total.dtype:
         product(a, b, total)
     elif by_tiles(a):
-        _in_float32(a, b, total, None, add=not first)
+        _in_float32(a, b, total, None, None, add=not first)
     elif not adds_products(total, a):
         total.copy_(a @ b) if first else total.add_(a @ b)
     elif first:
@@ -91,7 +98,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, **kind, out=total)
 
 
-def _in_float32(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: bool) -> Tensor:
+def _in_float32(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, lacks: Tensor | None, add: bool) -> Tensor:
     m, k, n = *a.shape, b.shape[1]
     if k > max(m, n, TILE):  # a sum over tiles
         total = out.float() if add else out
@@ -100,22 +107,23 @@ def _in_float32(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, add: boo
         for low in range(0, k, TILE):
             part = slice(low, low + TILE)
             torch.addmm(total, a[:, part].float(), b[part].float(), beta=int(add or low > 0), out=total)
-        _put(out, total, bias, add=False)
+        _put(out, total, bias, lacks, add=False)
     elif m > n:
         right = b.float()
         for low in range(0, m, TILE):
             part = slice(low, low + TILE)
-            _put(out[part], a[part].float() @ right, bias, add)
+            _put(out[part], a[part].float() @ right, bias, None if lacks is None else lacks[part], add)
     else:
         left = a.float()
         for low in range(0, n, TILE):
             part = slice(low, low + TILE)
-            _put(out[:, part], left @ b[:, part].float(), None if bias is None else bias[part], add)
+            _put(out[:, part], left @ b[:, part].float(), None if bias is None else bias[part], lacks, add)
     return out
 
 
-def _put(out: Tensor, made: Tensor, bias: Tensor | None, add: bool) -> None:
+def _put(out: Tensor, made: Tensor, bias: Tensor | None, lacks: Tensor | None, add: bool) -> None:
     made = made if bias is None else made + bias.float()
+    made = made if lacks is None else made - lacks[:, None].float()
     if add:
         out += made
     elif made is not out:

@@ -239,8 +239,9 @@ def _two_pass(batch: _Batch) -> LinearPreference:
     logps = RowLogps.joined(chunks)
     result, seq_logps, coef = batch.loss(0, logps)
     needs = batch.needs._replace(dx=batch.needs.dx and not filtered)
-    grads = second_pass(batch.head, rows.x, rows.labels, logps.lse, coef, needs)
-    return LinearPreference(result, seq_logps, filter_sums, grads._replace(dx=dx) if filtered else grads)
+    grads = second_pass(batch.head, rows.x, rows.labels, logps.lse, logps.lacks, coef, needs)
+    grads = grads._replace(dx=dx, coef=coef) if filtered else grads
+    return LinearPreference(result, seq_logps, filter_sums, grads)
 
 
 STRATEGIES: dict[str, Callable[[_Batch], LinearPreference]] = {

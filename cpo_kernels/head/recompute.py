@@ -32,24 +32,40 @@ def vocab_tiles(num_rows: int, num_columns: int, elements: int) -> list[slice]:
     return [slice(low, high) for low, high in chunks(num_columns, step)]
 
 
-def second_pass(head: Head, x: Tensor, labels: Tensor, lse: Tensor, coef: Tensor, needs: Needs) -> HeadGrads:
-    """The gradients of sum_t coef_t logp_t: x [n, H], labels, lse and coef [n]; lse of the whole vocabulary."""
+def second_pass(
+    head: Head,
+    x: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    lacks: Tensor,
+    coef: Tensor,
+    needs: Needs,
+    entropies: Tensor | None = None,
+) -> HeadGrads:
+    """The gradients of sum_t coef_t logp_t: x [n, H], labels, lse and coef [n], lacks [n] or [0]; lse of the whole
+    vocabulary.
+
+    entropies [2, n]: coefficients e_t and values of the entropies H_t, for the gradient of sum_t e_t H_t as well. The
+    coefficients that come back are those that rows of dx still lack.
+    """
     weight, acc = head.weight, library.acc_dtype(x.dtype)
     options = head.options
     kernels, first, count = columns_here(head.kernels, options.vocab_size)
     parts = vocab_tiles(x.shape[0], weight.shape[0], head.buffer.shape[0] * weight.shape[0])  # padding of rows apart
-    power, db_power = sum_powers(coef, x, abs(options.scale))
-    scaled, ones = scale_rows(x, coef / power), torch.ones_like(lse)
+    of_logp, coef, entropies = _within_range(coef, entropies, x.dtype)
+    power, db_power = sum_powers(coef, x, abs(options.scale) * (1 if entropies is None else 8))
+    scaled = scale_rows(x, coef / power) if x.dtype == torch.float16 else x
+    anchors = head.anchors(x, labels, lacks)
     dx = x.new_empty(x.shape if needs.dx else 0, dtype=x.dtype if len(parts) == 1 else acc)
     if not parts:  # a rank that holds no rows of the weight
         dx.zero_()
     dw = torch.empty_like(weight) if needs.dw else weight.new_empty(0)
     db = weight.new_empty(weight.shape[0] if needs.db else 0, dtype=acc)
     for part in parts:
-        g = head.columns(x, part)
+        g = head.columns(x, part, anchors)
         columns_bwd_(
-            kernels, g, labels, lse, ones, options.ignore_index, options.scale, options.softcap,
-            first + part.start, min(count - part.start, g.shape[1]),
+            kernels, g, labels, lse, of_logp, options.ignore_index, options.scale, options.softcap,
+            first + part.start, min(count - part.start, g.shape[1]), anchors, entropies,
         )  # fmt: skip
         if needs.dw:
             product(g.t(), scaled, dw[part])
@@ -58,3 +74,19 @@ def second_pass(head: Head, x: Tensor, labels: Tensor, lse: Tensor, coef: Tensor
         if needs.dx:
             add_product(dx, g, weight[part], part.start == 0)
     return HeadGrads(dx.to(x.dtype), coef, dw, db, power)
+
+
+def _within_range(coef: Tensor, entropies: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The coefficients that g takes, those that are left, and what g takes of the entropies.
+
+    g takes all of them, one rounding less than with rows of x that are multiplied and as many multiplications. But
+    float16 has not their range: there g stays of the size of onehot - softmax; |p (log p + H)| < 4.
+    """
+    ones = torch.ones_like(coef)
+    if dtype != torch.float16:
+        return coef, ones, entropies
+    if entropies is None:
+        return ones, coef, None
+    size = torch.maximum(coef.abs(), entropies[0].abs())
+    some = torch.where(size > 0, size, 1.0)
+    return coef / some, size, torch.stack([entropies[0] / some, entropies[1]])

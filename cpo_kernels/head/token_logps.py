@@ -35,9 +35,10 @@ from cpo_kernels.head.live import (
 )
 from cpo_kernels.head.matmul import product
 from cpo_kernels.head.recompute import second_pass
+from cpo_kernels.head.relative import is_relative
 from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.library import fake_token_logps, functional_op, refuse_double_backward
-from cpo_kernels.ops.token_logps import HeadOptions, TokenExtras, token_extras
+from cpo_kernels.ops.token_logps import HeadOptions, TokenExtras, entropy_grads, split_entropy, token_extras
 
 
 class TokenArgs(NamedTuple):
@@ -64,7 +65,8 @@ def _fake_forward(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     logp, lse, extra = fake_token_logps(hidden, args.extras)
     dx = hidden.new_empty(hidden.shape if args.want_dx else 0)
     live = fake_live_tensors(hidden) if args.keep_live else no_live_tensors(hidden)
-    logps = RowLogps(logp, lse, extra, logp.new_empty(args.ref_hidden.shape[0]))
+    lacks = logp.new_empty(logp.shape if is_relative(hidden.dtype) else 0)
+    logps = RowLogps(logp, lse, extra, logp.new_empty(args.ref_hidden.shape[0]), lacks)
     return HeadLogps(logps, dx, no_sums(hidden), live)
 
 
@@ -95,11 +97,12 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
         else:
             logps = head.forward(*inputs)
         parts.append(logps)
-    logp, lse, extra, ref_logp = RowLogps.joined(parts)
+    logp, lse, extra, ref_logp, lacks = RowLogps.joined(parts)
     extra = rows.scatter(extra.t(), size).t().contiguous() if args.extras else extra
     dx = rows.scatter(dx, size) if args.want_dx else dx
     ref_logp = rows.scatter(ref_logp, size) if shared else ref_logp
-    logps = RowLogps(rows.scatter(logp, size), rows.scatter(lse, size), extra, ref_logp)
+    lacks = rows.scatter(lacks, size) if is_relative(rows.x.dtype) else lacks
+    logps = RowLogps(rows.scatter(logp, size), rows.scatter(lse, size), extra, ref_logp, lacks)
     filter_sums = over_shards(head, filter_sums) if filtered else filter_sums
     return HeadLogps(logps, dx, filter_sums, joined(live, rows.x))
 
@@ -109,7 +112,9 @@ class BackwardArgs(NamedTuple):
 
     row_index: Tensor  # [n] positions of the rows, or [0]
     lse: Tensor  # [M]
+    lacks: Tensor  # [M] or [0]
     grad: Tensor  # [M]
+    entropies: Tensor  # [2, M] incoming gradients of the entropies, and the entropies; or [0]
     options: HeadOptions
     needs: Needs
     live: LiveTensors  # of the forward pass, where it kept them
@@ -123,13 +128,15 @@ def linear_token_logps_backward_op(tensors: HeadTensors, args: BackwardArgs) -> 
     execution, needs = args.execution, args.needs
     rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
     lse, grad = rows.gather(args.lse), rows.gather(args.grad)
+    lacks = rows.gather(args.lacks) if args.lacks.numel() else args.lacks
     head = execution.head(tensors, args.options, even_rows(rows.x.shape[0], execution.row_limit))
     if args.from_live:
         sets = LiveSets.of(args.live, rows.x.shape[0], execution.set_rows)
-        grads = live_head_grads(head, sets, rows.x, rows.labels, lse, grad, needs.dw, needs.db)
+        grads = live_head_grads(head, sets, rows.x, rows.labels, lse, lacks, grad, needs.dw, needs.db)
     else:
-        grads = second_pass(head, rows.x, rows.labels, lse, grad, needs)
-    dx = rows.scatter(scale_rows(grads.dx, grad), tensors.hidden.shape[0]) if needs.dx else grads.dx
+        entropies = rows.gather(args.entropies.t()).t().contiguous() if args.entropies.numel() else None
+        grads = second_pass(head, rows.x, rows.labels, lse, lacks, grad, needs, entropies)
+    dx = rows.scatter(scale_rows(grads.dx, grads.coef), tensors.hidden.shape[0]) if needs.dx else grads.dx
     return InputGrads(dx, restore(grads.dw, grads.power), grads.db.to(tensors.weight.dtype))
 
 
@@ -143,27 +150,37 @@ class LinearTokenLogps(torch.autograd.Function):
         tensors = HeadTensors(hidden, weight, bias, labels)
         logps, dx, filter_sums, live = linear_token_logps_op(tensors, args)
         ctx.args = args.options, args.execution, args.keep_live
-        ctx.made_dx = args.want_dx
-        for_head = (*tensors, args.row_index, logps.lse, *live)
-        ctx.save_for_backward(dx, *(() if args.want_dx and not any(ctx.needs_input_grad[1:3]) else for_head))
-        rest = logps.extra, logps.ref_logp, filter_sums, *live  # torch.compile must see tensors of unknown sizes
-        ctx.mark_non_differentiable(*rest)
-        ctx.set_materialize_grads(False)  # only logp has one: no zeros for the rest
-        return logps.logp, *rest
+        ctx.made_dx, ctx.extras = args.want_dx, args.extras
+        entropy, extra = split_entropy(logps.extra)
+        for_head = (*tensors, args.row_index, logps.lse, logps.lacks, entropy, *live)
+        only_dx = args.want_dx and not any(ctx.needs_input_grad[1:3]) and not args.extras
+        ctx.save_for_backward(dx, *(() if only_dx else for_head))
+        rest = extra, logps.ref_logp, filter_sums, *live  # torch.compile must see tensors of unknown sizes
+        ctx.mark_non_differentiable(*rest, *([] if args.extras else [entropy]))
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        return logps.logp, entropy, *rest
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """An entropy that has a gradient makes the logits again for everything, whatever was made in forward."""
         refuse_double_backward()
-        if grad is None:
+        of_entropy = of_entropy if ctx.extras else None  # torch.compile gives zeros for it
+        if grad is None and of_entropy is None:
             return (None,) * 5
         made_dx, *saved = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[:3])
-        grads: list[Tensor | None] = [scale_rows(made_dx, grad) if needs.dx and ctx.made_dx else None, None, None]
-        if needs.head or not ctx.made_dx:
+        needs, made = Needs(*ctx.needs_input_grad[:3]), ctx.made_dx and of_entropy is None
+        grads: list[Tensor | None] = [None, None, None]
+        if needs.dx and made and grad is not None:
+            grads[0] = scale_rows(made_dx, grad)
+        if needs.head or not made:
             options, execution, from_live = ctx.args
-            needs = needs._replace(dx=needs.dx and not ctx.made_dx)
-            hidden, weight, bias, labels, index, lse, *live = saved
-            args = BackwardArgs(index, lse, grad, options, needs, LiveTensors(*live), from_live, execution)
+            needs = needs._replace(dx=needs.dx and not made)
+            hidden, weight, bias, labels, index, lse, lacks, entropy, *live = saved
+            grad, entropies = entropy_grads(lse, grad, of_entropy, entropy)
+            from_live = from_live and of_entropy is None
+            args = BackwardArgs(
+                index, lse, lacks, grad, entropies, options, needs, LiveTensors(*live), from_live, execution
+            )
             out = linear_token_logps_backward_op(HeadTensors(hidden, weight, bias, labels), args)
             grads = [g if need else made for g, need, made in zip(out, needs, grads, strict=True)]
         return *grads, None, None
@@ -177,15 +194,18 @@ def token_logps_of(
     ref_hidden: Tensor | None = None,
     function: type[LinearTokenLogps] = LinearTokenLogps,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable logp [M], extra [4, M] or [0], ref_logp [M] or [0] and filter_sums [3], of checked inputs."""
+    """Differentiable logp [M], extra [4, M] (its first row too) or [0], ref_logp [M] or [0] and filter_sums [3], of
+    checked inputs."""
     tensors, needs = inputs.tensors, inputs.needs
     index = tensors.labels.new_empty(0) if index is None else index
     ref_hidden = tensors.weight.new_empty(0) if ref_hidden is None else ref_hidden
     want_dx = needs.dx and (not needs.head or inputs.filter_eps > 0)
+    if extras and torch.compiler.is_compiling():  # its backward has a gradient of the entropy, of zeros perhaps
+        want_dx = False
     execution = inputs.execution(impl)
     args = TokenArgs(index, ref_hidden, inputs.options, extras, want_dx, inputs.keeps_live_sets, execution)
-    logp, extra, ref_logp, filter_sums, *_ = function.apply(*tensors, args)
-    return logp, extra, ref_logp, filter_sums
+    logp, entropy, extra, ref_logp, filter_sums, *_ = function.apply(*tensors, args)
+    return logp, torch.cat([entropy, extra]), ref_logp, filter_sums
 
 
 @overload

@@ -28,7 +28,10 @@ class HeadOptions(NamedTuple):
 
 
 class TokenExtras(NamedTuple):
-    """Per-token statistics of the distribution, shaped like the labels, not differentiable; 0 at ignored positions."""
+    """Per-token statistics of the distribution, shaped like the labels; 0 at ignored positions.
+
+    The entropy H is differentiable, dH/dz_v = -p_v (log p_v + H); the others are not.
+    """
 
     entropy: Tensor
     log_sum_sq_probs: Tensor
@@ -59,33 +62,53 @@ def token_logps_op(logits: Tensor, labels: Tensor, options: HeadOptions, extras:
 
 @functional_op("token_logps_backward", fake=lambda logits, *_: logits.new_empty(logits.shape))
 def token_logps_backward_op(
-    logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, options: HeadOptions, impl: str
+    logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, entropies: Tensor, options: HeadOptions, impl: str
 ) -> Tensor:
+    """entropies [2, N] or [0]: see `reference.token_logps_bwd_`."""
     dlogits = logits.clone(memory_format=torch.contiguous_format)
-    dispatch.kernels(impl, logits).token_logps_bwd_(dlogits, labels, lse, grad.contiguous(), *options)
+    given = entropies if entropies.numel() else None
+    dispatch.kernels(impl, logits).token_logps_bwd_(dlogits, labels, lse, grad.contiguous(), *options, None, given)
     return dlogits
+
+
+def entropy_grads(like: Tensor, grad: Tensor | None, of_entropy: Tensor | None, entropy: Tensor) -> tuple[Tensor, ...]:
+    """Incoming gradients of log-probs [N] and entropies [1, N], None where nothing came, as the kernels take them:
+    grad [N], and entropies [2, N] or [0]."""
+    grad = torch.zeros_like(like) if grad is None else grad
+    return grad, grad.new_empty(0) if of_entropy is None else torch.cat([of_entropy, entropy])
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, options: HeadOptions, extras: bool, impl: str
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logp, lse, extra = token_logps_op(logits, labels, options, extras, impl)
-        ctx.save_for_backward(logits, labels, lse)
+        entropy, rest = split_entropy(extra)
+        ctx.save_for_backward(logits, labels, lse, entropy)
         ctx.options, ctx.impl = options, impl
-        ctx.mark_non_differentiable(extra)
-        return logp, extra
+        ctx.mark_non_differentiable(rest)
+        ctx.set_materialize_grads(False)
+        return logp, entropy, rest
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, _: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        logits, labels, lse = ctx.saved_tensors
-        return token_logps_backward_op(logits, labels, lse, grad, ctx.options, ctx.impl), None, None, None, None
+        logits, labels, lse, entropy = ctx.saved_tensors
+        grad, entropies = entropy_grads(lse, grad, of_entropy, entropy)
+        dlogits = token_logps_backward_op(logits, labels, lse, grad, entropies, ctx.options, ctx.impl)
+        return dlogits, None, None, None, None
+
+
+def split_entropy(extra: Tensor) -> tuple[Tensor, Tensor]:
+    """The differentiable row of extra [4, N] as an output of its own, and the others; [0] both where extra is [0]."""
+    return extra[:1].clone(), extra[1:].clone()
 
 
 def token_extras(extra: Tensor, shape: Sequence[int]) -> TokenExtras:
-    entropy, log_sum_sq_probs, mean_logit, is_top1 = (row.view(shape) for row in extra)
+    """Of [4, N], the kernels' rows with a differentiable first one."""
+    entropy, *rest = (row.view(shape) for row in extra)
+    log_sum_sq_probs, mean_logit, is_top1 = (row.detach() for row in rest)
     return TokenExtras(entropy, log_sum_sq_probs, mean_logit, is_top1 > 0.5)
 
 
@@ -157,5 +180,5 @@ def token_logps(
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    logp, extra = _TokenLogps.apply(rows, labels.reshape(-1), options, extras, impl)
-    return (logp.view(shape), token_extras(extra, shape)) if extras else logp.view(shape)
+    logp, *parts = _TokenLogps.apply(rows, labels.reshape(-1), options, extras, impl)
+    return (logp.view(shape), token_extras(torch.cat(parts), shape)) if extras else logp.view(shape)

@@ -32,6 +32,16 @@ bool counts(const Rows& rows, const Acc* lse, int64_t i) {
 
 bool label_here(const Rows& rows, int64_t i) { return rows.labels[i] >= 0 && rows.labels[i] < rows.columns; }
 
+// s of row i's label, less what the columns of its row make it.
+double label_excess(const Rows& rows, int64_t i, double lse) {
+  if (!rows.anchors) return 0.0;
+  const auto size = [&](double y, double slope) {
+    return slope * std::exp(rows.map.nat * y - (lse - rows.z_lacks(i)));
+  };
+  const double stored = load_element(rows.type, rows.row(i) + rows.labels[i] * rows.element_size) + rows.lacks(i);
+  return size(label_y(rows, i), label_slope(rows, i)) - size(stored_label_y(rows, i), slope_at(rows, stored));
+}
+
 template <typename Acc>
 void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows, bool* live, Acc* tail,
                   Acc* row_sums) {
@@ -44,14 +54,15 @@ void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows
   std::vector<double> partial(size_t(blocks * rows.count));  // [blocks, N], added in this order
   torch::stable::parallel_for(0, sets * blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<const void*> x;
-    std::vector<double> shift, factor, sums;
+    std::vector<double> offset, shift, factor, sums;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t set = task / blocks, block = task % blocks, first = block * kColumnBlock;
       const int64_t low = set * set_rows, high = std::min(low + set_rows, rows.count);
-      x.clear(), shift.clear(), factor.clear();
+      x.clear(), offset.clear(), shift.clear(), factor.clear();
       for (int64_t i = low; i < high; ++i) {
         if (!counts(rows, lse, i)) continue;
-        const Shift s = shift_of(rows, double(lse[i]));
+        const Shift s = shift_of(rows, double(lse[i]) - rows.z_lacks(i));
+        offset.push_back(rows.map_of(i).offset);
         x.push_back(rows.row(i) + first * rows.element_size);
         shift.push_back(s.shift);
         factor.push_back(s.factor * rows.scale);
@@ -59,7 +70,7 @@ void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows
       sums.assign(x.size(), 0.0);
       const int64_t at = set * rows.columns + first;
       rows.kernels->columns(x.data(), int64_t(x.size()), std::min(kColumnBlock, rows.columns - first), rows.map,
-                            shift.data(), factor.data(), eps * rows.scale, reinterpret_cast<uint8_t*>(live + at),
+                            offset.data(), shift.data(), factor.data(), eps * rows.scale, reinterpret_cast<uint8_t*>(live + at),
                             tail + at, sums.data());
       for (int64_t i = low, k = 0; i < high; ++i) {
         if (counts(rows, lse, i)) partial[block * rows.count + i] = sums[k++];
@@ -69,6 +80,7 @@ void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows
   for (int64_t i = 0; i < rows.count; ++i) {
     double total = counts(rows, lse, i) || rows.ignored(i) ? 0.0 : std::numeric_limits<double>::quiet_NaN();
     for (int64_t block = 0; block < blocks; ++block) total += partial[block * rows.count + i];
+    if (counts(rows, lse, i) && label_here(rows, i)) total += label_excess(rows, i, double(lse[i]));
     row_sums[i] = Acc(total);
   }
 }
@@ -87,18 +99,18 @@ void gather_grads(const Rows& rows, const Acc* lse, const Acc* row_sums, const i
         store_element(rows.type, g + n * size, rows.ignored(i) ? 0.0 : std::numeric_limits<double>::quiet_NaN());
         continue;
       }
-      const Shift s = shift_of(rows, double(lse[i]));
-      const double live =
-          rows.kernels->gather(rows.row(i), columns + first, n, rows.map, s.shift, s.factor * rows.scale, g);
-      store_element(rows.type, g + n * size, std::min(0.0, live - double(row_sums[i])));
-      if (!label_here(rows, i)) continue;
-      const int64_t* found = std::lower_bound(columns + first, columns + first + n, rows.labels[i]);
-      const char* x = rows.row(i) + rows.labels[i] * size;
-      const double logp = rows.map.nat * rows.kernels->y_of(x, rows.map) - double(lse[i]);
-      if (found < columns + first + n && *found == rows.labels[i]) {
-        store_element(rows.type, g + (found - columns - first) * size,
-                      -std::expm1(logp) * slope_at(rows, load_element(rows.type, x)));
+      const double own_lse = double(lse[i]) - rows.z_lacks(i);
+      const Shift s = shift_of(rows, own_lse);
+      double live =
+          rows.kernels->gather(rows.row(i), columns + first, n, rows.map_of(i), s.shift, s.factor * rows.scale, g);
+      const int64_t* last = columns + first + n;
+      const int64_t* at = label_here(rows, i) ? std::lower_bound(columns + first, last, rows.labels[i]) : last;
+      if (at < last && *at == rows.labels[i]) {
+        const double logp = rows.map.nat * label_y(rows, i) - own_lse;
+        live += label_excess(rows, i, double(lse[i]));
+        store_element(rows.type, g + (at - columns - first) * size, -std::expm1(logp) * label_slope(rows, i));
       }
+      store_element(rows.type, g + n * size, std::min(0.0, live - double(row_sums[i])));
     }
   });
 }
@@ -148,8 +160,8 @@ void sum_all(ElementType type, int64_t size, const Tensor& out, const Tensor& ta
 
 std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
                                                 int64_t ignore_index, double scale, double softcap,
-                                                int64_t vocab_size) {
-  const Rows rows = describe("live_columns", logits, labels, ignore_index, scale, softcap, vocab_size);
+                                                int64_t vocab_size, Optional anchors) {
+  const Rows rows = describe("live_columns", logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
   check_sets("live_columns", set_rows);
   check_dtype("lse", lse, rows.acc());
   check_vector("lse", lse, rows.count);
@@ -170,8 +182,9 @@ std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Te
 }
 
 Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
-                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size) {
-  const Rows rows = describe("live_grads", logits, labels, ignore_index, scale, softcap, vocab_size);
+                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                  Optional anchors) {
+  const Rows rows = describe("live_grads", logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
   check_sets("live_grads", set_rows);
   check_row_values(lse, row_sums, rows.count, rows.acc());
   const int64_t sets = (rows.count + set_rows - 1) / set_rows;

@@ -19,8 +19,9 @@ struct LaneOrder {
 
 // Adds s of kRows rows to the sums of n columns and raises their tops; n is a multiple of 2 * kLanes.
 template <typename T, bool kSoftcap, int kRows>
-inline void add_rows(const T* const* x, long n, const RowMap& map, const double* shift, const double* factor,
-                     typename AccOf<T>::Scalar* sums, typename AccOf<T>::Scalar* tops, double* row_sums) {
+inline void add_rows(const T* const* x, long n, const RowMap& map, const double* offset, const double* shift,
+                     const double* factor, typename AccOf<T>::Scalar* sums, typename AccOf<T>::Scalar* tops,
+                     double* row_sums) {
   using V = typename AccOf<T>::Vec;
   using S = typename AccOf<T>::Scalar;
   constexpr long W = V::kLanes;
@@ -38,8 +39,8 @@ inline void add_rows(const T* const* x, long n, const RowMap& map, const double*
     for (int r = 0; r < kRows; ++r) {
       V a, b;
       load2(x[r] + i, a, b);
-      a = gradient_of<kSoftcap>(a, inner, c, minus_shift[r], scale[r]);
-      b = gradient_of<kSoftcap>(b, inner, c, minus_shift[r], scale[r]);
+      a = gradient_of<kSoftcap>(a, inner, S(offset[r]), c, minus_shift[r], scale[r]);
+      b = gradient_of<kSoftcap>(b, inner, S(offset[r]), c, minus_shift[r], scale[r]);
       sum_a = sum_a + a;
       sum_b = sum_b + b;
       top_a = max(top_a, a);
@@ -56,8 +57,8 @@ inline void add_rows(const T* const* x, long n, const RowMap& map, const double*
 
 // Rows x[0..rows) of kColumnBlock columns or fewer: live (0 or 1; stays 1) where a top reaches eps, sums elsewhere.
 template <typename T, bool kSoftcap>
-void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& map, const double* shift,
-                     const double* factor, double eps, uint8_t* live, void* tail, double* row_sums) {
+void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& map, const double* offset,
+                     const double* shift, const double* factor, double eps, uint8_t* live, void* tail, double* row_sums) {
   using S = typename AccOf<T>::Scalar;
   constexpr long kStep = 2 * AccOf<T>::Vec::kLanes;
   static const LaneOrder<T> order;
@@ -71,9 +72,9 @@ void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& m
         __builtin_prefetch(reinterpret_cast<const char*>(x[r + 4 + k]) + b, 0, 2);
       }
     }
-    add_rows<T, kSoftcap, 4>(x + r, whole, map, shift + r, factor + r, sums, tops, row_sums + r);
+    add_rows<T, kSoftcap, 4>(x + r, whole, map, offset + r, shift + r, factor + r, sums, tops, row_sums + r);
   }
-  for (; r < rows; ++r) add_rows<T, kSoftcap, 1>(x + r, whole, map, shift + r, factor + r, sums, tops, row_sums + r);
+  for (; r < rows; ++r) add_rows<T, kSoftcap, 1>(x + r, whole, map, offset + r, shift + r, factor + r, sums, tops, row_sums + r);
   if (whole < n) {  // the last columns, in their own order
     const S lowest = -S(kInfinity);
     for (r = 0; r < rows; ++r) {
@@ -81,7 +82,7 @@ void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& m
       double row_sum = 0;
       for (long i = 0; i < kStep; ++i) part[i] = whole + i < n ? S(to_acc(x[r][whole + i])) : lowest;
       const S* p = part;
-      add_rows<S, kSoftcap, 1>(&p, kStep, map, shift + r, factor + r, size, top, &row_sum);
+      add_rows<S, kSoftcap, 1>(&p, kStep, map, offset + r, shift + r, factor + r, size, top, &row_sum);
       for (long i = 0; whole + i < n; ++i) {
         sums[whole + i] += size[i];
         tops[whole + i] = top[i] > tops[whole + i] ? top[i] : tops[whole + i];
@@ -105,7 +106,7 @@ double gather_row(const T* x, const int64_t* columns, int64_t n, const RowMap& m
   using S = typename AccOf<T>::Scalar;
   constexpr long W = V::kLanes;
   constexpr long kStep = 2 * W;
-  const S inner = S(map.inner);
+  const S inner = S(map.inner), offset = S(map.offset);
   const V c = set1(V{}, S(map.c)), minus_shift = set1(V{}, S(-shift)), factor = set1(V{}, S(-factor_d));
   V total = set1(V{}, S(0));
   const long whole = n - n % kStep;
@@ -114,8 +115,8 @@ double gather_row(const T* x, const int64_t* columns, int64_t n, const RowMap& m
     for (long k = 0; k < kStep; ++k) part[k] = x[columns[i + k]];
     V a, b;
     load2(part, a, b);
-    a = gradient_of<kSoftcap>(a, inner, c, minus_shift, factor);
-    b = gradient_of<kSoftcap>(b, inner, c, minus_shift, factor);
+    a = gradient_of<kSoftcap>(a, inner, offset, c, minus_shift, factor);
+    b = gradient_of<kSoftcap>(b, inner, offset, c, minus_shift, factor);
     total = total + (a + b);
     store2(out + i, a, b);
   }
@@ -125,8 +126,8 @@ double gather_row(const T* x, const int64_t* columns, int64_t n, const RowMap& m
     for (long i = whole; i < n; ++i) part[i - whole] = to_acc(x[columns[i]]);
     V a, b;
     load2(static_cast<const S*>(part), a, b);
-    store2(part, gradient_of<kSoftcap>(a, inner, c, minus_shift, factor),
-           gradient_of<kSoftcap>(b, inner, c, minus_shift, factor));
+    store2(part, gradient_of<kSoftcap>(a, inner, offset, c, minus_shift, factor),
+           gradient_of<kSoftcap>(b, inner, offset, c, minus_shift, factor));
     for (long i = whole; i < n; ++i) {
       sum += part[i - whole];
       from_acc(out[i], part[i - whole]);
@@ -188,11 +189,11 @@ void sum_rows(void* out, int64_t n, const void* factors_v, const void* const* te
 // -----------------------------------------------------------------------------------------------------------
 
 template <typename T>
-void columns_entry(const void* const* x, int64_t rows, int64_t n, const RowMap& map, const double* shift,
-                   const double* factor, double eps, uint8_t* live, void* tail, double* row_sums) {
+void columns_entry(const void* const* x, int64_t rows, int64_t n, const RowMap& map, const double* offset,
+                   const double* shift, const double* factor, double eps, uint8_t* live, void* tail, double* row_sums) {
   const T* const* p = reinterpret_cast<const T* const*>(x);
-  map.softcap ? columns_of_rows<T, true>(p, rows, n, map, shift, factor, eps, live, tail, row_sums)
-              : columns_of_rows<T, false>(p, rows, n, map, shift, factor, eps, live, tail, row_sums);
+  map.softcap ? columns_of_rows<T, true>(p, rows, n, map, offset, shift, factor, eps, live, tail, row_sums)
+              : columns_of_rows<T, false>(p, rows, n, map, offset, shift, factor, eps, live, tail, row_sums);
 }
 
 template <typename T>

@@ -62,11 +62,27 @@ struct Rows {
   const int64_t* labels;
   int64_t ignore_index;
   double scale;
-  RowMap map;
+  RowMap map;  // of a row that lacks nothing
+  Tensor anchors_tensor;
+  const void* anchors;  // [2, count] in the accumulation type, or null
   const RowKernels* kernels;
   int64_t threads;
 
   char* row(int64_t i) const { return logits + i * stride; }
+  // The constant that row i lacks, and the logit of its label.
+  double lacks(int64_t i) const { return anchor(i); }
+  double label_logit(int64_t i) const { return anchor(count + i); }
+  double anchor(int64_t k) const {
+    if (!anchors) return 0.0;
+    return type == kFloat64 ? static_cast<const double*>(anchors)[k] : static_cast<const float*>(anchors)[k];
+  }
+  RowMap map_of(int64_t i) const {
+    RowMap own = map;
+    own.offset = map.inner * lacks(i);
+    return own;
+  }
+  // What z of row i lacks: under a softcap nothing, tanh takes the whole logit.
+  double z_lacks(int64_t i) const { return map.softcap ? 0.0 : map.nat * lacks(i); }
   bool ignored(int64_t i) const { return labels[i] == ignore_index; }
   ScalarType acc() const { return type == kFloat64 ? ScalarType::Double : ScalarType::Float; }
   // Rows per task of parallel_for: about 32768 elements pay for a thread.
@@ -76,7 +92,7 @@ struct Rows {
 };
 
 inline Rows describe(const char* op, const Tensor& logits, const Tensor& labels, int64_t ignore_index, double scale,
-                     double softcap, int64_t vocab_size) {
+                     double softcap, int64_t vocab_size, const Optional& anchors) {
   check_token_arguments(op, logits, labels, scale, softcap, vocab_size);
   check(logits.is_cpu() && labels.is_cpu(), op, ": logits and labels must be CPU tensors");
   Rows rows{};
@@ -95,6 +111,13 @@ inline Rows describe(const char* op, const Tensor& logits, const Tensor& labels,
   rows.map.nat = softcap > 0 ? softcap : scale;
   rows.map.c = rows.type == kFloat64 ? rows.map.nat : double(float(rows.map.nat * kLog2E));
   rows.map.inner = softcap > 0 ? scale / softcap : 0.0;
+  rows.map.offset = 0.0;
+  check_row_pairs(op, "anchors", anchors, rows.count, rows.acc());
+  if (anchors) {
+    check(anchors->is_cpu(), op, ": anchors must be a CPU tensor");
+    rows.anchors_tensor = dense(*anchors);
+    rows.anchors = rows.anchors_tensor.const_data_ptr();
+  }
   rows.kernels = &kernels_for(rows.type);
   rows.threads = torch::stable::get_num_threads();
   return rows;
@@ -105,6 +128,21 @@ inline double slope_at(const Rows& rows, double logit) {
   if (!rows.map.softcap) return rows.scale;
   const double inverse = 1.0 / std::cosh(rows.map.inner * logit);
   return rows.scale * inverse * inverse;
+}
+
+// y of row i's label as the columns of its row have it, and as it is; z = nat * y + z_lacks.
+inline double stored_label_y(const Rows& rows, int64_t i) {
+  return rows.kernels->y_of(rows.row(i) + rows.labels[i] * rows.element_size, rows.map_of(i));
+}
+inline double label_y(const Rows& rows, int64_t i) {
+  if (!rows.anchors) return stored_label_y(rows, i);
+  return rows.map.softcap ? std::tanh(rows.map.inner * rows.label_logit(i)) : rows.label_logit(i) - rows.lacks(i);
+}
+
+// d z / d logit at row i's label.
+inline double label_slope(const Rows& rows, int64_t i) {
+  if (rows.anchors) return slope_at(rows, rows.label_logit(i));
+  return slope_at(rows, load_element(rows.type, rows.row(i) + rows.labels[i] * rows.element_size));
 }
 
 // softmax = E^(c y - shift) * factor.

@@ -59,17 +59,33 @@ struct RowResult {
   double shift, inverse_sum;  // softmax = E^(c y - shift) * inverse_sum
 };
 
+// Takes the label's stored term out of the sums, and its own one in. Sums of positive terms are at least that one.
+void replace_label(const Rows& rows, Partial& sums, double stored, double y_label) {
+  const auto term = [&](double y) {
+    const double t = rows.map.c * y - sums.shift;
+    return std::pair(std::max(t, -1000.0), rows.type == kFloat64 ? std::exp(t) : std::exp2(t));
+  };
+  const auto [old_t, old] = term(stored);
+  const auto [t, e] = term(y_label);
+  sums.sum = std::max(sums.sum - old + e, e);
+  sums.sum_t += t * e - old_t * old;
+  sums.sum_sq = std::max(sums.sum_sq - old * old + e * e, e * e);
+  if (std::isfinite(stored)) sums.sum_y += y_label - stored;
+}
+
 // Everything about a row that follows from its sums. Sums are taken relative to their largest term, as it was rounded:
 // where that term is all there is, its logarithm is 0 exactly.
-RowResult finish(const Rows& rows, int64_t i, const Partial& sums, double* extra) {
-  const double y_label = rows.kernels->y_of(rows.row(i) + rows.labels[i] * rows.element_size, rows.map);
+RowResult finish(const Rows& rows, int64_t i, Partial sums, double* extra) {
+  const double stored = stored_label_y(rows, i);
   const bool all_masked = sums.max_y == -INFINITY;
+  const double y_label = all_masked ? stored : label_y(rows, i);
+  if (rows.anchors && !all_masked) replace_label(rows, sums, stored, y_label);
   // Where all of a row is beyond about 1e9, the rounding of its shift alone may take E^t out of the range of floats.
   const bool lost = !all_masked && !(sums.top > FLT_MIN && sums.sum < INFINITY && sums.top < INFINITY);
   const double log_sum = lost ? NAN : std::log(all_masked ? sums.sum : sums.sum / sums.top);
   RowResult r;
   r.logp = rows.map.nat * (y_label - sums.max_y) - log_sum;
-  r.lse = rows.map.nat * sums.max_y + log_sum;
+  r.lse = rows.map.nat * sums.max_y + rows.z_lacks(i) + log_sum;
   r.shift = sums.shift;
   r.inverse_sum = lost ? NAN : 1.0 / sums.sum;
   if (extra) {
@@ -77,21 +93,20 @@ RowResult finish(const Rows& rows, int64_t i, const Partial& sums, double* extra
     const double top_t = rows.map.c * sums.max_y - sums.shift;
     extra[0] = log_sum - unit * (sums.sum_t / sums.sum - top_t);             // entropy
     extra[1] = std::log(sums.sum_sq / (sums.top * sums.top)) - 2 * log_sum;  // log sum p^2
-    extra[2] = rows.map.nat * sums.sum_y / rows.columns;                     // mean z
-    extra[3] = y_label == sums.max_y && !std::isnan(sums.sum) ? 1.0 : 0.0;
+    extra[2] = rows.map.nat * sums.sum_y / rows.columns + rows.z_lacks(i);                     // mean z
+    extra[3] = stored == sums.max_y && !std::isnan(sums.sum) ? 1.0 : 0.0;
   }
   return r;
 }
 
 // What one row's gradient needs, known before its logits are overwritten.
 struct RowGradient {
-  double shift, factor;  // column v: E^(c y - shift) * factor (* 1 - tanh^2)
+  double shift, factor, per_t;  // column v: E^t * (factor + per_t * t) (* 1 - tanh^2), t = c y - shift
   double at_label;       // the label's column, 1 - softmax without cancellation
 };
 
 RowGradient plan_gradient(const Rows& rows, int64_t i, double shift, double inverse_sum, double logp, double grad) {
-  const double logit = load_element(rows.type, rows.row(i) + rows.labels[i] * rows.element_size);
-  return {shift, -grad * rows.scale * inverse_sum, -std::expm1(logp) * grad * slope_at(rows, logit)};
+  return {shift, -grad * rows.scale * inverse_sum, 0.0, -std::expm1(logp) * grad * label_slope(rows, i)};
 }
 
 void clear(const Rows& rows, int64_t i, int64_t from) {
@@ -102,7 +117,7 @@ void write_gradient(const Rows& rows, int64_t i, const RowGradient& g, int64_t b
   char* row = rows.row(i);
   char* next = i + 1 < rows.count ? row + rows.stride : row;  // prefetched meanwhile
   const int64_t offset = begin * rows.element_size;
-  rows.kernels->gradient(row + offset, end - begin, rows.map, g.shift, g.factor, next + offset);
+  rows.kernels->gradient(row + offset, end - begin, rows.map_of(i), g.shift, g.factor, g.per_t, next + offset);
   const int64_t label = rows.labels[i];
   if (label >= begin && label < end) { store_element(rows.type, row + label * rows.element_size, g.at_label); }
   if (end == rows.columns) clear(rows, i, rows.columns);
@@ -145,7 +160,7 @@ std::vector<Partial> scan_pieces(const Rows& rows, bool extras) {
       const int64_t i = task / pieces, first = task % pieces * kPiece;
       if (rows.ignored(i)) continue;
       partials[task] = rows.kernels->scan(rows.row(i) + first * rows.element_size,
-                                          std::min(kPiece, rows.columns - first), rows.map, extras);
+                                          std::min(kPiece, rows.columns - first), rows.map_of(i), extras);
     }
   });
   std::vector<Partial> totals(rows.count);
@@ -171,7 +186,7 @@ void run(const Rows& rows, bool extras, Acc* logp, Acc* lse, Acc* extra_out) {
   const bool split = rows.split_columns();
   const std::vector<Partial> totals = split ? scan_pieces(rows, extras) : std::vector<Partial>();
   const auto forward = [&](int64_t i) {
-    const Partial sums = split ? totals[i] : rows.kernels->scan(rows.row(i), rows.columns, rows.map, extras);
+    const Partial sums = split ? totals[i] : rows.kernels->scan(rows.row(i), rows.columns, rows.map_of(i), extras);
     double extra[4];
     const RowResult r = finish(rows, i, sums, extras ? extra : nullptr);
     store_row(rows, i, &r, extra, logp, lse, extra_out);
@@ -197,8 +212,8 @@ void run(const Rows& rows, bool extras, Acc* logp, Acc* lse, Acc* extra_out) {
 template <bool kOverwrite>
 std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits, const Tensor& labels,
                                            int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
-                                           bool extras) {
-  const Rows rows = describe(op, logits, labels, ignore_index, scale, softcap, vocab_size);
+                                           bool extras, const Optional& anchors) {
+  const Rows rows = describe(op, logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
   check_labels(op, rows.labels, rows.count, ignore_index, vocab_size);
   if (kOverwrite) check_writable(op, logits);
   Tensor logp = new_vector(logits, rows.count, rows.acc());
@@ -215,12 +230,22 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits,
   return {logp, lse, extra};
 }
 
+// entropies [2, count] or null.
 template <typename Acc>
-void backward(const Rows& rows, const Acc* lse, const Acc* grad) {
+void backward(const Rows& rows, const Acc* lse, const Acc* grad, const Acc* entropies) {
   write_rows(rows, [&](int64_t i) {
-    const auto [shift, rest] = shift_of(rows, double(lse[i]));
-    const double y_label = rows.kernels->y_of(rows.row(i) + rows.labels[i] * rows.element_size, rows.map);
-    return plan_gradient(rows, i, shift, rest, rows.map.nat * y_label - double(lse[i]), grad[i]);
+    const double own_lse = double(lse[i]) - rows.z_lacks(i);
+    const auto [shift, rest] = shift_of(rows, own_lse);
+    const double logp = rows.map.nat * label_y(rows, i) - own_lse;
+    RowGradient g = plan_gradient(rows, i, shift, rest, logp, grad[i]);
+    if (!entropies || entropies[i] == 0) return g;
+    // -p (log p + H) each, where log p = unit * t + log(rest)
+    const double of_entropy = entropies[i], entropy = entropies[rows.count + i];
+    const double unit = rows.type == kFloat64 ? 1.0 : kLn2;
+    g.factor -= of_entropy * rows.scale * rest * (entropy + std::log(rest));
+    g.per_t = -of_entropy * rows.scale * rest * unit;
+    if (logp > -INFINITY) g.at_label -= of_entropy * std::exp(logp) * (logp + entropy) * label_slope(rows, i);
+    return g;
   });
 }
 
@@ -232,25 +257,32 @@ const RowKernels& kernels_for(ElementType type) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
-                                                   double softcap, int64_t vocab_size, bool extras) {
-  return forward<false>("token_logps_fwd", logits, labels, ignore_index, scale, softcap, vocab_size, extras);
+                                                   double softcap, int64_t vocab_size, bool extras, Optional anchors) {
+  return forward<false>("token_logps_fwd", logits, labels, ignore_index, scale, softcap, vocab_size, extras, anchors);
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logps_fused_(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
-                                                      double softcap, int64_t vocab_size, bool extras) {
-  return forward<true>("token_logps_fused_", logits, labels, ignore_index, scale, softcap, vocab_size, extras);
+                                                      double softcap, int64_t vocab_size, bool extras,
+                                                      Optional anchors) {
+  return forward<true>("token_logps_fused_", logits, labels, ignore_index, scale, softcap, vocab_size, extras,
+                       anchors);
 }
 
 void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int64_t ignore_index, double scale,
-                      double softcap, int64_t vocab_size) {
-  const Rows rows = describe("token_logps_bwd_", logits, labels, ignore_index, scale, softcap, vocab_size);
+                      double softcap, int64_t vocab_size, Optional anchors, Optional entropies) {
+  const Rows rows = describe("token_logps_bwd_", logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
   check_labels("token_logps_bwd_", rows.labels, rows.count, ignore_index, vocab_size);
   check_writable("token_logps_bwd_", logits);
   check_row_values(lse, grad, rows.count, rows.acc());
+  check_row_pairs("token_logps_bwd_", "entropies", entropies, rows.count, rows.acc());
   lse = dense(lse);
   grad = dense(grad);
-  rows.type == kFloat64 ? backward(rows, data_of<double>(lse), data_of<double>(grad))
-                        : backward(rows, data_of<float>(lse), data_of<float>(grad));
+  if (entropies) entropies = dense(*entropies);
+  if (rows.type == kFloat64) {
+    backward(rows, data_of<double>(lse), data_of<double>(grad), entropies ? data_of<double>(*entropies) : nullptr);
+  } else {
+    backward(rows, data_of<float>(lse), data_of<float>(grad), entropies ? data_of<float>(*entropies) : nullptr);
+  }
 }
 
 }  // namespace cpo

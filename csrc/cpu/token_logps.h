@@ -13,13 +13,14 @@ struct Half {
   uint16_t bits;
 };
 
-// z = nat * y with y = tanh(inner * logit) under a softcap and y = logit without: nat = softcap or scale,
-// inner = scale / softcap. The kernels work with t = c * y - shift, in units of log 2 for float32 accumulation
+// z = nat * y with y = tanh(inner * logit + offset) under a softcap and y = logit without: nat = softcap or scale,
+// inner = scale / softcap, offset = inner * the constant that the row lacks. The kernels work with t = c * y - shift, in units of log 2 for float32 accumulation
 // (c = nat * log2(e) rounded to float32) and of 1 for float64 (c = nat), so that e^(z - ...) = E^t with E = 2 or e.
 struct RowMap {
   double nat;
   double c;
   double inner;
+  double offset;
   bool softcap;
 };
 
@@ -53,15 +54,16 @@ constexpr int64_t kColumnBlock = 2048;  // sums and tops in float64 are 32 kB
 struct RowKernels {
   // Sums over x[0..n).
   Partial (*scan)(const void* x, int64_t n, const RowMap& map, bool extras);
-  // x[i] <- E^t * factor, times 1 - tanh^2 under a softcap, for i in [0, n). `next` is read into the cache meanwhile.
-  void (*gradient)(void* x, int64_t n, const RowMap& map, double shift, double factor, const void* next);
+  // x[i] <- E^t * (factor + per_t * t), times 1 - tanh^2 under a softcap, for i in [0, n). `next` is read into the
+  // cache meanwhile.
+  void (*gradient)(void* x, int64_t n, const RowMap& map, double shift, double factor, double per_t, const void* next);
   // y of one logit with the bits that scan sees.
   double (*y_of)(const void* x, const RowMap& map);
-  // With s_v = E^t * factor (* 1 - tanh^2) of rows x[0..rows), n <= kColumnBlock columns each: live[v] becomes 1 where
-  // s_v reaches eps in one of them, tail[v] (float or double) is their sum where live[v] is 0, and 0 elsewhere.
+  // With s_v = E^t * factor (* 1 - tanh^2) of rows x[0..rows), n <= kColumnBlock columns each, with an offset
+  // of their own in place of the map's: live[v] becomes 1 where s_v reaches eps in one of them, tail[v] (float or double) is their sum where live[v] is 0, and 0 elsewhere.
   // row_sums[r] grows by the sum of row r.
-  void (*columns)(const void* const* x, int64_t rows, int64_t n, const RowMap& map, const double* shift,
-                  const double* factor, double eps, uint8_t* live, void* tail, double* row_sums);
+  void (*columns)(const void* const* x, int64_t rows, int64_t n, const RowMap& map, const double* offset,
+                  const double* shift, const double* factor, double eps, uint8_t* live, void* tail, double* row_sums);
   // out[i] = -s of column columns[i], i in [0, n); returns the sum of s before it is rounded.
   double (*gather)(const void* x, const int64_t* columns, int64_t n, const RowMap& map, double shift, double factor,
                    void* out);

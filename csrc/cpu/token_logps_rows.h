@@ -101,10 +101,10 @@ inline void tanh_and_slope(V u, V& y, V& slope) {
 }
 
 template <bool kSoftcap, typename V, typename S>
-inline V to_y(V x, S inner) {
+inline V to_y(V x, S inner, S offset) {
   if (!kSoftcap) return x;
   V y, slope;
-  tanh_and_slope(x * set1(x, inner), y, slope);
+  tanh_and_slope(fma(x, set1(x, inner), set1(x, offset)), y, slope);
   return y;
 }
 
@@ -125,7 +125,7 @@ inline void from_acc(Half& to, float x) { from_float(to, x); }
 
 // Largest y of x[0..n). kTail: n < 4 * kLanes elements in natural order (T is the accumulation type).
 template <typename T, bool kSoftcap, bool kTail>
-inline double block_max(const T* x, long n, typename AccOf<T>::Scalar inner) {
+inline double block_max(const T* x, long n, typename AccOf<T>::Scalar inner, typename AccOf<T>::Scalar offset) {
   using V = typename AccOf<T>::Vec;
   constexpr long W = V::kLanes;
   const V lowest = set1(V{}, -kInfinity);
@@ -147,7 +147,7 @@ inline double block_max(const T* x, long n, typename AccOf<T>::Scalar inner) {
   }
   const V m = max(max(m0, m1), max(m2, m3));
   // tanh is monotone, so the largest logit has the largest y.
-  return reduce_max(to_y<kSoftcap>(set1(V{}, reduce_max(m)), inner));
+  return reduce_max(to_y<kSoftcap>(set1(V{}, reduce_max(m)), inner, offset));
 }
 
 template <typename V>
@@ -156,8 +156,8 @@ struct Sums {
 };
 
 template <bool kExtras, bool kSoftcap, bool kTail, typename V, typename S>
-inline void accumulate(Sums<V>& sums, V x, S inner, V c, V minus_shift, long n) {
-  V y = to_y<kSoftcap>(x, inner);
+inline void accumulate(Sums<V>& sums, V x, S inner, S offset, V c, V minus_shift, long n) {
+  V y = to_y<kSoftcap>(x, inner, offset);
   V t = fma_exact(y, c, minus_shift);
   if (kTail) t = first_lanes(t, set1(t, S(-kInfinity)), n);
   const V e = exp_unit(t);
@@ -171,11 +171,12 @@ inline void accumulate(Sums<V>& sums, V x, S inner, V c, V minus_shift, long n) 
 }
 
 template <typename T, bool kExtras, bool kSoftcap, bool kTail>
-inline void block_sums(const T* x, long n, typename AccOf<T>::Scalar inner, double c, Partial& total) {
+inline void block_sums(const T* x, long n, const RowMap& map, Partial& total) {
   using V = typename AccOf<T>::Vec;
   using S = typename AccOf<T>::Scalar;
   constexpr long W = V::kLanes;
-  const V zero = set1(V{}, S(0)), cs = set1(V{}, S(c)), minus_shift = set1(V{}, S(-total.shift));
+  const S inner = S(map.inner), offset = S(map.offset);
+  const V zero = set1(V{}, S(0)), cs = set1(V{}, S(map.c)), minus_shift = set1(V{}, S(-total.shift));
   Sums<V> s0{zero, zero, zero, zero}, s1 = s0, s2 = s0, s3 = s0;
   for (long i = 0; i < n; i += 4 * W) {
     V a, b, d, e;
@@ -187,10 +188,10 @@ inline void block_sums(const T* x, long n, typename AccOf<T>::Scalar inner, doub
         __builtin_prefetch(reinterpret_cast<const char*>(x + i + kBlock) + k, 0, 3);
       }
     }
-    accumulate<kExtras, kSoftcap, kTail>(s0, a, inner, cs, minus_shift, n);
-    accumulate<kExtras, kSoftcap, kTail>(s1, b, inner, cs, minus_shift, n - W);
-    accumulate<kExtras, kSoftcap, kTail>(s2, d, inner, cs, minus_shift, n - 2 * W);
-    accumulate<kExtras, kSoftcap, kTail>(s3, e, inner, cs, minus_shift, n - 3 * W);
+    accumulate<kExtras, kSoftcap, kTail>(s0, a, inner, offset, cs, minus_shift, n);
+    accumulate<kExtras, kSoftcap, kTail>(s1, b, inner, offset, cs, minus_shift, n - W);
+    accumulate<kExtras, kSoftcap, kTail>(s2, d, inner, offset, cs, minus_shift, n - 2 * W);
+    accumulate<kExtras, kSoftcap, kTail>(s3, e, inner, offset, cs, minus_shift, n - 3 * W);
   }
   total.sum += reduce_add((s0.e + s1.e) + (s2.e + s3.e));
   if (kExtras) {
@@ -211,7 +212,7 @@ inline void raise_shift(Partial& total, double shift) {
 template <typename T, bool kExtras, bool kSoftcap, bool kTail>
 inline void scan_block(const T* x, long n, const RowMap& map, Partial& total, bool& any) {
   using S = typename AccOf<T>::Scalar;
-  const double max_y = block_max<T, kSoftcap, kTail>(x, n, S(map.inner));
+  const double max_y = block_max<T, kSoftcap, kTail>(x, n, S(map.inner), S(map.offset));
   if (max_y > total.max_y) {
     const double shift = S(S(map.c) * S(max_y));
     if (any) {
@@ -222,7 +223,7 @@ inline void scan_block(const T* x, long n, const RowMap& map, Partial& total, bo
     }
     total.max_y = max_y;
   }
-  block_sums<T, kExtras, kSoftcap, kTail>(x, n, S(map.inner), map.c, total);
+  block_sums<T, kExtras, kSoftcap, kTail>(x, n, map, total);
 }
 
 template <typename T, bool kExtras, bool kSoftcap>
@@ -251,21 +252,26 @@ Partial scan_row(const T* x, long n, const RowMap& map) {
 // ---- gradient
 // ----------------------------------------------------------------------------------------------------------
 
-template <bool kSoftcap, typename V, typename S>
-inline V gradient_of(V x, S inner, V c, V minus_shift, V factor) {
-  if (!kSoftcap) return exp_unit(fma_exact(x, c, minus_shift)) * factor;
-  V y, slope;
-  tanh_and_slope(x * set1(x, inner), y, slope);
-  return exp_unit(fma_exact(y, c, minus_shift)) * factor * slope;
+template <bool kSoftcap, bool kPerT = false, typename V, typename S>
+inline V gradient_of(V x, S inner, S offset, V c, V minus_shift, V factor, V per_t = V{}) {
+  V y = x, slope;
+  if (kSoftcap) tanh_and_slope(fma(x, set1(x, inner), set1(x, offset)), y, slope);
+  const V t = fma_exact(y, c, minus_shift);
+  if (kPerT) factor = fma(max(set1(t, S(-1000)), t), per_t, factor);  // 0 * -inf stays 0
+  const V g = exp_unit(t) * factor;
+  return kSoftcap ? g * slope : g;
 }
 
-template <typename T, bool kSoftcap>
-inline void gradient_blocks(T* x, long n, const RowMap& map, double shift, double factor_d, const T* next) {
+template <typename T, bool kSoftcap, bool kPerT>
+inline void gradient_blocks(T* x, long n, const RowMap& map, double shift, double factor_d, double per_t_d,
+                            const T* next) {
   using V = typename AccOf<T>::Vec;
   using S = typename AccOf<T>::Scalar;
   constexpr long W = V::kLanes;
-  const S inner = S(map.inner);
+  const S inner = S(map.inner), offset = S(map.offset);
   const V c = set1(V{}, S(map.c)), minus_shift = set1(V{}, S(-shift)), factor = set1(V{}, S(factor_d));
+  const V per_t = set1(V{}, S(per_t_d));
+  const auto of = [&](V v) { return gradient_of<kSoftcap, kPerT>(v, inner, offset, c, minus_shift, factor, per_t); };
   for (long i = 0; i < n; i += 4 * W) {
     V a, b, d, e;
     load2(x + i, a, b);
@@ -274,23 +280,21 @@ inline void gradient_blocks(T* x, long n, const RowMap& map, double shift, doubl
     for (unsigned k = 0; k < 4 * W * sizeof(T); k += 64) {
       __builtin_prefetch(reinterpret_cast<const char*>(next + i) + k, 0, 2);
     }
-    store2(x + i, gradient_of<kSoftcap>(a, inner, c, minus_shift, factor),
-           gradient_of<kSoftcap>(b, inner, c, minus_shift, factor));
-    store2(x + i + 2 * W, gradient_of<kSoftcap>(d, inner, c, minus_shift, factor),
-           gradient_of<kSoftcap>(e, inner, c, minus_shift, factor));
+    store2(x + i, of(a), of(b));
+    store2(x + i + 2 * W, of(d), of(e));
   }
 }
 
-template <typename T, bool kSoftcap>
-void gradient_row(T* x, long n, const RowMap& map, double shift, double factor, const T* next) {
+template <typename T, bool kSoftcap, bool kPerT>
+void gradient_row(T* x, long n, const RowMap& map, double shift, double factor, double per_t, const T* next) {
   using S = typename AccOf<T>::Scalar;
   constexpr long kStep = 4 * AccOf<T>::Vec::kLanes;
   const long whole = n - n % kStep;
-  gradient_blocks<T, kSoftcap>(x, whole, map, shift, factor, next);
+  gradient_blocks<T, kSoftcap, kPerT>(x, whole, map, shift, factor, per_t, next);
   if (whole < n) {
     S tail[kStep] = {};
     for (long i = whole; i < n; ++i) tail[i - whole] = to_acc(x[i]);
-    gradient_blocks<S, kSoftcap>(tail, kStep, map, shift, factor, tail);
+    gradient_blocks<S, kSoftcap, kPerT>(tail, kStep, map, shift, factor, per_t, tail);
     for (long i = whole; i < n; ++i) from_acc(x[i], tail[i - whole]);
   }
 }
@@ -306,11 +310,16 @@ Partial scan(const void* x, int64_t n, const RowMap& map, bool extras) {
 }
 
 template <typename T>
-void gradient(void* x, int64_t n, const RowMap& map, double shift, double factor, const void* next) {
+void gradient(void* x, int64_t n, const RowMap& map, double shift, double factor, double per_t, const void* next) {
   T* p = static_cast<T*>(x);
   const T* q = static_cast<const T*>(next);
-  map.softcap ? gradient_row<T, true>(p, n, map, shift, factor, q)
-              : gradient_row<T, false>(p, n, map, shift, factor, q);
+  if (per_t != 0) {
+    map.softcap ? gradient_row<T, true, true>(p, n, map, shift, factor, per_t, q)
+                : gradient_row<T, false, true>(p, n, map, shift, factor, per_t, q);
+  } else {
+    map.softcap ? gradient_row<T, true, false>(p, n, map, shift, factor, per_t, q)
+                : gradient_row<T, false, false>(p, n, map, shift, factor, per_t, q);
+  }
 }
 
 template <typename T>
@@ -318,5 +327,5 @@ double y_of(const void* x, const RowMap& map) {
   using V = typename AccOf<T>::Vec;
   using S = typename AccOf<T>::Scalar;
   const S value = to_acc(*static_cast<const T*>(x));
-  return map.softcap ? reduce_max(to_y<true>(set1(V{}, value), S(map.inner))) : value;
+  return map.softcap ? reduce_max(to_y<true>(set1(V{}, value), S(map.inner), S(map.offset))) : value;
 }

@@ -282,8 +282,69 @@ def test_extras_match_the_oracle():
         (extras.log_sum_sq_probs, p.square().sum(-1).log()),
         (extras.mean_logit, logits.mean(-1)),
     ):
-        assert relative_error(seen, want * kept) < 1e-12 and not seen.requires_grad
+        assert relative_error(seen, want * kept) < 1e-12
+        assert seen.requires_grad == (seen is extras.entropy)
     assert torch.equal(extras.is_top1, (logits.argmax(-1) == batch.labels) & kept)
+
+
+def true_entropies(hidden, weight, bias, labels, scale=1.0, softcap=None, vocab_size=None):
+    z = torch.nn.functional.linear(hidden, weight, bias)[..., :vocab_size] * scale
+    logp = (softcap * torch.tanh(z / softcap) if softcap else z).log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1) * (labels != -100)
+
+
+ENTROPY_CASES = {
+    "one chunk": {},
+    "chunks": {"memory_budget": 5 * ROW},
+    "softcap": {"memory_budget": 5 * ROW, "softcap": 3.0, "scale": 0.5},
+    "padded": {"memory_budget": 5 * ROW, "vocab_size": 97},
+    "filtered": {"filter_eps": 0.02},
+    "both filtered": {"filter_eps": 0.02, "filter_head_grad": True},
+}
+
+
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("case", ENTROPY_CASES)
+def test_gradients_of_the_entropy(case, train_head, impl):
+    """Together with those of the log-probs, and by themselves; exact where gradients of log-probs are filtered."""
+    options = ENTROPY_CASES[case]
+    head = {k: v for k, v in options.items() if k in ("softcap", "scale", "vocab_size")}
+    batch = make_batch()
+    batch.labels[batch.labels >= 97] = 5
+    leaves = batch.leaves if train_head else batch.leaves[:1]
+    weight, bias = (t if train_head else t.detach() for t in (batch.weight, batch.bias))
+    generator = torch.Generator().manual_seed(0)
+    upstream, of_entropy = torch.randn(2, *batch.labels.shape, dtype=torch.float64, generator=generator)
+    logps, extras = cpo.linear_token_logps(batch.hidden, weight, batch.labels, bias, extras=True, impl=impl, **options)
+    true_logps = reference.linear_token_logps(batch.hidden, weight, batch.labels, bias, **head)
+    entropies = true_entropies(batch.hidden, weight, bias, batch.labels, **head)
+    assert relative_error(extras.entropy, entropies) < 1e-12
+    for mine, truth in (
+        (
+            (logps * upstream + extras.entropy * of_entropy).sum(),
+            (true_logps * upstream + entropies * of_entropy).sum(),
+        ),
+        ((extras.entropy * of_entropy).sum(), (entropies * of_entropy).sum()),
+    ):
+        got = torch.autograd.grad(mine, leaves, retain_graph=True)
+        for g, w in zip(got, torch.autograd.grad(truth, leaves, retain_graph=True), strict=True):
+            assert relative_error(g, w) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+def test_gradients_of_the_entropy_in_other_dtypes(dtype):
+    """Coefficients of the log-probs down to 1e-6, whose rows would vanish in float16 beside those of the entropy."""
+    truth = make_batch(4, 33, 48, 501, seed=3)
+    upstream = torch.logspace(-6, 0, 4 * 33, dtype=torch.float64).view(4, 33)
+    wanted = reference.linear_token_logps(truth.hidden, truth.weight, truth.labels, truth.bias)
+    entropies = true_entropies(truth.hidden, truth.weight, truth.bias, truth.labels)
+    want = torch.autograd.grad((wanted * upstream + entropies * 0.01).sum(), truth.leaves)
+    low = truth.to(dtype)
+    logps, extras = cpo.linear_token_logps(low.hidden, low.weight, low.labels, low.bias, extras=True)
+    got = torch.autograd.grad((logps * upstream.float() + extras.entropy * 0.01).sum(), low.leaves)
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g, w) < {torch.float32: FLOAT32, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
 
 
 @pytest.mark.parametrize("train_head", [True, False])

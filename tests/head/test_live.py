@@ -211,7 +211,7 @@ def test_head_gradients_join_no_tensors_of_the_host():
     _, logps, sets = filtered_chunk(head, (x, labels, False, None), 1e-3, 16, x[:0], whole=False)
     assert any(sets.exact) and not all(sets.exact)
     with HostTensors() as seen:
-        live_head_grads(head, sets, x, labels, logps.lse, torch.ones_like(logps.lse), True, True)
+        live_head_grads(head, sets, x, labels, logps.lse, logps.lacks, torch.ones_like(logps.lse), True, True)
     assert seen.calls
 
 

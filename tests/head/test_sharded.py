@@ -54,7 +54,9 @@ def token_logps(case, hidden, weight, bias, batch, options):
     if not case.get("extras"):
         return cpo.linear_token_logps(hidden, weight, batch.labels, bias, **options), ()
     logps, extras = cpo.linear_token_logps(hidden, weight, batch.labels, bias, extras=True, **options)
-    return logps, (extras.entropy, extras.log_sum_sq_probs, extras.mean_logit.exp(), extras.is_top1.double())
+    value = logps + case.get("entropy", 0.0) * extras.entropy
+    entropy = extras.entropy.detach()
+    return value, (entropy, extras.log_sum_sq_probs, extras.mean_logit.exp(), extras.is_top1.double())
 
 
 def nll(case, hidden, weight, bias, batch, options):
@@ -95,6 +97,8 @@ CASES = {
     "logps-masked": (token_logps, {"masked": True}),
     "logps-extras": (token_logps, {"extras": True, "head": {"vocab_size": 90}}),
     "logps-extras-masked": (token_logps, {"extras": True, "masked": True}),
+    "logps-entropy": (token_logps, {"extras": True, "entropy": 1.3, "masked": True, "budget": 5 * ROW}),
+    "frozen-entropy": (token_logps, {"extras": True, "entropy": -1.3, "train_head": False, "head": HEADS["softcap"]}),
     "nll": (nll, {}),
     "nll-chunks": (nll, {"budget": 5 * ROW}),
     **{f"loss-{name}": (preference, case) for name, case in LOSSES.items()},

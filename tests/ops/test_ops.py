@@ -58,7 +58,7 @@ def op_samples(impl):
     cu_seqlens = torch.arange(5) * 9
     empty, none, needs, execution = logp.new_empty(0), labels.new_empty(0), Needs(True, True, True), partial(run, impl)
     yield token_logps_op, (logits, labels, options, True, impl)
-    yield token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), options, impl)
+    yield token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), torch.randn(2, len(lse)), options, impl)
     yield sequence_logps.sequence_logps_op, (logp, cu_seqlens, empty, True, impl)
     yield preference.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
     for filtered in (False, True):
@@ -68,7 +68,8 @@ def op_samples(impl):
         live = head_token_logps.linear_token_logps_op(tensors, args).live
         grad = torch.randn_like(lse)
         wanted = needs._replace(dx=not filtered)  # where dX was made in the forward pass
-        back = head_token_logps.BackwardArgs(none, lse, grad, options, wanted, live, filtered, where)
+        entropies = torch.randn(2, len(lse)) if not filtered else empty
+        back = head_token_logps.BackwardArgs(none, lse, empty, grad, entropies, options, wanted, live, filtered, where)
         yield head_token_logps.linear_token_logps_backward_op, (tensors, back)
     yield nll.linear_nll_op, (tensors, nll.NLLArgs(none, empty, options, -1.0, needs, execution(16)))
     for limit in (1000, 4):
@@ -139,6 +140,22 @@ def test_token_logps_gradcheck_and_saved_logits(impl):
         torch.autograd.grad(cpo.token_logps(logits, labels, impl=impl).sum(), logits, create_graph=True)
 
 
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradcheck_of_the_entropy(impl, softcap):
+    logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, -100, 6, 3])
+
+    def run(x):
+        logps, extras = cpo.token_logps(x, labels, softcap=softcap, scale=1.5, vocab_size=7, extras=True, impl=impl)
+        return logps, extras.entropy
+
+    torch.autograd.gradcheck(run, logits)
+    torch.autograd.gradcheck(lambda x: run(x)[1], logits)
+    extras = cpo.token_logps(logits, labels, extras=True, impl=impl)[1]
+    assert not any(t.requires_grad for t in extras[1:])
+
+
 def test_transposed_logits():
     logits = torch.randn(50, 6).t().requires_grad_()
     labels = torch.randint(50, (6,))
@@ -169,7 +186,10 @@ def test_compile_without_graph_breaks_or_recompiles(train_head):
         (seen, margin), (want, want_margin) = compiled(*args), run(*args)
         assert torch.equal(seen, want) and torch.equal(margin, want_margin)
         grads = [torch.autograd.grad(x * -1.3, leaves) for x in (seen, want)]
-        assert all(torch.equal(g, w) for g, w in zip(*grads, strict=True))
+        if train_head:
+            assert all(torch.equal(g, w) for g, w in zip(*grads, strict=True))
+        else:  # compiled, extras make the logits again in backward: their entropy may have a gradient
+            torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
         frames.append(counter.frame_count)
     assert frames[0] == frames[-1]
 

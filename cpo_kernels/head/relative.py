@@ -1,0 +1,78 @@
+"""Relative logits: 16-bit logits lack a constant of their row, and the logits of the labels are in float32.
+
+A row's log-probs do not change by a constant. A product that adds -s_t before it rounds (`addmm`, whose sums are
+float32) stores z - s, which is small where the softmax has its mass, and so is its rounding. With the label's logit
+from a product of its own, n H multiplications,
+
+    log p_t = z_{t,y_t} - s_t - logsumexp_v (z_tv - s_t)
+
+s_t is the mean logit under the softmax of a few columns: the labels of the chunk, and the first of the vocabulary,
+where tokenizers have frequent tokens. Errors of log-probs in bfloat16 (rms) on 3,072 rows of SmolLM2-135M-Instruct
+(|z| up to 42) with their labels, with labels drawn at random, and on normal logits of deviation 1:
+
+    absolute logits                          2.6e-2     3.4e-2     1.7e-3
+    s: that mean                             6.5e-4     4.8e-3     1.7e-5
+    s: the largest of those columns          5.1e-4     4.0e-3     2.7e-5
+    s: the mean of all columns               6.4e-4     9.1e-4
+
+The largest logit of a flat row is far from where its mass is: gradients would be worse than those of absolute logits.
+"""
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import library
+from cpo_kernels.ops.token_logps import HeadOptions
+
+# Columns that are looked at: the first of the vocabulary, and labels; of small vocabularies FEW each.
+FIRST, FIRST_SHARE, LABEL_SHARE, FEW = 512, 64, 32, 64
+ROWS = 1024  # looked at together
+
+
+def is_relative(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def anchors(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, count: int, options: HeadOptions) -> Tensor:
+    """[2, n]: what the logits of each row shall lack, in numbers of the dtype of x, and the logit of its label.
+
+    x [n, H]; labels [n] in [0, count), the columns that are no padding.
+    """
+    few = _few_columns(labels, count)
+    some = weight.index_select(0, few).t()
+    of_few = bias.index_select(0, few) if bias.numel() else None
+    lacks = torch.empty(x.shape[0], dtype=library.acc_dtype(x.dtype), device=x.device)
+    for low in range(0, x.shape[0], ROWS):
+        rows = slice(low, low + ROWS)
+        u = (x[rows] @ some).to(lacks.dtype)
+        lacks[rows] = _mean_logit(u if of_few is None else u + of_few, options)
+    lacks = lacks.to(x.dtype).to(lacks.dtype)
+    lacks = torch.where(torch.isfinite(lacks), lacks, 0.0)  # where all of those columns are masked
+    return torch.stack([lacks, label_logits(x, weight, bias, labels)])
+
+
+def label_logits(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    """x_t . w_{y_t} + b_{y_t} [n] in float32: x [n, H], labels [n]."""
+    out = torch.empty(x.shape[0], dtype=library.acc_dtype(x.dtype), device=x.device)
+    for low in range(0, x.shape[0], ROWS):
+        rows = slice(low, low + ROWS)
+        out[rows] = weight.index_select(0, labels[rows]).to(out.dtype).mul_(x[rows]).sum(1)
+    return out + bias.index_select(0, labels) if bias.numel() else out
+
+
+def _few_columns(labels: Tensor, count: int) -> Tensor:
+    """Labels, evenly from the chunk, and the first of `count` columns."""
+    labels = labels[:: -(-labels.shape[0] // max(FEW, count // LABEL_SHARE))]
+    if labels.device.type == "cpu":  # elsewhere the host would wait for their number
+        labels = labels.unique()
+    first = min(count, FIRST, max(FEW, count // FIRST_SHARE))
+    return torch.cat([torch.arange(first, device=labels.device), labels])
+
+
+def _mean_logit(u: Tensor, options: HeadOptions) -> Tensor:
+    """sum_v p_v u_v of u [n, v] without scale and softcap."""
+    z = options.scale * u
+    if options.softcap:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    p = z.softmax(1)
+    return torch.where(p > 0, p * u, 0.0).sum(1)
