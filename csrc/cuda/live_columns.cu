@@ -10,7 +10,7 @@ namespace {
 
 // lse and what else is given for each row, on the device of the logits.
 void check_arguments(const char* op, const Tensor& logits, const Tensor& labels, const Tensor& lse,
-                     const Tensor& row_sums, const std::optional<Tensor>& anchors, int64_t set_rows, const Head& head) {
+                     const Tensor& row_sums, const Optional& anchors, int64_t set_rows, const Head& head) {
   check_token_arguments_on_device(op, logits, labels, head);
   check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
   for (const auto& [name, t] : {std::pair{"lse", &lse}, std::pair{"row_sums", &row_sums}}) {
@@ -47,7 +47,7 @@ Tensor on_device_of(const char* op, const Tensor& columns, const Tensor& offsets
 
 std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
                                                 int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
-                                                std::optional<Tensor> anchors) {
+                                                Optional anchors) {
   const char* op = "live_columns";
   const Head head{ignore_index, vocab_size, scale, softcap};
   check_arguments(op, logits, labels, lse, lse, anchors, set_rows, head);
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Te
 
 Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
                   int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
-                  std::optional<Tensor> anchors) {
+                  Optional anchors) {
   const char* op = "live_grads";
   const Head head{ignore_index, vocab_size, scale, softcap};
   check_arguments(op, logits, labels, lse, row_sums, anchors, set_rows, head);

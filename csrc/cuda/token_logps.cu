@@ -24,8 +24,8 @@ Plan plan_on(const char* op, const Problem<T>& p, bool softcap, bool extras, con
 
 template <typename T>
 void forward_typed(const char* op, const Tensor& logits, const Tensor& labels, const Head& head,
-                   const std::optional<Tensor>& anchors, bool overwrite, bool extras, Tensor& logp, Tensor& lse,
-                   Tensor& extra, const OnDeviceOf& on) {
+                   const Optional& anchors, bool overwrite, bool extras, Tensor& logp, Tensor& lse, Tensor& extra,
+                   const OnDeviceOf& on) {
   using Acc = AccOf<T>;
   const Problem<T> p = problem_in<T>(logits, labels, head, anchors, overwrite);
   const Plan plan = plan_on(op, p, head.softcap > 0, extras, on);
@@ -37,7 +37,7 @@ void forward_typed(const char* op, const Tensor& logits, const Tensor& labels, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits, Tensor labels, const Head& head,
-                                           std::optional<Tensor> anchors, bool overwrite, bool extras) {
+                                           Optional anchors, bool overwrite, bool extras) {
   check_token_arguments_on_device(op, logits, labels, head);
   check_row_pairs_on_device(op, "anchors", anchors, logits);
   if (overwrite) check_writable(op, logits);
@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits,
 
 template <typename T>
 void backward_typed(const char* op, const Tensor& logits, const Tensor& labels, const Head& head,
-                    const std::optional<Tensor>& anchors, const std::optional<Tensor>& entropies, const Tensor& lse,
-                    const Tensor& grad, const OnDeviceOf& on) {
+                    const Optional& anchors, const Optional& entropies, const Tensor& lse, const Tensor& grad,
+                    const OnDeviceOf& on) {
   using Acc = AccOf<T>;
   const Problem<T> p = problem_in<T>(logits, labels, head, anchors, true);
   const Plan plan = plan_on(op, p, head.softcap > 0, false, on);
@@ -70,21 +70,19 @@ void backward_typed(const char* op, const Tensor& logits, const Tensor& labels, 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
-                                                   double softcap, int64_t vocab_size, bool extras,
-                                                   std::optional<Tensor> anchors) {
+                                                   double softcap, int64_t vocab_size, bool extras, Optional anchors) {
   return forward("token_logps_fwd", logits, labels, {ignore_index, vocab_size, scale, softcap}, anchors, false, extras);
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logps_fused_(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
                                                       double softcap, int64_t vocab_size, bool extras,
-                                                      std::optional<Tensor> anchors) {
+                                                      Optional anchors) {
   return forward("token_logps_fused_", logits, labels, {ignore_index, vocab_size, scale, softcap}, anchors, true,
                  extras);
 }
 
 void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int64_t ignore_index, double scale,
-                      double softcap, int64_t vocab_size, std::optional<Tensor> anchors,
-                      std::optional<Tensor> entropies) {
+                      double softcap, int64_t vocab_size, Optional anchors, Optional entropies) {
   const char* op = "token_logps_bwd_";
   const Head head{ignore_index, vocab_size, scale, softcap};
   check_token_arguments_on_device(op, logits, labels, head);
