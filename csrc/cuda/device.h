@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace cpo::cuda {
 
@@ -34,6 +35,20 @@ struct LaunchShape {
   int shared_bytes;  // at most 48 KB
   void* stream;
 };
+
+// Calls run with each flag as std::true_type or std::false_type.
+template <typename Run>
+void with_flags(const Run& run) {
+  run();
+}
+template <typename Run, typename... Flags>
+void with_flags(const Run& run, bool flag, Flags... flags) {
+  if (flag) {
+    with_flags([&](auto... on) { run(std::true_type{}, on...); }, flags...);
+  } else {
+    with_flags([&](auto... on) { run(std::false_type{}, on...); }, flags...);
+  }
+}
 
 }  // namespace cpo::cuda
 

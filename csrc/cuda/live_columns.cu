@@ -10,7 +10,7 @@ namespace {
 
 // lse and what else is given for each row, on the device of the logits.
 void check_arguments(const char* op, const Tensor& logits, const Tensor& labels, const Tensor& lse,
-                     const Tensor& row_sums, int64_t set_rows, const Head& head) {
+                     const Tensor& row_sums, const Optional& anchors, int64_t set_rows, const Head& head) {
   check_token_arguments_on_device(op, logits, labels, head);
   check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
   for (const auto& [name, t] : {std::pair{"lse", &lse}, std::pair{"row_sums", &row_sums}}) {
@@ -18,6 +18,7 @@ void check_arguments(const char* op, const Tensor& logits, const Tensor& labels,
     check_vector(name, *t, logits.size(0));
     check_device(name, *t, "logits", logits);
   }
+  check_row_pairs_on_device(op, "anchors", anchors, logits);
 }
 
 // columns [sum of a_k] stay on the device, unread by the host; offsets [sets + 1], on the host, say how many there are.
@@ -45,13 +46,13 @@ Tensor on_device_of(const char* op, const Tensor& columns, const Tensor& offsets
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
-                                                int64_t ignore_index, double scale, double softcap,
-                                                int64_t vocab_size) {
+                                                int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                                                Optional anchors) {
   const char* op = "live_columns";
   const Head head{ignore_index, vocab_size, scale, softcap};
-  check_arguments(op, logits, labels, lse, lse, set_rows, head);
+  check_arguments(op, logits, labels, lse, lse, anchors, set_rows, head);
   const OnDeviceOf on(logits);
-  labels = dense(labels), lse = dense(lse);
+  labels = dense(labels), lse = dense(lse), anchors = dense_pairs(anchors);
   const int64_t rows = logits.size(0), sets = shares(rows, set_rows);
   Tensor live = torch::stable::new_empty(logits, {sets, vocab_size}, ScalarType::Bool);
   Tensor tail = torch::stable::new_empty(logits, {sets, vocab_size}, lse.scalar_type());
@@ -60,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Te
   with_type_of(logits, [&](auto zero) {
     using T = decltype(zero);
     using Acc = AccOf<T>;
-    const Problem<T> p = problem_in<T>(logits, labels, head, false);
+    const Problem<T> p = problem_in<T>(logits, labels, head, anchors, false);
     check(sets * shares(vocab_size, kTile<T>) <= kMaxGrid, op, ": ", sets, " sets are too many: raise set_rows");
     Tensor scratch = new_vector(lse, live_scratch_size(p), lse.scalar_type());
     launch_live_columns(op, p, data_of<Acc>(lse), eps, set_rows, softcap > 0, mutable_data_of<Acc>(scratch),
@@ -71,14 +72,16 @@ std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Te
 }
 
 Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
-                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size) {
+                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                  Optional anchors) {
   const char* op = "live_grads";
   const Head head{ignore_index, vocab_size, scale, softcap};
-  check_arguments(op, logits, labels, lse, row_sums, set_rows, head);
+  check_arguments(op, logits, labels, lse, row_sums, anchors, set_rows, head);
   const int64_t rows = logits.size(0), sets = shares(rows, set_rows);
   check_columns(op, columns, offsets, sets, "logits", logits);
   const OnDeviceOf on(logits);
   labels = dense(labels), lse = dense(lse), row_sums = dense(row_sums), columns = dense(columns);
+  anchors = dense_pairs(anchors);
   const int64_t* ends = data_of<int64_t>(offsets);
   int64_t total = 0;
   for (int64_t k = 0; k < sets; ++k) { total += std::min(set_rows, rows - k * set_rows) * (ends[k + 1] - ends[k] + 1); }
@@ -88,9 +91,9 @@ Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Ten
   with_type_of(logits, [&](auto zero) {
     using T = decltype(zero);
     using Acc = AccOf<T>;
-    launch_live_grads(op, problem_in<T>(logits, labels, head, false), data_of<Acc>(lse), data_of<Acc>(row_sums),
-                      data_of<int64_t>(columns), data_of<int64_t>(device_offsets), set_rows, softcap > 0,
-                      mutable_data_of<T>(out), on.stream());
+    launch_live_grads(op, problem_in<T>(logits, labels, head, anchors, false), data_of<Acc>(lse),
+                      data_of<Acc>(row_sums), data_of<int64_t>(columns), data_of<int64_t>(device_offsets), set_rows,
+                      softcap > 0, mutable_data_of<T>(out), on.stream());
   });
   return out;
 }

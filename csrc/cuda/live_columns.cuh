@@ -47,12 +47,13 @@ CPO_DEVICE bool counts(const Problem<T>& p, const AccOf<T>* lse, int64_t i) {
   return p.labels[i] != p.ignore_index && fabs(lse[i]) < AccOf<T>(INFINITY);
 }
 
+// lacks [rows]: what the y lack; or null.
 template <typename T, int kThreads>
 CPO_KERNEL(kThreads, 1)
-prepare_kernel(Problem<T> p, const AccOf<T>* lse, RowShift<AccOf<T>>* shifts) {
+prepare_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* lacks, RowShift<AccOf<T>>* shifts) {
   const int64_t i = block_index() * kThreads + thread_index();
   if (i >= p.rows) return;
-  const Softmax<AccOf<T>> s = softmax_of_lse(lse[i], p);
+  const Softmax<AccOf<T>> s = softmax_of_lse(lse[i], lacks ? lacks[i] : AccOf<T>(0), p);
   shifts[i] = counts(p, lse, i) ? RowShift<AccOf<T>>{s.shift, s.factor * p.scale} : RowShift<AccOf<T>>{0, 0};
 }
 
@@ -90,7 +91,7 @@ CPO_DEVICE Acc warp_sum(Acc x) {
 }
 
 // live, tail [sets, columns], partial [tiles, rows]. Shared memory: a top and a sum of each warp for each column.
-template <typename T, int kThreads, bool kSoftcap, bool kWide>
+template <typename T, int kThreads, bool kSoftcap, bool kAnchored, bool kWide>
 CPO_KERNEL(kThreads, (sizeof(T) == 8 ? 512 : 640) / kThreads)
 sets_kernel(Problem<T> p, const RowShift<AccOf<T>>* shifts, AccOf<T> threshold, int64_t set_rows, int64_t tiles,
             bool* live, AccOf<T>* tail, AccOf<T>* partial) {
@@ -118,7 +119,7 @@ sets_kernel(Problem<T> p, const RowShift<AccOf<T>>* shifts, AccOf<T> threshold, 
       if (i + r >= high) break;
       Acc total = 0;
       if (s[r].factor != 0) {
-        const Softmax<Acc> softmax{s[r].shift, 0, 0, 0};
+        const Weights<Acc> w{s[r].shift, s[r].factor, 0, offset_of<kSoftcap, kAnchored>(p, i + r)};
         const int64_t label = p.labels[i + r] - first;
         const bool has_label = label >= 0 && label < kTile<T> && label + first < p.columns;
 #pragma unroll
@@ -127,7 +128,7 @@ sets_kernel(Problem<T> p, const RowShift<AccOf<T>>* shifts, AccOf<T> threshold, 
           Number<T>::unpack(v[r][j], x);
 #pragma unroll
           for (int e = 0; e < kPer; ++e) {
-            const Acc size = gradient_of<kSoftcap>(x[e], softmax, s[r].factor, p);
+            const Acc size = gradient_of<kSoftcap, kAnchored, false>(x[e], w, p);
             tops[j][e] = fmax(tops[j][e], size);
             sums[j][e] += size;
             total += size;
@@ -140,6 +141,11 @@ sets_kernel(Problem<T> p, const RowShift<AccOf<T>>* shifts, AccOf<T> threshold, 
             for (int e = 0; e < kPer; ++e) {
               if (place_in_tile<T, kWide>(j, e) == label) tops[j][e] = Acc(INFINITY);
             }
+          }
+          if (kAnchored && thread_index() % kWarp == 0) {  // `total` has the exact logit; a live column needs no sum
+            const Acc stored = widened(p.logits[(i + r) * p.stride + first + label]);
+            total -= gradient_of<kSoftcap, kAnchored, false>(stored, w, p);
+            total += gradient_of<kSoftcap, kAnchored, false>(exact_logit(p, i + r), w, p);
           }
         }
       }
@@ -185,7 +191,7 @@ row_sums_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* partial, int6
 }
 
 // [g_A, tau] of every set, one behind the other; ids [sum of a_k], offsets [sets + 1]; `blocks` of each set.
-template <typename T, int kThreads, bool kSoftcap>
+template <typename T, int kThreads, bool kSoftcap, bool kAnchored>
 CPO_KERNEL(kThreads, 1)
 gather_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* row_sums, const int64_t* ids, const int64_t* offsets,
               int64_t set_rows, int64_t blocks, T* out) {
@@ -199,15 +205,15 @@ gather_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* row_sums, const
   T* const g = out + set_rows * (first + set) + within * (count + 1);  // sets before have set_rows rows
   const T* const row = p.logits + i * p.stride;
   const bool counted = counts(p, lse, i);
-  Softmax<Acc> s = softmax_of_lse(lse[i], p);
-  if (!counted) s = {0, 0, 0, 0};
-  const Acc factor = s.factor * p.scale;
-  Acc at_label = 0;
+  const Softmax<Acc> s = softmax_of_lse(lse[i], lacking<kSoftcap, kAnchored>(p, i), p);
+  Weights<Acc> w{s.shift, s.factor * p.scale, 0, offset_of<kSoftcap, kAnchored>(p, i)};
+  if (!counted) w = {0, 0, 0, 0};
+  Acc x_label = 0, at_label = 0;
   if (counted && column_of(p, label) >= 0) {
-    const Acc x = widened(row[label]);
+    x_label = kAnchored ? exact_logit(p, i) : widened(row[label]);
     Acc slope = 1;
-    const Acc y = kSoftcap ? tanh_and_slope(x * p.inner, slope) : x;
-    at_label = -expm1(fma(p.nat, y, -lse[i])) * p.scale * slope;
+    const Acc y = y_and_slope<kSoftcap, kAnchored>(p, x_label, w.offset, slope);
+    at_label = -expm1(fma(p.nat, y, -s.log_sum)) * p.scale * slope;
   }
   Acc total = 0;
   for (int64_t j = lane; j < count; j += kWarp * kGathered) {
@@ -220,7 +226,8 @@ gather_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* row_sums, const
 #pragma unroll
     for (int e = 0; e < kGathered; ++e) {
       if (column[e] < 0) break;
-      const Acc size = gradient_of<kSoftcap>(x[e], s, factor, p);
+      if (kAnchored && counted && column[e] == label) x[e] = x_label;
+      const Acc size = gradient_of<kSoftcap, kAnchored, false>(x[e], w, p);
       total += size;
       g[j + e * kWarp] = rounded<T>(counted && column[e] == label ? at_label : -size);
     }
@@ -346,13 +353,15 @@ void launch_live_columns(const char* op, const Problem<T>& p, const AccOf<T>* ls
   auto* shifts = reinterpret_cast<RowShift<Acc>*>(scratch);
   Acc* partial = scratch + 2 * p.rows;
   const LaunchShape rows{shares(p.rows, kSumThreads), kSumThreads, 1, 0, stream};
-  launch(op, rows, prepare_kernel<T, kSumThreads>, p, lse, shifts);
+  launch(op, rows, prepare_kernel<T, kSumThreads>, p, lse, softcap ? nullptr : p.anchors, shifts);
   const bool wide = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.stride % Number<T>::kPer == 0;
-  const auto plain = wide ? sets_kernel<T, kSetThreads, false, true> : sets_kernel<T, kSetThreads, false, false>;
-  const auto capped = wide ? sets_kernel<T, kSetThreads, true, true> : sets_kernel<T, kSetThreads, true, false>;
   const int shared_bytes = 2 * (kSetThreads / kWarp) * kTile<T> * int(sizeof(Acc));
-  launch(op, {sets * tiles, kSetThreads, 1, shared_bytes, stream}, softcap ? capped : plain, p, shifts,
-         Acc(eps * p.scale), set_rows, tiles, live, tail, partial);
+  const LaunchShape tiled{sets * tiles, kSetThreads, 1, shared_bytes, stream};
+  const auto sweep = [&](auto capped, auto anchored, auto in_vectors) {
+    launch(op, tiled, sets_kernel<T, kSetThreads, capped, anchored, in_vectors>, p, shifts, Acc(eps * p.scale),
+           set_rows, tiles, live, tail, partial);
+  };
+  with_flags(sweep, softcap, p.anchors != nullptr, wide);
   launch(op, rows, row_sums_kernel<T, kSumThreads>, p, lse, partial, tiles, row_sums);
 }
 
@@ -361,8 +370,12 @@ void launch_live_grads(const char* op, const Problem<T>& p, const AccOf<T>* lse,
                        const int64_t* ids, const int64_t* offsets, int64_t set_rows, bool softcap, T* out,
                        void* stream) {
   const int64_t sets = shares(p.rows, set_rows), blocks = shares(set_rows, kSetThreads / kWarp);
-  const auto kernel = softcap ? gather_kernel<T, kSetThreads, true> : gather_kernel<T, kSetThreads, false>;
-  launch(op, {sets * blocks, kSetThreads, 1, 0, stream}, kernel, p, lse, row_sums, ids, offsets, set_rows, blocks, out);
+  const LaunchShape shape{sets * blocks, kSetThreads, 1, 0, stream};
+  const auto gather = [&](auto capped, auto anchored) {
+    launch(op, shape, gather_kernel<T, kSetThreads, capped, anchored>, p, lse, row_sums, ids, offsets, set_rows, blocks,
+           out);
+  };
+  with_flags(gather, softcap, p.anchors != nullptr);
 }
 
 constexpr int kSumBlockRows = kSetThreads / kWarp * kSumRows;

@@ -35,15 +35,18 @@ inline void check_device(const char* name, const Tensor& t, const char* like_nam
 
 // Shapes and formulas: cpo_kernels/library.py.
 std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
-                                                   double softcap, int64_t vocab_size, bool extras);
+                                                   double softcap, int64_t vocab_size, bool extras, Optional anchors);
 void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int64_t ignore_index, double scale,
-                      double softcap, int64_t vocab_size);
+                      double softcap, int64_t vocab_size, Optional anchors, Optional entropies);
 std::tuple<Tensor, Tensor, Tensor> token_logps_fused_(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
-                                                      double softcap, int64_t vocab_size, bool extras);
+                                                      double softcap, int64_t vocab_size, bool extras,
+                                                      Optional anchors);
 std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
-                                                int64_t ignore_index, double scale, double softcap, int64_t vocab_size);
+                                                int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                                                Optional anchors);
 Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
-                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size);
+                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                  Optional anchors);
 Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets);
 Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference(

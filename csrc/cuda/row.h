@@ -17,6 +17,9 @@ constexpr int kHeldPlain = 8, kHeldBeside = 5;
 
 // The problem as every row sees it. z = nat * y, with y = tanh(inner * logit) under a softcap and y = logit without.
 // Exponentials are E^(c y - shift), E = 2 for float (one instruction) and e for double: c = nat / log E.
+//
+// With anchors row i lacks the constant anchors[i]. Under a softcap y = tanh(inner * logit + offset); without one all
+// of a row's y lack it too, and its outputs get it back.
 template <typename T>
 struct Problem {
   T* logits;              // [rows, width], `stride` elements from row to row
@@ -24,7 +27,27 @@ struct Problem {
   int64_t rows, stride, ignore_index;
   int width, columns;  // the vocabulary is the first `columns`
   AccOf<T> nat, c, inner, scale;
+  const AccOf<T>* anchors;  // [2, rows], what the rows lack and the exact logits of their labels; or null
 };
+
+// What the y of row i add to inner * logit. Kernels that are not kAnchored have no anchors; those that are may have
+// some.
+template <bool kSoftcap, bool kAnchored, typename T>
+CPO_DEVICE AccOf<T> offset_of(const Problem<T>& p, int64_t i) {
+  return kSoftcap && kAnchored && p.anchors ? p.anchors[i] * p.inner : AccOf<T>(0);
+}
+
+// What the y of row i lack.
+template <bool kSoftcap, bool kAnchored, typename T>
+CPO_DEVICE AccOf<T> lacking(const Problem<T>& p, int64_t i) {
+  return !kSoftcap && kAnchored && p.anchors ? p.anchors[i] : AccOf<T>(0);
+}
+
+// The exact logit of the label of row i, less what the row lacks, as those that the row holds.
+template <typename T>
+CPO_DEVICE AccOf<T> exact_logit(const Problem<T>& p, int64_t i) {
+  return p.anchors[p.rows + i] - p.anchors[i];
+}
 
 template <typename T>
 struct Row {

@@ -1,8 +1,9 @@
 // What follows from a row's sums: its outputs, and its gradient
 //
-//     dlogit_v = grad * scale * (1 - tanh^2) * (onehot_v - softmax_v),   softmax_v = factor E^(c y_v - shift)
+//     dlogit_v = [grad (onehot_v - p_v) - grad_H p_v (log p_v + H)] * scale * (1 - tanh^2),
+//     p_v = softmax_v = factor E^(c y_v - shift), with the gradients of the log-prob and of the entropy H
 //
-// At the label 1 - softmax cancels where the model is sure; there it is -expm1(logp).
+// At the label 1 - p cancels where the model is sure; there it is -expm1(logp).
 #pragma once
 
 #include "row_sums.h"
@@ -28,9 +29,9 @@ CPO_DEVICE int column_of(const Problem<T>& p, int64_t label) {
   return label >= 0 && label < p.columns ? int(label) : -1;
 }
 
-// The label's logit; NaN where the label is out of range.
+// What the row holds of its label; NaN where the label is out of range.
 template <typename T>
-CPO_DEVICE AccOf<T> label_logit(const T* row, int column) {
+CPO_DEVICE AccOf<T> stored_logit(const T* row, int column) {
   return column >= 0 ? widened(row[column]) : AccOf<T>(NAN);
 }
 
@@ -44,27 +45,50 @@ CPO_DEVICE Softmax<AccOf<T>> softmax_of(const Sums<AccOf<T>>& a, AccOf<T> y_labe
   return {shift, isnan(y_label) ? y_label : Acc(1) / a.sum, a.top, log_sum};
 }
 
-// The same from a log-sum-exp. What rounding lse / nat and its product with c leaves goes into the factor.
+// The same from a log-sum-exp and what the y lack. What rounding lse / nat and its product with c leaves goes into the
+// factor.
 template <typename T>
-CPO_DEVICE Softmax<AccOf<T>> softmax_of_lse(AccOf<T> lse, const Problem<T>& p) {
+CPO_DEVICE Softmax<AccOf<T>> softmax_of_lse(AccOf<T> lse, AccOf<T> lacking, const Problem<T>& p) {
   using Acc = AccOf<T>;
+  if (lacking != 0) lse = fma(-p.nat, lacking, lse);
   const Acc y = lse / p.nat, shift = mul_rn(y, p.c);
   const Acc rest = fma(p.nat, y, -lse) - kLogE<Acc> * fma(y, p.c, -shift);
   return {shift, exp(rest), Acc(0), lse};
 }
 
-template <bool kExtras, typename T>
+// A row's label once the row is summed.
+template <typename Acc>
+struct Label {
+  Acc y;        // NaN where the label is out of range
+  bool is_top;  // what the row holds of it is its top
+};
+
+// stored: y of the label as the row holds it. The sums get the exact one.
+template <bool kSoftcap, bool kExtras, bool kAnchored, typename T>
+CPO_DEVICE Label<AccOf<T>> label_of(Sums<AccOf<T>>& a, AccOf<T> stored, AccOf<T> offset, int64_t i,
+                                    const Problem<T>& p) {
+  Label<AccOf<T>> label{stored, stored == a.top};
+  if (kAnchored && !isnan(stored)) {
+    label.y = y_of<kSoftcap, kAnchored>(p, exact_logit(p, i), offset);
+    replace<kExtras>(a, stored, label.y, p.c);
+  }
+  return label;
+}
+
+template <bool kSoftcap, bool kExtras, bool kAnchored, typename T>
 CPO_DEVICE void store_outputs(const Outputs<AccOf<T>>& out, int64_t i, const Sums<AccOf<T>>& a,
-                              const Softmax<AccOf<T>>& s, AccOf<T> y_label, const Problem<T>& p) {
+                              const Softmax<AccOf<T>>& s, const Label<AccOf<T>>& label, const Problem<T>& p) {
   using Acc = AccOf<T>;
-  out.logp[i] = fma(p.nat, y_label - a.top, -s.log_sum);  // explicit: the same bits with and without extras
-  out.lse[i] = isnan(y_label) ? y_label : fma(p.nat, a.top, s.log_sum);
+  const Acc lse = fma(p.nat, a.top, s.log_sum), lack = lacking<kSoftcap, kAnchored>(p, i);
+  out.logp[i] = fma(p.nat, label.y - a.top, -s.log_sum);  // explicit: the same bits with and without extras
+  out.lse[i] = isnan(label.y) ? label.y : kAnchored ? fma(p.nat, lack, lse) : lse;
   if (!kExtras) return;
   const Acc largest = fma(a.top, p.c, -s.shift);
   out.extra[i] = s.log_sum - kLogE<Acc> * (a.sum_t / a.sum - largest);
   out.extra[p.rows + i] = log(a.sum_sq) - 2 * (s.log_sum + kLogE<Acc> * largest);
-  out.extra[2 * p.rows + i] = p.nat * (a.sum_y / p.columns);
-  out.extra[3 * p.rows + i] = y_label == a.top && !isnan(a.sum) ? Acc(1) : Acc(0);
+  const Acc mean = a.sum_y / p.columns;
+  out.extra[2 * p.rows + i] = p.nat * (kAnchored ? mean + lack : mean);
+  out.extra[3 * p.rows + i] = label.is_top && !isnan(a.sum) ? Acc(1) : Acc(0);
 }
 
 template <bool kExtras, typename Acc>
@@ -74,30 +98,57 @@ CPO_DEVICE void store_ignored(const Outputs<Acc>& out, int64_t i, int64_t rows) 
   for (int k = 0; kExtras && k < 4; ++k) out.extra[k * rows + i] = 0;
 }
 
-template <bool kSoftcap, typename T>
-CPO_DEVICE AccOf<T> gradient_of(AccOf<T> logit, const Softmax<AccOf<T>>& s, AccOf<T> factor, const Problem<T>& p) {
-  AccOf<T> slope = 1;
-  const AccOf<T> y = kSoftcap ? tanh_and_slope(logit * p.inner, slope) : logit;
-  const AccOf<T> g = factor * exp_unit(fma(y, p.c, -s.shift));
+// Incoming gradients of a row's log-prob and entropy, and the entropy.
+template <typename Acc>
+struct Upstream {
+  Acc logp, entropy, value;
+};
+
+// What makes the gradient of a column from its t = c y - shift: E^t (factor + rise t), times 1 - tanh^2 under a
+// softcap. A row without a gradient of its entropy has no rise.
+template <typename Acc>
+struct Weights {
+  Acc shift, factor, rise, offset;
+};
+
+template <bool kSoftcap, bool kAnchored, bool kEntropy, typename T>
+CPO_DEVICE AccOf<T> gradient_of(AccOf<T> logit, const Weights<AccOf<T>>& w, const Problem<T>& p) {
+  using Acc = AccOf<T>;
+  Acc slope = 1;
+  const Acc y = y_and_slope<kSoftcap, kAnchored>(p, logit, w.offset, slope);
+  const Acc t = fma(y, p.c, -w.shift), power = exp_unit(t);
+  Acc g = w.factor * power;
+  if (kEntropy) g = power > 0 ? power * fma(w.rise, t, w.factor) : power;
   return kSoftcap ? g * slope : g;
 }
 
 // Overwrites this thread's part of a row with its gradient, last chunk first: what was read last is still in the cache,
 // or, if `held`, in `v`. x_label: the label's logit, which only its owner may read once the writing has begun.
-template <bool kSoftcap, int kThreads, int kVectors, typename T>
+template <bool kSoftcap, bool kAnchored, bool kEntropy, int kThreads, int kVectors, typename T>
 CPO_DEVICE void write(const Row<T>& row, const Part<kThreads, kVectors>& part, const Problem<T>& p, int label,
-                      AccOf<T> x_label, const Softmax<AccOf<T>>& s, AccOf<T> grad, Pack (&v)[kVectors], bool held) {
+                      AccOf<T> x_label, AccOf<T> offset, const Softmax<AccOf<T>>& s, const Upstream<AccOf<T>>& grad,
+                      Pack (&v)[kVectors], bool held) {
   using Acc = AccOf<T>;
-  const Acc scaled = grad * p.scale, factor = -scaled * s.factor;
+  const Acc scaled = grad.logp * p.scale;
+  Weights<Acc> w{s.shift, -scaled * s.factor, 0, offset};
+  if (kEntropy) {
+    const Acc scaled_entropy = grad.entropy * p.scale;
+    w.rise = -scaled_entropy * s.factor * kLogE<Acc>;
+    w.factor = fma(-scaled_entropy * s.factor, log(s.factor) + grad.value, w.factor);
+  }
   const int own_label = part.owns(row, label) ? label : -1;
   T at_label{};
   if (own_label >= 0) {
     Acc slope = 1;
-    const Acc y = kSoftcap ? tanh_and_slope(x_label * p.inner, slope) : x_label;
-    at_label = rounded<T>(-expm1(fma(p.nat, y - s.top, -s.log_sum)) * scaled * slope);
+    const Acc y = y_and_slope<kSoftcap, kAnchored>(p, x_label, offset, slope);
+    const Acc logp = fma(p.nat, y - s.top, -s.log_sum);
+    Acc g = -expm1(logp) * scaled;
+    if (kEntropy && exp(logp) > 0) g -= exp(logp) * (logp + grad.value) * grad.entropy * p.scale;
+    at_label = rounded<T>(g * slope);
   }
   const int chunks = part.chunks(row), edge = part.edge(row);
-  if (edge >= 0) row.start[edge] = rounded<T>(gradient_of<kSoftcap>(widened(row.start[edge]), s, factor, p));
+  const auto gradient = [&](Acc x) { return gradient_of<kSoftcap, kAnchored, kEntropy>(x, w, p); };
+  if (edge >= 0) row.start[edge] = rounded<T>(gradient(widened(row.start[edge])));
   for (int chunk = chunks - 1; chunk >= 0; --chunk) {
     if (!held || chunk < chunks - 1) part.load(row, chunk, v);
 #pragma unroll
@@ -107,7 +158,7 @@ CPO_DEVICE void write(const Row<T>& row, const Part<kThreads, kVectors>& part, c
       Acc x[Number<T>::kPer];
       Number<T>::unpack(v[j], x);
 #pragma unroll
-      for (int e = 0; e < Number<T>::kPer; ++e) x[e] = gradient_of<kSoftcap>(x[e], s, factor, p);
+      for (int e = 0; e < Number<T>::kPer; ++e) x[e] = gradient(x[e]);
       store16(row.vector(k), Number<T>::pack(x));
     }
   }

@@ -40,20 +40,27 @@ CPO_DEVICE Acc raise(Sums<Acc>& a, Acc top, Acc c) {
   return left ? factor : Acc(0);
 }
 
-template <bool kSoftcap, typename T>
-CPO_DEVICE AccOf<T> y_of(const Problem<T>& p, AccOf<T> logit) {
+// y, and slope = 1 - tanh^2 under a softcap; without one, slope stays.
+template <bool kSoftcap, bool kAnchored, typename T>
+CPO_DEVICE AccOf<T> y_and_slope(const Problem<T>& p, AccOf<T> logit, AccOf<T> offset, AccOf<T>& slope) {
+  if (!kSoftcap) return logit;
+  return tanh_and_slope(kAnchored ? fma(logit, p.inner, offset) : logit * p.inner, slope);
+}
+
+template <bool kSoftcap, bool kAnchored, typename T>
+CPO_DEVICE AccOf<T> y_of(const Problem<T>& p, AccOf<T> logit, AccOf<T> offset) {
   AccOf<T> slope;
-  return kSoftcap ? tanh_and_slope(logit * p.inner, slope) : logit;
+  return y_and_slope<kSoftcap, kAnchored>(p, logit, offset, slope);
 }
 
 // Takes `n` logits into the sums.
-template <bool kSoftcap, bool kExtras, int n, typename T>
-CPO_DEVICE void fold(Sums<AccOf<T>>& a, AccOf<T> (&x)[n], const Problem<T>& p) {
+template <bool kSoftcap, bool kExtras, bool kAnchored, int n, typename T>
+CPO_DEVICE void fold(Sums<AccOf<T>>& a, AccOf<T> (&x)[n], const Problem<T>& p, AccOf<T> offset) {
   using Acc = AccOf<T>;
   Acc top = a.top;
 #pragma unroll
   for (int e = 0; e < n; ++e) {
-    x[e] = y_of<kSoftcap>(p, x[e]);
+    x[e] = y_of<kSoftcap, kAnchored>(p, x[e], offset);
     top = fmax(top, x[e]);
   }
   const Acc factor = raise<kExtras>(a, top, p.c), shift = shift_of(top, p.c);
@@ -72,9 +79,9 @@ CPO_DEVICE void fold(Sums<AccOf<T>>& a, AccOf<T> (&x)[n], const Problem<T>& p) {
 }
 
 // The sums of this thread's part of a row; `v` keeps the last chunk.
-template <bool kSoftcap, bool kExtras, int kThreads, int kVectors, typename T>
+template <bool kSoftcap, bool kExtras, bool kAnchored, int kThreads, int kVectors, typename T>
 CPO_DEVICE Sums<AccOf<T>> scan(const Row<T>& row, const Part<kThreads, kVectors>& part, const Problem<T>& p,
-                               Pack (&v)[kVectors]) {
+                               AccOf<T> offset, Pack (&v)[kVectors]) {
   Sums<AccOf<T>> a = Sums<AccOf<T>>::none();
   const int chunks = part.chunks(row);
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -84,13 +91,13 @@ CPO_DEVICE Sums<AccOf<T>> scan(const Row<T>& row, const Part<kThreads, kVectors>
       if (part.vector(chunk, j) >= row.vectors) break;
       AccOf<T> x[Number<T>::kPer];
       Number<T>::unpack(v[j], x);
-      fold<kSoftcap, kExtras>(a, x, p);
+      fold<kSoftcap, kExtras, kAnchored>(a, x, p, offset);
     }
   }
   const int edge = part.edge(row);
   if (edge >= 0) {
     AccOf<T> x[1] = {widened(row.start[edge])};
-    fold<kSoftcap, kExtras>(a, x, p);
+    fold<kSoftcap, kExtras, kAnchored>(a, x, p, offset);
   }
   return a;
 }
@@ -140,6 +147,27 @@ CPO_DEVICE Sums<Acc> meet_cluster(Sums<Acc> a, Acc c, Sums<Acc>* slots) {
   cluster_arrive();
   cluster_wait();
   return meet<kExtras>(slots, cluster_size(), c);
+}
+
+// The sums with `y` in place of a column's `stored` one, which passed through the dtype of the logits. They become
+// relative to y where that is most of them: where it is all there is, their logarithm is 0, whatever they held before.
+template <bool kExtras, typename Acc>
+CPO_DEVICE void replace(Sums<Acc>& a, Acc stored, Acc y, Acc c) {
+  const Acc old = shift_of(a.top, c), t_stored = fma(stored, c, -old), power_stored = exp_unit(t_stored);
+  a.sum -= power_stored;
+  if (kExtras) {
+    if (power_stored > 0) a.sum_t = fma(-power_stored, t_stored, a.sum_t);
+    a.sum_sq = fmax(fma(-power_stored, power_stored, a.sum_sq), Acc(0));
+    if (stored > -Acc(INFINITY)) a.sum_y += y - stored;
+  }
+  if (a.sum <= 0) a = {-Acc(INFINITY), 0, 0, 0, a.sum_y};
+  if (exp_unit(fma(y, c, -old)) >= a.sum) a.sum *= raise<kExtras>(a, y, c);
+  const Acc t = fma(y, c, -shift_of(a.top, c)), power = exp_unit(t);
+  a.sum += power;
+  if (kExtras) {
+    if (power > 0) a.sum_t = fma(power, t, a.sum_t);
+    a.sum_sq = fma(power, power, a.sum_sq);
+  }
 }
 
 }  // namespace cpo::cuda

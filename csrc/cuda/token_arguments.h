@@ -28,6 +28,20 @@ inline ScalarType acc_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// anchors or entropies [2, N], where they are given.
+inline void check_row_pairs_on_device(const char* op, const char* name, const Optional& pairs, const Tensor& logits) {
+  check_row_pairs(op, name, pairs, logits.size(0), acc_type(logits));
+  if (pairs) check_device(name, *pairs, "logits", logits);
+}
+
+inline Optional dense_pairs(const Optional& t) { return t ? Optional(dense(*t)) : t; }
+
+// Null where they are not given.
+template <typename T>
+const AccOf<T>* data_of_pairs(const Optional& pairs) {
+  return pairs ? data_of<AccOf<T>>(*pairs) : nullptr;
+}
+
 // Calls run(T{}) with the type of the logits' numbers.
 template <typename Run>
 void with_type_of(const Tensor& logits, const Run& run) {
@@ -41,10 +55,11 @@ void with_type_of(const Tensor& logits, const Run& run) {
 
 // overwritten: else the pointer is read as const, which must not split a copy-on-write tensor.
 template <typename T>
-Problem<T> problem_in(const Tensor& logits, const Tensor& labels, const Head& head, bool overwritten) {
+Problem<T> problem_in(const Tensor& logits, const Tensor& labels, const Head& head, const Optional& anchors,
+                      bool overwritten) {
   void* data = overwritten ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
   return problem_of(static_cast<T*>(data), data_of<int64_t>(labels), logits.size(0), logits.stride(0), logits.size(1),
-                    head.vocab_size, head.ignore_index, head.scale, head.softcap);
+                    head.vocab_size, head.ignore_index, head.scale, head.softcap, data_of_pairs<T>(anchors));
 }
 
 }  // namespace cpo::cuda

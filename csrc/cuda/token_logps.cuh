@@ -20,7 +20,7 @@ constexpr int blocks_for(int threads) {
 }
 
 // pieces = 1: the outputs; else only sums [rows, pieces].
-template <typename T, int kThreads, bool kSoftcap, bool kExtras>
+template <typename T, int kThreads, bool kSoftcap, bool kExtras, bool kAnchored>
 CPO_KERNEL(kThreads, blocks_for<T>(kThreads))
 scan_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, Sums<AccOf<T>>* sums) {
   using Acc = AccOf<T>;
@@ -32,21 +32,23 @@ scan_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, Sums<AccOf<T>>* sum
   }
   const Row<T> row(p.logits + i * p.stride, p.columns);
   const Part<kThreads, kStreamed> part(piece, pieces);
-  const Acc x_label = label_logit(row.start, column_of(p, label));
+  const Acc x_label = stored_logit(row.start, column_of(p, label));
   Pack v[kStreamed];
-  Sums<Acc> a = scan<kSoftcap, kExtras>(row, part, p, v);
+  const Acc offset = offset_of<kSoftcap, kAnchored>(p, i);
+  Sums<Acc> a = scan<kSoftcap, kExtras, kAnchored>(row, part, p, offset, v);
   a = meet_block<kThreads, kExtras>(a, p.c, shared<Sums<Acc>>());
   if (thread_index() != 0) return;
   if (pieces > 1) {
     sums[block_index()] = a;
   } else {
-    const Acc y_label = y_of<kSoftcap>(p, x_label);
-    store_outputs<kExtras>(out, i, a, softmax_of(a, y_label, p), y_label, p);
+    const Acc stored = y_of<kSoftcap, kAnchored>(p, x_label, offset);
+    const Label<Acc> at = label_of<kSoftcap, kExtras, kAnchored>(a, stored, offset, i, p);
+    store_outputs<kSoftcap, kExtras, kAnchored>(out, i, a, softmax_of(a, at.y, p), at, p);
   }
 }
 
 // One warp a row. softmaxes [rows]: for write_kernel, or null.
-template <typename T, bool kSoftcap, bool kExtras>
+template <typename T, bool kSoftcap, bool kExtras, bool kAnchored>
 CPO_KERNEL(kWarp, 1)
 combine_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, const Sums<AccOf<T>>* sums,
                Softmax<AccOf<T>>* softmaxes) {
@@ -56,32 +58,41 @@ combine_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, const Sums<AccOf
     if (thread_index() == 0) store_ignored<kExtras>(out, i, p.rows);
     return;
   }
-  const Acc y_label = y_of<kSoftcap>(p, label_logit(p.logits + i * p.stride, column_of(p, label)));
-  const Sums<Acc> a = meet<kExtras>(sums + i * pieces, pieces, p.c);
+  const Acc x_label = stored_logit(p.logits + i * p.stride, column_of(p, label));
+  const Acc offset = offset_of<kSoftcap, kAnchored>(p, i), stored = y_of<kSoftcap, kAnchored>(p, x_label, offset);
+  Sums<Acc> a = meet<kExtras>(sums + i * pieces, pieces, p.c);
   if (thread_index() != 0) return;
-  const Softmax<Acc> s = softmax_of(a, y_label, p);
-  store_outputs<kExtras>(out, i, a, s, y_label, p);
+  const Label<Acc> at = label_of<kSoftcap, kExtras, kAnchored>(a, stored, offset, i, p);
+  const Softmax<Acc> s = softmax_of(a, at.y, p);
+  store_outputs<kSoftcap, kExtras, kAnchored>(out, i, a, s, at, p);
   if (softmaxes) softmaxes[i] = s;
 }
 
-// softmaxes [rows] with grad = 1, or, where they are null, lse and grads [rows].
-template <typename T, int kThreads, bool kSoftcap>
+// softmaxes [rows] with grad = 1, or, where they are null, lse and grads [rows]. entropies [2, rows]: see Upstream;
+// where they are null there is none.
+template <typename T, int kThreads, bool kSoftcap, bool kAnchored, bool kEntropy>
 CPO_KERNEL(kThreads, blocks_for<T>(kThreads))
-write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const AccOf<T>* lse, const AccOf<T>* grads) {
+write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const AccOf<T>* lse, const AccOf<T>* grads,
+             const AccOf<T>* entropies) {
   using Acc = AccOf<T>;
   const int64_t i = block_index() / pieces, label = p.labels[i];
   const Row<T> row(p.logits + i * p.stride, p.columns);
-  const Part<kThreads, kStreamed> part(int(block_index() % pieces), pieces);
+  constexpr int kLoads = kSoftcap && kEntropy ? kStreamed - 1 : kStreamed;  // 4 would spill on sm_100
+  const Part<kThreads, kLoads> part(int(block_index() % pieces), pieces);
   if (label == p.ignore_index) return part.clear(Row<T>(row.start, p.width));
   const int column = column_of(p, label);
-  const Acc x_label = part.owns(row, column) ? widened(row.start[column]) : Acc(0);
-  Softmax<Acc> s = softmaxes ? softmaxes[i] : softmax_of_lse(lse[i], p);
+  Acc x_label = part.owns(row, column) ? widened(row.start[column]) : Acc(0);
+  if (kAnchored && p.anchors) x_label = exact_logit(p, i);
+  Softmax<Acc> s = softmaxes ? softmaxes[i] : softmax_of_lse(lse[i], lacking<kSoftcap, kAnchored>(p, i), p);
   if (column < 0) s.factor = Acc(NAN);
-  Pack v[kStreamed];
-  write<kSoftcap>(row, part, p, column, x_label, s, softmaxes ? Acc(1) : grads[i], v, false);
+  Upstream<Acc> grad{softmaxes ? Acc(1) : grads[i], 0, 0};
+  if (kEntropy) grad = {grad.logp, entropies[i], entropies[p.rows + i]};
+  Pack v[kLoads];
+  const Acc offset = offset_of<kSoftcap, kAnchored>(p, i);
+  write<kSoftcap, kAnchored, kEntropy>(row, part, p, column, x_label, offset, s, grad, v, false);
 }
 
-template <typename T, int kThreads, bool kSoftcap, bool kExtras>
+template <typename T, int kThreads, bool kSoftcap, bool kExtras, bool kAnchored>
 CPO_KERNEL(kThreads, blocks_for<T>(kThreads))
 fused_kernel(Problem<T> p, Outputs<AccOf<T>> out) {
   using Acc = AccOf<T>;
@@ -96,16 +107,19 @@ fused_kernel(Problem<T> p, Outputs<AccOf<T>> out) {
   }
   if (blocks > 1) cluster_arrive_relaxed();
   const int column = column_of(p, label);
-  const Acc x_label = label_logit(row.start, column);
+  Acc x_label = stored_logit(row.start, column);
   Pack v[kHeld];
-  Sums<Acc> a = scan<kSoftcap, kExtras>(row, part, p, v);
+  const Acc offset = offset_of<kSoftcap, kAnchored>(p, i);
+  Sums<Acc> a = scan<kSoftcap, kExtras, kAnchored>(row, part, p, offset, v);
   Sums<Acc>* slots = shared<Sums<Acc>>();
   a = meet_block<kThreads, kExtras>(a, p.c, slots);
   if (blocks > 1) a = meet_cluster<kExtras>(a, p.c, slots + kThreads / kWarp);
-  const Acc y_label = y_of<kSoftcap>(p, x_label);
-  const Softmax<Acc> s = softmax_of(a, y_label, p);
-  if (part.first == 0) store_outputs<kExtras>(out, i, a, s, y_label, p);
-  write<kSoftcap>(row, part, p, column, x_label, s, Acc(1), v, true);
+  const Acc stored = y_of<kSoftcap, kAnchored>(p, x_label, offset);
+  const Label<Acc> at = label_of<kSoftcap, kExtras, kAnchored>(a, stored, offset, i, p);
+  const Softmax<Acc> s = softmax_of(a, at.y, p);
+  if (part.first == 0) store_outputs<kSoftcap, kExtras, kAnchored>(out, i, a, s, at, p);
+  if (kAnchored) x_label = exact_logit(p, i);
+  write<kSoftcap, kAnchored, false>(row, part, p, column, x_label, offset, s, Upstream<Acc>{1, 0, 0}, v, true);
 }
 
 }  // namespace cpo::cuda

@@ -16,7 +16,7 @@ constexpr int kMaxCluster = 8;     // blocks that every device with clusters can
 
 template <typename T>
 Problem<T> problem_of(T* logits, const int64_t* labels, int64_t rows, int64_t stride, int64_t width, int64_t columns,
-                      int64_t ignore_index, double scale, double softcap) {
+                      int64_t ignore_index, double scale, double softcap, const AccOf<T>* anchors) {
   using Acc = AccOf<T>;
   const double nat = softcap > 0 ? softcap : scale;
   return {logits,
@@ -29,7 +29,8 @@ Problem<T> problem_of(T* logits, const int64_t* labels, int64_t rows, int64_t st
           Acc(nat),
           Acc(sizeof(Acc) == 4 ? nat * 1.4426950408889634 : nat),
           Acc(softcap > 0 ? scale / softcap : 0.0),
-          Acc(scale)};
+          Acc(scale),
+          anchors};
 }
 
 struct Plan {
@@ -69,7 +70,7 @@ int64_t scratch_size(const Problem<T>& p, const Plan& plan, bool overwrite) {
   return split ? p.rows * (plan.pieces * sums + softmax) : 0;
 }
 
-template <typename T, int kThreads, bool kSoftcap, bool kExtras>
+template <typename T, int kThreads, bool kSoftcap, bool kExtras, bool kAnchored>
 void launch_forward(const char* op, const Problem<T>& p, const Outputs<AccOf<T>>& out, bool overwrite, const Plan& plan,
                     AccOf<T>* scratch, void* stream) {
   using Acc = AccOf<T>;
@@ -77,38 +78,42 @@ void launch_forward(const char* op, const Problem<T>& p, const Outputs<AccOf<T>>
     return LaunchShape{blocks, kThreads, cluster, (kThreads / kWarp + cluster) * int(sizeof(Sums<Acc>)), stream};
   };
   if (overwrite && plan.cluster > 0) {
-    launch(op, shape(p.rows * plan.cluster, plan.cluster), fused_kernel<T, kThreads, kSoftcap, kExtras>, p, out);
+    launch(op, shape(p.rows * plan.cluster, plan.cluster), fused_kernel<T, kThreads, kSoftcap, kExtras, kAnchored>, p,
+           out);
     return;
   }
   auto* sums = reinterpret_cast<Sums<Acc>*>(scratch);
   auto* softmaxes = reinterpret_cast<Softmax<Acc>*>(sums + p.rows * plan.pieces);
   const LaunchShape split = shape(p.rows * plan.pieces, 1);
-  launch(op, split, scan_kernel<T, kThreads, kSoftcap, kExtras>, p, out, plan.pieces, sums);
+  launch(op, split, scan_kernel<T, kThreads, kSoftcap, kExtras, kAnchored>, p, out, plan.pieces, sums);
   if (plan.pieces == 1) return;
-  launch(op, {p.rows, kWarp, 1, 0, stream}, combine_kernel<T, kSoftcap, kExtras>, p, out, plan.pieces, sums,
+  launch(op, {p.rows, kWarp, 1, 0, stream}, combine_kernel<T, kSoftcap, kExtras, kAnchored>, p, out, plan.pieces, sums,
          overwrite ? softmaxes : nullptr);
   if (!overwrite) return;
   const Acc* none = nullptr;
-  launch(op, split, write_kernel<T, kThreads, kSoftcap>, p, plan.pieces, softmaxes, none, none);
+  launch(op, split, write_kernel<T, kThreads, kSoftcap, kAnchored, false>, p, plan.pieces, softmaxes, none, none, none);
 }
 
 // token_logps_fwd, and token_logps_fused_ with `overwrite`.
 template <int kThreads, typename T>
 void token_logps_forward(const char* op, const Problem<T>& p, const Outputs<AccOf<T>>& out, bool overwrite,
                          bool softcap, bool extras, const Plan& plan, AccOf<T>* scratch, void* stream) {
-  const auto plain = extras ? launch_forward<T, kThreads, false, true> : launch_forward<T, kThreads, false, false>;
-  const auto capped = extras ? launch_forward<T, kThreads, true, true> : launch_forward<T, kThreads, true, false>;
-  const auto run = softcap ? capped : plain;
-  run(op, p, out, overwrite, plan, scratch, stream);
+  with_flags([&](auto... on) { launch_forward<T, kThreads, on...>(op, p, out, overwrite, plan, scratch, stream); },
+             softcap, extras, p.anchors != nullptr);
 }
 
+// Rows with a gradient of the entropy share their kernels, with anchors and without.
 template <int kThreads, typename T>
-void token_logps_backward(const char* op, const Problem<T>& p, const AccOf<T>* lse, const AccOf<T>* grads, bool softcap,
-                          const Plan& plan, void* stream) {
+void token_logps_backward(const char* op, const Problem<T>& p, const AccOf<T>* lse, const AccOf<T>* grads,
+                          const AccOf<T>* entropies, bool softcap, const Plan& plan, void* stream) {
   const LaunchShape shape{p.rows * plan.pieces, kThreads, 1, 0, stream};
   const Softmax<AccOf<T>>* none = nullptr;
-  const auto kernel = softcap ? write_kernel<T, kThreads, true> : write_kernel<T, kThreads, false>;
-  launch(op, shape, kernel, p, plan.pieces, none, lse, grads);
+  const auto run = [&](auto capped, auto anchored, auto entropy) {
+    constexpr bool kAnchored = anchored || entropy;
+    launch(op, shape, write_kernel<T, kThreads, capped, kAnchored, entropy>, p, plan.pieces, none, lse, grads,
+           entropies);
+  };
+  with_flags(run, softcap, p.anchors != nullptr, entropies != nullptr);
 }
 
 }  // namespace cpo::cuda

@@ -10,16 +10,18 @@ namespace {
 bool wrong = false;
 
 template <typename T>
-void run(int64_t rows, int64_t columns, int64_t gap, int64_t first, int64_t set_rows, double softcap) {
+void run(int64_t rows, int64_t columns, int64_t gap, int64_t first, int64_t set_rows, double softcap, bool anchored) {
   using Acc = AccOf<T>;
   const int64_t stride = columns + gap, sets = shares(rows, set_rows);
   std::mt19937_64 random(columns);
   std::unique_ptr<T[]> logits(new T[first + (rows - 1) * stride + columns]);
   std::unique_ptr<int64_t[]> labels(new int64_t[rows]);
-  std::unique_ptr<Acc[]> lse(new Acc[rows]);
+  std::unique_ptr<Acc[]> lse(new Acc[rows]), anchors(new Acc[2 * rows]);
   for (int64_t i = 0; i < rows; ++i) {
     labels[i] = int64_t(random() % columns);
     lse[i] = Acc(4);
+    anchors[i] = Acc(random() % 3) - 1;
+    anchors[rows + i] = anchors[i] + 1;
     for (int64_t v = 0; v < columns; ++v) logits[first + i * stride + v] = rounded<T>(Acc(random() % 9) - 4);
   }
   labels[0] = columns - 1;
@@ -27,8 +29,8 @@ void run(int64_t rows, int64_t columns, int64_t gap, int64_t first, int64_t set_
   labels[2] = -1;  // elsewhere, and so is the last: one column behind the heap block
   labels[rows - 1] = columns;
   lse[3] = Acc(NAN);
-  const Problem<T> p =
-      problem_of(logits.get() + first, labels.get(), rows, stride, columns, columns, -100, 1.0, softcap);
+  const Problem<T> p = problem_of(logits.get() + first, labels.get(), rows, stride, columns, columns, -100, 1.0,
+                                  softcap, anchored ? anchors.get() : nullptr);
   std::unique_ptr<Acc[]> scratch(new Acc[live_scratch_size(p)]), tail(new Acc[sets * columns]), sums(new Acc[rows]);
   std::unique_ptr<bool[]> live(new bool[sets * columns]);
   launch_live_columns("", p, lse.get(), 0.9, set_rows, softcap > 0, scratch.get(), live.get(), tail.get(), sums.get(),
@@ -92,10 +94,10 @@ void run_sum(int64_t sets, int64_t columns, int64_t width, int64_t first) {
 }  // namespace
 
 int main() {
-  run<float>(11, 301, 0, 1, 6, 0.0);
-  run<float>(9, 301, 3, 0, 4, 5.0);
-  run<BFloat16>(9, 1043, 5, 0, 4, 0.0);
-  run<double>(7, 200, 0, 0, 7, 0.0);
+  run<float>(11, 301, 0, 1, 6, 0.0, false);
+  run<float>(9, 301, 3, 0, 4, 5.0, true);
+  run<BFloat16>(9, 1043, 5, 0, 4, 0.0, true);
+  run<double>(7, 200, 0, 0, 7, 0.0, false);
   run_sum<float>(3, 37, 132, 0);
   run_sum<float>(3, 5, 170, 1);
   run_sum<BFloat16>(2, 33, 264, 0);

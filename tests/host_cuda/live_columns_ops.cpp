@@ -12,7 +12,7 @@ struct Call {
   double scale, softcap, eps;
   void* logits;
   const int64_t* labels;
-  const void* lse;
+  const void *lse, *anchors;
 };
 
 struct SumCall {
@@ -33,7 +33,7 @@ void with_dtype(const Call& call, const Run& run) {
 template <typename T>
 Problem<T> problem_in(const Call& c) {
   return problem_of(static_cast<T*>(c.logits), c.labels, c.rows, c.stride, c.width, c.columns, c.ignore_index, c.scale,
-                    c.softcap);
+                    c.softcap, static_cast<const AccOf<T>*>(c.anchors));
 }
 
 }  // namespace

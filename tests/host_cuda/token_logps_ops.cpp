@@ -16,6 +16,7 @@ struct Call {
   double scale, softcap;
   void* logits;
   const int64_t* labels;
+  const void* anchors;
 };
 
 template <typename Run>
@@ -31,7 +32,7 @@ void with_dtype(const Call& call, const Run& run) {
 template <typename T>
 Problem<T> problem_in(const Call& c) {
   return problem_of(static_cast<T*>(c.logits), c.labels, c.rows, c.stride, c.width, c.columns, c.ignore_index, c.scale,
-                    c.softcap);
+                    c.softcap, static_cast<const AccOf<T>*>(c.anchors));
 }
 
 template <int kThreads, typename T>
@@ -46,12 +47,12 @@ void forward(const Machine& machine, const Call& call, bool overwrite, bool extr
 }
 
 template <int kThreads, typename T>
-void backward(const Machine& machine, const Call& call, const void* lse, const void* grads) {
+void backward(const Machine& machine, const Call& call, const void* lse, const void* grads, const void* entropies) {
   using Acc = AccOf<T>;
   const Problem<T> p = problem_in<T>(call);
   const Plan plan = plan_of<kThreads>(p, call.softcap > 0, false, machine.info());
-  token_logps_backward<kThreads>("", p, static_cast<const Acc*>(lse), static_cast<const Acc*>(grads), call.softcap > 0,
-                                 plan, nullptr);
+  token_logps_backward<kThreads>("", p, static_cast<const Acc*>(lse), static_cast<const Acc*>(grads),
+                                 static_cast<const Acc*>(entropies), call.softcap > 0, plan, nullptr);
 }
 
 }  // namespace
@@ -68,12 +69,13 @@ void host_forward(const Machine* machine, const Call* call, int overwrite, int e
   });
 }
 
-void host_backward(const Machine* machine, const Call* call, const void* lse, const void* grads) {
+void host_backward(const Machine* machine, const Call* call, const void* lse, const void* grads,
+                   const void* entropies) {
   host_seed = machine->seed;
   with_dtype(*call, [&](auto zero) {
     using T = decltype(zero);
     const auto run = machine->block == 64 ? backward<64, T> : backward<kTokenThreads, T>;
-    run(*machine, *call, lse, grads);
+    run(*machine, *call, lse, grads, entropies);
   });
 }
 

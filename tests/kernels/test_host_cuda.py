@@ -3,10 +3,14 @@ Parity with the oracle is in tests/parity/test_cuda_host.py.
 """
 
 import ctypes
+import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
+from cpo_kernels import library, reference
 from cpo_kernels.check.compare import Backend
 from cpo_kernels.check.preference import TYPES, make_batch, typed, without
 from cpo_kernels.check.tokens import DTYPES, IGNORE, make_rows
@@ -58,6 +62,60 @@ def test_a_missing_barrier_changes_what_fibers_compute(tmp_path):
         for seed in range(4)
     ]
     assert torch.stack(logps).isnan().any()  # shared memory that was not written yet
+
+
+def anchored_rows(dtype):
+    """Labels that their rows hold as -inf, as their top though they are not, or not at all; rows of nothing else, of
+    one column, with a NaN or ignored, whose anchors and gradients are NaN."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(9, 700, generator=generator, dtype=torch.float64)).to(dtype)
+    labels = torch.arange(9) * 70
+    acc = library.acc_dtype(dtype)
+    anchors = torch.stack([torch.linspace(-3, 30, 9, dtype=acc), torch.linspace(0, 33, 9, dtype=acc)])
+    logits[0, 0] = -math.inf
+    logits[1, 70], anchors[1, 1] = 8.0, anchors[0, 1] + 6.5
+    logits[2, 140], anchors[1, 2] = 1.0, anchors[0, 2] + 12.0
+    logits[3], anchors[1, 3] = -math.inf, anchors[0, 3] + 2.0
+    logits[4, 280], anchors[1, 4] = 300.0, anchors[0, 4] + 300.3
+    logits[5, 17] = math.nan
+    labels[6] = IGNORE
+    anchors[:, 6] = math.nan
+    labels[7] = 699
+    anchors[1, 8] = -math.inf
+    return logits, labels, anchors
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("machine", [(64, 1, 1), (64, 132, 0)], ids=["one kernel", "pieces"])
+def test_labels_that_their_rows_do_not_hold(dtype, softcap, machine, tokens):
+    logits, labels, anchors = anchored_rows(dtype)
+    kernels, options = HostTokens(tokens, *machine), (IGNORE, 0.9, softcap, 700)
+    exact: Any = (logits.double(), labels, *options)
+    want = reference.token_logps_fwd(*exact, True, anchors.double())
+    got = kernels.token_logps_fwd(logits, labels, *options, True, anchors)
+    want[2][0, 5] = math.nan  # not the 0 of terms left out
+    if not softcap:  # of a row that holds -inf the mean stays -inf
+        want[2][2, [0, 3]] = -math.inf
+    close = partial(torch.testing.assert_close, rtol=2e-6, atol=5e-6, check_dtype=False, equal_nan=True)
+    close(got[:2], want[:2])
+    close(got[2], want[2])
+    assert got[0][4] == 0 or softcap, "the log of what is all there is"
+    grad, entropies = (
+        torch.linspace(-1, 1, 9, dtype=got[0].dtype),
+        torch.stack([torch.full_like(got[0], 0.3), got[2][0]]),
+    )
+    entropies[:, 6] = math.nan
+    for given in ({}, {"entropies": entropies}):
+        ours, theirs = logits.clone(), logits.double()
+        kernels.token_logps_bwd_(ours, labels, got[1], grad, *options, anchors, **given)
+        exact_given = {name: torch.stack([t[0].double(), want[2][0]]) for name, t in given.items()}
+        reference.token_logps_bwd_(theirs, labels, want[1], grad.double(), *options, anchors.double(), **exact_given)
+        close(ours, theirs, rtol=torch.finfo(dtype).eps + 5e-5)
+    ours, theirs = logits.clone(), logits.double()
+    kernels.token_logps_fused_(ours, labels, *options, False, anchors)
+    reference.token_logps_fused_(theirs, labels, *options, False, anchors.double())
+    close(ours, theirs, rtol=torch.finfo(dtype).eps + 5e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tests.support.host_emulation import (
     COMPILER,
     LIBRARY_FLAGS,
     HostBackend,
+    address,
     bites,
     broken_copy,
     compile_host,
@@ -30,7 +31,7 @@ class Call(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("dtype", "rows", "stride", "width", "columns", "ignore", "set_rows", "seed")),
         *((n, ctypes.c_double) for n in ("scale", "softcap", "eps")),
-        *((n, ctypes.c_void_p) for n in ("logits", "labels", "lse")),
+        *((n, ctypes.c_void_p) for n in ("logits", "labels", "lse", "anchors")),
     ]
 
 
@@ -41,9 +42,9 @@ class SumCall(ctypes.Structure):
 def host_kernels(host_library, seed=0):
     """The ops of the host emulation, with the signatures of library.py; outputs begin as numbers that are wrong."""
 
-    def call(logits, labels, lse, eps, set_rows, ignore_index, scale, softcap, vocab_size):
+    def call(logits, labels, lse, eps, set_rows, ignore_index, scale, softcap, vocab_size, anchors=None):
         shape = (logits.shape[0], logits.stride(0), logits.shape[1], vocab_size, ignore_index, set_rows, seed)
-        pointers = (t.data_ptr() for t in (logits, labels, lse))
+        pointers = map(address, (logits, labels, lse, anchors))
         return ctypes.byref(Call(DTYPES.index(logits.dtype), *shape, scale, softcap, eps, *pointers))
 
     def pointers(*tensors):
@@ -51,8 +52,8 @@ def host_kernels(host_library, seed=0):
 
     def live_columns(logits, labels, lse, eps, set_rows, *head):
         rows, sets, acc = logits.shape[0], -(-logits.shape[0] // set_rows), library.acc_dtype(logits.dtype)
-        live = torch.full((sets, head[-1]), 255, dtype=torch.uint8)
-        tail, sums = torch.full((sets, head[-1]), torch.nan, dtype=acc), torch.full((rows,), 99.0, dtype=acc)
+        live = torch.full((sets, head[3]), 255, dtype=torch.uint8)
+        tail, sums = torch.full((sets, head[3]), torch.nan, dtype=acc), torch.full((rows,), 99.0, dtype=acc)
         if not rows:
             return live.bool(), tail, sums
         arguments = call(logits, labels, lse, eps, set_rows, *head)

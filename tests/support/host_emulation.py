@@ -59,6 +59,10 @@ def bites(source: str, folder: Path, sanitizer: str, file: str, there: str, inst
     return done.returncode != 0 and bool(re.search("ThreadSanitizer|AddressSanitizer|runtime error", done.stderr))
 
 
+def address(tensor: Tensor | None) -> int | None:
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else None
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in the order of token_logps_ops.cpp
 
 
@@ -72,7 +76,7 @@ class Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("dtype", "rows", "stride", "width", "columns", "ignore_index")),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
-        *((name, ctypes.c_void_p) for name in ("logits", "labels")),
+        *((name, ctypes.c_void_p) for name in ("logits", "labels", "anchors")),
     ]
 
 
@@ -82,36 +86,35 @@ class HostTokens:
     def __init__(self, tokens: ctypes.CDLL, block: int, multiprocessors: int, clusters: int, seed: int = 0) -> None:
         self.tokens, self.machine = tokens, Machine(block, multiprocessors, clusters, seed)
 
-    def call(self, logits, labels, ignore_index, scale, softcap, vocab_size):
+    def call(self, logits, labels, anchors, ignore_index, scale, softcap, vocab_size):
         sizes = (*logits.shape[:1], logits.stride(0), logits.shape[1], vocab_size, ignore_index)
         kind = DTYPES.index(logits.dtype)
-        return ctypes.byref(Call(kind, *sizes, scale, softcap, logits.data_ptr(), labels.data_ptr()))
+        return ctypes.byref(Call(kind, *sizes, scale, softcap, *map(address, (logits, labels, anchors))))
 
-    def forward(self, logits, labels, head, extras, overwrite):
+    def forward(self, logits, labels, head, extras, anchors, overwrite):
         labels, rows, acc = labels.contiguous(), logits.shape[0], library.acc_dtype(logits.dtype)
         outputs = [torch.empty(shape, dtype=acc) for shape in (rows, rows, (4, rows) if extras else 0)]
         if rows:
             pointers = [ctypes.c_void_p(t.data_ptr()) for t in outputs]
             self.tokens.host_forward(
-                ctypes.byref(self.machine), self.call(logits, labels, *head), overwrite, extras, *pointers
+                ctypes.byref(self.machine), self.call(logits, labels, anchors, *head), overwrite, extras, *pointers
             )
         return tuple(outputs)
 
-    def token_logps_fwd(self, logits, labels, ignore_index, scale, softcap, vocab_size, extras):
-        return self.forward(logits, labels, (ignore_index, scale, softcap, vocab_size), extras, False)
+    def token_logps_fwd(self, logits, labels, ignore_index, scale, softcap, vocab_size, extras, anchors=None):
+        return self.forward(logits, labels, (ignore_index, scale, softcap, vocab_size), extras, anchors, False)
 
-    def token_logps_fused_(self, logits, labels, ignore_index, scale, softcap, vocab_size, extras):
-        return self.forward(logits, labels, (ignore_index, scale, softcap, vocab_size), extras, True)
+    def token_logps_fused_(self, logits, labels, ignore_index, scale, softcap, vocab_size, extras, anchors=None):
+        return self.forward(logits, labels, (ignore_index, scale, softcap, vocab_size), extras, anchors, True)
 
-    def token_logps_bwd_(self, logits, labels, lse, grad, *head):
+    def token_logps_bwd_(
+        self, logits, labels, lse, grad, ignore_index, scale, softcap, vocab_size, anchors=None, entropies=None
+    ):
         labels, lse, grad = labels.contiguous(), lse.contiguous(), grad.contiguous()
         if len(labels):
-            pointers = [ctypes.c_void_p(t.data_ptr()) for t in (lse, grad)]
-            self.tokens.host_backward(ctypes.byref(self.machine), self.call(logits, labels, *head), *pointers)
-
-
-def address(tensor: Tensor) -> int | None:
-    return tensor.data_ptr() if tensor.numel() else None
+            pointers = [ctypes.c_void_p(address(t)) for t in (lse, grad, entropies)]
+            call = self.call(logits, labels, anchors, ignore_index, scale, softcap, vocab_size)
+            self.tokens.host_backward(ctypes.byref(self.machine), call, *pointers)
 
 
 class HostPreference:
