@@ -123,7 +123,7 @@ def check_live(backend: Backend, findings: Findings, shape: Shape, dtype: torch.
     tolerance = max(backend.tolerance(dtype).logp, 1e-12)  # of sums up to `scale`
 
     def wanted(eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        return reference.live_columns(*exact, eps, shape.set_rows, *head, exact_anchors)
+        return reference.live_columns(*exact, eps, shape.set_rows, *head, anchors=exact_anchors)
 
     surely, at_most = wanted(shape.eps * (1 + 10 * tolerance))[0], wanted(shape.eps * (1 - 10 * tolerance))[0]
     findings.require("live: a column is missing", not bool((surely & ~live).any()))
@@ -132,7 +132,7 @@ def check_live(backend: Backend, findings: Findings, shape: Shape, dtype: torch.
     findings.require("live columns have a tail", not bool(tail[live].any()))
     findings.close("tail_columns", tail[~at_most], want_tail[~at_most], 10 * tolerance, 0.1 * shape.scale)
     findings.close("row_sums", row_sums, want_sums, 10 * tolerance, 0.1 * shape.scale)
-    want = reference.live_grads(*exact, row_sums.double(), *places(live), shape.set_rows, *head, exact_anchors)
+    want = reference.live_grads(*exact, row_sums.double(), *places(live), shape.set_rows, *head, anchors=exact_anchors)
     unit = max(backend.tolerance(dtype).grad, 10 * tolerance)
     if backend.name == "triton" and not backend.on_gpu and dtype == torch.bfloat16:
         unit *= 2  # the interpreter rounds toward zero

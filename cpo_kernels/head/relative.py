@@ -78,4 +78,4 @@ def _mean_logit(u: Tensor, options: HeadOptions) -> Tensor:
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)
     p = z.softmax(1)
-    return torch.where(p > 0, p * u, 0.0).sum(1)
+    return torch.where(u == -torch.inf, 0.0, p * u).sum(1)
