@@ -124,7 +124,10 @@ def check_live(backend: Backend, findings: Findings, shape: Shape, dtype: torch.
     tolerance = max(backend.tolerance(dtype).logp, 1e-12)  # of sums up to `scale`
 
     def wanted(eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        return oracle.live_columns(*exact, eps, shape.set_rows, *head, anchors=exact_anchors)
+        made: tuple[Tensor, Tensor, Tensor] = oracle.live_columns(
+            *exact, eps, shape.set_rows, *head, anchors=exact_anchors
+        )
+        return made
 
     surely, at_most = wanted(shape.eps * (1 + 10 * tolerance))[0], wanted(shape.eps * (1 - 10 * tolerance))[0]
     findings.require("live: a column is missing", not bool((surely & ~live).any()))

@@ -183,7 +183,7 @@ def gather_kernel(
         u_label = tl.load(line + label, mask=here, other=0.0).to(ACC)
     else:
         u_label = exact
-        offset = offset[:, None]  # type: ignore[index]
+        offset = tl.expand_dims(offset, 1)
     logp = nat * _y_of(u_label, inner, None, SOFTCAP) - value
     at_label, s_label = scale * _one_minus_exp(logp), scale * tl.exp(logp)
     if SOFTCAP:
