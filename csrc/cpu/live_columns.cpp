@@ -70,8 +70,8 @@ void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows
       sums.assign(x.size(), 0.0);
       const int64_t at = set * rows.columns + first;
       rows.kernels->columns(x.data(), int64_t(x.size()), std::min(kColumnBlock, rows.columns - first), rows.map,
-                            offset.data(), shift.data(), factor.data(), eps * rows.scale, reinterpret_cast<uint8_t*>(live + at),
-                            tail + at, sums.data());
+                            offset.data(), shift.data(), factor.data(), eps * rows.scale,
+                            reinterpret_cast<uint8_t*>(live + at), tail + at, sums.data());
       for (int64_t i = low, k = 0; i < high; ++i) {
         if (counts(rows, lse, i)) partial[block * rows.count + i] = sums[k++];
       }
@@ -159,8 +159,8 @@ void sum_all(ElementType type, int64_t size, const Tensor& out, const Tensor& ta
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
-                                                int64_t ignore_index, double scale, double softcap,
-                                                int64_t vocab_size, Optional anchors) {
+                                                int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                                                Optional anchors) {
   const Rows rows = describe("live_columns", logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
   check_sets("live_columns", set_rows);
   check_dtype("lse", lse, rows.acc());

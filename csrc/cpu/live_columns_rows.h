@@ -58,7 +58,8 @@ inline void add_rows(const T* const* x, long n, const RowMap& map, const double*
 // Rows x[0..rows) of kColumnBlock columns or fewer: live (0 or 1; stays 1) where a top reaches eps, sums elsewhere.
 template <typename T, bool kSoftcap>
 void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& map, const double* offset,
-                     const double* shift, const double* factor, double eps, uint8_t* live, void* tail, double* row_sums) {
+                     const double* shift, const double* factor, double eps, uint8_t* live, void* tail,
+                     double* row_sums) {
   using S = typename AccOf<T>::Scalar;
   constexpr long kStep = 2 * AccOf<T>::Vec::kLanes;
   static const LaneOrder<T> order;
@@ -74,7 +75,8 @@ void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& m
     }
     add_rows<T, kSoftcap, 4>(x + r, whole, map, offset + r, shift + r, factor + r, sums, tops, row_sums + r);
   }
-  for (; r < rows; ++r) add_rows<T, kSoftcap, 1>(x + r, whole, map, offset + r, shift + r, factor + r, sums, tops, row_sums + r);
+  for (; r < rows; ++r)
+    add_rows<T, kSoftcap, 1>(x + r, whole, map, offset + r, shift + r, factor + r, sums, tops, row_sums + r);
   if (whole < n) {  // the last columns, in their own order
     const S lowest = -S(kInfinity);
     for (r = 0; r < rows; ++r) {

@@ -93,7 +93,7 @@ RowResult finish(const Rows& rows, int64_t i, Partial sums, double* extra) {
     const double top_t = rows.map.c * sums.max_y - sums.shift;
     extra[0] = log_sum - unit * (sums.sum_t / sums.sum - top_t);             // entropy
     extra[1] = std::log(sums.sum_sq / (sums.top * sums.top)) - 2 * log_sum;  // log sum p^2
-    extra[2] = rows.map.nat * sums.sum_y / rows.columns + rows.z_lacks(i);                     // mean z
+    extra[2] = rows.map.nat * sums.sum_y / rows.columns + rows.z_lacks(i);   // mean z
     extra[3] = stored == sums.max_y && !std::isnan(sums.sum) ? 1.0 : 0.0;
   }
   return r;
@@ -102,7 +102,7 @@ RowResult finish(const Rows& rows, int64_t i, Partial sums, double* extra) {
 // What one row's gradient needs, known before its logits are overwritten.
 struct RowGradient {
   double shift, factor, per_t;  // column v: E^t * (factor + per_t * t) (* 1 - tanh^2), t = c y - shift
-  double at_label;       // the label's column, 1 - softmax without cancellation
+  double at_label;              // the label's column, 1 - softmax without cancellation
 };
 
 RowGradient plan_gradient(const Rows& rows, int64_t i, double shift, double inverse_sum, double logp, double grad) {
@@ -264,8 +264,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels,
 std::tuple<Tensor, Tensor, Tensor> token_logps_fused_(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
                                                       double softcap, int64_t vocab_size, bool extras,
                                                       Optional anchors) {
-  return forward<true>("token_logps_fused_", logits, labels, ignore_index, scale, softcap, vocab_size, extras,
-                       anchors);
+  return forward<true>("token_logps_fused_", logits, labels, ignore_index, scale, softcap, vocab_size, extras, anchors);
 }
 
 void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int64_t ignore_index, double scale,

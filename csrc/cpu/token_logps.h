@@ -14,8 +14,9 @@ struct Half {
 };
 
 // z = nat * y with y = tanh(inner * logit + offset) under a softcap and y = logit without: nat = softcap or scale,
-// inner = scale / softcap, offset = inner * the constant that the row lacks. The kernels work with t = c * y - shift, in units of log 2 for float32 accumulation
-// (c = nat * log2(e) rounded to float32) and of 1 for float64 (c = nat), so that e^(z - ...) = E^t with E = 2 or e.
+// inner = scale / softcap, offset = inner * the constant that the row lacks. The kernels work with t = c * y - shift,
+// in units of log 2 for float32 accumulation (c = nat * log2(e) rounded to float32) and of 1 for float64 (c = nat), so
+// that e^(z - ...) = E^t with E = 2 or e.
 struct RowMap {
   double nat;
   double c;
@@ -60,8 +61,8 @@ struct RowKernels {
   // y of one logit with the bits that scan sees.
   double (*y_of)(const void* x, const RowMap& map);
   // With s_v = E^t * factor (* 1 - tanh^2) of rows x[0..rows), n <= kColumnBlock columns each, with an offset
-  // of their own in place of the map's: live[v] becomes 1 where s_v reaches eps in one of them, tail[v] (float or double) is their sum where live[v] is 0, and 0 elsewhere.
-  // row_sums[r] grows by the sum of row r.
+  // of their own in place of the map's: live[v] becomes 1 where s_v reaches eps in one of them, tail[v] (float or
+  // double) is their sum where live[v] is 0, and 0 elsewhere. row_sums[r] grows by the sum of row r.
   void (*columns)(const void* const* x, int64_t rows, int64_t n, const RowMap& map, const double* offset,
                   const double* shift, const double* factor, double eps, uint8_t* live, void* tail, double* row_sums);
   // out[i] = -s of column columns[i], i in [0, n); returns the sum of s before it is rounded.
