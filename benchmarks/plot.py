@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import filtered_gradients, filtered_report, long_pairs, profile, prompt_sharing, roofline
+from benchmarks import (
+    filtered_gradients,
+    filtered_report,
+    long_pairs,
+    profile,
+    prompt_sharing,
+    relative_logits,
+    roofline,
+)
 from benchmarks.claims import rated_report
 from benchmarks.claims import report as claims_report
 from cpo_kernels.bench import report
@@ -278,6 +286,9 @@ def texts() -> dict[Path, str]:
     errors = roofline.read(RESULTS / "filtered_gradients.json")
     page = fill(path.read_text(), "filtered errors", filtered_gradients.table(errors) if errors else "not measured")
     made[path] = fill(page, "filtered head", families_table(filtered, ["head"]) if filtered else "not measured")
+    relative, path = roofline.read(RESULTS / "relative_logits.json"), ROOT / "docs" / "relative_logits.md"
+    table = relative_logits.table(relative) if relative else "not measured"
+    made[path] = fill(path.read_text(), "relative logits", table)
     training = ROOT / "docs" / "training.md"
     shared = roofline.read(RESULTS / "prompt_sharing.json")
     table = prompt_sharing.table(shared) if shared else "not measured"

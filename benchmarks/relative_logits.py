@@ -25,7 +25,7 @@ from torch import Tensor
 import cpo_kernels as cpo
 from cpo_kernels.bench.rows import real_rows
 from cpo_kernels.bench.workload import head
-from cpo_kernels.environment import describe
+from cpo_kernels.environment import describe, processor
 from cpo_kernels.files import atomic_text
 from cpo_kernels.head import inputs
 
@@ -126,7 +126,7 @@ def table(content: dict[str, Any]) -> str:
         lines.append(f"| {mode} | {t['ratio']:.2f} ({low:.2f} to {high:.2f}) |")
     env = content["environment"]
     note = (
-        f"{env['processor']}, {env['threads']} threads, torch {env['versions']['torch']}, {env['date'][:10]}; "
+        f"{processor(env)}, torch {env['versions']['torch']}, {env['date'][:10]}; "
         f"{content['batches']} batches of {ROWS:,} rows; `{content['command']}`."
     )
     return "\n".join([*lines, "", note])
@@ -161,12 +161,12 @@ def main() -> None:
     content = {
         "command": f"python -m benchmarks.relative_logits --model {args.model} --data {Path(args.data).name} "
         f"--batches {args.batches} --rounds {args.rounds}",
-        "environment": describe(),
+        "environment": describe(torch.device("cpu"), ("transformers",), torch.get_num_threads()),
         "batches": len(pairs),
         "errors": merged,
         "times": times(pairs[0][0].bfloat16(), w, pairs[0][1], args.rounds),
     }
-    args.out.write_text(atomic_text and json.dumps(content, indent=1) + "\n")
+    atomic_text(json.dumps(content, indent=1) + "\n", args.out)
     print(table(content))
 
 

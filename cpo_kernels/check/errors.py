@@ -20,7 +20,12 @@ NONE, DOUBLE = torch.empty(0), torch.zeros(3, dtype=torch.float64)
 INT64 = torch.int64
 
 TOKENS: dict[str, Any] = dict(
-    logits=torch.zeros(3, 50), labels=torch.zeros(3, dtype=INT64), scale=1.0, softcap=0.0, vocab_size=50
+    logits=torch.zeros(3, 50),
+    labels=torch.zeros(3, dtype=INT64),
+    scale=1.0,
+    softcap=0.0,
+    vocab_size=50,
+    anchors=None,
 )
 WRONG_TOKENS: tuple[Wrong, ...] = (
     (dict(labels=torch.tensor([1, 2])), r"labels must have shape \[3\], got \[2\]"),
@@ -30,6 +35,9 @@ WRONG_TOKENS: tuple[Wrong, ...] = (
     (dict(logits=torch.zeros(50)), r"logits must have shape \[N, V\], got \[50\]"),
     (dict(vocab_size=51), r"vocab_size must be in \[1, 50\].*got 51"),
     (dict(scale=0.0), "scale must be a positive number, got 0"),
+    (dict(anchors=torch.zeros(2, 4)), r"anchors must have shape \[2, 3\], got \[2, 4\]"),
+    (dict(anchors=torch.zeros(3)), r"anchors must have shape \[2, 3\], got \[3\]"),
+    (dict(anchors=torch.zeros(2, 3).double()), "anchors must be float32, got float64"),
     (dict(softcap=-3.0), "softcap must be positive.*got -3"),
 )
 # What only a look at the data shows: an error on the CPU, NaN on a GPU.
@@ -98,13 +106,14 @@ def error_cases() -> Iterator[Case]:
         for op in (backend.kernels.token_logps_fwd, backend.kernels.token_logps_fused_):
 
             def call(a: dict[str, Any], op: Any = op) -> Any:
-                return op(a["logits"], a["labels"], IGNORE, a["scale"], a["softcap"], a["vocab_size"], False)
+                head = (IGNORE, a["scale"], a["softcap"], a["vocab_size"])
+                return op(a["logits"], a["labels"], *head, False, a["anchors"])
 
             refuses_each(backend, findings, TOKENS, of(backend, WRONG_TOKENS, WRONG_LABELS), call)
 
     def token_logps_writes(backend: Backend, findings: Findings) -> None:
         """Rows that share memory are never written."""
-        right = {**TOKENS, "lse": torch.zeros(3), "grad": torch.zeros(3)}
+        right = {**TOKENS, "lse": torch.zeros(3), "grad": torch.zeros(3), "entropies": None}
         shared = torch.zeros(1, 50).expand(3, 50)
         kernels = backend.kernels
 
@@ -112,10 +121,17 @@ def error_cases() -> Iterator[Case]:
             return kernels.token_logps_fused_(a["logits"], a["labels"], IGNORE, 1.0, 0.0, 50, False)
 
         def bwd(a: dict[str, Any]) -> Any:
-            return kernels.token_logps_bwd_(a["logits"], a["labels"], a["lse"], a["grad"], IGNORE, 1.0, 0.0, 50)
+            rows = (a["logits"], a["labels"], a["lse"], a["grad"])
+            return kernels.token_logps_bwd_(*rows, IGNORE, 1.0, 0.0, 50, a["anchors"], a["entropies"])
 
         refuses_each(backend, findings, right, ((dict(logits=shared), "rows must not overlap"),), fused)
-        wrong = (dict(logits=shared), "rows must not overlap"), (dict(lse=DOUBLE), "lse must be float32, got float64")
+        wrong = (
+            (dict(logits=shared), "rows must not overlap"),
+            (dict(lse=DOUBLE), "lse must be float32, got float64"),
+            (dict(anchors=torch.zeros(2, 4)), r"anchors must have shape \[2, 3\], got \[2, 4\]"),
+            (dict(entropies=torch.zeros(2, 3).double()), "entropies must be float32, got float64"),
+            (dict(entropies=torch.zeros(3)), r"entropies must have shape \[2, 3\], got \[3\]"),
+        )
         refuses_each(backend, findings, right, wrong, bwd)
 
     def sequence_sum(backend: Backend, findings: Findings) -> None:

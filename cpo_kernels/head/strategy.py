@@ -23,6 +23,7 @@ import torch
 
 from cpo_kernels.checks import check_types
 from cpo_kernels.head.matmul import tile_bytes
+from cpo_kernels.head.relative import anchor_bytes
 
 # Default bytes of one chunk of logits. CPU: 512 float32 rows of a 151,936-word vocabulary (297 MiB) make one chunk,
 # which needs no accumulator of dW. GPU: 1 GiB, and no more than 8192 rows, derived and not measured. A chunk of n rows
@@ -77,8 +78,8 @@ class Plan:
     num_chunks: int
     products: float
     logits_bytes: int  # one chunk
-    # Beyond inputs and gradients: chunk, dX, a float32 accumulator (of dW, or of dX by columns), and float32 tiles on
-    # CPUs without 16-bit products.
+    # Beyond inputs and gradients: chunk, dX, a float32 accumulator (of dW, or of dX by columns), float32 tiles on CPUs
+    # without 16-bit products, and what relative logits look at.
     extra_bytes: int
 
     def __str__(self) -> str:
@@ -200,7 +201,8 @@ def explain(
     elif eps and train_hidden:
         plan = replace(plan, products=plan.products - 1 + live_share)
     tiles = tile_bytes(plan.chunk_rows, hidden_size, dtype, torch.device(device))
-    return replace(plan, extra_bytes=plan.extra_bytes + tiles)
+    looks = anchor_bytes(plan.chunk_rows, hidden_size, vocab_size, dtype)
+    return replace(plan, extra_bytes=plan.extra_bytes + tiles + looks)
 
 
 def preference_strategy(num_tokens: int, group_tokens: int, couples_pairs: bool, one_pair: bool, limit: int) -> str:
