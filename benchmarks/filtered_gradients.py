@@ -8,7 +8,7 @@ two of a pair. Errors are norms of differences over norms, rms over the batches.
 
     exact            the library's exact gradients in that dtype: logits, g and results are rounded. Logits made again
                      (trainable) take the upstream gradients into g; dX of a frozen head is rounded with them once more
-    filtered         filter_eps=2^-k, filter_head_grad=True; 2^-14 is "auto" in bfloat16
+    filtered         filter_eps=2^-k, filter_head_grad=True; 2^-15 is "auto" in bfloat16
     kept, dropped    what a threshold costs by itself: g rounded to the dtype, in float32 products, sets of so many
                      rows; the tail as one rank-one term a set, or left out as Cut Cross Entropy leaves out tiles
 """
@@ -193,7 +193,8 @@ def main() -> None:
         atomic_text(json.dumps(content, indent=1) + "\n", args.out)
         for row in content["rows"][name]:
             shares = f"live {row['live_share']:.1%}, tail {row['tail_mass']:.4f}" if "live_share" in row else ""
-            print(f"{row['name']:34} dX {row['dx']:.2e}  dW {row['dw']:.2e}  {shares}")
+            errors = "  ".join(f"{name} {row[key]:.2e}" for key, name in (("dx", "dX"), ("dw", "dW")) if key in row)
+            print(f"{row['name']:34} {errors}  {shares}")
 
 
 if __name__ == "__main__":
