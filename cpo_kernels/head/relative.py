@@ -63,22 +63,17 @@ def label_logits(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Ten
     return out + bias.index_select(0, labels) if bias.numel() else out
 
 
-def looked_at(count: int) -> int:
-    """Columns that are looked at, at most."""
-    return _first(count) + min(count, max(FEW_LABELS, count // LABEL_SHARE))
-
-
 def anchor_bytes(rows: int, hidden_size: int, count: int, dtype: torch.dtype) -> int:
     """Held for a while, before the chunk is written: copies of the columns, their logits, rows of the labels."""
     if not is_relative(dtype):
         return 0
-    few, rows = looked_at(count), min(rows, ROWS)
+    few, rows = _first(count) + min(rows, _most_labels(count)), min(rows, ROWS)
     return few * hidden_size * dtype.itemsize + rows * max(few * (dtype.itemsize + 3 * 4), hidden_size * 6)
 
 
 def _few_columns(labels: Tensor, count: int) -> Tensor:
     """Labels, evenly from the chunk, and the first of `count` columns."""
-    labels = labels[:: -(-labels.shape[0] // max(FEW_LABELS, count // LABEL_SHARE))]
+    labels = labels[:: -(-labels.shape[0] // _most_labels(count))]
     if labels.device.type == "cpu":  # elsewhere the host would wait for their number
         labels = labels.unique()
     return torch.cat([torch.arange(_first(count), device=labels.device), labels])
@@ -86,6 +81,10 @@ def _few_columns(labels: Tensor, count: int) -> Tensor:
 
 def _first(count: int) -> int:
     return min(count, FIRST, max(FEW_FIRST, count // FIRST_SHARE))
+
+
+def _most_labels(count: int) -> int:
+    return max(FEW_LABELS, count // LABEL_SHARE)
 
 
 def _mean_logit(u: Tensor, options: HeadOptions) -> Tensor:
