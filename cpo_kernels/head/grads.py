@@ -45,13 +45,13 @@ def power_of_two(top: Tensor) -> Tensor:
 
 
 def sum_powers(coef: Tensor, x: Tensor, steepest: float) -> tuple[Tensor, Tensor]:
-    """(P of dW, P of db): in float16 G^T (coef * x) / P and G^T coef / P stay below 2^15, as |G| <= steepest.
+    """(P of dW, P of db): in float16 coef * x / P, G^T of it and the same of coef stay below 2^15, as |G| <= steepest.
 
     1 for other dtypes. coef [n] in float32, x [n, H].
     """
     if x.dtype != torch.float16 or not x.numel():
         return coef.new_ones(()), coef.new_ones(())
-    size = coef.abs() * steepest
+    size = coef.abs() * max(1.0, steepest)
     return power_of_two((size * x.abs().amax(1)).sum()), power_of_two(size.sum())
 
 

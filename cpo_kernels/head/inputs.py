@@ -193,11 +193,14 @@ class Rows:
         return values.new_zeros(size, *values.shape[1:]).index_copy_(0, self.index, values)
 
 
-def gather_rows(tensors: HeadTensors, index: Tensor, full: bool) -> Rows:
+def gather_rows(tensors: HeadTensors, index: Tensor, full: bool, ignore_index: int | None = None) -> Rows:
+    """ignore_index: given where rows without a label may be among them, whose hidden states may hold anything."""
     hidden, labels = tensors.hidden, tensors.labels
-    if full:
-        return Rows(index, hidden.contiguous(), labels, True)
-    return Rows(index, hidden.index_select(0, index), labels.index_select(0, index), False)
+    x = hidden.contiguous() if full else hidden.index_select(0, index)
+    labels = labels if full else labels.index_select(0, index)
+    if ignore_index is not None:
+        x = x.masked_fill((labels == ignore_index)[:, None], 0.0)
+    return Rows(index, x, labels, full)
 
 
 def labelled_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
@@ -207,9 +210,10 @@ def labelled_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
 
 def labelled_rows(tensors: HeadTensors, ignore_index: int, index: Tensor) -> Rows:
     """The rows at `index` [n]; where that is [0] the labelled ones, whose number the host waits for."""
-    if not index.numel():
+    given = index.numel() > 0
+    if not given:
         index = (tensors.labels != ignore_index).nonzero().squeeze(1)
-    return gather_rows(tensors, index, index.shape[0] == tensors.labels.shape[0])
+    return gather_rows(tensors, index, index.shape[0] == tensors.labels.shape[0], ignore_index if given else None)
 
 
 class RowLogps(NamedTuple):

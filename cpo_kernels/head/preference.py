@@ -81,7 +81,8 @@ def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> Li
         if loss.needs_counts:
             loss = loss.with_divisors(*loss.counted(kernels, acc).tolist())
         index = index.index_select(0, tables.order)
-    rows = gather_rows(tensors, index, layout.num_rows == size and len(layout.chunks) == 1)
+    planned = args.options.ignore_index if args.plan.host.numel() else None
+    rows = gather_rows(tensors, index, layout.num_rows == size and len(layout.chunks) == 1, planned)
     ref = rows.gather(args.ref_hidden) if args.ref_hidden.numel() else None
     weights = rows.gather(args.token_weights) if args.token_weights.numel() else args.token_weights
     max_rows = layout.max_rows

@@ -27,6 +27,7 @@ from cpo_kernels.ops.token_logps import HeadOptions
 # Columns that are looked at: the first of the vocabulary, and labels; the numbers with FEW for small vocabularies.
 FIRST, FIRST_SHARE, FEW_FIRST = 512, 64, 64
 LABEL_SHARE, FEW_LABELS = 32, 256
+SPREAD = 64
 ROWS = 256  # looked at together: of 1,024 the logits would be 20 MiB
 
 
@@ -45,13 +46,12 @@ def anchors(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, count: int,
     lacks = torch.empty(x.shape[0], dtype=library.acc_dtype(x.dtype), device=x.device)
     for low in range(0, x.shape[0], ROWS):
         rows = slice(low, low + ROWS)
-        u = (x[rows] @ some).to(lacks.dtype)
+        u = (x[rows] @ some).to(lacks.dtype).clamp(max=torch.finfo(x.dtype).max)  # inf in float16, but not NaN
         lacks[rows] = _mean_logit(u if of_few is None else u + of_few, options)
     at_label = label_logits(x, weight, bias, labels)
-    lacks = torch.where(torch.isfinite(lacks), lacks, at_label)  # float16 logits beyond 65,504
     lacks = torch.where(torch.isfinite(lacks), lacks, 0.0)  # all of those columns are masked
-    largest = torch.finfo(x.dtype).max
-    return torch.stack([lacks.clamp(-largest, largest).to(x.dtype).to(lacks.dtype), at_label])
+    most = torch.finfo(x.dtype).max / 2  # in float16 what is left has a range, too
+    return torch.stack([lacks.clamp(-most, most).to(x.dtype).to(lacks.dtype), at_label])
 
 
 def label_logits(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -67,16 +67,17 @@ def anchor_bytes(rows: int, hidden_size: int, count: int, dtype: torch.dtype) ->
     """Held for a while, before the chunk is written: copies of the columns, their logits, rows of the labels."""
     if not is_relative(dtype):
         return 0
-    few, rows = _first(count) + min(rows, _most_labels(count)), min(rows, ROWS)
+    few, rows = _first(count) + SPREAD + min(rows, _most_labels(count)), min(rows, ROWS)
     return few * hidden_size * dtype.itemsize + rows * max(few * (dtype.itemsize + 3 * 4), hidden_size * 6)
 
 
 def _few_columns(labels: Tensor, count: int) -> Tensor:
-    """Labels, evenly from the chunk, and the first of `count` columns."""
+    """Labels, evenly from the chunk, the first of `count` columns, and some from all over them: those may be masked."""
     labels = labels[:: -(-labels.shape[0] // _most_labels(count))]
     if labels.device.type == "cpu":  # elsewhere the host would wait for their number
         labels = labels.unique()
-    return torch.cat([torch.arange(_first(count), device=labels.device), labels])
+    spread = torch.arange(0, count, -(-count // SPREAD), device=labels.device)
+    return torch.cat([torch.arange(_first(count), device=labels.device), spread, labels])
 
 
 def _first(count: int) -> int:
@@ -88,9 +89,11 @@ def _most_labels(count: int) -> int:
 
 
 def _mean_logit(u: Tensor, options: HeadOptions) -> Tensor:
-    """sum_v p_v u_v of u [n, v] without scale and softcap."""
+    """sum_v p_v z_v of u [n, v], as a logit without scale and softcap: masked columns have some p under a softcap."""
     z = options.scale * u
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)
-    p = z.softmax(1)
-    return torch.where(u == -torch.inf, 0.0, p * u).sum(1)
+    mean = torch.where(z == -torch.inf, 0.0, z.softmax(1) * z).sum(1)
+    if options.softcap:
+        mean = options.softcap * torch.atanh((mean / options.softcap).clamp(-0.999, 0.999))
+    return mean / options.scale

@@ -152,9 +152,9 @@ class LinearTokenLogps(torch.autograd.Function):
         ctx.args = args.options, args.execution, args.keep_live
         ctx.made_dx, ctx.extras = args.want_dx, args.extras
         entropy, extra = split_entropy(logps.extra)
-        for_head = (*tensors, args.row_index, logps.lse, logps.lacks, entropy, *live)
+        for_head = (hidden, weight, bias, args.row_index, logps.lse, logps.lacks, entropy, *live)
         only_dx = args.want_dx and not any(ctx.needs_input_grad[1:3]) and not args.extras
-        ctx.save_for_backward(dx, *(() if only_dx else for_head))
+        ctx.save_for_backward(dx, labels, *(() if only_dx else for_head))
         rest = extra, logps.ref_logp, filter_sums, *live  # torch.compile must see tensors of unknown sizes
         ctx.mark_non_differentiable(*rest, *([] if args.extras else [entropy]))
         ctx.set_materialize_grads(False)  # no zeros for what has no gradient
@@ -167,7 +167,9 @@ class LinearTokenLogps(torch.autograd.Function):
         of_entropy = of_entropy if ctx.extras else None  # torch.compile gives zeros for it
         if grad is None and of_entropy is None:
             return (None,) * 5
-        made_dx, *saved = ctx.saved_tensors
+        made_dx, labels, *saved = ctx.saved_tensors
+        ignored = labels == ctx.args[0].ignore_index  # whatever comes for them, NaN too
+        grad, of_entropy = (g if g is None else g.masked_fill(ignored, 0.0) for g in (grad, of_entropy))
         needs, made = Needs(*ctx.needs_input_grad[:3]), ctx.made_dx and of_entropy is None
         grads: list[Tensor | None] = [None, None, None]
         if needs.dx and made and grad is not None:
@@ -175,7 +177,7 @@ class LinearTokenLogps(torch.autograd.Function):
         if needs.head or not made:
             options, execution, from_live = ctx.args
             needs = needs._replace(dx=needs.dx and not made)
-            hidden, weight, bias, labels, index, lse, lacks, entropy, *live = saved
+            hidden, weight, bias, index, lse, lacks, entropy, *live = saved
             grad, entropies = entropy_grads(lse, grad, of_entropy, entropy)
             from_live = from_live and of_entropy is None
             args = BackwardArgs(

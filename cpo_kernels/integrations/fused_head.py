@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     raise explained(error, __name__) from error
 
 from cpo_kernels.head.inputs import HeadConfig, head_inputs
-from cpo_kernels.head.strategy import check_filter
+from cpo_kernels.head.strategy import budget_rows, check_filter
 from cpo_kernels.head.token_logps import LinearTokenLogps, token_logps_of
 from cpo_kernels.integrations.heads import (
     LogitMap,
@@ -41,9 +41,22 @@ from cpo_kernels.integrations.heads import (
     parallel_input,
 )
 from cpo_kernels.integrations.transformers import shift_labels
-from cpo_kernels.ops.token_logps import token_extras
+from cpo_kernels.ops.token_logps import head_options, token_extras
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def check_options(
+    softcap: float | None,
+    scale: float | None,
+    memory_budget: int | None,
+    filter_eps: float | Literal["auto"] | None,
+    filter_head_grad: bool,
+) -> None:
+    """Wrong numbers are refused here, before a trainer is built around them."""
+    head_options(1, -100, softcap, 1.0 if scale is None else scale, None)
+    budget_rows(1, torch.float32, torch.device("cpu"), memory_budget)
+    check_filter(filter_eps, filter_head_grad)
 
 
 def add_fused_head(
@@ -75,7 +88,7 @@ def add_fused_head(
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
     dispatch.check_impl(impl)
-    check_filter(filter_eps, filter_head_grad)
+    check_options(softcap, scale, memory_budget, filter_eps, filter_head_grad)
     settings = {
         "memory_budget": memory_budget, "filter_eps": filter_eps, "filter_head_grad": filter_head_grad,
     }  # fmt: skip
@@ -169,7 +182,7 @@ class _GatheredTokenLogps(LinearTokenLogps):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         again = of_entropy is not None or not ctx.made_dx or any(ctx.needs_input_grad[1:3])  # not of a frozen head
-        weights = ctx.saved_tensors[2:4] if again else ()
+        weights = ctx.saved_tensors[3:5] if again else ()
         with trl_utils.maybe_gather_lm_head_ctx(*(w for w in weights if hasattr(w, "ds_id"))):
             return LinearTokenLogps.backward(ctx, grad, of_entropy, *_)
 

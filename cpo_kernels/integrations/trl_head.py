@@ -27,8 +27,7 @@ try:
 except ModuleNotFoundError as error:
     raise explained(error, __name__) from error
 
-from cpo_kernels.head.strategy import check_filter
-from cpo_kernels.integrations.fused_head import add_fused_head
+from cpo_kernels.integrations.fused_head import add_fused_head, check_options
 
 _LOCK = threading.RLock()
 _IN_FORCE: list["Fused"] = []  # the last one gives the options
@@ -116,7 +115,7 @@ def fuse(
     A model whose logits are not understood raises ValueError or TypeError when a trainer is constructed.
     """
     dispatch.check_impl(impl)
-    check_filter(filter_eps, filter_head_grad)
+    check_options(softcap, scale, memory_budget, filter_eps, filter_head_grad)
     return Fused(
         {
             "softcap": softcap, "scale": scale, "memory_budget": memory_budget, "impl": impl, "filter_eps": filter_eps,

@@ -347,6 +347,53 @@ def test_gradients_of_the_entropy_in_other_dtypes(dtype):
         assert relative_error(g, w) < {torch.float32: FLOAT32, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("options", [{}, {"filter_eps": 0.02, "filter_head_grad": True}], ids=str)
+@pytest.mark.parametrize("index", [False, True])
+def test_whatever_ignored_positions_hold_stays_there(index, options, train_head, dtype):
+    """NaN hidden states and NaN incoming gradients of ignored positions, those that `index` covers too."""
+    batch = make_batch().to(dtype)
+    ignored = batch.labels == -100
+    assert ignored.any()
+    every = torch.arange(batch.labels.numel()) if index else None
+    weight, bias = (t if train_head else t.detach() for t in (batch.weight, batch.bias))
+    leaves = batch.leaves if train_head else batch.leaves[:1]
+    grads = []
+    for what in (0.0, torch.nan):
+        hidden = torch.where(ignored[..., None], what, batch.hidden)
+        logps, extras = cpo.linear_token_logps(hidden, weight, batch.labels, bias, extras=True, index=every, **options)
+        upstream = torch.where(ignored, what, 1.5).to(logps.dtype)
+        grads += [torch.autograd.grad(logps, leaves, upstream, retain_graph=True)]
+        grads += [torch.autograd.grad([logps, extras.entropy], leaves, [upstream, upstream], retain_graph=True)]
+        grads += [torch.autograd.grad(cpo.linear_nll(hidden, weight, batch.labels, bias, index=every), leaves)]
+    for clean, dirty in zip(grads[:3], grads[3:], strict=True):
+        for a, b in zip(clean, dirty, strict=True):
+            assert torch.isfinite(a).all() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [0.0625, 0.01])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_float16_gradients_of_few_rows_under_a_small_scale(scale, coupled):
+    """One row has all of the sum: c x / P must fit float16 before `scale` makes it small."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(300, 64, generator=g).half(), (torch.randn(301, 64, generator=g) / 8).half()
+    labels, weights = torch.randint(301, (300,), generator=g), torch.zeros(300)
+    weights[:4] = 1.0
+    leaf = weight.clone().requires_grad_()
+    true = weight.double().requires_grad_()
+    bias, true_bias = torch.zeros(301).half().requires_grad_(), torch.zeros(301, dtype=torch.float64).requires_grad_()
+    truth = reference.linear_token_logps(hidden.double(), true, labels, true_bias, scale=scale)
+    want = torch.autograd.grad(-(truth * weights).sum() / 300, (true, true_bias))
+    if coupled:
+        logps = cpo.linear_token_logps(hidden, leaf, labels, bias, scale=scale)
+        loss = -(logps * weights).sum() / 300
+    else:
+        loss = cpo.linear_nll(hidden, leaf, labels, bias, scale=scale, token_weights=weights)
+    for got, w in zip(torch.autograd.grad(loss * 2.0**10, (leaf, bias)), want, strict=True):
+        assert relative_error(got.double() / 2**10, w) < 5e-3
+
+
 @pytest.mark.parametrize("train_head", [True, False])
 def test_permuted_and_strided_inputs(train_head):
     batch = make_batch()

@@ -166,7 +166,7 @@ def test_float16_logits_beyond_its_range():
     assert not torch.isfinite(naive(x, weight, y, None)).all()
     x_ = x.clone().requires_grad_()
     logps = cpo.linear_token_logps(x_, weight, y)
-    assert float((logps.detach() - truth).abs().max()) < 4.0  # no row can lack more than 65,504 of its 72,500
+    assert float((logps.detach() - truth).abs().max()) < 40.0  # a row lacks at most 32,752 of 72,500
 
 
 @pytest.mark.parametrize("impl", EVERY_BACKEND)
@@ -183,3 +183,28 @@ def test_masked_columns(impl):
     assert rms(logps.detach()[rest], truth[rest]) < 1e-2
     logps[rest].sum().backward()
     assert torch.isfinite(x_.grad).all()
+
+
+@pytest.mark.parametrize("impl", EVERY_BACKEND)
+@pytest.mark.parametrize("mask", [-1e3, -3e4, -6e4])
+def test_columns_that_a_finite_bias_masks_under_a_softcap(mask, impl):
+    """tanh leaves them e^-cap of probability each: their logits may not decide what rows lack."""
+    x, weight, _, y = made(torch.float16)
+    bias = torch.zeros(VOCAB, dtype=torch.float16)
+    bias[:256] = mask
+    y[y < 256] = -100
+    truth = reference.linear_token_logps(x.double(), weight.double(), y, bias.double(), softcap=5.0)
+    logps = cpo.linear_token_logps(x, weight, y, bias, softcap=5.0, impl=impl)
+    assert rms(logps, truth) <= 2 * rms(naive(x, weight, y, bias, softcap=5.0), truth)
+
+
+def test_the_first_columns_and_labels_may_be_masked():
+    """By a finite bias, as padded vocabularies are: columns from all over the vocabulary are looked at, too."""
+    x, weight, _, y = made(torch.bfloat16)
+    bias = torch.zeros(VOCAB, dtype=torch.bfloat16)
+    bias[:512], bias[1000], y[:] = -1e4, -1e4, 1000
+    true = x.double().requires_grad_()
+    want = torch.autograd.grad(reference.linear_token_logps(true, weight.double(), y, bias.double()).sum(), true)[0]
+    leaf = x.clone().requires_grad_()
+    got = torch.autograd.grad(cpo.linear_token_logps(leaf, weight, y, bias).sum(), leaf)[0]
+    assert float((got.double() - want).norm() / want.norm()) < 2e-2

@@ -40,6 +40,22 @@ PROMPTS = {"prompt": DATA["prompt"]}
 ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"softcap": -1.0}, "softcap must be a positive number.*-1"),
+        ({"softcap": "x"}, "softcap must be a number"),
+        ({"scale": 0.0}, "scale must be positive and finite, got 0"),
+        ({"scale": float("nan")}, "scale must be positive and finite, got nan"),
+        ({"memory_budget": -5}, "memory_budget must be a positive number of bytes, got -5"),
+        ({"memory_budget": 2.5}, "memory_budget must be an integer"),
+    ],
+)
+def test_wrong_numbers_are_refused_before_a_trainer_is_built(options, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        fuse(**options)
+
+
 def reward(completions, **_):
     return [float(sum(map(ord, c)) % 7) for c in completions]
 

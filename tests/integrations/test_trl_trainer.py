@@ -160,7 +160,7 @@ def test_evaluation(tmp_path):
 def test_bfloat16_autocast(tmp_path):
     """Mixed precision as TRL runs it by default: near TRL's run, and no further from float32 than the naive logits."""
     theirs, ours = (run(fused, tmp_path, {"bf16": True, "max_grad_norm": 0.1}) for fused in (False, True))
-    assert_same_run(theirs, ours, rel=0.05)
+    assert_same_run(theirs, ours, rel=0.05, floor=5e-3)  # rewards hold the rounding of TRL's logits, which ours lack
 
     ids = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     upstream = torch.randn(2, 8)
