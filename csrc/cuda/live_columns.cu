@@ -11,14 +11,13 @@ namespace {
 // lse and what else is given for each row, on the device of the logits.
 void check_arguments(const char* op, const Tensor& logits, const Tensor& labels, const Tensor& lse,
                      const Tensor& row_sums, const Optional& anchors, int64_t set_rows, const Head& head) {
-  check_token_arguments_on_device(op, logits, labels, head);
+  check_token_arguments_on_device(op, logits, labels, head, anchors);
   check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
   for (const auto& [name, t] : {std::pair{"lse", &lse}, std::pair{"row_sums", &row_sums}}) {
     check_dtype(name, *t, acc_type(logits));
     check_vector(name, *t, logits.size(0));
     check_device(name, *t, "logits", logits);
   }
-  check_row_pairs_on_device(op, "anchors", anchors, logits);
 }
 
 // columns [sum of a_k] stay on the device, unread by the host; offsets [sets + 1], on the host, say how many there are.

@@ -15,23 +15,19 @@ struct Head {
   double scale, softcap;
 };
 
-inline void check_token_arguments_on_device(const char* op, const Tensor& logits, const Tensor& labels,
-                                            const Head& head) {
-  check_token_arguments(op, logits, labels, head.scale, head.softcap, head.vocab_size);
-  check(logits.is_cuda(), op, ": logits must be a CUDA tensor");
-  check_device("labels", labels, "logits", logits);
-  check(logits.size(0) <= kMaxGrid, op, ": logits may have at most ", kMaxGrid, " rows, got ", logits.size(0));
-  check(logits.size(1) <= kMaxColumns, op, ": logits may have at most ", kMaxColumns, " columns, got ", logits.size(1));
-}
-
 inline ScalarType acc_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// anchors or entropies [2, N], where they are given.
-inline void check_row_pairs_on_device(const char* op, const char* name, const Optional& pairs, const Tensor& logits) {
-  check_row_pairs(op, name, pairs, logits.size(0), acc_type(logits));
-  if (pairs) check_device(name, *pairs, "logits", logits);
+inline void check_token_arguments_on_device(const char* op, const Tensor& logits, const Tensor& labels,
+                                            const Head& head, const Optional& anchors) {
+  check_token_arguments(op, logits, labels, head.scale, head.softcap, head.vocab_size);
+  check_row_pairs(op, "anchors", anchors, logits.size(0), acc_type(logits));
+  check(logits.is_cuda(), op, ": logits must be a CUDA tensor");
+  check_device("labels", labels, "logits", logits);
+  if (anchors) check_device("anchors", *anchors, "logits", logits);
+  check(logits.size(0) <= kMaxGrid, op, ": logits may have at most ", kMaxGrid, " rows, got ", logits.size(0));
+  check(logits.size(1) <= kMaxColumns, op, ": logits may have at most ", kMaxColumns, " columns, got ", logits.size(1));
 }
 
 inline Optional dense_pairs(const Optional& t) { return t ? Optional(dense(*t)) : t; }

@@ -38,8 +38,7 @@ void forward_typed(const char* op, const Tensor& logits, const Tensor& labels, c
 
 std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& logits, Tensor labels, const Head& head,
                                            Optional anchors, bool overwrite, bool extras) {
-  check_token_arguments_on_device(op, logits, labels, head);
-  check_row_pairs_on_device(op, "anchors", anchors, logits);
+  check_token_arguments_on_device(op, logits, labels, head, anchors);
   if (overwrite) check_writable(op, logits);
   const OnDeviceOf on(logits);
   labels = dense(labels), anchors = dense_pairs(anchors);
@@ -85,13 +84,13 @@ void token_logps_bwd_(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int
                       double softcap, int64_t vocab_size, Optional anchors, Optional entropies) {
   const char* op = "token_logps_bwd_";
   const Head head{ignore_index, vocab_size, scale, softcap};
-  check_token_arguments_on_device(op, logits, labels, head);
+  check_token_arguments_on_device(op, logits, labels, head, anchors);
   check_writable(op, logits);
   check_row_values(lse, grad, logits.size(0), acc_type(logits));
   check_device("lse", lse, "logits", logits);
   check_device("grad", grad, "logits", logits);
-  check_row_pairs_on_device(op, "anchors", anchors, logits);
-  check_row_pairs_on_device(op, "entropies", entropies, logits);
+  check_row_pairs(op, "entropies", entropies, logits.size(0), acc_type(logits));
+  if (entropies) check_device("entropies", *entropies, "logits", logits);
   if (logits.size(0) == 0) return;
   const OnDeviceOf on(logits);
   labels = dense(labels), anchors = dense_pairs(anchors), entropies = dense_pairs(entropies);

@@ -495,7 +495,7 @@ def test_compiled():
 
 
 def test_memory_of_what_is_kept_is_that_of_live_columns():
-    """A frozen head keeps dX and nothing else; a trained one its live gradients, not the logits."""
+    """A frozen head keeps dX and the caller's labels; a trained one its live gradients, not the logits."""
     x, weight, labels, _ = peaked(torch.float32, 512)
     for train, most in ((False, 1.01), (True, 1.5)):
         kept: list[int] = []
@@ -508,7 +508,7 @@ def test_memory_of_what_is_kept_is_that_of_live_columns():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             cpo.linear_token_logps(*leaves, labels, filter_eps=2**-8, filter_head_grad=train)
         live = 0.3 * 512 * 4096 * 4 if train else 0
-        inputs = sum(t.untyped_storage().nbytes() for t in (x, weight, labels)) if train else 0
+        inputs = sum(t.untyped_storage().nbytes() for t in ((x, weight, labels) if train else (labels,)))
         assert sum(kept) <= most * (x.untyped_storage().nbytes() + inputs + live)
 
 

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 import cpo_kernels as cpo
 from cpo_kernels.head import matmul
 from cpo_kernels.head.matmul import TILE, add_product, adds_products, product
+from cpo_kernels.head.relative import anchor_bytes
 
 # [m, k, n]: the longest side is each in turn, below, at and beyond a tile
 SHAPES = [(3, 5, 2 * TILE + 7), (2 * TILE + 7, 3, 5), (3, 2 * TILE + 7, 5), (5, 3, TILE), (4, 4, 4), (1, 1, 1)]
@@ -126,7 +127,8 @@ def test_the_plan_counts_tiles(rows, hidden, vocab, tiles):
             product(a, b, out)
         assert 0.7 * counted <= live.peak <= counted
     layout = cpo.explain(rows, hidden, vocab)
-    assert layout.extra_bytes == 2 * rows * (vocab + hidden) + counted
+    looked_at = anchor_bytes(rows, hidden, vocab, x.dtype)
+    assert layout.extra_bytes == 2 * rows * (vocab + hidden) + counted + looked_at
     assert matmul.tile_bytes(rows, hidden, torch.float32, x.device) == 0
 
 
