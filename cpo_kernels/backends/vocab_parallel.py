@@ -60,7 +60,7 @@ class VocabShards:
 
     @classmethod
     def of(cls, weight: Tensor, group: dist.ProcessGroup) -> VocabShards:
-        """From the rows that each rank holds, weight [V_r, H]; collective, and the host waits for it."""
+        """From the rows that each rank holds, weight [V_r, H]; a collective with a host-device synchronisation."""
         rows = all_gather(torch.tensor([weight.shape[0]], device=weight.device), group)
         return cls(group, tuple(rows.flatten().tolist()))
 

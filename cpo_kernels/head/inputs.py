@@ -209,7 +209,7 @@ def labelled_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
 
 
 def labelled_rows(tensors: HeadTensors, ignore_index: int, index: Tensor) -> Rows:
-    """The rows at `index` [n]; where that is [0] the labelled ones, whose number the host waits for."""
+    """The rows at `index` [n]; where that is [0] the labelled ones, which needs a host-device synchronisation."""
     given = index.numel() > 0
     if not given:
         index = (tensors.labels != ignore_index).nonzero().squeeze(1)

@@ -99,7 +99,7 @@ class LiveSets:
         shares = [[1.0 if e else len(c) / width, float(e)] for c, e in zip(self.columns_of(), self.exact, strict=True)]
         of_sets = torch.tensor(shares, dtype=torch.float32).view(-1, 2)
         set_of = torch.arange(self.num_rows, device=labels.device) // self.set_rows
-        of_rows = of_sets.to(labels.device, non_blocking=True).index_select(0, set_of)  # the host waits for nothing
+        of_rows = of_sets.to(labels.device, non_blocking=True).index_select(0, set_of)  # without a synchronisation
         live, exact = (of_rows * (labels != options.ignore_index)[:, None]).sum(0)
         taus = [g[:, -1].abs().sum(dtype=torch.float32) for g, e in zip(self.grads(), self.exact, strict=True) if not e]
         tail = torch.stack(taus).sum() / options.scale if taus else torch.zeros_like(live)

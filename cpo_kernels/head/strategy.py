@@ -52,7 +52,7 @@ def check_filter(filter_eps: float | str | None, filter_head_grad: bool) -> None
     if not isinstance(filter_head_grad, bool):
         raise TypeError(f"filter_head_grad must be True or False, got {filter_head_grad!r}")
     if filter_head_grad and filter_eps is None:
-        raise ValueError("filter_head_grad=True has a meaning with filter_eps only: give it a number or 'auto'")
+        raise ValueError("filter_head_grad=True requires filter_eps: set it to a number or 'auto'")
     if filter_eps is None or filter_eps == "auto":
         return
     if isinstance(filter_eps, str):

@@ -263,7 +263,7 @@ def linear_token_logps(
         bias: [V] or None.
         softcap, scale, vocab_size, extras, impl: see `token_logps`.
         index: [n] int64, the positions in `labels.flatten()` that carry a label, in order. A collator knows them; left
-            out, they are looked for, and on a GPU the host waits for their number. Other positions among them are
+            out, they are looked for, which on a GPU needs a host-device synchronisation. Other positions among them are
             treated as ignored ones, so all positions serve a CUDA graph whose labels change.
         memory_budget: bytes of logits held at a time, 320 MiB on a CPU and 1 GiB on a GPU by default.
         vocab_shards: weight [V_r, H] and bias [V_r] are this rank's rows, hidden and labels are the same on every rank

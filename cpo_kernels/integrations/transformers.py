@@ -148,7 +148,7 @@ def causal_lm_logps(
 
     Args:
         model: a causal LM of `HEADS`, or a PEFT model around one (its active adapters apply). A head that a `tp_plan`
-            or torch's ColwiseParallel has sharded over ranks stays so; every rank gets the same log-probs.
+            or torch's ColwiseParallel has sharded is not gathered; every rank gets the same log-probs.
         batch: `input_ids` [S, T] (or `inputs_embeds`), `attention_mask`, and either `labels` [S, T] with `ignore_index`
             where a token does not count, or `completion_mask` [S, T] with 0 there. The rest goes to the backbone.
         softcap, scale, vocab_size: see `lm_head`.

@@ -155,7 +155,7 @@ def loss_options(args: Any) -> LossOptions:
     if objectives is None:
         for name in ("tau", "margin", "tie_margin"):
             if own(args, name) != next(f.default for f in OWN_FIELDS if f.name == name):
-                raise ValueError(f"{name} has a meaning for rated pairs only: give objectives")
+                raise ValueError(f"{name} applies only to rated pairs: give objectives")
         if args.label_smoothing and not SMOOTHED_BY_TRL & set(types):
             raise ValueError(
                 f"label_smoothing is ignored by TRL for loss_type {', '.join(types)}: set it to 0, or use robust"

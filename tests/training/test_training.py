@@ -595,7 +595,7 @@ def test_metrics_of_the_filter_are_means_over_the_step():
     [
         ({"filter_eps": "high"}, "loss.filter_eps: expected auto or a number in \\(0, 1\\), got 'high'"),
         ({"filter_eps": 1.5}, "loss.filter_eps: 1.5 is not in \\(0, 1\\)"),
-        ({"filter_head_grad": True}, "loss: filter_head_grad=True has a meaning with filter_eps only"),
+        ({"filter_head_grad": True}, "loss: filter_head_grad=True requires filter_eps"),
         ({"options": {"filter_eps": 0.1}}, "filter_eps comes from loss.filter_eps"),
     ],
 )
