@@ -364,7 +364,7 @@ def test_filtered_gradients(tmp_path, filter_head_grad):
     assert 1e-4 < max(errors) < 0.5
 
 
-@pytest.mark.parametrize("eps, error", [("high", "got 'high'"), ("2", "got 2.0"), (None, "only")])
+@pytest.mark.parametrize("eps, error", [("high", "got 'high'"), ("2", "got 2.0"), (None, "requires filter_eps")])
 def test_wrong_filters(tmp_path, eps, error):
     with pytest.raises(ValueError, match=error):
         FusedDPOConfig(str(tmp_path), filter_eps=eps, filter_head_grad=True, use_cpu=True, bf16=False)
