@@ -104,9 +104,9 @@ def by_rows(pair: Pair) -> Outcome:
     needs, dx = Needs(dx=True, dw=True, db=False), torch.empty_like(x)
     sums = WeightGrad(pair.weight, abs(head.options.scale), len(pair.parts), needs)
     for part in pair.parts:
-        g, lacks = head.logits(x[part], pair.labels[part])
+        g, anchors = head.logits(x[part], pair.labels[part])
         ones = torch.ones_like(lse[part])
-        head.kernels.token_logps_bwd_(g, pair.labels[part], lse[part], ones, *head.options, lacks)
+        head.kernels.token_logps_bwd_(g, pair.labels[part], lse[part], ones, *head.options, anchors)
         torch.mm(g, pair.weight, out=dx[part])
         sums.add(g, x[part], coef[part])
     return loss, dx * coef[:, None].to(x.dtype), sums.result(dx, coef).dw

@@ -132,7 +132,7 @@ class ShardedKernels:
         column, here = columns_of(labels, ignore_index, self.start, mine)
         if mine:
             if anchors is not None:  # the logit of a label that is elsewhere stands for no column here
-                stored = label_logits(logits, column, anchors)
+                stored = stored_logits(logits, column, anchors)
                 anchors = torch.stack([anchors[0], torch.where(here, anchors[1], stored.to(anchors.dtype))])
             logp, lse, extra = self.kernels.token_logps_fwd(logits, column, -1, scale, softcap, mine, extras, anchors)
         else:
@@ -266,7 +266,7 @@ def columns_of(labels: Tensor, ignore_index: int, first: int, count: int) -> tup
     return column.clamp(0, max(count - 1, 0)).masked_fill(labels == ignore_index, -1), here
 
 
-def label_logits(logits: Tensor, column: Tensor, anchors: Tensor | None) -> Tensor:
+def stored_logits(logits: Tensor, column: Tensor, anchors: Tensor | None) -> Tensor:
     """[n] the logits in the columns [n], as far as `logits` and what they lack hold them."""
     row = torch.arange(logits.shape[0], device=logits.device)
     stored = logits[row, column.clamp(min=0)]
@@ -293,7 +293,7 @@ def columns_bwd_(
         return
     column, here = columns_of(labels, ignore_index, first, count)
     row, place = torch.arange(logits.shape[0], device=logits.device), column.clamp(min=0)
-    z = label_logits(logits, column, anchors).double() * scale
+    z = stored_logits(logits, column, anchors).double() * scale
     slope = torch.full_like(z, scale)
     if softcap:
         z, slope = softcap * torch.tanh(z / softcap), scale / torch.cosh(z / softcap).square()

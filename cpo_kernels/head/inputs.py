@@ -14,7 +14,7 @@ from cpo_kernels import checks, library
 from cpo_kernels.backends.vocab_parallel import Backend, VocabShards, columns_here, columns_of
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.head.matmul import product
-from cpo_kernels.head.relative import anchors, is_relative, label_logits
+from cpo_kernels.head.relative import is_relative, label_logits, make_anchors
 from cpo_kernels.head.strategy import SET_ROWS, budget_rows, even_rows, resolve_filter, row_stride
 from cpo_kernels.head.vocab_parallel import local_head
 from cpo_kernels.library import Kernels
@@ -260,13 +260,13 @@ class Head:
             return None
         columns = columns_of(labels, self.options.ignore_index, first, count)[0].clamp(min=0)
         if lacks is None:
-            return anchors(x, self.weight, self.bias, columns, count, self.options)
+            return make_anchors(x, self.weight, self.bias, columns, count, self.options)
         return torch.stack([lacks, label_logits(x, self.weight, self.bias, columns)])
 
     def logits(self, x: Tensor, labels: Tensor) -> Logits:
         """x [n, H], labels [n]; valid until the next call."""
-        lacks = self.anchors(x, labels)
-        return Logits(self.columns(x, slice(None), lacks), lacks)
+        anchors = self.anchors(x, labels)
+        return Logits(self.columns(x, slice(None), anchors), anchors)
 
     def with_reference(self, x: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Logits, Tensor]:
         """Logits of x, and log-probs [n] of a reference model's rows through the same head ([0] without).
@@ -277,11 +277,11 @@ class Head:
         if ref is None:
             return self.logits(x, labels), self.weight.new_empty(0, dtype=library.acc_dtype(self.weight.dtype))
         if 2 * n <= self.buffer.shape[0]:
-            z, lacks = self.logits(torch.cat([x, ref]), torch.cat([labels, labels]))
-            own, others = (None, None) if lacks is None else (part.contiguous() for part in lacks.split(n, 1))
+            z, anchors = self.logits(torch.cat([x, ref]), torch.cat([labels, labels]))
+            own, others = (None, None) if anchors is None else (part.contiguous() for part in anchors.split(n, 1))
             return Logits(z[:n], own), self.kernels.token_logps_fwd(z[n:], labels, *self.options, False, others)[0]
-        z, lacks = self.logits(ref, labels)
-        ref_logp = self.kernels.token_logps_fwd(z, labels, *self.options, False, lacks)[0]
+        z, anchors = self.logits(ref, labels)
+        ref_logp = self.kernels.token_logps_fwd(z, labels, *self.options, False, anchors)[0]
         return self.logits(x, labels), ref_logp
 
     def forward(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> RowLogps:

@@ -129,8 +129,8 @@ def by_index(head: Head) -> Any:
 
 def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: float, set_rows: int) -> LiveSets:
     """Splits the gradient of a chunk's logits, which stay as they are. The host waits once, for all |A|."""
-    options, (z, lacks) = head.options, logits
-    live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options, lacks)
+    options, (z, anchors) = head.options, logits
+    live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options, anchors)
     counts = live.sum(1).tolist()
     exact = [count > LIVE_LIMIT * live.shape[1] for count in counts]
     if by_index(head) and z.element_size() == 2:  # 7 modulo 8 columns and tau: rows of g keep to 16 bytes
@@ -144,7 +144,7 @@ def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: floa
     for count, whole in zip(counts, exact, strict=True):
         offsets.append(offsets[-1] + (0 if whole else count))
     columns = torch.nonzero_static(live, size=offsets[-1])[:, 1].contiguous()
-    g = head.kernels.live_grads(z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options, lacks)
+    g = head.kernels.live_grads(z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options, anchors)
     total = tail.sum(1, keepdim=True)
     q = (tail / torch.where(total > 0, total, 1.0) * TAIL_UNIT).to(z.dtype)  # 1 / total may not be finite
     return LiveSets(g, columns, offsets, exact, q, z.shape[0], set_rows)
@@ -182,12 +182,12 @@ def filtered_chunk(
     """
     x, labels, extras, ref = inputs
     logits, ref_logp = head.with_reference(x, labels, ref)
-    z, lacks = logits
-    logps = RowLogps(*head.kernels.token_logps_fwd(z, labels, *head.options, extras, lacks), ref_logp, logits.lacks)
+    z, anchors = logits
+    logps = RowLogps(*head.kernels.token_logps_fwd(z, labels, *head.options, extras, anchors), ref_logp, logits.lacks)
     sets = live_sets(head, logits, labels, logps.lse, eps, set_rows)
     for rows in [slice(None)] if whole else exact_rows(sets):
         ones = torch.ones_like(logps.lse[rows])
-        own = None if lacks is None else lacks[:, rows].contiguous()
+        own = None if anchors is None else anchors[:, rows].contiguous()
         head.kernels.token_logps_bwd_(z[rows], labels[rows], logps.lse[rows], ones, *head.options, own)
     if dx.numel():
         live_dx(head, sets, z, dx)

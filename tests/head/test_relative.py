@@ -141,14 +141,14 @@ def test_what_rows_lack():
     """Numbers of the 16-bit dtype, near the mean logit; nothing where all of the columns are masked; exact labels."""
     x, weight, bias, y = made(torch.bfloat16, bias=True)
     options, columns = HeadOptions(-100, 0.7, 0.0, VOCAB), y.clamp(min=0)
-    lacks, at_label = relative.anchors(x, weight, bias, columns, VOCAB, options)
+    lacks, at_label = relative.make_anchors(x, weight, bias, columns, VOCAB, options)
     z = x.double() @ weight.double().t() + bias.double()
     assert torch.equal(lacks, lacks.bfloat16().float())
     mean = ((0.7 * z).softmax(1) * z).sum(1)
     assert float((lacks - mean)[y != -100].abs().median()) < 0.6 * float(mean.abs().median())
     torch.testing.assert_close(at_label.double(), z.gather(1, columns[:, None]).squeeze(1), rtol=1e-6, atol=1e-5)
     masked = torch.full_like(bias, -torch.inf)
-    lacks, at_label = relative.anchors(x, weight, masked, columns, VOCAB, options)
+    lacks, at_label = relative.make_anchors(x, weight, masked, columns, VOCAB, options)
     assert not lacks.any() and bool((at_label == -torch.inf).all())
 
 

@@ -22,6 +22,7 @@ from tests.support.tiny import one_thread  # noqa: E402, F401
 from tests.support.trl_runs import (  # noqa: E402
     DATA,
     SETTINGS,
+    TIMING,
     TOKENIZER,
     Gradients,
     assert_same_run,
@@ -160,7 +161,10 @@ def test_evaluation(tmp_path):
 def test_bfloat16_autocast(tmp_path):
     """Mixed precision as TRL runs it by default: near TRL's run, and no further from float32 than the naive logits."""
     theirs, ours = (run(fused, tmp_path, {"bf16": True, "max_grad_norm": 0.1}) for fused in (False, True))
-    assert_same_run(theirs, ours, rel=0.05, floor=5e-3)  # rewards hold the rounding of TRL's logits, which ours lack
+    rewards = {name for log in theirs[0] for name in log if name.startswith("rewards/")}
+    others = {name for log in theirs[0] for name in log} - rewards - TIMING
+    assert_same_run(theirs, ours, rel=0.05, keys=others)
+    assert_same_run(theirs, ours, rel=0.05, keys=rewards, floor=5e-3)  # TRL's hold the rounding of its logits
 
     ids = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     upstream = torch.randn(2, 8)
