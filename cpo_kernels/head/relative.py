@@ -7,8 +7,9 @@ from a product of its own, n H multiplications,
     log p_t = z_{t,y_t} - s_t - logsumexp_v (z_tv - s_t)
 
 s_t is the mean logit under the softmax of a few columns: the labels of the chunk, the first of the vocabulary, where
-tokenizers have frequent tokens, and some from all over it. Errors of log-probs in bfloat16 (rms) on 3,072 rows of SmolLM2-135M-Instruct
-(|z| up to 42) with their labels, with labels drawn at random, and on normal logits of deviation 1:
+tokenizers have frequent tokens, and some from all over it. Errors of log-probs in bfloat16 (rms) on 3,072 rows of
+SmolLM2-135M-Instruct (|z| up to 42) with their labels, with labels drawn at random, and on normal logits of deviation
+1:
 
     absolute logits                          2.6e-2     3.4e-2     1.7e-3
     s: that mean                             6.5e-4     4.8e-3     1.7e-5
