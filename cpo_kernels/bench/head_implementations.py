@@ -68,7 +68,7 @@ def fused_loss(impl: str = "auto", two_pass: bool = False, **filtered: Any) -> C
         if b.ref_weight is not b.weight:
             given["ref_weight"] = b.ref_weight
         pairs = None if w.responses == 2 else b.pairs.cpu()
-        plan = loss_fn.plan(b.labels.cpu(), w.vocab, b.dtype, pairs, device=b.device).to(b.device)
+        plan = loss_fn.plan(b.labels.cpu(), w.vocab, b.dtype, pairs, device=b.device, hidden_size=w.hidden).to(b.device)
 
         def run() -> Outcome:
             with torch.set_grad_enabled(w.mode != "forward"):

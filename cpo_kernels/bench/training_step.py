@@ -186,7 +186,9 @@ def loop(b: Batch) -> Step:
     loss_fn = cpo.FusedLinearCPOLoss(beta=BETA)
     backbone, dtype = b.model.base_model, getattr(torch, b.workload.dtype)
     labels = b.labels[:, 1:]
-    plan = loss_fn.plan(labels.cpu(), b.head.shape[0], dtype, b.pairs.cpu(), device=b.device).to(b.device)
+    vocab_size, hidden_size = b.head.shape
+    plan = loss_fn.plan(labels.cpu(), vocab_size, dtype, b.pairs.cpu(), device=b.device, hidden_size=hidden_size)
+    plan = plan.to(b.device)
 
     def loss_and_backward() -> Tensor:
         with b.autocast():

@@ -15,7 +15,16 @@ from cpo_kernels.backends.vocab_parallel import Backend, VocabShards, columns_he
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.head.matmul import product
 from cpo_kernels.head.relative import is_relative, label_logits, make_anchors
-from cpo_kernels.head.strategy import SET_ROWS, budget_rows, even_rows, resolve_filter, row_stride
+from cpo_kernels.head.strategy import (
+    SET_ROWS,
+    budget_rows,
+    chunk_limit,
+    even_rows,
+    one_chunk_limit,
+    resolve_filter,
+    row_stride,
+    sum_rows,
+)
 from cpo_kernels.head.vocab_parallel import local_head
 from cpo_kernels.library import Kernels
 from cpo_kernels.ops.token_logps import HeadOptions, head_options
@@ -58,6 +67,8 @@ class Execution(NamedTuple):
     """How a head runs: rows of logits at a time, where the kernels are, and which gradients are filtered."""
 
     row_limit: int
+    chunk_limit: int  # of a chunk that adds nothing to a sum
+    sum_rows: int  # see `strategy.sum_rows`
     backend: Backend
     filter_eps: float = 0.0  # 0: exact
     filter_head_grad: bool = False
@@ -67,12 +78,18 @@ class Execution(NamedTuple):
         """Rows of a set of live columns."""
         return min(SET_ROWS, self.row_limit)
 
-    def step(self, count: int) -> int:
-        """Rows of a chunk, whole sets of them where gradients are filtered."""
-        step = even_rows(count, self.row_limit)
-        if not self.filter_eps:
+    @property
+    def set_chunk(self) -> int:
+        """Rows whose sets are made at a time."""
+        return self.chunk_limit // self.set_rows * self.set_rows
+
+    def step(self, count: int, adds_dw: bool) -> int:
+        """Rows of a chunk, whole sets of them where gradients are filtered; adds_dw: chunks add up dW."""
+        limit = one_chunk_limit(count, self.row_limit, self.sum_rows) if adds_dw else self.chunk_limit
+        step = even_rows(count, limit)
+        if not self.filter_eps or step == count:
             return step
-        return min(-(-step // self.set_rows), self.row_limit // self.set_rows) * self.set_rows
+        return min(-(-step // self.set_rows), limit // self.set_rows) * self.set_rows
 
     def head(self, tensors: HeadTensors, options: HeadOptions, max_rows: int) -> "Head":
         return Head(tensors.weight, tensors.bias, options, max_rows, self.backend.kernels(tensors.weight))
@@ -85,13 +102,22 @@ class HeadInputs:
     tensors: HeadTensors
     options: HeadOptions
     row_limit: int
+    chunk_limit: int
+    sum_rows: int
     width: int  # columns of logits for which row_limit was made: V, or the largest shard's
     shards: VocabShards | None
     filter_eps: float = 0.0  # 0: exact
     filter_head_grad: bool = False
 
     def execution(self, impl: str) -> Execution:
-        return Execution(self.row_limit, Backend.of(impl, self.shards), self.filter_eps, self.filter_head_grad)
+        return Execution(
+            self.row_limit,
+            self.chunk_limit,
+            self.sum_rows,
+            Backend.of(impl, self.shards),
+            self.filter_eps,
+            self.filter_head_grad,
+        )
 
     @property
     def keeps_live_sets(self) -> bool:
@@ -153,9 +179,11 @@ def head_inputs(
         check_label_range(labels, options.ignore_index, options.vocab_size)
     rows = named["hidden"].reshape(-1, weight.shape[1])
     tensors = HeadTensors(rows, weight, named.get("bias", weight.new_empty(0)), labels.reshape(-1))
-    row_limit = budget_rows(width, weight.dtype, weight.device, config.memory_budget)
+    limit = budget_rows(width, weight.dtype, weight.device, config.memory_budget)
+    few = chunk_limit(width, weight.dtype, weight.device, config.memory_budget)
+    more = sum_rows(weight.shape[1], weight.dtype, config.memory_budget)
     eps = resolve_filter(config.filter_eps, config.filter_head_grad, weight.dtype)
-    return HeadInputs(tensors, options, row_limit, width, shards, eps, config.filter_head_grad)
+    return HeadInputs(tensors, options, limit, few, more, width, shards, eps, config.filter_head_grad)
 
 
 def check_index(index: Tensor | None, labels: Tensor) -> None:
@@ -243,6 +271,11 @@ class Logits(NamedTuple):
             return self.anchors[0]
         size = self.z.shape[0] if is_relative(self.z.dtype) else 0
         return self.z.new_zeros(size, dtype=library.acc_dtype(self.z.dtype))
+
+    def rows(self, part: slice) -> "Logits":
+        if part == slice(None) or part == slice(0, self.z.shape[0]):
+            return self
+        return Logits(self.z[part], None if self.anchors is None else self.anchors[:, part].contiguous())
 
 
 class Head:

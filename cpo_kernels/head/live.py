@@ -150,14 +150,12 @@ def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: floa
     return LiveSets(g, columns, offsets, exact, q, z.shape[0], set_rows)
 
 
-def live_dx(head: Head, sets: LiveSets, g: Tensor, dx: Tensor) -> None:
-    """dX [n, H] of the sum of the log-probs. Rows of exact sets are whole gradients in g [n, V]."""
+def live_dx(head: Head, sets: LiveSets, dx: Tensor) -> None:
+    """dX [n, H] of the sum of the log-probs, without the rows of exact sets."""
     weight = head.weight[: sets.tail.shape[1]]
     means = product(sets.tail, weight, weight.new_empty(len(sets.exact), weight.shape[1])) / TAIL_UNIT  # [sets, H]
     if kernels := by_index(head):
         dx.copy_(kernels.live_dx(*sets.places, sets.set_rows, weight, means, sets.num_rows))
-    for rows in exact_rows(sets):
-        product(g[rows], head.weight, dx[rows])
     for k, (live, columns) in enumerate(zip(sets.grads(), sets.columns_of(), strict=True)):
         if sets.exact[k] or kernels:
             continue
@@ -167,31 +165,49 @@ def live_dx(head: Head, sets: LiveSets, g: Tensor, dx: Tensor) -> None:
         product(live, weights, dx[sets.rows(k)])
 
 
+def _to_gradient(head: Head, logits: Logits, labels: Tensor, lse: Tensor) -> None:
+    """Logits [n, V] become the gradient of their rows' log-probs."""
+    ones = torch.ones_like(lse)
+    head.kernels.token_logps_bwd_(logits.z, labels, lse, ones, *head.options, logits.anchors)
+
+
 def filtered_chunk(
     head: Head,
     inputs: tuple[Tensor, Tensor, bool, Tensor | None],
-    eps: float,
-    set_rows: int,
+    execution: Execution,
     dx: Tensor,
     whole: bool,
-) -> tuple[Tensor, RowLogps, LiveSets]:
-    """The log-probs of a chunk, its live sets, and dX [n, H] of their sum unless dx is [0].
+    kept: list[LiveSets] | None = None,
+) -> tuple[Tensor, RowLogps, Tensor]:
+    """The logits of a chunk, their log-probs, the sums [3] of the live sets, and dX [n, H] of the log-probs' sum unless
+    dx is [0].
 
-    inputs: what `Head.forward` takes. whole: the first result is the gradient g [n, V] of every row; else only of rows
-    in exact sets.
+    inputs: what `Head.forward` takes. whole: the logits become their gradient g [n, V]. kept: gets the live sets. They
+    are made some rows at a time, so that few exist where none is kept.
     """
     x, labels, extras, ref = inputs
     logits, ref_logp = head.with_reference(x, labels, ref)
-    z, anchors = logits
-    logps = RowLogps(*head.kernels.token_logps_fwd(z, labels, *head.options, extras, anchors), ref_logp, logits.lacks)
-    sets = live_sets(head, logits, labels, logps.lse, eps, set_rows)
-    for rows in [slice(None)] if whole else exact_rows(sets):
-        ones = torch.ones_like(logps.lse[rows])
-        own = None if anchors is None else anchors[:, rows].contiguous()
-        head.kernels.token_logps_bwd_(z[rows], labels[rows], logps.lse[rows], ones, *head.options, own)
-    if dx.numel():
-        live_dx(head, sets, z, dx)
-    return z, logps, sets
+    out = head.kernels.token_logps_fwd(logits.z, labels, *head.options, extras, logits.anchors)
+    logps = RowLogps(*out, ref_logp, logits.lacks)
+    sums = no_sums(logits.z)
+    for low, high in chunks(x.shape[0], execution.set_chunk):
+        rows = slice(low, high)
+        part, lse = logits.rows(rows), logps.lse[rows]
+        sets = live_sets(head, part, labels[rows], lse, execution.filter_eps, execution.set_rows)
+        if whole:
+            _to_gradient(head, part, labels[rows], lse)
+        if dx.numel():
+            live_dx(head, sets, dx[rows])
+            for of in exact_rows(sets):
+                g = part.z[of]
+                if not whole:
+                    g = g.clone()
+                    _to_gradient(head, Logits(g, part.rows(of).anchors), labels[rows][of], lse[of])
+                product(g, head.weight, dx[rows][of])
+        sums += sets.sums(labels[rows], head.options)
+        if kept is not None:
+            kept.append(sets)
+    return logits.z, logps, sums
 
 
 def chunk_grads(
@@ -199,8 +215,7 @@ def chunk_grads(
 ) -> tuple[Tensor, RowLogps, Tensor]:
     """g [n, V] of a chunk, its log-probs, and `LiveSets.sums` [3]; dX [n, H] is written unless it is [0]."""
     if execution.filter_eps and dx.numel():
-        g, logps, sets = filtered_chunk(head, inputs, execution.filter_eps, execution.set_rows, dx, whole=True)
-        return g, logps, sets.sums(inputs[1], head.options)
+        return filtered_chunk(head, inputs, execution, dx, whole=True)
     g, logps = head.fused(*inputs)
     if dx.numel():
         product(g, head.weight, dx)

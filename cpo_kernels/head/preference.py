@@ -57,7 +57,12 @@ def _fake_linear_preference(tensors: HeadTensors, args: LinearPreferenceArgs) ->
 
 @functional_op("linear_preference", fake=_fake_linear_preference, waits=True)
 def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> LinearPreference:
-    loss, size, row_limit = args.loss, tensors.hidden.shape[0], args.execution.row_limit
+    loss, size, row_limit, more = (
+        args.loss,
+        tensors.hidden.shape[0],
+        args.execution.row_limit,
+        args.execution.sum_rows,
+    )
     if not loss.scores.numel():
         loss = loss.with_divisors(loss.pairs.shape[0])  # no ratings, no ties
     kernels, acc = args.execution.backend.kernels(tensors.weight), library.acc_dtype(tensors.hidden.dtype)
@@ -72,7 +77,7 @@ def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> Li
             loss, numbers = loss.with_divisors(*numbers[:2]), numbers[2:]
         num_sequences = len(loss.lengths)
         layout = Layout.of(
-            numbers[:num_sequences], numbers[num_sequences:], row_limit, args.couples_pairs, args.opposite
+            numbers[:num_sequences], numbers[num_sequences:], row_limit, args.couples_pairs, args.opposite, more
         )
         index = labelled_index(tensors.labels, args.options.ignore_index, layout.num_rows)
         tables_on_device = to_device(layout.tables(), tensors.hidden.device)
@@ -230,10 +235,8 @@ def _two_pass(batch: _Batch) -> LinearPreference:
     chunks: list[RowLogps] = []
     for p in parts:
         if filtered:  # dX is made here, and the second pass makes dW only
-            _, logps, sets = filtered_chunk(
-                batch.head, batch.inputs(p), execution.filter_eps, execution.set_rows, dx[p], whole=False
-            )
-            filter_sums += sets.sums(rows.labels[p], batch.head.options)
+            _, logps, sums = filtered_chunk(batch.head, batch.inputs(p), execution, dx[p], whole=False)
+            filter_sums += sums
         else:
             logps = batch.head.forward(*batch.inputs(p))
         chunks.append(logps)

@@ -41,17 +41,20 @@ def second_pass(
     coef: Tensor,
     needs: Needs,
     entropies: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> HeadGrads:
     """The gradients of sum_t coef_t logp_t: x [n, H], labels, lse and coef [n], lacks [n] or [0]; lse of the whole
     vocabulary.
 
     entropies [2, n]: coefficients e_t and values of the entropies H_t, for the gradient of sum_t e_t H_t as well. The
     coefficients that come back are those that rows of dx still lack.
+    kept [n, V]: the logits of the first pass, which are overwritten in place of being computed a second time.
     """
     weight, acc = head.weight, library.acc_dtype(x.dtype)
     options = head.options
     kernels, first, count = columns_here(head.kernels, options.vocab_size)
-    parts = vocab_tiles(x.shape[0], weight.shape[0], head.buffer.shape[0] * weight.shape[0])  # padding of rows apart
+    most = (head.buffer if kept is None else kept).shape[0] * weight.shape[0]  # padding of rows apart
+    parts = vocab_tiles(x.shape[0], weight.shape[0], most)
     of_logp, coef, entropies = _within_range(coef, entropies, x.dtype)
     power, db_power = sum_powers(coef, x, abs(options.scale) * (1 if entropies is None else 8))
     scaled = scale_rows(x, coef / power) if x.dtype == torch.float16 else x
@@ -62,7 +65,7 @@ def second_pass(
     dw = torch.empty_like(weight) if needs.dw else weight.new_empty(0)
     db = weight.new_empty(weight.shape[0] if needs.db else 0, dtype=acc)
     for part in parts:
-        g = head.columns(x, part, anchors)
+        g = head.columns(x, part, anchors) if kept is None else kept
         columns_bwd_(
             kernels, g, labels, lse, of_logp, options.ignore_index, options.scale, options.softcap,
             first + part.start, min(count - part.start, g.shape[1]), anchors, entropies,

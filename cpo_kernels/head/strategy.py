@@ -8,7 +8,8 @@ In products of N*H*V multiply-adds, N labelled rows:
     nll        3  loss known and separable by token (linear_nll), any chunks
     deferred   3  one pair that does not fit the budget, its two coefficients opposite: dW is scaled when they are known
     two_pass   4  loss known, but a group does not fit the budget or the loss couples all pairs
-    recompute  4  trainable head under a loss that is not known yet
+    kept       3  loss not known yet, all logits fit the budget: they are kept for backward
+    recompute  4  loss not known yet, and they do not fit
 
 With filter_eps the product of dX is made on the live columns, a share L of the vocabulary: 1 - L less of each that
 makes dX. With filter_head_grad too:
@@ -39,7 +40,11 @@ from cpo_kernels.head.relative import anchor_bytes
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
 SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12, 64 rows 4.4%, whose terms q weigh twice
-PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "deferred": 3, "two_pass": 4, "recompute": 4, "live": 3}
+PRODUCTS = {
+    "forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "deferred": 3, "two_pass": 4, "kept": 3, "recompute": 4, "live": 3,
+}  # fmt: skip
+# A chunk that adds nothing to a sum over chunks (forward, frozen, live) may be small: bytes and least rows, by default.
+SMALL = {"cpu": (24 << 20, 256)}
 
 
 # Beside relative logits the error of dX on real rows grows to 1.07 times that of exact gradients in bfloat16
@@ -116,6 +121,22 @@ def budget_rows(width: int, dtype: torch.dtype, device: torch.device, memory_bud
     return rows if rows < 16 else rows // 16 * 16
 
 
+def chunk_limit(width: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None) -> int:
+    """Rows of a chunk that adds nothing to a sum: `budget_rows`, or fewer where no budget is given."""
+    limit = budget_rows(width, dtype, device, memory_budget)
+    if memory_budget is not None or device.type not in SMALL:
+        return limit
+    size, least = SMALL[device.type]
+    return min(limit, max(least, budget_rows(width, dtype, device, size)))
+
+
+def sum_rows(hidden_size: int, dtype: torch.dtype, memory_budget: int | None) -> int:
+    """Rows of logits as large as the float32 sum of dW [V, H] that several chunks in 16 bit hold: up to that many more
+    in one chunk need no more memory than several chunks. 0 where a budget is given, which limits the logits."""
+    held = torch.promote_types(dtype, torch.float32).itemsize
+    return 0 if memory_budget is not None or held == dtype.itemsize else hidden_size * held // dtype.itemsize
+
+
 def even_rows(num_tokens: int, limit: int) -> int:
     """Chunk size of at most `limit` rows that leaves no small rest."""
     chunks = max(1, -(-num_tokens // limit))
@@ -180,6 +201,7 @@ def explain(
         raise ValueError(f"live_share must lie in [0, 1], got {live_share}")
     eps = resolve_filter(filter_eps, filter_head_grad, dtype)
     limit = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)
+    more = sum_rows(hidden_size, dtype, memory_budget)
     group = num_tokens if group_tokens is None else group_tokens
     if not (train_hidden or train_head):
         strategy = "forward"
@@ -188,11 +210,15 @@ def explain(
     elif eps and filter_head_grad:
         strategy = "live"
     elif loss == "unknown":
-        strategy = "recompute"
+        strategy = "kept" if num_tokens <= limit else "recompute"
     elif loss == "nll":
         strategy = "nll"
     else:
-        strategy = preference_strategy(num_tokens, group, couples_pairs, one_pair, limit)
+        strategy = preference_strategy(num_tokens, group, couples_pairs, one_pair, limit, more)
+    if strategy in ("forward", "frozen", "live"):
+        limit = chunk_limit(vocab_size, dtype, torch.device(device), memory_budget)
+    elif strategy in ("pairs", "nll"):
+        limit = one_chunk_limit(num_tokens, limit, more)
     row_bytes = row_stride(vocab_size, dtype, torch.device(device)) * dtype.itemsize
     plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, row_bytes, train_hidden, train_head)
     if strategy == "live":
@@ -205,11 +231,20 @@ def explain(
     return replace(plan, extra_bytes=plan.extra_bytes + tiles + looks)
 
 
-def preference_strategy(num_tokens: int, group_tokens: int, couples_pairs: bool, one_pair: bool, limit: int) -> str:
-    """`pairs` where whole groups fit the budget; a loss that couples all pairs has one group."""
+def one_chunk_limit(num_tokens: int, limit: int, more: int) -> int:
+    """The rows of a chunk that adds up dW: all of them where that needs no more memory, `more` from `sum_rows`."""
+    return max(limit, num_tokens) if num_tokens <= even_rows(num_tokens, limit) + more else limit
+
+
+def preference_strategy(
+    num_tokens: int, group_tokens: int, couples_pairs: bool, one_pair: bool, limit: int, more: int
+) -> str:
+    """`pairs` where whole groups fit the budget; a loss that couples all pairs has one group. more: of `sum_rows`."""
     if (num_tokens if couples_pairs else group_tokens) <= limit:
         return "pairs"
-    return "deferred" if one_pair else "two_pass"
+    if not one_pair:
+        return "two_pass"
+    return "pairs" if num_tokens <= one_chunk_limit(num_tokens, limit, more) else "deferred"
 
 
 def _plan(

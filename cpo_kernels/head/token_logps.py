@@ -1,6 +1,6 @@
-"""Token log-probs of a head, and their gradient for any loss that follows (strategies forward, frozen, recompute).
+"""Token log-probs of a head, and their gradient for any loss that follows (forward, frozen, kept, recompute, live).
 
-Logits of one chunk of rows exist at a time. `strategy` names the strategies.
+Logits of one chunk of rows exist at a time. `strategy` describes the strategies.
 """
 
 from typing import Any, Literal, NamedTuple, overload
@@ -36,7 +36,7 @@ from cpo_kernels.head.live import (
 from cpo_kernels.head.matmul import product
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.head.relative import is_relative
-from cpo_kernels.head.strategy import chunks, even_rows
+from cpo_kernels.head.strategy import chunks, even_rows, row_stride
 from cpo_kernels.library import fake_token_logps, functional_op, refuse_double_backward
 from cpo_kernels.ops.token_logps import HeadOptions, TokenExtras, entropy_grads, split_entropy, token_extras
 
@@ -49,7 +49,8 @@ class TokenArgs(NamedTuple):
     options: HeadOptions
     extras: bool
     want_dx: bool
-    keep_live: bool  # the live sets too, from which backward makes dW and db
+    keep_logits: bool  # if they fit the budget, for backward
+    keep_live: bool  # the live sets too, from which backward computes dW and db
     execution: Execution
 
 
@@ -57,6 +58,7 @@ class HeadLogps(NamedTuple):
     logps: RowLogps  # at all positions
     dx: Tensor  # [M, H] for an incoming gradient of 1, or [0]
     filter_sums: Tensor  # [3] of `LiveSets.sums`; 0 without a filter
+    kept: Tensor  # [n, V] the logits of all rows, or [0, V]
     live: LiveTensors
 
 
@@ -67,30 +69,33 @@ def _fake_forward(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     live = fake_live_tensors(hidden) if args.keep_live else no_live_tensors(hidden)
     lacks = logp.new_empty(logp.shape if is_relative(hidden.dtype) else 0)
     logps = RowLogps(logp, lse, extra, logp.new_empty(args.ref_hidden.shape[0]), lacks)
-    return HeadLogps(logps, dx, no_sums(hidden), live)
+    count = torch.library.get_ctx().new_dynamic_size() if args.keep_logits else 0
+    width = tensors.weight.shape[0]
+    kept = hidden.new_empty(count, row_stride(width, hidden.dtype, hidden.device))[:, :width]
+    return HeadLogps(logps, dx, no_sums(hidden), kept, live)
 
 
 @functional_op("linear_token_logps", fake=_fake_forward, waits=True)
 def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     execution, size, shared = args.execution, tensors.hidden.shape[0], args.ref_hidden.numel() > 0
-    row_limit, eps = execution.row_limit, execution.filter_eps
     rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
     count = rows.x.shape[0]
-    step = execution.step(count)
-    max_rows = min(2 * step, row_limit) if shared and count else min(step, count)
+    keep = args.keep_logits and count <= execution.row_limit
+    step = max(count, 1) if keep else execution.step(count, adds_dw=False)
+    max_rows = max(min(step, count), min(2 * count * shared, execution.chunk_limit))
     head = args.execution.head(tensors, args.options, max_rows)
     ref_x = rows.gather(args.ref_hidden) if shared else None
     dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
     parts: list[RowLogps] = []
-    filtered = eps > 0 and (args.want_dx or args.keep_live)
+    filtered = execution.filter_eps > 0 and (args.want_dx or args.keep_live)
     filter_sums, live = no_sums(rows.x), list[LiveSets]()
     for low, high in chunks(count, step) or [(0, 0)]:
         part = slice(low, high)
         inputs = rows.x[part], rows.labels[part], args.extras, None if ref_x is None else ref_x[part]
         if filtered:
-            _, logps, sets = filtered_chunk(head, inputs, eps, execution.set_rows, dx[part], whole=False)
-            filter_sums += sets.sums(inputs[1], args.options)
-            live += [sets] if args.keep_live else []
+            kept_sets = live if args.keep_live else None
+            _, logps, sums = filtered_chunk(head, inputs, execution, dx[part], False, kept_sets)
+            filter_sums += sums
         elif args.want_dx:
             g, logps = head.fused(*inputs)
             product(g, tensors.weight, dx[part])
@@ -104,7 +109,9 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     lacks = rows.scatter(lacks, size) if is_relative(rows.x.dtype) else lacks
     logps = RowLogps(rows.scatter(logp, size), rows.scatter(lse, size), extra, ref_logp, lacks)
     filter_sums = over_shards(head, filter_sums) if filtered else filter_sums
-    return HeadLogps(logps, dx, filter_sums, joined(live, rows.x))
+    width = tensors.weight.shape[0]
+    kept = head.buffer[:count, :width] if keep else head.buffer.new_empty(0, width)
+    return HeadLogps(logps, dx, filter_sums, kept, joined(live, rows.x))
 
 
 class BackwardArgs(NamedTuple):
@@ -122,40 +129,48 @@ class BackwardArgs(NamedTuple):
     execution: Execution
 
 
-@functional_op("linear_token_logps_backward", fake=lambda tensors, args: fake_grads(tensors, args.needs), waits=True)
-def linear_token_logps_backward_op(tensors: HeadTensors, args: BackwardArgs) -> InputGrads:
-    """The vector-Jacobian product of `linear_token_logps` from recomputed logits, or of the head from live sets."""
+def _head_grads(tensors: HeadTensors, args: BackwardArgs, kept: Tensor | None = None) -> InputGrads:
+    """The vector-Jacobian product of `linear_token_logps` from recomputed logits or from kept ones, which are
+    overwritten; or the head's from live sets."""
     execution, needs = args.execution, args.needs
     rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
     lse, grad = rows.gather(args.lse), rows.gather(args.grad)
     lacks = rows.gather(args.lacks) if args.lacks.numel() else args.lacks
-    head = execution.head(tensors, args.options, even_rows(rows.x.shape[0], execution.row_limit))
+    limit = execution.chunk_limit if args.from_live else execution.row_limit
+    head = execution.head(tensors, args.options, even_rows(rows.x.shape[0], limit) if kept is None else 0)
     if args.from_live:
         sets = LiveSets.of(args.live, rows.x.shape[0], execution.set_rows)
         grads = live_head_grads(head, sets, rows.x, rows.labels, lse, lacks, grad, needs.dw, needs.db)
     else:
         entropies = rows.gather(args.entropies.t()).t().contiguous() if args.entropies.numel() else None
-        grads = second_pass(head, rows.x, rows.labels, lse, lacks, grad, needs, entropies)
+        grads = second_pass(head, rows.x, rows.labels, lse, lacks, grad, needs, entropies, kept)
     dx = rows.scatter(scale_rows(grads.dx, grads.coef), tensors.hidden.shape[0]) if needs.dx else grads.dx
     return InputGrads(dx, restore(grads.dw, grads.power), grads.db.to(tensors.weight.dtype))
 
 
+@functional_op("linear_token_logps_backward", fake=lambda tensors, args: fake_grads(tensors, args.needs), waits=True)
+def linear_token_logps_backward_op(tensors: HeadTensors, args: BackwardArgs) -> InputGrads:
+    return _head_grads(tensors, args)
+
+
 class LinearTokenLogps(torch.autograd.Function):
-    """`frozen` and filtered heads keep dX for an incoming gradient of 1; `recompute` makes the logits again."""
+    """`frozen` and filtered heads compute dX for an incoming gradient of 1 in forward. Backward needs the logits for the
+    rest: `kept` has them and overwrites them with their gradient, so that a second backward of a retained graph computes
+    them again, as `recompute` always does."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, args: TokenArgs
     ) -> tuple[Tensor, ...]:
         tensors = HeadTensors(hidden, weight, bias, labels)
-        logps, dx, filter_sums, live = linear_token_logps_op(tensors, args)
+        logps, dx, filter_sums, kept, live = linear_token_logps_op(tensors, args)
         ctx.args = args.options, args.execution, args.keep_live
-        ctx.made_dx, ctx.extras = args.want_dx, args.extras
+        ctx.made_dx, ctx.extras, ctx.spent = args.want_dx, args.extras, False
         entropy, extra = split_entropy(logps.extra)
-        for_head = (hidden, weight, bias, args.row_index, logps.lse, logps.lacks, entropy, *live)
+        for_head = (hidden, weight, bias, args.row_index, logps.lse, logps.lacks, entropy, kept, *live)
         only_dx = args.want_dx and not any(ctx.needs_input_grad[1:3]) and not args.extras
         ctx.save_for_backward(dx, labels, *(() if only_dx else for_head))
-        rest = extra, logps.ref_logp, filter_sums, *live  # torch.compile must see tensors of unknown sizes
+        rest = extra, logps.ref_logp, filter_sums, kept, *live  # torch.compile must see tensors of unknown sizes
         ctx.mark_non_differentiable(*rest, *([] if args.extras else [entropy]))
         ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         return logps.logp, entropy, *rest
@@ -177,13 +192,19 @@ class LinearTokenLogps(torch.autograd.Function):
         if needs.head or not made:
             options, execution, from_live = ctx.args
             needs = needs._replace(dx=needs.dx and not made)
-            hidden, weight, bias, index, lse, lacks, entropy, *live = saved
+            hidden, weight, bias, index, lse, lacks, entropy, kept, *live = saved
             grad, entropies = entropy_grads(lse, grad, of_entropy, entropy)
             from_live = from_live and of_entropy is None
             args = BackwardArgs(
                 index, lse, lacks, grad, entropies, options, needs, LiveTensors(*live), from_live, execution
             )
-            out = linear_token_logps_backward_op(HeadTensors(hidden, weight, bias, labels), args)
+            tensors = HeadTensors(hidden, weight, bias, labels)
+            if kept.numel() and not ctx.spent:
+                ctx.spent = True
+                with torch.autocast(kept.device.type, enabled=False):
+                    out = _head_grads(tensors, args, kept.data)  # .data: its version stays, and others are still saved
+            else:
+                out = linear_token_logps_backward_op(tensors, args)
             grads = [g if need else made for g, need, made in zip(out, needs, grads, strict=True)]
         return *grads, None, None
 
@@ -199,13 +220,15 @@ def token_logps_of(
     """Differentiable logp [M], extra [4, M] (its first row too) or [0], ref_logp [M] or [0] and filter_sums [3], of
     checked inputs."""
     tensors, needs = inputs.tensors, inputs.needs
-    index = tensors.labels.new_empty(0) if index is None else index
     ref_hidden = tensors.weight.new_empty(0) if ref_hidden is None else ref_hidden
+    index = tensors.labels.new_empty(0) if index is None else index
     want_dx = needs.dx and (not needs.head or inputs.filter_eps > 0)
     if extras and torch.compiler.is_compiling():  # its backward has a gradient of the entropy, of zeros perhaps
         want_dx = False
+    # torch.compile's graphs cannot know whether kept logits have been overwritten.
+    keep = needs.head and not inputs.keeps_live_sets and not torch.compiler.is_compiling()
     execution = inputs.execution(impl)
-    args = TokenArgs(index, ref_hidden, inputs.options, extras, want_dx, inputs.keeps_live_sets, execution)
+    args = TokenArgs(index, ref_hidden, inputs.options, extras, want_dx, keep, inputs.keeps_live_sets, execution)
     logp, entropy, extra, ref_logp, filter_sums, *_ = function.apply(*tensors, args)
     return logp, torch.cat([entropy, extra]), ref_logp, filter_sums
 

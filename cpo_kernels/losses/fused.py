@@ -14,7 +14,7 @@ from cpo_kernels.batch_plan import BatchPlan, Layout, PlanTensors
 from cpo_kernels.checks import DTYPES, check_labels, check_types
 from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
 from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
-from cpo_kernels.head.strategy import budget_rows, check_filter
+from cpo_kernels.head.strategy import budget_rows, check_filter, sum_rows
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import PreferenceResult, acc_dtype, functional_op
 from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args
@@ -255,6 +255,7 @@ class FusedLinearCPOLoss(nn.Module):
         conditions: Tensor | None = None,
         device: str | torch.device = "cuda",
         all_positions: bool = False,
+        hidden_size: int | None = None,
     ) -> BatchPlan:
         """What the host must know of a batch, from the collator's CPU tensors; move it with `.to(device)` before use.
 
@@ -270,13 +271,17 @@ class FusedLinearCPOLoss(nn.Module):
             device: where the loss will run.
             all_positions: treat every position as a row, labelled or not. Labels may then change from one replay of a
                 CUDA graph to the next, at the cost of the products on ignored positions.
+            hidden_size: H of the head. With it a trainable head takes all rows in one chunk where that needs no more
+                memory than several chunks and their float32 sum of dW.
         """
         given = {"pairs": pairs, "cu_seqlens": cu_seqlens, "scores": scores, "conditions": conditions}
         check_types("a tensor", labels=labels)
         check_types("a tensor", optional=True, **given)
         check_types("an integer", vocab_size=vocab_size)
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+        check_types("an integer", optional=True, hidden_size=hidden_size)
+        for name, size in {"vocab_size": vocab_size, "hidden_size": hidden_size}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if dtype not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         for name, tensor in ({"labels": labels} | given).items():
@@ -284,6 +289,7 @@ class FusedLinearCPOLoss(nn.Module):
                 raise ValueError(f"a plan is made from CPU tensors, got {name} on {tensor.device}")
         check_labels(labels, labels.shape, "labels", labels.device)
         limit = budget_rows(vocab_size, dtype, torch.device(device), self.head.memory_budget)
+        more = 0 if hidden_size is None else sum_rows(hidden_size, dtype, self.head.memory_budget)
         offsets = sequence_offsets(labels, labels, cu_seqlens)
         flat = labels.reshape(-1)
         lengths = label_counts(flat, offsets, self.head.ignore_index)
@@ -300,7 +306,7 @@ class FusedLinearCPOLoss(nn.Module):
                 num_pairs, chosen_tokens = counts.clamp(min=1).double().tolist()
         rows = offsets.diff() if all_positions else lengths
         flat_pairs = pairs.flatten().tolist()
-        layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs, self.options.opposite)
+        layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs, self.options.opposite, more)
         index = torch.arange(len(flat)) if all_positions else (flat != self.head.ignore_index).nonzero().squeeze(1)
         divisors = num_pairs, chosen_tokens
         return BatchPlan(layout, layout.pack(), index, layout.tables(), pairs, len(flat), *divisors, all_positions)
@@ -329,8 +335,10 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
                 f"{lengths.tolist()}, or at other places: make the plan from the labels of this call, or with "
                 "all_positions=True"
             )
+    weight = inputs.tensors.weight
+    if plan.layout.sum_rows not in (0, inputs.sum_rows):
+        raise ValueError(f"the plan was made for another hidden_size: give plan() this head's, {weight.shape[1]}")
     if plan.layout.row_limit != inputs.row_limit:
-        weight = inputs.tensors.weight
         raise ValueError(
             f"the plan was made for chunks of {plan.layout.row_limit} rows, this head takes {inputs.row_limit}: give "
             f"plan() its vocab_size {inputs.width}, dtype {weight.dtype}, device {weight.device.type!r}"

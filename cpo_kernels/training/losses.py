@@ -108,15 +108,17 @@ class StageLoss:
         batch = collate(groups, self.rows, row_tokens(self.model))
         if len(batch.pairs):
             weight = self.head.weight
+            vocab_size, hidden_size = getattr(weight, "ds_shape", weight.shape)
             batch.plan = self.loss_fn.plan(
                 batch.labels,
-                getattr(weight, "ds_shape", weight.shape)[0],
+                vocab_size,
                 torch.bfloat16 if self.bf16 else weight.dtype,
                 batch.pairs,
                 batch.cu_seqlens,
                 batch.scores,
                 batch.conditions,
                 self.device,
+                hidden_size=hidden_size,
             )
         return batch.to(self.device)
 

@@ -200,20 +200,24 @@ def test_float16_sums_over_many_rows_stay_in_range(call, rows):
 
 @pytest.mark.parametrize("train_head", [True, False])
 def test_positions_without_label_are_never_projected(monkeypatch, train_head):
-    """Multiply-adds are counted: 4 products (recompute), 3 (nll) or 2 (frozen) on only the labelled rows."""
+    """Multiply-adds are counted: 4 products (recompute), 3 (kept, nll) or 2 (frozen) on only the labelled rows."""
     batch = make_batch(dtype=torch.float32, bias=False)
     weight = batch.weight if train_head else batch.weight.detach()
-    count, mm = [0], torch.mm
+    count = [0]
+    for name in ("mm", "addmm"):
 
-    def counting(a, b, **kwargs):
-        count[0] += a.shape[0] * a.shape[1] * b.shape[1]
-        return mm(a, b, **kwargs)
+        def counting(*args, function=getattr(torch, name), **kwargs):
+            a, b = args[-2:]
+            count[0] += a.shape[0] * a.shape[1] * b.shape[1]
+            return function(*args, **kwargs)
 
-    monkeypatch.setattr(head_token_logps.torch, "mm", counting)
-    one = int(batch.lengths().sum()) * 24 * 101
-    cpo.linear_token_logps(batch.hidden, weight, batch.labels).sum().backward()
-    assert count[0] == (4 if train_head else 2) * one
-    count[0] = 0
+        monkeypatch.setattr(torch, name, counting)
+    rows = int(batch.lengths().sum())
+    one = rows * 24 * 101
+    for budget, products in (((rows - 1) * 101 * 4, 4), (None, 3)):
+        cpo.linear_token_logps(batch.hidden, weight, batch.labels, memory_budget=budget).sum().backward()
+        assert count[0] == (products if train_head else 2) * one
+        count[0] = 0
     cpo.linear_nll(batch.hidden, weight, batch.labels).backward()
     assert count[0] == (3 if train_head else 2) * one
     count[0] = 0
@@ -244,7 +248,7 @@ def test_no_tensor_grows_with_the_logits():
         empty = batch.weight.new_empty(0)
         tensors = inputs.HeadTensors(batch.hidden.view(-1, 8), batch.weight, empty, batch.labels.view(-1))
         options, needs = HeadOptions(-100, 1.0, 0.0, 1001), inputs.Needs(True, True, False)
-        execution = inputs.Execution(16, Backend.of("cpu"))
+        execution = inputs.Execution(16, 16, 0, Backend.of("cpu"))
         args = nll.NLLArgs(batch.labels[:0].view(0), empty, options, -1.0, needs, execution)
         watch = Largest()
         with torch.no_grad(), watch:
@@ -572,10 +576,105 @@ def test_explain_follows_the_budget():
     assert cpo.explain(5000, 896, 151936, group_tokens=500).num_chunks > 1
     assert cpo.explain(5000, 896, 151936, group_tokens=5000).strategy == "two_pass"
     assert cpo.explain(5000, 896, 151936, group_tokens=500, couples_pairs=True).strategy == "two_pass"
-    assert cpo.explain(5000, 896, 151936, loss="unknown").strategy == "recompute"
+    kept, again = (cpo.explain(rows, 896, 151936, loss="unknown") for rows in (1104, 1105))
+    assert (kept.strategy, kept.products, again.strategy, again.products) == ("kept", 3, "recompute", 4)
+    assert kept.extra_bytes >= 1104 * 151936 * 2
+    frozen = cpo.explain(5000, 896, 151936, train_head=False)
+    assert frozen.chunk_rows <= 256 and frozen.logits_bytes < 75 << 20  # nothing adds up over chunks
+    assert cpo.explain(5000, 896, 151936, train_head=False, memory_budget=320 << 20).chunk_rows == 1000
+    assert cpo.explain(5000, 64, 2000, train_head=False).num_chunks == 1
     assert cpo.explain(10**6, 896, 151936, loss="nll").logits_bytes <= 320 << 20
     rows = {v: cpo.explain(10**7, 4096, v, device="cuda", loss="nll") for v in (49_152, 128_256, 256_000)}
     assert [p.chunk_rows for p in rows.values()] == [8191, 4176, 2096]  # even shares of 8192, 4176 and 2096
-    assert cpo.explain(8192, 4096, 128_256, device="cuda", group_tokens=1024).logits_bytes <= 1 << 30
+    llama = {"hidden_size": 4096, "vocab_size": 128_256, "device": "cuda", "group_tokens": 1024}
+    one, two = (cpo.explain(8192, **llama, memory_budget=budget) for budget in (None, 1 << 30))
+    assert two.logits_bytes <= 1 << 30 and (one.num_chunks, two.num_chunks) == (1, 2)
+    assert one.extra_bytes < 0.75 * two.extra_bytes  # two hold a float32 sum of dW
     with pytest.raises(ValueError, match="'preference', 'nll' or 'unknown', got 'mse'"):
         cpo.explain(1, 1, 1, loss="mse")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("filter_eps", [None, 0.01])
+def test_kept_logits_serve_every_backward(dtype, filter_eps):
+    """A graph that is retained serves several backwards, the first from kept logits; float16 stays in range."""
+    truth = make_batch(4, 9, seed=2)
+    batch = truth.to(dtype)
+    logps = cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias, filter_eps=filter_eps)
+    want = reference.linear_token_logps(truth.hidden, truth.weight, truth.labels, truth.bias)
+    bound = {torch.float64: 1e-12, torch.float32: FLOAT32}.get(dtype, 2e-2)
+    for size in (1.0, 300.0, 1e-3):
+        upstream = torch.randn(want.shape, dtype=torch.float64) * size
+        upstream[truth.labels == -100] = float("nan")
+        got = torch.autograd.grad(logps, batch.leaves, upstream.to(logps.dtype), retain_graph=True)
+        true = torch.autograd.grad(want, truth.leaves, upstream.nan_to_num(), retain_graph=True)
+        for g, w in list(zip(got, true, strict=True))[filter_eps is not None :]:  # dX is filtered
+            assert relative_error(g, w) < bound
+
+
+def test_logits_are_kept_where_they_fit():
+    batch = make_batch(4, 9, dtype=torch.float32)
+    rows = int(batch.lengths().sum())
+    held = []
+
+    def pack(t):
+        held.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels)
+    assert [t.shape for t in held if t.dim() == 2 and t.shape[1] == 101] == [(rows, 101)]
+    held.clear()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, memory_budget=(rows - 1) * 101 * 4)
+    assert not any(t.dim() == 2 and t.shape[1] == 101 and t.untyped_storage().nbytes() for t in held)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_chunk_where_several_need_no_less_memory(dtype):
+    """2 H rows more than one of several chunks in 16 bit; in float32 dW is its own sum."""
+    given = {"hidden_size": 896, "vocab_size": 151936, "dtype": dtype, "group_tokens": 128}
+    limit, more = (1104, 2 * 896) if dtype == torch.bfloat16 else (544, 0)  # at most 320 MiB of logits
+    most = 2689 if more else limit  # a third of them, 897, and 1,792
+    for loss in ("preference", "nll"):
+        one, several = (cpo.explain(most + extra, loss=loss, **given) for extra in (0, 1))
+        assert one.num_chunks == 1 and several.num_chunks > 1
+        assert one.extra_bytes <= 1.02 * several.extra_bytes or dtype == torch.float32  # it looks at more labels
+        assert cpo.explain(limit + 1, loss=loss, memory_budget=320 << 20, **given).num_chunks == 2
+    given["group_tokens"] = None
+    assert [cpo.explain(most + extra, one_pair=True, **given).strategy for extra in (0, 1)] == ["pairs", "deferred"]
+
+
+def test_one_chunk_by_the_ops(monkeypatch):
+    """A budget of 32 rows and 24 features: up to 32 + 48 rows at once in bfloat16."""
+    monkeypatch.setitem(strategy.DEFAULT_BUDGET, "cpu", 32 * 101 * 2)
+    batch = make_batch(8, 9).to(torch.bfloat16)
+    rows = int(batch.lengths().sum())
+    assert 32 < rows <= 64
+    want = cpo.FusedLinearCPOLoss(memory_budget=1 << 30)(
+        batch.hidden, batch.weight, batch.labels, batch.bias, ref_logps=batch.ref_logps
+    )
+    sizes = []
+    original = inputs.Head.fused
+
+    def watched(self, x, *rest):
+        sizes.append(x.shape[0])
+        return original(self, x, *rest)
+
+    monkeypatch.setattr(inputs.Head, "fused", watched)
+    loss_fn = cpo.FusedLinearCPOLoss()
+    given = {"ref_logps": batch.ref_logps}
+    out = loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, **given)
+    assert sizes == [rows] and torch.equal(out.loss, want.loss)
+    plan = loss_fn.plan(batch.labels, 101, torch.bfloat16, device="cpu", hidden_size=24)
+    sizes.clear()
+    loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, plan=plan, **given)
+    cpo.linear_nll(batch.hidden, batch.weight, batch.labels, batch.bias)
+    assert sizes == [rows, rows]
+    plan = loss_fn.plan(batch.labels, 101, torch.bfloat16, device="cpu", hidden_size=23)
+    with pytest.raises(ValueError, match="another hidden_size: give plan.. this head's, 24"):
+        loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, plan=plan, **given)
+    plan = loss_fn.plan(batch.labels, 101, torch.bfloat16, device="cpu")
+    sizes.clear()
+    loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, plan=plan, **given)
+    assert len(sizes) > 1

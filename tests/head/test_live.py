@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 import cpo_kernels as cpo
 from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
-from cpo_kernels.head.inputs import Head
+from cpo_kernels.backends.vocab_parallel import Backend
+from cpo_kernels.head.inputs import Execution, Head
 from cpo_kernels.head.live import LIVE_LIMIT, filtered_chunk, live_head_grads
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import BACKENDS, relative_error
@@ -208,7 +209,9 @@ def test_head_gradients_join_no_tensors_of_the_host():
     x, weight, bias = (t.detach() for t in leaves)
     x, labels = x[labels != -100], labels[labels != -100]
     head = Head(weight, bias, HeadOptions(-100, 1.0, 0.0, VOCAB), len(x), dispatch.kernels("cpu", weight))
-    _, logps, sets = filtered_chunk(head, (x, labels, False, None), 1e-3, 16, x[:0], whole=False)
+    execution, kept = Execution(16, 1000, 0, Backend.of("cpu"), 1e-3, True), []
+    _, logps, _ = filtered_chunk(head, (x, labels, False, None), execution, x[:0], False, kept)
+    (sets,) = kept
     assert any(sets.exact) and not all(sets.exact)
     with HostTensors() as seen:
         live_head_grads(head, sets, x, labels, logps.lse, logps.lacks, torch.ones_like(logps.lse), True, True)
@@ -519,7 +522,8 @@ def test_explain():
         ({"filter_eps": "auto"}, 2.1),
         ({"filter_eps": "auto", "filter_head_grad": True}, 1.2),
         ({"filter_eps": "auto", "filter_head_grad": True, "loss": "unknown"}, 1.2),
-        ({"filter_eps": "auto", "loss": "unknown"}, 3.1),
+        ({"filter_eps": "auto", "loss": "unknown"}, 2.1),
+        ({"filter_eps": "auto", "loss": "unknown", "memory_budget": 1 << 20}, 3.1),
         ({"filter_eps": "auto", "train_head": False}, 1.1),
         ({"filter_eps": "auto", "filter_head_grad": True, "train_head": False}, 1.1),
         ({"filter_eps": "auto", "filter_head_grad": True, "dtype": torch.float32}, 3),
