@@ -21,6 +21,7 @@ from cpo_kernels.backends.vocab_parallel import ShardedKernels, all_gather, colu
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
 from cpo_kernels.head.matmul import product
+from cpo_kernels.head.pages import new_empty
 from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.ops.token_logps import HeadOptions
 
@@ -150,19 +151,43 @@ def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: floa
     return LiveSets(g, columns, offsets, exact, q, z.shape[0], set_rows)
 
 
-def live_dx(head: Head, sets: LiveSets, dx: Tensor) -> None:
-    """dX [n, H] of the sum of the log-probs, without the rows of exact sets."""
-    weight = head.weight[: sets.tail.shape[1]]
-    means = product(sets.tail, weight, weight.new_empty(len(sets.exact), weight.shape[1])) / TAIL_UNIT  # [sets, H]
-    if kernels := by_index(head):
-        dx.copy_(kernels.live_dx(*sets.places, sets.set_rows, weight, means, sets.num_rows))
-    for k, (live, columns) in enumerate(zip(sets.grads(), sets.columns_of(), strict=True)):
-        if sets.exact[k] or kernels:
-            continue
-        weights = weight.new_empty(len(columns) + 1, weight.shape[1])  # W_A, and what stands for the rest
-        torch.index_select(weight, 0, columns, out=weights[:-1])
-        weights[-1] = means[k]
-        product(live, weights, dx[sets.rows(k)])
+class LiveDx:
+    """dX [n, H] of the sum of the log-probs, without the rows of exact sets, for the sets that `add` got.
+
+    q^T W reads the whole weight, 6 ms for 2 sets and 7 for 11 (V = 49,152, H = 576, one core), so the products wait for
+    several chunks: until the gradients that they hold are as large as a chunk of logits.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.parts: list[tuple[LiveSets, Tensor]] = []
+
+    def add(self, sets: LiveSets, dx: Tensor) -> None:
+        self.parts.append((sets, dx))
+        if sum(s.g.numel() + s.tail.numel() for s, _ in self.parts) > self.head.buffer.numel():
+            self.write()
+
+    def write(self) -> None:
+        parts, self.parts = self.parts, []
+        if not parts:
+            return
+        tails = [sets.tail for sets, _ in parts]
+        weight = self.head.weight[: tails[0].shape[1]]
+        q = tails[0] if len(tails) == 1 else torch.cat(tails)
+        means = product(q, weight, weight.new_empty(len(q), weight.shape[1])) / TAIL_UNIT  # [sets, H]
+        kernels = by_index(self.head)
+        most = 0 if kernels else max(len(columns) for sets, _ in parts for columns in sets.columns_of())
+        buffer = weight.new_empty(most + 1, weight.shape[1])  # W_A, and what stands for the rest
+        for (sets, dx), mean in zip(parts, means.split([len(tail) for tail in tails]), strict=True):
+            if kernels:
+                dx.copy_(kernels.live_dx(*sets.places, sets.set_rows, weight, mean, sets.num_rows))
+                continue
+            for k, (live, columns) in enumerate(zip(sets.grads(), sets.columns_of(), strict=True)):
+                if not sets.exact[k]:
+                    weights = buffer[: len(columns) + 1]
+                    torch.index_select(weight, 0, columns, out=weights[:-1])
+                    weights[-1] = mean[k]
+                    product(live, weights, dx[sets.rows(k)])
 
 
 def _to_gradient(head: Head, logits: Logits, labels: Tensor, lse: Tensor) -> None:
@@ -176,11 +201,12 @@ def filtered_chunk(
     inputs: tuple[Tensor, Tensor, bool, Tensor | None],
     execution: Execution,
     dx: Tensor,
+    live_dx: LiveDx,
     whole: bool,
     kept: list[LiveSets] | None = None,
 ) -> tuple[Tensor, RowLogps, Tensor]:
-    """The logits of a chunk, their log-probs, the sums [3] of the live sets, and dX [n, H] of the log-probs' sum unless
-    dx is [0].
+    """The logits of a chunk, their log-probs and the sums [3] of the live sets. Unless dx is [0], dX [n, H] of the
+    log-probs' sum is written there, in exact sets now and in the others by `live_dx.write`.
 
     inputs: what `Head.forward` takes. whole: the logits become their gradient g [n, V]. kept: gets the live sets. They
     are made some rows at a time, so that few exist where none is kept.
@@ -197,13 +223,13 @@ def filtered_chunk(
         if whole:
             _to_gradient(head, part, labels[rows], lse)
         if dx.numel():
-            live_dx(head, sets, dx[rows])
             for of in exact_rows(sets):
                 g = part.z[of]
                 if not whole:
                     g = g.clone()
                     _to_gradient(head, Logits(g, part.rows(of).anchors), labels[rows][of], lse[of])
                 product(g, head.weight, dx[rows][of])
+            live_dx.add(sets, dx[rows])
         sums += sets.sums(labels[rows], head.options)
         if kept is not None:
             kept.append(sets)
@@ -215,7 +241,10 @@ def chunk_grads(
 ) -> tuple[Tensor, RowLogps, Tensor]:
     """g [n, V] of a chunk, its log-probs, and `LiveSets.sums` [3]; dX [n, H] is written unless it is [0]."""
     if execution.filter_eps and dx.numel():
-        return filtered_chunk(head, inputs, execution, dx, whole=True)
+        live_dx = LiveDx(head)
+        out = filtered_chunk(head, inputs, execution, dx, live_dx, whole=True)
+        live_dx.write()
+        return out
     g, logps = head.fused(*inputs)
     if dx.numel():
         product(g, head.weight, dx)
@@ -253,7 +282,7 @@ def live_head_grads(
     kernels that add them into a float32 dW by index. Rows of exact sets make their logits again for it.
     """
     weight, acc, width = head.weight, library.acc_dtype(x.dtype), sets.tail.shape[1]
-    dw = weight.new_empty(weight.shape if need_dw else 0)
+    dw = new_empty(weight, weight.shape if need_dw else (0,))
     dw[width if sets.exact else 0 :] = 0  # padding; all of it where there are no rows
     db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
     power, db_power = sum_powers(coef, x, abs(head.options.scale))

@@ -18,7 +18,7 @@ from cpo_kernels import library
 from cpo_kernels.batch_plan import Layout, Part, PlanTensors, Tables, to_device
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
 from cpo_kernels.head.inputs import Execution, Head, HeadTensors, Needs, RowLogps, Rows, gather_rows, labelled_index
-from cpo_kernels.head.live import chunk_grads, filtered_chunk, no_sums, over_shards
+from cpo_kernels.head.live import LiveDx, chunk_grads, filtered_chunk, no_sums, over_shards
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.library import PreferenceResult, fake_preference, functional_op
 from cpo_kernels.ops.preference import PreferenceArgs, wpo_weights
@@ -233,13 +233,15 @@ def _two_pass(batch: _Batch) -> LinearPreference:
     filtered, filter_sums = execution.filter_eps > 0 and batch.needs.dx, no_sums(rows.x)
     dx = torch.empty_like(rows.x) if filtered else rows.x.new_empty(0)
     chunks: list[RowLogps] = []
+    live_dx = LiveDx(batch.head)
     for p in parts:
         if filtered:  # dX is made here, and the second pass makes dW only
-            _, logps, sums = filtered_chunk(batch.head, batch.inputs(p), execution, dx[p], whole=False)
+            _, logps, sums = filtered_chunk(batch.head, batch.inputs(p), execution, dx[p], live_dx, whole=False)
             filter_sums += sums
         else:
             logps = batch.head.forward(*batch.inputs(p))
         chunks.append(logps)
+    live_dx.write()
     logps = RowLogps.joined(chunks)
     result, seq_logps, coef = batch.loss(0, logps)
     needs = batch.needs._replace(dx=batch.needs.dx and not filtered)

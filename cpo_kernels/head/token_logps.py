@@ -23,6 +23,7 @@ from cpo_kernels.head.inputs import (
     labelled_rows,
 )
 from cpo_kernels.head.live import (
+    LiveDx,
     LiveSets,
     LiveTensors,
     fake_live_tensors,
@@ -88,13 +89,13 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
     parts: list[RowLogps] = []
     filtered = execution.filter_eps > 0 and (args.want_dx or args.keep_live)
-    filter_sums, live = no_sums(rows.x), list[LiveSets]()
+    filter_sums, live, live_dx = no_sums(rows.x), list[LiveSets](), LiveDx(head)
     for low, high in chunks(count, step) or [(0, 0)]:
         part = slice(low, high)
         inputs = rows.x[part], rows.labels[part], args.extras, None if ref_x is None else ref_x[part]
         if filtered:
             kept_sets = live if args.keep_live else None
-            _, logps, sums = filtered_chunk(head, inputs, execution, dx[part], False, kept_sets)
+            _, logps, sums = filtered_chunk(head, inputs, execution, dx[part], live_dx, False, kept_sets)
             filter_sums += sums
         elif args.want_dx:
             g, logps = head.fused(*inputs)
@@ -102,6 +103,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
         else:
             logps = head.forward(*inputs)
         parts.append(logps)
+    live_dx.write()
     logp, lse, extra, ref_logp, lacks = RowLogps.joined(parts)
     extra = rows.scatter(extra.t(), size).t().contiguous() if args.extras else extra
     dx = rows.scatter(dx, size) if args.want_dx else dx
