@@ -11,7 +11,6 @@ from torch import Tensor
 from cpo_kernels import library
 from cpo_kernels.head.inputs import HeadTensors, Needs, Rows
 from cpo_kernels.head.matmul import add_product, adds_products, product
-from cpo_kernels.head.pages import new_empty
 from cpo_kernels.library import refuse_double_backward
 
 WEIGHT_TILE = 8192  # vocabulary rows of dW accumulated at a time when several chunks add up in 16 bit
@@ -95,7 +94,7 @@ class WeightGrad:
         acc = library.acc_dtype(weight.dtype)
         self.dtype, self.needs = weight.dtype, needs
         dtype = self.dtype if num_chunks == 1 else acc
-        self.dw = new_empty(weight, weight.shape if needs.dw else (0,), dtype)
+        self.dw = weight.new_empty(weight.shape if needs.dw else 0, dtype=dtype)
         if num_chunks == 0:
             self.dw.zero_()
         self.db = weight.new_zeros(weight.shape[0] if needs.db else 0, dtype=acc)
@@ -122,7 +121,7 @@ class WeightGrad:
         208 ms with the addition, 228 ms as one product without it (2 cores, medians of 5 in one run). The last sum is
         rounded where it is made."""
         last = self.added == self.num_chunks - 1 and g.dtype == torch.bfloat16
-        rounded = new_empty(self.dw, self.dw.shape, g.dtype) if last else self.dw
+        rounded = torch.empty_like(self.dw, dtype=g.dtype) if last else self.dw
         for low in range(0, g.shape[1], WEIGHT_TILE):
             tile = slice(low, low + WEIGHT_TILE)
             made = product(g[:, tile].t(), scaled, self.dw.new_empty(self.dw[tile].shape, dtype=g.dtype))
@@ -142,7 +141,7 @@ class WeightGrad:
         if self.scale is not None:
             self.db *= self.scale
         if self.dw.dtype != self.dtype and self.dtype == torch.bfloat16 and self.scale is not None:
-            self.dw = torch.mul(self.dw, self.scale, out=new_empty(self.dw, self.dw.shape, self.dtype))
+            self.dw = torch.mul(self.dw, self.scale, out=torch.empty_like(self.dw, dtype=self.dtype))
         elif self.dw.dtype == library.acc_dtype(self.dtype) and self.scale is not None:
             self.dw *= self.scale
         if self.dw.dtype != self.dtype and self.dw.numel():

@@ -14,7 +14,6 @@ from cpo_kernels import checks, library
 from cpo_kernels.backends.vocab_parallel import Backend, VocabShards, columns_here, columns_of
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.head.matmul import product
-from cpo_kernels.head.pages import new_empty
 from cpo_kernels.head.relative import is_relative, label_logits, make_anchors
 from cpo_kernels.head.strategy import (
     SET_ROWS,
@@ -284,7 +283,7 @@ class Head:
 
     def __init__(self, weight: Tensor, bias: Tensor, options: HeadOptions, max_rows: int, kernels: Kernels) -> None:
         self.weight, self.bias, self.options, self.kernels = weight, bias, options, kernels
-        self.buffer = new_empty(weight, (max_rows, row_stride(weight.shape[0], weight.dtype, weight.device)))
+        self.buffer = weight.new_empty(max_rows, row_stride(weight.shape[0], weight.dtype, weight.device))
 
     def anchors(self, x: Tensor, labels: Tensor, lacks: Tensor | None = None) -> Tensor | None:
         """[2, n] of 16-bit logits; None where they lack nothing. lacks [n] or [0]: `RowLogps.lacks` of the same rows,

@@ -21,12 +21,12 @@ from cpo_kernels.backends.vocab_parallel import ShardedKernels, all_gather, colu
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
 from cpo_kernels.head.matmul import product
-from cpo_kernels.head.pages import new_empty
 from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.ops.token_logps import HeadOptions
 
 LIVE_LIMIT = 0.5  # share of live columns from which a set is exact
 TAIL_UNIT = 1024.0  # q is kept as 1024 q: in float16 small elements stay, and 1024 q W is finite while |q W| < 64
+FEW_SETS = 12  # whose tails `live_sum` adds; of more, tail^T tails is a product
 TILE_ELEMENTS = 2**23  # of the sets' products that are added at a time: 2^20 to 2^22 took 1.1 to 3 times as long
 
 
@@ -282,7 +282,7 @@ def live_head_grads(
     kernels that add them into a float32 dW by index. Rows of exact sets make their logits again for it.
     """
     weight, acc, width = head.weight, library.acc_dtype(x.dtype), sets.tail.shape[1]
-    dw = new_empty(weight, weight.shape if need_dw else (0,))
+    dw = weight.new_empty(weight.shape if need_dw else 0)
     dw[width if sets.exact else 0 :] = 0  # padding; all of it where there are no rows
     db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
     power, db_power = sum_powers(coef, x, abs(head.options.scale))
@@ -320,32 +320,35 @@ def live_head_grads(
         elif need_dw:
             ends = torch.tensor([low, high], device=x.device)
             spans = [torch.searchsorted(ids, ends).tolist() for ids in columns]
-            tile_columns = [c[start:end] - low for c, (start, end) in zip(columns, spans, strict=True)]
-            parts = [(g[:, start:end], scaled[r]) for g, r, (start, end) in zip(grads, rows, spans, strict=True)]
-            dw[low:high] = _sum_of_sets(
-                head, sets.tail[:, low:high], tails, [*parts, (exact, again_scaled)],
-                [*tile_columns, torch.arange((high - low) * (len(again_scaled) > 0), device=x.device)],
-            )  # fmt: skip
+            parts = [
+                (g[:, start:end], scaled[r], c[start:end] - low)
+                for g, r, c, (start, end) in zip(grads, rows, columns, spans, strict=True)
+            ]
+            every = torch.arange(high - low, device=x.device)
+            parts.append((exact, again_scaled, every[: (high - low) * (len(again_scaled) > 0)]))
+            few = sets.tail[:, low:high], tails
+            if len(tails) > FEW_SETS:
+                parts.append((few[0], tails.to(x.dtype), every))
+                few = few[0][:0], tails[:0]
+            dw[low:high] = _sum_of_sets(head, *few, parts)
     if kernels and need_dw:
         dw[:width] = total
     return out._replace(db=db * db_power)
 
 
 def _sum_of_sets(
-    head: Head, tail: Tensor, tails: Tensor, parts: list[tuple[Tensor, Tensor]], columns: list[Tensor]
+    head: Head, tail: Tensor, tails: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]
 ) -> Tensor:
-    """Rows of dW: the products g^T (c X) of all sets, the exact rows as the last of them, and their tails."""
-    counts = [len(ids) for ids in columns]
+    """Rows of dW: the products g^T x of every part at its columns, and tail^T tails."""
+    counts = [len(columns) for *_, columns in parts]
     made = tail.new_empty(sum(counts), tails.shape[1])
-    for (g, x), part in zip(parts, made.split(counts), strict=True):
-        if len(part):
+    for (g, x, columns), part in zip(parts, made.split(counts), strict=True):
+        if len(columns):
             product(g.t(), x, part)
+    more = len(parts) - len(tail)  # parts without a tail
+    tail, tails = (torch.cat([t, t.new_zeros(more, t.shape[1])]) for t in (tail, tails))
     offsets = torch.tensor([0, *counts]).cumsum(0)
-    if counts[-1]:
-        tail, tails = torch.cat([tail, torch.zeros_like(tail[:1])]), torch.cat([tails, torch.zeros_like(tails[:1])])
-    else:
-        offsets = offsets[:-1]
-    return head.kernels.live_sum(tail, tails, made, torch.cat(columns), offsets)
+    return head.kernels.live_sum(tail, tails, made, torch.cat([columns for *_, columns in parts]), offsets)
 
 
 def exact_rows(sets: LiveSets) -> list[slice]:

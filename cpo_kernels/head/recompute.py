@@ -18,7 +18,6 @@ from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Head, Needs
 from cpo_kernels.head.matmul import add_product, product
-from cpo_kernels.head.pages import new_empty
 from cpo_kernels.head.strategy import ALIGN, chunks, even_rows
 
 
@@ -63,7 +62,7 @@ def second_pass(
     dx = x.new_empty(x.shape if needs.dx else 0, dtype=x.dtype if len(parts) == 1 else acc)
     if not parts:  # a rank that holds no rows of the weight
         dx.zero_()
-    dw = new_empty(weight, weight.shape if needs.dw else (0,))
+    dw = torch.empty_like(weight) if needs.dw else weight.new_empty(0)
     db = weight.new_empty(weight.shape[0] if needs.db else 0, dtype=acc)
     for part in parts:
         g = head.columns(x, part, anchors) if kept is None else kept
