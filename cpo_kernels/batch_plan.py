@@ -1,6 +1,6 @@
-"""What the host knows of a batch: the rows of each sequence, the sequences linked by pairs, and the chunks.
+"""What the host knows about a batch: the rows of each sequence, the sequences linked by pairs, and the chunks.
 
-Chunk sizes, and with them all launches, follow from these numbers. A collator has them on the CPU and puts them into a
+Chunk sizes, and with them all launches, follow from these numbers. A collator has them on the CPU and puts them in a
 `BatchPlan` (`FusedLinearCPOLoss.plan`). Without one the fused loss copies them from the device, which forces one
 host-device synchronisation.
 """
@@ -130,7 +130,7 @@ class Layout:
         return max((s.stop - s.start for s in slices), default=0)
 
     def tables(self) -> Tensor:
-        """The lookup tables of the device, concatenated, on the CPU; `Tables` splits them."""
+        """The device's lookup tables, concatenated on the CPU; `Tables` splits them."""
         order = [s for chunk in self.chunks for s in chunk.sequences]
         pair_order = [p for chunk in self.chunks for p in chunk.pairs]
         rows = torch.arange(self.num_rows).split(self.lengths)
@@ -174,7 +174,7 @@ class Layout:
 
 
 class Tables:
-    """`Layout.tables` on the device, split. A slot is a sequence's place in the layout's order."""
+    """`Layout.tables` on the device, split. A slot is the position of a sequence in the layout's order."""
 
     def __init__(self, layout: Layout, values: Tensor) -> None:
         rows, sequences, pairs = layout.num_rows, len(layout.lengths), len(layout.pairs)
@@ -211,7 +211,7 @@ class PlanTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What the host must know of a batch for `FusedLinearCPOLoss`. Made by `FusedLinearCPOLoss.plan`; see there."""
+    """What the host must know about a batch for `FusedLinearCPOLoss`. Create it with `FusedLinearCPOLoss.plan`."""
 
     layout: Layout
     host: Tensor  # see PlanTensors
@@ -219,7 +219,7 @@ class BatchPlan:
     tables: Tensor
     pairs: Tensor  # [P, 2]
     num_positions: int
-    num_pairs: float | None  # divisors of the loss, where they are known
+    num_pairs: float | None  # divisors of the loss, if known
     chosen_tokens: float | None
     all_positions: bool = False  # labels may change
 
