@@ -5,9 +5,9 @@ columns A in which some row reaches eps, and tau q^T for the rest, so that with 
 
     dX_t = c_t (g_{t,A} W_A + tau_t (q^T W))        dW_A += g_A^T (c X),   dW += q (sum_t c_t tau_t x_t)^T
 
-A trained model leaves 5 to 15% of the columns live, and both products shrink to that. The forward product stays whole:
-log-probs are exact. A set with too many live columns is exact: its logits are multiplied whole, and made again in
-backward where dW is filtered too.
+A trained model leaves 5 to 15% of the columns live, and both products shrink to that share. The forward product is
+complete: log-probs are exact. A set with too many live columns is exact: all its columns are multiplied, and its logits
+are recomputed in backward if dW is filtered too.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from cpo_kernels.head.matmul import product
 from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.ops.token_logps import HeadOptions
 
-LIVE_LIMIT = 0.5  # share of live columns from which a set is exact
-TAIL_UNIT = 1024.0  # q is kept as 1024 q: in float16 small elements stay, and 1024 q W is finite while |q W| < 64
-TILE_ELEMENTS = 2**23  # of the sets' products that are added at a time: 2^20 to 2^22 took 1.1 to 3 times as long
+LIVE_LIMIT = 0.5  # share of live columns beyond which a set is exact
+TAIL_UNIT = 1024.0  # q is stored as 1024 q: float16 keeps its small elements, and 1024 q W is finite if |q W| < 64
+TILE_ELEMENTS = 2**23  # elements of the sets' products added at a time: 2^20 to 2^22 took 1.1 to 3 times as long
 
 
 class LiveTensors(NamedTuple):
-    """`LiveSets` as they pass through an op."""
+    """`LiveSets` in a form that passes through an op."""
 
     g: Tensor
     columns: Tensor
@@ -46,7 +46,7 @@ def no_live_tensors(like: Tensor) -> LiveTensors:
 
 
 def fake_live_tensors(like: Tensor) -> LiveTensors:
-    """Of sizes that the values decide."""
+    """Of data-dependent sizes."""
     context = torch.library.get_ctx()
     elements, ids, sets, width = (context.new_dynamic_size() for _ in range(4))
     host = torch.empty(sets + 1, dtype=torch.int64, device="cpu")
@@ -59,8 +59,8 @@ def fake_live_tensors(like: Tensor) -> LiveTensors:
 class LiveSets:
     """The gradients of some rows, set by set."""
 
-    g: Tensor  # [g_A, tau] of every set in turn, [n_k, a_k + 1] each
-    columns: Tensor  # [sum a_k], rising within a set
+    g: Tensor  # [g_A, tau] of all sets, concatenated, [n_k, a_k + 1] each
+    columns: Tensor  # [sum a_k], ascending within a set
     offsets: list[int]  # set k has columns[offsets[k] : offsets[k + 1]]
     exact: list[bool]  # sets with too many live columns: they have none here
     tail: Tensor  # [sets, V] TAIL_UNIT * q
@@ -74,7 +74,7 @@ class LiveSets:
 
     @property
     def places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """g, columns and offsets as Triton's products take them."""
+        """g, columns and offsets, as arguments of Triton's matmuls."""
         return self.g, self.columns, torch.tensor(self.offsets)
 
     def rows(self, k: int) -> slice:
@@ -94,7 +94,7 @@ class LiveSets:
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def sums(self, labels: Tensor, options: HeadOptions) -> Tensor:
-        """[3], over labelled rows: share of live columns, probability of the tail, and 1 in exact sets (all live)."""
+        """[3] sums over labelled rows: share of live columns (1 in exact sets), probability of the tail, exact rows."""
         width = max(1, self.tail.shape[1])
         shares = [[1.0 if e else len(c) / width, float(e)] for c, e in zip(self.columns_of(), self.exact, strict=True)]
         of_sets = torch.tensor(shares, dtype=torch.float32).view(-1, 2)
@@ -123,21 +123,21 @@ def joined(parts: list[LiveSets], like: Tensor) -> LiveTensors:
 
 
 def by_index(head: Head) -> Any:
-    """Kernels whose products read rows of W by index, Triton's; None where a copy of W_A goes to the vendor's."""
+    """Triton's kernels, whose matmuls read rows of W by index; None if a copy of W_A goes to the vendor's library."""
     return head.kernels if hasattr(head.kernels, "live_dx") else None
 
 
 def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: float, set_rows: int) -> LiveSets:
-    """Splits the gradient of a chunk's logits, which stay as they are. The host waits once, for all |A|."""
+    """Split the gradient of a chunk's logits, without changing them. One host-device synchronisation reads all |A|."""
     options, (z, anchors) = head.options, logits
     live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options, anchors)
     counts = live.sum(1).tolist()
     exact = [count > LIVE_LIMIT * live.shape[1] for count in counts]
-    if by_index(head) and z.element_size() == 2:  # 7 modulo 8 columns and tau: rows of g keep to 16 bytes
+    if by_index(head) and z.element_size() == 2:  # 7 modulo 8 columns, and tau: rows of g are 16-byte aligned
         missing = [min((7 - count) % 8, live.shape[1] - count) for count in counts]
         more = ~live & ((~live).cumsum(1) <= torch.tensor(missing, device=live.device)[:, None])
         live, tail = live | more, tail.masked_fill(more, 0.0)
-        counts = [count + added for count, added in zip(counts, missing, strict=True)]  # without a second wait
+        counts = [count + added for count, added in zip(counts, missing, strict=True)]  # no second synchronisation
     if any(exact):
         live[torch.tensor(exact, device=live.device)] = False
     offsets = [0]
@@ -161,7 +161,7 @@ def live_dx(head: Head, sets: LiveSets, g: Tensor, dx: Tensor) -> None:
     for k, (live, columns) in enumerate(zip(sets.grads(), sets.columns_of(), strict=True)):
         if sets.exact[k] or kernels:
             continue
-        weights = weight.new_empty(len(columns) + 1, weight.shape[1])  # W_A, and what stands for the rest
+        weights = weight.new_empty(len(columns) + 1, weight.shape[1])  # W_A, and the mean of the other rows
         torch.index_select(weight, 0, columns, out=weights[:-1])
         weights[-1] = means[k]
         product(live, weights, dx[sets.rows(k)])
@@ -177,8 +177,8 @@ def filtered_chunk(
 ) -> tuple[Tensor, RowLogps, LiveSets]:
     """The log-probs of a chunk, its live sets, and dX [n, H] of their sum unless dx is [0].
 
-    inputs: what `Head.forward` takes. whole: the first result is the gradient g [n, V] of every row; else only of rows
-    in exact sets.
+    inputs: the arguments of `Head.forward`. The first result is the gradient g [n, V], of all rows if `whole`, else of
+    rows in exact sets only.
     """
     x, labels, extras, ref = inputs
     logits, ref_logp = head.with_reference(x, labels, ref)
@@ -212,7 +212,7 @@ def no_sums(like: Tensor) -> Tensor:
 
 
 def over_shards(head: Head, sums: Tensor) -> Tensor:
-    """`LiveSets.sums` of the whole vocabulary: a rank's shares count by its columns, its tail is a part."""
+    """`LiveSets.sums` of the whole vocabulary: shares are weighted by the ranks' columns, tails are added."""
     kernels = head.kernels
     if not isinstance(kernels, ShardedKernels):
         return sums
@@ -234,8 +234,8 @@ def live_head_grads(
 ) -> HeadGrads:
     """dW / power [V, H] and db [V] of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n], lacks [n] or [0].
 
-    dW is written by tiles of the vocabulary: the products g_A^T (c X) of all sets for a tile, then `live_sum`; or by
-    kernels that add them into a float32 dW by index. Rows of exact sets make their logits again for it.
+    dW is written by vocab tiles: the products g_A^T (c X) of all sets for a tile, then `live_sum`; or by kernels that
+    add them into a float32 dW by index. The logits of rows in exact sets are recomputed.
     """
     weight, acc, width = head.weight, library.acc_dtype(x.dtype), sets.tail.shape[1]
     dw = weight.new_empty(weight.shape if need_dw else 0)
@@ -305,7 +305,7 @@ def _sum_of_sets(
 
 
 def exact_rows(sets: LiveSets) -> list[slice]:
-    """The rows of exact sets, neighbours as one."""
+    """The rows of exact sets, adjacent sets merged."""
     runs: list[slice] = []
     for k, exact in enumerate(sets.exact):
         rows = sets.rows(k)
@@ -317,12 +317,12 @@ def exact_rows(sets: LiveSets) -> list[slice]:
 
 
 def _tile_rows(sets: LiveSets, weight: Tensor) -> int:
-    """Rows of W for which the products of all sets come to about TILE_ELEMENTS."""
+    """Rows of W for which the products of all sets have about TILE_ELEMENTS elements."""
     return max(1, TILE_ELEMENTS * weight.shape[0] // (max(1, len(sets.columns)) * weight.shape[1]))
 
 
 class _ExactRows:
-    """The rows of exact sets, whose logits are made again."""
+    """The rows of exact sets, whose logits are recomputed."""
 
     def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, index: Tensor) -> None:
         self.head, self.index = head, index.to(x.device)
@@ -331,7 +331,7 @@ class _ExactRows:
         self.anchors = head.anchors(self.x, self.labels, lacks.index_select(0, self.index) if lacks.numel() else lacks)
 
     def most_columns(self) -> int:
-        """That the head's buffer holds of all rows, and whose products come to about TILE_ELEMENTS."""
+        """Columns that the head's buffer holds for all rows, and whose products have about TILE_ELEMENTS elements."""
         weight = self.head.weight
         if not self.index.numel():
             return max(1, weight.shape[0])
