@@ -222,7 +222,7 @@ def dtensors(rank):
     for match, given in (
         ("must be Shard", (replicated, whole)),
         ("hidden is a DTensor but weight is not", (replicated, batch.weight)),
-        ("leave vocab_shards out", (replicated, weight, None, shards)),
+        ("omit vocab_shards", (replicated, weight, None, shards)),
         ("must both be DTensors", (replicated, weight, batch.bias)),
     ):
         hidden, weight_, *rest = given
