@@ -1,6 +1,6 @@
 # make demo    the main job on embedded defaults: a tiny model learns to follow requested scores (two cores, minutes)
 # make test    the unit tests, in a process for each core, up to four (JOBS=1: one)
-# make bench   ours against naive PyTorch and the baselines; writes benchmarks/results/cpu.json (ARGS="--set ci": a minute)
+# make bench   ours against naive PyTorch and the baselines; writes benchmarks/results/cpu.json (ARGS="--set ci": half a minute)
 # make gpu-check  every kernel on a GPU against the float64 oracle; writes benchmarks/results/check-gpu.json
 # make gpu-bench  make bench on a GPU, within 8 minutes; writes benchmarks/results/gpu.json
 # make gpu-pack  on a machine without a GPU: what tools/gpu.sh would build on one with, for sm_90, in build/gpu

@@ -18,9 +18,12 @@ from cpo_kernels.bench.arguments import PARTS
 from cpo_kernels.bench.families import FAMILIES
 from cpo_kernels.bench.growth import Growth, exponent
 from cpo_kernels.bench.implementation import Family, Implementation, Step
+from cpo_kernels.bench.preference import Preference
 from cpo_kernels.bench.resume import finished
 from cpo_kernels.bench.sets import SETS, Run
 from cpo_kernels.bench.side_by_side import Bench, described, summary
+from cpo_kernels.bench.trainers import TrainerStep
+from cpo_kernels.bench.training_step import TrainingStep
 from cpo_kernels.bench.worker import Failed, Serving, Worker
 from cpo_kernels.bench.workload import Head
 from cpo_kernels.head import strategy
@@ -36,6 +39,9 @@ class Here(Worker):
 
     def start(self):
         self.serving = Serving(self.arguments[0], self.arguments[1], CPU)
+
+    def begin_load(self, workload):
+        """`load` does all of it."""
 
     def ask(self, command, *arguments, limit_s):
         if not hasattr(self, "serving"):
@@ -263,7 +269,7 @@ def test_implementations_take_turns_in_changing_order(toys):
 
 def test_large_implementations_are_in_memory_one_at_a_time(toys, monkeypatch):
     alive, most = set(), []
-    monkeypatch.setitem(FAMILIES, "toys", replace(FAMILIES["toys"], apart=True))
+    monkeypatch.setitem(FAMILIES, "toys", replace(FAMILIES["toys"], apart=lambda workload: True))
 
     def load(self, workload, limit_s, real=Here.load):
         alive.add(self.arguments[1])
@@ -274,6 +280,26 @@ def test_large_implementations_are_in_memory_one_at_a_time(toys, monkeypatch):
     monkeypatch.setattr(Here, "stop", lambda self, limit_s=0: alive.discard(self.arguments[1]))
     rows = bench(rounds=2).measure("toys", Head("tiny", 4, 8), ["floor", "right", "wrong"])
     assert rows["right"]["rounds"] == 2 and rows["right"]["first_s"] and max(most) == 1 and len(most) == 1 + 3 + 2 * 2
+
+
+def test_implementations_load_side_by_side(toys, monkeypatch):
+    events = []
+    monkeypatch.setattr(Here, "begin_load", lambda self, workload: events.append("begin"))
+
+    def load(self, workload, limit_s, real=Here.load):
+        events.append("load")
+        real(self, workload, limit_s)
+
+    monkeypatch.setattr(Here, "load", load)
+    bench(rounds=1).measure("toys", Head("tiny", 4, 8), ["floor", "right"])
+    assert events == ["load", "begin", "begin", "load", "load"]  # the truth first, alone in memory
+
+
+def test_only_the_tiny_model_of_a_training_step_stays_loaded():
+    for family, workload in (("training_step", TrainingStep()), ("trainers", TrainerStep())):
+        assert not FAMILIES[family].apart(workload)
+        assert FAMILIES[family].apart(replace(workload, model="smollm2-135m"))
+    assert not FAMILIES["head"].apart(Head("tiny", 4, 8))
 
 
 def test_the_truth_may_take_longer_than_a_implementation(toys, monkeypatch):
@@ -292,7 +318,7 @@ def test_the_truth_may_take_longer_than_a_implementation(toys, monkeypatch):
 
 def test_a_slow_start_is_no_failure(toys, monkeypatch):
     """Loading imports transformers and TRL or reads a model: minutes where nothing is cached, also before each turn."""
-    monkeypatch.setitem(FAMILIES, "toys", replace(FAMILIES["toys"], apart=True))
+    monkeypatch.setitem(FAMILIES, "toys", replace(FAMILIES["toys"], apart=lambda workload: True))
     limits = []
 
     def load(self, workload, limit_s, real=Here.load):
@@ -328,7 +354,7 @@ def test_the_file_is_written_after_every_implementation_and_round(toys, tmp_path
 
 def test_rounds_before_the_time_limit_count(toys, monkeypatch):
     one = bench(rounds=5)
-    monkeypatch.setitem(FAMILIES, "toys", replace(FAMILIES["toys"], apart=True))
+    monkeypatch.setitem(FAMILIES, "toys", replace(FAMILIES["toys"], apart=lambda workload: True))
 
     def ask(self, command, *arguments, limit_s, real=Here.ask):
         if command == "turn" and Here.turns.count("right") == 2:
@@ -387,6 +413,16 @@ def test_a_file_that_was_cut_off_goes_on(toys, tmp_path, monkeypatch, capsys):
         run.main([*common, "--resume", "--threads", "3"])
     with pytest.raises(ValueError, match="give --out FILE"):
         run.main(["--set", "ci", "--resume"])
+
+
+def test_a_load_that_was_begun_is_answered_once():
+    worker = Worker("preference", "reference", "cpu", 1)
+    try:
+        worker.begin_load(Preference(pairs=4))
+        worker.load(Preference(pairs=4), 60)
+        assert not worker.loading and worker.ask("first", limit_s=60) > 0
+    finally:
+        worker.stop()
 
 
 def test_a_process_that_hangs_or_dies_is_reported():

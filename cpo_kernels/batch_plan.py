@@ -1,6 +1,6 @@
-"""What the host knows of a batch: the rows of each sequence, the sequences linked by pairs, and the chunks.
+"""What the host knows about a batch: the rows of each sequence, the sequences linked by pairs, and the chunks.
 
-Chunk sizes, and with them all launches, follow from these numbers. A collator has them on the CPU and puts them into a
+Chunk sizes, and with them all launches, follow from these numbers. A collator has them on the CPU and puts them in a
 `BatchPlan` (`FusedLinearCPOLoss.plan`). Without one the fused loss copies them from the device, which forces one
 host-device synchronisation.
 """
@@ -99,9 +99,7 @@ class Layout:
     def strategy(self) -> str:
         largest = max((g.num_rows for g in self.groups), default=0)
         one_pair = self.opposite and len(self.pairs) == 1
-        return preference_strategy(
-            self.num_rows, largest, self.couples_pairs, one_pair, self.row_limit, self.sum_rows
-        )
+        return preference_strategy(self.num_rows, largest, self.couples_pairs, one_pair, self.row_limit, self.sum_rows)
 
     @cached_property
     def chunks(self) -> list[Group]:
@@ -133,7 +131,7 @@ class Layout:
         return max((s.stop - s.start for s in slices), default=0)
 
     def tables(self) -> Tensor:
-        """The lookup tables of the device, concatenated, on the CPU; `Tables` splits them."""
+        """The device's lookup tables, concatenated on the CPU; `Tables` splits them."""
         order = [s for chunk in self.chunks for s in chunk.sequences]
         pair_order = [p for chunk in self.chunks for p in chunk.pairs]
         rows = torch.arange(self.num_rows).split(self.lengths)
@@ -183,7 +181,7 @@ class Layout:
 
 
 class Tables:
-    """`Layout.tables` on the device, split. A slot is a sequence's place in the layout's order."""
+    """`Layout.tables` on the device, split. A slot is the position of a sequence in the layout's order."""
 
     def __init__(self, layout: Layout, values: Tensor) -> None:
         rows, sequences, pairs = layout.num_rows, len(layout.lengths), len(layout.pairs)
@@ -220,7 +218,7 @@ class PlanTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What the host must know of a batch for `FusedLinearCPOLoss`. Made by `FusedLinearCPOLoss.plan`; see there."""
+    """What the host must know about a batch for `FusedLinearCPOLoss`. Create it with `FusedLinearCPOLoss.plan`."""
 
     layout: Layout
     host: Tensor  # see PlanTensors
@@ -228,7 +226,7 @@ class BatchPlan:
     tables: Tensor
     pairs: Tensor  # [P, 2]
     num_positions: int
-    num_pairs: float | None  # divisors of the loss, where they are known
+    num_pairs: float | None  # divisors of the loss, if known
     chosen_tokens: float | None
     all_positions: bool = False  # labels may change
 

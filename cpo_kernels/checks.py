@@ -97,7 +97,7 @@ def may_read(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY):
-        return False  # vmap and make_fx, which take no value of a tensor
+        return False  # vmap and make_fx cannot read tensor values
     if tensor.device.type == "cpu":
         return True
     return checks_enabled() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,14 +1,16 @@
-"""The op table: the schemas of the five kernels, and how functional ops are defined.
+"""The op table: the schemas of the kernels, and how functional ops are defined.
 
     token_logps_fwd     logits [N, V], labels [N] -> logp [N], lse [N], extra [4, N]
     token_logps_bwd_    logits overwritten with grad_t * (onehot - softmax) * dz/dlogit
     token_logps_fused_  both at once, with grad = 1
+    live_columns, live_grads, live_sum   gradients on the live columns, see `reference.live_columns`
     sequence_sum        token log-probs [N], cu_seqlens [S+1] -> [S]
     preference          sequence log-probs [S], pairs [P, 2], ratings -> loss, gradient, metrics
 
-Logits may lack a constant in each row, and the logits of the labels be known better than they hold them: `anchors`
-[2, N], see `reference.token_logps_fwd`. Every backend offers these. The in-place kernels cannot carry autograd: what
-torch.compile and autograd see are functional ops, which choose a backend when they run (in `ops` and `head`).
+A constant may have been subtracted from each row of logits, and the labels' logits may be known more exactly than they
+are stored: `anchors` [2, N], see `reference.token_logps_fwd`. Every backend implements all of these. The in-place
+kernels cannot carry autograd: torch.compile and autograd see functional ops, which choose a backend when they run (in
+`ops` and `head`).
 """
 
 import inspect
@@ -81,7 +83,7 @@ class PreferenceResult(NamedTuple):
 
 
 class Kernels(Protocol):
-    """The five kernels of a backend, a module or a namespace; their results are plain tuples."""
+    """The kernels of a backend (a module or a namespace); their results are plain tuples."""
 
     def token_logps_fwd(
         self, logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float, vocab_size: int,
@@ -178,7 +180,7 @@ def _fields(name: str, kind: Any) -> list[tuple[str, Any]]:
 
 
 def _builder(kind: Any) -> Callable[[Iterator[Any]], Any]:
-    """What takes the leaves of one value of this type and builds the value."""
+    """A function that builds a value of this type from its leaves."""
     if not hasattr(kind, "_fields"):
         return next
     builders = [_builder(hint) for hint in get_type_hints(kind).values()]
@@ -188,7 +190,7 @@ def _builder(kind: Any) -> Callable[[Iterator[Any]], Any]:
 
 
 class FunctionalOp(Generic[P, R]):
-    """An op, called with the bundles that its function takes, returning what its function returns."""
+    """A registered op that is called with, and returns, the NamedTuples of its function."""
 
     def __init__(self, overload: Any, result: Any) -> None:
         self.overload = overload  # the registered op, of flat arguments and results
@@ -200,21 +202,21 @@ class FunctionalOp(Generic[P, R]):
         return result
 
 
-BODIES: dict[Any, Callable[..., Any]] = {}  # of the registered ops, flat, for tests that watch them at work
+BODIES: dict[Any, Callable[..., Any]] = {}  # flat bodies of the registered ops, for tests that observe them
 
 
 def functional_op(
     name: str, fake: Callable[..., R], waits: bool = False
 ) -> Callable[[Callable[P, R]], FunctionalOp[P, R]]:
-    """An opaque op without mutation, run with autocast off: its products take the dtypes they are given.
+    """Register an opaque op without mutation. It runs with autocast off: its matmuls use the dtypes of its arguments.
 
-    A parameter or a result that is a NamedTuple, of NamedTuples perhaps, stands for its fields: those are the arguments
-    and results of the registered op. The function, `fake` and callers have the NamedTuples.
-    fake: from the function's arguments, a result of its shapes and dtypes.
-    waits: the host may wait for the device inside, where no plan or index spares it. torch.compile then leaves the op
-    out of its CUDA graphs (mode="reduce-overhead"), whose capture would fail.
+    A NamedTuple as parameter or result, nested ones included, stands for its fields: these are the arguments and
+    results of the registered op. The function, `fake` and callers use the NamedTuples.
+    fake: takes the function's arguments and returns a result of the right shapes and dtypes.
+    waits: the op may force a host-device synchronisation, if no plan or index avoids it. torch.compile then keeps the
+    op out of its CUDA graphs (mode="reduce-overhead"), whose capture would fail.
 
-    torch.library.custom_op would do the same and import torch._dynamo at the first call: 2.0 s against 0.1 s to the
+    torch.library.custom_op would do the same, but imports torch._dynamo at the first call: 2.0 s against 0.1 s to the
     first loss of a process (2 cores, torch 2.13).
     """
 

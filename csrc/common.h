@@ -19,7 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// Throws with a message made of `parts`; it reaches Python as a RuntimeError.
+// Throws with a message concatenated from `parts`; Python gets a RuntimeError.
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
@@ -67,7 +67,7 @@ inline void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_
         "], got ", shape_of(t));
 }
 
-// A 0-element tensor stands for "not given".
+// A tensor with 0 elements means "not given".
 inline bool given(const Tensor& t) { return t.numel() > 0; }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -9,7 +9,7 @@
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define CPO_HOST_DEVICE __host__ __device__
-// One copy of what many formulas call: 5,700 instructions instead of 21,600 on sm_90, and none spilled on sm_100.
+// One copy of what many formulas call: 5,700 instructions instead of 21,600 on sm_90, and no spills on sm_100.
 #define CPO_NOINLINE __noinline__
 #else
 #define CPO_HOST_DEVICE
@@ -65,7 +65,7 @@ struct LossTerm {
   double loss, chosen, rejected;
 };
 
-// Exponents stop here, as in reference/terms.py: beyond it the gradient is 0.
+// Exponents are clamped here, as in reference/terms.py, with gradient 0 beyond.
 constexpr double kMaxExponent = 80.0;
 constexpr double kMaxOrpoLogp = -1e-12;
 
@@ -317,7 +317,7 @@ CPO_HOST_DEVICE inline LossTerm pair_loss(int type, const LossPair& p, const Los
   }
 }
 
-// What one objective adds to Delta R * sum(weight): weight (g(a) - g(b)), g = -strength |P - c|, or P where c is NaN.
+// The term of one objective in Delta R * sum(weight): weight (g(a) - g(b)), g = -strength |P - c|, or P if c is NaN.
 CPO_HOST_DEVICE inline double weighted_gain(double a, double b, double condition, double weight, double strength) {
   if (isnan(condition)) return weight * (a - b);
   return weight * (strength * (fabs(b - condition) - fabs(a - condition)));

@@ -1,4 +1,4 @@
-// What the token ops ask of their arguments on every device.
+// Checks of the token ops' arguments on every device.
 #pragma once
 
 #include <cmath>
@@ -52,7 +52,7 @@ inline void check_row_values(const Tensor& lse, const Tensor& grad, int64_t rows
   check_vector("grad", grad, rows);
 }
 
-// anchors [2, N] and entropies [2, N], where they are given.
+// anchors [2, N] and entropies [2, N], if given.
 inline void check_row_pairs(const char* op, const char* name, const std::optional<Tensor>& pairs, int64_t rows,
                             ScalarType type) {
   if (!pairs) return;

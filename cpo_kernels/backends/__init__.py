@@ -1,1 +1,1 @@
-"""Which kernels run: the backends and the choice among them, and a vocabulary that is sharded over ranks."""
+"""The backends, the choice among them, and kernels for a vocabulary that is sharded over ranks."""

@@ -1,6 +1,6 @@
-"""The backends of the five kernels: `reference` (plain PyTorch, any device), `cpu` (C++), `triton` and `cuda` (C++).
+"""The backends of the kernels: `reference` (plain PyTorch, any device), `cpu` (C++), `triton` and `cuda` (C++).
 
-Imports no Triton, and the CUDA extension only on its first use.
+Does not import Triton; imports the CUDA extension on its first use.
 """
 
 import importlib.util
@@ -18,15 +18,15 @@ from cpo_kernels.extras import install_line
 from cpo_kernels.library import Kernels
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
-# What `auto` takes on a GPU in place of Triton, by op and compute capability. Predicted from the machine code, not
-# measured: on Hopper fused_ of V = 128,256 runs at 88 to 92% of the copy rate in CUDA C++, where the blocks of a
-# cluster hold the row in registers between its two sweeps, and at 70 to 88% in Triton, whose second sweep reads the L2
-# cache. The other ops come to 88 to 97% in both.
+# Ops for which `auto` prefers another backend to Triton on a GPU, by compute capability. Predicted from the machine
+# code, not measured: on Hopper, fused_ with V = 128,256 runs at 88 to 92% of the copy rate in CUDA C++, where the
+# blocks of a cluster hold the row in registers between its two sweeps, and at 70 to 88% in Triton, whose second sweep
+# reads the L2 cache. The other ops reach 88 to 97% in both.
 PREFERRED = {("token_logps_fused_", (9, 0)): "cuda"}
 
 
 def _load_extension(name: str) -> str:
-    """Import a compiled extension; '' when it is there, else why it is not."""
+    """Import a compiled extension: '' on success, else the error."""
     try:
         importlib.import_module(f"cpo_kernels.{name}")
     except ImportError as error:
@@ -37,7 +37,7 @@ def _load_extension(name: str) -> str:
 def _why_missing() -> dict[str, str]:
     """Why a backend cannot be used here; '' when it can. Triton is not imported yet; _C_cuda loads on first use."""
     has_triton = importlib.util.find_spec("triton") is not None
-    no_cuda = "this installation has no CUDA C++ extension: build it where torch has CUDA and nvcc is found"
+    no_cuda = "this installation has no CUDA C++ extension: build it with nvcc and a torch that has CUDA"
     return {
         "reference": "",
         "cpu": _load_extension("_C"),
@@ -50,7 +50,7 @@ _MISSING = _why_missing()
 if _MISSING["cpu"]:
     warnings.warn(
         f"cpo_kernels runs on its slow PyTorch reference: the C++ extension could not be loaded ({_MISSING['cpu']}). "
-        "Install it again from its source folder, with a C++ compiler at hand: "
+        "Reinstall it from its source folder, with a C++ compiler available: "
         "pip install --no-build-isolation --no-deps --force-reinstall .",
         RuntimeWarning,
         stacklevel=2,
@@ -67,12 +67,12 @@ def missing(impl: str) -> str:
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors; Triton reads it when the kernels are imported."""
+    """Whether Triton kernels run interpreted, on CPU tensors; Triton reads this when the kernels are imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def check_impl(impl: str) -> None:
-    """Raises where `impl` is no backend, or one that is not there: a backend asked for by name never falls back."""
+    """Raise if `impl` is not a backend, or one that is not available: a backend requested by name never falls back."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl != "auto" and missing(impl):
@@ -91,8 +91,8 @@ def _auto_impl(device: torch.device) -> str:
 def resolve_impl(impl: str, device: torch.device) -> str:
     """The backend that `impl` names for tensors on `device`.
 
-    auto: `cpu` for CPU tensors, `triton` (or `cuda`, where there is no Triton) for GPU tensors, else `reference`. On a
-    GPU single ops may come from another backend: `PREFERRED`.
+    auto: `cpu` for CPU tensors, `triton` (or `cuda`, if Triton is missing) for GPU tensors, else `reference`. On a GPU
+    individual ops may come from another backend: `PREFERRED`.
     """
     check_impl(impl)
     if impl == "auto":
@@ -106,7 +106,7 @@ def resolve_impl(impl: str, device: torch.device) -> str:
 
 
 def kernels(impl: str, tensor: Tensor) -> Kernels:
-    """The five kernels of the backend that `impl` names for this tensor."""
+    """The kernels of the backend that `impl` names for this tensor."""
     backend = resolve_impl(impl, tensor.device)
     if impl == "auto" and backend == "triton" and not missing("cuda"):
         return _preferred_kernels(torch.cuda.get_device_capability(tensor.device))
@@ -115,7 +115,7 @@ def kernels(impl: str, tensor: Tensor) -> Kernels:
 
 @cache
 def _preferred_kernels(capability: tuple[int, int]) -> Kernels:
-    """Triton's kernels, but for those of PREFERRED where the CUDA extension can be loaded."""
+    """Triton's kernels, except those in PREFERRED if the CUDA extension can be loaded."""
     if _load_extension("_C_cuda"):
         return _kernels_of("triton")
     chosen = {op: PREFERRED.get((op, capability), "triton") for op in library.SCHEMAS}
@@ -131,5 +131,5 @@ def _kernels_of(backend: str) -> Kernels:
         raise RuntimeError(f"impl='cuda': the CUDA extension could not be loaded: {reason}")
     if backend == "reference":
         return reference
-    compiled: Kernels = torch.ops.cpo_kernels  # where the extensions, once loaded, have their kernels
+    compiled: Kernels = torch.ops.cpo_kernels  # the extensions register their kernels here when loaded
     return compiled

@@ -5,8 +5,8 @@ With lse_r over the rows of rank r, and logp_r of a label relative to them,
     lse = log sum_r exp(lse_r),   logp = logp_r + (lse_r - lse) on the rank that holds the label's row
 
 so the ranks exchange two numbers per labelled row (seven with extras): one all-gather per chunk of logits. Every rank
-adds them up in the same order and gets the same bits. The gradient of a rank's logits needs nothing but lse; the ranks'
-shares of dX are summed once per backward pass, dW and db stay where the rows are.
+adds them up in the same order and gets bitwise the same result. The gradient of a rank's logits needs only lse. The
+ranks' parts of dX are summed once per backward pass; dW and db stay on the rank that holds the rows.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from cpo_kernels.backends import dispatch
 from cpo_kernels.checks import check_label_range
 from cpo_kernels.library import Kernels
 
-# What a rank sends in place of a label's log-prob, which is never above 0 but for rounding.
+# What a rank sends in place of a label's log-prob, which exceeds 0 by rounding only.
 NOT_HERE, REFUSED = math.inf, 2.0
 
 
-IGNORED = -(2**62)  # an ignore_index that no label of another rank becomes
+IGNORED = -(2**62)  # an ignore_index that no label of another rank can be mapped to
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class VocabShards:
     """Which rows of the head each rank of a group holds: rank r those after the rows of ranks 0 to r - 1.
 
     group: a process group whose ranks see the same hidden states and labels (tensor parallelism). A label out of range
-        on one rank is an error on all. Any other wrong argument (dtype, shape, option) raises before something is sent:
-        where only one rank has it, the others wait in their collective until its process ends or the group's timeout.
-    rows: how many rows each rank holds, 0 allowed. `VocabShards.of(weight, group)` asks the ranks once.
+        on one rank raises on all ranks. Any other wrong argument (dtype, shape, option) raises before communication: if
+        only one rank has it, the others hang in their collective until that process ends or the group times out.
+    rows: how many rows each rank holds; 0 is allowed. `VocabShards.of(weight, group)` collects them from the ranks.
 
-    Raises ValueError where rows are not one number >= 0 for each rank, or all 0.
+    Raises ValueError if rows is not one number >= 0 for each rank, or all of them are 0.
 
     Examples:
         >>> shards = VocabShards.of(weight, group)                                       # doctest: +SKIP
@@ -75,13 +75,13 @@ class VocabShards:
 
 
 class Backend(NamedTuple):
-    """Where the kernels of a head are, as it passes through an op: `impl`, over the ranks of a group if it is sharded.
+    """The kernels of a head, in a form that passes through an op: `impl`, and the process group of a sharded head.
 
-    The group stays with torch, under its name: held here it would outlive `destroy_process_group`.
+    The group is stored by name: a reference held here would outlive `destroy_process_group`.
     """
 
     impl: str
-    shard_rows: list[int]  # VocabShards.rows, [] for a head that is whole
+    shard_rows: list[int]  # VocabShards.rows, [] for a head that is not sharded
     group: str
 
     @classmethod
@@ -106,19 +106,19 @@ def all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class ShardedKernels:
-    """The five kernels of a backend: logits [n, V_r] are this rank's columns, labels those of the whole vocabulary."""
+    """A backend's kernels for a sharded vocabulary: logits [n, V_r] of this rank, labels of the whole vocabulary."""
 
     def __init__(self, kernels: Kernels, shards: VocabShards) -> None:
         self.kernels, self.group, self.start = kernels, shards.group, shards.start
         self.rows = shards.rows
         self.sequence_sum, self.preference = kernels.sequence_sum, kernels.preference
-        self.live_sum = kernels.live_sum  # of this rank's rows, as the products that Triton has
+        self.live_sum = kernels.live_sum  # acts on this rank's rows, as do Triton's matmuls
         for name in ("live_dx", "live_dw_"):
             if hasattr(kernels, name):
                 setattr(self, name, getattr(kernels, name))
 
     def columns(self, vocab_size: int) -> list[int]:
-        """Columns of each rank that are no padding."""
+        """Number of columns of each rank that are not padding."""
         return [
             max(0, min(vocab_size, end) - (end - n)) for end, n in zip(accumulate(self.rows), self.rows, strict=True)
         ]
@@ -131,7 +131,7 @@ class ShardedKernels:
         mine = columns[self.group.rank()]
         column, here = columns_of(labels, ignore_index, self.start, mine)
         if mine:
-            if anchors is not None:  # the logit of a label that is elsewhere stands for no column here
+            if anchors is not None:  # a label of another rank has a stand-in column here, which keeps its own logit
                 stored = stored_logits(logits, column, anchors)
                 anchors = torch.stack([anchors[0], torch.where(here, anchors[1], stored.to(anchors.dtype))])
             logp, lse, extra = self.kernels.token_logps_fwd(logits, column, -1, scale, softcap, mine, extras, anchors)
@@ -146,7 +146,7 @@ class ShardedKernels:
             sent += [*extra, top]
         gathered = all_gather(torch.stack(sent), self.group).double()  # [ranks, 2 or 7, n]
         total = torch.logsumexp(gathered[:, 0], 0)
-        share = gathered[:, 0] - total  # log of each rank's part of the probability; -inf: its columns all are
+        share = gathered[:, 0] - total  # log of each rank's share of the probability; -inf if all its logits are
         refused = gathered[:, 1] == REFUSED
         check_refused(refused, labels, ignore_index, vocab_size)
         here = (gathered[:, 1] != NOT_HERE) & ~refused
@@ -197,7 +197,7 @@ class ShardedKernels:
         vocab_size: int,
         anchors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of this rank's columns: the sets of each rank are its own, and so are their tails."""
+        """For this rank's columns: each rank has live columns and tails of its own."""
         mine = self.columns(vocab_size)[self.group.rank()]
         if not mine:
             sets = -(-labels.shape[0] // set_rows)
@@ -230,19 +230,19 @@ class ShardedKernels:
         )
 
     def labels_here(self, labels: Tensor, ignore_index: int) -> Tensor:
-        """[n] columns of this rank, negative or too large for labels of others, IGNORED."""
+        """[n] labels as columns of this rank: out of range if another rank holds them, IGNORED if ignored."""
         return (labels - self.start).masked_fill(labels == ignore_index, IGNORED)
 
 
 def columns_here(kernels: Kernels, vocab_size: int) -> tuple[Kernels, int, int]:
-    """The kernels for this rank's own columns, which is the first of them, and how many are no padding."""
+    """The kernels for this rank's own columns, the index of the first, and how many are not padding."""
     if not isinstance(kernels, ShardedKernels):
         return kernels, 0, vocab_size
     return kernels.kernels, kernels.start, kernels.columns(vocab_size)[kernels.group.rank()]
 
 
 def check_refused(refused: Tensor, labels: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """refused [ranks, n]: where a rank's label is out of range. An error on every rank: none is left waiting."""
+    """Raise on every rank, so that none hangs. refused [ranks, n]: where a rank's label is out of range."""
     if not checks.may_read(labels) or not bool(refused.any()):
         return
     check_label_range(labels, ignore_index, vocab_size)
@@ -257,9 +257,9 @@ def check_refused(refused: Tensor, labels: Tensor, ignore_index: int, vocab_size
 
 
 def columns_of(labels: Tensor, ignore_index: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Labels [n] as columns of [first, first + count), -1 where ignored; and which of them are there.
+    """Labels [n] as columns of [first, first + count), -1 where ignored; and which labels lie in that range.
 
-    A label from elsewhere gets a column that stands in for it: the row's log-sum-exp needs none in particular.
+    A label outside of it gets a stand-in column, as the row's log-sum-exp does not depend on the label.
     """
     column = labels - first
     here = (column >= 0) & (column < count) & (labels != ignore_index)
@@ -267,7 +267,7 @@ def columns_of(labels: Tensor, ignore_index: int, first: int, count: int) -> tup
 
 
 def stored_logits(logits: Tensor, column: Tensor, anchors: Tensor | None) -> Tensor:
-    """[n] the logits in the columns [n], as far as `logits` and what they lack hold them."""
+    """[n] the logits in the columns [n] as stored, plus the constants subtracted from their rows."""
     row = torch.arange(logits.shape[0], device=logits.device)
     stored = logits[row, column.clamp(min=0)]
     return stored if anchors is None else stored + anchors[0]
@@ -287,7 +287,7 @@ def columns_bwd_(
     anchors: Tensor | None = None,
     entropies: Tensor | None = None,
 ) -> None:
-    """`token_logps_bwd_` of logits [n, v], columns from `first` on of a wider vocabulary; `count` are no padding."""
+    """`token_logps_bwd_` of logits [n, v], columns from `first` on of a wider vocabulary; `count` are not padding."""
     if count <= 0:
         logits.zero_()
         return
@@ -298,8 +298,8 @@ def columns_bwd_(
     if softcap:
         z, slope = softcap * torch.tanh(z / softcap), scale / torch.cosh(z / softcap).square()
     kernels.token_logps_bwd_(logits, column, lse, grad, -1, scale, softcap, count, anchors, entropies)
-    # Where the label is elsewhere, its stand-in has got the 1 of onehot - softmax. (index_put_: on a CPU scatter_ of
-    # 16 bit copies the logits twice, 122 ms for 4096 x 24576.)
+    # A stand-in column has received the 1 of onehot - softmax. (index_put_, because scatter_ in 16 bit copies the
+    # logits twice on a CPU: 122 ms for 4096 x 24576.)
     wrong = ~here & (labels != ignore_index)
     logp = z - lse
     factor = grad

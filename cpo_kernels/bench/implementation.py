@@ -55,7 +55,8 @@ class Family:
     tensors: (workload, device) -> what every implementation builds its step from; the same values in every process.
     truth: the same outcome in float32 or better, by the simplest method that fits in memory.
     limits: maximum relative error of each name in the truth.
-    apart: one implementation in memory at a time; each turn starts a new process and runs once untimed.
+    apart: whether implementations of a workload are in memory one at a time: then each turn starts a new process and
+        runs once untimed.
     """
 
     workload: type
@@ -64,7 +65,7 @@ class Family:
     floor: str
     truth: Callable[[Any], Outcome]
     limits: Callable[[Any], Mapping[str, float]]
-    apart: bool = False
+    apart: Callable[[Any], bool] = lambda workload: False
 
 
 def gpu_only(workload: Any, device: torch.device) -> str:

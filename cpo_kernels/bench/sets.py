@@ -53,7 +53,7 @@ OPS = tuple(name for name in tokens.IMPLEMENTATIONS if not name.startswith("comp
 FEW = ("products", "ours", "naive_unmasked")
 KERNELS = tuple(name for name in OPS if name == "copy" or name.endswith(("_cpu", "_triton", "_cuda")))
 
-# ------------------- ci: tiny and odd, every kind of workload, in a minute: a process starts for each implementation
+# ----------------------------------------------- ci: tiny and odd, every kind of workload, in about half a minute
 
 TINY = Head("tiny", hidden=48, vocab=1999, groups=2, length=17, prompt=8, dtype="float32")
 CI = Set(

@@ -68,6 +68,7 @@ class Bench:
     def measure(self, family: str, workload: Any, names: Sequence[str]) -> dict[str, Row]:
         """A row for every name: times, memory and differences, or `why` there are none."""
         definition = FAMILIES[family]
+        apart = definition.apart(workload)
         rows: dict[str, Row] = {n: {} for n in names}
         for name, row in rows.items():
             if why := definition.implementations[name].why_not(workload, self.device):
@@ -87,17 +88,19 @@ class Bench:
                     TIME_LIMIT if time.monotonic() > self.deadline else f"no ground truth to check it against: {failed}"
                 )
                 return {n: row or {"why": why} for n, row in rows.items()}
+            for worker in workers.values() if not apart else ():
+                worker.begin_load(workload)  # side by side: nothing is timed yet
             for name in able:
                 try:
                     rows[name] |= self.examine(workers[name], workload, truth, definition.limits(workload))
-                    if definition.apart:
+                    if apart:
                         workers[name].stop()
                 except Failed as failed:
                     rows[name]["why"] = TIME_LIMIT if time.monotonic() > self.deadline else str(failed)
                     workers.pop(name).stop()
                 self.progress(unfinished(rows))
-        self.take_turns(workers, rows, workload if definition.apart else None, definition.floor)
-        for worker in workers.values() if not definition.apart else ():
+        self.take_turns(workers, rows, workload if apart else None, definition.floor)
+        for worker in workers.values() if not apart else ():
             self.unload(worker)
         return rows
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cpo_kernels.bench.implementation import BETA, Family, Implementation, Outcome, Step
-from cpo_kernels.bench.training_step import Batch, TrainingStep, limits
+from cpo_kernels.bench.training_step import Batch, TrainingStep, apart, limits
 from cpo_kernels.bench.trl_steps import WITH_TRL, arguments, pair_inputs, step, word_tokenizer
 
 TRAINERS = ("sft", "dpo", "kto", "grpo", "rloo")
@@ -155,4 +155,4 @@ IMPLEMENTATIONS = {
     "trl_head": Implementation("TRL's head", trainer(fused=False), refuses=WITH_TRL),
     "fused_head": Implementation("**our head** (`fuse()`)", trainer(fused=True), refuses=WITH_TRL),
 }
-FAMILY = Family(TrainerStep, Batch, IMPLEMENTATIONS, "trl_head", truth, limits, apart=True)
+FAMILY = Family(TrainerStep, Batch, IMPLEMENTATIONS, "trl_head", truth, limits, apart)

@@ -1,5 +1,6 @@
 """A process for one implementation: it loads one workload after another and runs steps on request."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -101,11 +102,14 @@ class Worker:
     def __init__(self, family: str, implementation: str, device: str, threads: int) -> None:
         self.arguments = (family, implementation, device, threads)
         self.process: Any = None
+        self.loading = False
 
     def start(self) -> None:
         if self.process is not None and self.process.is_alive():
             return
-        context = multiprocessing.get_context("spawn")
+        # A fork server imports torch once for all processes. CUDA does not survive a fork.
+        context: Any = multiprocessing.get_context("forkserver" if self.arguments[2] == "cpu" else "spawn")
+        context.set_forkserver_preload([__name__])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, *self.arguments))
         self.process.start()
@@ -114,8 +118,15 @@ class Worker:
     def ask(self, command: str, *arguments: Any, limit_s: float) -> Any:
         if self.process is None:
             self.start()
-        try:
+        self.send(command, *arguments)
+        return self.answer(command, limit_s)
+
+    def send(self, command: str, *arguments: Any) -> None:
+        with contextlib.suppress(OSError):  # its process died: `answer` reports it
             self.connection.send((command, arguments))
+
+    def answer(self, command: str, limit_s: float) -> Any:
+        try:
             if not self.connection.poll(max(limit_s, 0)):
                 self.stop()
                 raise Failed(f"no answer to {command!r} within {limit_s:.0f} s")
@@ -130,7 +141,17 @@ class Worker:
             raise Failed(answer)
         return answer
 
+    def begin_load(self, workload: Any) -> None:
+        """Send `load` without waiting for its answer, which the next `load` returns: several processes load at once."""
+        self.start()
+        self.send("load", asdict(workload))
+        self.loading = True
+
     def load(self, workload: Any, limit_s: float) -> None:
+        if self.loading:
+            self.loading = False
+            self.answer("load", limit_s)
+            return
         self.start()
         self.ask("load", asdict(workload), limit_s=limit_s)
 
@@ -146,4 +167,4 @@ class Worker:
             self.process.join(limit_s)
             self.process.kill()
             self.process.join()
-            self.process = None
+            self.process, self.loading = None, False

@@ -1,6 +1,7 @@
-"""Gradients of the head: dW and db summed over chunks, rows of dX scaled, and what a loss known in forward hands back.
+"""Gradients of the head: dW and db accumulated over chunks, dX scaled by row, and what a fused loss saves for backward.
 
-Coefficients multiply in float32, and never become 16-bit values before a power of two keeps them in range.
+Multiplication by coefficients is done in float32. Coefficients become 16-bit values only after division by a power of
+two that keeps them in range.
 """
 
 from typing import Any, NamedTuple
@@ -13,11 +14,11 @@ from cpo_kernels.head.inputs import HeadTensors, Needs, Rows
 from cpo_kernels.head.matmul import add_product, adds_products, product
 from cpo_kernels.library import refuse_double_backward
 
-WEIGHT_TILE = 8192  # vocabulary rows of dW accumulated at a time when several chunks add up in 16 bit
+WEIGHT_TILE = 8192  # rows of dW per product when several 16-bit chunks are accumulated
 
 
 def multiply(values: Tensor, factor: Tensor) -> Tensor:
-    """values * factor in the dtype of `values`, multiplied in float32 (float64) and rounded once."""
+    """values * factor in the dtype of `values`, multiplied in float32 (float64 for float64) and rounded once."""
     if values.device.type == "cpu" or torch.compiler.is_compiling():
         return (values * factor.to(library.acc_dtype(values.dtype))).to(values.dtype)
     return torch.mul(values, factor.view(-1, 1), out=torch.empty_like(values))  # one pass, no float32 copy
@@ -29,25 +30,26 @@ def scale_rows(dx: Tensor, coef: Tensor) -> Tensor:
 
 
 def restore(value: Tensor, factor: Tensor) -> Tensor:
-    """value * factor without the pass over V*H where the factor is 1: free to know on the CPU."""
+    """value * factor. On a CPU, where reading the factor is free, a factor of 1 skips the pass over V*H elements."""
     if not torch.compiler.is_compiling() and factor.device.type == "cpu" and float(factor) == 1.0:
         return value
     return multiply(value, factor)
 
 
 def power_of_two(top: Tensor) -> Tensor:
-    """The power of two P for which top / P lies in [2^14, 2^15), top []; 1 where that is 0.
+    """top [] -> the power of two P with top / P in [2^14, 2^15); 1 if top is 0.
 
-    For float16: coefficients of 1e-3 lose bits there and those of 5e-8 are zero, while a sum over thousands of rows
-    passes 65504; the GradScaler's factor is not known in the forward pass. bfloat16 has float32's range.
+    For float16, where coefficients of 1e-3 lose bits, those of 5e-8 become zero, and a sum over thousands of rows
+    exceeds 65504. The GradScaler's factor is not yet known in the forward pass. bfloat16 has the range of float32.
     """
     return torch.where(top > 0, torch.exp2((torch.floor(torch.log2(top)) - 14).clamp(min=-126)), torch.ones_like(top))
 
 
 def sum_powers(coef: Tensor, x: Tensor, steepest: float) -> tuple[Tensor, Tensor]:
-    """(P of dW, P of db): in float16 coef * x / P, G^T of it and the same of coef stay below 2^15, as |G| <= steepest.
+    """(P for dW, P for db); both are 1 unless the dtype is float16. coef [n] in float32, x [n, H].
 
-    1 for other dtypes. coef [n] in float32, x [n, H].
+    In float16 they keep coef * x / P and G^T (coef * x / P) below 2^15, and for db coef / P and G^T (coef / P), given
+    |G| <= steepest.
     """
     if x.dtype != torch.float16 or not x.numel():
         return coef.new_ones(()), coef.new_ones(())
@@ -56,7 +58,7 @@ def sum_powers(coef: Tensor, x: Tensor, steepest: float) -> tuple[Tensor, Tensor
 
 
 class InputGrads(NamedTuple):
-    """Gradients of hidden, weight and bias; what is not needed is [0]."""
+    """Gradients of hidden, weight and bias; one that is not needed has shape [0]."""
 
     dx: Tensor
     dw: Tensor
@@ -64,28 +66,29 @@ class InputGrads(NamedTuple):
 
 
 class HeadGrads(NamedTuple):
-    """The gradients of a loss known in the forward pass, as it keeps them for backward to scale."""
+    """The gradients of a loss that is known in the forward pass, as saved for backward to scale."""
 
     dx: Tensor  # [M, H] without coefficients, or [0]
-    coef: Tensor  # [M], of the rows of dx
+    coef: Tensor  # [M], factors of the rows of dx
     dw: Tensor  # [V, H] divided by `power`, or [0]
     db: Tensor  # [V] in float32, or [0]
     power: Tensor  # [], a power of two
 
     def scattered(self, rows: Rows, size: int) -> "HeadGrads":
-        """From the rows [n] that were projected to the full layout [size]."""
+        """Scatter the projected rows [n] into the full layout [size]."""
         dx = rows.scatter(self.dx, size) if self.dx.dim() == 2 else self.dx
         return self._replace(dx=dx, coef=rows.scatter(self.coef, size))
 
 
 class WeightGrad:
-    """dW = sum over chunks of G^T (c * x), db = sum of G^T c, with dW kept divided by `power`.
+    """dW = sum over chunks of G^T (c * x), db = sum of G^T c, with dW stored divided by `power`.
 
-    One chunk is one product in the weight's dtype. Several chunks add up in float32 (float64 for float64): a bfloat16
-    accumulator biases training. Where the device multiplies 16 bit into float32 the product itself adds.
+    A single chunk is one matmul in the weight's dtype. Several chunks are accumulated in float32 (float64 for float64),
+    because a bfloat16 accumulator biases training. Where the device has 16-bit matmuls into float32, the matmul itself
+    accumulates.
 
-    steepest: the largest |dz/du|, |scale|.
-    scale [1]: factor on both sums, where it is known before the last of several chunks is added; None for 1.
+    steepest: the largest |dz/du|, which is |scale|.
+    scale [1]: factor on both sums, set before the last of several chunks is added; None for 1.
     """
 
     scale: Tensor | None = None
@@ -111,15 +114,17 @@ class WeightGrad:
         scaled = scale_rows(x, coef / power)  # [n, H]
         if adds_products(self.dw, g):
             add_product(self.dw, g.t(), scaled, self.added == 0)
-            self.power = power  # 1 but in float16, which comes here with its only chunk
+            self.power = power  # 1 except in float16, which takes this branch only with a single chunk
         else:
             self.add_tiles(g, scaled, power)
         self.added += 1
 
     def add_tiles(self, g: Tensor, scaled: Tensor, power: Tensor) -> None:
-        """A vocab tile of the 16-bit product stays in the cache until it is added: 832 x 896 x 151936 in bfloat16 took
-        208 ms with the addition, 228 ms as one product without it (2 cores, medians of 5 in one run). The last sum is
-        rounded where it is made."""
+        """Accumulate by vocab tiles: a tile of the 16-bit product is still in the cache when it is added.
+
+        832 x 896 x 151936 in bfloat16 took 208 ms with the addition, against 228 ms as one product without it (2 cores,
+        medians of 5 in one run). The last addition also rounds to 16 bit.
+        """
         last = self.added == self.num_chunks - 1 and g.dtype == torch.bfloat16
         rounded = torch.empty_like(self.dw, dtype=g.dtype) if last else self.dw
         for low in range(0, g.shape[1], WEIGHT_TILE):
@@ -137,7 +142,7 @@ class WeightGrad:
         self.dw = rounded
 
     def result(self, dx: Tensor, coef: Tensor) -> HeadGrads:
-        """With dW / power in the weight's dtype."""
+        """The gradients, with dW / power in the weight's dtype."""
         if self.scale is not None:
             self.db *= self.scale
         if self.dw.dtype != self.dtype and self.dtype == torch.bfloat16 and self.scale is not None:
@@ -164,10 +169,10 @@ def fake_head_grads(tensors: HeadTensors, needs: Needs) -> HeadGrads:
 
 
 def scaled_grads(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias from the `HeadGrads` that were saved and the incoming gradient.
+    """Gradients of hidden, weight and bias: the saved `HeadGrads` times the incoming gradient.
 
-    Nothing that was saved is written; where the incoming gradient is 1 the saved dW itself is the result, which
-    autograd copies only if the graph is retained.
+    Saved tensors are not modified. If the incoming gradient is 1, the saved dW itself is returned, which autograd
+    copies only if the graph is retained.
     """
     refuse_double_backward()
     grads, needs = HeadGrads(*ctx.saved_tensors), Needs(*ctx.needs_input_grad[:3])

@@ -1,7 +1,7 @@
-"""The head's inputs, checked once at the door, and the logits of one chunk of rows at a time.
+"""The head's inputs, validated once, and the logits of one chunk of rows at a time.
 
-Rows without a label are dropped before the first product. Products go to the vendor's library, the kernels of a
-backend do everything between them in place.
+Rows without a label are dropped before the first matmul. The vendor's library computes the matmuls; between them the
+kernels of a backend work in place.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from cpo_kernels.ops.token_logps import HeadOptions, head_options
 
 
 class HeadConfig(NamedTuple):
-    """The numbers of a head as the public functions take them. See `linear_token_logps`."""
+    """The options of a head, as the public functions take them. See `linear_token_logps`."""
 
     ignore_index: int
     softcap: float | None
@@ -46,13 +46,13 @@ class HeadTensors(NamedTuple):
     """The inputs of the head, flattened to rows."""
 
     hidden: Tensor  # [M, H]
-    weight: Tensor  # [V, H], with shards this rank's rows of it
+    weight: Tensor  # [V, H]; this rank's rows if the vocabulary is sharded
     bias: Tensor  # [V] or [0]
     labels: Tensor  # [M]
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted: of hidden, weight, bias."""
+    """Which gradients are needed: those of hidden, weight, bias."""
 
     dx: bool
     dw: bool
@@ -64,10 +64,10 @@ class Needs(NamedTuple):
 
 
 class Execution(NamedTuple):
-    """How a head runs: rows of logits at a time, where the kernels are, and which gradients are filtered."""
+    """How a head runs: rows of logits per chunk, the backend, and which gradients are filtered."""
 
     row_limit: int
-    chunk_limit: int  # of a chunk that adds nothing to a sum
+    chunk_limit: int  # rows per chunk if no dW is summed over chunks
     sum_rows: int  # see `strategy.sum_rows`
     backend: Backend
     filter_eps: float = 0.0  # 0: exact
@@ -75,16 +75,16 @@ class Execution(NamedTuple):
 
     @property
     def set_rows(self) -> int:
-        """Rows of a set of live columns."""
+        """Rows that share one set of live columns."""
         return min(SET_ROWS, self.row_limit)
 
     @property
     def set_chunk(self) -> int:
-        """Rows whose sets are made at a time."""
+        """Rows whose sets exist at a time."""
         return self.chunk_limit // self.set_rows * self.set_rows
 
     def step(self, count: int, adds_dw: bool) -> int:
-        """Rows of a chunk, whole sets of them where gradients are filtered; adds_dw: chunks add up dW."""
+        """Rows per chunk; a multiple of `set_rows` if gradients are filtered. adds_dw: dW is summed over chunks."""
         limit = one_chunk_limit(count, self.row_limit, self.sum_rows) if adds_dw else self.chunk_limit
         step = even_rows(count, limit)
         if not self.filter_eps or step == count:
@@ -97,14 +97,14 @@ class Execution(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """Checked inputs of the head."""
+    """Validated inputs of the head."""
 
     tensors: HeadTensors
     options: HeadOptions
     row_limit: int
     chunk_limit: int
     sum_rows: int
-    width: int  # columns of logits for which row_limit was made: V, or the largest shard's
+    width: int  # columns of logits that row_limit assumes: V, or those of the largest shard
     shards: VocabShards | None
     filter_eps: float = 0.0  # 0: exact
     filter_head_grad: bool = False
@@ -121,12 +121,12 @@ class HeadInputs:
 
     @property
     def keeps_live_sets(self) -> bool:
-        """Whether any loss may follow a trainable head at the price of a known one: dW too is filtered."""
+        """Whether the forward pass keeps the live sets, from which backward computes dW for whatever loss follows."""
         return self.filter_eps > 0 and self.filter_head_grad and self.needs.head
 
     @property
     def filters(self) -> bool:
-        """Whether some wanted gradient is filtered."""
+        """Whether a gradient that is needed is filtered."""
         return self.keeps_live_sets or (self.filter_eps > 0 and self.needs.dx)
 
     @property
@@ -143,7 +143,7 @@ def head_inputs(
     config: HeadConfig,
     vocab_shards: VocabShards | None = None,
 ) -> HeadInputs:
-    """Check once, at the door; under autocast cast as F.linear would."""
+    """Validate the arguments of a public function and, under autocast, cast them as F.linear would."""
     library.refuse_transforms()
     check_types("a tensor", hidden=hidden, weight=weight, labels=labels)
     check_types("a tensor", optional=True, bias=bias)
@@ -175,7 +175,7 @@ def head_inputs(
     width = weight.shape[0] if shards is None else max(shards.rows)
     columns = shards.vocab_size if shards else width
     options = head_options(columns, config.ignore_index, config.softcap, config.scale, config.vocab_size)
-    if shards is None and checks.may_read(labels):  # shards agree on an error first: no rank is left waiting
+    if shards is None and checks.may_read(labels):  # sharded ranks first agree on the error, so that none hangs
         check_label_range(labels, options.ignore_index, options.vocab_size)
     rows = named["hidden"].reshape(-1, weight.shape[1])
     tensors = HeadTensors(rows, weight, named.get("bias", weight.new_empty(0)), labels.reshape(-1))
@@ -203,7 +203,7 @@ def check_index(index: Tensor | None, labels: Tensor) -> None:
 
 @dataclass
 class Rows:
-    """The rows of a batch that are projected, in the order in which the chunks take them."""
+    """The projected rows of a batch, in the order of the chunks."""
 
     index: Tensor  # [n] positions in the full layout
     x: Tensor  # [n, H]
@@ -222,7 +222,7 @@ class Rows:
 
 
 def gather_rows(tensors: HeadTensors, index: Tensor, full: bool, ignore_index: int | None = None) -> Rows:
-    """ignore_index: given where rows without a label may be among them, whose hidden states may hold anything."""
+    """ignore_index: given if some rows may have no label. Their hidden states, which may hold anything, are zeroed."""
     hidden, labels = tensors.hidden, tensors.labels
     x = hidden.contiguous() if full else hidden.index_select(0, index)
     labels = labels if full else labels.index_select(0, index)
@@ -232,12 +232,12 @@ def gather_rows(tensors: HeadTensors, index: Tensor, full: bool, ignore_index: i
 
 
 def labelled_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
-    """[count] positions of the labels; their number is known, so the host does not wait for it."""
+    """[count] positions of the labels. The caller knows their number, so no host-device synchronisation is needed."""
     return torch.nonzero_static(labels != ignore_index, size=count).squeeze(1)
 
 
 def labelled_rows(tensors: HeadTensors, ignore_index: int, index: Tensor) -> Rows:
-    """The rows at `index` [n]; where that is [0] the labelled ones, which needs a host-device synchronisation."""
+    """The rows at `index` [n]; if that is [0] all labelled rows, which forces a host-device synchronisation."""
     given = index.numel() > 0
     if not given:
         index = (tensors.labels != ignore_index).nonzero().squeeze(1)
@@ -245,13 +245,13 @@ def labelled_rows(tensors: HeadTensors, ignore_index: int, index: Tensor) -> Row
 
 
 class RowLogps(NamedTuple):
-    """What a chunk of n rows gives."""
+    """Results of a chunk of n rows."""
 
     logp: Tensor  # [n]
     lse: Tensor  # [n]
     extra: Tensor  # [4, n] or [0]
     ref_logp: Tensor  # [n], the log-probs of a reference model's rows through the same head, or [0]
-    lacks: Tensor  # [n], what their 16-bit logits lacked, or [0]
+    lacks: Tensor  # [n], the constant subtracted from the 16-bit logits of each row, or [0]
 
     @classmethod
     def joined(cls, chunks: "list[RowLogps]") -> "RowLogps":
@@ -259,14 +259,14 @@ class RowLogps(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """Logits of a chunk, and what they lack. See `head.relative`."""
+    """Logits of a chunk, less a constant of each row. See `head.relative`."""
 
     z: Tensor  # [n, V]
     anchors: Tensor | None  # [2, n]
 
     @property
     def lacks(self) -> Tensor:
-        """[n] in 16 bit, 0 where this rank has no columns; else [0]."""
+        """[n] for 16-bit logits (0 if this rank has no columns), else [0]."""
         if self.anchors is not None:
             return self.anchors[0]
         size = self.z.shape[0] if is_relative(self.z.dtype) else 0
@@ -279,15 +279,15 @@ class Logits(NamedTuple):
 
 
 class Head:
-    """One head during one op: makes the logits of a chunk in a buffer of `max_rows` that all chunks share."""
+    """One head during one op. It computes the logits of each chunk in one buffer of `max_rows` rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor, options: HeadOptions, max_rows: int, kernels: Kernels) -> None:
         self.weight, self.bias, self.options, self.kernels = weight, bias, options, kernels
         self.buffer = weight.new_empty(max_rows, row_stride(weight.shape[0], weight.dtype, weight.device))
 
     def anchors(self, x: Tensor, labels: Tensor, lacks: Tensor | None = None) -> Tensor | None:
-        """[2, n] of 16-bit logits; None where they lack nothing. lacks [n] or [0]: `RowLogps.lacks` of the same rows,
-        whose logits come out as they did then."""
+        """[2, n] for 16-bit logits; None if no constant is subtracted. lacks [n] or [0]: `RowLogps.lacks` of an earlier
+        pass over the same rows, to compute the same logits again."""
         _, first, count = columns_here(self.kernels, self.options.vocab_size)
         if not is_relative(x.dtype) or not x.shape[0] or count <= 0:
             return None
@@ -297,14 +297,14 @@ class Head:
         return torch.stack([lacks, label_logits(x, self.weight, self.bias, columns)])
 
     def logits(self, x: Tensor, labels: Tensor) -> Logits:
-        """x [n, H], labels [n]; valid until the next call."""
+        """The logits of x [n, H] with labels [n]; valid until the next call."""
         anchors = self.anchors(x, labels)
         return Logits(self.columns(x, slice(None), anchors), anchors)
 
     def with_reference(self, x: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Logits, Tensor]:
-        """Logits of x, and log-probs [n] of a reference model's rows through the same head ([0] without).
+        """Logits of x, and log-probs [n] of a reference model's rows through the same head ([0] without ref).
 
-        One product for both where the buffer holds them: few rows do not fill the device, many do by themselves.
+        One matmul computes both if the buffer holds them: a few rows do not fill the device, many rows do.
         """
         n = x.shape[0]
         if ref is None:
@@ -325,14 +325,14 @@ class Head:
     def fused(
         self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None
     ) -> tuple[Tensor, RowLogps]:
-        """g = (onehot - softmax) * dz/du in the buffer, and the log-probs."""
+        """g = (onehot - softmax) * dz/du, written into the buffer, and the log-probs."""
         logits, ref_logp = self.with_reference(x, labels, ref)
         out = self.kernels.token_logps_fused_(logits.z, labels, *self.options, extras, logits.anchors)
         return logits.z, RowLogps(*out, ref_logp, logits.lacks)
 
     def columns(self, x: Tensor, part: slice, anchors: Tensor | None) -> Tensor:
-        """Logits of x [n, H] in some columns, [n, v], without what `anchors` say; in the buffer unless one column of
-        all rows exceeds it."""
+        """Logits [n, v] of x [n, H] in some columns, less the constants in `anchors`. They are in the buffer unless
+        even one column of all rows exceeds it."""
         n, weight = x.shape[0], self.weight[part]
         stride = row_stride(weight.shape[0], weight.dtype, weight.device)
         size = n * stride

@@ -5,9 +5,9 @@ columns A in which some row reaches eps, and tau q^T for the rest, so that with 
 
     dX_t = c_t (g_{t,A} W_A + tau_t (q^T W))        dW_A += g_A^T (c X),   dW += q (sum_t c_t tau_t x_t)^T
 
-A trained model leaves 5 to 15% of the columns live, and both products shrink to that. The forward product stays whole:
-log-probs are exact. A set with too many live columns is exact: its logits are multiplied whole, and made again in
-backward where dW is filtered too.
+A trained model leaves 5 to 15% of the columns live, and both products shrink to that share. The forward product is
+complete: log-probs are exact. A set with too many live columns is exact: all its columns are multiplied, and its logits
+are recomputed in backward if dW is filtered too.
 """
 
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ from cpo_kernels.head.matmul import product
 from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.ops.token_logps import HeadOptions
 
-LIVE_LIMIT = 0.5  # share of live columns from which a set is exact
-TAIL_UNIT = 1024.0  # q is kept as 1024 q: in float16 small elements stay, and 1024 q W is finite while |q W| < 64
-FEW_SETS = 12  # whose tails `live_sum` adds; of more, tail^T tails is a product
-TILE_ELEMENTS = 2**23  # of the sets' products that are added at a time: 2^20 to 2^22 took 1.1 to 3 times as long
+LIVE_LIMIT = 0.5  # share of live columns beyond which a set is exact
+TAIL_UNIT = 1024.0  # q is stored as 1024 q: float16 keeps its small elements, and 1024 q W is finite if |q W| < 64
+FEW_SETS = 12  # up to which `live_sum` adds the tails; with more sets tail^T tails is a matrix product
+TILE_ELEMENTS = 2**23  # elements of the sets' products added at a time: 2^20 to 2^22 took 1.1 to 3 times as long
 
 
 class LiveTensors(NamedTuple):
-    """`LiveSets` as they pass through an op."""
+    """`LiveSets` in a form that passes through an op."""
 
     g: Tensor
     columns: Tensor
@@ -47,7 +47,7 @@ def no_live_tensors(like: Tensor) -> LiveTensors:
 
 
 def fake_live_tensors(like: Tensor) -> LiveTensors:
-    """Of sizes that the values decide."""
+    """Of data-dependent sizes."""
     context = torch.library.get_ctx()
     elements, ids, sets, width = (context.new_dynamic_size() for _ in range(4))
     host = torch.empty(sets + 1, dtype=torch.int64, device="cpu")
@@ -60,8 +60,8 @@ def fake_live_tensors(like: Tensor) -> LiveTensors:
 class LiveSets:
     """The gradients of some rows, set by set."""
 
-    g: Tensor  # [g_A, tau] of every set in turn, [n_k, a_k + 1] each
-    columns: Tensor  # [sum a_k], rising within a set
+    g: Tensor  # [g_A, tau] of all sets, concatenated, [n_k, a_k + 1] each
+    columns: Tensor  # [sum a_k], ascending within a set
     offsets: list[int]  # set k has columns[offsets[k] : offsets[k + 1]]
     exact: list[bool]  # sets with too many live columns: they have none here
     tail: Tensor  # [sets, V] TAIL_UNIT * q
@@ -75,7 +75,7 @@ class LiveSets:
 
     @property
     def places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """g, columns and offsets as Triton's products take them."""
+        """g, columns and offsets, as arguments of Triton's matmuls."""
         return self.g, self.columns, torch.tensor(self.offsets)
 
     def rows(self, k: int) -> slice:
@@ -95,7 +95,7 @@ class LiveSets:
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def sums(self, labels: Tensor, options: HeadOptions) -> Tensor:
-        """[3], over labelled rows: share of live columns, probability of the tail, and 1 in exact sets (all live)."""
+        """[3] sums over labelled rows: share of live columns (1 in exact sets), probability of the tail, exact rows."""
         width = max(1, self.tail.shape[1])
         shares = [[1.0 if e else len(c) / width, float(e)] for c, e in zip(self.columns_of(), self.exact, strict=True)]
         of_sets = torch.tensor(shares, dtype=torch.float32).view(-1, 2)
@@ -124,21 +124,21 @@ def joined(parts: list[LiveSets], like: Tensor) -> LiveTensors:
 
 
 def by_index(head: Head) -> Any:
-    """Kernels whose products read rows of W by index, Triton's; None where a copy of W_A goes to the vendor's."""
+    """Triton's kernels, whose matmuls read rows of W by index; None if a copy of W_A goes to the vendor's library."""
     return head.kernels if hasattr(head.kernels, "live_dx") else None
 
 
 def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: float, set_rows: int) -> LiveSets:
-    """Splits the gradient of a chunk's logits, which stay as they are. The host waits once, for all |A|."""
+    """Split the gradient of a chunk's logits, without changing them. One host-device synchronisation reads all |A|."""
     options, (z, anchors) = head.options, logits
     live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options, anchors)
     counts = live.sum(1).tolist()
     exact = [count > LIVE_LIMIT * live.shape[1] for count in counts]
-    if by_index(head) and z.element_size() == 2:  # 7 modulo 8 columns and tau: rows of g keep to 16 bytes
+    if by_index(head) and z.element_size() == 2:  # 7 modulo 8 columns, and tau: rows of g are 16-byte aligned
         missing = [min((7 - count) % 8, live.shape[1] - count) for count in counts]
         more = ~live & ((~live).cumsum(1) <= torch.tensor(missing, device=live.device)[:, None])
         live, tail = live | more, tail.masked_fill(more, 0.0)
-        counts = [count + added for count, added in zip(counts, missing, strict=True)]  # without a second wait
+        counts = [count + added for count, added in zip(counts, missing, strict=True)]  # no second synchronisation
     if any(exact):
         live[torch.tensor(exact, device=live.device)] = False
     offsets = [0]
@@ -152,10 +152,10 @@ def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: floa
 
 
 class LiveDx:
-    """dX [n, H] of the sum of the log-probs, without the rows of exact sets, for the sets that `add` got.
+    """Computes dX [n, H] of the sum of the log-probs for all sets given to `add`, except for rows of exact sets.
 
-    q^T W reads the whole weight, 6 ms for 2 sets and 7 for 11 (V = 49,152, H = 576, one core), so the products wait for
-    several chunks: until the gradients that they hold are as large as a chunk of logits.
+    q^T W reads the whole weight: it takes 6 ms for 2 sets and 7 ms for 11 (V = 49,152, H = 576, one core). So `write`
+    runs once for several chunks, when the live gradients held are as large as a chunk of logits.
     """
 
     def __init__(self, head: Head) -> None:
@@ -177,7 +177,7 @@ class LiveDx:
         means = product(q, weight, weight.new_empty(len(q), weight.shape[1])) / TAIL_UNIT  # [sets, H]
         kernels = by_index(self.head)
         most = 0 if kernels else max(len(columns) for sets, _ in parts for columns in sets.columns_of())
-        buffer = weight.new_empty(most + 1, weight.shape[1])  # W_A, and what stands for the rest
+        buffer = weight.new_empty(most + 1, weight.shape[1])  # W_A, and the mean of the other rows
         for (sets, dx), mean in zip(parts, means.split([len(tail) for tail in tails]), strict=True):
             if kernels:
                 dx.copy_(kernels.live_dx(*sets.places, sets.set_rows, weight, mean, sets.num_rows))
@@ -191,7 +191,7 @@ class LiveDx:
 
 
 def _to_gradient(head: Head, logits: Logits, labels: Tensor, lse: Tensor) -> None:
-    """Logits [n, V] become the gradient of their rows' log-probs."""
+    """Overwrites logits [n, V] with the gradient of their rows' log-probs."""
     ones = torch.ones_like(lse)
     head.kernels.token_logps_bwd_(logits.z, labels, lse, ones, *head.options, logits.anchors)
 
@@ -205,11 +205,11 @@ def filtered_chunk(
     whole: bool,
     kept: list[LiveSets] | None = None,
 ) -> tuple[Tensor, RowLogps, Tensor]:
-    """The logits of a chunk, their log-probs and the sums [3] of the live sets. Unless dx is [0], dX [n, H] of the
-    log-probs' sum is written there, in exact sets now and in the others by `live_dx.write`.
+    """The logits of a chunk, their log-probs and the sums [3] of its live sets. Unless dx is [0], dX [n, H] of the
+    log-probs' sum is written to it: rows of exact sets here, all others by `live_dx.write`.
 
-    inputs: what `Head.forward` takes. whole: the logits become their gradient g [n, V]. kept: gets the live sets. They
-    are made some rows at a time, so that few exist where none is kept.
+    inputs: the arguments of `Head.forward`. whole: overwrite the logits with their gradient g [n, V]. kept: a list that
+    receives the live sets; without it only `execution.set_chunk` rows of sets exist at a time.
     """
     x, labels, extras, ref = inputs
     logits, ref_logp = head.with_reference(x, labels, ref)
@@ -256,7 +256,7 @@ def no_sums(like: Tensor) -> Tensor:
 
 
 def over_shards(head: Head, sums: Tensor) -> Tensor:
-    """`LiveSets.sums` of the whole vocabulary: a rank's shares count by its columns, its tail is a part."""
+    """`LiveSets.sums` of the whole vocabulary: shares are weighted by the ranks' columns, tails are added."""
     kernels = head.kernels
     if not isinstance(kernels, ShardedKernels):
         return sums
@@ -278,8 +278,8 @@ def live_head_grads(
 ) -> HeadGrads:
     """dW / power [V, H] and db [V] of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n], lacks [n] or [0].
 
-    dW is written by tiles of the vocabulary: the products g_A^T (c X) of all sets for a tile, then `live_sum`; or by
-    kernels that add them into a float32 dW by index. Rows of exact sets make their logits again for it.
+    dW is written by vocab tiles: the products g_A^T (c X) of all sets for a tile, then `live_sum`; or by kernels that
+    add them into a float32 dW by index. The logits of rows in exact sets are recomputed.
     """
     weight, acc, width = head.weight, library.acc_dtype(x.dtype), sets.tail.shape[1]
     dw = weight.new_empty(weight.shape if need_dw else 0)
@@ -336,9 +336,7 @@ def live_head_grads(
     return out._replace(db=db * db_power)
 
 
-def _sum_of_sets(
-    head: Head, tail: Tensor, tails: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]
-) -> Tensor:
+def _sum_of_sets(head: Head, tail: Tensor, tails: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Rows of dW: the products g^T x of every part at its columns, and tail^T tails."""
     counts = [len(columns) for *_, columns in parts]
     made = tail.new_empty(sum(counts), tails.shape[1])
@@ -352,7 +350,7 @@ def _sum_of_sets(
 
 
 def exact_rows(sets: LiveSets) -> list[slice]:
-    """The rows of exact sets, neighbours as one."""
+    """The rows of exact sets, adjacent sets merged."""
     runs: list[slice] = []
     for k, exact in enumerate(sets.exact):
         rows = sets.rows(k)
@@ -364,12 +362,12 @@ def exact_rows(sets: LiveSets) -> list[slice]:
 
 
 def _tile_rows(sets: LiveSets, weight: Tensor) -> int:
-    """Rows of W for which the products of all sets come to about TILE_ELEMENTS."""
+    """Rows of W for which the products of all sets have about TILE_ELEMENTS elements."""
     return max(1, TILE_ELEMENTS * weight.shape[0] // (max(1, len(sets.columns)) * weight.shape[1]))
 
 
 class _ExactRows:
-    """The rows of exact sets, whose logits are made again."""
+    """The rows of exact sets, whose logits are recomputed."""
 
     def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, index: Tensor) -> None:
         self.head, self.index = head, index.to(x.device)
@@ -378,7 +376,7 @@ class _ExactRows:
         self.anchors = head.anchors(self.x, self.labels, lacks.index_select(0, self.index) if lacks.numel() else lacks)
 
     def most_columns(self) -> int:
-        """That the head's buffer holds of all rows, and whose products come to about TILE_ELEMENTS."""
+        """Columns that the head's buffer holds for all rows, and whose products have about TILE_ELEMENTS elements."""
         weight = self.head.weight
         if not self.index.numel():
             return max(1, weight.shape[0])

@@ -1,8 +1,8 @@
-"""Matrix products of the head. Where a CPU has no 16-bit products they are made in float32, a tile at a time.
+"""Matmuls of the head. On CPUs without 16-bit matmul instructions they are computed in float32, one tile at a time.
 
-Without instructions for a dtype torch multiplies one element after the other: for 128 x 576 by 49152 columns of
-bfloat16 X W^T took 1.2 s, G W 15 s and G^T X 2.2 s on one core with AVX2, and 0.16, 0.16 and 0.24 s in tiles of float32
-(float16 alike; both beside other work).
+Without such instructions torch multiplies element by element. In bfloat16, with 128 rows, H = 576 and 49,152 columns,
+X W^T took 1.2 s, G W 15 s and G^T X 2.2 s on one core with AVX2, against 0.16, 0.16 and 0.24 s in float32 tiles.
+(float16 behaves alike; both were measured beside other work.)
 """
 
 from functools import cache
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE = 2048  # of the longest side, 7 MB of float32 at H = 896; X W^T took 164 ms, with 8192 216 ms
+TILE = 2048  # along the longest side: 7 MB of float32 at H = 896; X W^T took 164 ms, against 216 ms with 8192
 
 
 @cache
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN, which makes torch's 16-bit products, has instructions for them on this CPU."""
-    if not torch.backends.mkldnn.is_available():  # the ops below are missing then
+    """Whether oneDNN, which computes torch's 16-bit matmuls, has instructions for this dtype on this CPU."""
+    if not torch.backends.mkldnn.is_available():  # then the ops below do not exist
         return False
     supported = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     multiplies: bool = getattr(torch.ops.mkldnn, supported)()
@@ -25,19 +25,19 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch has fast matrix products of this dtype on this CPU."""
+    """Whether torch has fast matmuls in this dtype on this CPU."""
     if dtype not in (torch.bfloat16, torch.float16):
         return True
     return bool(torch.backends.mkldnn.enabled) and _onednn_multiplies(dtype)
 
 
 def by_tiles(a: Tensor) -> bool:
-    """Whether products of `a` go through float32."""
+    """Whether matmuls of `a` are computed in float32 tiles."""
     return a.device.type == "cpu" and not cpu_multiplies(a.dtype)
 
 
 def tile_bytes(rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Float32 held by a product of `rows` of the head where it goes by tiles: `[rows, H]`, a tile and its part."""
+    """Bytes of float32 that a tiled matmul of `rows` rows holds: `[rows, H]`, a tile and its part of the result."""
     if device.type != "cpu" or cpu_multiplies(dtype):
         return 0
     return 4 * (rows * hidden_size + TILE * (rows + hidden_size))
@@ -46,8 +46,9 @@ def tile_bytes(rows: int, hidden_size: int, dtype: torch.dtype, device: torch.de
 def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, lacks: Tensor | None = None) -> Tensor:
     """out [m, n] = a [m, k] @ b [k, n] + bias [n] - lacks [m], rounded once to the dtype of `out`.
 
-    lacks: numbers of that dtype. With a bias too, the sum is rounded a second time. On two cores with AVX-512 and
-    bfloat16 X W^T of 1024 x 576 x 49,152 takes 1.14 times as long with it: 0.05 to fill `out`, the rest to read it.
+    lacks: values that this dtype represents exactly. With a bias as well, the sum is rounded a second time. On two
+    cores with AVX-512 and bfloat16, X W^T of 1024 x 576 x 49,152 takes 1.14 times as long with `lacks`: 0.05 to fill
+    `out`, the rest to read it.
     """
     if by_tiles(a):
         return _in_float32(a, b, out, bias, lacks, add=False)
@@ -63,7 +64,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, lacks
 def multiplies_into_float32(device: torch.device) -> bool:
     """Whether torch.addmm(..., out_dtype=float32) adds a bfloat16 product to a float32 matrix in place here.
 
-    Asked of the device once, with numbers whose sums bfloat16 cannot hold: CUDA has it, the CPU and some ROCm builds
+    Tested once per device, with sums that bfloat16 cannot represent. CUDA supports it; the CPU and some ROCm builds
     raise.
     """
     if device.type == "cpu":
@@ -78,7 +79,7 @@ def multiplies_into_float32(device: torch.device) -> bool:
 
 
 def adds_products(total: Tensor, a: Tensor) -> bool:
-    """Whether products of matrices in the dtype of `a` add up in `total` by themselves."""
+    """Whether a matmul in the dtype of `a` can accumulate into `total` itself."""
     into_float32 = a.dtype == torch.bfloat16 and (by_tiles(a) or multiplies_into_float32(a.device))
     return a.dtype == total.dtype or into_float32
 
@@ -100,7 +101,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 def _in_float32(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, lacks: Tensor | None, add: bool) -> Tensor:
     m, k, n = *a.shape, b.shape[1]
-    if k > max(m, n, TILE):  # a sum over tiles
+    if k > max(m, n, TILE):  # tiles along the inner dimension
         total = out.float() if add else out
         if total.dtype != torch.float32:
             total = a.new_empty(m, n, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The negative log-likelihood of a head: loss, dX and dW in one forward pass (strategy nll, 3 products)."""
+"""The negative log-likelihood of a head: loss, dX and dW in one forward pass (strategy nll, 3 matrix products)."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from cpo_kernels.ops.token_logps import HeadOptions
 
 
 class NLLArgs(NamedTuple):
-    """What `linear_nll_op` takes beside the head's tensors."""
+    """Arguments of `linear_nll_op` besides the head's tensors."""
 
     row_index: Tensor  # [n] positions of the rows, or [0]
     token_weights: Tensor  # [M] or [0]
@@ -93,19 +93,20 @@ def linear_nll(
     filter_eps: float | Literal["auto"] | None = None,
     filter_head_grad: bool = False,
 ) -> Tensor:
-    """Mean negative log-likelihood of the labels, -sum_t m_t logp_t / num_tokens: the loss of CPSFT, in 3 products.
+    """Mean negative log-likelihood of the labels, -sum_t m_t logp_t / num_tokens, the loss of CPSFT, in 3 matmuls.
 
     Args:
-        token_weights: [...] weights m_t, 1 if None; constants, they get no gradient.
-        num_tokens: the divisor, for gradient accumulation or several processes the global number of labelled tokens;
-            None counts the labels of this call.
+        token_weights: [...] weights m_t, treated as constants (no gradient); 1 if None.
+        num_tokens: the divisor; None counts the labels of this call. Give the global number of labelled tokens under
+            gradient accumulation or with several processes.
         hidden, weight, labels, bias and the rest: see `linear_token_logps`.
 
     Returns:
-        A scalar, float32 (float64 for float64 input); 0 where nothing is labelled.
+        A scalar, float32 (float64 for float64 input); 0 if no position has a label.
 
     Raises:
-        TypeError, ValueError: as `linear_token_logps`; token_weights of another shape than labels, num_tokens <= 0.
+        TypeError, ValueError: as `linear_token_logps`; also token_weights whose shape is not that of labels, and
+            num_tokens <= 0.
     """
     config = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget, filter_eps, filter_head_grad)
     inputs = head_inputs(hidden, weight, labels, bias, config, vocab_shards)
@@ -114,7 +115,7 @@ def linear_nll(
     check_types("a tensor", optional=True, token_weights=token_weights)
     check_types("a number", optional=True, num_tokens=num_tokens)
     if num_tokens is not None and not num_tokens > 0:
-        raise ValueError(f"num_tokens must be positive, got {num_tokens}: leave it out to count the labels")
+        raise ValueError(f"num_tokens must be positive, got {num_tokens}: omit it to count the labels")
     acc = library.acc_dtype(inputs.tensors.hidden.dtype)
     if token_weights is None:
         weights = inputs.tensors.hidden.new_empty(0, dtype=acc)

@@ -1,10 +1,11 @@
 """A trainable head under a known preference loss: loss, dX and dW in one forward pass (pairs, deferred, two_pass).
 
-`pairs` puts whole groups of linked pairs into one chunk: the chunk's sequence log-probs give the loss and the
-coefficient dL/dL_s of each of its sequences while onehot - softmax is still there, so dX and dW need no second look at
-the logits (3 products). Where a group does not fit the budget, or the loss couples all pairs, `two_pass` computes all
-log-probs first and makes the logits again with known coefficients (4 products). `deferred` spares one pair that: where
-dL/dL_rejected = -dL/dL_chosen = -c, dW = c * (sum over chosen rows - sum over rejected rows), and c may come last.
+`pairs` puts whole groups of linked pairs into one chunk. The chunk's sequence log-probs give the loss and the
+coefficient dL/dL_s of each of its sequences while onehot - softmax is still in memory, so dX and dW need no second pass
+over the logits (3 products). If a group does not fit the budget, or the loss couples all pairs, `two_pass` computes all
+log-probs first and then recomputes the logits with known coefficients (4 products). `deferred` avoids that for a single
+pair with dL/dL_rejected = -dL/dL_chosen = -c: there dW = c * (sum over chosen rows - sum over rejected rows), and c can
+be applied last.
 """
 
 from collections.abc import Callable
@@ -26,10 +27,10 @@ from cpo_kernels.ops.token_logps import HeadOptions
 
 
 class LinearPreferenceArgs(NamedTuple):
-    """What `linear_preference` takes beside the head's tensors, whose rows are sequences end to end."""
+    """Arguments of `linear_preference` besides the head's tensors, whose rows are the sequences end to end."""
 
     token_weights: Tensor  # [M] or [0]
-    ref_hidden: Tensor  # [M, H] to go through the same head; [0] where ref_logps are given
+    ref_hidden: Tensor  # [M, H], projected by the same head; [0] if ref_logps are given
     loss: PreferenceArgs  # lengths [S]: labelled rows of each sequence
     use_weighting: bool
     couples_pairs: bool
@@ -71,7 +72,7 @@ def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> Li
     else:
         several = loss.needs_counts and size > row_limit  # several chunks: each divides by the batch's count
         counts = loss.counted(kernels, acc) if several else loss.lengths.new_empty(0)
-        # The host waits here, and nowhere else.
+        # The only host-device synchronisation.
         numbers = torch.cat([counts, loss.lengths, loss.pairs.flatten()]).tolist()
         if several:
             loss, numbers = loss.with_divisors(*numbers[:2]), numbers[2:]
@@ -102,7 +103,7 @@ def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> Li
 
 
 def narrow(args: PreferenceArgs, tables: Tables, part: Part) -> PreferenceArgs:
-    """Only this chunk's sequences and pairs, renumbered."""
+    """The arguments of one chunk: its sequences and pairs, renumbered."""
     sequences, pairs = tables.sequences[part.sequences], tables.pair_order[part.pairs]
 
     def pick(t: Tensor, index: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class _Loss(NamedTuple):
 
 @dataclass
 class _Batch:
-    """What the strategies work on: the head and the rows in the layout's order."""
+    """Input of the strategies: the head, and the rows in the layout's order."""
 
     head: Head
     rows: Rows
@@ -165,12 +166,12 @@ class _Batch:
         return _Loss(result, seq_logps, coef * weights if weights.numel() else coef)
 
     def inputs(self, part: slice) -> tuple[Tensor, Tensor, bool, Tensor | None]:
-        """What `Head.fused` and `Head.forward` take of some rows."""
+        """Arguments of `Head.fused` and `Head.forward` for some rows."""
         ref = None if self.ref is None else self.ref[part]
         return self.rows.x[part], self.rows.labels[part], self.use_weighting, ref
 
     def sums(self, num_chunks: int) -> tuple[WeightGrad, Tensor]:
-        """Where dW and db add up, and dX to be filled."""
+        """The accumulator of dW and db, and an uninitialised dX."""
         x = self.rows.x
         dx = torch.empty_like(x) if self.needs.dx else x.new_empty(0)
         return WeightGrad(self.head.weight, abs(self.head.options.scale), num_chunks, self.needs), dx
@@ -235,7 +236,7 @@ def _two_pass(batch: _Batch) -> LinearPreference:
     chunks: list[RowLogps] = []
     live_dx = LiveDx(batch.head)
     for p in parts:
-        if filtered:  # dX is made here, and the second pass makes dW only
+        if filtered:  # dX is computed here, and the second pass computes only dW
             _, logps, sums = filtered_chunk(batch.head, batch.inputs(p), execution, dx[p], live_dx, whole=False)
             filter_sums += sums
         else:

@@ -1,13 +1,14 @@
-"""Gradients of the head from logits made a second time, a vocab tile at a time (two_pass, recompute).
+"""Gradients of the head from recomputed logits, one vocab tile at a time (two_pass, recompute).
 
-With the log-sum-exp of every row known, a tile of columns needs no other: Z_s = X W_s^T, G_s = onehot - softmax,
+Once the log-sum-exp of every row is known, tiles of columns are independent: Z_s = X W_s^T, G_s = onehot - softmax,
 
-    dW_s = G_s^T (c * X)      whole in one product, written once
-    dX  += G_s W_s            [n, H], added in float32
+    dW_s = G_s^T (c * X)      complete after one product, written once
+    dX  += G_s W_s            [n, H], accumulated in float32
 
-By rows it is dW that adds up, [V, H] in float32 for every chunk; V is larger than n unless a batch labels more tokens
-than the vocabulary has words. On two cores in bfloat16, times of 3 products, medians of 3 in one run: n = 520 of
-896 x 151936 by columns 1.27, by rows 1.55; n = 6000 1.18 and 1.24; 4096 of 576 x 49152 1.24 and 1.32.
+Chunks of rows would accumulate dW instead, [V, H] in float32 for every chunk; V is larger than n unless a batch has
+more labelled tokens than the vocabulary has words. On two cores in bfloat16, in multiples of the time of 3 products
+(medians of 3 in one run): 896 x 151936 with n = 520 takes 1.27 by columns and 1.55 by rows, with n = 6000 1.18 and
+1.24; 576 x 49152 with n = 4096 takes 1.24 and 1.32.
 """
 
 import torch
@@ -22,8 +23,8 @@ from cpo_kernels.head.strategy import ALIGN, chunks, even_rows
 
 
 def vocab_tiles(num_rows: int, num_columns: int, elements: int) -> list[slice]:
-    """Even tiles of columns, of which num_rows * columns <= elements; at least one column at a time, and multiples of
-    ALIGN where there are that many: rows of a tile begin where the kernels' widest loads may."""
+    """Even tiles of columns with num_rows * columns <= elements, but at least one column each. Where possible, their
+    width is a multiple of ALIGN, so that the rows of a tile are aligned for the kernels' widest loads."""
     most = max(1, elements // max(num_rows, 1))
     if most < ALIGN or most >= num_columns:
         step = even_rows(num_columns, most)
@@ -43,17 +44,17 @@ def second_pass(
     entropies: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> HeadGrads:
-    """The gradients of sum_t coef_t logp_t: x [n, H], labels, lse and coef [n], lacks [n] or [0]; lse of the whole
-    vocabulary.
+    """The gradients of sum_t coef_t logp_t: x [n, H], labels, lse and coef [n], lacks [n] or [0]; lse is that of the
+    whole vocabulary.
 
-    entropies [2, n]: coefficients e_t and values of the entropies H_t, for the gradient of sum_t e_t H_t as well. The
-    coefficients that come back are those that rows of dx still lack.
-    kept [n, V]: the logits of the first pass, which are overwritten in place of being computed a second time.
+    entropies [2, n]: coefficients e_t and values of the entropies H_t, to add the gradient of sum_t e_t H_t. The
+    returned coefficients are those by which the rows of dx are yet to be multiplied.
+    kept [n, V]: the logits of the first pass. They are overwritten, and no logits are computed again.
     """
     weight, acc = head.weight, library.acc_dtype(x.dtype)
     options = head.options
     kernels, first, count = columns_here(head.kernels, options.vocab_size)
-    most = (head.buffer if kept is None else kept).shape[0] * weight.shape[0]  # padding of rows apart
+    most = (head.buffer if kept is None else kept).shape[0] * weight.shape[0]  # without row padding
     parts = vocab_tiles(x.shape[0], weight.shape[0], most)
     of_logp, coef, entropies = _within_range(coef, entropies, x.dtype)
     power, db_power = sum_powers(coef, x, abs(options.scale) * (1 if entropies is None else 8))
@@ -80,10 +81,10 @@ def second_pass(
 
 
 def _within_range(coef: Tensor, entropies: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The coefficients that g takes, those that are left, and what g takes of the entropies.
+    """The coefficients multiplied into g, the remaining ones, and what g includes of the entropies.
 
-    g takes all of them, one rounding less than with rows of x that are multiplied and as many multiplications. But
-    float16 has not their range: there g stays of the size of onehot - softmax; |p (log p + H)| < 4.
+    g takes all coefficients: one rounding fewer than multiplying the rows of x, and as many multiplications. float16
+    does not have the range for that, so there g keeps the magnitude of onehot - softmax; |p (log p + H)| < 4.
     """
     ones = torch.ones_like(coef)
     if dtype != torch.float16:

@@ -1,8 +1,8 @@
-"""Relative logits: 16-bit logits lack a constant of their row, and the logits of the labels are in float32.
+"""Relative logits: a constant of the row is subtracted from 16-bit logits, and the labels' logits are in float32.
 
-A row's log-probs do not change by a constant. A product that adds -s_t before it rounds (`addmm`, whose sums are
-float32) stores z - s, which is small where the softmax has its mass, and so is its rounding. With the label's logit
-from a product of its own, n H multiplications,
+A constant added to all logits of a row does not change its log-probs. A matmul that adds -s_t before rounding (`addmm`,
+whose sums are float32) stores z - s, which is small where the softmax has its mass, and so is its rounding error. With
+the label's logit computed separately, n H multiplications,
 
     log p_t = z_{t,y_t} - s_t - logsumexp_v (z_tv - s_t)
 
@@ -16,7 +16,7 @@ SmolLM2-135M-Instruct (|z| up to 42) with their labels, with labels drawn at ran
     s: the largest of those columns          5.1e-4     4.0e-3     2.7e-5
     s: the mean of all columns               6.4e-4     9.1e-4
 
-The largest logit of a flat row is far from where its mass is: gradients would be worse than those of absolute logits.
+The largest logit of a flat row is far from its mass: gradients would be worse than with absolute logits.
 """
 
 import torch
@@ -25,12 +25,12 @@ from torch import Tensor
 from cpo_kernels import library
 from cpo_kernels.ops.token_logps import HeadOptions
 
-# Columns that are looked at, of a vocabulary of V: the first min(FIRST, max(FEW_FIRST, V / FIRST_SHARE)); at most
-# max(FEW_LABELS, V / LABEL_SHARE) labels; and SPREAD from all over it, should the first and the labels be masked.
+# Columns from which s_t is computed, of a vocabulary of V: the first min(FIRST, max(FEW_FIRST, V / FIRST_SHARE)); at
+# most max(FEW_LABELS, V / LABEL_SHARE) labels; and SPREAD spaced evenly, in case the first and the labels are masked.
 FIRST, FIRST_SHARE, FEW_FIRST = 512, 64, 64
 LABEL_SHARE, FEW_LABELS = 32, 256
 SPREAD = 64
-ROWS = 256  # looked at together: of 1,024 the logits would be 20 MiB
+ROWS = 256  # rows at a time: the logits of 1,024 would be 20 MiB
 
 
 def is_relative(dtype: torch.dtype) -> bool:
@@ -38,9 +38,9 @@ def is_relative(dtype: torch.dtype) -> bool:
 
 
 def make_anchors(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, count: int, options: HeadOptions) -> Tensor:
-    """[2, n]: what the logits of each row shall lack, in numbers of the dtype of x, and the logit of its label.
+    """[2, n]: the constant to subtract from each row, representable in the dtype of x, and the logit of its label.
 
-    x [n, H]; labels [n] in [0, count), the columns that are no padding.
+    x [n, H]; labels [n] in [0, count), the columns that are not padding.
     """
     few = _few_columns(labels, count)
     some = weight.index_select(0, few).t()
@@ -51,8 +51,8 @@ def make_anchors(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, count:
         u = (x[rows] @ some).to(lacks.dtype).clamp(max=torch.finfo(x.dtype).max)  # inf in float16, but not NaN
         lacks[rows] = _mean_logit(u if of_few is None else u + of_few, options)
     at_label = label_logits(x, weight, bias, labels)
-    lacks = torch.where(torch.isfinite(lacks), lacks, 0.0)  # all of those columns are masked
-    most = torch.finfo(x.dtype).max / 2  # in float16 what is left has a range, too
+    lacks = torch.where(torch.isfinite(lacks), lacks, 0.0)  # not finite if all of those columns are masked
+    most = torch.finfo(x.dtype).max / 2  # leaves half of float16's range for the difference
     return torch.stack([lacks.clamp(-most, most).to(x.dtype).to(lacks.dtype), at_label])
 
 
@@ -66,7 +66,7 @@ def label_logits(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Ten
 
 
 def anchor_bytes(rows: int, hidden_size: int, count: int, dtype: torch.dtype) -> int:
-    """Held for a while, before the chunk is written: copies of the columns, their logits, rows of the labels."""
+    """Temporary memory, freed before the chunk is written: copies of the columns, their logits, rows of the labels."""
     if not is_relative(dtype):
         return 0
     few, rows = _first(count) + SPREAD + min(rows, _most_labels(count)), min(rows, ROWS)
@@ -74,9 +74,9 @@ def anchor_bytes(rows: int, hidden_size: int, count: int, dtype: torch.dtype) ->
 
 
 def _few_columns(labels: Tensor, count: int) -> Tensor:
-    """Labels, evenly from the chunk, the first of `count` columns, and some from all over them: those may be masked."""
+    """Labels spaced evenly over the chunk, the first of `count` columns, and some spaced evenly over all of them."""
     labels = labels[:: -(-labels.shape[0] // _most_labels(count))]
-    if labels.device.type == "cpu":  # elsewhere the host would wait for their number
+    if labels.device.type == "cpu":  # elsewhere their number needs a host-device synchronisation
         labels = labels.unique()
     spread = torch.arange(0, count, -(-count // SPREAD), device=labels.device)
     return torch.cat([torch.arange(_first(count), device=labels.device), spread, labels])
@@ -91,7 +91,7 @@ def _most_labels(count: int) -> int:
 
 
 def _mean_logit(u: Tensor, options: HeadOptions) -> Tensor:
-    """sum_v p_v z_v of u [n, v], as a logit without scale and softcap: masked columns have some p under a softcap."""
+    """sum_v p_v z_v over u [n, v], mapped back to u. Masked columns have nonzero p under a softcap."""
     z = options.scale * u
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)

@@ -1,20 +1,20 @@
 """The planner: which strategy a head of a given shape runs, in how many chunks, with how many products and bytes.
 
-In products of N*H*V multiply-adds, N labelled rows:
+Costs in matrix products of N*H*V multiply-adds, for N labelled rows:
 
-    forward    1  no gradient wanted
-    frozen     2  weight and bias need no gradient: dX unscaled is made while the chunk is there
-    pairs      3  loss known, chunks are whole groups of linked pairs: dX and dW are made in the forward pass
+    forward    1  no gradient needed
+    frozen     2  weight and bias need no gradient: unscaled dX is computed while the chunk is in memory
+    pairs      3  loss known, chunks are whole groups of linked pairs: dX and dW are computed in the forward pass
     nll        3  loss known and separable by token (linear_nll), any chunks
-    deferred   3  one pair that does not fit the budget, its two coefficients opposite: dW is scaled when they are known
-    two_pass   4  loss known, but a group does not fit the budget or the loss couples all pairs
-    kept       3  loss not known yet, all logits fit the budget: they are kept for backward
-    recompute  4  loss not known yet, and they do not fit
+    deferred   3  one pair that exceeds the budget, with opposite coefficients: dW is scaled once they are known
+    two_pass   4  loss known, but a group exceeds the budget or the loss couples all pairs
+    kept       3  loss not known yet, and all logits fit the budget: they are kept for backward
+    recompute  4  loss not known yet, and the logits exceed the budget: they are computed again in backward
 
-With filter_eps the product of dX is made on the live columns, a share L of the vocabulary: 1 - L less of each that
-makes dX. With filter_head_grad too:
+With filter_eps dX is computed on the live columns only, a share L of the vocabulary: its product costs L instead of 1.
+With filter_head_grad too:
 
-    live  1 + 2 L  any loss: dX is made while the chunk is there, and dW in backward from the live gradients
+    live  1 + 2 L  any loss: dX is computed while the chunk is in memory, dW in backward from the live gradients
 """
 
 from dataclasses import dataclass, replace
@@ -26,30 +26,33 @@ from cpo_kernels.checks import check_types
 from cpo_kernels.head.matmul import tile_bytes
 from cpo_kernels.head.relative import anchor_bytes
 
-# Default bytes of one chunk of logits. CPU: 512 float32 rows of a 151,936-word vocabulary (297 MiB) make one chunk,
-# which needs no accumulator of dW. GPU: 1 GiB, and no more than 8192 rows, derived and not measured. A chunk of n rows
-# pays, beside its share of the products (6 n H V operations), for adding H V float32 numbers to dW (8 H V bytes): on an
-# H200 (790 TFLOP/s, 4.3 TB/s) 245 / n of the products, whatever H and V are. In 16 bit:
+# Default bytes of one chunk of logits. CPU: 512 float32 rows of a 151,936-word vocabulary (297 MiB) fit in one chunk,
+# which needs no accumulator of dW. GPU: 1 GiB, and at most 8192 rows; derived, not measured. Besides its share of the
+# products (6 n H V operations), a chunk of n rows adds H V float32 numbers to dW (8 H V bytes). On an H200 (790
+# TFLOP/s, 4.3 TB/s) that takes 245 / n of the time of the products, for any H and V. In 16 bit:
 #
 #     V          49,152   65,536   128,256   151,936   256,000
 #     rows        8,192    8,192     4,176     3,520     2,096
 #     dW's sum       3%       3%        6%        7%       12%
 #
-# Twice the rows would save half of that for another GiB. Our kernels between the products (4 bytes a logit) cost
-# 122 / H of them, 3% at H = 4096, whatever the chunk is.
+# Twice the rows would save half of that for another GiB. Our kernels between the products (4 bytes per logit) take
+# 122 / H of their time, 3% at H = 4096, for any chunk.
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
-SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12, 64 rows 4.4%, whose terms q weigh twice
+SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12; with 64, 4.4%, but twice the terms q
 PRODUCTS = {
     "forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "deferred": 3, "two_pass": 4, "kept": 3, "recompute": 4, "live": 3,
 }  # fmt: skip
-# A chunk that adds nothing to a sum over chunks (forward, frozen, live) may be small: bytes and least rows, by default.
+# Default bytes, and least rows, of a chunk if no dW is summed over chunks (forward, frozen, live). On a CPU a small one
+# is faster too: glibc reuses its memory, and maps blocks of 32 MiB and more anew for each step. 1383 rows of
+# 576 x 49,152 in bfloat16, frozen, in two bare products: 1.18 as one chunk, 1.12 in chunks of 512 rows, 1.07 of 256,
+# 1.18 of 128 (one core, AVX-512).
 SMALL = {"cpu": (24 << 20, 256)}
 
 
-# Beside relative logits the error of dX on real rows grows to 1.07 times that of exact gradients in bfloat16
-# (benchmarks/results/filtered_gradients.json). float16 rounds 8 times less, and half of the vocabulary would be live
-# before the tail's error is below that: exact.
+# With relative logits the error of dX on real rows grows to 1.07 times that of exact gradients in bfloat16
+# (benchmarks/results/filtered_gradients.json). float16 rounds 8 times less: half of the vocabulary would have to be
+# live before the tail's error fell below its rounding, so it is exact.
 AUTO_EPS = {torch.bfloat16: 2.0**-15}
 
 
@@ -68,7 +71,7 @@ def check_filter(filter_eps: float | str | None, filter_head_grad: bool) -> None
 
 
 def resolve_filter(filter_eps: float | str | None, filter_head_grad: bool, dtype: torch.dtype) -> float:
-    """The eps of this dtype's products; 0 for exact gradients."""
+    """The eps for products in this dtype; 0 for exact gradients."""
     check_filter(filter_eps, filter_head_grad)
     return AUTO_EPS.get(dtype, 0.0) if filter_eps == "auto" else float(filter_eps or 0.0)
 
@@ -84,7 +87,7 @@ class Plan:
     products: float
     logits_bytes: int  # one chunk
     # Beyond inputs and gradients: chunk, dX, a float32 accumulator (of dW, or of dX by columns), float32 tiles on CPUs
-    # without 16-bit products, and what relative logits look at.
+    # without 16-bit matmuls, and the columns from which relative logits are computed.
     extra_bytes: int
 
     def __str__(self) -> str:
@@ -95,21 +98,21 @@ class Plan:
         )
 
 
-# cuBLAS multiplies 16-byte aligned rows at its full rate and others several times slower.
+# cuBLAS multiplies 16-byte aligned rows at its full rate, and others several times more slowly.
 ALIGN = 64  # columns
 
 
 def row_stride(width: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Elements from one row of logits [n, width] to the next: on a GPU rows of an odd width (GPT-2's 50,257) are padded
-    to begin on 16-byte boundaries. Not measured on a GPU; on a CPU padding changes nothing: three bfloat16 products of
-    1024 x 768 x 50,257 took 1.00 times as long with it (0.82 to 1.31 beside other work)."""
+    """Elements from one row of logits [n, width] to the next. On a GPU, rows of an odd width (GPT-2's 50,257) are
+    padded to begin on 16-byte boundaries (not measured there). On a CPU padding changes nothing: three bfloat16
+    products of 1024 x 768 x 50,257 took 1.00 times as long with it (0.82 to 1.31 beside other work)."""
     if device.type == "cpu" or width < ALIGN or width * dtype.itemsize % 16 == 0:
         return width
     return -(-width // ALIGN) * ALIGN
 
 
 def budget_rows(width: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None) -> int:
-    """Rows of logits that fit the budget: at least 1, and a multiple of 16 where there are that many."""
+    """Rows of logits that fit the budget: at least 1, and a multiple of 16 if 16 or more fit."""
     check_types("an integer", optional=True, memory_budget=memory_budget)
     if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
@@ -122,7 +125,7 @@ def budget_rows(width: int, dtype: torch.dtype, device: torch.device, memory_bud
 
 
 def chunk_limit(width: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None) -> int:
-    """Rows of a chunk that adds nothing to a sum: `budget_rows`, or fewer where no budget is given."""
+    """Rows of a chunk if no dW is summed over chunks: `budget_rows`, by default fewer."""
     limit = budget_rows(width, dtype, device, memory_budget)
     if memory_budget is not None or device.type not in SMALL:
         return limit
@@ -131,14 +134,14 @@ def chunk_limit(width: int, dtype: torch.dtype, device: torch.device, memory_bud
 
 
 def sum_rows(hidden_size: int, dtype: torch.dtype, memory_budget: int | None) -> int:
-    """Rows of logits as large as the float32 sum of dW [V, H] that several chunks in 16 bit hold: up to that many more
-    in one chunk need no more memory than several chunks. 0 where a budget is given, which limits the logits."""
+    """Rows of logits that are as large as a float32 dW [V, H]. Several chunks in 16 bit sum dW in float32, so one chunk
+    may have that many rows more and need no more memory. 0 if the user gives a budget, which limits the logits."""
     held = torch.promote_types(dtype, torch.float32).itemsize
     return 0 if memory_budget is not None or held == dtype.itemsize else hidden_size * held // dtype.itemsize
 
 
 def even_rows(num_tokens: int, limit: int) -> int:
-    """Chunk size of at most `limit` rows that leaves no small rest."""
+    """Chunk size of at most `limit` rows, such that the last chunk is not much smaller than the others."""
     chunks = max(1, -(-num_tokens // limit))
     return max(1, -(-num_tokens // chunks))
 
@@ -175,8 +178,8 @@ def explain(
         one_pair: the batch is one pair, under a loss with opposite coefficients (sigmoid and others, reverse KL).
         memory_budget: bytes of logits held at a time; the default depends on the device.
         filter_eps, filter_head_grad: see `linear_token_logps`.
-        live_share: share of the vocabulary that they leave live, of which products and bytes follow: 0.18 on real rows
-            of SmolLM2-135M at 2^-15, 0.07 at 2^-12. `PreferenceOutput.live_share` says what it was.
+        live_share: assumed share of live columns, which determines products and bytes: on real rows of SmolLM2-135M it
+            is 0.18 at 2^-15 and 0.07 at 2^-12. `PreferenceOutput.live_share` reports the actual share.
 
     Raises:
         TypeError, ValueError: numbers below 0, a live_share outside [0, 1], or an unknown loss or dtype.
@@ -222,7 +225,7 @@ def explain(
     row_bytes = row_stride(vocab_size, dtype, torch.device(device)) * dtype.itemsize
     plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, row_bytes, train_hidden, train_head)
     if strategy == "live":
-        kept = num_tokens * vocab_size * (live_share + 1 / SET_ROWS) * dtype.itemsize  # gradients, q of each set
+        kept = num_tokens * vocab_size * (live_share + 1 / SET_ROWS) * dtype.itemsize  # live gradients, q of each set
         plan = replace(plan, products=1 + live_share * (1 + train_hidden), extra_bytes=plan.extra_bytes + round(kept))
     elif eps and train_hidden:
         plan = replace(plan, products=plan.products - 1 + live_share)
@@ -232,14 +235,14 @@ def explain(
 
 
 def one_chunk_limit(num_tokens: int, limit: int, more: int) -> int:
-    """The rows of a chunk that adds up dW: all of them where that needs no more memory, `more` from `sum_rows`."""
+    """Rows of a chunk if dW is summed over chunks: all of them if that needs no more memory. more: `sum_rows`."""
     return max(limit, num_tokens) if num_tokens <= even_rows(num_tokens, limit) + more else limit
 
 
 def preference_strategy(
     num_tokens: int, group_tokens: int, couples_pairs: bool, one_pair: bool, limit: int, more: int
 ) -> str:
-    """`pairs` where whole groups fit the budget; a loss that couples all pairs has one group. more: of `sum_rows`."""
+    """`pairs` if whole groups fit the budget; a loss that couples all pairs makes them one group. more: `sum_rows`."""
     if (num_tokens if couples_pairs else group_tokens) <= limit:
         return "pairs"
     if not one_pair:
@@ -256,7 +259,7 @@ def _plan(
     logits = rows * row_bytes
     accumulator = 0
     if train_head and chunks > 1 and strategy != "live":
-        by_columns = strategy in ("two_pass", "recompute")  # where dW is written once and dX adds up
+        by_columns = strategy in ("two_pass", "recompute")  # dW is written once and dX accumulated
         numbers = (num_tokens * train_hidden if by_columns else vocab_size) * hidden_size
         accumulator = numbers * torch.promote_types(dtype, torch.float32).itemsize
     dx = num_tokens * hidden_size * dtype.itemsize if train_hidden else 0

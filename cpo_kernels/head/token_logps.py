@@ -1,6 +1,6 @@
 """Token log-probs of a head, and their gradient for any loss that follows (forward, frozen, kept, recompute, live).
 
-Logits of one chunk of rows exist at a time. `strategy` describes the strategies.
+Only one chunk of logits exists at a time. `strategy` describes the strategies.
 """
 
 from typing import Any, Literal, NamedTuple, overload
@@ -43,15 +43,15 @@ from cpo_kernels.ops.token_logps import HeadOptions, TokenExtras, entropy_grads,
 
 
 class TokenArgs(NamedTuple):
-    """What `linear_token_logps_op` takes beside the head's tensors."""
+    """Arguments of `linear_token_logps_op` besides the head's tensors."""
 
     row_index: Tensor  # [n] positions of the rows, or [0]
     ref_hidden: Tensor  # [M, H] or [0]
     options: HeadOptions
     extras: bool
     want_dx: bool
-    keep_logits: bool  # if they fit the budget, for backward
-    keep_live: bool  # the live sets too, from which backward computes dW and db
+    keep_logits: bool  # also return the logits for backward, if all fit the budget
+    keep_live: bool  # also return the live sets, from which backward computes dW and db
     execution: Execution
 
 
@@ -117,7 +117,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
 
 
 class BackwardArgs(NamedTuple):
-    """What `linear_token_logps_backward_op` takes beside the head's tensors."""
+    """Arguments of `linear_token_logps_backward_op` besides the head's tensors."""
 
     row_index: Tensor  # [n] positions of the rows, or [0]
     lse: Tensor  # [M]
@@ -126,7 +126,7 @@ class BackwardArgs(NamedTuple):
     entropies: Tensor  # [2, M] incoming gradients of the entropies, and the entropies; or [0]
     options: HeadOptions
     needs: Needs
-    live: LiveTensors  # of the forward pass, where it kept them
+    live: LiveTensors  # from the forward pass, if it kept them
     from_live: bool
     execution: Execution
 
@@ -156,9 +156,8 @@ def linear_token_logps_backward_op(tensors: HeadTensors, args: BackwardArgs) -> 
 
 
 class LinearTokenLogps(torch.autograd.Function):
-    """`frozen` and filtered heads compute dX for an incoming gradient of 1 in forward. Backward needs the logits for the
-    rest: `kept` has them and overwrites them with their gradient, so that a second backward of a retained graph computes
-    them again, as `recompute` always does."""
+    """`frozen` and filtered heads save dX for an incoming gradient of 1; `kept` saves the logits; `recompute` computes
+    them again in backward, and so does a second backward of `kept`, whose first one overwrites them."""
 
     @staticmethod
     def forward(
@@ -174,18 +173,18 @@ class LinearTokenLogps(torch.autograd.Function):
         ctx.save_for_backward(dx, labels, *(() if only_dx else for_head))
         rest = extra, logps.ref_logp, filter_sums, kept, *live  # torch.compile must see tensors of unknown sizes
         ctx.mark_non_differentiable(*rest, *([] if args.extras else [entropy]))
-        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        ctx.set_materialize_grads(False)  # None instead of zeros for an output without a gradient
         return logps.logp, entropy, *rest
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """An entropy that has a gradient makes the logits again for everything, whatever was made in forward."""
+        """If the entropy has a gradient, all gradients come from recomputed logits, whatever forward has saved."""
         refuse_double_backward()
-        of_entropy = of_entropy if ctx.extras else None  # torch.compile gives zeros for it
+        of_entropy = of_entropy if ctx.extras else None  # torch.compile passes zeros for it
         if grad is None and of_entropy is None:
             return (None,) * 5
         made_dx, labels, *saved = ctx.saved_tensors
-        ignored = labels == ctx.args[0].ignore_index  # whatever comes for them, NaN too
+        ignored = labels == ctx.args[0].ignore_index  # their incoming gradients are dropped, even NaN
         grad, of_entropy = (g if g is None else g.masked_fill(ignored, 0.0) for g in (grad, of_entropy))
         needs, made = Needs(*ctx.needs_input_grad[:3]), ctx.made_dx and of_entropy is None
         grads: list[Tensor | None] = [None, None, None]
@@ -219,13 +218,13 @@ def token_logps_of(
     ref_hidden: Tensor | None = None,
     function: type[LinearTokenLogps] = LinearTokenLogps,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable logp [M], extra [4, M] (its first row too) or [0], ref_logp [M] or [0] and filter_sums [3], of
-    checked inputs."""
+    """From validated inputs: logp [M] (differentiable), extra [4, M] (its first row differentiable) or [0],
+    ref_logp [M] or [0], and filter_sums [3]."""
     tensors, needs = inputs.tensors, inputs.needs
     ref_hidden = tensors.weight.new_empty(0) if ref_hidden is None else ref_hidden
     index = tensors.labels.new_empty(0) if index is None else index
     want_dx = needs.dx and (not needs.head or inputs.filter_eps > 0)
-    if extras and torch.compiler.is_compiling():  # its backward has a gradient of the entropy, of zeros perhaps
+    if extras and torch.compiler.is_compiling():  # backward then gets a gradient of the entropy, zeros at times
         want_dx = False
     # torch.compile's graphs cannot know whether kept logits have been overwritten.
     keep = needs.head and not inputs.keeps_live_sets and not torch.compiler.is_compiling()
@@ -278,38 +277,40 @@ def linear_token_logps(
 ) -> Tensor | tuple[Tensor, TokenExtras]:
     """Token log-probs from hidden states: logp_t = z_{t,y_t} - logsumexp_v z_{t,v}, z = softcap(scale * (x W^T + b)).
 
-    The logits never exist as a whole. The gradient is the true vector-Jacobian product for any upstream gradient: with
-    2 products where weight and bias are frozen, 4 where they train (`FusedLinearCPOLoss` and `linear_nll` need 3).
+    The full logits are never stored. The gradient is the true vector-Jacobian product for any upstream gradient. It
+    takes 2 matrix products in all if weight and bias are frozen, 4 if they are trained (`FusedLinearCPOLoss` and
+    `linear_nll` need 3).
 
     Args:
         hidden: [..., H], already shifted: position t predicts label t.
         weight: [V, H], in the dtype of `hidden` (under autocast both are cast).
-        labels: [...] int64; positions equal to `ignore_index` give exactly 0, no gradient and cost nothing.
+        labels: [...] int64; positions equal to `ignore_index` give exactly 0 and no gradient, and cost nothing.
         bias: [V] or None.
         softcap, scale, vocab_size, extras, impl: see `token_logps`.
-        index: [n] int64, the positions in `labels.flatten()` that carry a label, in order. A collator knows them; left
-            out, they are looked for, which on a GPU needs a host-device synchronisation. Other positions among them are
-            treated as ignored ones, so all positions serve a CUDA graph whose labels change.
-        memory_budget: bytes of logits held at a time, 320 MiB on a CPU and 1 GiB on a GPU by default.
-        vocab_shards: weight [V_r, H] and bias [V_r] are this rank's rows, hidden and labels are the same on every rank
-            of the group, and so is the result. DTensors say this themselves: hidden Replicate, or Shard over tokens
-            (sequence parallel), with weight Shard(0) on the same mesh; labels are whole. A DTensor weight under plain
-            hidden states is gathered, once, and its gradient averaged over the mesh, as FSDP2 does.
-        filter_eps: None for exact gradients. A number: the gradient of `hidden` is multiplied out only in the columns
-            of the vocabulary where some of 128 consecutive rows has |onehot - softmax| >= filter_eps (times `scale`,
-            and tanh's slope under a softcap), and the rest of them as one mean column; log-probs stay exact. "auto"
-            takes 2^-15 in bfloat16, where the error of dX on real text grows to 1.07 times that of exact gradients, and
-            exact gradients in the other dtypes. See `reference.live_columns`.
-        filter_head_grad: filter the gradients of weight and bias as well: 1.2 to 1.3 products in all, where a trained
-            model leaves 5 to 10% of the columns live. Rows of the weight that are never live get a gradient that is
-            right on average only, and Adam divides by its size.
+        index: [n] int64, the positions in `labels.flatten()` that have a label, in ascending order. A collator knows
+            them; computing them here forces a host-device synchronisation on a GPU. Positions without a label may be
+            included and count as ignored: for a CUDA graph whose labels change, give all positions.
+        memory_budget: bytes of logits held at a time; by default 320 MiB on a CPU and 1 GiB on a GPU.
+        vocab_shards: the head is vocabulary-sharded: weight [V_r, H] and bias [V_r] are this rank's rows; hidden,
+            labels and the result are the same on every rank of the group. DTensors need no vocab_shards: hidden
+            Replicate, or Shard over tokens (sequence parallel), with weight Shard(0) on the same mesh; labels are
+            complete. A DTensor weight with plain hidden states is gathered once, and its gradient averaged over the
+            mesh, as FSDP2 does.
+        filter_eps: None for exact gradients. With a number, the gradient of `hidden` is computed only in the columns of
+            the vocabulary where one of 128 consecutive rows has |onehot - softmax| >= filter_eps (under a softcap,
+            times 1 - tanh^2); one mean column replaces the others. Log-probs stay exact. "auto" is 2^-15 in bfloat16,
+            where the error of dX on real text grows to 1.07 times that of exact gradients, and exact gradients in other
+            dtypes. See `reference.live_columns`.
+        filter_head_grad: filter the gradients of weight and bias as well: 1.2 to 1.3 products in all for a trained
+            model, which leaves 5 to 10% of the columns live. Rows of the weight that are never live get a gradient that
+            is right on average only, and Adam divides by its magnitude.
 
     Returns:
-        [...] float32 (float64 for float64 input), or a pair of it and `TokenExtras`.
+        [...] float32 (float64 for float64 input); with `extras` a pair of it and `TokenExtras`.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or option; on the CPU also a label outside [0, vocab_size).
-        RuntimeError: a backend asked for by name that is not there; double backward.
+        RuntimeError: a backend requested by name that is not available; double backward.
     """
     config = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget, filter_eps, filter_head_grad)
     inputs = head_inputs(hidden, weight, labels, bias, config, vocab_shards)

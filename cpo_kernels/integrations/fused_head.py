@@ -2,10 +2,10 @@
 
     model(..., labels=labels, fused_lm_head=True) -> FusedCausalLMOutput(loss, log_probs [S, T - 1], entropy, ...)
 
-The head runs inside the model's own forward, so whatever acts there (DDP, FSDP, ZeRO, PEFT, accelerate's autocast) acts
-on it too. A sharded weight is gathered: under ZeRO-3 by TRL's `maybe_gather_lm_head_ctx`, in backward a second time; a
-DTensor once, its gradient averaged over the mesh as FSDP2 does (see `linear_token_logps`). A tensor-parallel head stays
-sharded.
+The head runs inside the model's own forward, so wrappers that act there (DDP, FSDP, ZeRO, PEFT, accelerate's autocast)
+act on it too. A sharded weight is gathered: under ZeRO-3 by TRL's `maybe_gather_lm_head_ctx`, and again in backward; a
+DTensor once, and its gradient is averaged over the mesh as FSDP2 does (see `linear_token_logps`). A tensor-parallel
+head stays sharded.
 """
 
 import functools
@@ -53,7 +53,7 @@ def check_options(
     filter_eps: float | Literal["auto"] | None,
     filter_head_grad: bool,
 ) -> None:
-    """Wrong numbers are refused here, before a trainer is built around them."""
+    """Raise for invalid options, before a trainer is built with them."""
     head_options(1, -100, softcap, 1.0 if scale is None else scale, None)
     budget_rows(1, torch.float32, torch.device("cpu"), memory_budget)
     check_filter(filter_eps, filter_head_grad)
@@ -71,17 +71,17 @@ def add_fused_head(
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
 ) -> None:
-    """Give `model.forward` the keyword `fused_lm_head`. Without it the forward stays what it was.
+    """Give `model.forward` the keyword `fused_lm_head`. Calls without it behave as before.
 
-    outputs: the fields of `FusedCausalLMOutput` that are wanted, among `FIELDS`; each is [S, T - 1] and 0 where the
-        label is -100 ([S, T] with `shift_labels`). `log_probs` is always there; it and `entropy` have gradients.
+    outputs: the requested fields of `FusedCausalLMOutput`, a subset of `FIELDS`; each is [S, T - 1] ([S, T] with
+        `shift_labels`) and 0 where the label is -100. `log_probs` is always included; it and `entropy` have gradients.
     softcap, scale: see `lm_head`; memory_budget, impl, filter_eps, filter_head_grad: see `linear_token_logps`.
-    temperature: every field is of the model's logits / temperature.
-    cast_lm_head_to_fp32: the projection in float32, whatever autocast says.
+    temperature: every field is computed from the model's logits / temperature.
+    cast_lm_head_to_fp32: project in float32, regardless of autocast.
 
-    The output holds `loss` too: -log_probs over the labels, summed and divided by `num_items_in_batch` or by their
-    number, plus `router_aux_loss_coef` times a router's load-balancing loss, `aux_loss`, where `output_router_logits`
-    asks for that.
+    The output has `loss` too: the sum of -log_probs over the labels, divided by `num_items_in_batch` or, without it, by
+    the number of labels. If `output_router_logits` is set, `router_aux_loss_coef` times a router's load-balancing loss,
+    `aux_loss`, is added.
     """
     if unknown := set(outputs) - set(FIELDS):
         raise ValueError(f"outputs must be among {', '.join(FIELDS)}, got {', '.join(sorted(unknown))}")
@@ -97,7 +97,7 @@ def add_fused_head(
     fused = FusedHead(("log_probs", *outputs), cast_lm_head_to_fp32, numbers, settings, impl)
     original = model.forward
 
-    # `generate` reads the signature, inspect.unwrap the original.
+    # `generate` reads the signature; inspect.unwrap finds the original.
     @functools.wraps(type(model).forward)
     def forward(
         self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None,
@@ -153,7 +153,7 @@ class FusedHead:
         return FusedCausalLMOutput(loss=loss, **fields, label_mask=mask, aux_loss=aux_loss)
 
     def fields(self, layer: Any, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The wanted fields [S, T] of hidden [S, T, H] and shifted labels [S, T]."""
+        """The requested fields [S, T] from hidden [S, T, H] and shifted labels [S, T]."""
         weight, bias = layer.weight, layer.bias
         hidden = hidden.to(weight.device)
         if is_tensor_parallel(layer):
@@ -161,7 +161,7 @@ class FusedHead:
         hidden = hidden.float() if self.in_float32 else hidden
         no_autocast = torch.autocast(hidden.device.type, enabled=False) if self.in_float32 else nullcontext()
         with no_autocast, trl_utils.maybe_gather_lm_head_ctx(weight, bias):
-            # As TRL, a weight of another dtype than the hidden states (a head saved in float32) is cast to theirs.
+            # As in TRL, a weight whose dtype differs (a head saved in float32) is cast to that of the hidden states.
             w, b = (t if t is None or t.dtype == hidden.dtype else t.to(hidden.dtype) for t in (weight, bias))
             head = HeadConfig(-100, self.numbers.softcap, self.numbers.scale, None, **self.settings)
             inputs = head_inputs(hidden, w, labels, b, head)
@@ -177,11 +177,11 @@ class FusedHead:
 
 
 class _GatheredTokenLogps(LinearTokenLogps):
-    """ZeRO-3 takes the weight away after forward; recomputed logits need it once more."""
+    """ZeRO-3 releases the weight after forward; recomputing the logits needs it again."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        again = of_entropy is not None or not ctx.made_dx or any(ctx.needs_input_grad[1:3])  # not of a frozen head
+        again = of_entropy is not None or not ctx.made_dx or any(ctx.needs_input_grad[1:3])  # not for a frozen head
         weights = ctx.saved_tensors[3:5] if again else ()
         with trl_utils.maybe_gather_lm_head_ctx(*(w for w in weights if hasattr(w, "ds_id"))):
             return LinearTokenLogps.backward(ctx, grad, of_entropy, *_)

@@ -1,7 +1,7 @@
 """The output projection of a transformers causal LM: its weight, and what the model does to x W^T + b.
 
-What a model does between its last hidden state and its logits is known only for the classes of `HEADS`. Every other
-model is refused, unless the caller says with `softcap=` and `scale=` what it does.
+What a model does between its last hidden state and its logits is known only for the classes in `HEADS`. Every other
+model raises an error, unless the caller specifies it with `softcap=` and `scale=`.
 """
 
 import inspect
@@ -29,7 +29,7 @@ class LogitMap(NamedTuple):
     scale: float = 1.0
 
     def over(self, temperature: float) -> "LogitMap":
-        """What gives the logits / temperature."""
+        """The map that gives logits / temperature."""
         softcap = None if self.softcap is None else self.softcap / temperature
         return LogitMap(softcap, self.scale / temperature)
 
@@ -50,7 +50,7 @@ def _cohere(model: Any) -> LogitMap:
     return LogitMap(scale=model.logit_scale)
 
 
-def _divided(model: Any) -> LogitMap:  # MiniCPM3 divides the hidden state: the same, its head has no bias
+def _divided(model: Any) -> LogitMap:  # MiniCPM3 divides the hidden state: equivalent, as its head has no bias
     return LogitMap(scale=1 / model.config.logits_scaling)
 
 
@@ -83,7 +83,7 @@ HEADS: dict[str, Callable[[Any], LogitMap]] = {
 
 
 def logit_map(model: PreTrainedModel, softcap: float | None = None, scale: float | None = None) -> LogitMap:
-    """What `model` does to x W^T + b. Given numbers are taken as they are; otherwise its class must be in `HEADS`."""
+    """What `model` does to x W^T + b: `softcap` and `scale` if either is given, else according to `HEADS`."""
     if softcap is not None or scale is not None:
         return LogitMap(softcap, 1.0 if scale is None else scale)
     mro: tuple[Any, ...] = type(model).__mro__
@@ -94,12 +94,12 @@ def logit_map(model: PreTrainedModel, softcap: float | None = None, scale: float
                 return HEADS[cls.__name__](model)
             raise ValueError(
                 f"{type(model).__name__} replaces the forward of {cls.__name__}: what it does to its logits is not "
-                "known. Say so with softcap= and scale= (scale=1.0 for a plain head)"
+                "known. Specify it with softcap= and scale= (scale=1.0 for a plain head)"
             )
     raise ValueError(
         f"{type(model).__module__}.{type(model).__name__} (model_type {model.config.model_type!r}) is not in the "
-        "table of models whose logits are softcap * tanh(scale * (x W^T + b) / softcap). If its are, give softcap= "
-        "and scale= (scale=1.0 for a plain head); if it does anything else, use its logits with cpo_kernels.token_logps"
+        "table of models whose logits are softcap * tanh(scale * (x W^T + b) / softcap). If its logits have that form, "
+        "give softcap= and scale= (scale=1.0 for a plain head); if not, pass its logits to cpo_kernels.token_logps"
     )
 
 
@@ -126,10 +126,10 @@ def lm_head(
 ) -> HeadParts:
     """The head of a causal LM (or of a PEFT model around one).
 
-    softcap, scale: what the model does to x W^T + b, where its class is not in `HEADS`. vocab_size: columns from here
-    on are padding; None counts every column, as the model's own logits do.
+    softcap, scale: what the model does to x W^T + b, if its class is not in `HEADS`. vocab_size: columns from this
+    index on are padding; None counts every column, as the model's own logits do.
 
-    Raises ValueError or TypeError for a model that is not understood.
+    Raises ValueError or TypeError for a model that is not supported.
     """
     base = causal_lm(model)
     layer = head_layer(base)
@@ -137,9 +137,9 @@ def lm_head(
 
 
 def head_layer(model: PreTrainedModel, in_float32: bool = False) -> nn.Linear:
-    """The linear layer that `model` projects with now: under PEFT the saved copy of the active adapter.
+    """The linear layer that `model` currently projects with: under PEFT the saved copy of the active adapter.
 
-    in_float32: the caller projects in float32, as TRL lets a head do with `cast_lm_head_to_fp32`.
+    in_float32: the caller projects in float32, as TRL's `cast_lm_head_to_fp32` makes a head do.
     """
     layer: Any = model.get_output_embeddings()
     if "peft" in sys.modules:
@@ -153,14 +153,14 @@ def head_layer(model: PreTrainedModel, in_float32: bool = False) -> nn.Linear:
             layer = layer.modules_to_save[names[0]] if saved else layer.original_module
         if isinstance(layer, TrainableTokensWrapper):
             raise ValueError(
-                "trainable_token_indices puts rows of its own in place of the head's (of a tied head those of the "
-                "embeddings): they are not part of the weight that the fused head multiplies with. Leave "
-                "trainable_token_indices out; modules_to_save=['lm_head'] trains the head"
+                "trainable_token_indices replaces rows of the head (for a tied head, of the embeddings) by its own, "
+                "which are not part of the weight that the fused head uses. Omit trainable_token_indices; "
+                "modules_to_save=['lm_head'] trains the head"
             )
         if isinstance(layer, BaseTunerLayer):
             raise ValueError(
                 f"the head is a {type(layer).__name__}: its adapter is not part of the weight that the fused head "
-                "multiplies with. Take 'lm_head' out of target_modules; modules_to_save=['lm_head'] trains the head"
+                "uses. Remove 'lm_head' from target_modules; modules_to_save=['lm_head'] trains the head"
             )
     plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
     replaced = plain and "forward" in vars(layer)
@@ -168,15 +168,15 @@ def head_layer(model: PreTrainedModel, in_float32: bool = False) -> nn.Linear:
         replaced = not (is_tensor_parallel(layer) or is_dispatched(layer) or (in_float32 and is_cast_by_trl(layer)))
     if not plain or replaced:
         raise TypeError(
-            f"the head of {type(model).__name__} is {type(layer).__name__}{' with another forward' * replaced}, a "
-            "plain nn.Linear is needed: keep it out of quantization and offloading"
+            f"the head of {type(model).__name__} is {type(layer).__name__}{' with another forward' * replaced}, but a "
+            "plain nn.Linear is needed: exclude it from quantization and offloading"
         )
     linear: nn.Linear = layer
     return linear
 
 
 def is_dispatched(layer: nn.Linear) -> bool:
-    """Whether accelerate replaced the forward to bring inputs to the layer's device (`device_map`) and nothing else."""
+    """Whether accelerate replaced the forward only to move inputs to the layer's device (`device_map`)."""
     if "accelerate" not in sys.modules:
         return False
     from accelerate.hooks import AlignDevicesHook
@@ -186,13 +186,13 @@ def is_dispatched(layer: nn.Linear) -> bool:
 
 
 def is_cast_by_trl(layer: nn.Linear) -> bool:
-    """Whether TRL replaced the forward by the same product in float32 and nothing else (`cast_lm_head_to_fp32`)."""
+    """Whether TRL replaced the forward only by the same matmul in float32 (`cast_lm_head_to_fp32`)."""
     forward = vars(layer).get("forward")
     return getattr(forward, "__name__", "") == "cast_forward_to_fp32" and forward.__module__.startswith("trl.trainer.")
 
 
 def is_tensor_parallel(layer: nn.Linear) -> bool:
-    """Whether torch's `parallelize_module` or a `tp_plan` of transformers acts around the layer, and nothing else."""
+    """Whether only torch's `parallelize_module` or a `tp_plan` of transformers has hooks around the layer."""
     acting = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
     acting += [function for name, function in vars(layer).items() if name == "forward"]
     modules = ("torch.distributed.tensor.", "transformers.distributed.tensor_parallel")
@@ -201,9 +201,9 @@ def is_tensor_parallel(layer: nn.Linear) -> bool:
 
 
 def parallel_input(layer: Any, hidden: Tensor) -> Tensor:
-    """What a tensor-parallel head multiplies: a DTensor, hidden [S, T, H] whole on every rank.
+    """The input of a tensor-parallel head: a DTensor, hidden [S, T, H] complete on every rank.
 
-    torch's own rule for the layer's input is a hook; the plans of transformers all take it whole.
+    torch prepares the layer's input in a hook; the plans of transformers all take a replicated input.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -215,7 +215,7 @@ def parallel_input(layer: Any, hidden: Tensor) -> Tensor:
 
 
 def backbone(model: Any) -> nn.Module:
-    """What makes the hidden states of the head. Llama 4's class names a prefix that it does not have."""
+    """The module that computes the head's hidden states. Llama 4's class names a prefix that does not exist."""
     body: nn.Module = model.model if model.base_model is model else model.base_model
     return body
 
@@ -224,13 +224,13 @@ def backbone(model: Any) -> nn.Module:
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The causal LM in `model`; a wrapper that does something in its own forward is refused."""
+    """The causal LM in `model`; raises for a wrapper whose own forward does something."""
     kinds = {cls.__name__ for cls in type(model).__mro__}
     if "DistributedDataParallel" in kinds and not torch.is_grad_enabled():
         model = model.module  # type: ignore[assignment]
     elif "DistributedDataParallel" in kinds:
         raise ValueError(
-            "DistributedDataParallel sums gradients only of what ran through its own forward: wrap the log-probs "
+            "DistributedDataParallel reduces gradients only of what runs in its own forward: wrap the log-probs "
             "instead, DistributedDataParallel(CausalLMLogps(model)), and call that"
         )
     elif kinds & {"DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}:
@@ -240,7 +240,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
         )
     elif "OptimizedModule" in kinds:
         raise ValueError(
-            "torch.compile(model) compiles a forward that makes logits: pass the model itself, and compile its "
+            "torch.compile(model) compiles a forward that computes logits: pass the model itself, and compile its "
             "backbone in place with model.base_model.compile()"
         )
     if "peft" in sys.modules:

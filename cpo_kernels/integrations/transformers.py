@@ -5,7 +5,7 @@
     loss_fn = FusedLinearCPOLoss(beta=0.1, **lm_head(model).options)         # head, loss and gradients in one pass
     out = loss_fn(*causal_lm_inputs(model, batch), ref_logps=causal_lm_logps(reference, batch).sum(1))
 
-A model, wrapper or adapter that is not understood is refused, never guessed: see `heads`.
+A model, wrapper or adapter that is not supported raises an error; nothing is guessed. See `heads`.
 """
 
 import inspect
@@ -39,14 +39,14 @@ __all__ = [
     "shift_labels",
 ]
 
-# Taken by the attention layers through **kwargs, so no signature names them.
+# Passed to the attention layers through **kwargs, so no signature names them.
 _ATTENTION_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 class LMInputs(NamedTuple):
     """The first arguments of `linear_token_logps`, `linear_nll` and `FusedLinearCPOLoss`, in their order.
 
-    Of a tensor-parallel head, hidden, weight and bias are DTensors.
+    For a tensor-parallel head, hidden, weight and bias are DTensors.
     """
 
     hidden: Tensor  # [S, T, H]
@@ -56,7 +56,7 @@ class LMInputs(NamedTuple):
 
 
 def causal_lm_inputs(model: nn.Module, batch: Mapping[str, Any], ignore_index: int = -100) -> LMInputs:
-    """Run the backbone and shift the labels. Arguments as for `causal_lm_logps`; the head's numbers are `lm_head`'s."""
+    """Run the backbone and shift the labels. Arguments as for `causal_lm_logps`; `lm_head` gives the other options."""
     base = causal_lm(model)
     layer = head_layer(base)
     if "forward" in vars(base):
@@ -95,11 +95,11 @@ def _labels(batch: dict[str, Any], ignore_index: int) -> Tensor:
     mask: Tensor | None = batch.pop("completion_mask", None)
     if (labels is None) == (mask is None):
         given = "both" if mask is not None else "neither"
-        raise ValueError(f"batch must hold labels or completion_mask, got {given}: say once which tokens count")
+        raise ValueError(f"batch must have either labels or completion_mask, got {given}: give one of them")
     input_ids = batch.get("input_ids")
     if labels is None:
         if input_ids is None:
-            raise ValueError("completion_mask marks tokens of input_ids, which batch does not hold: give labels")
+            raise ValueError("completion_mask marks tokens of input_ids, but batch has no input_ids: give labels")
         labels = input_ids
     shape = (batch["inputs_embeds"] if input_ids is None else input_ids).shape[:2]
     for name, tensor in (("labels", labels), ("completion_mask", mask)):
@@ -141,24 +141,24 @@ def causal_lm_logps(
     filter_eps: float | Literal["auto"] | None = None,
     filter_head_grad: bool = False,
 ) -> Tensor | tuple[Tensor, TokenExtras]:
-    """Token log-probs of a causal LM, its logits never stored: column t is log p(token t + 1 | tokens 0 .. t).
+    """Token log-probs of a causal LM without storing logits: column t is log p(token t + 1 | tokens 0 .. t).
 
-    The same as the model's own logits give, at any padding: positions are what the model makes of them. A router's
+    They equal those of the model's own logits, with any padding; the model derives positions as usual. A router's
     load-balancing loss (Mixtral and other mixtures of experts) is not computed.
 
     Args:
-        model: a causal LM of `HEADS`, or a PEFT model around one (its active adapters apply). A head that a `tp_plan`
-            or torch's ColwiseParallel has sharded is not gathered; every rank gets the same log-probs.
+        model: a causal LM in `HEADS`, or a PEFT model around one (its active adapters apply). A head sharded by a
+            `tp_plan` or torch's ColwiseParallel is not gathered; every rank gets the same log-probs.
         batch: `input_ids` [S, T] (or `inputs_embeds`), `attention_mask`, and either `labels` [S, T] with `ignore_index`
-            where a token does not count, or `completion_mask` [S, T] with 0 there. The rest goes to the backbone.
+            where a token does not count, or `completion_mask` [S, T] with 0 there. Other keys go to the backbone.
         softcap, scale, vocab_size: see `lm_head`.
         extras, memory_budget, impl, filter_eps, filter_head_grad: see `linear_token_logps`.
 
     Returns:
-        [S, T - 1] float32, 0 where a token does not count; with extras a pair of it and `TokenExtras`.
+        [S, T - 1] float32, 0 where a token does not count; with `extras` a pair of it and `TokenExtras`.
 
     Raises:
-        TypeError, ValueError: a model, wrapper, adapter or key of the batch that is not understood.
+        TypeError, ValueError: a model, wrapper, adapter or key of the batch that is not supported.
     """
     head = lm_head(model, softcap, scale, vocab_size).options
     inputs = causal_lm_inputs(model, batch, ignore_index)

@@ -5,9 +5,9 @@
     trainer.train()
     trainer = FusedGRPOTrainer(model, reward, args, train_dataset=data, head_options={"filter_eps": "auto"})
 
-A trainer gives its models their head while it is constructed, with `add_fused_lm_head`, a name that each module of TRL
-imports; they keep it afterwards. TRL computes loss and metrics as ever, from our token log-probs: 2 matrix products
-with a frozen head (LoRA), 4 with a trainable one, on the labelled positions only.
+A trainer gives its models a head during construction, with `add_fused_lm_head`, a name that each module of TRL imports;
+the models keep that head. TRL computes loss and metrics as before, from our token log-probs: 2 matrix products with a
+frozen head (LoRA), 4 with a trainable one, on labelled positions only.
 
 Written for TRL 1.16.
 """
@@ -34,10 +34,10 @@ _IN_FORCE: list["Fused"] = []  # the last one gives the options
 
 
 class Fused:
-    """A replacement in force. `undo()`, or the end of a `with` block, takes it back; models keep the head they got."""
+    """An active replacement. `undo()`, or the end of a `with` block, reverts it; models keep the heads they got."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.settings, self.heads = settings, 0  # heads: given so far
+        self.settings, self.heads = settings, 0  # heads: number given so far
         with _LOCK:
             _IN_FORCE.append(self)
             for name, (theirs, ours) in _REPLACED.items():
@@ -63,13 +63,13 @@ def _give_head(
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
 ) -> None:
-    """TRL's signature; an argument that it does not have raises TypeError by name."""
+    """Has TRL's signature; an argument that TRL does not have raises a TypeError that names it."""
     given: dict[str, Any] = {
         "temperature": temperature,
         "cast_lm_head_to_fp32": cast_lm_head_to_fp32,
         "outputs": outputs,
     }
-    if not _IN_FORCE:  # a caller that kept the name beyond `undo`
+    if not _IN_FORCE:  # a caller that still holds this function after `undo`
         _REPLACED["add_fused_lm_head"][0](model, **given)
         return
     fused = _IN_FORCE[-1]
@@ -78,7 +78,7 @@ def _give_head(
 
 
 def _hash_module(module: Any) -> str:
-    """TRL names its cache of reference log-probs by the model's weights; a given softcap or scale changes them too."""
+    """TRL keys its cache of reference log-probs by the model's weights; add softcap and scale if they are given."""
     given = [_IN_FORCE[-1].settings[name] for name in ("softcap", "scale")] if _IN_FORCE else [None]
     weights: str = _REPLACED["hash_module"][0](module)
     return weights if given.count(None) == len(given) else f"{weights} {given}"
@@ -92,7 +92,7 @@ _REPLACED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def _replace(name: str, old: Any, new: Any) -> None:
-    """In every module of TRL; one that is imported later takes the name from `trl.trainer.utils`."""
+    """Replace it in every imported module of TRL; later imports take the name from `trl.trainer.utils`."""
     for path, module in list(sys.modules.items()):
         if path.split(".")[0] == "trl" and vars(module).get(name) is old:  # no getattr: TRL's packages import lazily
             setattr(module, name, new)
@@ -107,12 +107,12 @@ def fuse(
     filter_eps: float | Literal["auto"] | None = None,
     filter_head_grad: bool = False,
 ) -> Fused:
-    """From here on every TRL trainer that asks for a fused head gets ours, until `undo()` of what is returned.
+    """From now on every TRL trainer that asks for a fused head gets ours, until `undo()` of the returned object.
 
-    Of TRL's own these are SFT, DPO, KTO, GRPO, RLOO, the experimental AsyncGRPO, and what derives from them.
-    The options are those of `add_fused_head`. Calls nest; the last one in force gives the options.
+    Of TRL's own trainers these are SFT, DPO, KTO, GRPO, RLOO, the experimental AsyncGRPO, and classes derived from
+    them. The options are those of `add_fused_head`. Calls nest; the last active one gives the options.
 
-    A model whose logits are not understood raises ValueError or TypeError when a trainer is constructed.
+    A model that is not supported (see `heads`) raises ValueError or TypeError when a trainer is constructed.
     """
     dispatch.check_impl(impl)
     check_options(softcap, scale, memory_budget, filter_eps, filter_head_grad)
@@ -126,7 +126,7 @@ def fuse(
 
 @contextmanager
 def fused_construction(**options: Any) -> Iterator[None]:
-    """`fuse` around one trainer's constructor; another thread that constructs one of ours waits."""
+    """`fuse` during the construction of one trainer; other threads that construct one of ours wait."""
     with _LOCK, fuse(**options) as fused:
         yield
         if not fused.heads:

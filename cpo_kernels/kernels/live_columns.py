@@ -2,14 +2,17 @@
 
 Formulas and contracts: cpo_kernels/reference/live_columns.py. s_tv = softmax_tv * dz/du, in units as in token_logps.py.
 
-    prepare  a row's shift and factor, s_tv = factor e^{nat (y - shift)}, once a row and not once a tile; labels' flags
-    scan     a program owns a tile of the vocabulary of one set and sweeps its rows: no atomics, nothing to wait for
-    gather   a program owns some rows and sweeps their set's live columns
+    prepare  computes the shift and factor of a row, s_tv = factor e^{nat (y - shift)}, once per row instead of once per
+             tile, and flags the columns of the labels as live
+    scan     a program owns a tile of the vocabulary of one set and sweeps its rows, without atomics or waiting
+    gather   a program owns some rows and sweeps the live columns of their set
 
-A row's sum is that of its tiles, in order: same bits every time. Rows that do not count have factor 0 and are not read.
+A row's sum adds those of its tiles in order: results are bitwise reproducible. Rows that do not count have factor 0 and
+are not read.
 
-Relative logits (`anchors`): the constant that a row lacks goes into its shift, or under a softcap in front of tanh.
-scan takes the label as the row holds it: its column is live, so only the row's sum must change, which prepare does.
+Relative logits (`anchors`): the constant subtracted from a row enters its shift or, under a softcap, is added before
+tanh. scan uses the label's logit as stored: its column is live anyway, so only the row's sum needs a correction, which
+prepare computes.
 """
 
 import torch
@@ -38,8 +41,8 @@ def _counts(labels, lse, row, inside, ignore_index):
 
 @triton.jit
 def _shift_of(lse, a, nat, scale, counted, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(shift, factor), nat and scale in float64; what rounding the shift leaves goes into the factor. (0, 0) where the
-    row does not count."""
+    """(shift, factor), from nat and scale in float64; the rounding error of the shift goes into the factor. (0, 0) for
+    a row that does not count."""
     lse = tl.where(counted, lse, 0.0).to(tl.float64)
     if a is not None:
         if not SOFTCAP:
@@ -65,8 +68,8 @@ def prepare_kernel(
     logits, anchors, stride, c: "fp64", inner: "fp64",
     ACC: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """shifts [2, rows], and with anchors under a softcap inner * a [rows] behind them; live 1 at the labels; nan_rows
-    [rows]: NaN for a row whose lse is not finite, else what its sum lacks."""
+    """Writes shifts [2, rows], followed by inner * a [rows] if there are anchors and a softcap; live = 1 at the labels;
+    nan_rows [rows]: NaN for a row whose lse is not finite, else the correction of its sum."""
     c, inner = tl.full([], c, ACC), tl.full([], inner, ACC)
     nat, scale = tl.full([], nat, tl.float64), tl.full([], scale, tl.float64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -115,9 +118,10 @@ def scan_sets_kernel(
     inner: "fp64", ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
     OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one set: live (stays 1 where it is), tail, and the tile's part of the rows' sums, partial [tiles, N].
+    """One tile of one set: live (a 1 stays), tail, and the tile's part of the row sums, partial [tiles, N].
 
-    The largest s and the sum stay apart for each of ROWS rows and meet once, at the end: a warp has a row of the block.
+    Each of the ROWS rows keeps a maximum of s and a sum of its own, which are reduced once, at the end: each warp
+    handles one row of the block.
     """
     threshold, c, inner = tl.full([], threshold, ACC), tl.full([], c, ACC), tl.full([], inner, ACC)
     tile = tl.program_id(0) % tiles
@@ -136,7 +140,7 @@ def scan_sets_kernel(
     if OFFSETS:
         offset = _row_offset(shifts, row, rows, high)
         next_offset = _row_offset(shifts, row + ROWS, rows, high)
-    for _ in range(low, high, ROWS):  # logits are asked for one step ahead, and what says which of them two steps
+    for _ in range(low, high, ROWS):  # logits are prefetched one step ahead, shifts and factors (their mask) two steps
         next_x = _row_logits(logits, row + ROWS, stride, column, inside, next_factor)
         after = _row_shift(shifts, row + 2 * ROWS, rows, high)
         row_offset = None
@@ -162,7 +166,7 @@ def gather_kernel(
     nat: "fp64", c: "fp64", inner: "fp64", scale: "fp64",
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """[g_A, tau] of ROWS rows of a set. At the label 1 - softmax without cancellation."""
+    """[g_A, tau] of ROWS rows of a set. At the label, 1 - softmax is computed without cancellation."""
     c, inner = tl.full([], c, ACC), tl.full([], inner, ACC)
     nat64, scale64 = tl.full([], nat, tl.float64), tl.full([], scale, tl.float64)
     nat, scale = nat64.to(ACC), scale64.to(ACC)
@@ -191,7 +195,7 @@ def gather_kernel(
         at_label *= slope
         s_label *= slope
     label = tl.where(here, label, -1)
-    target = out + set_rows * (first + k) + within * (count + 1)  # before this set: set_rows of count + 1 numbers each
+    target = out + set_rows * (first + k) + within * (count + 1)  # earlier sets have set_rows rows
     OUT: tl.constexpr = out.dtype.element_ty
     sums = tl.zeros([ROWS, BLOCK], ACC)
     for j in range(0, count, BLOCK):
@@ -208,13 +212,13 @@ def gather_kernel(
         g = tl.where(is_label, at_label[:, None], 0.0 - s)
         tl.store(target[:, None] + place[None, :], g.to(OUT), mask=inside[:, None] & keep)
     tau = tl.sum(sums, 1) - tl.load(row_sums + row, mask=inside, other=0.0)
-    tau = tl.where(tau > 0.0, 0.0, tau)  # keeps NaN, which a minimum need not
+    tau = tl.where(tau > 0.0, 0.0, tau)  # keeps NaN, unlike tl.minimum
     tau = tl.where(counted, tau, tl.where(ignored, 0.0, float("nan")))
     tl.store(target + count, tau.to(OUT), mask=inside)
 
 
 class _Call:
-    """What both launches share: numbers and flags of logits [N, V]."""
+    """Numbers and flags of logits [N, V] that both launches share."""
 
     def __init__(self, logits: Tensor, scale: float, softcap: float, set_rows: int) -> None:
         self.rows = logits.shape[0]
@@ -245,7 +249,7 @@ def live_columns(
     tiles = -(-vocab_size // launch.block)
     live = torch.zeros((call.sets, vocab_size), dtype=torch.bool, device=logits.device)
     tail = torch.empty((call.sets, vocab_size), dtype=call.acc, device=logits.device)
-    partial = torch.empty((tiles + 1, call.rows), dtype=call.acc, device=logits.device)  # last: NaN where no row sum is
+    partial = torch.empty((tiles + 1, call.rows), dtype=call.acc, device=logits.device)  # last: nan_rows
     if call.rows:
         relative = (None, None, None) if anchors is None else (logits, anchors.contiguous(), logits.stride(0))
         capped = anchors is not None and softcap > 0
@@ -285,7 +289,7 @@ def live_grads(
         return logits.new_empty(0)
     launch = tuning.LIVE_GATHER
     *_, before, end = offsets.tolist()
-    missing = call.sets * call.set_rows - call.rows  # rows that the last set lacks
+    missing = call.sets * call.set_rows - call.rows  # rows by which the last set is short
     out = logits.new_empty(call.set_rows * (end + call.sets) - missing * (end - before + 1))
     blocks = -(-call.set_rows // launch.rows)
     with torch.cuda.device_of(logits):

@@ -1,18 +1,19 @@
-"""The two products of the live gradients in Triton, which read rows of the weight by index and add into rows of dW.
+"""The two matmuls of the live gradients in Triton. They read rows of the weight by index and add into rows of dW.
 
-Arithmetic for H = 4096, V = 128,256, n = 8192 rows in 64 sets of 128, 13% live (measured on SmolLM2's rows at
+Estimates for H = 4096, V = 128,256, n = 8192 rows in 64 sets of 128, 13% live (measured on SmolLM2's rows at
 eps = 2^-14), 16 bit, H100; the exact products take 10.9 ms each.
 
-    dX   1.1 TFLOP. A copy of W_A for each set would write and read 2 x 8.7 GB: rows are read by index. All sets walk
-         the vocabulary together (set numbers change fastest in the grid), so HBM gives a row of W once to all that need
-         it; what counts is L2, 128 x 256 tiles at 85 FLOP a byte: 13 GB, 2.4 ms at 5.5 TB/s.
+    dX   1.1 TFLOP. A copy of W_A for each set would write and read 2 x 8.7 GB, so rows are read by index. All sets walk
+         the vocabulary together (set numbers change fastest in the grid), so a row of W is read from HBM once for all
+         sets. L2 is the limit: 128 x 256 tiles at 85 FLOP per byte read 13 GB, 2.4 ms at 5.5 TB/s.
     dW   1.1 TFLOP too, but adding each set's rows into a float32 dW moves 64 x 0.13 V H 8 bytes = 35 GB: 12 ms, more
-         than the exact product. So a program owns rows of dW, holds their sums in registers over all sets, and writes
-         them once. In the order of the vocabulary 99% of the pairs (set, 128 columns) hold a live column; sorted by
-         the sets in which they live, in Gray code order, 34% do (at 2^-12 93 and 21%). Those blocks are packed with
-         zeros between, 0.7 GB: 2.9 TFLOP, 6.2 ms by L2 and 1.8 for packing and the reads and writes of dW.
+         than the exact product. So a program owns rows of dW, accumulates them in registers over all sets, and writes
+         them once. In vocabulary order, 99% of the pairs (set, 128 columns) contain a live column; with the columns
+         sorted by the sets in which they are live, in Gray code order, 34% do (93 and 21% at 2^-12). Those blocks are
+         packed with zeros in between, 0.7 GB: 2.9 TFLOP, 6.2 ms by L2, plus 1.8 ms for packing and for reading and
+         writing dW.
 
-benchmarks/roofline.py holds these numbers. Deterministic: sums in the order of sets and rows, no atomics.
+benchmarks/roofline.py computes these numbers. Deterministic: sums in the order of sets and rows, no atomics.
 """
 
 import torch
@@ -36,7 +37,7 @@ def dx_kernel(
     g, ids, offsets, weight, tail_rows, dx, rows, set_rows, sets, blocks, hidden, weight_stride,
     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """[BM rows of a set, BN of H] of [g_A, tau] [W_A; tail_row]. ALIGNED: rows of g are multiples of 16 bytes."""
+    """A tile [BM rows of a set, BN of H] of [g_A, tau] [W_A; tail_row]. ALIGNED: rows of g are whole 16-byte pieces."""
     program = tl.program_id(0)
     k = (program % sets).to(tl.int64)
     low = (program // sets % blocks * BM).to(tl.int64)
@@ -54,7 +55,7 @@ def dx_kernel(
     for j in range(0, count.to(tl.int32), BK):
         place = j + tl.arange(0, BK)
         column = tl.load(ids + first + place, mask=place < count, other=0)
-        # With tau, which meets a row of zeros: whole 16-byte pieces.
+        # Includes tau, which is multiplied by a row of zeros, so that whole 16-byte pieces are read.
         a = tl.load(
             block + lines[:, None] + place[None, :], mask=inside[:, None] & (place < stride)[None, :], other=0.0
         )
@@ -72,7 +73,7 @@ def dx_kernel(
 def pack_kernel(
     g, offsets, block_sets, block_tiles, places, packed, rows, set_rows, tiles, BM: tl.constexpr, BV: tl.constexpr
 ):  # fmt: skip
-    """One block [set_rows, BV]: the gradients of a set at a tile's columns, 0 where they are not live."""
+    """One block [set_rows, BV]: the gradients of a set in a tile's columns, 0 in those that are not live."""
     block = tl.program_id(0).to(tl.int64)
     k, tile = tl.load(block_sets + block), tl.load(block_tiles + block)
     v = tl.arange(0, BV)
@@ -123,7 +124,7 @@ def dw_kernel(
                     mask=(r < left)[:, None] & (n < hidden)[None, :], other=0.0)  # fmt: skip
         acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee", out_dtype=ACC)
     column = tl.load(order + tile * BV + v, mask=tile * BV + v < columns, other=0)
-    # By halves: what is read of dw needs registers beside the sums.
+    # In halves: the values read from dw need registers besides the sums.
     left_acc, right_acc = acc.reshape(BV, 2, BN // 2).permute(0, 2, 1).split()
     _add_rows(dw, column, tile * BV + v < columns, first, hidden, left_acc, BV, BN // 2)
     _add_rows(dw, column, tile * BV + v < columns, first + BN // 2, hidden, right_acc, BV, BN // 2)
@@ -134,9 +135,9 @@ def live_dx(
 ) -> Tensor:
     """dx [rows, H] in the dtype of g: [g_A, tau] [W[columns]; tail_row] of each set, accumulated in float32.
 
-    g, columns, offsets [sets + 1] (host) of `live_grads`; weight [V, H] in the dtype of g, tail_rows [sets, H]. Fastest
-    where each set has 7 live columns modulo 8, so that its rows of g keep to 16 bytes: add columns that are not live
-    (a larger A is as right), else g is read one number at a time.
+    g, columns, offsets [sets + 1] (host) as in `live_grads`; weight [V, H] in the dtype of g, tail_rows [sets, H]. It
+    is fastest if the number of live columns of each set is 7 modulo 8, so that the rows of g are 16-byte aligned; add
+    columns that are not live to get there (a larger A is as correct). Otherwise g is read one number at a time.
     """
     hidden, set_rows = weight.shape[1], min(set_rows, max(rows, 1))
     dx = g.new_empty(rows, hidden)
@@ -157,7 +158,8 @@ def live_dx(
 def live_dw_(g: Tensor, columns: Tensor, offsets: Tensor, set_rows: int, scaled_x: Tensor, dw: Tensor) -> None:
     """dw [V, H] (float32; float64 for float64) += g_A^T scaled_x over all sets; scaled_x [N, H] in the dtype of g.
 
-    The host waits for the number of blocks, which take g.itemsize * N V bytes times their share (see above).
+    The number of blocks needs a host-device synchronisation. They take g.itemsize * N V bytes times their share (see
+    above).
     """
     rows, hidden = scaled_x.shape
     if not (rows and hidden and len(columns)):
@@ -190,11 +192,11 @@ def _acc(g: Tensor) -> tl.dtype:
 
 
 def _tiles(columns: Tensor, offsets: Tensor, vocab: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns in tiles of `size` that live in much the same sets.
+    """Tiles of `size` columns that are live in nearly the same sets.
 
-    places [sets, tiles * size] int32, where each column of the tiles stands among a set's live ones, -1 where it does
-    not; order [vocab], the columns of the tiles; active [sets, tiles]. Neighbours in Gray code differ in one set; with
-    more than 63 sets a bit stands for some of them.
+    places [sets, tiles * size] int32: the index of each column of the tiles among the live ones of a set, or -1;
+    order [vocab]: the columns of the tiles; active [sets, tiles]. Neighbours in Gray code differ in one set; with more
+    than 63 sets, one bit represents several.
     """
     sets, device = len(offsets) - 1, columns.device
     each = torch.arange(len(columns), device=device)

@@ -3,9 +3,9 @@
 L_w, L_l: summed log-probs of the chosen and the rejected response; r = L - ref; n: number of tokens; s(r): score of the
 f-divergence (`score`); u: the argument of a logistic loss. Sources of the losses: cpo_kernels/reference/loss_types.py.
 
-Only exp and log are taken from Triton: float64 versions of log1p, expm1 and the logistic functions would come from
-libdevice, which the interpreter and AMD GPUs do not have. Constants that float32 cannot hold are written with tl.full:
-Triton makes a bare one inside tl.where float32.
+Only exp and log come from Triton: float64 versions of log1p, expm1 and the logistic functions would come from
+libdevice, which the interpreter and AMD GPUs do not have. Constants that float32 cannot represent are written with
+tl.full: inside tl.where Triton would turn a bare one into float32.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-MAX_EXPONENT = tl.constexpr(80.0)  # exponents stop here, gradient 0 beyond
+MAX_EXPONENT = tl.constexpr(80.0)  # exponents are clamped here, with gradient 0 beyond
 MAX_ORPO_LOGP = tl.constexpr(-1e-12)
 LOG_2 = tl.constexpr(0.6931471805599453)
 
@@ -35,7 +35,7 @@ class Options(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """A block of pairs, chosen and rejected told apart: float64 [BLOCK], nll_scale a scalar."""
+    """A block of pairs with known chosen and rejected sides: float64 [BLOCK], nll_scale a scalar."""
 
     chosen: Any  # L_w
     rejected: Any  # L_l
@@ -222,7 +222,7 @@ def add_nll(term, p, o):
 @triton.jit
 def pair_loss(TYPES: tl.constexpr, INDEX: tl.constexpr, p, o):
     """Loss and gradient of a block of pairs. aot and aot_unpaired, which need the whole batch, are `smoothed`."""
-    KIND: tl.constexpr = TYPES[INDEX]  # Triton 3.6 takes no string out of a tuple as an argument
+    KIND: tl.constexpr = TYPES[INDEX]  # Triton 3.6 rejects a string from a tuple as an argument
     if KIND == "sigmoid":  # -log sigmoid(u), u = beta delta
         d = scaled_delta(p)
         return chain(soft_logistic(d.u, p, o), d, 1.0)

@@ -1,8 +1,8 @@
 """Sequence sums, and the preference loss with its gradient, in Triton.
 
 `sequence_sum` and `preference` have the signatures, results and semantics of the functions of those names in
-`reference`. All arithmetic is in float64, sums have a fixed order, nothing waits for the host and no launch depends on
-the data, so both can be captured in a CUDA graph.
+`reference`. All arithmetic is in float64 and sums have a fixed order. There is no host-device synchronisation and no
+launch depends on the data, so both can be captured in a CUDA graph.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ SUM = tuning.Launch(warps=4, vectors=0)
 def sequence_sum_kernel(
     token_logps, cu_seqlens, token_weights, out, N: "i64", AVERAGE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program: L_s = sum of m_t logp_t over the tokens [cu[s], cu[s + 1]). NaN where they leave [0, N)."""
+    """One program per sequence: L_s = sum of m_t logp_t over tokens [cu[s], cu[s + 1]); NaN if they leave [0, N)."""
     sequence = tl.program_id(0)
     begin = tl.load(cu_seqlens + sequence)
     end = tl.load(cu_seqlens + sequence + 1)
@@ -62,7 +62,7 @@ def sequence_sum(token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor,
 
 
 def _given(tensor: Tensor) -> Tensor | None:
-    """An absent tensor becomes None, which Triton compiles a kernel for."""
+    """None for an absent tensor; Triton compiles a separate kernel for it."""
     return tensor.contiguous() if tensor.numel() else None
 
 
@@ -72,7 +72,7 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 # ------------------------------------------------------------------------------------------- which of a pair is chosen
 
-OBJECTIVES = tl.constexpr(4)  # whose loads are in flight together
+OBJECTIVES = tl.constexpr(4)  # objectives whose loads are in flight together
 
 
 class Orientation(NamedTuple):
@@ -105,7 +105,7 @@ def value_gap(scores, conditions, objectives, pair, first, second, valid, K):
                     nearer = strength * (tl.abs(b - c) - tl.abs(a - c))
                     difference = tl.where(c == c, nearer, difference)
                 rated = (a == a) & (b == b) & (weight > 0.0)
-                # + 0 rounds the product, which no fma may skip: gains that cancel must leave exactly 0.
+                # + 0.0 rounds the product, which an fma would not do: gains that cancel must give exactly 0.
                 gain += tl.where(rated, weight * difference + 0.0, 0.0)
                 total += tl.where(rated, weight, 0.0)
         return tl.where(total > 0.0, gain / tl.where(total > 0.0, total, 1.0), float("nan"))
@@ -120,7 +120,7 @@ def load_pairs(pairs, pair, P):
 
 @triton.jit
 def orient(scores, conditions, objectives, pair, first, second, P, S, K, tie_margin):
-    """A pair with a sequence outside [0, S) is no tie, and NaN through its log-probs: `load_sequence`."""
+    """A pair with a sequence outside [0, S) is not a tie; its log-probs make it NaN (`load_sequence`)."""
     valid = (first >= 0) & (first < S) & (second >= 0) & (second < S)
     gap = value_gap(scores, conditions, objectives, pair, first, second, valid, K)
     gap = tl.where(valid, gap, float("inf"))
@@ -131,7 +131,7 @@ def orient(scores, conditions, objectives, pair, first, second, P, S, K, tie_mar
 
 @triton.jit
 def load_sequence(values, sequence, S):
-    """Float64 values of sequences, 0 of an absent tensor."""
+    """Values of sequences in float64; 0 for an absent tensor."""
     if values is None:
         return tl.zeros(sequence.shape, tl.float64)
     else:
@@ -159,9 +159,9 @@ def load_pair_value(values, pair, P, otherwise):
 
 # --------------------------------------------------------------------------------------------------------- preference
 
-PAIR_BLOCK = 128  # one pair a thread: the float64 functions are chains of dependent instructions
+PAIR_BLOCK = 128  # one pair per thread: the float64 functions are chains of dependent instructions
 PAIR = tuning.Launch(warps=4, vectors=0, registers=168)
-SEQUENCE_BLOCK = 8  # a thread holds float64 terms of its pair with each of them: 16 spill with a list of 8 losses
+SEQUENCE_BLOCK = 8  # a thread holds a float64 term of its pair for each of them: 16 spill with a list of 8 losses
 MANY_SEQUENCES = 1024  # 128 programs, one for nearly every multiprocessor; beyond, a program takes 256 sequences
 MAX_LOSSES = 8  # weights are run-time arguments, so their number is fixed
 _NLL_TYPES = {"sft", "orpo", "contrastive_cpo"}
@@ -169,7 +169,7 @@ _NLL_TYPES = {"sft", "orpo", "contrastive_cpo"}
 
 @triton.jit(do_not_specialize=["P", "S", "K"])
 def preference_kernel(
-    # inputs; None where absent, seq_logps and pairs apart
+    # inputs; all but seq_logps and pairs may be None
     seq_logps,
     ref_logps,
     lengths,
@@ -224,10 +224,11 @@ def preference_kernel(
     SEQUENCE_BLOCK: tl.constexpr,
     SEQUENCE_BLOCKS: tl.constexpr,
 ):
-    """One launch: losses and metrics of pair block `pid`, gradient of SEQUENCE_BLOCKS blocks of sequences.
+    """A single launch. Program `pid` writes the losses and metrics of its own block of pairs, and the gradient of
+    SEQUENCE_BLOCKS blocks of sequences.
 
-    A program looks at all pairs and computes the terms of a block of them where one touches its sequences, or where
-    the block is its own; program 0, which sums the loss, computes all. So nothing is handed from program to program.
+    Each program reads all pairs. It computes the terms of a block of pairs if that is its own or contains a pair of its
+    sequences; program 0, which sums the loss, computes all blocks. So programs do not communicate.
     """
     pid = tl.program_id(0)
     o = Options(
@@ -247,7 +248,7 @@ def preference_kernel(
     lanes = tl.arange(0, PAIR_BLOCK).to(tl.int64)
     pair_blocks = (P + PAIR_BLOCK - 1) // PAIR_BLOCK
 
-    # The divisors: non-ties and tokens of the chosen responses, unless they are given.
+    # The divisors: non-tied pairs and tokens of the chosen responses, unless given.
     live_count = tl.zeros([PAIR_BLOCK], tl.int64)
     token_count = tl.zeros([PAIR_BLOCK], tl.int64)
     if (num_pairs < 0.0) | (chosen_tokens < 0.0):
@@ -321,7 +322,7 @@ def preference_kernel(
                 value += load_pair_value(extra, pair, P, 0.0)
                 to_chosen += load_pair_value(extra + P, pair, P, 0.0)
                 to_rejected += load_pair_value(extra + 2 * P, pair, P, 0.0)
-            # A tie is never used: what stands there may be NaN.
+            # Terms of a tie are discarded: they may be NaN.
             value = tl.where(who.live, value, 0.0)
             to_chosen = tl.where(who.live, to_chosen, 0.0)
             to_rejected = tl.where(who.live, to_rejected, 0.0)
@@ -394,7 +395,7 @@ def aot_values_kernel(
     rejected_ref = load_sequence(ref_logps, who.rejected, S)
     high = chosen - chosen_ref if UNPAIRED else chosen - rejected
     low = rejected - rejected_ref if UNPAIRED else chosen_ref - rejected_ref
-    # One NaN and one zero: a radix sort would tell others apart.
+    # Canonical NaN and zero: a radix sort would distinguish their other encodings.
     high = tl.where(who.live & (high == high), high + 0.0, float("nan"))
     low = tl.where(who.live & (low == low), low + 0.0, float("nan"))
     tl.store(values + pair, high, mask=pair < P)
@@ -419,7 +420,7 @@ def aot_terms_kernel(
     ACCUMULATE: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
 ):
-    """The k-th loss stands at the pair of the k-th upper value, its gradient where the two sorted values come from.
+    """The k-th loss belongs to the pair of the k-th upper value; its gradient goes to the pairs of both sorted values.
 
     Every rank is a permutation of the pairs: each element of `extra` is written by exactly one k.
     """
@@ -534,7 +535,7 @@ def preference(
     coupled = {name: weights.pop(name) for name in tuple(weights) if LOSS_TYPES[name].couples_batch}
     if len(weights) > MAX_LOSSES:
         raise ValueError(
-            f"the Triton kernel adds up to {MAX_LOSSES} loss types, got {len(weights)} ({', '.join(weights)}): "
+            f"the Triton kernel combines at most {MAX_LOSSES} loss types, got {len(weights)} ({', '.join(weights)}): "
             "use another impl, or sum two losses"
         )
     option = dict(zip(OPTIONS, options, strict=True))
@@ -554,7 +555,7 @@ def preference(
     if batch.scores is None and num_pairs < 0:
         num_pairs = float(count)  # nothing to count: no pair is a tie
     if not _NLL_TYPES & weights.keys():
-        chosen_tokens = 1.0  # not used: nothing to count either
+        chosen_tokens = 1.0  # not used, so not counted
 
     groups = 1 if num_sequences <= MANY_SEQUENCES else 32
     programs = max(1, triton.cdiv(count, PAIR_BLOCK), triton.cdiv(num_sequences, SEQUENCE_BLOCK * groups))
@@ -583,7 +584,7 @@ def preference(
 
 
 def _reward(names: Sequence[str]) -> str:
-    """What beta multiplies in the reported rewards: L - ref, or L, or L / n where no loss needs a reference."""
+    """The factor of beta in the reported rewards: L - ref, or, if no loss needs a reference, L or L / n."""
     if any(LOSS_TYPES[name].needs_reference for name in names):
         return "ratio"
     return "mean" if any(LOSS_TYPES[name].averaged for name in names) else "sum"

@@ -1,15 +1,15 @@
 """Token log-probs over logits [N, V] in Triton: scan a row once, and write its gradient in place.
 
 y is the logit, or tanh(scale * logit / softcap) under a softcap, and z = nat * y. A row is swept in tiles [LANES, VEC]
-of 16-byte vectors. Each lane keeps its own running maximum and sums, raised once per vector of VEC columns (1.1 exp2 a
-column instead of 2: at 16 exp2 a cycle a second one would cost an H100 more time than the 16-bit logits). Lanes, and
-the programs that share a row, meet once, in a fixed order: same bits every time.
+of 16-byte vectors. Each lane keeps its own running maximum and sums, rescaled once per vector of VEC columns: 1.1 exp2
+per column instead of 2. (At 16 exp2 per cycle a second one would cost an H100 more time than reading 16-bit logits.)
+Lanes, and programs that share a row, are combined once, in a fixed order: results are bitwise reproducible.
 
 Rows need no alignment: the columns before the first 16-byte boundary and after the last are the edges, each fewer than
 VEC.
 
-Relative logits (`anchors`): y is then that of the logit as it is stored, shifted by a number of the row where it ends,
-or under a softcap before tanh; the label's term in the row's sums is exchanged for the exact one at the end.
+Relative logits (`anchors`): y is computed from the logit as stored. The constant of the row is added at the end or,
+under a softcap, before tanh. The label's term in the row's sums is replaced by the exact one at the end.
 """
 
 import math
@@ -27,7 +27,7 @@ from cpo_kernels.kernels import tuning
 ACC_TYPES = {"fp32": tl.float32, "fp64": tl.float64}
 LOG2E = math.log2(math.e)
 MAX_PIECES = tl.constexpr(tuning.MAX_PIECES)
-STATS = tl.constexpr(5)  # of a piece of a row: as _scan returns them
+STATS = tl.constexpr(5)  # numbers per piece of a row, as returned by _scan
 
 
 # ------------------------------------------------------------------------------------------------- one column at a time
@@ -35,8 +35,8 @@ STATS = tl.constexpr(5)  # of a piece of a row: as _scan returns them
 
 @triton.jit
 def _cap(x, inner, offset):
-    """tanh(u), 1 - tanh(u)^2 of u = inner * x + offset (None: 0), from t = e^-2|u|; an odd polynomial below 1/4, where
-    1 - t cancels."""
+    """tanh(u) and 1 - tanh(u)^2 for u = inner * x + offset (None: 0), from t = e^-2|u|; for |u| < 1/4, where 1 - t
+    cancels, tanh is an odd polynomial."""
     u = x * inner
     if offset is not None:
         u += offset
@@ -69,7 +69,7 @@ def _y_of(x, inner, offset, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _anchors(anchors, i, rows, inner, counted):
-    """(a, inner * a, u of the label): row i of the logits lacks a; 0 where not `counted`."""
+    """(a, inner * a, u of the label), a being the constant subtracted from row i; 0 where not `counted`."""
     a = tl.load(anchors + i, mask=counted, other=0.0)
     return a, inner * a, tl.load(anchors + rows + i, mask=counted, other=0.0)
 
@@ -81,7 +81,7 @@ def _anchors(anchors, i, rows, inner, counted):
 def _row_start(logits, row, stride, width, VEC: tl.constexpr, EDGES: tl.constexpr):
     """(row pointer, pointer to its first 16-byte boundary, columns before that).
 
-    EDGES: 0 where every row begins and ends on a boundary, 1 where the base pointer does, 2 where not even that one.
+    EDGES: 0 if every row begins and ends on a boundary, 1 if only the base pointer is on one, 2 if not even that.
     """
     start = row * stride
     if EDGES == 0:
@@ -105,7 +105,7 @@ def _piece(vectors, piece, pieces):
 
 @triton.jit
 def _edge_columns(head, columns, VEC: tl.constexpr):
-    """[2 VEC] columns outside the vectors, and which of the places are used."""
+    """[2 VEC] columns outside the vectors, and which of these entries are used."""
     i = tl.arange(0, 2 * VEC)
     rest = head + (columns - head) // VEC * VEC
     column = tl.where(i < head, i, rest + i - head)
@@ -117,11 +117,11 @@ def _edge_columns(head, columns, VEC: tl.constexpr):
 
 @triton.jit
 def _raise(m, s, t, q, top, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr):
-    """Sums relative to the maximum m, made relative to `top` >= m."""
+    """Rescale sums relative to the maximum m to sums relative to `top` >= m."""
     step = tl.where(m == float("-inf"), 0.0, m - tl.where(top == float("-inf"), 0.0, top))
     f = tl.exp2(step * c)
     if EXTRAS:
-        # m may be -3e38, where masks use that for -inf, and step * s infinite. Under a softcap it is within [-1, 1].
+        # m may be -3e38, if masks use that for -inf, and step * s infinite. Under a softcap m is within [-1, 1].
         if not SOFTCAP:
             step = tl.maximum(step, -1e30)
         t = f * (t + step * s)
@@ -131,7 +131,7 @@ def _raise(m, s, t, q, top, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr):
 
 @triton.jit
 def _fold(m, s, t, q, u, y, keep, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr):
-    """Takes y [LANES, VEC] into the sums [LANES]; where not `keep`, y is -inf."""
+    """Add y [LANES, VEC] to the sums [LANES]; y is -inf where not `keep`."""
     top = tl.maximum(m, tl.max(y, 1))
     s, t, q = _raise(m, s, t, q, top, c, SOFTCAP, EXTRAS)
     d = y - tl.where(top == float("-inf"), 0.0, top)[:, None]
@@ -146,7 +146,7 @@ def _fold(m, s, t, q, u, y, keep, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr
 
 @triton.jit
 def _meet(m, s, t, q, u, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr):
-    """Sums of all lanes relative to their common maximum."""
+    """Combine the sums of all lanes, relative to their common maximum."""
     top = tl.max(m, 0)
     s, t, q = _raise(m, s, t, q, top, c, SOFTCAP, EXTRAS)
     return top, tl.sum(s, 0), tl.sum(t, 0), tl.sum(q, 0), tl.sum(u, 0)
@@ -186,7 +186,7 @@ def _scan(
 
 @triton.jit
 def _label_y(row, label, columns, inner, offset, ACC: tl.constexpr, SOFTCAP: tl.constexpr):
-    """y of the label as the row holds it; NaN where the label is out of range."""
+    """y of the label's logit as stored; NaN if the label is out of range."""
     inside = (label >= 0) & (label < columns)
     x = tl.load(row + label, mask=inside, other=float("nan")).to(ACC)
     return _y_of(x, inner, offset, SOFTCAP)
@@ -194,14 +194,14 @@ def _label_y(row, label, columns, inner, offset, ACC: tl.constexpr, SOFTCAP: tl.
 
 @triton.jit
 def _exchange(m, s, t, q, u, y, exact, c, SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr):
-    """A row's sums with the term of `exact` in place of that of y. What is left of the others is not negative."""
+    """Replace the term of y in a row's sums by that of `exact`. Rounding cannot change the sign of what remains."""
     top = tl.maximum(m, exact)
     s, t, q = _raise(m, s, t, q, top, c, SOFTCAP, EXTRAS)
     base = tl.where(top == float("-inf"), 0.0, top)
     d, d_exact = y - base, exact - base
     e, e_exact = tl.exp2(d * c), tl.exp2(d_exact * c)
     s -= e
-    s = tl.where(s < 0, 0.0, s) + e_exact  # keeps NaN, which a maximum need not
+    s = tl.where(s < 0, 0.0, s) + e_exact  # keeps NaN, unlike tl.maximum
     if EXTRAS:
         t -= tl.where(e > 0, e * d, 0.0)
         t = tl.where(t > 0, 0.0, t) + tl.where(e_exact > 0, e_exact * d_exact, 0.0)
@@ -229,8 +229,8 @@ def _finish(
     logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact, nat, c, inner,
     SOFTCAP: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """Stores what follows from a row's sums; returns log-prob, largest y, and the factor of its softmax, 1 / sum.
-    a, exact: as from _anchors."""
+    """Store the results of a row from its sums; returns its log-prob, largest y, and the factor 1 / sum of its softmax.
+    a, exact: see _anchors."""
     stored, top = y_label, m
     if a is not None:
         y_label = _y_of(exact, inner, None, SOFTCAP)
@@ -256,8 +256,8 @@ def _finish(
 
 @triton.jit
 def _gradient(x, column, columns, label, shift, factor, tilt, at_label, c, inner, offset, SOFTCAP: tl.constexpr):
-    """(factor + tilt (y - shift)) e^{nat (y - shift)}, times 1 - tanh^2 under a softcap; the label's column is known.
-    tilt: None for 0."""
+    """(factor + tilt (y - shift)) e^{nat (y - shift)}, times 1 - tanh^2 under a softcap; `at_label` in the label's
+    column. tilt: None for 0."""
     y = x
     if SOFTCAP:
         y, slope = _cap(x, inner, offset)
@@ -279,12 +279,12 @@ def _write(
     ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     EDGES: tl.constexpr, SOFTCAP: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
-    """Overwrites one piece of a row with its gradient (zeros if CLEAR), last column first: what was scanned last is
+    """Overwrite one piece of a row with its gradient (zeros if CLEAR), last column first: the columns scanned last are
     still in the cache."""
     low, high = _piece((width - head) // VEC, piece, pieces)
     lane = tl.arange(0, LANES)
     offsets = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]  # [LANES, VEC]
-    label = label.to(tl.int32)  # one comparison a column; where it is out of range the whole row is NaN
+    label = label.to(tl.int32)  # one comparison per column; if it is out of range, the whole row is NaN
     OUT: tl.constexpr = row.dtype.element_ty
     if EDGES:
         if piece == pieces - 1:
@@ -310,7 +310,7 @@ def _write(
 def _at_label(
     row, label, columns, exact, logp, grad, of_entropy, entropy, inner, ACC: tl.constexpr, SOFTCAP: tl.constexpr
 ):  # fmt: skip
-    """grad (1 - p) - of_entropy p (log p + entropy) of the label's column, times 1 - tanh^2 under a softcap.
+    """grad (1 - p) - of_entropy p (log p + entropy) in the label's column, times 1 - tanh^2 under a softcap.
     of_entropy: None for 0."""
     g = grad * _one_minus_exp(logp)
     if of_entropy is not None:
@@ -326,8 +326,8 @@ def _at_label(
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
-# One compilation for every number of rows, and for labels that start anywhere: they change from chunk to chunk.
-# anchors and entropies [2, rows] are None where there are none, which Triton compiles a kernel for.
+# One compilation for all numbers of rows and alignments of the labels, which change from chunk to chunk.
+# anchors and entropies [2, rows] are None if absent; Triton compiles a separate kernel for that.
 GENERAL: dict[str, Any] = {
     "do_not_specialize": ["rows", "ignore_index"],
     "do_not_specialize_on_alignment": ["labels", "anchors", "entropies"],
@@ -341,7 +341,7 @@ def scan_kernel(
     ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, SOFTCAP: tl.constexpr,
     EXTRAS: tl.constexpr, SPLIT: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """fwd: a row's log-probs. WRITE (fused_): then its gradient in its place. SPLIT: the sums of one piece of it."""
+    """fwd: a row's log-probs. WRITE (fused_): then overwrite it by its gradient. SPLIT: the sums of one piece of it."""
     i = tl.program_id(0).to(tl.int64)
     piece = 0
     if SPLIT:
@@ -360,7 +360,7 @@ def scan_kernel(
         a, offset, exact = None, None, None
         if anchors is not None:
             a, offset, exact = _anchors(anchors, i, rows, inner, True)
-        # Before the scan, whose barrier holds back the warps that will overwrite it. Of split rows combine_kernel does.
+        # Read before the scan, whose barrier holds back the warps that overwrite it; in combine_kernel for split rows.
         y_label = nat
         if not SPLIT:
             y_label = _label_y(row, label, columns, inner, offset, ACC, SOFTCAP)
@@ -376,7 +376,7 @@ def scan_kernel(
                 tl.store(at + 4, u)
         else:
             if anchors is not None:
-                if not WRITE:  # read again: kept through the scan it cost a spill, under a softcap with extras
+                if not WRITE:  # read again: keeping it through the scan caused a spill, under a softcap with extras
                     _, _, exact = _anchors(anchors, i, rows, inner, True)
             logp, m, factor = _finish(logp_out, lse_out, extra_out, i, rows, columns, m, s, t, q, u, y_label, a, exact,
                                       nat, c, inner, SOFTCAP, EXTRAS)  # fmt: skip
@@ -430,7 +430,7 @@ def write_kernel(
     ACC: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, SOFTCAP: tl.constexpr,
     FROM_LSE: tl.constexpr,
 ):  # fmt: skip
-    """A piece of a row's gradient: bwd_ from lse and incoming gradient, fused_ of split rows from combine_kernel."""
+    """A piece of a row's gradient: bwd_ from lse and incoming gradient, fused_ (split rows) from combine_kernel."""
     i = tl.program_id(0).to(tl.int64)
     piece = (i % pieces).to(tl.int32)
     i = i // pieces
@@ -445,7 +445,7 @@ def write_kernel(
         if anchors is not None:
             a, offset, exact = _anchors(anchors, i, rows, inner, True)
         of_entropy, entropy, tilt = None, None, None
-        # The label's logit: the one thread that uses it reads it before it overwrites it.
+        # The label's logit is read by the one thread that uses it, before that thread overwrites it.
         if FROM_LSE:
             lse_i = tl.load(lse + i)
             if entropies is not None:
@@ -460,7 +460,7 @@ def write_kernel(
                 if not SOFTCAP:
                     lse_i -= nat * a
             shift = lse_i / nat
-            rest = nat * shift - lse_i  # what the division rounded off
+            rest = nat * shift - lse_i  # rounding error of the division
             factor = grad
             if entropies is not None:
                 factor += of_entropy * (entropy + rest)
@@ -479,7 +479,7 @@ def write_kernel(
 
 
 class _Rows:
-    """What the launches share: layout, options and flags of logits [N, V]."""
+    """Layout, options and flags of logits [N, V] that the launches share."""
 
     def __init__(
         self,

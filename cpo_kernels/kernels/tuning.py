@@ -1,7 +1,7 @@
 """Launch shapes of the token kernels: warps, vectors in flight, and how many programs share a row.
 
-A program sweeps a row in tiles of `vectors` 16-byte vectors. None of the numbers was measured on a GPU yet; each says
-what it is derived from, and `benchmarks/results/compile` holds the registers that they lead to.
+A program sweeps a row in tiles of `vectors` 16-byte vectors. None of these numbers has been measured on a GPU yet. Each
+states its derivation, and `benchmarks/results/compile` has the register counts that result.
 """
 
 from functools import cache
@@ -13,23 +13,24 @@ import torch
 class Launch(NamedTuple):
     warps: int  # of 32 threads
     vectors: int  # 16-byte vectors of a tile
-    registers: int = 0  # of a thread at most; 0: as ptxas likes, which may spill a word for the sake of occupancy
+    registers: int = 0  # limit per thread; 0 leaves it to ptxas, which may spill a word to gain occupancy
 
 
-# Bytes in flight: 4.3 TB/s over 132 multiprocessors at about 0.8 us is 26 kB each. At 64 registers a thread four
-# programs of 8 warps share a multiprocessor: four 16-byte loads a thread are 64 kB in flight, two 32 kB.
-# What writes a row also holds its gradient, and keeps to 64 registers with two.
+# Bytes in flight: 4.3 TB/s over 132 multiprocessors at a latency of about 0.8 us is 26 kB each. With 64 registers per
+# thread, four programs of 8 warps share a multiprocessor: four 16-byte loads per thread are 64 kB in flight, two are
+# 32 kB. A program that writes a row also holds its gradient; it stays within 64 registers with two loads.
 SCAN = Launch(warps=8, vectors=1024)
 WRITE = Launch(warps=8, vectors=512)
 COMBINE = Launch(warps=2, vectors=0)
 
 
 def fused(row_bytes: int, lean: bool) -> Launch:
-    """Few rows at a time, so that the second sweep of a row finds it in the L2 cache (50 MB on an H200).
+    """Launch of fused_: few rows at a time, so that the second sweep of a row finds it in the L2 cache (50 MB on an
+    H200).
 
-    At 64 registers a multiprocessor holds 1024 threads: with 8 or 32 warps a program 132 of them hold 528 or 132 rows,
-    35 MB at the row sizes given here (the second: 128,256 columns in 16 bit). What is not `lean` (a softcap, extras,
-    float64) needs up to 128 registers: half the threads.
+    With 64 registers per thread a multiprocessor holds 1024 threads. With 8 or 32 warps per program, 132
+    multiprocessors hold 528 or 132 rows: 35 MB at the row sizes given here (for 32 warps, 128,256 columns in 16 bit).
+    Kernels that are not `lean` (with a softcap, extras or float64) need up to 128 registers: half the threads.
     """
     if row_bytes <= 64 << 10:
         return Launch(warps=8, vectors=512) if lean else Launch(warps=8, vectors=512, registers=168)
@@ -37,36 +38,36 @@ def fused(row_bytes: int, lean: bool) -> Launch:
 
 
 class Tile(NamedTuple):
-    """A block of rows x columns (of the vocabulary, or of a set's live ones) in flight."""
+    """A block of rows x columns (of the vocabulary, or live columns of a set) in flight."""
 
     warps: int
     rows: int
     block: int
     registers: int = 0
-    depth: int = 0  # of a product's step
+    depth: int = 0  # inner dimension of one step of a matmul
     stages: int = 0
 
 
-# A warp sweeps 512 columns of one row: 16 numbers a thread, whose largest and sum it keeps in 32 registers, and five
-# shuffles for the row's sum. At 96 registers 20 warps of a multiprocessor have 32 bytes a lane in flight all the time,
-# 20 kB: 4.1 TB/s at 0.65 us. A program of 128 rows reads 128 kB.
+# A warp sweeps 512 columns of one row: 16 numbers per thread, whose maxima and sums take 32 registers, and five
+# shuffles for the row's sum. With 96 registers, the 20 warps of a multiprocessor always have 32 bytes per lane in
+# flight, 20 kB: 4.1 TB/s at a latency of 0.65 us. A program of 128 rows reads 128 kB.
 LIVE_SCAN = {"fp32": Tile(warps=4, rows=4, block=512), "fp64": Tile(warps=4, rows=4, block=256)}
-# Eight loads of one number a thread; four rows share the reads of the columns' numbers, four times as wide as theirs.
+# Eight loads of one number per thread; four rows share the reads of the column indices, four times as wide as a logit.
 LIVE_GATHER = Tile(warps=4, rows=4, block=256)
 LIVE_PREPARE = Tile(warps=4, rows=1, block=128)
-# 16 rows of dW, 128 numbers each: 16 float32 a thread. Reads made and writes dW once; not measured.
+# 16 rows of dW, 128 numbers each: 16 float32 per thread. Reads `made` and writes dW once; not measured.
 LIVE_SUM = Tile(warps=4, rows=16, block=128)
 LIVE_PACK = Tile(warps=4, rows=16, block=128)
 
 
 def live_product(itemsize: int, rows: int, aligned: bool = True) -> Tile:
-    """Of the products with live columns, for sets of `rows`.
+    """Tile of the matmuls with live columns, for sets of `rows` rows.
 
-    16 bit: 128 x 256 sums are 128 registers of 8 warps. Triton counts a stage for each of two loads that follow each
-    other (a column's number, its row) and for the product: with five, two steps of 64, 96 kB, are in flight beside the
-    one at work, which Hopper holds (148 kB); GPUs without wgmma keep one less (99 kB, of the 99 KiB of an RTX 4090).
-    A quarter of it where g is read one number at a time, into registers. float32 and float64 run without tensor cores
-    or few: for parity, not speed.
+    16 bit: 128 x 256 sums take 128 registers of the threads of 8 warps. Triton counts one stage for each of two
+    dependent loads (a column's index, its row) and one for the product. With five stages, two steps of depth 64, 96 kB,
+    are in flight besides the current one, which fits Hopper (148 kB); GPUs without wgmma keep one step fewer (99 kB, of
+    the 99 KiB of an RTX 4090). If g is read one number at a time, into registers, the tile is a quarter of that.
+    float32 and float64 use few tensor cores or none: they are for parity, not speed.
     """
     few = max(16, 1 << (min(rows, 128) - 1).bit_length())
     if itemsize == 2:
@@ -75,7 +76,7 @@ def live_product(itemsize: int, rows: int, aligned: bool = True) -> Tile:
 
 
 def options(launch: Launch | Tile, amd: bool = bool(torch.version.hip)) -> dict[str, Any]:
-    """What Triton takes: warps as it counts them (one of an AMD GPU of this family has 64 threads), fma, registers."""
+    """Triton's launch options: warps (64 threads each on AMD GPUs of this family, so half as many), fma, registers."""
     options: dict[str, Any] = {
         "num_warps": max(1, launch.warps // 2) if amd else launch.warps,
         "enable_fp_fusion": True,
@@ -88,8 +89,8 @@ def options(launch: Launch | Tile, amd: bool = bool(torch.version.hip)) -> dict[
 
 
 MAX_PIECES = 64  # of a row
-PROGRAMS = 8  # programs a multiprocessor that a launch should have before rows are no longer split
-INTERPRETED = 4  # multiprocessors that the interpreter plays
+PROGRAMS = 8  # programs per multiprocessor from which on rows are not split
+INTERPRETED = 4  # multiprocessors assumed under the interpreter
 
 
 @cache
@@ -98,6 +99,6 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def splits(rows: int, vectors: int, tile: int, device: torch.device) -> int:
-    """Programs that share a row of `vectors` vectors: 1 where rows fill it by themselves; each has a tile at least."""
+    """Programs that share a row of `vectors` vectors: 1 if the rows alone fill the device; each has at least a tile."""
     wanted = -(-PROGRAMS * multiprocessors(device) // max(rows, 1))
     return max(1, min(wanted, vectors // tile, MAX_PIECES))

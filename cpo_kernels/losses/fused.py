@@ -163,7 +163,7 @@ class FusedLinearCPOLoss(nn.Module):
     def sequences(
         self, inputs: HeadInputs, offsets: Tensor, pairs: Tensor | None, plan: BatchPlan | None
     ) -> _Sequences:
-        """Lengths, pairs and whatever else the loss needs to know of a batch's sequences."""
+        """Lengths, pairs and whatever else the loss needs to know about a batch's sequences."""
         labels, ignore_index = inputs.tensors.labels, inputs.options.ignore_index
         lengths = label_counts(labels, offsets, ignore_index)
         none = labels.new_empty(0)
@@ -202,7 +202,7 @@ class FusedLinearCPOLoss(nn.Module):
                 own = inputs.tensors  # already in the dtype of the products
                 bias = own.bias if own.bias.numel() else None
                 ref = head_inputs(given.hidden, own.weight, policy.labels, bias, self.head, inputs.shards)
-                return ref.tensors.hidden, token_weights.new_zeros(sequences.lengths.shape)  # filled with the policy's
+                return ref.tensors.hidden, token_weights.new_zeros(sequences.lengths.shape)  # set with the policy's
             ref = head_inputs(given.hidden, weight, policy.labels, bias, self.head, policy.vocab_shards)
             logps, *_ = token_logps_of(ref, False, self.impl, sequences.plan.row_index)
             weights = token_weights.to(logps.dtype)
@@ -257,7 +257,7 @@ class FusedLinearCPOLoss(nn.Module):
         all_positions: bool = False,
         hidden_size: int | None = None,
     ) -> BatchPlan:
-        """What the host must know of a batch, from the collator's CPU tensors; move it with `.to(device)` before use.
+        """What the host must know about a batch, from the collator's CPU tensors; call `.to(device)` before use.
 
         With a plan there is no host-device synchronisation between the hidden states and `loss.backward()`. Without one
         the loss copies lengths and pairs from the device once.

@@ -11,7 +11,7 @@ from cpo_kernels.reference.pairs import chosen_rejected
 
 
 class PreferenceArgs(NamedTuple):
-    """What the `preference` kernel takes beside seq_logps [S]; an absent tensor is [0]. See `reference.preference`."""
+    """Arguments of `reference.preference` (and its kernels) besides seq_logps [S]; an absent tensor is [0]."""
 
     ref_logps: Tensor  # [S]
     lengths: Tensor  # [S]
@@ -32,11 +32,11 @@ class PreferenceArgs(NamedTuple):
         return PreferenceResult(*kernels.preference(seq_logps, *self))
 
     def weighted(self, weights: Tensor) -> "PreferenceArgs":
-        """With pair weights times `weights` [P]."""
+        """A copy whose pair weights are multiplied by `weights` [P]."""
         return self._replace(pair_weights=weights * self.pair_weights if self.pair_weights.numel() else weights)
 
     def counted(self, kernels: Kernels, dtype: torch.dtype) -> Tensor:
-        """[2] non-tied pairs, and labelled tokens of their chosen sides: which only the ratings decide."""
+        """[2] numbers of non-tied pairs and of labelled tokens of their chosen responses, which depend on ratings."""
         result = self.run(kernels, self.lengths.new_zeros(self.lengths.shape[0], dtype=dtype))
         chosen, _ = chosen_rejected(self.pairs, result.order)
         return torch.stack([result.counts[0], (self.lengths[chosen] * (result.order != 0)).sum()])
@@ -46,7 +46,7 @@ class PreferenceArgs(NamedTuple):
         return self.num_pairs < 0 or self.chosen_tokens < 0
 
     def with_divisors(self, num_pairs: float, chosen_tokens: float = -1.0) -> "PreferenceArgs":
-        """The divisors of the whole batch, where the caller gave none; a negative one stays unknown."""
+        """A copy with the divisors of the whole batch where the caller gave none; a negative one stays unknown."""
 
         def divisor(own: float, counted: float) -> float:
             return max(float(counted), 1.0) if own < 0 <= counted else own
@@ -58,9 +58,9 @@ class PreferenceArgs(NamedTuple):
 
 
 def wpo_weights(aligned: Tensor, lengths: Tensor, pairs: Tensor) -> Tensor:
-    """WPO weight of each pair, exp of the mean of logp - log sum p^2 over either response (arXiv 2406.11827).
+    """WPO weight of each pair: exp of the mean of logp - log sum p^2 over a response, multiplied over both responses.
 
-    aligned [S]: the sum of logp - log sum p^2 of each sequence.
+    aligned [S]: the sum of logp - log sum p^2 over each sequence. Source: arXiv 2406.11827.
     """
     return (aligned.double() / lengths.clamp(min=1)).exp()[pairs].prod(1)
 

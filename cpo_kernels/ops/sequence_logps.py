@@ -1,4 +1,4 @@
-"""Sequence log-probs of token log-probs: the op, its autograd, the public function."""
+"""Sequence log-probs from token log-probs: the op, its autograd, the public function."""
 
 from typing import Any
 
@@ -62,8 +62,8 @@ def sequence_logps(
     Args:
         token_logps: [N] float32 or float64, sequences end to end.
         cu_seqlens: [S + 1] int64 offsets: sequence s holds tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1.
-        token_weights: [N] weights m_t, 1 if None; constants, they get no gradient.
-        average: divide by the number of tokens of the sequence, ignored ones among them (`token_logps` gives 0 there);
+        token_weights: [N] weights m_t, treated as constants (no gradient); 1 if None.
+        average: divide by the number of tokens of the sequence, including ignored ones (where `token_logps` gives 0);
             an empty sequence gives 0.
 
     Returns:
@@ -71,7 +71,7 @@ def sequence_logps(
 
     Raises:
         TypeError, ValueError: wrong dtype or shape, or (on the CPU) offsets that do not rise from 0 to N.
-        RuntimeError: a backend asked for by name that is not there; double backward.
+        RuntimeError: a backend requested by name that is not available; double backward.
     """
     refuse_transforms()
     check_types("a tensor", token_logps=token_logps)

@@ -1,4 +1,4 @@
-"""Token log-probs of logits that exist: the ops, their autograd, the public function."""
+"""Token log-probs of materialised logits: the ops, their autograd, the public function."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
@@ -19,7 +19,7 @@ from cpo_kernels.library import (
 
 
 class HeadOptions(NamedTuple):
-    """What turns a product into logits: z = softcap * tanh(scale * u / softcap), columns >= vocab_size are -inf."""
+    """From u = x W^T + b to logits: z = softcap * tanh(scale * u / softcap), columns >= vocab_size are -inf."""
 
     ignore_index: int
     scale: float
@@ -72,8 +72,8 @@ def token_logps_backward_op(
 
 
 def entropy_grads(like: Tensor, grad: Tensor | None, of_entropy: Tensor | None, entropy: Tensor) -> tuple[Tensor, ...]:
-    """Incoming gradients of log-probs [N] and entropies [1, N], None where nothing came, as the kernels take them:
-    grad [N], and entropies [2, N] or [0]."""
+    """Incoming gradients of log-probs [N] and entropies [1, N] (None if there is none) in the kernels' form: grad [N],
+    and entropies [2, N] or [0]."""
     grad = torch.zeros_like(like) if grad is None else grad
     return grad, grad.new_empty(0) if of_entropy is None else torch.cat([of_entropy, entropy])
 
@@ -101,12 +101,12 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def split_entropy(extra: Tensor) -> tuple[Tensor, Tensor]:
-    """The differentiable row of extra [4, N] as an output of its own, and the others; [0] both where extra is [0]."""
+    """The differentiable first row of extra [4, N], and the other rows; both are [0] if extra is [0]."""
     return extra[:1].clone(), extra[1:].clone()
 
 
 def token_extras(extra: Tensor, shape: Sequence[int]) -> TokenExtras:
-    """Of [4, N], the kernels' rows with a differentiable first one."""
+    """`TokenExtras` from the kernels' rows [4, N], the first of which is differentiable."""
     entropy, *rest = (row.view(shape) for row in extra)
     log_sum_sq_probs, mean_logit, is_top1 = (row.detach() for row in rest)
     return TokenExtras(entropy, log_sum_sq_probs, mean_logit, is_top1 > 0.5)
@@ -142,18 +142,18 @@ def token_logps(
     Args:
         logits: [..., V] in float32, bfloat16, float16 or float64.
         labels: [...] int64; positions equal to `ignore_index` give exactly 0 and no gradient.
-        softcap: cap c of the logits (Gemma 2), None for none.
-        scale: factor on the logits (Cohere, Granite) before the cap.
-        vocab_size: columns from here on are padding and count as -inf.
+        softcap: cap of the logits (Gemma 2); None for no cap.
+        scale: factor on the logits (Cohere, Granite), applied before the cap.
+        vocab_size: columns from this index on are padding and count as -inf; None for no padding.
         extras: also return `TokenExtras` (entropy, log sum p^2, mean logit, is_top1).
-        impl: the backend, see `cpo_kernels.backends.dispatch`; a backend asked for by name never falls back.
+        impl: the backend, see `cpo_kernels.backends.dispatch`; a backend requested by name never falls back.
 
     Returns:
-        [...] float32 (float64 for float64 logits), or a pair of it and `TokenExtras`.
+        [...] float32 (float64 for float64 logits); with `extras` a pair of it and `TokenExtras`.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, option, or (on the CPU) a label outside [0, vocab_size).
-        RuntimeError: a backend asked for by name that is not there; double backward.
+        RuntimeError: a backend requested by name that is not available; double backward.
 
     Examples:
         >>> token_logps(torch.zeros(2, 4), torch.tensor([1, -100]))
@@ -169,7 +169,7 @@ def token_logps(
         raise TypeError(
             f"labels must be int64 of shape {tuple(shape)} to match logits {tuple(logits.shape)}, got {labels.dtype} "
             f"{tuple(labels.shape)}: "
-            + ("logits and labels are swapped" if swapped else "a weight and hidden states go to linear_token_logps")
+            + ("logits and labels are swapped" if swapped else "for hidden states and a weight use linear_token_logps")
         )
     check_dtype("logits", logits)
     check_labels(labels, shape, "logits", logits.device)

@@ -1,8 +1,8 @@
 """The oracle: every op and every loss in plain PyTorch, any floating dtype, differentiable by autograd.
 
 The functions named as in `library.py` (`token_logps_fwd`, `token_logps_bwd_`, `token_logps_fused_`, `live_columns`,
-`live_grads`, `sequence_sum`, `preference`) are the backend `reference`: they have the kernels' signatures, tensors that
-are absent have 0 elements, results are not differentiable. This is the only place allowed to be slow.
+`live_grads`, `live_sum`, `sequence_sum`, `preference`) are the backend `reference`: they have the kernels' signatures,
+absent tensors have 0 elements, and results are not differentiable. Only this package may be slow.
 """
 
 from cpo_kernels.reference.kto import kto_kl, kto_loss

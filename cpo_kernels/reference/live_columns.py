@@ -1,13 +1,13 @@
-"""Gradients of token log-probs on the live columns of the vocabulary, and what stands for the rest of them.
+"""Gradients of token log-probs on the live columns of the vocabulary, with one mean column in place of the others.
 
-A trained model's softmax is almost empty. With g_tv = dlogp_t / du_tv = (onehot - softmax)_tv * dz/du and a set C of
-consecutive rows,
+A trained model's softmax is nearly 0 in most columns. With g_tv = dlogp_t / du_tv = (onehot - softmax)_tv * dz/du and a
+set C of consecutive rows,
 
     live  A = {v : |g_tv| >= eps * scale for some t in C, or v is a label of C}
     tail  tau_t = sum_{v not in A} g_tv,   q_v = sum_{t in C} g_tv / sum_{t in C} tau_t  for v not in A
     g    ~= g_A + tau q^T
 
-which keeps the sum of every row and, within the set, of every column. The formula is ours; Cut Cross Entropy (Wijmans
+This preserves the sum of every row and, within a set, of every column. The formula is ours; Cut Cross Entropy (Wijmans
 et al. 2024, arXiv 2411.09009, section 4.3) drops the tail.
 """
 
@@ -32,9 +32,9 @@ def live_columns(
     """live [sets, vocab_size] bool, tail_columns [sets, vocab_size], row_sums [N], of s_tv = softmax_tv * dz/du.
 
     logits [N, V], labels [N], lse [N] of the whole vocabulary; set k holds rows [k * set_rows, (k + 1) * set_rows).
-    tail_columns are the sums over a set of s_tv, 0 where live; row_sums those over the vocabulary. A label outside
-    [0, vocab_size) is in another shard of the vocabulary. Ignored rows count nowhere, and neither do rows whose lse is
-    not finite; the row_sums of those are NaN. anchors [2, N]: see `token_logps_fwd`.
+    tail_columns are the sums of s_tv over a set, 0 where live; row_sums are those over the vocabulary. A label outside
+    [0, vocab_size) belongs to another shard of the vocabulary. Ignored rows do not count, nor do rows whose lse is not
+    finite; the row_sums of the latter are NaN. anchors [2, N]: see `token_logps_fwd`.
     """
     logits = anchored(logits, labels, anchors, ignore_index)
     softmax, slopes, counted = _softmax(logits, labels, lse, ignore_index, scale, softcap, vocab_size)
@@ -65,9 +65,9 @@ def live_grads(
     vocab_size: int,
     anchors: Tensor | None = None,
 ) -> Tensor:
-    """[g_A, tau] of every set, [n_k, a_k + 1] each in row order, one behind the other in the dtype of logits.
+    """[g_A, tau] of every set, [n_k, a_k + 1] each in row order, concatenated, in the dtype of logits.
 
-    columns [sum_k a_k] are the live columns of set k in [offsets_k, offsets_k+1), offsets [sets + 1] on the host; the
+    columns [sum_k a_k] holds the live columns of set k in [offsets_k, offsets_k+1), offsets [sets + 1] on the host; the
     rest as in `live_columns`. tau_t = sum_{v in A} s_tv - row_sums_t.
     """
     u = anchored(logits, labels, anchors, ignore_index)
@@ -88,8 +88,8 @@ def live_grads(
 def live_sum(tail: Tensor, tails: Tensor, made: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
     """Rows of dW [v, H]: sum_k tail_kv tails_k + sum_k made_k of the sets k that have column v, rounded once.
 
-    tail [sets, v] q of the sets, tails [sets, H] sum_t c_t tau_t x_t, made [sum_k a_k, H] = g_A^T (c X) of the sets in
-    turn; columns [sum_k a_k] in [0, v) and offsets [sets + 1] on the host as in `live_grads`.
+    tail [sets, v]: q of the sets; tails [sets, H]: sum_t c_t tau_t x_t; made [sum_k a_k, H]: g_A^T (c X) of one set
+    after the other; columns [sum_k a_k] in [0, v) and offsets [sets + 1] on the host as in `live_grads`.
     """
     total = tail.to(tails.dtype).t() @ tails
     for low, high in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):

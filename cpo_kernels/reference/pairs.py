@@ -1,4 +1,4 @@
-"""The `preference` kernel: which of a pair is chosen, the loss of every pair, its gradient."""
+"""The `preference` kernel: which response of a pair is chosen, the loss of every pair, and its gradient."""
 
 import math
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def preference(
     num_pairs: float,
     chosen_tokens: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Chosen or rejected by Delta R, the loss of every pair, and its gradient: all in float64.
+    """Which response is chosen (by Delta R), the loss of every pair, and its gradient, all in float64.
 
         loss = sum_p w_p sum_j loss_weights[j] l_j(p) / num_pairs   over the non-tied pairs
 
@@ -78,13 +78,13 @@ def preference(
     objectives `[2, K]` (weights, strengths), pair_weights and pair_betas `[P]`, margins `[S]`; only seq_logps
     and pairs must have elements. loss_types are indices into LOSS_TYPES, options the values of OPTIONS.
     A pair is a tie unless |Delta R| > tie_margin; without scores the first of each pair is chosen. num_pairs
-    < 0: the number of non-ties here. chosen_tokens < 0: the tokens of the chosen responses here.
+    < 0: the number of non-tied pairs given. chosen_tokens < 0: the number of tokens of their chosen responses.
 
     Returns loss `[]`, losses `[P]`, grad `[S]` = d loss / d seq_logps, chosen_rewards and rejected_rewards
     `[P]`, value_gap `[P]` (NaN: unrated, inf: no scores), order `[P]` int8 (+1 first chosen, -1 second, 0 a
-    tie), counts `[3]` int64 (non-ties, ties with the unrated, unrated). Rewards are beta (L - ref), or beta L
-    (beta L / n if a type is `averaged`) where no type needs a reference; a tie reports its first response as
-    chosen.
+    tie), counts `[3]` int64 (non-tied pairs; ties including unrated pairs; unrated pairs). Rewards are
+    beta (L - ref), or, if no type needs a reference, beta L (beta L / n if a type is `averaged`); a tie reports
+    its first response as chosen.
     """
     types = [list(LOSS_TYPES.values())[index] for index in loss_types]
     option = dict(zip(OPTIONS, options, strict=True))

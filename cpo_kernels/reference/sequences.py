@@ -1,4 +1,4 @@
-"""Sequence log-probs, and the weights that come from tokens."""
+"""Sequence log-probs, and weights that depend on tokens."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def sequence_logps(
 
 
 def sequence_sum(token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor, average: bool) -> Tensor:
-    """Kernel-shaped `sequence_logps`."""
+    """`sequence_logps` with the kernel's signature."""
     weights = token_weights if token_weights.numel() else None
     return sequence_logps(token_logps.detach(), cu_seqlens, weights, average)
 
@@ -30,9 +30,9 @@ def sequence_sum(token_logps: Tensor, cu_seqlens: Tensor, token_weights: Tensor,
 def ld_token_weights(cu_seqlens: Tensor, pairs: Tensor, ld_alpha: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """LD-DPO's token weights `[N]`: 1 up to the length of the pair's shorter response, `ld_alpha` after it.
 
-    Liu et al. 2024 (arXiv 2409.06411), as TRL's `ld_alpha`. The weights belong to a pair; a response that
-    stands in pairs with different shared lengths would need several, which raises. A response
-    in no pair keeps weight 1.
+    Liu et al. 2024 (arXiv 2409.06411), as TRL's `ld_alpha`. The weights belong to a pair. A response in several
+    pairs with different shared lengths would need several weights: this raises ValueError. A response in no pair
+    has weight 1.
     """
     lengths = cu_seqlens.diff()
     shared = lengths.clone()
@@ -41,8 +41,8 @@ def ld_token_weights(cu_seqlens: Tensor, pairs: Tensor, ld_alpha: float, dtype: 
     if bool((shared[pairs] != shortest).any()):
         pair = int((shared[pairs] != shortest).any(1).nonzero()[0])
         raise ValueError(
-            f"ld_alpha: pair {pair} {pairs[pair].tolist()} shares a response with a pair of another shared "
-            "length; ld_alpha needs every response to have one shared length"
+            f"ld_alpha: pair {pair} {pairs[pair].tolist()} shares a response with a pair whose shorter response has "
+            "another length; ld_alpha needs every response to be in pairs of one shared length"
         )
     position = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     position = position - torch.repeat_interleave(cu_seqlens[:-1], lengths)

@@ -1,4 +1,4 @@
-"""What the losses of `loss_types` are made of: options, pairs whose chosen side is known, scores of f-divergences."""
+"""Building blocks of `loss_types`: options, pairs whose chosen response is known, scores of f-divergences."""
 
 import math
 from collections.abc import Mapping
@@ -27,14 +27,14 @@ OPTION_DEFAULTS: dict[str, float] = {
 }
 OPTIONS = tuple(OPTION_DEFAULTS)
 
-# exp(80) is finite in float32: exponents of forward_kl, alpha_divergence and alphapo stop here, gradient 0
+# exp(80) is finite in float32: exponents of forward_kl, alpha_divergence and alphapo are clamped here, with gradient 0
 # beyond.
 MAX_EXPONENT = 80.0
 
 
 @dataclass
 class Pairs:
-    """n non-tied pairs, chosen and rejected already told apart. Every tensor is `[n]`."""
+    """n non-tied pairs whose chosen and rejected responses are known. Every tensor is `[n]`."""
 
     chosen: Tensor  # L_w
     rejected: Tensor  # L_l

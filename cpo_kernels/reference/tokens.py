@@ -80,8 +80,8 @@ def token_logps_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits `[N, V]`, labels `[N]` -> logp `[N]`, lse `[N]`, extras `[4, N]` or `[0]`; 0 at ignored rows.
 
-    anchors `[2, N]`: row t of logits lacks a constant, u_tv = logits_tv + anchors_0t, and the logit of its label is
-    u_{t,y_t} = anchors_1t, which need not have passed through the dtype of logits. is_top1 compares what is in logits.
+    anchors `[2, N]`: a constant was subtracted from row t of the logits, u_tv = logits_tv + anchors_0t, and the logit
+    of its label is u_{t,y_t} = anchors_1t, which need not be rounded to their dtype. is_top1 compares stored logits.
     """
     options = (ignore_index, softcap, scale, vocab_size)
     u = anchored(logits, labels, anchors, ignore_index)
@@ -96,7 +96,7 @@ def token_logps_fwd(
 
 
 def anchored(logits: Tensor, labels: Tensor, anchors: Tensor | None, ignore_index: int) -> Tensor:
-    """u `[N, V]` of logits and anchors, see `token_logps_fwd`. A label outside the columns is nowhere in u."""
+    """u `[N, V]` from logits and anchors, see `token_logps_fwd`. A label outside the columns has no effect on u."""
     u = logits.detach()
     if anchors is None:
         return u
@@ -122,8 +122,8 @@ def token_logps_bwd_(
 
         [grad_t (onehot - p) - entropies_0t p (log p + H_t)] * scale * (1 - tanh^2),   p = exp(z - lse)
 
-    entropies `[2, N]`: incoming gradients of the entropies, and the entropies H_t. Rows that are ignored and columns
-    from `vocab_size` on become 0. p is as exact as lse is: to |lse| eps, relatively. anchors: see `token_logps_fwd`.
+    entropies `[2, N]`: incoming gradients of the entropies, and the entropies H_t. Ignored rows and columns from
+    `vocab_size` on become 0. p has the error of lse, |lse| eps relatively. anchors: see `token_logps_fwd`.
     """
     u = anchored(logits, labels, anchors, ignore_index)
     logp = _z(u, scale, softcap, vocab_size) - lse[:, None]
@@ -145,7 +145,7 @@ def _write_grad_(
     scale: float,
     softcap: float,
 ) -> None:
-    """dz `[N, vocab_size]` lacks grad_t at the labels, and dz/du."""
+    """Add grad_t at the labels to dz `[N, vocab_size]`, multiply by dz/du, and write the result to logits."""
     vocab_size = dz.shape[1]
     ignored = labels == ignore_index
     dz.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], grad[:, None].to(dz.dtype))
@@ -190,7 +190,7 @@ def _labelled_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The M labelled rows of logits `[M, V]`, their labels `[M]`, and which rows those are `[N]`.
 
-    Ignored rows take no part in any arithmetic, so whatever they hold (NaN too) cannot leak into a gradient.
+    Ignored rows take no part in any arithmetic, so that no value of theirs, not even NaN, leaks into a gradient.
     """
     vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
     keep = labels != ignore_index

@@ -1,5 +1,5 @@
-// live_columns and live_grads on the CPU: the columns of the vocabulary in which a set of rows has a gradient worth a
-// product, and the gradient there. Formulas: cpo_kernels/reference/live_columns.py.
+// live_columns, live_grads and live_sum on the CPU: the columns of the vocabulary in which a set of rows has a
+// significant gradient, the gradient there, and dW. Formulas: cpo_kernels/reference/live_columns.py.
 #include <limits>
 
 #include "rows.h"
@@ -24,7 +24,7 @@ void check_columns(const char* op, const int64_t* columns, const int64_t* offset
   }
 }
 
-// Row i counts where it has a label and its log-sum-exp is finite.
+// Row i counts if it has a label and its log-sum-exp is finite.
 template <typename Acc>
 bool counts(const Rows& rows, const Acc* lse, int64_t i) {
   return !rows.ignored(i) && std::isfinite(lse[i]);
@@ -32,7 +32,7 @@ bool counts(const Rows& rows, const Acc* lse, int64_t i) {
 
 bool label_here(const Rows& rows, int64_t i) { return rows.labels[i] >= 0 && rows.labels[i] < rows.columns; }
 
-// s of row i's label, less what the columns of its row make it.
+// The exact s of row i's label, less that of its stored logit.
 double label_excess(const Rows& rows, int64_t i, double lse) {
   if (!rows.anchors) return 0.0;
   const auto size = [&](double y, double slope) {
@@ -92,7 +92,7 @@ void gather_grads(const Rows& rows, const Acc* lse, const Acc* row_sums, const i
   torch::stable::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t set = i / set_rows, first = offsets[set], n = offsets[set + 1] - first;
-      // Sets before this one have set_rows rows of n_k + 1 numbers.
+      // Earlier sets have set_rows rows of n_k + 1 numbers each.
       char* g = out + size * (set_rows * (first + set) + (i - set * set_rows) * (n + 1));
       if (!counts(rows, lse, i)) {
         std::memset(g, 0, size_t(n * size));

@@ -1,6 +1,6 @@
-// The row kernels of live_columns and live_grads, included behind token_logps_rows.h. s_v = softmax_v * dz/du_v.
+// The row kernels of live_columns and live_grads, included after token_logps_rows.h. s_v = softmax_v * dz/du_v.
 
-// Column of the i-th number that load2 gives, of 2 * kLanes: load2 may part even and odd columns.
+// Column of the i-th of the 2 * kLanes numbers from load2, which may separate even and odd columns.
 template <typename T>
 struct LaneOrder {
   using V = typename AccOf<T>::Vec;
@@ -17,7 +17,7 @@ struct LaneOrder {
   }
 };
 
-// Adds s of kRows rows to the sums of n columns and raises their tops; n is a multiple of 2 * kLanes.
+// Adds s of kRows rows to the sums of n columns and updates their maxima; n is a multiple of 2 * kLanes.
 template <typename T, bool kSoftcap, int kRows>
 inline void add_rows(const T* const* x, long n, const RowMap& map, const double* offset, const double* shift,
                      const double* factor, typename AccOf<T>::Scalar* sums, typename AccOf<T>::Scalar* tops,
@@ -55,7 +55,8 @@ inline void add_rows(const T* const* x, long n, const RowMap& map, const double*
   for (int r = 0; r < kRows; ++r) row_sums[r] += reduce_add(total[r]);
 }
 
-// Rows x[0..rows) of kColumnBlock columns or fewer: live (0 or 1; stays 1) where a top reaches eps, sums elsewhere.
+// Rows x[0..rows) of at most kColumnBlock columns: live (0 or 1; a 1 stays) where a maximum reaches eps, sums
+// elsewhere.
 template <typename T, bool kSoftcap>
 void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& map, const double* offset,
                      const double* shift, const double* factor, double eps, uint8_t* live, void* tail,
@@ -67,7 +68,7 @@ void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& m
   const long whole = n - n % kStep;
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
-    for (int k = 0; k < 4; ++k) {  // the next rows: 2,048 columns are too short for the processor to foresee them
+    for (int k = 0; k < 4; ++k) {  // the next rows: 2,048 columns are too short for the hardware prefetcher
       if (r + 4 + k >= rows) break;
       for (unsigned b = 0; b < whole * sizeof(T); b += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(x[r + 4 + k]) + b, 0, 2);
@@ -100,7 +101,7 @@ void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& m
   }
 }
 
-// out[i] = -s of column columns[i]; the sum of s, as it was before rounding.
+// out[i] = -s of column columns[i]; returns the sum of the unrounded s.
 template <typename T, bool kSoftcap>
 double gather_row(const T* x, const int64_t* columns, int64_t n, const RowMap& map, double shift, double factor_d,
                   T* out) {

@@ -1,5 +1,5 @@
-// preference on the CPU: who is chosen, the loss of every pair and its gradient, in float64 and in pair order.
-// The formulas are in ../loss_formulas.h. One thread: a pair costs about 0.1 us for each loss type.
+// preference on the CPU: which response is chosen, the loss of every pair and its gradient, in float64 and in pair
+// order. The formulas are in ../loss_formulas.h. Single-threaded: a pair takes about 0.1 us per loss type.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* kOp = "preference";
 
-// A float tensor as doubles; empty where it is not given.
+// A float tensor as doubles; empty if it is not given.
 std::vector<double> read_doubles(const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   check(type == ScalarType::Double || type == ScalarType::Float, kOp, ": ", name, " must be float64 or float32, got ",
@@ -91,7 +91,7 @@ struct Result {
 int64_t chosen_of(const Batch& b, const Result& r, int64_t pair) { return b.pairs[2 * pair + (r.order[pair] < 0)]; }
 int64_t rejected_of(const Batch& b, const Result& r, int64_t pair) { return b.pairs[2 * pair + !(r.order[pair] < 0)]; }
 
-// Positions of `values` in ascending order, equal ones as they come, NaN last.
+// Positions of `values` in ascending order (stable), NaN last.
 std::vector<int64_t> stable_order(const std::vector<double>& values) {
   std::vector<int64_t> order(values.size());
   std::iota(order.begin(), order.end(), 0);
@@ -101,8 +101,8 @@ std::vector<int64_t> stable_order(const std::vector<double>& values) {
   return order;
 }
 
-// aot: sorts L_w - L_l against ref_w - ref_l. aot_unpaired: sorts r_w against r_l. The k-th loss stands at the pair
-// of the k-th upper value; its gradient goes to the responses that hold the two sorted values.
+// aot: sorts L_w - L_l against ref_w - ref_l. aot_unpaired: sorts r_w against r_l. The k-th loss belongs to the pair of
+// the k-th upper value; its gradient goes to the responses that have the two sorted values.
 void add_aot(const Batch& b, bool unpaired, double type_weight, double divisor, Result& r) {
   std::vector<int64_t> live;
   for (int64_t p = 0; p < b.num_pairs; ++p) {
@@ -126,7 +126,7 @@ void add_aot(const Batch& b, bool unpaired, double type_weight, double divisor, 
   }
 }
 
-// The reward that is reported: beta (L - ref), or beta L (beta L / n) where no loss type needs a reference.
+// The reported reward: beta (L - ref), or beta L (beta L / n) if no loss type needs a reference.
 double reward(const Batch& b, int64_t pair, int64_t s) {
   const bool free = std::all_of(b.types.begin(), b.types.end(), is_reference_free);
   const bool averaged = free && std::any_of(b.types.begin(), b.types.end(), is_averaged);

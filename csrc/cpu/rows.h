@@ -1,4 +1,4 @@
-// The rows that the token ops on the CPU see, and what they share of their arithmetic.
+// The rows of the token ops on the CPU, and their common arithmetic.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ namespace {
 #include "scalar16.h"
 
 constexpr double kLog2E = 1.4426950408889634;
-// Rows are split over the columns when threads would starve otherwise: pieces of 16384 columns take about 5 us.
+// Rows are split by columns if threads would otherwise be idle: pieces of 16384 columns take about 5 us.
 constexpr int64_t kPiece = 16384;
 
 inline double load_element(ElementType type, const void* p) {
@@ -62,14 +62,14 @@ struct Rows {
   const int64_t* labels;
   int64_t ignore_index;
   double scale;
-  RowMap map;  // of a row that lacks nothing
+  RowMap map;  // of a row from which no constant was subtracted
   Tensor anchors_tensor;
   const void* anchors;  // [2, count] in the accumulation type, or null
   const RowKernels* kernels;
   int64_t threads;
 
   char* row(int64_t i) const { return logits + i * stride; }
-  // The constant that row i lacks, and the logit of its label.
+  // The constant subtracted from row i, and the exact logit of its label.
   double lacks(int64_t i) const { return anchor(i); }
   double label_logit(int64_t i) const { return anchor(count + i); }
   double anchor(int64_t k) const {
@@ -81,11 +81,11 @@ struct Rows {
     own.offset = map.inner * lacks(i);
     return own;
   }
-  // What z of row i lacks: under a softcap nothing, tanh takes the whole logit.
+  // What z of row i lacks: nothing under a softcap, as tanh is applied to the complete logit.
   double z_lacks(int64_t i) const { return map.softcap ? 0.0 : map.nat * lacks(i); }
   bool ignored(int64_t i) const { return labels[i] == ignore_index; }
   ScalarType acc() const { return type == kFloat64 ? ScalarType::Double : ScalarType::Float; }
-  // Rows per task of parallel_for: about 32768 elements pay for a thread.
+  // Rows per task of parallel_for: about 32768 elements are worth a thread.
   int64_t grain() const { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
   bool split_columns() const { return count < 4 * threads && columns >= 2 * kPiece && threads > 1; }
   int64_t pieces() const { return (columns + kPiece - 1) / kPiece; }
@@ -130,7 +130,7 @@ inline double slope_at(const Rows& rows, double logit) {
   return rows.scale * inverse * inverse;
 }
 
-// y of row i's label as the columns of its row have it, and as it is; z = nat * y + z_lacks.
+// y of row i's label as stored, and exact; z = nat * y + z_lacks.
 inline double stored_label_y(const Rows& rows, int64_t i) {
   return rows.kernels->y_of(rows.row(i) + rows.labels[i] * rows.element_size, rows.map_of(i));
 }
@@ -150,7 +150,7 @@ struct Shift {
   double shift, factor;
 };
 
-// The shift nearest to lse that the accumulation type holds; the rest goes into the factor.
+// The shift nearest to lse that the accumulation type represents; the remainder goes into the factor.
 inline Shift shift_of(const Rows& rows, double lse) {
   const double exact = lse / rows.map.nat * rows.map.c;
   if (rows.type == kFloat64) return {exact, 1.0};

@@ -6,8 +6,9 @@
 namespace cpo {
 namespace {
 
-// A float64 sum that carries what its additions round off (Neumaier 1974): off by about one rounding of sum |x|,
-// whatever their number. Plain additions of 67,000 log-probs in float64 are off by up to 8 (seen, and more with more).
+// A float64 sum that carries the rounding errors of its additions (Neumaier 1974): its error is about one rounding of
+// sum |x|, for any number of terms. Plain float64 additions of 67,000 log-probs were off by up to 8 roundings, and by
+// more with more terms.
 struct Sum {
   double total = 0.0, lost = 0.0;
 
@@ -16,7 +17,7 @@ struct Sum {
     lost += std::abs(total) >= std::abs(x) ? (total - next) + x : (x - next) + total;
     total = next;
   }
-  // Where a term is not finite, `lost` is NaN and the plain sum is the answer.
+  // If a term is not finite, `lost` is NaN and the plain sum is the result.
   double value() const { return std::isfinite(total) ? total + lost : total; }
 };
 

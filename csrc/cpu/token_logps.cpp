@@ -1,5 +1,5 @@
 // token_logps_fwd, token_logps_bwd_, token_logps_fused_ on the CPU: checks, choice of instruction set, threads, and the
-// arithmetic of one row that is not per column (in float64). The sweeps over columns are in token_logps_rows.h.
+// per-row arithmetic (in float64). The sweeps over columns are in token_logps_rows.h.
 #include "token_logps.h"
 
 #include <algorithm>
@@ -41,7 +41,7 @@ const IsaKernels* choose_kernels() {
 void combine(const Rows& rows, Partial& a, const Partial& b) {
   Partial low = a, high = b;
   if (a.max_y > b.max_y) std::swap(low, high);
-  // Columns that are all -inf have sums of 0 whatever their shift is (NaN where they held one); c times the most
+  // If all columns are -inf, their sums are 0 (or NaN, if one column was NaN) whatever the shift; c times the most
   // negative number is a shift of -inf.
   const double step = std::isinf(low.max_y) || low.shift == high.shift ? 0.0 : low.shift - high.shift;
   lower(low, step, rows.type == kFloat64 ? std::exp(step) : std::exp2(step));
@@ -59,7 +59,7 @@ struct RowResult {
   double shift, inverse_sum;  // softmax = E^(c y - shift) * inverse_sum
 };
 
-// Takes the label's stored term out of the sums, and its own one in. Sums of positive terms are at least that one.
+// Replaces the label's stored term in the sums by the exact one. Sums of positive terms are at least that term.
 void replace_label(const Rows& rows, Partial& sums, double stored, double y_label) {
   const auto term = [&](double y) {
     const double t = rows.map.c * y - sums.shift;
@@ -73,14 +73,14 @@ void replace_label(const Rows& rows, Partial& sums, double stored, double y_labe
   if (std::isfinite(stored)) sums.sum_y += y_label - stored;
 }
 
-// Everything about a row that follows from its sums. Sums are taken relative to their largest term, as it was rounded:
-// where that term is all there is, its logarithm is 0 exactly.
+// All results of a row, from its sums. Sums are taken relative to their largest term as rounded: if it is the only
+// term, the logarithm is exactly 0.
 RowResult finish(const Rows& rows, int64_t i, Partial sums, double* extra) {
   const double stored = stored_label_y(rows, i);
   const bool all_masked = sums.max_y == -INFINITY;
   const double y_label = all_masked ? stored : label_y(rows, i);
   if (rows.anchors && !all_masked) replace_label(rows, sums, stored, y_label);
-  // Where all of a row is beyond about 1e9, the rounding of its shift alone may take E^t out of the range of floats.
+  // If all logits of a row exceed about 1e9, rounding the shift may already take E^t out of the range of floats.
   const bool lost = !all_masked && !(sums.top > FLT_MIN && sums.sum < INFINITY && sums.top < INFINITY);
   const double log_sum = lost ? NAN : std::log(all_masked ? sums.sum : sums.sum / sums.top);
   RowResult r;
@@ -99,7 +99,7 @@ RowResult finish(const Rows& rows, int64_t i, Partial sums, double* extra) {
   return r;
 }
 
-// What one row's gradient needs, known before its logits are overwritten.
+// What the gradient of a row needs, computed before its logits are overwritten.
 struct RowGradient {
   double shift, factor, per_t;  // column v: E^t * (factor + per_t * t) (* 1 - tanh^2), t = c y - shift
   double at_label;              // the label's column, 1 - softmax without cancellation
@@ -115,7 +115,7 @@ void clear(const Rows& rows, int64_t i, int64_t from) {
 
 void write_gradient(const Rows& rows, int64_t i, const RowGradient& g, int64_t begin, int64_t end) {
   char* row = rows.row(i);
-  char* next = i + 1 < rows.count ? row + rows.stride : row;  // prefetched meanwhile
+  char* next = i + 1 < rows.count ? row + rows.stride : row;  // to prefetch
   const int64_t offset = begin * rows.element_size;
   rows.kernels->gradient(row + offset, end - begin, rows.map_of(i), g.shift, g.factor, g.per_t, next + offset);
   const int64_t label = rows.labels[i];
@@ -123,7 +123,7 @@ void write_gradient(const Rows& rows, int64_t i, const RowGradient& g, int64_t b
   if (end == rows.columns) clear(rows, i, rows.columns);
 }
 
-// plan(i) -> RowGradient of row i, called once; then the row is written.
+// plan(i) -> RowGradient of row i, called once, before the row is overwritten.
 template <typename Plan>
 void write_rows(const Rows& rows, const Plan& plan) {
   if (!rows.split_columns()) {
@@ -151,7 +151,7 @@ void write_rows(const Rows& rows, const Plan& plan) {
   });
 }
 
-// The sums of every row, pieces of columns divided among the threads and added in column order.
+// The sums of every row. Threads share pieces of columns, whose sums are added in column order.
 std::vector<Partial> scan_pieces(const Rows& rows, bool extras) {
   const int64_t pieces = rows.pieces();
   std::vector<Partial> partials(rows.count * pieces);

@@ -1,5 +1,5 @@
-// What the row kernels of every instruction set share with the code that calls them. Plain data only: the kernel
-// files are compiled with other processor flags than the rest, so nothing inline may be shared with them.
+// What the row kernels of all instruction sets share with their callers. Plain data only: kernel files are compiled
+// with other processor flags than the rest, so no inline code may be shared with them.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Half {
 };
 
 // z = nat * y with y = tanh(inner * logit + offset) under a softcap and y = logit without: nat = softcap or scale,
-// inner = scale / softcap, offset = inner * the constant that the row lacks. The kernels work with t = c * y - shift,
+// inner = scale / softcap, offset = inner * the row's subtracted constant. The kernels work with t = c * y - shift,
 // in units of log 2 for float32 accumulation (c = nat * log2(e) rounded to float32) and of 1 for float64 (c = nat), so
 // that e^(z - ...) = E^t with E = 2 or e.
 struct RowMap {
@@ -29,16 +29,16 @@ struct RowMap {
 struct Partial {
   double shift;
   double max_y;
-  double top;     // E^t at max_y with the rounding that it has in the sums
+  double top;     // E^t at max_y, rounded as in the sums
   double sum;     // sum of E^t
   double sum_t;   // sum of t * E^t            (extras)
   double sum_sq;  // sum of E^(2t)             (extras)
   double sum_y;   // sum of y                  (extras)
 };
 
-// Makes sums relative to a shift that is larger by -step, E^step = f: t becomes t + step. The sums of columns that hold
-// the most negative number may have overflowed, and are nothing where f is 0; NaN stays. Static: each instruction set
-// has its own.
+// Rescales sums to a shift that is larger by -step, E^step = f: t becomes t + step. The sums of columns that hold the
+// most negative number may have overflowed; they become 0 if f is 0, but NaN stays. Static: each instruction set has
+// its own.
 static inline void lower(Partial& total, double step, double f) {
   if (f == 0 && total.sum == total.sum) {
     total.sum_t = total.sum = total.sum_sq = 0;
@@ -49,27 +49,26 @@ static inline void lower(Partial& total, double step, double f) {
   total.sum_sq *= f * f;
 }
 
-constexpr int64_t kColumnBlock = 2048;  // sums and tops in float64 are 32 kB
+constexpr int64_t kColumnBlock = 2048;  // its sums and maxima in float64 take 32 kB
 
-// One set per instruction set and element type.
+// One table per instruction set and element type.
 struct RowKernels {
   // Sums over x[0..n).
   Partial (*scan)(const void* x, int64_t n, const RowMap& map, bool extras);
-  // x[i] <- E^t * (factor + per_t * t), times 1 - tanh^2 under a softcap, for i in [0, n). `next` is read into the
-  // cache meanwhile.
+  // x[i] <- E^t * (factor + per_t * t), times 1 - tanh^2 under a softcap, for i in [0, n). Prefetches `next`.
   void (*gradient)(void* x, int64_t n, const RowMap& map, double shift, double factor, double per_t, const void* next);
-  // y of one logit with the bits that scan sees.
+  // y of one logit, bitwise as in scan.
   double (*y_of)(const void* x, const RowMap& map);
-  // With s_v = E^t * factor (* 1 - tanh^2) of rows x[0..rows), n <= kColumnBlock columns each, with an offset
-  // of their own in place of the map's: live[v] becomes 1 where s_v reaches eps in one of them, tail[v] (float or
-  // double) is their sum where live[v] is 0, and 0 elsewhere. row_sums[r] grows by the sum of row r.
+  // With s_v = E^t * factor (* 1 - tanh^2) of rows x[0..rows), n <= kColumnBlock columns each, whose own offsets
+  // replace that of the map: live[v] becomes 1 if s_v reaches eps in one of them; tail[v] (float or double) is their
+  // sum if live[v] is 0, else 0. The sum of row r is added to row_sums[r].
   void (*columns)(const void* const* x, int64_t rows, int64_t n, const RowMap& map, const double* offset,
                   const double* shift, const double* factor, double eps, uint8_t* live, void* tail, double* row_sums);
-  // out[i] = -s of column columns[i], i in [0, n); returns the sum of s before it is rounded.
+  // out[i] = -s of column columns[i], i in [0, n); returns the sum of the unrounded s.
   double (*gather)(const void* x, const int64_t* columns, int64_t n, const RowMap& map, double shift, double factor,
                    void* out);
   // out[i] = sum_k factors[k] * terms[k][i] + sum_j made[j][i], i in [0, n), rounded once. factors and terms are float
-  // or double; terms lie in the order that `in_lane_order` gives them.
+  // or double; terms are in the order of `in_lane_order`.
   void (*sum_rows)(void* out, int64_t n, const void* factors, const void* const* terms, int64_t num_terms,
                    const void* const* made, int64_t num_made);
   void (*in_lane_order)(const void* from, void* to, int64_t n);

@@ -15,7 +15,7 @@ struct AccOf<double> {
   using Scalar = double;
 };
 
-constexpr long kBlock = 4096;  // elements between two looks at the maximum: 8 kB of bfloat16 stay in L1
+constexpr long kBlock = 4096;  // elements between two updates of the maximum: 8 kB of bfloat16 stay in L1
 constexpr float kInfinity = __builtin_inff();
 
 // 2^t = 2^floor(t) * 2^f, f in [0, 1): minimax polynomial of degree 5 with p(0) = 1, relative error 8.3e-8
@@ -70,7 +70,7 @@ inline VecF expm1_polynomial(VecF r) {
   return p * r;
 }
 
-// x - n log(2), with log(2) in two parts of which the first has zeros to spare for the product with n.
+// x - n log(2), with log(2) in two parts; the first has enough trailing zeros to make its product with n exact.
 inline VecF minus_n_log2(VecF x, VecF n) { return fma(n, set1(x, 2.12194440e-4f), fma(n, set1(x, -0.693359375f), x)); }
 inline VecD minus_n_log2(VecD x, VecD n) {
   return fma(n, set1(x, -1.90821492927058770002e-10), fma(n, set1(x, -6.93147180369123816490e-01), x));
@@ -201,7 +201,7 @@ inline void block_sums(const T* x, long n, const RowMap& map, Partial& total) {
   }
 }
 
-// Moves the sums to a larger shift.
+// Rescales the sums to a larger shift.
 template <typename S>
 inline void raise_shift(Partial& total, double shift) {
   const double step = total.shift - shift;
@@ -218,7 +218,7 @@ inline void scan_block(const T* x, long n, const RowMap& map, Partial& total, bo
     if (any) {
       raise_shift<S>(total, shift);
     } else {
-      total.shift = shift;  // nothing but -inf so far: the sums are 0 (or NaN)
+      total.shift = shift;  // only -inf so far: the sums are 0 (or NaN)
       any = true;
     }
     total.max_y = max_y;

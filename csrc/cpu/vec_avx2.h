@@ -1,4 +1,4 @@
-// Vectors of AVX2 + FMA + F16C: the same functions as vec_portable.h, where their rules are written.
+// Vectors of AVX2 + FMA + F16C: the same functions as in vec_portable.h, which states their contracts.
 // Included inside the anonymous namespace of one kernel file; include nothing here.
 
 struct VecF {

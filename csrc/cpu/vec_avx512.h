@@ -1,4 +1,4 @@
-// Vectors of AVX-512 (F, BW, DQ, VL): the same functions as vec_portable.h, where their rules are written.
+// Vectors of AVX-512 (F, BW, DQ, VL): the same functions as in vec_portable.h, which states their contracts.
 // With -mavx512bf16 the bfloat16 store uses the conversion instruction.
 // Included inside the anonymous namespace of one kernel file; include nothing here.
 

@@ -1,5 +1,5 @@
-// Vectors in plain C++: the fallback for every processor, and the place of what the x86 headers do not override.
-// A compiler turns the fixed-length loops into whatever the baseline has (SSE2, NEON).
+// Vectors in plain C++: the fallback for every processor, and the definitions that the x86 headers do not override.
+// The compiler turns the fixed-length loops into the instructions of the baseline (SSE2, NEON).
 // Included inside the anonymous namespace of one kernel file; include nothing here.
 
 struct VecF {
@@ -76,8 +76,8 @@ inline VecF fma_exact(VecF a, VecF b, VecF c) {
 inline VecD fma_exact(VecD a, VecD b, VecD c) { return fma(a, b, c); }
 #undef CPO_LANES
 
-// load2/store2 move 2 * kLanes elements between memory and two vectors. The order of elements over the two
-// vectors is the type's own business: the same for load and store, and no kernel depends on it.
+// load2/store2 move 2 * kLanes elements between memory and two vectors. How elements are distributed over the two
+// vectors depends on the type. It is the same for load and store, and no kernel depends on it.
 inline void load2(const float* p, VecF& a, VecF& b) {
   a = loadu(VecF{}, p);
   b = loadu(VecF{}, p + VecF::kLanes);

@@ -1,14 +1,14 @@
-// The order of the pairs for aot and aot_unpaired. A pair's rank is the number of pairs that stand before it: P^2
-// comparisons of integers, no sort, no workspace, the same order whatever the launch, equal values as they come.
+// The order of the pairs for aot and aot_unpaired. A pair's rank is the number of pairs before it: P^2 comparisons of
+// integers, no sort, no workspace. The order is stable and does not depend on the launch.
 #pragma once
 
 #include "preference.cuh"
 
 namespace cpo::cuda {
 
-constexpr int64_t kTieKey = INT64_MAX;  // of a tie, which stands in no order
+constexpr int64_t kTieKey = INT64_MAX;  // of a tie, which is not ranked
 
-// Integers in the order of the numbers: the two zeros alike, every NaN last.
+// Integers in the order of the numbers: both zeros are equal, every NaN is last.
 CPO_DEVICE int64_t sort_key(double x) {
   if (x != x) return kTieKey - 1;
   x = add_rn(x, 0.0);  // -0 becomes 0
@@ -16,7 +16,7 @@ CPO_DEVICE int64_t sort_key(double x) {
   return bits < 0 ? bits ^ INT64_MAX : bits;
 }
 
-// The two values of a pair that are sorted, each against its like. aot: L_w - L_l and ref_w - ref_l; aot_unpaired: r_w
+// The two values of a pair, each of which is sorted over the pairs. aot: L_w - L_l and ref_w - ref_l; aot_unpaired: r_w
 // and r_l.
 struct AotValues {
   double high, low;
@@ -42,7 +42,7 @@ CPO_DEVICE AotPair aot_pair(const PreferenceInput& in, int64_t p, bool unpaired)
   return {values, sort_key(values.high), sort_key(values.low)};
 }
 
-// A block ranks the pairs of one tile, a pair for each thread, against all pairs, tile by tile.
+// A block ranks the pairs of one tile, one per thread, against all pairs, tile by tile.
 template <int kThreads>
 CPO_KERNEL(kThreads, 1)
 aot_rank_kernel(const PreferenceInput in, bool unpaired) {

@@ -1,12 +1,12 @@
-// Sums over the threads of a block in one fixed order.
+// Sums over the threads of a block in a fixed order.
 #pragma once
 
 #include "device.h"
 
 namespace cpo::cuda {
 
-// The sum of every thread's x, for all of them. `scratch`, shared memory for kThreads / kWarp values, is free again
-// afterwards.
+// The sum of every thread's x, returned to all of them. `scratch`, shared memory for kThreads / kWarp values, may be
+// reused afterwards.
 template <int kThreads, typename T>
 CPO_DEVICE T block_sum(T x, void* scratch) {
   T* const sums = static_cast<T*>(scratch);

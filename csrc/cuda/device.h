@@ -1,7 +1,7 @@
-// What the kernels need of the machine: threads, barriers, shuffles, clusters, 16-byte accesses, conversions, launches.
+// The kernels' interface to the GPU: threads, barriers, shuffles, clusters, 16-byte accesses, conversions, launches.
 //
-// A kernel file takes raw pointers, holds no torch code, and reaches the machine only through this file. That is what
-// lets tests/host_cuda/host_device.h run the same sources on a CPU, with the same names and CPO_HOST_CUDA defined.
+// A kernel file takes raw pointers, has no torch code, and uses the GPU only through this file. So
+// tests/host_cuda/host_device.h can run the same sources on a CPU, with the same names and CPO_HOST_CUDA defined.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,8 @@ struct DeviceInfo {
   bool clusters;  // blocks can share their shared memory: compute capability 9.0 and up
 };
 
-// Where a kernel runs. `cluster` blocks, a divisor of `grid`, are resident together and see each other's shared memory.
+// The shape of a launch. `cluster`, a divisor of `grid`: that many blocks are resident together and can access each
+// other's shared memory.
 struct LaunchShape {
   int64_t grid;
   int block;
@@ -36,7 +37,7 @@ struct LaunchShape {
   void* stream;
 };
 
-// Calls run with each flag as std::true_type or std::false_type.
+// Calls run(...) with each flag as std::true_type or std::false_type.
 template <typename Run>
 void with_flags(const Run& run) {
   run();
@@ -64,7 +65,7 @@ void with_flags(const Run& run, bool flag, Flags... flags) {
 #include <stdexcept>
 
 #define CPO_DEVICE __device__ __forceinline__
-// A kernel of up to `threads` threads a block, with registers for `blocks` blocks on a multiprocessor.
+// A kernel of up to `threads` threads per block, with registers for `blocks` blocks on a multiprocessor.
 #define CPO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace cpo::cuda {
@@ -112,14 +113,14 @@ CPO_DEVICE int cluster_rank() {
   return 0;
 #endif
 }
-// Every thread of the cluster arrives once and waits once; what was written before an arrival is seen after the wait.
-// Not the `.aligned` forms: those want whole warps that have not diverged.
+// Every thread of the cluster arrives once and waits once; writes before an arrival are visible after the wait.
+// Not the `.aligned` forms, which require whole warps that have not diverged.
 CPO_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
-// An arrival that says only that this thread has come here, and waits for no store.
+// An arrival that only signals that this thread has got here, without waiting for its stores.
 CPO_DEVICE void cluster_arrive_relaxed() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
@@ -130,7 +131,7 @@ CPO_DEVICE void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
-// The same place in the shared memory of block `rank` of the cluster.
+// The same address in the shared memory of block `rank` of the cluster.
 template <typename T>
 CPO_DEVICE T* cluster_shared(T* pointer, int rank) {
 #if __CUDA_ARCH__ >= 900
@@ -168,7 +169,7 @@ CPO_DEVICE float reciprocal_approx(float x) {
 }
 // A sum that is never contracted with a product into an fma.
 CPO_DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }
-// A product that is rounded before anything is added to it: never the inside of an fma.
+// A product that is rounded before anything is added to it: never part of an fma.
 CPO_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 CPO_DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 CPO_DEVICE void unpack_half2(uint32_t w, float& low, float& high) {
@@ -194,14 +195,14 @@ CPO_DEVICE uint32_t high_bits_of(double x) { return uint32_t(__double2hiint(x));
 
 inline void check_cuda(cudaError_t status, const char* op, const char* call) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // or the next, innocent call reports it
+  cudaGetLastError();  // clears the error, which the next call would report otherwise
   std::ostringstream message;
   message << op << ": " << call << " failed: " << cudaGetErrorString(status) << " (" << cudaGetErrorName(status) << ")";
   throw std::runtime_error(message.str());
 }
 
-// `kernel`: any of those to be launched. Built for an older target (an architecture list without 9.0) it knows nothing
-// of clusters, even where the device does.
+// `kernel`: any of those to be launched. If built for an older target (an architecture list without 9.0), it cannot use
+// clusters even if the device has them.
 template <typename Kernel>
 DeviceInfo device_info(const char* op, int device, Kernel kernel) {
   DeviceInfo info{};
@@ -216,14 +217,14 @@ DeviceInfo device_info(const char* op, int device, Kernel kernel) {
   return info;
 }
 
-// Waits for the stream, then reads.
+// Synchronises with the stream, then reads.
 inline void copy_to_host(const char* op, void* to, const void* from, size_t bytes, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, s), op, "cudaMemcpyAsync to the host");
   check_cuda(cudaStreamSynchronize(s), op, "cudaStreamSynchronize");
 }
 
-// From memory that the host may free afterwards: what is not page-locked is read before the call returns.
+// The host may free the source afterwards: memory that is not page-locked is read before the call returns.
 inline void copy_to_device(const char* op, void* to, const void* from, size_t bytes, void* stream) {
   check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)), op,
              "cudaMemcpyAsync to the device");

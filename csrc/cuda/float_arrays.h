@@ -1,5 +1,5 @@
-// Arrays of float64 or float32, told apart at run time: the small ops compute in float64 whatever they are given, and
-// one kernel instead of one for every combination of dtypes is what that costs.
+// Arrays of float64 or float32, distinguished at run time: the small ops always compute in float64, so one kernel
+// serves every combination of dtypes.
 #pragma once
 
 #include "device.h"
@@ -7,14 +7,14 @@
 namespace cpo::cuda {
 
 struct FloatArray {
-  const void* data;  // null where the array is not given
+  const void* data;  // null if the array is not given
   bool is_double;
 
   CPO_DEVICE bool given() const { return data != nullptr; }
   CPO_DEVICE double at(int64_t i) const {
     return is_double ? static_cast<const double*>(data)[i] : double(static_cast<const float*>(data)[i]);
   }
-  // x[i] = element begin + i for i < count, and for the rest a repetition of the last one: all loads in flight at once.
+  // x[i] = element begin + i for i < count, the last one repeated beyond: all loads are in flight at once.
   template <int n>
   CPO_DEVICE void read(int64_t begin, int count, double (&x)[n]) const {
     if (is_double) {

@@ -8,7 +8,7 @@
 namespace cpo::cuda {
 namespace {
 
-// lse and what else is given for each row, on the device of the logits.
+// Checks lse and other per-row tensors, which must be on the device of the logits.
 void check_arguments(const char* op, const Tensor& logits, const Tensor& labels, const Tensor& lse,
                      const Tensor& row_sums, const Optional& anchors, int64_t set_rows, const Head& head) {
   check_token_arguments_on_device(op, logits, labels, head, anchors);
@@ -20,7 +20,7 @@ void check_arguments(const char* op, const Tensor& logits, const Tensor& labels,
   }
 }
 
-// columns [sum of a_k] stay on the device, unread by the host; offsets [sets + 1], on the host, say how many there are.
+// columns [sum of a_k] stay on the device, unread by the host; offsets [sets + 1] on the host give their numbers.
 void check_columns(const char* op, const Tensor& columns, Tensor& offsets, int64_t sets, const char* like_name,
                    const Tensor& like) {
   check_dtype("columns", columns, ScalarType::Long);

@@ -1,18 +1,17 @@
-// live_columns, live_grads and live_sum: the columns of the vocabulary in which a set of rows has a gradient worth a
-// product, the gradient there, and dW of the sets' products. Formulas: cpo_kernels/reference/live_columns.py; s_tv =
+// live_columns, live_grads and live_sum: the columns of the vocabulary in which a set of rows has a significant
+// gradient, the gradient there, and dW from the sets' products. Formulas: cpo_kernels/reference/live_columns.py; s_tv =
 // softmax_tv * dz/du.
 //
-//   prepare   a row's softmax, once a row and not once a tile
+//   prepare   the softmax of a row, once per row instead of once per tile
 //   sets      a block owns a tile of the vocabulary of one set: each warp sweeps some of its rows and keeps the largest
-//             s and the sum of its columns in registers; the warps meet at the end
-//   row_sums  the tiles of a row, added in order
-//   gather    a warp a row: its set's live columns
-//   find      where the products of a set hold a row of dW: a search for each, once, whose latency the whole grid
-//   hides;
-//             in `sum` every block would wait for it again for each of its sets
-//   sum       a warp owns some rows of a tile of dW in registers, walks the sets in order, and rounds once
+//             s and the sum of its columns in registers; the warps are combined at the end
+//   row_sums  adds the tiles of a row in order
+//   gather    one warp per row: the live columns of its set
+//   find      the index of each row of dW in the products of each set: one search each, whose latency the whole grid
+//             hides; in `sum` every block would wait for it again for each of its sets
+//   sum       a warp holds some rows of a tile of dW in registers, walks the sets in order, and rounds once
 //
-// No atomics: same bits every time. A row that does not count has factor 0, and its logits are not read.
+// No atomics: results are bitwise reproducible. A row that does not count has factor 0, and its logits are not read.
 #pragma once
 
 #include "row_gradient.h"
@@ -20,11 +19,11 @@
 namespace cpo::cuda {
 
 constexpr int kSetThreads = 128;
-constexpr int kTileVectors = 2;  // of a lane: 512 16-bit columns a tile, whose tops and sums are 32 registers
-constexpr int kTileRows = 2;     // rows of a warp whose loads are in flight together
-constexpr int kGathered = 4;     // columns of a lane whose loads are in flight together
+constexpr int kTileVectors = 2;  // per lane: 512 16-bit columns per tile, whose maxima and sums take 32 registers
+constexpr int kTileRows = 2;     // rows per warp whose loads are in flight together
+constexpr int kGathered = 4;     // columns per lane whose loads are in flight together
 constexpr int kSumThreads = 128;
-constexpr int kSumRows = 4;  // of dW, of a warp: they share the reads of `tails`; 16-bit sums of 8 rows would spill
+constexpr int kSumRows = 4;  // rows of dW per warp, which share the reads of `tails`; 16-bit sums of 8 rows would spill
 
 template <typename T>
 constexpr int kTile = kWarp * kTileVectors * Number<T>::kPer;
@@ -35,7 +34,7 @@ struct RowShift {
   Acc shift, factor;
 };
 
-// What a set adds to a row of dW: `tail` times its tails, and row `made` of the products; -1: it has no product there.
+// The terms of a set in a row of dW: `tail` times its tails, and row `made` of the products; -1 if it has no product.
 template <typename Acc>
 struct alignas(2 * sizeof(Acc)) RowOfSet {
   Acc tail;
@@ -47,7 +46,7 @@ CPO_DEVICE bool counts(const Problem<T>& p, const AccOf<T>* lse, int64_t i) {
   return p.labels[i] != p.ignore_index && fabs(lse[i]) < AccOf<T>(INFINITY);
 }
 
-// lacks [rows]: what the y lack; or null.
+// lacks [rows]: the constants that the y lack; or null.
 template <typename T, int kThreads>
 CPO_KERNEL(kThreads, 1)
 prepare_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* lacks, RowShift<AccOf<T>>* shifts) {
@@ -57,7 +56,7 @@ prepare_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* lacks, RowShif
   shifts[i] = counts(p, lse, i) ? RowShift<AccOf<T>>{s.shift, s.factor * p.scale} : RowShift<AccOf<T>>{0, 0};
 }
 
-// The place of number e of vector j of this lane in its tile. Rows on 16-byte boundaries are read in vectors, others
+// The index in its tile of number e of vector j of this lane. Rows on 16-byte boundaries are read in vectors, others
 // one number at a time, 32 neighbours together.
 template <typename T, bool kWide>
 CPO_DEVICE int place_in_tile(int j, int e) {
@@ -66,8 +65,8 @@ CPO_DEVICE int place_in_tile(int j, int e) {
   return kWide ? (j * kWarp + lane) * kPer + e : (j * kPer + e) * kWarp + lane;
 }
 
-// Vector j of a tile that begins at `first`; -inf behind the vocabulary. Packed, whatever the path: unpacked numbers
-// that wait for their turn would cost twice the registers.
+// Vector j of a tile that begins at `first`; -inf beyond the vocabulary. It is packed on every path: unpacked numbers
+// would take twice the registers until they are used.
 template <typename T, bool kWide>
 CPO_DEVICE Pack load_vector(const T* row, int first, int j, int columns) {
   constexpr int kPer = Number<T>::kPer;
@@ -90,7 +89,7 @@ CPO_DEVICE Acc warp_sum(Acc x) {
   return x;
 }
 
-// live, tail [sets, columns], partial [tiles, rows]. Shared memory: a top and a sum of each warp for each column.
+// live, tail [sets, columns], partial [tiles, rows]. Shared memory: a maximum and a sum per warp and column.
 template <typename T, int kThreads, bool kSoftcap, bool kAnchored, bool kWide>
 CPO_KERNEL(kThreads, (sizeof(T) == 8 ? 512 : 640) / kThreads)
 sets_kernel(Problem<T> p, const RowShift<AccOf<T>>* shifts, AccOf<T> threshold, int64_t set_rows, int64_t tiles,
@@ -178,7 +177,7 @@ sets_kernel(Problem<T> p, const RowShift<AccOf<T>>* shifts, AccOf<T> threshold, 
   }
 }
 
-// row_sums [rows]: NaN where a row with a label has no finite lse.
+// row_sums [rows]: NaN if a row with a label has no finite lse.
 template <typename T, int kThreads>
 CPO_KERNEL(kThreads, 1)
 row_sums_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* partial, int64_t tiles, AccOf<T>* row_sums) {
@@ -190,7 +189,7 @@ row_sums_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* partial, int6
   row_sums[i] = AccOf<T>(total);
 }
 
-// [g_A, tau] of every set, one behind the other; ids [sum of a_k], offsets [sets + 1]; `blocks` of each set.
+// [g_A, tau] of all sets, concatenated; ids [sum of a_k], offsets [sets + 1]; `blocks` per set.
 template <typename T, int kThreads, bool kSoftcap, bool kAnchored>
 CPO_KERNEL(kThreads, 1)
 gather_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* row_sums, const int64_t* ids, const int64_t* offsets,
@@ -202,7 +201,7 @@ gather_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* row_sums, const
   const int64_t i = set * set_rows + within;
   if (within >= set_rows || i >= p.rows) return;
   const int64_t first = offsets[set], count = offsets[set + 1] - first, label = p.labels[i];
-  T* const g = out + set_rows * (first + set) + within * (count + 1);  // sets before have set_rows rows
+  T* const g = out + set_rows * (first + set) + within * (count + 1);  // earlier sets have set_rows rows
   const T* const row = p.logits + i * p.stride;
   const bool counted = counts(p, lse, i);
   const Softmax<Acc> s = softmax_of_lse(lse[i], lacking<kSoftcap, kAnchored>(p, i), p);
@@ -238,7 +237,7 @@ gather_kernel(Problem<T> p, const AccOf<T>* lse, const AccOf<T>* row_sums, const
   g[count] = rounded<T>(counted ? (total > 0 ? Acc(0) : total) : none);
 }
 
-// found [sets, padded]. Without order in a set's ids a search ends at another of its rows, never outside them.
+// found [sets, padded]. If a set's ids are not sorted, a search ends at another of its rows, never outside them.
 template <typename T, int kThreads>
 CPO_KERNEL(kThreads, 1)
 find_kernel(const T* tail, int64_t stride, int64_t columns, int64_t padded, int64_t count, const int64_t* ids,
@@ -259,7 +258,7 @@ find_kernel(const T* tail, int64_t stride, int64_t columns, int64_t padded, int6
   found[i] = {q, low < end && ids[low] == v ? int32_t(low) : -1};
 }
 
-// This lane's numbers of a row of tails, in the order of load_vector; 0 behind the row.
+// This lane's numbers of a row of tails, in the order of load_vector; 0 beyond the row.
 template <typename T, bool kWide>
 CPO_DEVICE void load_tails(const AccOf<T>* row, int first, int width, AccOf<T> (&x)[Number<T>::kPer]) {
   using Acc = AccOf<T>;
@@ -338,7 +337,7 @@ sum_kernel(const RowOfSet<AccOf<T>>* found, const AccOf<T>* tails, const T* made
 
 inline int64_t shares(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-// Numbers of the accumulation type that launch_live_columns wants in device memory.
+// Numbers of the accumulation type that launch_live_columns needs in device memory.
 template <typename T>
 int64_t live_scratch_size(const Problem<T>& p) {
   return p.rows * (2 + shares(p.columns, kTile<T>));
@@ -382,7 +381,7 @@ constexpr int kSumBlockRows = kSetThreads / kWarp * kSumRows;
 
 inline int64_t padded_rows(int64_t columns) { return shares(columns, kSumBlockRows) * kSumBlockRows; }
 
-// Numbers of the accumulation type that launch_live_sum wants in device memory.
+// Numbers of the accumulation type that launch_live_sum needs in device memory.
 inline int64_t sum_scratch_size(int64_t sets, int64_t columns) { return 2 * sets * padded_rows(columns); }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// Element types: how 16 bytes become numbers and back, and the functions of the accumulation types.
+// Element types: conversion of 16 bytes to numbers and back, and functions of the accumulation types.
 #pragma once
 
 #include <math.h>

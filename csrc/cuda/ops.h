@@ -1,4 +1,4 @@
-// The CUDA ops, and what each of them needs of torch: its tensors on one device, that device and its stream current.
+// The CUDA ops, and what each needs from torch: its tensors on one device, and that device and its stream current.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,7 +8,7 @@
 
 namespace cpo::cuda {
 
-// Makes the device of a tensor the current one while it lives.
+// Makes a tensor's device the current one during its lifetime.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
@@ -27,7 +27,7 @@ inline std::string device_of(const Tensor& t) {
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another kind of device";
 }
 
-// `t` is where `like` is; the op runs there.
+// Checks that `t` is on the device of `like`, where the op runs.
 inline void check_device(const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
   check(t.is_cuda() && t.get_device_index() == like.get_device_index(), name, " is on ", device_of(t), " and ",
         like_name, " on ", device_of(like), ": move one of them");

@@ -1,5 +1,5 @@
-// preference on the GPU: checks, outputs and launches. What is checked on the CPU and would need a copy from the device
-// here (which sequences `pairs` names) ends as NaN in the kernel instead.
+// preference on the GPU: checks, outputs and launches. Checks that the CPU backend makes but that would need a copy
+// from the device here (the sequences in `pairs`) are replaced by NaN in the kernel's results.
 #include <cstring>
 
 #include "ops.h"

@@ -1,9 +1,9 @@
-// preference: who is chosen, the loss of every pair and its gradient, in one launch.
+// preference: which response is chosen, the loss of every pair and its gradient, in one launch.
 //
-// A block owns a tile of pairs, one for each thread, and `rows` sequences. It writes the losses and metrics of its
-// pairs and the gradient of its sequences; block 0 adds up the loss. Whatever else it needs it computes itself: it
-// looks at all pairs, and computes the loss of those that touch its sequences. So nothing is handed from block to
-// block, every sum has a fixed order, and the launch does not depend on the data.
+// A block owns a tile of pairs, one per thread, and `rows` sequences. It writes the losses and metrics of its pairs and
+// the gradient of its sequences; block 0 sums the loss. It computes whatever else it needs itself: it reads all pairs,
+// and computes the loss of those that contain one of its sequences. So blocks do not communicate, every sum has a fixed
+// order, and the launch does not depend on the data.
 //
 // aot and aot_unpaired sort over the batch: one launch before this one ranks the pairs (aot_rank.cuh).
 #pragma once
@@ -16,13 +16,13 @@
 
 namespace cpo::cuda {
 
-// What beta multiplies in the reported rewards: L - ref, or L, or L / n where no loss type needs a reference.
+// The factor of beta in the reported rewards: L - ref, or, if no loss type needs a reference, L or L / n.
 enum class Reward { kRatio, kSum, kMean };
 
-// The order of the n non-tied pairs, for one loss type. Null where it is not asked for.
+// The order of the n non-tied pairs, for one loss type. Null if not requested.
 struct AotOrder {
-  int64_t* rank;   // [2, P]: at which rank the upper, the lower value of a pair stands
-  double* sorted;  // [2, P]: the upper, the lower value that stands at a rank
+  int64_t* rank;   // [2, P]: the rank of the upper and the lower value of a pair
+  double* sorted;  // [2, P]: the upper and the lower value at a rank
   int64_t* upper;  // [P]: the pair of the upper value at a rank
   int64_t* live;   // [P]: the first n are the non-tied pairs
 };
@@ -56,7 +56,7 @@ struct PreferenceOutput {
 
 CPO_DEVICE bool is_sequence(const PreferenceInput& in, int64_t s) { return s >= 0 && s < in.num_sequences; }
 
-// 0 of an array that is not given; NaN for a sequence that does not exist.
+// 0 if the array is not given; NaN for a sequence that does not exist.
 CPO_DEVICE double of_sequence(const PreferenceInput& in, const FloatArray& values, int64_t s) {
   if (!values.given()) return 0.0;
   return is_sequence(in, s) ? values.at(s) : NAN;
@@ -76,7 +76,7 @@ CPO_DEVICE double weight_of(const PreferenceInput& in, int64_t p) {
   return in.pair_weights.given() ? in.pair_weights.at(p) : 1.0;
 }
 
-constexpr int kObjectives = 4;  // whose loads are in flight together
+constexpr int kObjectives = 4;  // objectives whose loads are in flight together
 
 // Delta R of sequence `first` minus `second`: NaN where no objective of positive weight is rated on both sides,
 // infinite without scores.
@@ -96,7 +96,7 @@ CPO_DEVICE double value_gap(const PreferenceInput& in, int64_t p, int64_t first,
     for (int i = 0; i < kObjectives; ++i) {
       const bool rated = i < count && a[i] == a[i] && b[i] == b[i] && weight[i] > 0.0;
       const double condition = in.conditions.given() ? c[i] : NAN;
-      // Not contracted into an fma: two gains that cancel must leave exactly 0.
+      // Not contracted into an fma: two gains that cancel must give exactly 0.
       gain = add_rn(gain, rated ? weighted_gain(a[i], b[i], condition, weight[i], strength[i]) : 0.0);
       total += rated ? weight[i] : 0.0;
     }
@@ -110,7 +110,7 @@ struct Oriented {
   int sign;    // +1: the first is chosen, -1: the second, 0: a tie
 };
 
-// A pair with a sequence that does not exist is no tie: its loss is NaN, through its log-probs.
+// A pair with a sequence that does not exist is not a tie: its log-probs, and so its loss, are NaN.
 CPO_DEVICE Oriented orient(const PreferenceInput& in, int64_t p) {
   const int64_t first = in.pairs[2 * p], second = in.pairs[2 * p + 1];
   const double gap = is_sequence(in, first) && is_sequence(in, second) ? value_gap(in, p, first, second) : INFINITY;
@@ -120,7 +120,7 @@ CPO_DEVICE Oriented orient(const PreferenceInput& in, int64_t p) {
 
 // ---- aot ------------------------------------------------------------------------------------------------------------
 
-// The k-th loss compares the k-th upper with the k-th lower value; it stands at the pair of the upper one.
+// The k-th loss compares the k-th upper with the k-th lower value; it belongs to the pair of the upper one.
 CPO_DEVICE ValueAndSlope aot_at(const PreferenceInput& in, const AotOrder& order, int64_t k) {
   const double upper = order.sorted[k], lower = order.sorted[in.num_pairs + k];
   const ValueAndSlope term = aot_loss(upper, lower, beta_of(in, order.live[k]), in.options);
@@ -128,8 +128,8 @@ CPO_DEVICE ValueAndSlope aot_at(const PreferenceInput& in, const AotOrder& order
   return {weight * term.value, weight * term.slope};
 }
 
-// The loss at pair p; the gradient goes to the responses that hold the two sorted values: in aot the pair of the upper
-// one holds both.
+// The loss at pair p. The gradient goes to the responses of the two sorted values; in aot both belong to the pair of
+// the upper one.
 CPO_DEVICE LossTerm aot_term(const PreferenceInput& in, const AotOrder& order, bool unpaired, int64_t p) {
   const ValueAndSlope upper = aot_at(in, order, order.rank[p]);
   const double lower_slope = unpaired ? aot_at(in, order, order.rank[in.num_pairs + p]).slope : upper.slope;
@@ -152,7 +152,7 @@ CPO_DEVICE LossPair loss_pair(const PreferenceInput& in, int64_t p, const Orient
           nll_scale};
 }
 
-// Every listed loss of a non-tied pair, weighted.
+// The weighted sum of all listed losses for a non-tied pair.
 CPO_DEVICE LossTerm weighted_terms(const PreferenceInput& in, int64_t p, const LossPair& pair) {
   LossTerm sum{0.0, 0.0, 0.0};
   for (int j = 0; j < in.num_losses; ++j) {
@@ -179,7 +179,7 @@ CPO_DEVICE double reward(const PreferenceInput& in, double beta, double logp, do
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-constexpr int kParts = 8;  // threads that add up one row of the gradient
+constexpr int kParts = 8;  // threads that sum one row of the gradient
 
 template <int kThreads>
 struct PreferenceShared {
@@ -194,7 +194,7 @@ struct Divisors {
   double nll_scale;  // of L_w in an NLL term
 };
 
-// Non-tied pairs and tokens of their chosen responses, where they are not given: every block counts them.
+// The numbers of non-tied pairs and of tokens of their chosen responses; every block counts them if they are not given.
 template <int kThreads>
 CPO_DEVICE Divisors divisors(const PreferenceInput& in, void* scratch) {
   double pairs = in.divisor, tokens = in.chosen_tokens;
@@ -214,12 +214,12 @@ CPO_DEVICE Divisors divisors(const PreferenceInput& in, void* scratch) {
   return {pairs, pairs / (tokens > 1.0 ? tokens : 1.0)};
 }
 
-// The row of a block that a sequence is, counted from its first sequence; -1 for another block's.
+// The row of a sequence within this block, counted from its first sequence; -1 if it belongs to another block.
 CPO_DEVICE int row_of(int64_t sequence, int64_t base, int rows) {
   return sequence >= base && sequence < base + rows ? int(sequence - base) : -1;
 }
 
-// sums[row] += what the pairs of a tile give to row. kParts neighbouring threads share a row.
+// sums[row] += the terms of a tile's pairs for row. kParts neighbouring threads share a row.
 template <int kThreads>
 CPO_DEVICE void add_to_rows(PreferenceShared<kThreads>& tile, int rows) {
   const int part = thread_index() % kParts;
@@ -261,7 +261,7 @@ preference_kernel(const PreferenceInput in, const PreferenceOutput out, int rows
       const Oriented who = orient(in, p);
       const LossPair pair = loss_pair(in, p, who, divisor.nll_scale);
       sign = who.sign;
-      if (sign != 0) term = weighted_terms(in, p, pair);  // what stands at a tie may be NaN
+      if (sign != 0) term = weighted_terms(in, p, pair);  // terms of a tie may be NaN
       loss += term.loss;
       live += sign != 0;
       unrated += who.gap != who.gap;

@@ -17,7 +17,7 @@ inline bool lists(const PreferenceInput& in, int type) {
   return std::find(in.loss_types, in.loss_types + in.num_losses, type) != in.loss_types + in.num_losses;
 }
 
-// Sets the losses, each type once (listed twice, it counts with both weights), and what follows from them.
+// Sets the losses and what depends on them. Each type appears once; if it is listed twice, its weights are added.
 inline void set_losses(PreferenceInput& in, const int64_t* types, const double* weights, size_t count) {
   in.num_losses = 0;
   bool reference_free = true, averaged = false, nll = false;
@@ -36,7 +36,7 @@ inline void set_losses(PreferenceInput& in, const int64_t* types, const double* 
   if (!nll) in.chosen_tokens = 1.0;                                                      // not used: not counted
 }
 
-constexpr int64_t kManySequences = 4096;  // 128 blocks of 32 rows, about one for each multiprocessor
+constexpr int64_t kManySequences = 4096;  // 128 blocks of 32 rows, about one per multiprocessor
 
 template <int kThreads = 256>
 void launch_preference(const PreferenceInput& in, const PreferenceOutput& out, void* stream) {

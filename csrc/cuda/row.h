@@ -1,7 +1,7 @@
-// Where the columns of a row of logits lie, and which of them a thread holds.
+// The layout of a row of logits, and which of its columns a thread holds.
 //
 // A row is `head` columns up to its first 16-byte boundary, `vectors` of 16 bytes, and fewer than kPer columns after
-// them. The blocks that share a row count their threads as one: thread `first` of `stride` holds the vectors first,
+// them. Threads are numbered over all blocks that share a row: thread `first` of `stride` holds the vectors first,
 // first + stride, ... in chunks of kVectors, and the first few threads hold one of the outer columns each, the edges.
 #pragma once
 
@@ -9,17 +9,17 @@
 
 namespace cpo::cuda {
 
-// Vectors of a chunk: the 16-byte loads that a thread has in flight. kStreamed is enough for a single sweep; what a
-// thread of the fused kernel loads last it also holds in registers, as much as 64 of them allow without spills (seen
-// with nvcc 13.0 for every target: 8 plain vectors, 5 beside a softcap or the extras).
+// Vectors of a chunk: the 16-byte loads that a thread has in flight. kStreamed is enough for a single sweep. A thread
+// of the fused kernel keeps its last chunk in registers: as many vectors as 64 registers hold without spills (with nvcc
+// 13.0 for every target: 8, or 5 with a softcap or the extras).
 constexpr int kStreamed = 4;
 constexpr int kHeldPlain = 8, kHeldBeside = 5;
 
-// The problem as every row sees it. z = nat * y, with y = tanh(inner * logit) under a softcap and y = logit without.
+// What all rows share. z = nat * y, with y = tanh(inner * logit) under a softcap and y = logit without.
 // Exponentials are E^(c y - shift), E = 2 for float (one instruction) and e for double: c = nat / log E.
 //
-// With anchors row i lacks the constant anchors[i]. Under a softcap y = tanh(inner * logit + offset); without one all
-// of a row's y lack it too, and its outputs get it back.
+// With anchors, the constant anchors[i] was subtracted from row i. Under a softcap y = tanh(inner * logit + offset);
+// without one all y of the row lack the constant too, and it is added to the row's outputs.
 template <typename T>
 struct Problem {
   T* logits;              // [rows, width], `stride` elements from row to row
@@ -27,23 +27,22 @@ struct Problem {
   int64_t rows, stride, ignore_index;
   int width, columns;  // the vocabulary is the first `columns`
   AccOf<T> nat, c, inner, scale;
-  const AccOf<T>* anchors;  // [2, rows], what the rows lack and the exact logits of their labels; or null
+  const AccOf<T>* anchors;  // [2, rows], the subtracted constants and the exact logits of the labels; or null
 };
 
-// What the y of row i add to inner * logit. Kernels that are not kAnchored have no anchors; those that are may have
-// some.
+// The offset added to inner * logit in row i. Kernels that are not kAnchored have no anchors; kAnchored ones may have.
 template <bool kSoftcap, bool kAnchored, typename T>
 CPO_DEVICE AccOf<T> offset_of(const Problem<T>& p, int64_t i) {
   return kSoftcap && kAnchored && p.anchors ? p.anchors[i] * p.inner : AccOf<T>(0);
 }
 
-// What the y of row i lack.
+// The constant that the y of row i lack.
 template <bool kSoftcap, bool kAnchored, typename T>
 CPO_DEVICE AccOf<T> lacking(const Problem<T>& p, int64_t i) {
   return !kSoftcap && kAnchored && p.anchors ? p.anchors[i] : AccOf<T>(0);
 }
 
-// The exact logit of the label of row i, less what the row lacks, as those that the row holds.
+// The exact logit of the label of row i, less the constant of the row, like the stored ones.
 template <typename T>
 CPO_DEVICE AccOf<T> exact_logit(const Problem<T>& p, int64_t i) {
   return p.anchors[p.rows + i] - p.anchors[i];

@@ -1,9 +1,9 @@
-// What follows from a row's sums: its outputs, and its gradient
+// From the sums of a row to its outputs and its gradient
 //
 //     dlogit_v = [grad (onehot_v - p_v) - grad_H p_v (log p_v + H)] * scale * (1 - tanh^2),
 //     p_v = softmax_v = factor E^(c y_v - shift), with the gradients of the log-prob and of the entropy H
 //
-// At the label 1 - p cancels where the model is sure; there it is -expm1(logp).
+// At the label 1 - p would cancel if p is close to 1; there it is computed as -expm1(logp).
 #pragma once
 
 #include "row_sums.h"
@@ -14,7 +14,7 @@ template <typename Acc>
 struct Outputs {
   Acc* logp;   // [rows]
   Acc* lse;    // [rows]
-  Acc* extra;  // [4, rows], where asked for: entropy, log sum p^2, mean z, 1 where the label has the top logit
+  Acc* extra;  // [4, rows], if requested: entropy, log sum p^2, mean z, 1 if the label has the largest logit
 };
 
 // A row's softmax, and its log-prob as nat * (y - top) - log_sum.
@@ -23,20 +23,20 @@ struct Softmax {
   Acc shift, factor, top, log_sum;
 };
 
-// The column of a label; -1 where it is out of range.
+// The column of a label; -1 if it is out of range.
 template <typename T>
 CPO_DEVICE int column_of(const Problem<T>& p, int64_t label) {
   return label >= 0 && label < p.columns ? int(label) : -1;
 }
 
-// What the row holds of its label; NaN where the label is out of range.
+// The label's logit as stored; NaN if the label is out of range.
 template <typename T>
 CPO_DEVICE AccOf<T> stored_logit(const T* row, int column) {
   return column >= 0 ? widened(row[column]) : AccOf<T>(NAN);
 }
 
-// Sums are taken relative to their largest term as it was rounded: where it is all there is, its logarithm is 0.
-// `y_label` is NaN where the label is out of range, and then all of the row is.
+// Sums are taken relative to their largest term as rounded: if it is the only term, the logarithm is 0.
+// `y_label` is NaN if the label is out of range, which makes the whole row NaN.
 template <typename T>
 CPO_DEVICE Softmax<AccOf<T>> softmax_of(const Sums<AccOf<T>>& a, AccOf<T> y_label, const Problem<T>& p) {
   using Acc = AccOf<T>;
@@ -45,8 +45,8 @@ CPO_DEVICE Softmax<AccOf<T>> softmax_of(const Sums<AccOf<T>>& a, AccOf<T> y_labe
   return {shift, isnan(y_label) ? y_label : Acc(1) / a.sum, a.top, log_sum};
 }
 
-// The same from a log-sum-exp and what the y lack. What rounding lse / nat and its product with c leaves goes into the
-// factor.
+// The same from a log-sum-exp and the constant that the y lack. The rounding errors of lse / nat and of its product
+// with c go into the factor.
 template <typename T>
 CPO_DEVICE Softmax<AccOf<T>> softmax_of_lse(AccOf<T> lse, AccOf<T> lacking, const Problem<T>& p) {
   using Acc = AccOf<T>;
@@ -59,11 +59,11 @@ CPO_DEVICE Softmax<AccOf<T>> softmax_of_lse(AccOf<T> lse, AccOf<T> lacking, cons
 // A row's label once the row is summed.
 template <typename Acc>
 struct Label {
-  Acc y;        // NaN where the label is out of range
-  bool is_top;  // what the row holds of it is its top
+  Acc y;        // NaN if the label is out of range
+  bool is_top;  // the stored logit is the largest of the row
 };
 
-// stored: y of the label as the row holds it. The sums get the exact one.
+// stored: y of the label as stored. The exact one replaces it in the sums.
 template <bool kSoftcap, bool kExtras, bool kAnchored, typename T>
 CPO_DEVICE Label<AccOf<T>> label_of(Sums<AccOf<T>>& a, AccOf<T> stored, AccOf<T> offset, int64_t i,
                                     const Problem<T>& p) {
@@ -104,8 +104,8 @@ struct Upstream {
   Acc logp, entropy, value;
 };
 
-// What makes the gradient of a column from its t = c y - shift: E^t (factor + rise t), times 1 - tanh^2 under a
-// softcap. A row without a gradient of its entropy has no rise.
+// The gradient of a column from its t = c y - shift: E^t (factor + rise t), times 1 - tanh^2 under a softcap. rise is 0
+// if the entropy has no gradient.
 template <typename Acc>
 struct Weights {
   Acc shift, factor, rise, offset;
@@ -122,8 +122,8 @@ CPO_DEVICE AccOf<T> gradient_of(AccOf<T> logit, const Weights<AccOf<T>>& w, cons
   return kSoftcap ? g * slope : g;
 }
 
-// Overwrites this thread's part of a row with its gradient, last chunk first: what was read last is still in the cache,
-// or, if `held`, in `v`. x_label: the label's logit, which only its owner may read once the writing has begun.
+// Overwrites this thread's part of a row with its gradient, last chunk first: the chunk read last is still in the cache
+// or, if `held`, in `v`. x_label: the label's logit, which only its owner may read once writing has begun.
 template <bool kSoftcap, bool kAnchored, bool kEntropy, int kThreads, int kVectors, typename T>
 CPO_DEVICE void write(const Row<T>& row, const Part<kThreads, kVectors>& part, const Problem<T>& p, int label,
                       AccOf<T> x_label, AccOf<T> offset, const Softmax<AccOf<T>>& s, const Upstream<AccOf<T>>& grad,

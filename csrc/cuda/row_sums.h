@@ -1,6 +1,7 @@
 // What a row's log-probs need: its largest y and sums of exponentials, in one sweep (online softmax, Milakov and
-// Gimelshein 2018). Every thread keeps its own maximum and raises its sums once per 16-byte vector, so that a 16-bit
-// column costs 1.1 exponentials. Lanes, warps, blocks of a cluster and pieces of a row then meet in a fixed order.
+// Gimelshein 2018). Every thread keeps its own maximum and rescales its sums once per 16-byte vector, so a 16-bit
+// column takes 1.1 exponentials. Lanes, warps, blocks of a cluster and pieces of a row are then combined in a fixed
+// order.
 #pragma once
 
 #include "row.h"
@@ -16,16 +17,15 @@ struct Sums {
   CPO_DEVICE static Sums none() { return {-Acc(INFINITY), 0, 0, 0, 0}; }
 };
 
-// Rounded to one number, so that all exponentials of a row are relative to the same. A row that is all -inf has sums of
-// 0, whatever its shift.
+// Rounded once, so that all exponentials of a row are relative to the same number. A row that is all -inf has sums of 0
+// for any shift.
 template <typename Acc>
 CPO_DEVICE Acc shift_of(Acc top, Acc c) {
   return top == -Acc(INFINITY) ? Acc(0) : mul_rn(top, c);
 }
 
-// Makes the sums relative to a larger top; the factor is the caller's to apply to `sum`. Where nothing is left of them
-// they become 0 by choice, not by product: relative to a top such as -3e38 that masks use for -inf, they may be
-// infinite.
+// Rescales the sums to a larger top; the caller applies the factor to `sum`. If the factor is 0, they are set to 0
+// instead of multiplied: relative to a top such as -3e38, which masks use for -inf, they may be infinite.
 template <bool kExtras, typename Acc>
 CPO_DEVICE Acc raise(Sums<Acc>& a, Acc top, Acc c) {
   const Acc step = a.top == top ? Acc(0) : mul_rn(a.top, c) - shift_of(top, c);
@@ -40,7 +40,7 @@ CPO_DEVICE Acc raise(Sums<Acc>& a, Acc top, Acc c) {
   return left ? factor : Acc(0);
 }
 
-// y, and slope = 1 - tanh^2 under a softcap; without one, slope stays.
+// y, and slope = 1 - tanh^2 under a softcap; without one, slope is not changed.
 template <bool kSoftcap, bool kAnchored, typename T>
 CPO_DEVICE AccOf<T> y_and_slope(const Problem<T>& p, AccOf<T> logit, AccOf<T> offset, AccOf<T>& slope) {
   if (!kSoftcap) return logit;
@@ -53,7 +53,7 @@ CPO_DEVICE AccOf<T> y_of(const Problem<T>& p, AccOf<T> logit, AccOf<T> offset) {
   return y_and_slope<kSoftcap, kAnchored>(p, logit, offset, slope);
 }
 
-// Takes `n` logits into the sums.
+// Adds `n` logits to the sums.
 template <bool kSoftcap, bool kExtras, bool kAnchored, int n, typename T>
 CPO_DEVICE void fold(Sums<AccOf<T>>& a, AccOf<T> (&x)[n], const Problem<T>& p, AccOf<T> offset) {
   using Acc = AccOf<T>;
@@ -102,7 +102,7 @@ CPO_DEVICE Sums<AccOf<T>> scan(const Row<T>& row, const Part<kThreads, kVectors>
   return a;
 }
 
-// The sums of the warp, the same bits in every lane.
+// The sums of the warp, bitwise equal in every lane.
 template <bool kExtras, typename Acc>
 CPO_DEVICE Sums<Acc> meet(Sums<Acc> a, Acc c) {
   Acc top = a.top;
@@ -137,9 +137,9 @@ CPO_DEVICE Sums<Acc> meet_block(Sums<Acc> a, Acc c, Sums<Acc>* slots) {
   return meet<kExtras>(slots, kThreads / kWarp, c);
 }
 
-// The sums of the cluster, in every thread. Each block gives its own to all the others, into `slots` [cluster size] of
-// their shared memory. They must have started (the kernel begins with cluster_arrive_relaxed); and as no block
-// reads from another, each may leave when it likes.
+// The sums of the cluster, in every thread. Each block writes its own to all others, into `slots` [cluster size] of
+// their shared memory. Those must have started (the kernel begins with cluster_arrive_relaxed). No block reads from
+// another, so each may exit at any time.
 template <bool kExtras, typename Acc>
 CPO_DEVICE Sums<Acc> meet_cluster(Sums<Acc> a, Acc c, Sums<Acc>* slots) {
   cluster_wait();
@@ -149,8 +149,8 @@ CPO_DEVICE Sums<Acc> meet_cluster(Sums<Acc> a, Acc c, Sums<Acc>* slots) {
   return meet<kExtras>(slots, cluster_size(), c);
 }
 
-// The sums with `y` in place of a column's `stored` one, which passed through the dtype of the logits. They become
-// relative to y where that is most of them: where it is all there is, their logarithm is 0, whatever they held before.
+// Replaces the `stored` y of a column, which was rounded to the dtype of the logits, by `y`. The sums become relative
+// to y if that is most of them: if it is the only term, their logarithm is 0, whatever they were before.
 template <bool kExtras, typename Acc>
 CPO_DEVICE void replace(Sums<Acc>& a, Acc stored, Acc y, Acc c) {
   const Acc old = shift_of(a.top, c), t_stored = fma(stored, c, -old), power_stored = exp_unit(t_stored);

@@ -16,7 +16,7 @@ void sum(const Tensor& logps, const Tensor& cu, const Tensor& weights, bool aver
 
 }  // namespace
 
-// cu_seqlens stays on the device: a sequence that leaves the tokens becomes NaN instead of an error.
+// cu_seqlens stays on the device: a sequence beyond the tokens gives NaN instead of an error.
 Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average) {
   const ScalarType type = token_logps.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double, kOp, ": token_logps must be float32 or float64, got ",

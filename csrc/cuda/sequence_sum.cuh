@@ -1,5 +1,5 @@
-// sequence_sum: L_s = sum of m_t logp_t over the tokens [cu[s], cu[s + 1]), in float64. One block a sequence; thread t
-// adds the tokens t, t + kThreads, ... and the block adds its threads in a fixed order.
+// sequence_sum: L_s = sum of m_t logp_t over the tokens [cu[s], cu[s + 1]), in float64. One block per sequence: thread
+// t adds the tokens t, t + kThreads, ..., and the block adds the sums of its threads in a fixed order.
 #pragma once
 
 #include "block_sum.h"
@@ -7,9 +7,9 @@
 
 namespace cpo::cuda {
 
-constexpr int kTokensInFlight = 4;  // loads of a thread before their first use
+constexpr int kTokensInFlight = 4;  // loads of a thread before the first is used
 
-// logps, weights [tokens] (weights may be null), cu [sequences + 1], out [sequences]: NaN where cu leaves [0, tokens].
+// logps, weights [tokens] (weights may be null), cu [sequences + 1], out [sequences]: NaN if cu leaves [0, tokens].
 template <typename T, int kThreads>
 CPO_KERNEL(kThreads, 1)
 sequence_sum_kernel(const T* logps, const int64_t* cu, const T* weights, bool average, int64_t tokens, T* out) {

@@ -1,5 +1,4 @@
-// What the ops over logits [N, V] on the GPU share: the head's options, checks, and the problem as their kernels see
-// it.
+// What the ops over logits [N, V] on the GPU share: the head's options, checks, and the arguments of their kernels.
 #pragma once
 
 #include "../token_logps_checks.h"
@@ -8,7 +7,7 @@
 
 namespace cpo::cuda {
 
-constexpr int64_t kMaxColumns = int64_t(1) << 30;  // column numbers are 32-bit, row addresses 64-bit
+constexpr int64_t kMaxColumns = int64_t(1) << 30;  // column indices are 32-bit, row addresses 64-bit
 
 struct Head {
   int64_t ignore_index, vocab_size;
@@ -32,7 +31,7 @@ inline void check_token_arguments_on_device(const char* op, const Tensor& logits
 
 inline Optional dense_pairs(const Optional& t) { return t ? Optional(dense(*t)) : t; }
 
-// Null where they are not given.
+// Null if not given.
 template <typename T>
 const AccOf<T>* data_of_pairs(const Optional& pairs) {
   return pairs ? data_of<AccOf<T>>(*pairs) : nullptr;
@@ -49,7 +48,7 @@ void with_type_of(const Tensor& logits, const Run& run) {
   }
 }
 
-// overwritten: else the pointer is read as const, which must not split a copy-on-write tensor.
+// overwritten: if false, the pointer is taken as const, so that a copy-on-write tensor is not copied.
 template <typename T>
 Problem<T> problem_in(const Tensor& logits, const Tensor& labels, const Head& head, const Optional& anchors,
                       bool overwritten) {

@@ -6,7 +6,7 @@
 namespace cpo::cuda {
 namespace {
 
-// A copy from the device that the stream must be waited for; without it a label out of range makes its row NaN.
+// Needs a copy from the device and a synchronisation; without this check a label out of range makes its row NaN.
 void check_labels_if_asked(const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab_size,
                            void* stream) {
   const char* wanted = std::getenv("CPO_KERNELS_CHECK");

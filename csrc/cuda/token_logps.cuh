@@ -1,12 +1,12 @@
-// Token log-probs over logits [rows, width]: the kernels. A row is worth one sweep of reads and, for a gradient, one
-// of writes; nothing else touches device memory.
+// Token log-probs over logits [rows, width]: the kernels. A row takes one sweep of reads and, for a gradient, one of
+// writes; nothing else accesses device memory.
 //
-//   scan     fwd: sums of a row, or of a piece of it where rows are too few to fill the machine
-//   combine  the pieces of a row meet
-//   write    bwd_ from lse and the incoming gradient, or fused_ from what combine left
+//   scan     fwd: sums of a row, or of a piece of it if there are too few rows to fill the GPU
+//   combine  combines the pieces of a row
+//   write    bwd_ from lse and the incoming gradient, or fused_ from the results of combine
 //   fused    scan and write of a row in one kernel, by one block or the blocks of a cluster. The last chunk that a
-//            thread reads stays in its registers: rows of up to `cluster` chunks are read once. In longer ones the
-//            chunks before it are read again, from the L2 cache while it holds them.
+//            thread reads stays in its registers: rows of up to `cluster` chunks are read once. In longer rows the
+//            earlier chunks are read again, from the L2 cache while it holds them.
 #pragma once
 
 #include "row_gradient.h"
@@ -19,7 +19,7 @@ constexpr int blocks_for(int threads) {
   return (sizeof(T) == 8 ? 512 : 1024) / threads;
 }
 
-// pieces = 1: the outputs; else only sums [rows, pieces].
+// Writes the outputs if pieces = 1, else only sums [rows, pieces].
 template <typename T, int kThreads, bool kSoftcap, bool kExtras, bool kAnchored>
 CPO_KERNEL(kThreads, blocks_for<T>(kThreads))
 scan_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, Sums<AccOf<T>>* sums) {
@@ -47,7 +47,7 @@ scan_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, Sums<AccOf<T>>* sum
   }
 }
 
-// One warp a row. softmaxes [rows]: for write_kernel, or null.
+// One warp per row. softmaxes [rows]: for write_kernel, or null.
 template <typename T, bool kSoftcap, bool kExtras, bool kAnchored>
 CPO_KERNEL(kWarp, 1)
 combine_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, const Sums<AccOf<T>>* sums,
@@ -68,8 +68,8 @@ combine_kernel(Problem<T> p, Outputs<AccOf<T>> out, int pieces, const Sums<AccOf
   if (softmaxes) softmaxes[i] = s;
 }
 
-// softmaxes [rows] with grad = 1, or, where they are null, lse and grads [rows]. entropies [2, rows]: see Upstream;
-// where they are null there is none.
+// Takes softmaxes [rows], with grad = 1, or, if they are null, lse and grads [rows]. entropies [2, rows]: see Upstream;
+// may be null.
 template <typename T, int kThreads, bool kSoftcap, bool kAnchored, bool kEntropy>
 CPO_KERNEL(kThreads, blocks_for<T>(kThreads))
 write_kernel(Problem<T> p, int pieces, const Softmax<AccOf<T>>* softmaxes, const AccOf<T>* lse, const AccOf<T>* grads,

@@ -1,4 +1,4 @@
-// Which kernels run for which problem, on how many blocks. The numbers are derived, not measured: see each.
+// Which kernels run for which problem, on how many blocks. The numbers are derived, not measured, as stated at each.
 #pragma once
 
 #include <algorithm>
@@ -7,12 +7,12 @@
 
 namespace cpo::cuda {
 
-// Two blocks of 512 threads a multiprocessor hold 128 KB of logits in registers. To copy at full rate about 26 KB must
-// be in flight there (4.3 TB/s over 132 multiprocessors at 0.8 us), so one may wait at a barrier while the other reads.
+// Two blocks of 512 threads on a multiprocessor hold 128 KB of logits in registers. To copy at full rate, about 26 KB
+// must be in flight (4.3 TB/s over 132 multiprocessors at 0.8 us), so one may wait at a barrier while the other reads.
 constexpr int kTokenThreads = 512;
-constexpr int kResident = 2;       // blocks a multiprocessor that a launch should have before rows are no longer split
+constexpr int kResident = 2;       // blocks per multiprocessor from which on rows are not split
 constexpr int kMaxPieces = kWarp;  // one warp combines them
-constexpr int kMaxCluster = 8;     // blocks that every device with clusters can place
+constexpr int kMaxCluster = 8;     // cluster size that every device with clusters supports
 
 template <typename T>
 Problem<T> problem_of(T* logits, const int64_t* labels, int64_t rows, int64_t stride, int64_t width, int64_t columns,
@@ -38,7 +38,7 @@ struct Plan {
   int cluster;  // blocks of a row, for fused; 0: the row is split, and fused is not used
 };
 
-// Blocks that share a row: as many as fill the machine; each thread of them has a vector at least.
+// Blocks that share a row: enough to fill the GPU, while each thread has at least one vector.
 template <int kThreads>
 int pieces_of(int64_t rows, int64_t vectors, const DeviceInfo& device) {
   const int64_t wanted = (int64_t(kResident) * device.multiprocessors + rows - 1) / rows;
@@ -61,7 +61,7 @@ Plan plan_of(const Problem<T>& p, bool softcap, bool extras, const DeviceInfo& d
   return plan_of<kThreads>(p.rows, p.columns / Number<T>::kPer, held, device);
 }
 
-// Numbers of the accumulation type that the launches below want in device memory.
+// Numbers of the accumulation type that the launches below need in device memory.
 template <typename T>
 int64_t scratch_size(const Problem<T>& p, const Plan& plan, bool overwrite) {
   using Acc = AccOf<T>;

@@ -9,7 +9,6 @@ from cpo_kernels import library, reference
 from cpo_kernels.backends.vocab_parallel import Backend
 from cpo_kernels.check.run import poisoned
 from cpo_kernels.head import inputs, nll, strategy
-from cpo_kernels.head import token_logps as head_token_logps
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import BACKENDS, EVERY_BACKEND, LOW_PRECISION, make_batch, relative_error, true_seq_logps
 
@@ -204,14 +203,17 @@ def test_positions_without_label_are_never_projected(monkeypatch, train_head):
     batch = make_batch(dtype=torch.float32, bias=False)
     weight = batch.weight if train_head else batch.weight.detach()
     count = [0]
-    for name in ("mm", "addmm"):
 
-        def counting(*args, function=getattr(torch, name), **kwargs):
+    def counted(product):
+        def counting(*args, **kwargs):
             a, b = args[-2:]
             count[0] += a.shape[0] * a.shape[1] * b.shape[1]
-            return function(*args, **kwargs)
+            return product(*args, **kwargs)
 
-        monkeypatch.setattr(torch, name, counting)
+        return counting
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
     rows = int(batch.lengths().sum())
     one = rows * 24 * 101
     for budget, products in (((rows - 1) * 101 * 4, 4), (None, 3)):

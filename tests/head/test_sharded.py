@@ -221,8 +221,8 @@ def dtensors(rank):
     shards = cpo.VocabShards(dist.group.WORLD, (VOCAB,) + (0,) * (world - 1))
     for match, given in (
         ("must be Shard", (replicated, whole)),
-        ("hidden is a DTensor and weight is not", (replicated, batch.weight)),
-        ("leave vocab_shards out", (replicated, weight, None, shards)),
+        ("hidden is a DTensor but weight is not", (replicated, batch.weight)),
+        ("omit vocab_shards", (replicated, weight, None, shards)),
         ("must both be DTensors", (replicated, weight, batch.bias)),
     ):
         hidden, weight_, *rest = given

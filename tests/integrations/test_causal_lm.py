@@ -279,7 +279,7 @@ def test_a_head_that_a_device_map_has_dispatched():
     seen = model(**inputs, labels=labels, fused_lm_head=True).log_probs
     assert relative_error(seen * (labels[:, 1:] != -100), own_logps(own, batch)) < 2e-6
     add_hook_to_module(own.lm_head, AlignDevicesHook(offload=True))
-    with pytest.raises(TypeError, match="Linear with another forward, a plain nn.Linear is needed"):
+    with pytest.raises(TypeError, match="Linear with another forward, but a plain nn.Linear is needed"):
         add_fused_head(own)
 
 
@@ -338,7 +338,7 @@ def test_a_saved_head_is_the_active_adapters():
 def test_adapters_that_the_base_model_would_drop_are_refused():
     peft = pytest.importorskip("peft")
     head = peft.get_peft_model(make("LlamaForCausalLM"), peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
-    refused(head, "Take 'lm_head' out of target_modules")
+    refused(head, "Remove 'lm_head' from target_modules")
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     refused(peft.get_peft_model(make("LlamaForCausalLM"), prompt), "PROMPT_TUNING adapter adds virtual tokens")
 
@@ -349,7 +349,7 @@ def test_trained_rows_of_the_head_are_refused_for_what_they_are():
         model = make("LlamaForCausalLM", tie_word_embeddings=tied)
         refused(
             lora(model, trainable_token_indices=indices),
-            r"puts rows of its own .* Leave trainable_token_indices out; modules_to_save=\['lm_head'\] trains the head",
+            r"by its own, .* Omit trainable_token_indices; modules_to_save=\['lm_head'\] trains the head",
         )
     lora_only = lora(make("LlamaForCausalLM", tie_word_embeddings=False), trainable_token_indices=[3, 4])
     assert_same(lora_only, make_batch())  # only of the embeddings

@@ -484,8 +484,8 @@ def test_the_order_of_a_heads_arguments(arguments, message):
     "arguments, message",
     [
         ((torch.randint(101, (4, 9)), torch.randn(4, 9, 101)), "logits and labels are swapped"),
-        ((HIDDEN, WEIGHT, LABELS), "a weight and hidden states go to linear_token_logps"),
-        ((WEIGHT, HIDDEN, LABELS), "a weight and hidden states go to linear_token_logps"),
+        ((HIDDEN, WEIGHT, LABELS), "for hidden states and a weight use linear_token_logps"),
+        ((WEIGHT, HIDDEN, LABELS), "for hidden states and a weight use linear_token_logps"),
         ((torch.randn(4, 8, 101), LABELS), "logits[:, :-1] and labels[:, 1:]"),
         ((torch.randn(4, 9, 101), LABELS.float()), "labels must be int64, got torch.float32"),
     ],

@@ -172,7 +172,7 @@ def test_a_compiled_body_computes_the_same_at_every_length():
     "model, training, reason",
     [
         ({"quantize": "4bit"}, {"train": "all"}, r"a 4-bit model can only train adapters: .* \(now all\)"),
-        ({}, {"train": "lora", "lora": {"targets": ["lm_head"]}}, "Take 'lm_head' out of target_modules"),
+        ({}, {"train": "lora", "lora": {"targets": ["lm_head"]}}, "Remove 'lm_head' from target_modules"),
         ({"quantize": "8bit"}, {}, "model.quantize: '8bit' is not one of 4bit"),
         ({"name": None, "config": tiny.MODEL, "quantize": "4bit"}, {"train": "lora"}, "model.config creates new ones"),
         ({}, {"optimizer": "lion"}, "training.optimizer: 'lion' is not one of adamw, adamw_8bit"),
