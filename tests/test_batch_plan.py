@@ -147,10 +147,11 @@ def test_ops_that_wait_are_left_out_of_cuda_graphs(monkeypatch):
         logps = cpo.sequence_logps(logps.flatten(), torch.arange(9) * labels.shape[1])
         for loss_type, more in (("sigmoid", {}), ("aot", {}), ("sigmoid", {"ld_alpha": 0.5})):
             cpo.FusedLinearCPOLoss(OBJECTIVES, loss_type=loss_type, **more)(*leaves, **rated, **ref).loss.backward()
+        cpo.FusedLinearKTOLoss()(*leaves, desirable=logps > logps.mean(), kl=0.0, **ref).loss.backward()
         cpo.CPOLoss(OBJECTIVES)(logps, **rated, **ref).loss.backward()
     assert mode.ran == set(library.BODIES)
     assert (
-        mode.waited == {op for op in library.BODIES if torch.Tag.cudagraph_unsafe in op.tags} and len(mode.waited) == 4
+        mode.waited == {op for op in library.BODIES if torch.Tag.cudagraph_unsafe in op.tags} and len(mode.waited) == 5
     )
 
 

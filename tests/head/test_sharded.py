@@ -80,6 +80,15 @@ def preference(case, hidden, weight, bias, batch, options):
     return out.loss, (out.seq_logps, out.losses, out.chosen_rewards)
 
 
+def kto(case, hidden, weight, bias, batch, options):
+    loss_fn = cpo.FusedLinearKTOLoss(0.3, memory_budget=case.get("budget"), softcap=6.0)
+    ref = {"ref_hidden": batch.hidden.detach().flip(0)} if case.get("ref_hidden") else {"ref_logps": batch.ref_logps}
+    kl = loss_fn.kl(hidden, weight, batch.labels, bias, ref_hidden=batch.hidden.detach() * 0.5, **options)
+    desirable = torch.tensor([True, False, False, True])
+    out = loss_fn(hidden, weight, batch.labels, bias, desirable=desirable, kl=kl, **ref, **options)
+    return out.loss, (out.seq_logps, out.losses, out.kl)
+
+
 LOSSES = {
     "sigmoid": {},
     "chunks": {"budget": 18 * ROW},  # two sequences at a time
@@ -102,6 +111,9 @@ CASES = {
     "nll": (nll, {}),
     "nll-chunks": (nll, {"budget": 5 * ROW}),
     **{f"loss-{name}": (preference, case) for name, case in LOSSES.items()},
+    "kto": (kto, {"budget": 18 * ROW}),
+    "kto-pieces": (kto, {"budget": 3 * ROW, "ref_hidden": True}),
+    "kto-frozen": (kto, {"train_head": False, "ref_hidden": True}),
 }
 
 

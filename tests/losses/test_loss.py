@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -474,7 +475,8 @@ HIDDEN, WEIGHT, LABELS = torch.randn(4, 9, 24), torch.randn(101, 24), torch.rand
     ],
 )
 def test_the_order_of_a_heads_arguments(arguments, message):
-    doors = [cpo.FusedLinearCPOLoss(loss_type="simpo"), cpo.linear_nll, cpo.linear_token_logps]
+    kto = partial(cpo.FusedLinearKTOLoss(), desirable=LABELS[:, 0] > 50, kl=0.0, ref_logps=torch.zeros(4))
+    doors = [cpo.FusedLinearCPOLoss(loss_type="simpo"), cpo.linear_nll, cpo.linear_token_logps, kto]
     for door in doors:
         with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             door(*arguments)
