@@ -21,7 +21,25 @@ from cpo_kernels.losses.sequences import PolicyHead, ReferenceModel, label_count
 from cpo_kernels.ops.sequence_logps import SequenceLogps
 from cpo_kernels.reference.kto import check_kto, kto_kl
 
-LOSS_TYPES = ("kto", "apo_zero_unpaired")
+
+class UnpairedType(NamedTuple):
+    formula: str  # r = L - ref
+    source: str
+    has_kl: bool  # a reference point; else it is 0
+
+
+LOSS_TYPES = {
+    "kto": UnpairedType(
+        "desirable_weight (1 - sigmoid(beta (r - kl))), or undesirable_weight (1 - sigmoid(beta (kl - r)))",
+        "KTO, Ethayarajh et al. 2024 (arXiv 2402.01306) eq. 7.",
+        True,
+    ),
+    "apo_zero_unpaired": UnpairedType(
+        "desirable_weight (1 - sigmoid(beta r)), or undesirable_weight sigmoid(beta r)",
+        "The two terms of APO-zero, D'Oosterlinck et al. 2024 (arXiv 2408.06266) eq. 7, one of each response.",
+        False,
+    ),
+}
 
 
 class KTOOutput(NamedTuple):
@@ -103,7 +121,7 @@ class FusedLinearKTOLoss(nn.Module):
             if not (math.isfinite(number) and (number > 0 if name == "beta" else number >= 0)):
                 kind = "positive" if name == "beta" else ">= 0"
                 raise ValueError(f"{name} must be {kind} and finite, got {number}")
-        if loss_type not in LOSS_TYPES:
+        if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}: losses of pairs are "
                 "FusedLinearCPOLoss's"
@@ -210,19 +228,21 @@ class FusedLinearKTOLoss(nn.Module):
         return (sums[0] / sums[1].clamp(min=1)).clamp(min=0).to(seq_logps.dtype)
 
     def _reference_point(self, kl: Tensor | float | None) -> Tensor | float:
-        if self.loss_type == "apo_zero_unpaired" and kl is None:
+        if kl is None and not LOSS_TYPES[self.loss_type].has_kl:
             return 0.0
         self._has_reference_point("kl")
         if kl is None:
-            raise ValueError("loss_type 'kto' needs kl, its reference point: see the method kl(), or give kl=0.0")
+            raise ValueError(
+                f"loss_type {self.loss_type!r} needs kl, its reference point: see the method kl(), or give kl=0.0"
+            )
         check_types("a number or tensor", kl=kl)
         if not isinstance(kl, Tensor) and not math.isfinite(kl):
             raise ValueError(f"kl must be finite, got {kl}")
         return kl
 
     def _has_reference_point(self, what: str) -> None:
-        if self.loss_type == "apo_zero_unpaired":
-            raise ValueError(f"loss_type 'apo_zero_unpaired' has no reference point: remove {what}")
+        if not LOSS_TYPES[self.loss_type].has_kl:
+            raise ValueError(f"loss_type {self.loss_type!r} has no reference point: remove {what}")
 
     def _sequences(self, policy: PolicyHead, reference: ReferenceModel, cu_seqlens: Tensor | None) -> _Sequences:
         """All inputs but KTO's own, checked."""

@@ -24,6 +24,7 @@ def names(tmp_path):
     batch = make_batch(dtype=torch.float32, bias=False)
     given = {name: getattr(batch, name) for name in ("hidden", "weight", "labels", "ref_logps")}
     given |= {"cpo": cpo, "torch": torch, "F": F, "beta": 0.3, "ref_hidden": (batch.hidden * 0.9).detach()}
+    given |= {"desirable": torch.tensor([True, False, False, True]), "kl": torch.tensor(0.4)}
     return given | {"folder": str(tmp_path)}
 
 
@@ -33,7 +34,7 @@ def trl_names():
     from tests.support.trl_runs import DATA, TOKENIZER, make
 
     settings = {"bf16": False, "use_cpu": True, "max_steps": 2, "logging_steps": 1, "optim": "sgd", "report_to": []}
-    settings |= {"disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False}
+    settings |= {"disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False, "learning_rate": 0.03}
     return {"model": make, "tokenizer": TOKENIZER, "dataset": datasets.Dataset.from_dict(DATA), "settings": settings}
 
 
@@ -56,5 +57,7 @@ def test_before_and_after(title, before, after, tmp_path):
 
 
 def test_every_section_has_pairs_of_snippets():
-    assert list(SECTIONS) == ["Your own DPO loss", "Supervised fine-tuning", "Liger", "TRL"]
-    assert len(SNIPPETS) == 6
+    assert list(SECTIONS) == [
+        "Your own DPO loss", "Supervised fine-tuning", "Liger", "TRL", "TRL's CPO and ORPO trainers"
+    ]  # fmt: skip
+    assert len(SNIPPETS) == 9
