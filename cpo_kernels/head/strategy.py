@@ -6,6 +6,8 @@ In products of N*H*V multiply-adds, N labelled rows:
     frozen     2  weight and bias need no gradient: dX unscaled is made while the chunk is there
     pairs      3  loss known, chunks are whole groups of linked pairs: dX and dW are made in the forward pass
     nll        3  loss known and separable by token (linear_nll), any chunks
+    kto        3  loss known and separable by sequence (FusedLinearKTOLoss): chunks are whole sequences; 4 on the rows
+                  of one that does not fit the budget
     deferred   3  one pair that does not fit the budget, its two coefficients opposite: dW is scaled when they are known
     two_pass   4  loss known, but a group does not fit the budget or the loss couples all pairs
     recompute  4  trainable head under a loss that is not known yet
@@ -39,7 +41,10 @@ from cpo_kernels.head.relative import anchor_bytes
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
 SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12, 64 rows 4.4%, whose terms q weigh twice
-PRODUCTS = {"forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "deferred": 3, "two_pass": 4, "recompute": 4, "live": 3}
+PRODUCTS = {
+    "forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "kto": 3, "deferred": 3, "two_pass": 4, "recompute": 4, "live": 3,
+}  # fmt: skip
+LOSSES = ("preference", "kto", "nll", "unknown")  # of `explain`
 
 
 # Beside relative logits the error of dX on real rows grows to 1.07 times that of exact gradients in bfloat16
@@ -148,8 +153,10 @@ def explain(
     Args:
         num_tokens: labelled positions; prompts and padding do not count.
         train_hidden, train_head: whether the hidden states, and weight or bias, need a gradient.
-        loss: "preference" (FusedLinearCPOLoss), "nll" (linear_nll) or "unknown" (linear_token_logps).
-        group_tokens: labelled positions of the largest group of linked pairs, num_tokens if None.
+        loss: "preference" (FusedLinearCPOLoss), "kto" (FusedLinearKTOLoss), "nll" (linear_nll) or "unknown"
+            (linear_token_logps).
+        group_tokens: labelled positions of the largest group of linked pairs, under "kto" of the longest sequence;
+            num_tokens if None. A sequence beyond the budget is counted as if all were.
         couples_pairs: the loss couples all pairs (aot, aot_unpaired).
         one_pair: the batch is one pair, under a loss with opposite coefficients (sigmoid and others, reverse KL).
         memory_budget: bytes of logits held at a time; the default depends on the device.
@@ -173,8 +180,8 @@ def explain(
         )
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-    if loss not in ("preference", "nll", "unknown"):
-        raise ValueError(f"loss must be 'preference', 'nll' or 'unknown', got {loss!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     check_types("a number", live_share=live_share)
     if not 0.0 <= live_share <= 1.0:
         raise ValueError(f"live_share must lie in [0, 1], got {live_share}")
@@ -189,8 +196,8 @@ def explain(
         strategy = "live"
     elif loss == "unknown":
         strategy = "recompute"
-    elif loss == "nll":
-        strategy = "nll"
+    elif loss in ("nll", "kto"):
+        strategy = loss
     else:
         strategy = preference_strategy(num_tokens, group, couples_pairs, one_pair, limit)
     row_bytes = row_stride(vocab_size, dtype, torch.device(device)) * dtype.itemsize
@@ -200,6 +207,8 @@ def explain(
         plan = replace(plan, products=1 + live_share * (1 + train_hidden), extra_bytes=plan.extra_bytes + round(kept))
     elif eps and train_hidden:
         plan = replace(plan, products=plan.products - 1 + live_share)
+    if strategy == "kto" and group > limit:
+        plan = replace(plan, products=plan.products + 1)
     tiles = tile_bytes(plan.chunk_rows, hidden_size, dtype, torch.device(device))
     looks = anchor_bytes(plan.chunk_rows, hidden_size, vocab_size, dtype)
     return replace(plan, extra_bytes=plan.extra_bytes + tiles + looks)
@@ -216,7 +225,7 @@ def _plan(
     strategy: str, num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, limit: int, row_bytes: int,
     train_hidden: bool, train_head: bool,
 ) -> Plan:  # fmt: skip
-    rows = min(num_tokens, limit) if strategy == "pairs" else even_rows(num_tokens, limit)
+    rows = min(num_tokens, limit) if strategy in ("pairs", "kto") else even_rows(num_tokens, limit)
     chunks = max(1, -(-num_tokens // max(rows, 1)))
     logits = rows * row_bytes
     accumulator = 0

@@ -254,7 +254,7 @@ def linear_token_logps(
     """Token log-probs from hidden states: logp_t = z_{t,y_t} - logsumexp_v z_{t,v}, z = softcap(scale * (x W^T + b)).
 
     The logits never exist as a whole. The gradient is the true vector-Jacobian product for any upstream gradient: with
-    2 products where weight and bias are frozen, 4 where they train (`FusedLinearCPOLoss` and `linear_nll` need 3).
+    2 products where weight and bias are frozen, 4 where they train (the fused losses and `linear_nll` need 3).
 
     Args:
         hidden: [..., H], already shifted: position t predicts label t.

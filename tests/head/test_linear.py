@@ -577,5 +577,9 @@ def test_explain_follows_the_budget():
     rows = {v: cpo.explain(10**7, 4096, v, device="cuda", loss="nll") for v in (49_152, 128_256, 256_000)}
     assert [p.chunk_rows for p in rows.values()] == [8191, 4176, 2096]  # even shares of 8192, 4176 and 2096
     assert cpo.explain(8192, 4096, 128_256, device="cuda", group_tokens=1024).logits_bytes <= 1 << 30
-    with pytest.raises(ValueError, match="'preference', 'nll' or 'unknown', got 'mse'"):
+    plan = cpo.explain(5000, 896, 151936, loss="kto", group_tokens=500)
+    assert (plan.strategy, plan.products, plan.chunk_rows) == ("kto", 3, 1104) and plan.num_chunks == 5
+    assert cpo.explain(5000, 896, 151936, loss="kto", group_tokens=1105).products == 4
+    assert cpo.explain(5000, 896, 151936, loss="kto", train_head=False).products == 2
+    with pytest.raises(ValueError, match="one of preference, kto, nll, unknown, got 'mse'"):
         cpo.explain(1, 1, 1, loss="mse")

@@ -417,7 +417,7 @@ def test_misuse_of_ratings_names_the_value(change, message):
         ("DPO_loss", "DPO is 'sigmoid'"),
         ("cpo", "'contrastive_cpo', Controllable is 'sigmoid' with objectives"),
         ("CDPO", "'sigmoid' with objectives"),
-        ("kto_pair", "cpo_kernels.kto_loss"),
+        ("kto_pair", "cpo_kernels.FusedLinearKTOLoss"),
         ("kto", "cpo_kernels.kto_loss"),
         ("dpop", "['sigmoid', 'sft']"),
         ("odpo", "'sigmoid' with margin"),
