@@ -159,7 +159,7 @@ class FusedLinearKTOLoss(nn.Module):
         vocab_shards: VocabShards | None = None,
     ) -> KTOOutput:
         """hidden [S, T, H] with labels [S, T], or packed [N, H] and [N] with cu_seqlens [S + 1]; labels already
-        shifted.
+        shifted. With a trainable head on a GPU the host waits once, for the lengths.
 
         Args:
             desirable: bool [S].

@@ -279,12 +279,11 @@ def test_a_reference_point_gets_no_gradient():
 
 
 def own_part(rank):
-    """The reference point over both processes: 2 sequences here, 4 there; then of a process without any."""
+    """The reference point over both processes: 2 sequences here, 4 there; of a process without any; below 0."""
     batch, part = sample(), [slice(0, 2), slice(2, 6)][rank]
-    ref_logps = batch.ref_logps - 4
     loss_fn, points = cpo.FusedLinearKTOLoss(), []
-    for rows in (part, [slice(0), slice(6)][rank]):
-        given = {"ref_logps": ref_logps[rows], "group": dist.group.WORLD}
+    for rows, shift in ((part, -4), ([slice(0), slice(6)][rank], -4), (part, 4)):
+        given = {"ref_logps": batch.ref_logps[rows] + shift, "group": dist.group.WORLD}
         points.append(loss_fn.kl(batch.hidden[rows], batch.weight, batch.labels[rows], batch.bias, **given))
     return points
 
@@ -295,7 +294,7 @@ def test_the_reference_point_over_processes():
     want = (true_seq_logps(batch) - batch.ref_logps + 4).mean().item()
     assert want > 0
     for points in run_processes(own_part, 2):
-        assert [point.item() for point in points] == pytest.approx([want, want])
+        assert [point.item() for point in points] == pytest.approx([want, want, 0.0])
 
 
 @pytest.mark.parametrize("train_head", [True, False])
