@@ -1,5 +1,7 @@
 """`kto_loss` fused with the head: unpaired responses, from hidden states to the loss and all gradients."""
 
+from __future__ import annotations  # some builds of torch have no process groups
+
 import inspect
 import math
 from typing import Any, Literal, NamedTuple
