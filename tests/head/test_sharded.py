@@ -89,6 +89,13 @@ def kto(case, hidden, weight, bias, batch, options):
     return out.loss, (out.seq_logps, out.losses, out.kl)
 
 
+def unpaired(hidden, weight, labels, bias):
+    """KTO with its reference point, all from these hidden states."""
+    loss_fn, ref = cpo.FusedLinearKTOLoss(memory_budget=18 * ROW), {"ref_hidden": hidden.detach() * 0.5}
+    kl = loss_fn.kl(hidden, weight, labels, bias, **ref)
+    return loss_fn(hidden, weight, labels, bias, desirable=labels[:, -1] > 30, kl=kl, **ref).loss
+
+
 LOSSES = {
     "sigmoid": {},
     "chunks": {"budget": 18 * ROW},  # two sequences at a time
@@ -215,6 +222,7 @@ def dtensors(rank):
         loss_fn = cpo.FusedLinearCPOLoss(memory_budget=18 * ROW)
         own = {"pairs": PAIRS, "ref_hidden": hidden.detach() * 0.5}
         loss = loss_fn(hidden, weight, batch.labels, bias, **own).loss
+        loss = loss + unpaired(hidden, weight, batch.labels, bias)
         loss = loss + (cpo.linear_token_logps(hidden, weight, batch.labels, bias) * UPSTREAM).sum()
         loss.backward()
         assert hidden.grad.placements == ((placement,) if name != "replicated" else hidden.grad.placements)
@@ -362,6 +370,7 @@ def test_dtensors_say_how_the_head_is_sharded(world, placement):
     loss = cpo.FusedLinearCPOLoss()(
         batch.hidden, batch.weight, batch.labels, batch.bias, pairs=PAIRS, ref_hidden=batch.hidden.detach() * 0.5
     ).loss
+    loss = loss + unpaired(batch.hidden, batch.weight, batch.labels, batch.bias)
     loss = loss + (cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias) * UPSTREAM).sum()
     want = torch.autograd.grad(loss, batch.leaves)
     for *_, seen in ranks(world):
