@@ -25,7 +25,10 @@ from benchmarks.claims import report as claims_report
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import HEAD_IMPLEMENTATIONS
 from cpo_kernels.environment import processor
+from cpo_kernels.head.inputs import HeadConfig
 from cpo_kernels.integrations.heads import HEADS
+from cpo_kernels.losses.kto import LOSS_TYPES as UNPAIRED
+from cpo_kernels.losses.kto import FusedLinearKTOLoss
 from cpo_kernels.reference.loss_types import LOSS_TYPES
 
 ROOT = Path(__file__).parent.parent
@@ -248,6 +251,16 @@ def loss_types_table() -> str:
     return "\n".join(lines)
 
 
+def unpaired_table() -> str:
+    """A row for each loss type of `FusedLinearKTOLoss`."""
+    lines = ["| `loss_type` | loss of a response | source | options that it honours |", "|---|---|---|---|"]
+    own = inspect.signature(FusedLinearKTOLoss).parameters.keys() - {*HeadConfig._fields, "loss_type", "impl"}
+    for name, loss in UNPAIRED.items():
+        options = ", ".join(f"`{option}`" for option in sorted(own | ({"kl"} if loss.has_kl else set())))
+        lines.append(f"| `{name}` | `{loss.formula}` | {loss.source} | {options} |")
+    return "\n".join(lines)
+
+
 def models_table() -> str:
     """A row for each rule of `HEADS`, with the classes that follow it."""
     lines = ["| logits | classes of transformers (…ForCausalLM) |", "|---|---|"]
@@ -281,6 +294,8 @@ def texts() -> dict[Path, str]:
     for name, table in (("loss types", loss_types_table()), ("models", models_table())):
         path = ROOT / "docs" / f"{name.replace(' ', '_')}.md"
         made[path] = fill(path.read_text(), name, table)
+    path = ROOT / "docs" / "loss_types.md"
+    made[path] = fill(made[path], "unpaired losses", unpaired_table())
     filtered, path = roofline.read(RESULTS / "filtered.json"), ROOT / "docs" / "filtered_gradients.md"
     made[readme] = fill(made[readme], "benchmarks/results/filtered.json", filtered_table(filtered))
     errors = roofline.read(RESULTS / "filtered_gradients.json")

@@ -9,6 +9,8 @@ __all__ = [
     "LOSS_TYPES",
     "CPOLoss",
     "FusedLinearCPOLoss",
+    "FusedLinearKTOLoss",
+    "KTOOutput",
     "LossOptions",
     "Objective",
     "Plan",
@@ -33,6 +35,7 @@ if TYPE_CHECKING:  # for type checkers and the API reference; at run time `__get
     from cpo_kernels.head.strategy import Plan, explain
     from cpo_kernels.head.token_logps import linear_token_logps
     from cpo_kernels.losses.fused import FusedLinearCPOLoss
+    from cpo_kernels.losses.kto import FusedLinearKTOLoss, KTOOutput
     from cpo_kernels.losses.options import LossOptions
     from cpo_kernels.losses.preference import CPOLoss, PreferenceOutput, preference_loss
     from cpo_kernels.objectives import Objective, TagTemplate, value
@@ -49,6 +52,7 @@ _MODULES = {
     "head.strategy": ("Plan", "explain"),
     "head.token_logps": ("linear_token_logps",),
     "losses.fused": ("FusedLinearCPOLoss",),
+    "losses.kto": ("FusedLinearKTOLoss", "KTOOutput"),
     "losses.options": ("LossOptions",),
     "losses.preference": ("CPOLoss", "PreferenceOutput", "preference_loss"),
     "objectives": ("Objective", "TagTemplate", "value"),

@@ -109,7 +109,7 @@ def parser() -> Parser:
     add("--device", default="cpu", help="cpu or cuda; default %(default)s")
     add("--frozen", action="store_true", help="the head is frozen, as under LoRA")
     add("--no-grad", action="store_true", help="no gradients: reference model or evaluation")
-    add("--loss", choices=("preference", "nll", "unknown"), default="preference", help="default %(default)s")
+    add("--loss", choices=("preference", "kto", "nll", "unknown"), default="preference", help="default %(default)s")
     add("--filter-eps", type=eps, metavar="EPS", help="threshold of filtered gradients: a number or auto")
     add("--memory-budget", type=float, metavar="MIB", help="memory of one chunk of logits; default: by device")
     return made

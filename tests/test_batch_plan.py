@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cpo_kernels as cpo
 from cpo_kernels import checks, library
 from cpo_kernels.batch_plan import Layout, Tables, linked_groups
-from cpo_kernels.head import nll
+from cpo_kernels.head import kto, nll
 from cpo_kernels.head import preference as head_preference
 from cpo_kernels.head import token_logps as head_token_logps
 from tests.losses.test_loss import OBJECTIVES, ROW, ratings
@@ -50,6 +50,7 @@ def watched(monkeypatch):
     monkeypatch.setattr(head_preference, "linear_preference_op", watch(head_preference.linear_preference_op))
     monkeypatch.setattr(head_token_logps, "linear_token_logps_op", watch(head_token_logps.linear_token_logps_op))
     monkeypatch.setattr(nll, "linear_nll_op", watch(nll.linear_nll_op))
+    monkeypatch.setattr(kto, "linear_kto_op", watch(kto.linear_kto_op))
 
 
 def loss_and_grads(loss_fn, batch, train_head, **kwargs):
@@ -109,6 +110,19 @@ def test_the_supervised_loss_waits_for_nothing_either(watched):
             cpo.linear_nll(batch.hidden, weight, batch.labels)
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("shared", [False, True], ids=["ref_logps", "ref_hidden"])
+def test_kto_waits_for_nothing_but_the_lengths(watched, budget, shared, monkeypatch):
+    batch = make_batch(8)
+    read, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: read.append(tolist(tensor)) or read[-1])
+    ref = {"ref_hidden": batch.hidden.detach() + 1} if shared else {"ref_logps": batch.ref_logps}
+    given = {"desirable": torch.arange(8) > 2, "kl": torch.tensor(0.2), **ref}
+    loss_fn = cpo.FusedLinearKTOLoss(memory_budget=BUDGETS[budget])
+    loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, **given).loss.backward()
+    assert read == [tolist(batch.lengths())]
+
+
 class Waits(TorchDispatchMode):
     """Runs the bodies of our ops and notes those in which the host waits."""
 
@@ -147,10 +161,11 @@ def test_ops_that_wait_are_left_out_of_cuda_graphs(monkeypatch):
         logps = cpo.sequence_logps(logps.flatten(), torch.arange(9) * labels.shape[1])
         for loss_type, more in (("sigmoid", {}), ("aot", {}), ("sigmoid", {"ld_alpha": 0.5})):
             cpo.FusedLinearCPOLoss(OBJECTIVES, loss_type=loss_type, **more)(*leaves, **rated, **ref).loss.backward()
+        cpo.FusedLinearKTOLoss()(*leaves, desirable=logps > logps.mean(), kl=0.0, **ref).loss.backward()
         cpo.CPOLoss(OBJECTIVES)(logps, **rated, **ref).loss.backward()
     assert mode.ran == set(library.BODIES)
     assert (
-        mode.waited == {op for op in library.BODIES if torch.Tag.cudagraph_unsafe in op.tags} and len(mode.waited) == 4
+        mode.waited == {op for op in library.BODIES if torch.Tag.cudagraph_unsafe in op.tags} and len(mode.waited) == 5
     )
 
 

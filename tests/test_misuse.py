@@ -26,11 +26,19 @@ RATED = {"pairs": PAIRS, "ref_logps": BATCH.ref_logps, "scores": SCORES, "condit
 RATED |= {"pair_weights": torch.ones(2), "pair_betas": torch.ones(2), "num_pairs": 2.0}
 OPTIONS = {"objectives": OBJECTIVES, "beta": 0.1, "loss_type": "sigmoid", "tie_margin": 0.1, "margin": 0.1}
 OPTIONS |= {"f_divergence": "reverse_kl", "loss_weights": [1.0], "label_smoothing": 0.1}
+UNPAIRED = {"desirable": torch.tensor([True, False, True, True]), "kl": 0.5, "ref_logps": BATCH.ref_logps}
+KTO_OPTIONS = {"beta": 0.1, "desirable_weight": 1.3, "undesirable_weight": 0.6, "loss_type": "kto"}
+KTO_OPTIONS |= {"average_log_prob": False}
 
 
 def fused(**given):
     own = {name: given.pop(name) for name in list(given) if name in OPTIONS | HEAD_OPTIONS | {"impl": 0}}
     return cpo.FusedLinearCPOLoss(**own)(**given).loss
+
+
+def fused_kto(**given):
+    own = {name: given.pop(name) for name in list(given) if name in KTO_OPTIONS | HEAD_OPTIONS | {"impl": 0}}
+    return cpo.FusedLinearKTOLoss(**own)(**given).loss
 
 
 CALLS = {
@@ -61,6 +69,16 @@ CALLS = {
         (),
     ),
     "FusedLinearCPOLoss": (fused, {**HEAD, **HEAD_OPTIONS, **RATED, **OPTIONS, "impl": "auto"}, ()),
+    "FusedLinearKTOLoss": (
+        fused_kto,
+        {**HEAD, **HEAD_OPTIONS, **UNPAIRED, **KTO_OPTIONS, "num_sequences": 3.0, "impl": "auto"},
+        (),
+    ),
+    "FusedLinearKTOLoss.kl": (
+        cpo.FusedLinearKTOLoss().kl,
+        {**HEAD, "ref_hidden": BATCH.hidden.detach() + 1, "cu_seqlens": None, "group": None},
+        (),
+    ),
     "kto_loss": (
         cpo.kto_loss,
         {"seq_logps": BATCH.ref_logps, "ref_logps": BATCH.ref_logps + 1, "kl": 0.5,

@@ -224,3 +224,41 @@ def test_preference_loss_fused_with_the_head(data, case):
         seen += gradients(out.loss, leaves, upstream)
         truth += gradients(want.loss, true_leaves, upstream)
     assert_same((*seen, *out[1:5]), (*truth, *want[1:5]), tolerance, slack=tolerance)  # numbers of order 1 cancel
+
+
+@SETTINGS
+@given(st.data(), heads(max_rows=14))
+def test_kto_fused_with_the_head(data, case):
+    """Packed sequences, empty ones among them, of random lengths and kinds; reference log-probs or hidden states."""
+    tensors, labels, head, train, g = case
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(labels)), min_size=1, max_size=4)))
+    offsets = torch.tensor([0, *cuts, len(labels)])
+    count = len(offsets) - 1
+    weights = {"beta": data.draw(st.sampled_from([0.05, 0.5])), "desirable_weight": 1.3, "undesirable_weight": 0.4}
+    average, shared = data.draw(st.booleans()), data.draw(st.booleans())
+    spans = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
+    labelled = labels != head["ignore_index"]
+
+    def sums(logps):
+        each = torch.stack([logps[a:b].sum() for a, b in spans])
+        return each / torch.tensor([int(labelled[a:b].sum()) for a, b in spans]).clamp(min=1) if average else each
+
+    truth, true_leaves = oracle(tensors, labels, head, train)
+    seq_logps = sums(truth)
+    if shared:
+        near = tensors[0] + 0.1 * torch.randn(tensors[0].shape, generator=g).to(tensors[0].dtype)
+        ref, ref_logps = {"ref_hidden": near}, sums(oracle([near, *tensors[1:]], labels, head, train)[0]).detach()
+    else:
+        ref_logps = seq_logps.detach() + 3 * torch.randn(count, generator=g)
+        ref = {"ref_logps": ref_logps}
+    given = {"desirable": torch.rand(count, generator=g) < 0.5, "kl": float(torch.rand((), generator=g))}
+    want = reference.kto_loss(seq_logps, ref_logps, **given, **weights)
+    leaves = leaves_of(tensors, train)
+    loss_fn = cpo.FusedLinearKTOLoss(**head, **weights, average_log_prob=average)
+    out = loss_fn(leaves[0], leaves[1], labels, leaves[2], cu_seqlens=offsets, **given, **ref)
+    upstream, seen, truth = torch.tensor(-1.3, dtype=torch.float64), [out.loss], [want.mean()]
+    if want.requires_grad:
+        seen += gradients(out.loss, leaves, upstream)
+        truth += gradients(want.mean(), true_leaves, upstream)
+    tolerance = 50 * TOLERANCE[tensors[0].dtype]
+    assert_same((*seen, out.losses, out.seq_logps), (*truth, want, seq_logps), tolerance, slack=tolerance)

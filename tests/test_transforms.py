@@ -11,6 +11,7 @@ from tests.support.heads import make_batch, relative_error
 
 BATCH = make_batch()
 HIDDEN, WEIGHT, LABELS = BATCH.hidden.detach(), BATCH.weight.detach(), BATCH.labels
+REF = {"ref_logps": BATCH.ref_logps}
 OFFSETS = torch.tensor([0, 4, 9])
 FUNCTIONS = {
     "token_logps": (lambda x: cpo.token_logps(x @ WEIGHT.t(), LABELS), HIDDEN),
@@ -20,6 +21,10 @@ FUNCTIONS = {
     "preference_loss": (lambda x: cpo.preference_loss(x, ref_logps=BATCH.ref_logps).loss, BATCH.ref_logps),
     "FusedLinearCPOLoss": (
         lambda x: cpo.FusedLinearCPOLoss()(x, WEIGHT, LABELS, ref_logps=BATCH.ref_logps).loss,
+        HIDDEN,
+    ),
+    "FusedLinearKTOLoss": (
+        lambda x: cpo.FusedLinearKTOLoss()(x, WEIGHT, LABELS, desirable=LABELS[:, 0] > 50, kl=0.0, **REF).loss,
         HIDDEN,
     ),
 }

@@ -20,6 +20,7 @@ from cpo_kernels.check.tokens import DTYPES, IGNORE
 from cpo_kernels.head.nll import linear_nll
 from cpo_kernels.head.token_logps import linear_token_logps
 from cpo_kernels.losses.fused import FusedLinearCPOLoss
+from cpo_kernels.losses.kto import FusedLinearKTOLoss
 from cpo_kernels.losses.preference import preference_loss
 from cpo_kernels.objectives import Objective
 
@@ -251,6 +252,38 @@ def preference_cases() -> Iterator[Case]:
             yield Case(f"FusedLinearCPOLoss/{short(dtype)}/{loss_type},{train},{budget_name}", run, quick)
 
 
+def unpaired_cases() -> Iterator[Case]:
+    """FusedLinearKTOLoss: one chunk, several, and sequences longer than a chunk."""
+    for dtype, (budget_name, rows), train in itertools.product(DTYPES, BUDGETS, ("all", "frozen")):
+
+        def run(
+            backend: Backend, findings: Findings, dtype: torch.dtype = dtype, rows: int | None = rows,
+            train: str = train,
+        ) -> None:  # fmt: skip
+            weights: dict[str, Any] = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.6}
+            ours = FusedLinearKTOLoss(**weights, memory_budget=budget_bytes(rows, dtype), impl=backend.name)
+            desirable = (torch.arange(SEQUENCES) % 2 == 0).to(backend.device)
+
+            def fused(b: Batch) -> Tensor:
+                given = {"desirable": desirable, "kl": 0.7, "ref_logps": b.ref_logps}
+                loss: Tensor = ours(b.hidden, b.weight, b.labels, b.bias, **given).loss
+                return loss
+
+            def after(token_logps: Function) -> Function:
+                def value(b: Batch) -> Tensor:
+                    sums = token_logps(b).sum(1)
+                    return reference.kto_loss(sums, b.ref_logps.to(sums.dtype), desirable, 0.7, **weights).mean()
+
+                return value
+
+            truth, naive = after(true_token_logps), after(naive_token_logps)
+            check_function(backend, findings, train == "all", 7, dtype, train, fused, truth, naive)
+
+        quick = dtype in (torch.float32, torch.bfloat16) and train == "all"
+        yield Case(f"FusedLinearKTOLoss/{short(dtype)}/{train},{budget_name}", run, quick)
+
+
 def head_cases() -> Iterator[Case]:
     yield from token_cases()
     yield from preference_cases()
+    yield from unpaired_cases()

@@ -27,8 +27,8 @@ def step_of(
     """A batch on the device, and a function that runs the loss under a plan and returns the loss and its gradients."""
     cpu = make_batch(bias=False, seed=11)
     loss_fn = FusedLinearCPOLoss(OBJECTIVES, BETA, memory_budget=budget_bytes(rows, dtype), impl=backend.name)
-    scored = (None, None) if all_positions else (cpu.scores, cpu.conditions)
-    plan = loss_fn.plan(cpu.labels, VOCAB, dtype, None, None, *scored, backend.device, all_positions)
+    scores, conditions = (None, None) if all_positions else (cpu.scores, cpu.conditions)
+    plan = loss_fn.plan(cpu.labels, VOCAB, dtype, None, None, scores, conditions, backend.device, all_positions)
     plan, batch = plan.to(backend.device), cpu.to(backend, dtype, TRAIN[train])
     num_pairs = 3.0 if all_positions else None  # a graph's chunks take their divisor from the caller
 

@@ -180,7 +180,10 @@ class LiveDx:
         buffer = weight.new_empty(most + 1, weight.shape[1])  # W_A, and the mean of the other rows
         for (sets, dx), mean in zip(parts, means.split([len(tail) for tail in tails]), strict=True):
             if kernels:
-                dx.copy_(kernels.live_dx(*sets.places, sets.set_rows, weight, mean, sets.num_rows))
+                made = kernels.live_dx(*sets.places, sets.set_rows, weight, mean, sets.num_rows)
+                for rows in exact_rows(sets):
+                    made[rows] = dx[rows]
+                dx.copy_(made)
                 continue
             for k, (live, columns) in enumerate(zip(sets.grads(), sets.columns_of(), strict=True)):
                 if not sets.exact[k]:

@@ -6,6 +6,8 @@ Costs in matrix products of N*H*V multiply-adds, for N labelled rows:
     frozen     2  weight and bias need no gradient: unscaled dX is computed while the chunk is in memory
     pairs      3  loss known, chunks are whole groups of linked pairs: dX and dW are computed in the forward pass
     nll        3  loss known and separable by token (linear_nll), any chunks
+    kto        3  loss known and separable by sequence (FusedLinearKTOLoss): chunks are whole sequences; 4 on the rows
+                   of a sequence that exceeds the budget
     deferred   3  one pair that exceeds the budget, with opposite coefficients: dW is scaled once they are known
     two_pass   4  loss known, but a group exceeds the budget or the loss couples all pairs
     kept       3  loss not known yet, and all logits fit the budget: they are kept for backward
@@ -41,8 +43,10 @@ DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
 SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12; with 64, 4.4%, but twice the terms q
 PRODUCTS = {
-    "forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "deferred": 3, "two_pass": 4, "kept": 3, "recompute": 4, "live": 3,
+    "forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "kto": 3, "deferred": 3, "two_pass": 4, "kept": 3, "recompute": 4,
+    "live": 3,
 }  # fmt: skip
+LOSSES = ("preference", "kto", "nll", "unknown")  # of `explain`
 # Default bytes, and least rows, of a chunk if no dW is summed over chunks (forward, frozen, live). On a CPU a small one
 # is faster too: glibc reuses its memory, and maps blocks of 32 MiB and more anew for each step. 1383 rows of
 # 576 x 49,152 in bfloat16, frozen, in two bare products: 1.18 as one chunk, 1.12 in chunks of 512 rows, 1.07 of 256,
@@ -172,8 +176,10 @@ def explain(
     Args:
         num_tokens: labelled positions; prompts and padding do not count.
         train_hidden, train_head: whether the hidden states, and weight or bias, need a gradient.
-        loss: "preference" (FusedLinearCPOLoss), "nll" (linear_nll) or "unknown" (linear_token_logps).
-        group_tokens: labelled positions of the largest group of linked pairs, num_tokens if None.
+        loss: "preference" (FusedLinearCPOLoss), "kto" (FusedLinearKTOLoss), "nll" (linear_nll) or "unknown"
+            (linear_token_logps).
+        group_tokens: labelled positions of the largest group of linked pairs, under "kto" of the longest sequence;
+            num_tokens if None. A sequence beyond the budget is counted as if all were.
         couples_pairs: the loss couples all pairs (aot, aot_unpaired).
         one_pair: the batch is one pair, under a loss with opposite coefficients (sigmoid and others, reverse KL).
         memory_budget: bytes of logits held at a time; the default depends on the device.
@@ -197,8 +203,8 @@ def explain(
         )
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-    if loss not in ("preference", "nll", "unknown"):
-        raise ValueError(f"loss must be 'preference', 'nll' or 'unknown', got {loss!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     check_types("a number", live_share=live_share)
     if not 0.0 <= live_share <= 1.0:
         raise ValueError(f"live_share must lie in [0, 1], got {live_share}")
@@ -214,13 +220,13 @@ def explain(
         strategy = "live"
     elif loss == "unknown":
         strategy = "kept" if num_tokens <= limit else "recompute"
-    elif loss == "nll":
-        strategy = "nll"
+    elif loss in ("nll", "kto"):
+        strategy = loss
     else:
         strategy = preference_strategy(num_tokens, group, couples_pairs, one_pair, limit, more)
     if strategy in ("forward", "frozen", "live"):
         limit = chunk_limit(vocab_size, dtype, torch.device(device), memory_budget)
-    elif strategy in ("pairs", "nll"):
+    elif strategy in ("pairs", "nll", "kto"):
         limit = one_chunk_limit(num_tokens, limit, more)
     row_bytes = row_stride(vocab_size, dtype, torch.device(device)) * dtype.itemsize
     plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, row_bytes, train_hidden, train_head)
@@ -229,6 +235,8 @@ def explain(
         plan = replace(plan, products=1 + live_share * (1 + train_hidden), extra_bytes=plan.extra_bytes + round(kept))
     elif eps and train_hidden:
         plan = replace(plan, products=plan.products - 1 + live_share)
+    if strategy == "kto" and group > limit:
+        plan = replace(plan, products=plan.products + 1)
     tiles = tile_bytes(plan.chunk_rows, hidden_size, dtype, torch.device(device))
     looks = anchor_bytes(plan.chunk_rows, hidden_size, vocab_size, dtype)
     return replace(plan, extra_bytes=plan.extra_bytes + tiles + looks)
@@ -254,7 +262,7 @@ def _plan(
     strategy: str, num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, limit: int, row_bytes: int,
     train_hidden: bool, train_head: bool,
 ) -> Plan:  # fmt: skip
-    rows = min(num_tokens, limit) if strategy == "pairs" else even_rows(num_tokens, limit)
+    rows = min(num_tokens, limit) if strategy in ("pairs", "kto") else even_rows(num_tokens, limit)
     chunks = max(1, -(-num_tokens // max(rows, 1)))
     logits = rows * row_bytes
     accumulator = 0

@@ -44,7 +44,7 @@ _ATTENTION_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length
 
 
 class LMInputs(NamedTuple):
-    """The first arguments of `linear_token_logps`, `linear_nll` and `FusedLinearCPOLoss`, in their order.
+    """The first arguments of `linear_token_logps`, `linear_nll` and the fused losses, in their order.
 
     For a tensor-parallel head, hidden, weight and bias are DTensors.
     """

@@ -20,9 +20,16 @@ from cpo_kernels.library import PreferenceResult, acc_dtype, functional_op
 from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args
 from cpo_kernels.losses.options import LossOptions
 from cpo_kernels.losses.preference import PreferenceOutput, output
+from cpo_kernels.losses.sequences import (
+    PolicyHead,
+    ReferenceModel,
+    label_counts,
+    reference_rows,
+    sequence_offsets,
+)
 from cpo_kernels.objectives import Objective
 from cpo_kernels.ops.preference import PreferenceArgs, preference, wpo_weights
-from cpo_kernels.ops.sequence_logps import SequenceLogps, check_cu_seqlens, sequence_logps_op
+from cpo_kernels.ops.sequence_logps import SequenceLogps, sequence_logps_op
 from cpo_kernels.reference.sequences import ld_token_weights
 
 
@@ -34,25 +41,6 @@ class _Sequences(NamedTuple):
     pairs: Tensor  # [P, 2]
     token_weights: Tensor  # [M], or [0]: 1
     plan: PlanTensors  # all [0] without a plan
-
-
-class _Head(NamedTuple):
-    """The policy's head as the caller gave it."""
-
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    bias: Tensor | None
-    vocab_shards: VocabShards | None
-
-
-class _Reference(NamedTuple):
-    """The reference model as the caller gave it."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    logps: Tensor | None
 
 
 class FusedLinearCPOLoss(nn.Module):
@@ -145,8 +133,8 @@ class FusedLinearCPOLoss(nn.Module):
             num_pairs = plan.num_pairs if num_pairs is None else num_pairs
             if chosen_tokens is None and self.options.averages_tokens:
                 chosen_tokens = plan.chosen_tokens
-        policy = _Head(hidden, weight, labels, bias, vocab_shards)
-        reference = _Reference(ref_hidden, ref_weight, ref_bias, ref_logps)
+        policy = PolicyHead(hidden, weight, labels, bias, vocab_shards)
+        reference = ReferenceModel(ref_hidden, ref_weight, ref_bias, ref_logps)
         ref_rows, ref_logps = self.reference(inputs, sequences, policy, reference)
         divisors = num_pairs, chosen_tokens
         given = PairInputs(sequences.pairs, ref_logps, scores, conditions, pair_weights, pair_betas, margins, *divisors)
@@ -181,32 +169,16 @@ class FusedLinearCPOLoss(nn.Module):
         return _Sequences(offsets, lengths, pairs, token_weights, tensors)
 
     def reference(
-        self, inputs: HeadInputs, sequences: _Sequences, policy: _Head, given: _Reference
+        self, inputs: HeadInputs, sequences: _Sequences, policy: PolicyHead, given: ReferenceModel
     ) -> tuple[Tensor | None, Tensor | None]:
         """Rows [M, H] for the policy's head, if the reference model has the same head; ref_logps [S]."""
-        if given.hidden is None:
-            if given.weight is not None or given.bias is not None:
-                raise ValueError("ref_weight and ref_bias only apply with ref_hidden")
+        rows, logps = reference_rows(inputs, policy, given, self.head, self.impl, sequences.plan.row_index)
+        weights = sequences.token_weights
+        if rows is not None:
+            return rows, weights.new_zeros(sequences.lengths.shape)  # filled with the policy's
+        if logps is None:
             return None, given.logps
-        if given.logps is not None:
-            raise ValueError("give ref_logps or ref_hidden, not both")
-        if given.hidden.shape[:-1] != policy.hidden.shape[:-1]:
-            raise ValueError(
-                f"ref_hidden must have shape {list(policy.hidden.shape[:-1])} + [H], got {list(given.hidden.shape)}"
-            )
-        bias = policy.bias if given.weight is None and given.bias is None else given.bias
-        weight = policy.weight if given.weight is None else given.weight
-        token_weights = sequences.token_weights
-        with torch.no_grad():
-            if weight is policy.weight and bias is policy.bias:
-                own = inputs.tensors  # already in the dtype of the products
-                bias = own.bias if own.bias.numel() else None
-                ref = head_inputs(given.hidden, own.weight, policy.labels, bias, self.head, inputs.shards)
-                return ref.tensors.hidden, token_weights.new_zeros(sequences.lengths.shape)  # set with the policy's
-            ref = head_inputs(given.hidden, weight, policy.labels, bias, self.head, policy.vocab_shards)
-            logps, *_ = token_logps_of(ref, False, self.impl, sequences.plan.row_index)
-            weights = token_weights.to(logps.dtype)
-            return None, sequence_logps_op(logps, sequences.offsets, weights, False, self.impl)
+        return None, sequence_logps_op(logps, sequences.offsets, weights.to(logps.dtype), False, self.impl)
 
     def from_hidden(
         self, inputs: HeadInputs, sequences: _Sequences, args: PreferenceArgs, ref_rows: Tensor | None
@@ -343,27 +315,6 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
             f"the plan was made for chunks of {plan.layout.row_limit} rows, this head takes {inputs.row_limit}: give "
             f"plan() its vocab_size {inputs.width}, dtype {weight.dtype}, device {weight.device.type!r}"
         )
-
-
-def sequence_offsets(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[S + 1] offsets of the sequences in the flattened rows: given for packed input, multiples of T for padded."""
-    if labels.dim() == 2 and cu_seqlens is None:
-        num_sequences, length = labels.shape
-        return torch.arange(num_sequences + 1, device=hidden.device) * length
-    if labels.dim() == 1 and cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, labels.shape[0])
-        return cu_seqlens.to(hidden.device)
-    raise ValueError(
-        "give padded hidden [S, T, H] with labels [S, T], or packed hidden [N, H] with labels [N] and cu_seqlens "
-        f"[S + 1]; got labels {list(labels.shape)} {'without' if cu_seqlens is None else 'with'} cu_seqlens"
-    )
-
-
-def label_counts(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:
-    """[S] labelled rows of each sequence."""
-    labelled = (labels != ignore_index).long()
-    before = torch.cat([labelled.new_zeros(1), labelled.cumsum(0)])
-    return before[cu_seqlens].diff()
 
 
 @functional_op("ld_token_weights", fake=lambda labels, *_: labels.new_empty(labels.shape, dtype=torch.float64))

@@ -46,14 +46,7 @@ def kernel_args(
     empty, empty64 = like.new_empty(0), like.new_empty(0, dtype=torch.float64)
 
     def sized(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        if value is None:
-            return empty64
-        if tuple(value.shape) != shape:
-            token = name == "ref_logps" and value.dim() == 2 and value.shape[0] == shape[0] and value.shape[1] != 1
-            hint = ": sum the token log-probs of each sequence, .sum(1)" if token else ""
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}{hint}")
-        check_domain(name, value)
-        return value.detach().to(device, torch.float64)
+        return empty64 if value is None else in_float64(name, value, shape, device)
 
     if options.needs_reference and given.ref_logps is None:
         raise ValueError(
@@ -113,6 +106,16 @@ def kernel_args(
         -1.0 if given.num_pairs is None else float(given.num_pairs),
         float(given.chosen_tokens or -1.0) if options.averages_tokens else 1.0,
     )
+
+
+def in_float64(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A checked input of numbers, detached, on the device."""
+    if tuple(value.shape) != shape:
+        token = name == "ref_logps" and value.dim() == 2 and value.shape[0] == shape[0] and value.shape[1] != 1
+        hint = ": sum the token log-probs of each sequence, .sum(1)" if token else ""
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}{hint}")
+    check_domain(name, value)
+    return value.detach().to(device, torch.float64)
 
 
 def check_pairs(pairs: Tensor, num_sequences: int, device: torch.device) -> None:

@@ -171,7 +171,8 @@ OTHER_NAMES = {
     "dpop": "DPO-Positive is not available; ['sigmoid', 'sft'] also keeps the chosen response likely",
     "slic": "SLiC is 'hinge'",
     "cpo_simpo": "CPO-SimPO is ['simpo', 'sft'] with loss_weights",
-    "kto": "KTO takes single responses: cpo_kernels.kto_loss; for pairs 'bco_pair' and 'apo_zero' are nearest",
+    "kto": "KTO takes single responses: cpo_kernels.FusedLinearKTOLoss, or cpo_kernels.kto_loss from log-probs; for "
+    "pairs 'bco_pair' and 'apo_zero' are nearest",
     "nll": "the NLL of chosen responses is 'sft'; that of any labels is cpo_kernels.linear_nll",
 }
 ALSO = {

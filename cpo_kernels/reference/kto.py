@@ -21,7 +21,8 @@ def kto_loss(
         undesirable_weight (1 - sigmoid(beta (kl - r)))   elsewhere
 
     Ethayarajh et al. 2024 (arXiv 2402.01306) eq. 7. seq_logps, ref_logps `[S]`, desirable bool `[S]`, kl from
-    `kto_kl`.
+    `kto_kl`; with kl = 0 it is TRL's apo_zero_unpaired (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7 of single
+    responses).
 
     Raises TypeError or ValueError for other dtypes and shapes.
     """
@@ -30,12 +31,8 @@ def kto_loss(
         if seq_logps.dim() != 1 or tensor.shape != seq_logps.shape:
             raise ValueError(f"{name} {list(tensor.shape)} and seq_logps {list(seq_logps.shape)} must both be [S]")
     _check_floats(seq_logps=seq_logps, ref_logps=ref_logps)
-    if desirable.dtype != torch.bool:
-        raise TypeError(f"desirable must be bool, got {desirable.dtype}: use desirable.bool()")
-    check_types("a number or tensor", kl=kl)
     check_types("a number", beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
-    if isinstance(kl, Tensor) and kl.dim():
-        raise ValueError(f"kl must be one number, got shape {list(kl.shape)}: see kto_kl")
+    check_kto(desirable, kl)
     kl = kl if isinstance(kl, Tensor) else float(kl)
     u = beta * (seq_logps - ref_logps - kl)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-u), undesirable_weight * torch.sigmoid(u))
@@ -51,6 +48,15 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
             "be empty"
         )
     return (kl_logps - ref_kl_logps).detach().mean().clamp(min=0)
+
+
+def check_kto(desirable: Tensor, kl: Tensor | float) -> None:
+    """Raise TypeError or ValueError unless `desirable` is bool and `kl` one number."""
+    if desirable.dtype != torch.bool:
+        raise TypeError(f"desirable must be bool, got {desirable.dtype}: use desirable.bool()")
+    check_types("a number or tensor", kl=kl)
+    if isinstance(kl, Tensor) and kl.dim():
+        raise ValueError(f"kl must be one number, got shape {list(kl.shape)}: see kto_kl")
 
 
 def _check_floats(**tensors: Tensor) -> None:

@@ -21,6 +21,7 @@ from tests.support.heads import make_batch
 ROOT = Path(__file__).parents[2]
 MODULES = (
     "losses.fused",
+    "losses.kto",
     "ops.token_logps",
     "losses.preference",
     "objectives",
@@ -129,6 +130,17 @@ def test_own_loop(monkeypatch):
     heads = (batch.hidden, batch.weight, batch.labels)
     want = scope["loss_fn"](*heads, ref_logps=batch.ref_logps, **given)
     assert torch.equal(scope["out"].loss, want.loss)
+
+
+def test_unpaired_responses():
+    """KTO's snippet of the loss types, as shown."""
+    (snippet,) = snippets("loss_types.md")
+    batch, other = make_batch(dtype=torch.float32, bias=False), make_batch(dtype=torch.float32, bias=False, seed=1)
+    scope = {name: getattr(batch, name) for name in ("hidden", "weight", "labels", "ref_logps")}
+    scope |= {f"kl_{name}": getattr(other, name) for name in ("hidden", "labels")}
+    scope |= {"cpo": cpo_kernels, "ref_kl_logps": other.ref_logps - 60, "desirable": torch.arange(4) > 1}
+    exec(snippet, scope)
+    assert scope["kl"] > 0 and batch.weight.grad.abs().max() > 0
 
 
 def test_the_values_of_concepts():

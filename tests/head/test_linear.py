@@ -592,7 +592,11 @@ def test_explain_follows_the_budget():
     one, two = (cpo.explain(8192, **llama, memory_budget=budget) for budget in (None, 1 << 30))
     assert two.logits_bytes <= 1 << 30 and (one.num_chunks, two.num_chunks) == (1, 2)
     assert one.extra_bytes < 0.75 * two.extra_bytes  # two hold a float32 sum of dW
-    with pytest.raises(ValueError, match="'preference', 'nll' or 'unknown', got 'mse'"):
+    plan = cpo.explain(5000, 896, 151936, loss="kto", group_tokens=500)
+    assert (plan.strategy, plan.products, plan.chunk_rows) == ("kto", 3, 1104) and plan.num_chunks == 5
+    assert cpo.explain(5000, 896, 151936, loss="kto", group_tokens=1105).products == 4
+    assert cpo.explain(5000, 896, 151936, loss="kto", train_head=False).products == 2
+    with pytest.raises(ValueError, match="one of preference, kto, nll, unknown, got 'mse'"):
         cpo.explain(1, 1, 1, loss="mse")
 
 

@@ -264,6 +264,37 @@ def test_preference_losses(name, filter_head_grad, impl):
         assert max(relative_error(a, b) for a, b in zip(got[1:], want[1:], strict=True)) < 1e-12
 
 
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+@pytest.mark.parametrize("limit", [96, 32, 16, 8], ids=["one chunk", "two sequences", "each", "pieces"])
+def test_kto(limit, filter_head_grad):
+    """The formula's gradients under KTO's coefficients; sets do not cross the chunks, which are whole sequences."""
+    leaves, labels = rows(flat=slice(40, 70))
+    hidden, weight, bias = (t.detach().requires_grad_() for t in leaves)
+    hidden, labels = hidden.detach().view(5, 18, HIDDEN).requires_grad_(), labels.view(5, 18)
+    labels[0, :10] = -100
+    logp = reference.linear_token_logps(hidden, weight, labels, bias).detach().requires_grad_()
+    ref_logps = logp.detach().sum(1) + torch.tensor([1.0, -2.0, 3.0, 0.5, -1.0])
+    given = {"desirable": torch.arange(5) % 2 == 0, "kl": 0.3, "ref_logps": ref_logps}
+    (coef,) = torch.autograd.grad(cpo.kto_loss(logp.sum(1), **given, beta=0.2).mean(), logp)
+    where = {"beta": 0.2, "memory_budget": budget(limit, torch.float64, 0)}
+    options = {"filter_eps": 0.02, "filter_head_grad": filter_head_grad}
+    out, exact = (
+        cpo.FusedLinearKTOLoss(**where, **more)(hidden, weight, labels, bias, **given) for more in (options, {})
+    )
+    assert relative_error(out.loss, exact.loss) < 1e-14
+    got, whole = (torch.autograd.grad(o.loss, (hidden, weight, bias)) for o in (out, exact))
+    assert 1e-6 < relative_error(got[0], whole[0]) < 0.3
+    ends = [0, *itertools.accumulate((labels != -100).sum(1).tolist())]
+    starts = {96: [0, 5], 32: [0, 2, 4, 5]}.get(limit, range(6))
+    bounds = itertools.pairwise([ends[s] for s in starts])
+    sets = [slice(low, min(low + limit, high)) for first, high in bounds for low in range(first, high, limit)]
+    flat = hidden.detach().reshape(-1, HIDDEN), weight, bias
+    *want, _ = formula(flat, labels.flatten(), coef.flatten(), 0.02, limit if filter_head_grad else sets)
+    want = want if filter_head_grad else [want[0], *whole[1:]]
+    assert relative_error(got[0].reshape(-1, HIDDEN), want[0]) < 1e-11
+    assert max(relative_error(a, b) for a, b in zip(got[1:], want[1:], strict=True)) < 1e-11
+
+
 def shares(out):
     return [float(t) for t in (out.live_share, out.tail_mass, out.exact_share)]
 

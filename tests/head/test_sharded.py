@@ -80,6 +80,22 @@ def preference(case, hidden, weight, bias, batch, options):
     return out.loss, (out.seq_logps, out.losses, out.chosen_rewards)
 
 
+def kto(case, hidden, weight, bias, batch, options):
+    loss_fn = cpo.FusedLinearKTOLoss(0.3, memory_budget=case.get("budget"), softcap=6.0)
+    ref = {"ref_hidden": batch.hidden.detach().flip(0)} if case.get("ref_hidden") else {"ref_logps": batch.ref_logps}
+    kl = loss_fn.kl(hidden, weight, batch.labels, bias, ref_hidden=batch.hidden.detach() * 0.5, **options)
+    desirable = torch.tensor([True, False, False, True])
+    out = loss_fn(hidden, weight, batch.labels, bias, desirable=desirable, kl=kl, **ref, **options)
+    return out.loss, (out.seq_logps, out.losses, out.kl)
+
+
+def unpaired(hidden, weight, labels, bias):
+    """KTO with its reference point, all from these hidden states."""
+    loss_fn, ref = cpo.FusedLinearKTOLoss(memory_budget=18 * ROW), {"ref_hidden": hidden.detach() * 0.5}
+    kl = loss_fn.kl(hidden, weight, labels, bias, **ref)
+    return loss_fn(hidden, weight, labels, bias, desirable=labels[:, -1] > 30, kl=kl, **ref).loss
+
+
 LOSSES = {
     "sigmoid": {},
     "chunks": {"budget": 18 * ROW},  # two sequences at a time
@@ -102,6 +118,9 @@ CASES = {
     "nll": (nll, {}),
     "nll-chunks": (nll, {"budget": 5 * ROW}),
     **{f"loss-{name}": (preference, case) for name, case in LOSSES.items()},
+    "kto": (kto, {"budget": 18 * ROW}),
+    "kto-pieces": (kto, {"budget": 3 * ROW, "ref_hidden": True}),
+    "kto-frozen": (kto, {"train_head": False, "ref_hidden": True}),
 }
 
 
@@ -203,6 +222,7 @@ def dtensors(rank):
         loss_fn = cpo.FusedLinearCPOLoss(memory_budget=18 * ROW)
         own = {"pairs": PAIRS, "ref_hidden": hidden.detach() * 0.5}
         loss = loss_fn(hidden, weight, batch.labels, bias, **own).loss
+        loss = loss + unpaired(hidden, weight, batch.labels, bias)
         loss = loss + (cpo.linear_token_logps(hidden, weight, batch.labels, bias) * UPSTREAM).sum()
         loss.backward()
         assert hidden.grad.placements == ((placement,) if name != "replicated" else hidden.grad.placements)
@@ -350,6 +370,7 @@ def test_dtensors_say_how_the_head_is_sharded(world, placement):
     loss = cpo.FusedLinearCPOLoss()(
         batch.hidden, batch.weight, batch.labels, batch.bias, pairs=PAIRS, ref_hidden=batch.hidden.detach() * 0.5
     ).loss
+    loss = loss + unpaired(batch.hidden, batch.weight, batch.labels, batch.bias)
     loss = loss + (cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias) * UPSTREAM).sum()
     want = torch.autograd.grad(loss, batch.leaves)
     for *_, seen in ranks(world):
@@ -386,7 +407,13 @@ del shards, group
 dist.destroy_process_group()
 sys.exit(seen() is not None)
 """
-WITHOUT_GROUPS = "import sys, torch; sys.modules['torch.distributed.distributed_c10d'] = None; import cpo_kernels"
+WITHOUT_GROUPS = """
+import sys, torch
+sys.modules["torch.distributed.distributed_c10d"] = None
+vars(torch.distributed).pop("ProcessGroup")
+import cpo_kernels
+cpo_kernels.VocabShards, cpo_kernels.FusedLinearKTOLoss
+"""
 
 
 def test_a_destroyed_group_is_gone(tmp_path):

@@ -17,7 +17,15 @@ datasets = pytest.importorskip("datasets")
 
 from trl.trainer import utils as trl_utils  # noqa: E402
 
-from cpo_kernels.integrations import fuse, fused_head, trl_head  # noqa: E402
+import cpo_kernels as cpo  # noqa: E402
+from cpo_kernels.integrations import (  # noqa: E402
+    causal_lm_inputs,
+    causal_lm_logps,
+    fuse,
+    fused_head,
+    lm_head,
+    trl_head,
+)
 from cpo_kernels.integrations import trl as ours  # noqa: E402
 from tests.support.tiny import one_thread  # noqa: E402, F401
 from tests.support.trl_runs import (  # noqa: E402
@@ -221,6 +229,44 @@ def test_kto_options(tmp_path, options):
 
 def test_kto_lora_with_precomputed_references(tmp_path):
     assert_parity("KTO", tmp_path, {"precompute_ref_log_probs": True}, peft_config=lora())
+
+
+@pytest.mark.parametrize("options", [{"beta": 0.3}, {"desirable_weight": 1.4, "undesirable_weight": 0.6, "beta": 0.5},
+                                     {"loss_type": "apo_zero_unpaired", "beta": 0.2}], ids=str)  # fmt: skip
+def test_the_fused_kto_loss_is_the_trainers(tmp_path, options):
+    """`FusedLinearKTOLoss` on the batches of TRL's trainer, whose reference point it makes from the same rows."""
+    trainer = trainer_of("KTO", tmp_path, options)
+    policy, reference = make(), make(seed=1)
+    loss_fn, points = cpo.FusedLinearKTOLoss(**options, **lm_head(policy).options), []
+    for inputs in trainer.get_train_dataloader():
+        trainer.model.zero_grad()
+        theirs = trainer.compute_loss(trainer.model, inputs)
+        theirs.backward()
+        want = {name: p.grad for name, p in trainer.model.named_parameters()}
+
+        def batch(prefix, inputs=inputs):
+            return {name: inputs[prefix + name] for name in ("input_ids", "attention_mask", "completion_mask")}
+
+        given = {"desirable": torch.as_tensor(inputs["label"]).bool()}
+        with torch.no_grad():
+            given["ref_logps"] = causal_lm_logps(reference, batch("")).sum(1)
+            if loss_fn.loss_type == "kto":
+                ref_logps = causal_lm_logps(reference, batch("KL_")).sum(1)
+                given["kl"] = loss_fn.kl(*causal_lm_inputs(policy, batch("KL_")), ref_logps=ref_logps)
+        out = loss_fn(*causal_lm_inputs(policy, batch("")), **given)
+        points.append(out.kl.item())
+        policy.zero_grad()
+        out.loss.backward()
+        assert out.loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+        top = max(float(g.abs().max()) for g in want.values())
+        for name, p in policy.named_parameters():
+            assert float((p.grad - want[name]).abs().max()) < 1e-4 * top, name
+        logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+        assert out.kl.item() == pytest.approx(logged["kl"], rel=1e-4, abs=1e-6)
+        for name, value in (("chosen", out.desirable_reward), ("rejected", out.undesirable_reward)):
+            if not value.isnan():
+                assert value.item() == pytest.approx(logged[f"rewards/{name}"], rel=1e-4)
+    assert len(points) == 2 and (max(points) > 0) == (loss_fn.loss_type == "kto")
 
 
 @pytest.mark.parametrize("by_class", [False, True])

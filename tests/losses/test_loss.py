@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -416,7 +417,7 @@ def test_misuse_of_ratings_names_the_value(change, message):
         ("DPO_loss", "DPO is 'sigmoid'"),
         ("cpo", "'contrastive_cpo', Controllable is 'sigmoid' with objectives"),
         ("CDPO", "'sigmoid' with objectives"),
-        ("kto_pair", "cpo_kernels.kto_loss"),
+        ("kto_pair", "cpo_kernels.FusedLinearKTOLoss"),
         ("kto", "cpo_kernels.kto_loss"),
         ("dpop", "['sigmoid', 'sft']"),
         ("odpo", "'sigmoid' with margin"),
@@ -474,7 +475,8 @@ HIDDEN, WEIGHT, LABELS = torch.randn(4, 9, 24), torch.randn(101, 24), torch.rand
     ],
 )
 def test_the_order_of_a_heads_arguments(arguments, message):
-    doors = [cpo.FusedLinearCPOLoss(loss_type="simpo"), cpo.linear_nll, cpo.linear_token_logps]
+    kto = partial(cpo.FusedLinearKTOLoss(), desirable=LABELS[:, 0] > 50, kl=0.0, ref_logps=torch.zeros(4))
+    doors = [cpo.FusedLinearCPOLoss(loss_type="simpo"), cpo.linear_nll, cpo.linear_token_logps, kto]
     for door in doors:
         with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             door(*arguments)

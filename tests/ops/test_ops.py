@@ -18,7 +18,7 @@ from cpo_kernels import checks, library, reference
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend
 from cpo_kernels.batch_plan import PlanTensors
-from cpo_kernels.head import nll
+from cpo_kernels.head import kto, nll
 from cpo_kernels.head import preference as head_preference
 from cpo_kernels.head import token_logps as head_token_logps
 from cpo_kernels.head.inputs import Execution, HeadTensors, Needs
@@ -79,16 +79,23 @@ def op_samples(impl):
         loss, plan = preference_args(batch, torch.float32), PlanTensors(none, none, none)
         args = (empty, empty, loss, True, False, False, options, needs, plan, execution(limit))
         yield head_preference.linear_preference_op, (tensors, head_preference.LinearPreferenceArgs(*args))
+    unpaired = kto.KTOArgs(
+        batch.ref_logps.double(), torch.tensor([True, False, True, False]), empty.new_zeros((), dtype=torch.float64),
+        0.1, 1.3, 0.6,
+    )  # fmt: skip
+    for limit in (1000, 4):
+        args = kto.LinearKTOArgs(unpaired, batch.lengths(), empty, True, -1.0, options, needs, execution(limit))
+        yield kto.linear_kto_op, (tensors, args)
 
 
 @pytest.mark.parametrize("impl", EVERY_BACKEND)
-@pytest.mark.parametrize("index", range(13))
+@pytest.mark.parametrize("index", range(15))
 def test_opcheck(index, impl):
     op, args = list(op_samples(impl))[index]
     opcheck(op.overload, library.flatten(args))
 
 
-@pytest.mark.parametrize("index", range(13))
+@pytest.mark.parametrize("index", range(15))
 def test_a_fake_has_the_bundles_of_the_op(index):
     """Arguments and results are the same NamedTuples through the op, its fake and torch.compile."""
     op, args = list(op_samples("cpu"))[index]
@@ -173,11 +180,14 @@ def test_compile_without_graph_breaks_or_recompiles(train_head):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     objectives = [cpo.Objective("helpfulness", 1, 5)]
     loss_fn = cpo.FusedLinearCPOLoss(objectives, loss_type=["sigmoid", "sft"])
+    kto_fn = cpo.FusedLinearKTOLoss()
 
     def run(hidden, weight, labels, ref_logps, scores):
         out = loss_fn(hidden, weight, labels, ref_logps=ref_logps, scores=scores)
         logps, _ = cpo.linear_token_logps(hidden, weight, labels, extras=True)
-        return out.loss + cpo.linear_nll(hidden, weight, labels) + logps.mean(), out.margin
+        kl = kto_fn.kl(hidden, weight, labels, ref_logps=ref_logps)
+        unpaired = kto_fn(hidden, weight, labels, desirable=scores[:, 0] > 3, kl=kl, ref_logps=ref_logps)
+        return out.loss + cpo.linear_nll(hidden, weight, labels) + logps.mean() + unpaired.loss, out.margin
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
     frames = []

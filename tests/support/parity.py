@@ -10,7 +10,7 @@ from cpo_kernels.check.run import all_cases, run_case
 NEEDS_GPU = ("no-wait/*", "cuda-graph/*")
 # 5 GiB, more than a CPU should touch
 NEEDS_MEMORY = ("sizes/*/N=1100,V=50257", "options/*,V=50257", "beyond-2^31/bfloat16/elements")
-HEAD = ("linear_token_logps/*", "linear_nll/*", "FusedLinearCPOLoss/*")
+HEAD = ("linear_token_logps/*", "linear_nll/*", "FusedLinearCPOLoss/*", "FusedLinearKTOLoss/*")
 LIVE_PRODUCTS = ("live products/*",)  # Triton's
 PREFERENCE = ("sequence_sum/*", "loss-types/*", "far/*", "pairs/*")
 
