@@ -76,9 +76,12 @@ def readme_table(
     loads, env = headline(content, modes), content["environment"]
     heads = [f"{r['dtype']}, {r['mode']}" for r in loads]
     names = [n for n in rows if n in loads[0]["subjects"]]
+    heads.append(f"error: log-prob (nat) · dX · dW, {loads[0]['dtype']}")
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name in names:
         cells = [cell(r["subjects"].get(name, {"why": "not asked for"})) for r in loads]
+        found = loads[0]["subjects"][name].get("differences", {})
+        cells.append(" · ".join(f"{found[key]:.1e}" if key in found else "–" for key in report.NAMES) if found else "")
         lines.append(f"| {HEAD_IMPLEMENTATIONS[name].label} | " + " | ".join(cells) + " |")
     first = loads[0]
     shown = {"torch", *(HEAD_IMPLEMENTATIONS[n].package for n in names)}
@@ -98,17 +101,22 @@ def cost(row: Result) -> str:
     return f"{row['median_s']:.2f} s, {row['peak_bytes'] / 2**20:.0f} MiB"
 
 
+def error(differences: Result) -> str:
+    gradients = max(differences[name] for name in ("dx", "dw"))
+    return f"{differences['seq_logps']:.1g} nat, {gradients:.1%}"
+
+
 def gain_table(content: Result) -> str:
     """Five lines of what one gains: README's first table."""
     trained, frozen = (r["subjects"] for r in headline(content, ("trainable", "frozen"))[:2])
     (step,) = (r for r in content["workloads"] if r["family"] == "training_step" and r["responses"] == 2)
-    naive, ours = (f"{max(row['differences'].values()):.1%}" for row in (trained["naive"], trained["ours"]))
+    naive, ours = (error(trained[name]["differences"]) for name in ("naive", "ours"))
     first, rows = headline(content, ("trainable",))[0], step["subjects"]
     size = f"{first['pairs']} pairs of {first['length']} tokens"
     lines = [
         ("DPO loss and gradients, trainable head", cost(trained["naive"]), cost(trained["ours"])),
         ("the same, frozen head (LoRA)", cost(frozen["naive"]), cost(frozen["ours"])),
-        ("largest relative error of loss and gradients", naive, ours),
+        ("error of a response's log-prob, of its gradients", naive, ours),
         ("training step of SmolLM2-135M with TRL", cost(rows["trl_precomputed"]), cost(rows["fused_trl"])),
         ("the same, our own trainer", "", cost(rows["shared"])),
     ]

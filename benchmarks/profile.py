@@ -29,7 +29,7 @@ STRATEGIES = {
     "frozen": ("ours", "frozen"),
     "pairs": ("ours", "trainable"),
     "two_pass": ("ours_two_pass", "trainable"),
-    "recompute": ("ours_token_logps", "trainable"),
+    "kept": ("ours_token_logps", "trainable"),
 }
 PARTS = {  # part -> what the names of its operators begin with
     "products": ("aten::mm", "aten::addmm", "aten::mv"),

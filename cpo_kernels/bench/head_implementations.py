@@ -81,7 +81,7 @@ def fused_loss(impl: str = "auto", two_pass: bool = False, **filtered: Any) -> C
 
 
 def our_token_logps(**filtered: Any) -> Callable[[Batch], Step]:
-    """`linear_token_logps` under an unknown loss: strategies recompute, frozen, forward and live."""
+    """`linear_token_logps` under an unknown loss: strategies kept or recompute, frozen, forward and live."""
 
     @from_token_logps
     def make(b: Batch) -> TokenLogps:

@@ -277,9 +277,10 @@ def linear_token_logps(
 ) -> Tensor | tuple[Tensor, TokenExtras]:
     """Token log-probs from hidden states: logp_t = z_{t,y_t} - logsumexp_v z_{t,v}, z = softcap(scale * (x W^T + b)).
 
-    The full logits are never stored. The gradient is the true vector-Jacobian product for any upstream gradient. It
-    takes 2 matrix products in all if weight and bias are frozen, 4 if they are trained (`FusedLinearCPOLoss` and
-    `linear_nll` need 3).
+    The gradient is the true vector-Jacobian product for any upstream gradient. It takes 2 matrix products in all if
+    weight and bias are frozen and 3 if they are trained, on chunks of logits. Logits of a trained head that exceed
+    `memory_budget` are computed twice (4 products), and so are all under torch.compile; `FusedLinearCPOLoss`,
+    `FusedLinearKTOLoss` and `linear_nll` need 3 for any size.
 
     Args:
         hidden: [..., H], already shifted: position t predicts label t.
@@ -290,7 +291,8 @@ def linear_token_logps(
         index: [n] int64, the positions in `labels.flatten()` that have a label, in ascending order. A collator knows
             them; computing them here forces a host-device synchronisation on a GPU. Positions without a label may be
             included and count as ignored: for a CUDA graph whose labels change, give all positions.
-        memory_budget: bytes of logits held at a time; by default 320 MiB on a CPU and 1 GiB on a GPU.
+        memory_budget: bytes of logits held at a time, and from forward to backward if the head is trained; by default
+            320 MiB on a CPU and 1 GiB on a GPU. With a frozen head, chunks on a CPU are smaller by default.
         vocab_shards: the head is vocabulary-sharded: weight [V_r, H] and bias [V_r] are this rank's rows; hidden,
             labels and the result are the same on every rank of the group. DTensors need no vocab_shards: hidden
             Replicate, or Shard over tokens (sequence parallel), with weight Shard(0) on the same mesh; labels are

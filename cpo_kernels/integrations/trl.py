@@ -4,9 +4,8 @@
         trainer = trl.GRPOTrainer(model, reward, train_dataset=data, ...)
     trainer = FusedDPOTrainer(model, ref_model, FusedDPOConfig("out", loss_type="ipo"), train_dataset=data, ...)
 
-Without `objectives` TRL computes loss and metrics as ever, from our token log-probs: 2 matrix products with a frozen
-head (LoRA), 4 with a trainable one, only on labelled positions. TRL's metrics need every token's log-prob, entropy and
-mean logit, which the 3-product `FusedLinearCPOLoss` does not give.
+Without `objectives` TRL computes loss and metrics as before, from our token log-probs: 2 matrix products with a frozen
+head (LoRA), 3 with a trainable one (4 if the logits exceed `memory_budget`), only on labelled positions.
 
 With `objectives` the dataset holds `chosen_scores` and `rejected_scores`, K ratings each (None: not rated), and
 optionally `condition`, K levels (None: not conditioned). The prompt must carry the condition's tags

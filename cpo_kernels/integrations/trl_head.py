@@ -7,7 +7,7 @@
 
 A trainer gives its models a head during construction, with `add_fused_lm_head`, a name that each module of TRL imports;
 the models keep that head. TRL computes loss and metrics as before, from our token log-probs: 2 matrix products with a
-frozen head (LoRA), 4 with a trainable one, on labelled positions only.
+frozen head (LoRA), 3 with a trainable one (4 if the logits exceed `memory_budget`), on labelled positions only.
 
 Written for TRL 1.16.
 """
