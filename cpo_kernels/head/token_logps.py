@@ -3,6 +3,7 @@
 Only one chunk of logits exists at a time. `strategy` describes the strategies.
 """
 
+from collections import Counter
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -50,7 +51,7 @@ class TokenArgs(NamedTuple):
     options: HeadOptions
     extras: bool
     want_dx: bool
-    keep_logits: bool  # also return the logits for backward, if all fit the budget
+    keep_rows: int  # also return the logits for backward, if there are at most that many rows
     keep_live: bool  # also return the live sets, from which backward computes dW and db
     execution: Execution
 
@@ -70,7 +71,7 @@ def _fake_forward(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     live = fake_live_tensors(hidden) if args.keep_live else no_live_tensors(hidden)
     lacks = logp.new_empty(logp.shape if is_relative(hidden.dtype) else 0)
     logps = RowLogps(logp, lse, extra, logp.new_empty(args.ref_hidden.shape[0]), lacks)
-    count = torch.library.get_ctx().new_dynamic_size() if args.keep_logits else 0
+    count = torch.library.get_ctx().new_dynamic_size() if args.keep_rows else 0
     width = tensors.weight.shape[0]
     kept = hidden.new_empty(count, row_stride(width, hidden.dtype, hidden.device))[:, :width]
     return HeadLogps(logps, dx, no_sums(hidden), kept, live)
@@ -81,7 +82,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     execution, size, shared = args.execution, tensors.hidden.shape[0], args.ref_hidden.numel() > 0
     rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
     count = rows.x.shape[0]
-    keep = args.keep_logits and count <= execution.row_limit
+    keep = count <= args.keep_rows
     step = max(count, 1) if keep else execution.step(count, adds_dw=False)
     max_rows = max(min(step, count), min(2 * count * shared, execution.chunk_limit))
     head = args.execution.head(tensors, args.options, max_rows)
@@ -155,6 +156,22 @@ def linear_token_logps_backward_op(tensors: HeadTensors, args: BackwardArgs) -> 
     return _head_grads(tensors, args)
 
 
+class _Kept:
+    """Counts the bytes of logits that wait for their backward pass, by device, until `release` or its own end."""
+
+    bytes: Counter[torch.device] = Counter()
+
+    def __init__(self, logits: Tensor) -> None:
+        self.device, self.size = logits.device, logits.numel() * logits.element_size()
+        self.bytes[self.device] += self.size
+
+    def release(self) -> None:
+        self.bytes[self.device] -= self.size
+        self.size = 0
+
+    __del__ = release
+
+
 class LinearTokenLogps(torch.autograd.Function):
     """`frozen` and filtered heads save dX for an incoming gradient of 1; `kept` saves the logits; `recompute` computes
     them again in backward, and so does a second backward of `kept`, whose first one overwrites them."""
@@ -166,7 +183,8 @@ class LinearTokenLogps(torch.autograd.Function):
         tensors = HeadTensors(hidden, weight, bias, labels)
         logps, dx, filter_sums, kept, live = linear_token_logps_op(tensors, args)
         ctx.args = args.options, args.execution, args.keep_live
-        ctx.made_dx, ctx.extras, ctx.spent = args.want_dx, args.extras, False
+        ctx.made_dx, ctx.extras = args.want_dx, args.extras
+        ctx.kept = _Kept(kept) if kept.numel() else None
         entropy, extra = split_entropy(logps.extra)
         for_head = (hidden, weight, bias, args.row_index, logps.lse, logps.lacks, entropy, kept, *live)
         only_dx = args.want_dx and not any(ctx.needs_input_grad[1:3]) and not args.extras
@@ -200,8 +218,8 @@ class LinearTokenLogps(torch.autograd.Function):
                 index, lse, lacks, grad, entropies, options, needs, LiveTensors(*live), from_live, execution
             )
             tensors = HeadTensors(hidden, weight, bias, labels)
-            if kept.numel() and not ctx.spent:
-                ctx.spent = True
+            if ctx.kept:
+                ctx.kept = ctx.kept.release()  # None
                 with torch.autocast(kept.device.type, enabled=False):
                     out = _head_grads(tensors, args, kept.data)  # .data: its version stays, and others are still saved
             else:
@@ -226,10 +244,13 @@ def token_logps_of(
     want_dx = needs.dx and (not needs.head or inputs.filter_eps > 0)
     if extras and torch.compiler.is_compiling():  # backward then gets a gradient of the entropy, zeros at times
         want_dx = False
+    keep_rows, weight = 0, inputs.tensors.weight
     # torch.compile's graphs cannot know whether kept logits have been overwritten.
-    keep = needs.head and not inputs.keeps_live_sets and not torch.compiler.is_compiling()
+    if needs.head and not inputs.keeps_live_sets and not torch.compiler.is_compiling():
+        row_bytes = row_stride(inputs.width, weight.dtype, weight.device) * weight.element_size()
+        keep_rows = max(0, inputs.row_limit - -(-_Kept.bytes[weight.device] // row_bytes))
     execution = inputs.execution(impl)
-    args = TokenArgs(index, ref_hidden, inputs.options, extras, want_dx, keep, inputs.keeps_live_sets, execution)
+    args = TokenArgs(index, ref_hidden, inputs.options, extras, want_dx, keep_rows, inputs.keeps_live_sets, execution)
     logp, entropy, extra, ref_logp, filter_sums, *_ = function.apply(*tensors, args)
     return logp, torch.cat([entropy, extra]), ref_logp, filter_sums
 
@@ -291,8 +312,9 @@ def linear_token_logps(
         index: [n] int64, the positions in `labels.flatten()` that have a label, in ascending order. A collator knows
             them; computing them here forces a host-device synchronisation on a GPU. Positions without a label may be
             included and count as ignored: for a CUDA graph whose labels change, give all positions.
-        memory_budget: bytes of logits held at a time, and from forward to backward if the head is trained; by default
-            320 MiB on a CPU and 1 GiB on a GPU. With a frozen head, chunks on a CPU are smaller by default.
+        memory_budget: bytes of logits held at a time; if the head is trained, also of those that wait for a backward
+            pass, over all calls. By default 320 MiB on a CPU and 1 GiB on a GPU; chunks of a frozen head on a CPU are
+            smaller.
         vocab_shards: the head is vocabulary-sharded: weight [V_r, H] and bias [V_r] are this rank's rows; hidden,
             labels and the result are the same on every rank of the group. DTensors need no vocab_shards: hidden
             Replicate, or Shard over tokens (sequence parallel), with weight Shard(0) on the same mesh; labels are

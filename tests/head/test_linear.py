@@ -9,6 +9,7 @@ from cpo_kernels import library, reference
 from cpo_kernels.backends.vocab_parallel import Backend
 from cpo_kernels.check.run import poisoned
 from cpo_kernels.head import inputs, nll, strategy
+from cpo_kernels.head import token_logps as head_token_logps
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import BACKENDS, EVERY_BACKEND, LOW_PRECISION, make_batch, relative_error, true_seq_logps
 
@@ -684,3 +685,28 @@ def test_one_chunk_by_the_ops(monkeypatch):
     sizes.clear()
     loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, plan=plan, **given)
     assert len(sizes) > 1
+
+
+def test_all_kept_logits_share_one_budget():
+    """What waits for a backward pass counts: calls beyond the budget compute their logits again."""
+    batch = make_batch(4, 9)
+    rows, before = int(batch.lengths().sum()), head_token_logps._Kept.bytes[torch.device("cpu")]
+
+    def kept(budget_rows):
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+            logps = cpo.linear_token_logps(
+                batch.hidden, batch.weight, batch.labels, batch.bias, memory_budget=budget_rows * ROW
+            )
+        return logps, any(t.shape == (rows, 101) for t in held)
+
+    first, second, third = kept(2 * rows + 15), kept(2 * rows + 15), kept(2 * rows + 15)
+    assert [k for _, k in (first, second, third)] == [True, True, False]
+    want = torch.autograd.grad(first[0].sum(), batch.leaves, retain_graph=True)
+    for logps in (first[0], second[0], third[0]):  # a second backward, kept, computed again
+        got = torch.autograd.grad(logps.sum(), batch.leaves, retain_graph=True)
+        assert all(relative_error(g, w) < 1e-12 for g, w in zip(got, want, strict=True))
+    fourth = kept(2 * rows + 15)
+    assert fourth[1]  # both were used
+    del first, second, third, fourth, logps
+    assert head_token_logps._Kept.bytes[torch.device("cpu")] == before  # freed without a backward pass

@@ -63,7 +63,7 @@ def op_samples(impl):
     yield preference.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
     for rows, filtered in ((16, False), (16, True), (64, False)):
         where = execution(rows)._replace(filter_eps=0.05 * filtered, filter_head_grad=filtered)
-        args = head_token_logps.TokenArgs(none, hidden + 1, options, True, True, not filtered, filtered, where)
+        args = head_token_logps.TokenArgs(none, hidden + 1, options, True, True, rows * (not filtered), filtered, where)
         yield head_token_logps.linear_token_logps_op, (tensors, args)
         out = head_token_logps.linear_token_logps_op(tensors, args)
         assert len(out.kept) == (rows == 64) * (labels != -100).sum()
