@@ -365,7 +365,7 @@ def test_hub_names_and_sources_of_different_layouts(tmp_path, monkeypatch):
         (
             {"path": "rows.jsonl", "layout": "ultra"},
             ValueError,
-            "layout 'ultra' is not one of records, answers, pairs, ul",
+            "layout 'ultra' is not one of records, answers, pairs, rated_pairs, ul",
         ),
     ],
 )
