@@ -53,6 +53,8 @@ def layout_of(name: str, fields: FieldMap, objectives: Sequence[Objective]) -> C
             )
         return lambda row: pair_of(row, fields, next(iter(scale), OVERALL), scale)
     if name == "rated_pairs":
+        if not scale:
+            raise ValueError("layout rated_pairs needs objectives: its scores are numbers in their order")
         return lambda row: rated_pair_of(row, fields, scale)
     ratings = _ratings_of(fields, scale)
 

@@ -11,7 +11,8 @@ mean logit, which the 3-product `FusedLinearCPOLoss` does not give.
 With `objectives` the dataset holds `chosen_scores` and `rejected_scores`, K ratings each (None: not rated), and
 optionally `condition`, K levels (None: not conditioned). The prompt must carry the condition's tags
 (`cpo_kernels.TagTemplate`). The response with the higher value under the condition is preferred, whichever column it
-stands in; ties give no loss. See `cpo_kernels.preference_loss`.
+stands in; ties give no loss. See `cpo_kernels.preference_loss`. `RatedData` makes such rows from rated responses, with
+token ids: a row's `prompt_ids`, `chosen_ids` and `rejected_ids` are taken as they are.
 
 Written for TRL 1.16.
 """

@@ -447,3 +447,13 @@ def test_rows_with_tokens_whose_prompt_fills_max_length_are_dropped(tmp_path):
     short = [i for i, ids in enumerate(rows["prompt_ids"]) if len(ids) < 60]
     trainer = dpo(data, tmp_path, small(data), small(data), max_length=60)
     assert 0 < len(short) < len(rows) and trainer.train_dataset["prompt_ids"] == rows.select(short)["prompt_ids"]
+
+
+def test_precomputed_references_of_rows_with_tokens(tmp_path):
+    data = RatedData(dataset(), tiny.tokenizer(), OBJECTIVES)
+    losses = []
+    for precompute in (False, True):
+        trainer = dpo(data, tmp_path, small(data), small(data, seed=1), precompute_ref_log_probs=precompute)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][0] != pytest.approx(math.log(2), rel=1e-3)
