@@ -1,8 +1,9 @@
-"""The three layouts that a field map describes (`data.layout`, `data.fields`), as functions from a row to a record.
+"""The layouts that a field map describes (`data.layout`, `data.fields`), as functions from a row to a record.
 
-records   a prompt with its list of responses a row
-answers   one rated response a row, grouped by prompt
-pairs     prompt, chosen and rejected a row, with scores or without; texts or messages (TRL's preference format)
+records      a prompt with its list of responses a row
+answers      one rated response a row, grouped by prompt
+pairs        prompt, chosen and rejected a row, with scores or without; texts or messages (TRL's preference format)
+rated_pairs  the same with a rating for each objective: `chosen_scores` and `rejected_scores`, grouped by prompt
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from cpo_kernels.data.records import OPTIONS, RENDERED, Message, Prompt, Record,
 from cpo_kernels.objectives import Objective
 from cpo_kernels.recipe.keys import FieldMap
 
-LAYOUTS = ("records", "answers", "pairs")
+LAYOUTS = ("records", "answers", "pairs", "rated_pairs")
+SCORES = ("chosen_scores", "rejected_scores")  # of `rated_pairs`
 OVERALL = "overall"  # the objective of pairs without a configured one
 Convert = Callable[[dict[str, Any]], Record]
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # that no text model reads
@@ -50,6 +52,10 @@ def layout_of(name: str, fields: FieldMap, objectives: Sequence[Objective]) -> C
                 f"layout pairs has one overall rating, but there are several objectives: {', '.join(scale)}"
             )
         return lambda row: pair_of(row, fields, next(iter(scale), OVERALL), scale)
+    if name == "rated_pairs":
+        if not scale:
+            raise ValueError("layout rated_pairs needs objectives: its scores are numbers in their order")
+        return lambda row: rated_pair_of(row, fields, scale)
     ratings = _ratings_of(fields, scale)
 
     def response(row: dict[str, Any], field: str) -> Response:
@@ -131,6 +137,27 @@ def pair_of(row: dict[str, Any], fields: FieldMap, name: str, scale: dict[str, O
     prompt, answers = preference_texts(row, fields)
     rated = zip(answers, (chosen, rejected), strict=True)
     responses = (Response(text, {} if score is None else {name: score}, extra) for (text, extra), score in rated)
+    return Record(with_columns(prompt, row, fields), tuple(responses))
+
+
+def rated_pair_of(row: dict[str, Any], fields: FieldMap, scale: dict[str, Objective]) -> Record:
+    """Two responses with K ratings each, in the order of the objectives; null where missing."""
+    condition = row.get("condition")
+    if any(level is not None for level in (condition if isinstance(condition, list) else [condition])):
+        raise ValueError(
+            f"field 'condition' is {short(condition)}, so the prompt has its tags already, but here conditions are "
+            "drawn: remove the column, and the tags from the prompt"
+        )
+    prompt, answers = preference_texts(row, fields)
+    responses = []
+    for (text, extra), column in zip(answers, SCORES, strict=True):
+        given = get(row, column)
+        if not isinstance(given, list) or len(given) != len(scale):
+            raise ValueError(
+                f"field {column!r} must hold one number (or null) for each of {', '.join(scale)}, got {short(given)}"
+            )
+        numbers = ((name, rating_of(level, scale[name])) for name, level in zip(scale, given, strict=True))
+        responses.append(Response(text, {name: number for name, number in numbers if number is not None}, extra))
     return Record(with_columns(prompt, row, fields), tuple(responses))
 
 

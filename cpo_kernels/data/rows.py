@@ -43,6 +43,15 @@ def read_rows(source: SourceConfig, quiet: bool = True) -> Iterator[Row]:
         raise _damaged(source.path, error) from None
 
 
+def rows_of(dataset: Iterable[Any], name: str) -> Iterator[Row]:
+    """The rows of a `datasets.Dataset` or of a list of dicts, numbered from 0 as it numbers them."""
+    for number, row in enumerate(getattr(dataset, "with_format", lambda _: dataset)(None)):
+        place = f"{name}, row {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{place} is {row!r:.60}, not an object of columns: give one split of the data set")
+        yield place, _without_others_keys(row)
+
+
 def source_files(source: SourceConfig, key: str = "data") -> list[str]:
     """The paths of a source. Raises FileNotFoundError if it does not exist; the message calls it `key`."""
     path = source.path

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cpo_kernels.data.fields import has, is_empty
 from cpo_kernels.data.layouts import LAYOUTS, OVERALL, TELLING, layout_of
 from cpo_kernels.data.records import DataError, Record, check_text, prompt_text
-from cpo_kernels.data.rows import read_rows
+from cpo_kernels.data.rows import Row, read_rows
 from cpo_kernels.data.schemas import SCHEMAS
 from cpo_kernels.objectives import Objective
 from cpo_kernels.recipe.keys import DataConfig, FieldMap, SourceConfig
@@ -25,11 +25,28 @@ def load_records(
     report: dict[str, Any],
     quiet: bool = True,
 ) -> list[Record]:
-    """The records of `sources`. A broken row raises DataError (file, line, reason); with `data.on_bad_line: skip` it is
-    left out, counted in report["bad_lines"] and its reason kept. Informative columns that nothing reads are counted in
-    report["unread_columns"]."""
+    """The records of `sources`; see `records_of`."""
     given = [s if isinstance(s, SourceConfig) else SourceConfig(path=str(s)) for s in sources]
-    layouts = [source.layout or data.layout for source in given]
+    tables = [Table(s.path, s.layout or data.layout, read_rows(s, quiet)) for s in given]
+    return records_of(tables, data, objectives, report)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one layout."""
+
+    name: str
+    layout: str
+    rows: Iterable[Row]
+
+
+def records_of(
+    tables: Sequence[Table], data: DataConfig, objectives: Sequence[Objective], report: dict[str, Any]
+) -> list[Record]:
+    """The records of `tables`. A broken row raises DataError (place, reason); with `data.on_bad_line: skip` it is left
+    out, counted in report["bad_lines"] and its reason kept. Informative columns that nothing reads are counted in
+    report["unread_columns"]."""
+    layouts = [table.layout for table in tables]
     named = [key for key, value in vars(data.fields).items() if value != getattr(FieldMap(), key)]
     if named and layouts and not set(layouts) & set(LAYOUTS):
         raise ValueError(
@@ -38,10 +55,10 @@ def load_records(
         )
     _check_objectives(layouts, objectives)
     records: dict[Any, Record] = {}
-    for source, layout in zip(given, layouts, strict=True):
-        convert, apart = _converter(layout, data, objectives)
+    for table in tables:
+        convert, apart = _converter(table.layout, data, objectives)
         columns: Counter[str] = Counter()
-        for place, row in read_rows(source, quiet):
+        for place, row in table.rows:
             try:
                 record = _record(row, convert, place)
             except DataError as error:
@@ -54,14 +71,17 @@ def load_records(
             columns.update({name: 0 for name in (data.fields.system, data.fields.input) if name and has(row, name)})
             key = place if apart else record.prompt
             if key in records:
-                record = replace(records[key], responses=records[key].responses + record.responses)
+                there = records[key].responses
+                # a response of several pairs is one response
+                more = [r for r in record.responses if table.layout != "rated_pairs" or r not in there]
+                record = replace(records[key], responses=(*there, *more))
             records[key] = record
-        if layout in LAYOUTS and columns:
-            _check_columns(columns, data.fields, source.path, report)
+        if table.layout in LAYOUTS and columns:
+            _check_columns(columns, data.fields, table.name, report)
     if not records:
         bad = report.get("bad_line_reasons")
         raise ValueError(
-            f"no records in {', '.join(s.path for s in given) or 'data.train: it names no file'}"
+            f"no records in {', '.join(table.name for table in tables) or 'data.train: it names no file'}"
             + (f"; bad rows skipped: {report['bad_lines']}, the first: {bad[0]}" if bad else "")
         )
     return list(records.values())

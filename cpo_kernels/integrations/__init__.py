@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "FusedDPOConfig", "FusedDPOTrainer", "FusedGRPOTrainer", "FusedKTOTrainer", "FusedRLOOTrainer", "FusedSFTTrainer",
-    "add_fused_head", "causal_lm_inputs", "causal_lm_logps", "fuse", "lm_head",
+    "RatedData", "add_fused_head", "causal_lm_inputs", "causal_lm_logps", "fuse", "lm_head",
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the same
     from cpo_kernels.integrations.fused_head import add_fused_head
+    from cpo_kernels.integrations.rated_data import RatedData
     from cpo_kernels.integrations.transformers import causal_lm_inputs, causal_lm_logps, lm_head
     from cpo_kernels.integrations.trl import FusedDPOConfig, FusedDPOTrainer
     from cpo_kernels.integrations.trl_head import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports the sa
 
 _MODULES = {
     "fused_head": ("add_fused_head",),
+    "rated_data": ("RatedData",),
     "transformers": ("causal_lm_inputs", "causal_lm_logps", "lm_head"),
     "trl": ("FusedDPOConfig", "FusedDPOTrainer"),
     "trl_head": ("FusedGRPOTrainer", "FusedKTOTrainer", "FusedRLOOTrainer", "FusedSFTTrainer", "fuse"),

@@ -10,7 +10,8 @@ head (LoRA), 3 with a trainable one (4 if the logits exceed `memory_budget`), on
 With `objectives` the dataset holds `chosen_scores` and `rejected_scores`, K ratings each (None: not rated), and
 optionally `condition`, K levels (None: not conditioned). The prompt must carry the condition's tags
 (`cpo_kernels.TagTemplate`). The response with the higher value under the condition is preferred, whichever column it
-stands in; ties give no loss. See `cpo_kernels.preference_loss`.
+stands in; ties give no loss. See `cpo_kernels.preference_loss`. `RatedData` makes such rows from rated responses, with
+token ids: a row's `prompt_ids`, `chosen_ids` and `rejected_ids` are taken as they are.
 
 Written for TRL 1.16.
 """
@@ -52,6 +53,7 @@ __all__ = [
     "fuse",
 ]  # fmt: skip
 RATING_COLUMNS = ("chosen_scores", "rejected_scores", "condition")
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 NOT_IN_TRL = {"simpo", "orpo", "contrastive_cpo", "alphapo", "modpo"}
 SMOOTHED_BY_TRL = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
@@ -84,13 +86,13 @@ class FusedDPOConfig(trl.DPOConfig):
 
     def __post_init__(self) -> None:
         if self.objectives is not None:
-            self.objectives = [asdict(o) if isinstance(o, Objective) else o for o in _objective_list(self.objectives)]
+            self.objectives = [asdict(o) if isinstance(o, Objective) else o for o in objective_list(self.objectives)]
         super().__post_init__()
         loss_options(self)
         check_filter(**filter_options(self))
 
 
-def _objective_list(given: Any) -> list[Objective | dict[str, Any]]:
+def objective_list(given: Any) -> list[Objective | dict[str, Any]]:
     """What `objectives` holds, read from JSON where it is text, each checked; a dict may leave out weight, strength."""
     example = 'write [{"name": "honesty", "low": 1, "high": 5}]'
     if isinstance(given, str):
@@ -259,7 +261,11 @@ class FusedDPOTrainer(trl.DPOTrainer):
                     rating_rows(example, self.rated.objectives)
                 except ValueError as error:
                     raise ValueError(f"the {dataset_name} dataset, row {number}: {error}") from None
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if not first.keys() >= set(TOKEN_COLUMNS):
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if args.max_length is None or args.truncation_mode != "keep_start":
+            return dataset
+        return dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)  # as TRL: others have no response
 
     def _set_signature_columns_if_needed(self) -> None:
         first = self._signature_columns is None

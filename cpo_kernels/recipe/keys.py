@@ -81,8 +81,9 @@ class DataConfig:
     split_seed: int = key(0, "seed of that split; separate from `seed` so that runs can share a split", SEEDS)
     layout: str = key(
         "records",
-        "records (responses in a list) | answers (one a row) | pairs (chosen, rejected: TRL's format), or a published "
-        "schema: ultrafeedback | ultrasafety | helpsteer | pku_saferlhf | hh_rlhf | helpsteer3",
+        "records (responses in a list) | answers (one a row) | pairs (chosen, rejected: TRL's format) | rated_pairs "
+        "(the same with chosen_scores, rejected_scores: a rating for each objective), or a published schema: "
+        "ultrafeedback | ultrasafety | helpsteer | pku_saferlhf | hh_rlhf | helpsteer3",
     )
     fields: FieldMap = key(FieldMap, "field names of the files")
     on_bad_line: str = key("error", "error | skip (skip counts and reports)")

@@ -365,7 +365,7 @@ def test_hub_names_and_sources_of_different_layouts(tmp_path, monkeypatch):
         (
             {"path": "rows.jsonl", "layout": "ultra"},
             ValueError,
-            "layout 'ultra' is not one of records, answers, pairs, ul",
+            "layout 'ultra' is not one of records, answers, pairs, rated_pairs, ul",
         ),
     ],
 )
@@ -374,3 +374,24 @@ def test_bad_sources(tmp_path, monkeypatch, source, error, reason):
     write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(error, match=reason):
         from_source(source)
+
+
+def test_rated_pairs_are_grouped_by_prompt(tmp_path):
+    """A rating for each objective on both sides; a response that stands in several pairs is one response."""
+    names = objectives(1, 5, "honesty", "helpfulness")
+    scores = {"A": [5, None], "B": [1, 4], "C": [None, None]}
+    rows = [
+        {"prompt": "Why?", "chosen": a, "rejected": b, "chosen_scores": scores[a], "rejected_scores": scores[b]}
+        for a, b in ("AB", "BC", "CA")
+    ]
+    (record,) = load(tmp_path, rows, names, layout="rated_pairs")
+    found = {r.text: r.ratings for r in record.responses}
+    assert len(record.responses) == 3
+    assert found == {"A": {"honesty": 5}, "B": {"honesty": 1, "helpfulness": 4}, "C": {}}
+    other = {**rows[0], "chosen_scores": [4, None]}  # the same text with another rating is another response
+    (record,) = load(tmp_path, [*rows, other], names, layout="rated_pairs")
+    assert [r.ratings["honesty"] for r in record.responses if r.text == "A"] == [5, 4]
+    with pytest.raises(ValueError, match="layout rated_pairs needs objectives"):
+        load(tmp_path, rows, layout="rated_pairs")
+    with pytest.raises(DataError, match="rows.jsonl:2: field 'rejected_scores' must hold one number"):
+        load(tmp_path, [rows[0], {**rows[1], "rejected_scores": [1]}], names, layout="rated_pairs")

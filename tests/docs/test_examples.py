@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
-def run(name, processes=1):
+def run(name, *arguments, processes=1):
     """Its output; the time is for one core and the imports."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "examples" / name)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "examples" / name), *arguments]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -33,7 +33,7 @@ def numbers(output, name):
 
 
 def test_all_are_here():
-    assert SCRIPTS == ["conditioned_loop.py", "dpo_loop.py", "tensor_parallel_head.py", "trl_dropin.py"]
+    assert SCRIPTS == ["conditioned_loop.py", "dpo_loop.py", "tensor_parallel_head.py", "trl_cpo.py", "trl_dropin.py"]
     assert len((ROOT / "examples" / "dpo_loop.py").read_text().splitlines()) <= 50
 
 
@@ -71,6 +71,23 @@ def test_trl_dropin():
     output = run("trl_dropin.py")
     assert numbers(output, "accuracy") == [1.0, 1.0]
     assert all(loss < 0.6 for loss in numbers(output, "loss"))
+
+
+def test_trl_cpo(tmp_path):
+    """Both stages at their smallest: achieved follows requested, and the page shows lines of this script."""
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    output = run("trl_cpo.py", "--quick", str(tmp_path))
+    rows = re.findall(r"^CPO in TRL +(.*)%$", output, re.M)
+    helpfulness, honesty, harmlessness = ([float(x) for x in row.replace("%", "").split()] for row in rows)
+    assert helpfulness[-3] > 0.8 and honesty[-3] > 0.2 and harmlessness[-3] > 0.9  # rank correlations
+    for stage in ("cpsft", "cdpo"):
+        saved = (tmp_path / stage / "config.yaml", tmp_path / stage / "model" / "chat_template.jinja")
+        assert all(file.exists() for file in saved)
+    script = {line.strip() for line in (ROOT / "examples" / "trl_cpo.py").read_text().splitlines()}
+    page = (ROOT / "docs" / "trl.md").read_text()
+    (shown,) = re.findall(r"```python\n(data = RatedData.*?)```", page, re.S)
+    assert {line.strip() for line in shown.splitlines()} <= script
 
 
 def test_notebook():
