@@ -104,7 +104,7 @@ def _aot_unpaired(p: Pairs) -> Tensor:
     """-log sigmoid(beta d_k), d = sort(r_w) - sort(r_l) over the batch.
 
     Smoothed by label_smoothing. AOT, Melnyk et al. 2024 (arXiv 2406.05882), unpaired. The k-th loss
-    stands at the pair that holds the k-th smallest chosen ratio; equal ratios keep their order.
+    belongs to the pair that holds the k-th smallest chosen ratio; equal ratios keep their order.
     """
     chosen, order = p.chosen_ratio.sort(stable=True)
     rejected = p.rejected_ratio.sort(stable=True).values
