@@ -1,7 +1,7 @@
 """Controllable Preference Optimization inside TRL: rated answers in a generated world, stage one with FusedSFTTrainer,
 stage two with FusedDPOTrainer, then what the model achieves of what is requested.
 
-Run: python examples/trl_cpo.py [--quick] [FOLDER]      (10 minutes on two cores; --quick: less than one)
+Run: python examples/trl_cpo.py [--quick] [FOLDER]      (about 10 minutes on two cores; --quick: one)
 Then: cpo-kernels play runs/trl_cpo/cdpo
 """
 
@@ -48,7 +48,7 @@ def main(size, folder):
 
     options = {"num_train_epochs": size.preference_epochs, "learning_rate": size.preference_lr, **OPTIONS}
     args = FusedDPOConfig(f"{folder}/cdpo", objectives=OBJECTIVES, beta=0.3, per_device_train_batch_size=64, **options)
-    rows = data.cdpo({"mixture": ATTAINED + BEYOND, "per_prompt": 3, "pairs": 2})
+    rows = data.cdpo({"mixture": ATTAINED + BEYOND, "per_prompt": 3, "pairs": 3})
     trainer = FusedDPOTrainer(f"{folder}/cpsft/model", None, args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     data.save(trainer)
