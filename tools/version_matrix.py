@@ -130,7 +130,7 @@ def tried(asked: dict[str, str], wheel: Path, place: Path, tests: list[str]) -> 
     """Installs what is asked for and the wheel below `place`, runs the tests there, away from our source tree."""
     python, source = place / "venv" / "bin" / "python", place / "source"
     subprocess.run([sys.executable, "-m", "venv", place / "venv"], check=True)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
     kept = pins()
     tools = [f"{name}=={kept[name]}" for name in ("pytest", "hypothesis")]
     done = subprocess.run(
