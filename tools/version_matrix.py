@@ -1,14 +1,14 @@
 """The newest, the pinned and the lowest supported versions of what we adapt to, each tried with one wheel.
 
-    .venv/bin/python -m tools.version_matrix [--rows newest lowest ...] [--work build/versions] [--tests FILE ...]
+    .venv/bin/python -m tools.version_matrix [--rows newest lowest ...] [--work build/versions]
 
 Builds the wheel once, with the torch of the Python that runs this, and gives each row of `ROWS` a new virtual
 environment below WORK, which is deleted afterwards. "lowest" is the lower bound of pyproject.toml, "newest" what pip
 has, bounds or no bounds; every other version is the one of constraints.txt. A torch that pip has only as a CUDA build
 is not tried: its rows say so where torch is their point, and take the pinned torch otherwise.
 
-Prints the table and writes it to --out, from which `python -m benchmarks.plot` fills docs/trl.md. Rows that are not
-asked for keep what the file says of them. Exits with 1 where a row failed.
+Prints the table and writes benchmarks/results/versions.json, from which `python -m benchmarks.plot` fills docs/trl.md.
+Rows that are not asked for keep what the file says of them. Exits with 1 where a row failed.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def installed(python: Path) -> dict[str, str]:
     return found
 
 
-def tried(asked: dict[str, str], wheel: Path, place: Path, tests: list[str]) -> Row:
+def tried(asked: dict[str, str], wheel: Path, place: Path) -> Row:
     """Installs what is asked for and the wheel below `place`, runs the tests there, away from our source tree."""
     python, source = place / "venv" / "bin" / "python", place / "source"
     subprocess.run([sys.executable, "-m", "venv", place / "venv"], check=True)
@@ -143,7 +143,7 @@ def tried(asked: dict[str, str], wheel: Path, place: Path, tests: list[str]) -> 
     (source / "pytest.ini").write_text("[pytest]\n")  # not our pyproject.toml above build/, which needs plugins
     report = place / "report.xml"
     command = [python, "-m", "pytest", "-q", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    command += ["-k", "not compile", f"--junitxml={report}", *tests]
+    command += ["-k", "not compile", f"--junitxml={report}", *TESTS]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONPATH": str(source)}
     subprocess.run(command, cwd=source, env=environment)
     return {"versions": installed(python), **outcome(report)}
@@ -176,15 +176,13 @@ def table(content: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--tests", nargs="+", default=list(TESTS), help="files of tests/, and pytest's options")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "versions", help="1.5 GB at a time")
-    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     tried_at = commit()  # now: a row takes minutes
     wheel = build_wheel(args.work.resolve() / "wheel")
     needed, pinned = needs(wheel), pins()
-    kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else {}
+    kept = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
     done: dict[str, Row] = {}  # what pip was asked for -> its row
     for name in args.rows:
         asked = requirements(ROWS[name], needed, pinned)
@@ -198,18 +196,20 @@ def main() -> int:
             print(f"== {name}: {' '.join(p + s for p, s in asked.items())}", flush=True)
             place = args.work.resolve() / name.replace(" ", "-")
             shutil.rmtree(place, ignore_errors=True)
-            row = done[key] = tried(asked, wheel, place, args.tests)
-            shutil.rmtree(place)
+            try:
+                row = done[key] = tried(asked, wheel, place)
+            finally:
+                shutil.rmtree(place)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         kept[name] = {**row, "date": now, "commit": tried_at}
         rows = {r: kept[r] for r in ROWS if r in kept}
         content = {
             "command": "python -m tools.version_matrix",
             "bounds": {p: str(needed[p].specifier) for p in PACKAGES},
-            "tests": args.tests,
+            "tests": TESTS,
             "rows": rows,
         }
-        args.out.write_text(json.dumps(content, indent=2) + "\n")
+        OUT.write_text(json.dumps(content, indent=2) + "\n")
     print(table(content))
     for name in args.rows:
         for failure in kept[name].get("failures", ()):
