@@ -95,6 +95,13 @@ def requirements(row: dict[str, str], needed: dict[str, Requirement], pinned: di
     return asked
 
 
+def identity(asked: dict[str, str]) -> frozenset[Any]:
+    """Equal where pip would install the same: 1.16 is 1.16.0, and 2.13.0+cpu is 2.13.0."""
+    return frozenset(
+        (name, Version(Version(spec[2:]).public) if spec.startswith("==") else spec) for name, spec in asked.items()
+    )
+
+
 def cpu_torch(asked: dict[str, str], pinned: str) -> tuple[str, str]:
     """torch as pip is asked for it, never a CUDA build; and why that one cannot be had, or ''."""
     version, why = torch_release(sys.executable, f"torch{asked['torch']}")
@@ -183,11 +190,11 @@ def main() -> int:
     wheel = build_wheel(args.work.resolve() / "wheel")
     needed, pinned = needs(wheel), pins()
     kept = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
-    done: dict[str, Row] = {}  # what pip was asked for -> its row
+    done: dict[Any, Row] = {}  # what pip was asked for -> its row
     for name in args.rows:
         asked = requirements(ROWS[name], needed, pinned)
         asked["torch"], why = cpu_torch(asked, pinned["torch"])
-        key = str(sorted((p, Version(s[2:]).public if s.startswith("==") else s) for p, s in asked.items()))
+        key = identity(asked)
         if why and list(ROWS[name]) == ["torch"]:
             row = {"result": UNAVAILABLE, "why": why}
         elif key in done:

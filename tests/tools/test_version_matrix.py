@@ -43,6 +43,13 @@ def test_what_pip_is_asked_for(needed, row, want):
     assert version_matrix.requirements(row, needed, PINNED) == want
 
 
+def test_rows_that_ask_for_the_same_are_tried_once():
+    asked = {"trl": "==1.16", "torch": "==2.13.0+cpu", "tqdm": "<5,>=4.66"}
+    assert version_matrix.identity(asked) == version_matrix.identity(asked | {"trl": "==1.16.0", "torch": "==2.13.0"})
+    for other in ({"trl": "==1.16.1"}, {"tqdm": ""}, {"torch": "==2.14.0"}):
+        assert version_matrix.identity(asked) != version_matrix.identity(asked | other)
+
+
 def test_a_package_without_a_lower_bound_is_refused():
     with pytest.raises(ValueError, match="peft<1: pyproject.toml must give it one lower bound"):
         version_matrix.lowest(Requirement("peft<1"))
