@@ -9,6 +9,7 @@
 # make sanitize  the C++ kernels of the CPU under AddressSanitizer and UBSan (minutes)
 # make audit   known vulnerabilities of what .venv holds, by pip-audit
 # make wheel-matrix  one wheel, tried with every Python here and every CPU build of torch that pip has (minutes each)
+# make versions  the newest, pinned and lowest TRL, transformers, PEFT and torch, each tried (ARGS="--rows newest"; half an hour)
 # make docs    the documentation site, API reference included, in build/docs
 # Each creates .venv and what it needs. Python: make demo PYTHON=python3.12
 
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu-check gpu-bench gpu-pack compile-check sanitize audit docs lint wheel wheel-matrix clean
+.PHONY: demo test bench gpu-check gpu-bench gpu-pack compile-check sanitize audit docs lint wheel wheel-matrix versions clean
 
 # torch first: the extension is built against it, without build isolation.
 .venv/torch: constraints.txt
@@ -95,7 +96,10 @@ wheel: .venv/torch
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
 wheel-matrix: .venv/torch
-	$(BIN)/python tools/wheel_matrix.py $(ARGS)
+	$(BIN)/python -m tools.wheel_matrix $(ARGS)
+
+versions: .venv/train
+	$(BIN)/python -m tools.version_matrix $(ARGS)
 
 clean:
 	rm -rf .venv build dist cpo_kernels/*.so *.egg-info

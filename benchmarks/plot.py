@@ -30,6 +30,7 @@ from cpo_kernels.integrations.heads import HEADS
 from cpo_kernels.losses.kto import LOSS_TYPES as UNPAIRED
 from cpo_kernels.losses.kto import FusedLinearKTOLoss
 from cpo_kernels.reference.loss_types import LOSS_TYPES
+from tools import version_matrix
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -316,6 +317,8 @@ def texts() -> dict[Path, str]:
     shared = roofline.read(RESULTS / "prompt_sharing.json")
     table = prompt_sharing.table(shared) if shared else "not measured"
     made[training] = fill(training.read_text(), "prompt sharing", table)
+    trl, tried = ROOT / "docs" / "trl.md", roofline.read(version_matrix.OUT)
+    made[trl] = fill(trl.read_text(), "versions", version_matrix.table(tried) if tried else "not tried")
     filtered = ROOT / "docs" / "filtered_gradients_training.md"
     page = filtered.read_text()
     for name, table in filtered_report.sections(roofline.read(FILTERED) or {}).items():

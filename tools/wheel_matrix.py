@@ -1,6 +1,6 @@
 """One abi3 wheel, tried with every Python on this machine and every torch that pip has as a CPU build.
 
-    .venv/bin/python tools/wheel_matrix.py [--torch 2.10 2.13 ...] [--python python3.12 ...]
+    .venv/bin/python -m tools.wheel_matrix [--torch 2.10 2.13 ...] [--python python3.12 ...]
 
 Builds the wheel with the torch of the Python that runs this, and gives it to tools/check_wheel.sh in a new environment
 for each combination. What cannot be tried is listed with the reason: a torch that pip does not have for that Python, or
@@ -37,8 +37,8 @@ def pythons() -> dict[str, str]:
     return found
 
 
-def why_not(python: str, torch: str) -> str:
-    """Why torch cannot be tried with this Python; '' where pip would fetch a CPU build."""
+def torch_release(python: str, requirement: str) -> tuple[str, str]:
+    """The torch that pip has for this Python ('': none), and why it cannot be tried ('': it is a CPU build)."""
     command = [
         python,
         "-m",
@@ -51,12 +51,22 @@ def why_not(python: str, torch: str) -> str:
         "--report",
         "-",
     ]
-    done = subprocess.run([*command, f"torch=={torch}.*"], capture_output=True, text=True)
+    done = subprocess.run([*command, requirement], capture_output=True, text=True)
     if done.returncode:
-        return (re.findall(r"ERROR: (.*)", done.stderr) or [done.stderr.strip()])[0]
+        return "", (re.findall(r"ERROR: (.*)", done.stderr) or [done.stderr.strip()])[0]
     release = json.loads(done.stdout)["install"][0]["metadata"]
     cuda = [need for need in release.get("requires_dist", []) if re.match(r"(nvidia|cuda)-", need)]
-    return f"pip has torch {release['version']} only as a CUDA build" if cuda else ""
+    return release["version"], f"pip has torch {release['version']} only as a CUDA build" if cuda else ""
+
+
+def build_wheel(folder: Path) -> Path:
+    """Our wheel, built with the torch of the Python that runs this; other wheels in the folder are removed."""
+    for path in folder.glob("*.whl"):
+        path.unlink()
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", folder, ROOT]
+    subprocess.run(build, check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
 def main() -> int:
@@ -66,12 +76,11 @@ def main() -> int:
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as work:
-        build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", work, ROOT]
-        subprocess.run(build, check=True)
-        (wheel,) = Path(work).glob("*.whl")
+        wheel = build_wheel(Path(work))
         for version, python in {p: p for p in args.python}.items() if args.python else pythons().items():
             for torch in args.torch:
-                result, place = why_not(python, torch), Path(work, f"{version}-{torch}".replace("/", "_"))
+                _, result = torch_release(python, f"torch=={torch}.*")
+                place = Path(work, f"{version}-{torch}".replace("/", "_"))
                 if not result:
                     command = [ROOT / "tools" / "check_wheel.sh", f"{torch}.*", place]
                     done = subprocess.run(command, env={**os.environ, "PYTHON": python, "WHEEL": str(wheel)})
