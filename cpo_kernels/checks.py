@@ -24,7 +24,7 @@ def check_types(kind: str, optional: bool = False, **values: Any) -> None:
     for name, value in values.items():
         if optional and value is None:
             continue
-        if not isinstance(value, KINDS[kind]):
+        if not isinstance(value, KINDS[kind]) or isinstance(value, bool):
             hint = f": use torch.tensor({name})" if kind == "a tensor" and isinstance(value, (list, tuple)) else ""
             raise TypeError(f"{name} must be {kind}, got {type(value).__name__} {value!r:.60}{hint}")
         if isinstance(value, Tensor) and value.layout != torch.strided:

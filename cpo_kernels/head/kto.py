@@ -15,7 +15,7 @@ from cpo_kernels.batch_plan import Group, pack_groups
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
 from cpo_kernels.head.inputs import Execution, HeadTensors, Needs, RowLogps, gather_rows, labelled_index
 from cpo_kernels.head.live import chunk_grads
-from cpo_kernels.head.strategy import chunks, one_chunk_limit
+from cpo_kernels.head.strategy import chunks, even_rows, one_chunk_limit
 from cpo_kernels.library import functional_op
 from cpo_kernels.ops.token_logps import HeadOptions
 from cpo_kernels.reference.kto import kto_loss
@@ -81,7 +81,7 @@ def linear_kto_op(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
     index = labelled_index(tensors.labels, options.ignore_index, sum(lengths))
     rows = gather_rows(tensors, index, index.shape[0] == size)
     ref = rows.gather(args.ref_hidden) if args.ref_hidden.numel() else None
-    parts = whole_sequences(lengths, execution)
+    parts = whole_sequences(lengths, execution, args.needs.dw)
     max_rows = max((chunk.stop - chunk.start for part in parts for chunk in part.chunks), default=0)
     if ref is not None:
         max_rows = max(max_rows, min(2 * max_rows, execution.row_limit))
@@ -128,13 +128,14 @@ class Part(NamedTuple):
     chunks: list[slice]
 
 
-def whole_sequences(lengths: list[int], execution: Execution) -> list[Part]:
+def whole_sequences(lengths: list[int], execution: Execution, adds_dw: bool) -> list[Part]:
     """As many whole sequences as fit a chunk, in order."""
     parts: list[Part] = []
-    row, limit = 0, one_chunk_limit(sum(lengths), execution.row_limit, execution.sum_rows)
+    row, more = 0, execution.sum_rows if adds_dw else 0
+    limit = one_chunk_limit(sum(lengths), execution.row_limit, more)
     for group in pack_groups([Group([s], [], length) for s, length in enumerate(lengths)], limit):
         rows = slice(row, row + group.num_rows)
-        step = group.num_rows if group.num_rows <= limit else execution.step(group.num_rows, adds_dw=True)
+        step = group.num_rows if group.num_rows <= limit else even_rows(group.num_rows, execution.row_limit)
         pieces = [slice(row + low, row + high) for low, high in chunks(group.num_rows, max(step, 1))]
         parts.append(Part(slice(group.sequences[0], group.sequences[-1] + 1), rows, pieces or [rows]))
         row = rows.stop

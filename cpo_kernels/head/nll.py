@@ -44,7 +44,7 @@ def linear_nll_op(tensors: HeadTensors, args: NLLArgs) -> NLL:
     options, needs = args.options, args.needs
     rows = labelled_rows(tensors, options.ignore_index, args.row_index)
     count = rows.x.shape[0]
-    step = args.execution.step(count, needs.head)
+    step = args.execution.step(count, adds_dw=needs.dw)
     head = args.execution.head(tensors, options, min(step, count))
     labelled = rows.labels != options.ignore_index
     weights = labelled.to(library.acc_dtype(rows.x.dtype))

@@ -62,7 +62,7 @@ def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> Li
         args.loss,
         tensors.hidden.shape[0],
         args.execution.row_limit,
-        args.execution.sum_rows,
+        args.execution.sum_rows if args.needs.dw else 0,
     )
     if not loss.scores.numel():
         loss = loss.with_divisors(loss.pairs.shape[0])  # no ratings, no ties

@@ -3,11 +3,13 @@
 Only one chunk of logits exists at a time. `strategy` describes the strategies.
 """
 
+import threading
 from collections import Counter
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
@@ -71,9 +73,7 @@ def _fake_forward(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     live = fake_live_tensors(hidden) if args.keep_live else no_live_tensors(hidden)
     lacks = logp.new_empty(logp.shape if is_relative(hidden.dtype) else 0)
     logps = RowLogps(logp, lse, extra, logp.new_empty(args.ref_hidden.shape[0]), lacks)
-    count = torch.library.get_ctx().new_dynamic_size() if args.keep_rows else 0
-    width = tensors.weight.shape[0]
-    kept = hidden.new_empty(count, row_stride(width, hidden.dtype, hidden.device))[:, :width]
+    kept = hidden.new_empty(0, tensors.weight.shape[0])  # fake tensors and torch.compile keep none
     return HeadLogps(logps, dx, no_sums(hidden), kept, live)
 
 
@@ -157,19 +157,36 @@ def linear_token_logps_backward_op(tensors: HeadTensors, args: BackwardArgs) -> 
 
 
 class _Kept:
-    """Counts the bytes of logits that wait for their backward pass, by device, until `release` or its own end."""
+    """Logits that wait for their backward pass, counted by device until they are taken or the graph is freed.
 
+    They are no saved tensors: what is saved must not depend on the count, or torch.utils.checkpoint would find other
+    tensors when it runs the forward pass again.
+    """
+
+    lock = threading.Lock()
     bytes: Counter[torch.device] = Counter()
 
     def __init__(self, logits: Tensor) -> None:
-        self.device, self.size = logits.device, logits.numel() * logits.element_size()
-        self.bytes[self.device] += self.size
+        self.logits: Tensor | None = logits
+        self.count(1)
 
-    def release(self) -> None:
-        self.bytes[self.device] -= self.size
-        self.size = 0
+    def count(self, sign: int) -> None:
+        if self.logits is not None:
+            with self.lock:
+                self.bytes[self.logits.device] += sign * self.logits.numel() * self.logits.element_size()
 
-    __del__ = release
+    def take(self) -> Tensor | None:
+        """The logits, once."""
+        self.count(-1)
+        logits, self.logits = self.logits, None
+        return logits
+
+    __del__ = take
+
+
+def _is_batched(*grads: Tensor) -> bool:
+    """Under is_grads_batched=True, which runs an op once for each gradient."""
+    return any(is_legacy_batchedtensor(grad) or is_batchedtensor(grad) for grad in grads)
 
 
 class LinearTokenLogps(torch.autograd.Function):
@@ -184,12 +201,12 @@ class LinearTokenLogps(torch.autograd.Function):
         logps, dx, filter_sums, kept, live = linear_token_logps_op(tensors, args)
         ctx.args = args.options, args.execution, args.keep_live
         ctx.made_dx, ctx.extras = args.want_dx, args.extras
-        ctx.kept = _Kept(kept) if kept.numel() else None
+        ctx.kept = _Kept(kept) if kept.shape[0] else None
         entropy, extra = split_entropy(logps.extra)
-        for_head = (hidden, weight, bias, args.row_index, logps.lse, logps.lacks, entropy, kept, *live)
+        for_head = (hidden, weight, bias, args.row_index, logps.lse, logps.lacks, entropy, *live)
         only_dx = args.want_dx and not any(ctx.needs_input_grad[1:3]) and not args.extras
         ctx.save_for_backward(dx, labels, *(() if only_dx else for_head))
-        rest = extra, logps.ref_logp, filter_sums, kept, *live  # torch.compile must see tensors of unknown sizes
+        rest = extra, logps.ref_logp, filter_sums, *live  # torch.compile must see tensors of unknown sizes
         ctx.mark_non_differentiable(*rest, *([] if args.extras else [entropy]))
         ctx.set_materialize_grads(False)  # None instead of zeros for an output without a gradient
         return logps.logp, entropy, *rest
@@ -211,19 +228,19 @@ class LinearTokenLogps(torch.autograd.Function):
         if needs.head or not made:
             options, execution, from_live = ctx.args
             needs = needs._replace(dx=needs.dx and not made)
-            hidden, weight, bias, index, lse, lacks, entropy, kept, *live = saved
+            hidden, weight, bias, index, lse, lacks, entropy, *live = saved
             grad, entropies = entropy_grads(lse, grad, of_entropy, entropy)
             from_live = from_live and of_entropy is None
             args = BackwardArgs(
                 index, lse, lacks, grad, entropies, options, needs, LiveTensors(*live), from_live, execution
             )
             tensors = HeadTensors(hidden, weight, bias, labels)
-            if ctx.kept:
-                ctx.kept = ctx.kept.release()  # None
-                with torch.autocast(kept.device.type, enabled=False):
-                    out = _head_grads(tensors, args, kept.data)  # .data: its version stays, and others are still saved
-            else:
+            kept = ctx.kept.take() if ctx.kept and not _is_batched(grad, entropies) else None
+            if kept is None:
                 out = linear_token_logps_backward_op(tensors, args)
+            else:
+                with torch.autocast(kept.device.type, enabled=False):
+                    out = _head_grads(tensors, args, kept)
             grads = [g if need else made for g, need, made in zip(out, needs, grads, strict=True)]
         return *grads, None, None
 
@@ -248,7 +265,8 @@ def token_logps_of(
     # torch.compile's graphs cannot know whether kept logits have been overwritten.
     if needs.head and not inputs.keeps_live_sets and not torch.compiler.is_compiling():
         row_bytes = row_stride(inputs.width, weight.dtype, weight.device) * weight.element_size()
-        keep_rows = max(0, inputs.row_limit - -(-_Kept.bytes[weight.device] // row_bytes))
+        held = _Kept.bytes[weight.device] if inputs.shards is None else 0  # ranks must agree
+        keep_rows = max(0, inputs.row_limit - -(-held // row_bytes))
     execution = inputs.execution(impl)
     args = TokenArgs(index, ref_hidden, inputs.options, extras, want_dx, keep_rows, inputs.keeps_live_sets, execution)
     logp, entropy, extra, ref_logp, filter_sums, *_ = function.apply(*tensors, args)

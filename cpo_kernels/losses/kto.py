@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cpo_kernels import checks
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.checks import check_types
@@ -238,8 +239,8 @@ class FusedLinearKTOLoss(nn.Module):
                 f"loss_type {self.loss_type!r} needs kl, its reference point: see the method kl(), or give kl=0.0"
             )
         check_types("a number or tensor", kl=kl)
-        if not isinstance(kl, Tensor) and not math.isfinite(kl):
-            raise ValueError(f"kl must be finite, got {kl}")
+        if (not isinstance(kl, Tensor) or (kl.numel() == 1 and checks.may_read(kl))) and not math.isfinite(kl):
+            raise ValueError(f"kl must be finite, got {float(kl)}")
         return kl
 
     def _has_reference_point(self, what: str) -> None:

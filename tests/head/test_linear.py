@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
@@ -619,22 +621,52 @@ def test_kept_logits_serve_every_backward(dtype, filter_eps):
             assert relative_error(g, w) < bound
 
 
-def test_logits_are_kept_where_they_fit():
-    batch = make_batch(4, 9, dtype=torch.float32)
+def kept_bytes():
+    return head_token_logps._Kept.bytes[torch.device("cpu")]
+
+
+def test_logits_are_kept_where_they_fit_and_freed_by_the_first_backward():
+    batch, before = make_batch(4, 9), kept_bytes()
     rows = int(batch.lengths().sum())
-    held = []
+    for budget, size in ((None, rows * ROW), (rows // 16 * 16 * ROW, 0)):
+        logps = cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, memory_budget=budget)
+        assert kept_bytes() - before == size
+        torch.autograd.grad(logps.sum(), batch.leaves[:2], retain_graph=True)
+        assert kept_bytes() == before and getattr(logps.grad_fn, "kept", None) is None or size == 0
+    logps = cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels)
+    del logps  # without a backward pass
+    assert kept_bytes() == before
 
-    def pack(t):
-        held.append(t)
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels)
-    assert [t.shape for t in held if t.dim() == 2 and t.shape[1] == 101] == [(rows, 101)]
-    held.clear()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, memory_budget=(rows - 1) * 101 * 4)
-    assert not any(t.dim() == 2 and t.shape[1] == 101 and t.untyped_storage().nbytes() for t in held)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_kept_logits_under_checkpoint(reentrant):
+    """What was counted when forward ran does not change what is saved when it runs again."""
+    batch = make_batch(4, 9)
+    rows = int(batch.lengths().sum())
+
+    def run(hidden, weight):
+        return cpo.linear_token_logps(hidden, weight, batch.labels, memory_budget=(rows + 15) * ROW)
+
+    want = torch.autograd.grad(run(*batch.leaves[:2]).square().sum(), batch.leaves[:2])
+    out = torch.utils.checkpoint.checkpoint(run, *batch.leaves[:2], use_reentrant=reentrant)
+    out.square().sum().backward()
+    assert all(relative_error(t.grad, w) < 1e-12 for t, w in zip(batch.leaves[:2], want, strict=True))
+
+
+def test_a_trained_head_under_fake_tensors_and_batched_gradients():
+    batch = make_batch(4, 9, bias=False)
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(t.detach()).requires_grad_() for t in batch.leaves]
+    labels = mode.from_tensor(batch.labels)
+    with mode:
+        cpo.linear_token_logps(*fakes, labels).sum().backward()
+        assert all(t.grad.shape == t.shape for t in fakes)
+    logps = cpo.linear_token_logps(*batch.leaves, batch.labels)
+    upstream = torch.randn(3, *logps.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(logps, batch.leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for k in range(3):
+        want = torch.autograd.grad(logps, batch.leaves, upstream[k], retain_graph=True)
+        assert all(relative_error(b[k], w) < 1e-12 for b, w in zip(batched, want, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -688,25 +720,39 @@ def test_one_chunk_by_the_ops(monkeypatch):
 
 
 def test_all_kept_logits_share_one_budget():
-    """What waits for a backward pass counts: calls beyond the budget compute their logits again."""
-    batch = make_batch(4, 9)
-    rows, before = int(batch.lengths().sum()), head_token_logps._Kept.bytes[torch.device("cpu")]
+    """What waits for a backward pass counts: a call beyond the budget computes its logits again."""
+    batch, before = make_batch(4, 9), kept_bytes()
+    rows = int(batch.lengths().sum())
+    budget = (2 * rows + 15) * ROW + before
 
-    def kept(budget_rows):
-        held = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-            logps = cpo.linear_token_logps(
-                batch.hidden, batch.weight, batch.labels, batch.bias, memory_budget=budget_rows * ROW
-            )
-        return logps, any(t.shape == (rows, 101) for t in held)
+    def run():
+        return cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels, batch.bias, memory_budget=budget)
 
-    first, second, third = kept(2 * rows + 15), kept(2 * rows + 15), kept(2 * rows + 15)
-    assert [k for _, k in (first, second, third)] == [True, True, False]
-    want = torch.autograd.grad(first[0].sum(), batch.leaves, retain_graph=True)
-    for logps in (first[0], second[0], third[0]):  # a second backward, kept, computed again
-        got = torch.autograd.grad(logps.sum(), batch.leaves, retain_graph=True)
+    logps, held = [], []
+    for _ in range(3):
+        logps.append(run())
+        held.append((kept_bytes() - before) // ROW)
+    assert held == [rows, 2 * rows, 2 * rows]
+    want = torch.autograd.grad(logps[0].sum(), batch.leaves, retain_graph=True)
+    assert kept_bytes() - before == rows * ROW
+    for one in logps:  # used before, kept, computed again
+        got = torch.autograd.grad(one.sum(), batch.leaves, retain_graph=True)
         assert all(relative_error(g, w) < 1e-12 for g, w in zip(got, want, strict=True))
-    fourth = kept(2 * rows + 15)
-    assert fourth[1]  # both were used
-    del first, second, third, fourth, logps
-    assert head_token_logps._Kept.bytes[torch.device("cpu")] == before  # freed without a backward pass
+    assert kept_bytes() == before
+
+
+def test_a_bias_alone_sums_no_weight_gradient(monkeypatch):
+    """So its chunks get no more rows than the budget."""
+    monkeypatch.setitem(strategy.DEFAULT_BUDGET, "cpu", 32 * 101 * 2)
+    batch, sizes, original = make_batch(8, 9).to(torch.bfloat16), [], inputs.Head.fused
+
+    def watched(self, x, *rest):
+        sizes.append(x.shape[0])
+        return original(self, x, *rest)
+
+    monkeypatch.setattr(inputs.Head, "fused", watched)
+    given = batch.hidden, batch.weight.detach(), batch.labels, batch.bias
+    cpo.linear_nll(*given)
+    cpo.FusedLinearCPOLoss()(*given, ref_logps=batch.ref_logps)
+    cpo.FusedLinearKTOLoss()(*given, ref_logps=batch.ref_logps, desirable=batch.ref_logps < -9, kl=0.0)
+    assert len(sizes) >= 6 and max(sizes) <= 32

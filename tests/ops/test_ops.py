@@ -61,12 +61,11 @@ def op_samples(impl):
     yield token_logps_backward_op, (logits, labels, lse, torch.randn_like(lse), torch.randn(2, len(lse)), options, impl)
     yield sequence_logps.sequence_logps_op, (logp, cu_seqlens, empty, True, impl)
     yield preference.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
-    for rows, filtered in ((16, False), (16, True), (64, False)):
-        where = execution(rows)._replace(filter_eps=0.05 * filtered, filter_head_grad=filtered)
-        args = head_token_logps.TokenArgs(none, hidden + 1, options, True, True, rows * (not filtered), filtered, where)
+    for filtered in (False, True):
+        where = execution(16)._replace(filter_eps=0.05 * filtered, filter_head_grad=filtered)
+        args = head_token_logps.TokenArgs(none, hidden + 1, options, True, True, 0, filtered, where)
         yield head_token_logps.linear_token_logps_op, (tensors, args)
         out = head_token_logps.linear_token_logps_op(tensors, args)
-        assert len(out.kept) == (rows == 64) * (labels != -100).sum()
         grad = torch.randn_like(lse)
         wanted = needs._replace(dx=not filtered)  # where dX was computed in the forward pass
         entropies = empty if filtered else torch.randn(2, len(lse))
@@ -89,13 +88,13 @@ def op_samples(impl):
 
 
 @pytest.mark.parametrize("impl", EVERY_BACKEND)
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(13))
 def test_opcheck(index, impl):
     op, args = list(op_samples(impl))[index]
     opcheck(op.overload, library.flatten(args))
 
 
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(13))
 def test_a_fake_has_the_bundles_of_the_op(index):
     """Arguments and results are the same NamedTuples through the op, its fake and torch.compile."""
     op, args = list(op_samples("cpu"))[index]
