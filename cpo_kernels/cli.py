@@ -110,6 +110,13 @@ def parser() -> Parser:
     add("--frozen", action="store_true", help="the head is frozen, as under LoRA")
     add("--no-grad", action="store_true", help="no gradients: reference model or evaluation")
     add("--loss", choices=("preference", "kto", "nll", "unknown"), default="preference", help="default %(default)s")
+    add(
+        "--group-tokens",
+        type=int,
+        metavar="N",
+        help="labelled positions of the largest group of linked pairs, or of the longest response under kto; "
+        "default: ROWS, one group",
+    )
     add("--filter-eps", type=eps, metavar="EPS", help="threshold of filtered gradients: a number or auto")
     add("--memory-budget", type=float, metavar="MIB", help="memory of one chunk of logits; default: by device")
     return made
@@ -128,7 +135,8 @@ def run(args: Namespace) -> int:
     trained = {"train_hidden": not args.no_grad, "train_head": not (args.no_grad or args.frozen)}
     dtype = getattr(torch, args.dtype)
     shape = args.rows, args.hidden, args.vocab
-    keys = {"loss": args.loss, "memory_budget": budget, "filter_eps": args.filter_eps, **trained}
+    keys = {"loss": args.loss, "group_tokens": args.group_tokens, "memory_budget": budget}
+    keys |= {"filter_eps": args.filter_eps, **trained}
     print(explain(*shape, dtype, args.device, **keys))
     return 0
 

@@ -449,12 +449,13 @@ _cpo_kernels cpo-kernels {words[-1]}; echo "${{COMPREPLY[*]}}"
         ["--loss", "kto"],
         ["--memory-budget", "16"],
         ["--filter-eps", "auto"],
+        ["--group-tokens", "64"],
     ],
 )
 def test_explain(flags, capsys):
     keys = {"--frozen": {"train_head": False}, "--no-grad": {"train_hidden": False, "train_head": False}}
     keys |= {"--loss": {"loss": flags[-1] if flags else ""}, "--memory-budget": {"memory_budget": 16 << 20}}
-    keys |= {"--filter-eps": {"filter_eps": "auto"}}
+    keys |= {"--filter-eps": {"filter_eps": "auto"}, "--group-tokens": {"group_tokens": 64}}
     assert main(["explain", "512", "896", "151936", "--dtype", "float32", *flags]) == 0
     want = cpo_kernels.explain(512, 896, 151936, torch.float32, **(keys[flags[0]] if flags else {}))
     assert capsys.readouterr().out == f"{want}\n"

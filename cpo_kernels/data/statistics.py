@@ -101,7 +101,7 @@ def _spread(lengths: list[int]) -> dict[str, int]:
 def table(values: Statistics) -> str:
     """The statistics as text."""
     records, pairs, tokens = values["records"], values["pairs"], values["tokens"]
-    lines = [f"{records['prompts']:,} prompts, {records['responses']:,} responses"]
+    lines = [f"prompts: {records['prompts']:,}, responses: {records['responses']:,}"]
     for name, counts in records["ratings"].items():
         lines.append(f"  {name}: " + ", ".join(f"{level} x {count:,}" for level, count in counts.items()))
     lines.append(

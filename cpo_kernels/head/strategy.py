@@ -95,10 +95,11 @@ class Plan:
     extra_bytes: int
 
     def __str__(self) -> str:
+        products = "1 product" if self.products == 1 else f"{self.products:g} products"
+        chunks = "1 chunk" if self.num_chunks == 1 else f"{self.num_chunks} chunks of at most {self.chunk_rows} rows"
         return (
-            f"{self.strategy}: {self.products:g} products of {self.num_tokens} labelled rows in {self.num_chunks} "
-            f"chunk(s) of at most {self.chunk_rows} rows; logits {self.logits_bytes / 2**20:.0f} MiB, "
-            f"in all {self.extra_bytes / 2**20:.0f} MiB beyond inputs and gradients"
+            f"{self.strategy}: {products} of {self.num_tokens} labelled rows in {chunks}; logits "
+            f"{self.logits_bytes / 2**20:.0f} MiB, in all {self.extra_bytes / 2**20:.0f} MiB beyond inputs and gradients"
         )
 
 
