@@ -6,6 +6,7 @@ Help and argument errors do not import torch, so they appear at once.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = importlib.import_module(f"cpo_kernels.{arguments}").parser().parse_args(rest)
         if args.quiet:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' bars follow it
+        if not args.verbose:
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels on each import
         with warnings.catch_warnings():
             if not args.verbose and not sys.warnoptions:
                 warnings.filterwarnings("ignore", module=r"(?!cpo_kernels\b)")

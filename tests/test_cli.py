@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 import re
 import subprocess
@@ -474,6 +475,19 @@ def test_warnings_of_other_packages_are_quiet(monkeypatch, recwarn):
         recwarn.clear()
         assert main(["explain", "1", "1", "1", *flags]) == 0
         assert [str(w.message) for w in recwarn] == want
+
+
+def test_bitsandbytes_does_not_warn_of_its_optional_kernels(monkeypatch, caplog):
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    monkeypatch.setattr(cli, "run", lambda args: logging.getLogger("bitsandbytes.cpu").warning("theirs"))
+    try:
+        for flags, want in ((["-v"], ["theirs"]), ([], [])):
+            caplog.clear()
+            assert main(["explain", "1", "1", "1", *flags]) == 0
+            assert [record.message for record in caplog.records] == want
+    finally:
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import multiprocessing
 import os
 import sys
@@ -80,6 +81,7 @@ class Serving:
 
 def serve(connection: Any, family: str, implementation: str, device: str, threads: int) -> None:
     warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(threads)
     serving = Serving(family, implementation, torch.device(device))
