@@ -23,7 +23,7 @@ from benchmarks import (
 from benchmarks.claims import rated_report
 from benchmarks.claims import report as claims_report
 from cpo_kernels.bench import report
-from cpo_kernels.bench.families import HEAD_IMPLEMENTATIONS
+from cpo_kernels.bench.families import FAMILIES, HEAD_IMPLEMENTATIONS
 from cpo_kernels.environment import processor
 from cpo_kernels.head.inputs import HeadConfig
 from cpo_kernels.integrations.heads import HEADS
@@ -129,6 +129,28 @@ def gain_table(content: Result) -> str:
         "TRL's `DPOTrainer`."
     )
     return "\n".join([*table, "", note])
+
+
+def trainers_table(content: Result) -> str:
+    """A training step of each of TRL's trainers, with TRL's head and with ours."""
+    results = [r for r in content.get("workloads", ()) if r["family"] == "trainers"]
+    results = [r for r in results if all("ratio" in row for row in r["subjects"].values())]
+    if not results:
+        return "Not measured yet: `cpo-kernels bench --only trainers`."
+    names = ("trl_head", "fused_head", "fused_filtered")
+    labels = [FAMILIES["trainers"].implementations[name].label for name in names]
+    lines = [f"| a step of | {' | '.join(labels)} |", "|---" * (len(names) + 1) + "|"]
+    for result in results:
+        theirs, *ours = (result["subjects"][name] for name in names)
+        cells = [f"{row['ratio']:.2f}×, {cost(row)}" for row in ours]
+        lines.append(f"| `{result['trainer'].upper()}Trainer` | {' | '.join([cost(theirs), *cells])} |")
+    first = results[0]
+    what = (
+        f"{first['model'].rpartition('/')[2]}, {first['groups']} prompts with {first['responses']} responses, up to "
+        f"{first['length']} tokens, {first['dtype']}, the model and its head trained, references given, generation not "
+        "included: seconds and peak memory of a step"
+    )
+    return "\n".join([*lines, "", f"{what}. {setting(content, results)}"])
 
 
 def filtered_table(content: Result) -> str:
@@ -318,7 +340,8 @@ def texts() -> dict[Path, str]:
     table = prompt_sharing.table(shared) if shared else "not measured"
     made[training] = fill(training.read_text(), "prompt sharing", table)
     trl, tried = ROOT / "docs" / "trl.md", roofline.read(version_matrix.OUT)
-    made[trl] = fill(trl.read_text(), "versions", version_matrix.table(tried) if tried else "not tried")
+    made[trl] = fill(trl.read_text(), "trainers", trainers_table(cpu))
+    made[trl] = fill(made[trl], "versions", version_matrix.table(tried) if tried else "not tried")
     filtered = ROOT / "docs" / "filtered_gradients_training.md"
     page = filtered.read_text()
     for name, table in filtered_report.sections(roofline.read(FILTERED) or {}).items():

@@ -103,7 +103,9 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def trainer(fused: bool) -> Callable[[Batch], Step]:
+def trainer(fused: bool, **options: Any) -> Callable[[Batch], Step]:
+    """options: of `fuse`."""
+
     def build(b: Batch) -> Step:
         import datasets
         import trl
@@ -118,7 +120,7 @@ def trainer(fused: bool) -> Callable[[Batch], Step]:
             if INPUTS[name] is sampled_inputs
             else {}
         )
-        with fuse() if fused else nullcontext():
+        with fuse(**options) if fused else nullcontext():
             made = getattr(trl, f"{name.upper()}Trainer")(
                 model=b.model,
                 args=args,
@@ -154,5 +156,9 @@ def truth(b: Batch) -> Outcome:
 IMPLEMENTATIONS = {
     "trl_head": Implementation("TRL's head", trainer(fused=False), refuses=WITH_TRL),
     "fused_head": Implementation("**our head** (`fuse()`)", trainer(fused=True), refuses=WITH_TRL),
-}
+    "fused_filtered": Implementation(
+        "our head, both gradients filtered", trainer(fused=True, filter_eps="auto", filter_head_grad=True),
+        refuses=WITH_TRL,
+    ),
+}  # fmt: skip
 FAMILY = Family(TrainerStep, Batch, IMPLEMENTATIONS, "trl_head", truth, limits, apart)

@@ -212,46 +212,48 @@ def filtered_chunk(
     log-probs' sum is written to it: rows of exact sets here, all others by `live_dx.write`.
 
     inputs: the arguments of `Head.forward`. whole: overwrite the logits with their gradient g [n, V]. kept: a list that
-    receives the live sets; without it only `execution.set_chunk` rows of sets exist at a time.
+    receives the live sets.
     """
     x, labels, extras, ref = inputs
     logits, ref_logp = head.with_reference(x, labels, ref)
     out = head.kernels.token_logps_fwd(logits.z, labels, *head.options, extras, logits.anchors)
     logps = RowLogps(*out, ref_logp, logits.lacks)
-    sums = no_sums(logits.z)
-    for low, high in chunks(x.shape[0], execution.set_chunk):
-        rows = slice(low, high)
-        part, lse = logits.rows(rows), logps.lse[rows]
-        sets = live_sets(head, part, labels[rows], lse, execution.filter_eps, execution.set_rows)
-        if whole:
-            _to_gradient(head, part, labels[rows], lse)
-        if dx.numel():
-            for of in exact_rows(sets):
-                g = part.z[of]
-                if not whole:
-                    g = g.clone()
-                    _to_gradient(head, Logits(g, part.rows(of).anchors), labels[rows][of], lse[of])
-                product(g, head.weight, dx[rows][of])
-            live_dx.add(sets, dx[rows])
-        sums += sets.sums(labels[rows], head.options)
-        if kept is not None:
-            kept.append(sets)
-    return logits.z, logps, sums
+    sets = live_sets(head, logits, labels, logps.lse, execution.filter_eps, execution.set_rows)
+    if whole:
+        _to_gradient(head, logits, labels, logps.lse)
+    if dx.numel():
+        for rows in exact_rows(sets):
+            g = logits.z[rows]
+            if not whole:
+                g = g.clone()
+                _to_gradient(head, Logits(g, logits.rows(rows).anchors), labels[rows], logps.lse[rows])
+            product(g, head.weight, dx[rows])
+        live_dx.add(sets, dx)
+    if kept is not None:
+        kept.append(sets)
+    return logits.z, logps, sets.sums(labels, head.options)
 
 
 def chunk_grads(
     head: Head, inputs: tuple[Tensor, Tensor, bool, Tensor | None], execution: Execution, dx: Tensor
 ) -> tuple[Tensor, RowLogps, Tensor]:
     """g [n, V] of a chunk, its log-probs, and `LiveSets.sums` [3]; dX [n, H] is written unless it is [0]."""
-    if execution.filter_eps and dx.numel():
-        live_dx = LiveDx(head)
-        out = filtered_chunk(head, inputs, execution, dx, live_dx, whole=True)
-        live_dx.write()
-        return out
-    g, logps = head.fused(*inputs)
-    if dx.numel():
-        product(g, head.weight, dx)
-    return g, logps, no_sums(g)
+    x, labels, extras, ref = inputs
+    live_dx, parts, sums = LiveDx(head), list[RowLogps](), no_sums(head.buffer)
+    pieces = execution.pieces(x.shape[0])
+    for rows in pieces:
+        piece = head if len(pieces) == 1 else head.at(rows)
+        own, dx_rows = (x[rows], labels[rows], extras, None if ref is None else ref[rows]), dx[rows]
+        if execution.filter_eps and dx.numel():
+            g, logps, live = filtered_chunk(piece, own, execution, dx_rows, live_dx, whole=True)
+            sums += live
+        else:
+            g, logps = piece.fused(*own)
+            if dx.numel():
+                product(g, head.weight, dx_rows)
+        parts.append(logps)
+    live_dx.write()
+    return g if len(pieces) == 1 else head.rows(x.shape[0]), RowLogps.joined(parts), sums
 
 
 def no_sums(like: Tensor) -> Tensor:

@@ -97,9 +97,10 @@ class Plan:
     def __str__(self) -> str:
         products = "1 product" if self.products == 1 else f"{self.products:g} products"
         chunks = "1 chunk" if self.num_chunks == 1 else f"{self.num_chunks} chunks of at most {self.chunk_rows} rows"
+        logits, extra = (f"{size / 2**20:.0f} MiB" for size in (self.logits_bytes, self.extra_bytes))
         return (
-            f"{self.strategy}: {products} of {self.num_tokens} labelled rows in {chunks}; logits "
-            f"{self.logits_bytes / 2**20:.0f} MiB, in all {self.extra_bytes / 2**20:.0f} MiB beyond inputs and gradients"
+            f"{self.strategy}: {products} of {self.num_tokens} labelled rows in {chunks}; logits {logits}, in all "
+            f"{extra} beyond inputs and gradients"
         )
 
 

@@ -40,7 +40,7 @@ from cpo_kernels.head.live import (
 from cpo_kernels.head.matmul import product
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.head.relative import is_relative
-from cpo_kernels.head.strategy import chunks, even_rows, row_stride
+from cpo_kernels.head.strategy import even_rows, row_stride
 from cpo_kernels.library import fake_token_logps, functional_op, refuse_double_backward
 from cpo_kernels.ops.token_logps import HeadOptions, TokenExtras, entropy_grads, split_entropy, token_extras
 
@@ -82,18 +82,19 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     execution, size, shared = args.execution, tensors.hidden.shape[0], args.ref_hidden.numel() > 0
     rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
     count = rows.x.shape[0]
-    keep = count <= args.keep_rows
-    step = max(count, 1) if keep else execution.step(count, adds_dw=False)
-    max_rows = max(min(step, count), min(2 * count * shared, execution.chunk_limit))
-    head = args.execution.head(tensors, args.options, max_rows)
+    keep, pieces = count <= args.keep_rows, execution.pieces(count)
+    max_rows = count if keep else pieces[0].stop
+    if shared:
+        max_rows = max(max_rows, min(2 * count, execution.chunk_limit))
+    whole = args.execution.head(tensors, args.options, max_rows)
     ref_x = rows.gather(args.ref_hidden) if shared else None
     dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
     parts: list[RowLogps] = []
     filtered = execution.filter_eps > 0 and (args.want_dx or args.keep_live)
-    filter_sums, live, live_dx = no_sums(rows.x), list[LiveSets](), LiveDx(head)
-    for low, high in chunks(count, step) or [(0, 0)]:
-        part = slice(low, high)
+    filter_sums, live, live_dx = no_sums(rows.x), list[LiveSets](), LiveDx(whole)
+    for part in pieces:
         inputs = rows.x[part], rows.labels[part], args.extras, None if ref_x is None else ref_x[part]
+        head = whole.at(part) if keep and len(pieces) > 1 else whole
         if filtered:
             kept_sets = live if args.keep_live else None
             _, logps, sums = filtered_chunk(head, inputs, execution, dx[part], live_dx, False, kept_sets)
@@ -112,8 +113,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     lacks = rows.scatter(lacks, size) if is_relative(rows.x.dtype) else lacks
     logps = RowLogps(rows.scatter(logp, size), rows.scatter(lse, size), extra, ref_logp, lacks)
     filter_sums = over_shards(head, filter_sums) if filtered else filter_sums
-    width = tensors.weight.shape[0]
-    kept = head.buffer[:count, :width] if keep else head.buffer.new_empty(0, width)
+    kept = whole.rows(count) if keep else whole.buffer.new_empty(0, tensors.weight.shape[0])
     return HeadLogps(logps, dx, filter_sums, kept, joined(live, rows.x))
 
 
