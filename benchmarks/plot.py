@@ -93,7 +93,7 @@ def readme_table(
         f"Head {first['head']} ({first['hidden']} × {first['vocab']}), {first['pairs']} pairs of {first['length']} "
         f"tokens of which {first['prompt']} are prompt, forward and backward: time as a multiple of the bare products "
         f"({floors}), then peak memory beyond inputs, gradients included. {machine(env)}, "
-        f"Python {env['python']}, {versions}; {env['date'][:10]}, {commits(loads)}.",
+        f"Python {env['python']}, {versions}; {dates_and_commits(content, loads)}.",
     ]
     return "\n".join(lines)
 
@@ -192,7 +192,7 @@ def with_more(content: Result, more: Result) -> Result:
 
     kept = list(content["workloads"])
     for result in more["workloads"]:
-        keys = result.keys() - {"subjects", "commit", "load"}
+        keys = result.keys() - {"subjects", "commit", "date", "load"}
         same = [k for k, r in enumerate(kept) if r.keys() >= keys and all(r[key] == result[key] for key in keys)]
         if not same:
             kept.append(result)
@@ -210,10 +210,11 @@ def machine(environment: Result) -> str:
     return (f"{environment['gpu']}, " if "gpu" in environment else "") + processor(environment)
 
 
-def commits(results: Sequence[Result]) -> str:
-    """A file that grew by --resume holds several."""
-    found = list(dict.fromkeys(r["commit"] for r in results))
-    return f"commit{'s' if len(found) > 1 else ''} {', '.join(found)}"
+def dates_and_commits(content: Result, results: Sequence[Result]) -> str:
+    """Dates and commits: a file that grew by --resume holds several."""
+    commits = list(dict.fromkeys(r["commit"] for r in results))
+    dates = list(dict.fromkeys(r.get("date", content["environment"]["date"])[:10] for r in results))
+    return f"{', '.join(dates)}, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
 
 
 def setting(content: Result, results: Sequence[Result]) -> str:
@@ -221,8 +222,8 @@ def setting(content: Result, results: Sequence[Result]) -> str:
     env = content["environment"]
     versions = ", ".join(f"{n} {v}" for n, v in env["versions"].items() if v != "not installed")
     return (
-        f"{machine(env)}, Python {env['python']}, {versions}; {env['date'][:10]}, "
-        f"{commits(results)}; `{content['command']}`."
+        f"{machine(env)}, Python {env['python']}, {versions}; {dates_and_commits(content, results)}; "
+        f"`{content['command']}`."
     )
 
 

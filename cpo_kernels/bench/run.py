@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         "cold_start": {},
     }
     kept = Kept.read(args.out, content["environment"]) if args.resume else Kept({})
-    commit = content["environment"]["commit"]
+    when = {name: content["environment"][name] for name in ("commit", "date")}
     content |= kept.content
     if load() > 0.5:
         print(f"load {load()}: other processes are running here and will distort the times", file=sys.stderr)
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         others = kept.others([described(r.family, r.workload, device) for r in runs])
         grown = [kept.growth(one, device) for one in growths]
         for k, run in enumerate(runs):
-            result = results[k] or described(run.family, run.workload, device) | {"commit": commit, "load": load()}
+            result = results[k] or described(run.family, run.workload, device) | when | {"load": load()}
 
             def keep(rows: dict[str, Any], k: int = k, result: dict[str, Any] = result) -> None:
                 results[k] = result | {"subjects": rows}
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         for k, one in enumerate(growths):
 
             def grow(result: dict[str, Any], k: int = k) -> None:
-                grown[k] = result | {"commit": commit}
+                grown[k] = result | when
                 content["growth"] = [result for result in grown if result]
                 write(args.out, content)
 

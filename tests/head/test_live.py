@@ -503,7 +503,7 @@ def test_kernels_refuse_what_does_not_fit():
         ({"filter_eps": 1}, ValueError, "got 1"),
         ({"filter_eps": float("nan")}, ValueError, "got nan"),
         ({"filter_eps": "high"}, ValueError, "got 'high'"),
-        ({"filter_eps": True}, ValueError, "got True"),
+        ({"filter_eps": True}, TypeError, "filter_eps must be a number, got bool True"),
         ({"filter_head_grad": True}, ValueError, "requires filter_eps"),
         ({"filter_eps": 0.1, "filter_head_grad": 1}, TypeError, "True or False, got 1"),
     ],
