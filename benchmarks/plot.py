@@ -166,8 +166,12 @@ def filtered_table(content: Result) -> str:
     for name in FILTERED_ROWS:
         cells = [cell(r["subjects"].get(name, {"why": "not asked for"})) for r in loads]
         lines.append(f"| {HEAD_IMPLEMENTATIONS[name].label} | " + " | ".join(cells) + " |")
-    shares = f"Head {loads[0]['head']}, bfloat16: time as a multiple of the bare exact products, then peak memory."
-    return "\n".join([*lines, "", f"{shares} {setting(content, loads)}"])
+    note = (
+        f"Head {loads[0]['head']}, bfloat16: time as a multiple of the bare exact products, then peak memory. "
+        f"{machine(content['environment'])}; {dates_and_commits(content, loads)}. Errors, ranges, versions and the "
+        "command: [docs/filtered_gradients.md](docs/filtered_gradients.md)."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def readme_gpu_table(content: Result) -> str:
