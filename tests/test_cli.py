@@ -82,7 +82,7 @@ def test_a_models_name_leaves_the_rest_of_its_section(tmp_path):
 @pytest.mark.parametrize(
     "package, extra, line",
     [
-        ("yaml", "train", "'pyyaml<7,>=6.0' 'tqdm<5,>=4.66'"),
+        ("yaml", "train", "'pyyaml<7,>=6.0.1' 'tqdm<5,>=4.66.3'"),
         ("matplotlib.pyplot", "plot", "pip install 'matplotlib<4,>=3.8'\n"),
         ("datasets", "data", "pip install 'datasets<6,>=4.7'\n"),
         ("trl.trainer", "trl", "pip install 'trl<2,>=1.16' 'datasets<6,>=4.7'\n"),
@@ -480,6 +480,7 @@ def test_warnings_of_other_packages_are_quiet(monkeypatch, recwarn):
 def test_bitsandbytes_does_not_warn_of_its_optional_kernels(monkeypatch, caplog):
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
+    logger.setLevel(logging.NOTSET)
     monkeypatch.setattr(cli, "run", lambda args: logging.getLogger("bitsandbytes.cpu").warning("theirs"))
     try:
         for flags, want in ((["-v"], ["theirs"]), ([], [])):

@@ -96,7 +96,10 @@ def test_getting_started(tmp_path, monkeypatch):
     from cpo_kernels.training.loop import train
 
     monkeypatch.chdir(tmp_path)
-    (data,), (recipe,), (use,) = (snippets("getting_started.md", kind) for kind in ("json", "yaml", "python"))
+    (data,), (recipe,), (scorer, use) = (snippets("getting_started.md", kind) for kind in ("json", "yaml", "python"))
+    names = {}
+    exec(scorer, names)
+    assert names["score"](["Who?", "When?"], ["I do not know.", "x" * 900]) == [[5.0, 1.35], [3.0, 5.0]]
     Path("ratings.jsonl").write_text(data * 8)
     Path("recipe.yaml").write_text(recipe)
     tokenizer = tiny.tokenizer()

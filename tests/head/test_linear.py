@@ -777,13 +777,14 @@ def test_pieces_of_a_chunk_are_the_chunk(monkeypatch, filter_eps):
     monkeypatch.setattr(inputs.Head, "columns", watched)
     fused = cpo.FusedLinearCPOLoss(beta=0.1, **options)
     zeros = torch.zeros(4, dtype=torch.float64)
-    for seen, want in (
-        (cpo.linear_nll(*given, **options), -logps.sum() / 300),
-        (fused(*given, ref_logps=zeros).loss, -pair.mean()),
-        ((cpo.linear_token_logps(*given, **options) * upstream).sum(), (logps * upstream).sum()),
+    for run, want in (
+        (lambda: cpo.linear_nll(*given, **options), -logps.sum() / 300),
+        (lambda: fused(*given, ref_logps=zeros).loss, -pair.mean()),
+        (lambda: (cpo.linear_token_logps(*given, **options) * upstream).sum(), (logps * upstream).sum()),
     ):
+        sizes.clear()
+        seen = run()
         assert len(sizes) == 3 and sum(sizes) == 300 and max(sizes) <= 128
         assert relative_error(seen, want) < 1e-12
         got, true = (torch.autograd.grad(loss, batch.leaves, retain_graph=True) for loss in (seen, want))
         assert all(relative_error(g, t) < 1e-11 for g, t in zip(got, true, strict=True))
-        sizes.clear()
