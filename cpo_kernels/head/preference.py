@@ -58,12 +58,8 @@ def _fake_linear_preference(tensors: HeadTensors, args: LinearPreferenceArgs) ->
 
 @functional_op("linear_preference", fake=_fake_linear_preference, waits=True)
 def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> LinearPreference:
-    loss, size, row_limit, more = (
-        args.loss,
-        tensors.hidden.shape[0],
-        args.execution.row_limit,
-        args.execution.sum_rows if args.needs.dw else 0,
-    )
+    loss, size, row_limit = args.loss, tensors.hidden.shape[0], args.execution.row_limit
+    more = args.execution.sum_rows if args.needs.dw else 0
     if not loss.scores.numel():
         loss = loss.with_divisors(loss.pairs.shape[0])  # no ratings, no ties
     kernels, acc = args.execution.backend.kernels(tensors.weight), library.acc_dtype(tensors.hidden.dtype)

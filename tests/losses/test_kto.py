@@ -12,7 +12,15 @@ from torch.nn import functional as F
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
-from tests.support.heads import BACKENDS, EVERY_BACKEND, LOW_PRECISION, make_batch, relative_error, true_seq_logps
+from tests.support.heads import (
+    BACKENDS,
+    EVERY_BACKEND,
+    LOW_PRECISION,
+    count_products,
+    make_batch,
+    relative_error,
+    true_seq_logps,
+)
 from tests.support.processes import run_processes
 
 ROW = 101 * 8  # bytes of one row of float64 logits of the default batch
@@ -123,19 +131,7 @@ def test_apo_zero_unpaired_as_trl_writes_it(train_head):
 @pytest.mark.parametrize("what", ["trained", "frozen", "one product"])
 def test_products(monkeypatch, what):
     """Multiply-adds of labelled rows: 3, 2 and 1 products; 4 of only a sequence that is longer than the budget."""
-    batch = sample(dtype=torch.float32, bias=False)
-    count = [0]
-
-    def counting(product):
-        def call(*tensors, **kwargs):
-            a, b = tensors[-2:]
-            count[0] += a.shape[0] * a.shape[1] * b.shape[1]
-            return product(*tensors, **kwargs)
-
-        return call
-
-    for name in ("mm", "addmm"):
-        monkeypatch.setattr(torch, name, counting(getattr(torch, name)))
+    batch, count = sample(dtype=torch.float32, bias=False), count_products(monkeypatch)
     lengths, one = batch.lengths(), 24 * 101
     weight = batch.weight.detach() if what == "frozen" else batch.weight
     limit = int(lengths.max()) - 1

@@ -1,6 +1,8 @@
 """Batches of hidden states and the float64 truth of the head, shared by the tests of ops, linear and loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,3 +75,20 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
         return 0.0
     actual, truth = actual.detach().double(), truth.detach().double()
     return float((actual - truth).abs().max() / truth.abs().max().clamp(min=1e-300))
+
+
+def count_products(monkeypatch: Any) -> list[int]:
+    """[multiply-adds of torch.mm and torch.addmm from here on]."""
+    count = [0]
+
+    def counted(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counting(*tensors: Tensor, **kwargs: Any) -> Tensor:
+            a, b = tensors[-2:]
+            count[0] += a.shape[0] * a.shape[1] * b.shape[1]
+            return product(*tensors, **kwargs)
+
+        return counting
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
+    return count
