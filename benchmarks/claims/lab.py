@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,11 +18,13 @@ from torch import Tensor
 
 from cpo_kernels.data.records import Record
 from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.files import atomic_text
 from cpo_kernels.objectives import Objective
 from cpo_kernels.recipe.keys import TemplateConfig
 from cpo_kernels.training.loop import train
 
 State = dict[str, Tensor]
+SEARCH_SEED = 100
 
 
 class Setting(NamedTuple):
@@ -29,9 +33,21 @@ class Setting(NamedTuple):
     lr: float
     nll: float = 0.0  # on pairs: weight of the chosen answers' mean NLL, added to the loss
     start: str = ""  # without conditions: the SFT to go on from, "best" or "all"
+    beta: float = 0.0  # 0: the budget's
+    weight: float = 1.0  # CPO: of the first objective, relative to the others
 
     def __str__(self) -> str:
-        return "-".join([f"{self.lr:g}", *([f"{self.nll:g}"] if self.nll else []), *filter(None, [self.start])])
+        parts = [f"{self.lr:g}", f"{self.nll:g}" if self.nll else "", self.start]
+        parts += [f"beta{self.beta:g}" if self.beta else "", f"weight{self.weight:g}" if self.weight != 1 else ""]
+        return "-".join(filter(None, parts))
+
+
+class Cost(NamedTuple):
+    """What a training took."""
+
+    steps: int
+    tokens: int  # prompts included, padding not; a prompt that several answers share counts once
+    seconds: float  # processor time of one thread
 
 
 class Lab(ABC):
@@ -58,6 +74,8 @@ class Lab(ABC):
 
     def __init__(self, seed: int, budget: Any, folder: Path):
         self.seed, self.budget, self.folder = seed, budget, folder
+        self.used: dict[str, Cost] = {}  # the models that `kept` gave since this was cleared
+        self._steps, self._tokens = 0, 0
         folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -81,11 +99,12 @@ class Lab(ABC):
         """What else an operating point's row says of these answers."""
 
     @abstractmethod
-    def correlation(self, model: Any, scores: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
-        """Spearman's, per objective, of what is requested and achieved; `scores` as above, of every request."""
+    def control(self, model: Any, scores: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:
+        """How far a model does what its tags request, for the method's row: `correlation` is Spearman's, per objective,
+        of what is requested and achieved; `scores` as above, of every request."""
 
-    def judge(self) -> dict[str, Any]:
-        """How far `rate` and `scores` can be trusted; nothing where they are exact."""
+    def judges(self) -> dict[str, Any]:
+        """How far `rate`, `scores` and `extras` can be trusted; nothing where they are exact."""
         return {}
 
     def model(self, state: State | None = None) -> Any:
@@ -114,7 +133,7 @@ class Lab(ABC):
             "data": {"eval_share": 0.0},
             "conditions": conditions or {},
             "template": asdict(self.template_config),
-            "loss": {"beta": self.budget.beta} | (both if setting.nll else {}),
+            "loss": {"beta": setting.beta or self.budget.beta} | (both if setting.nll else {}),
             "training": {
                 "lr": setting.lr,
                 "betas": [0.9, 0.98],
@@ -129,16 +148,25 @@ class Lab(ABC):
         """The weights after `config`, from those of `start` or from where every method starts."""
         model = self.model(start)
         records = self.records if records is None else records
-        train(config, model=model, tokenizer=self.tokenizer, records=records, eval_records=[])
+        self.spend(train(config, model=model, tokenizer=self.tokenizer, records=records, eval_records=[]).metrics)
         return model.state_dict()
 
+    def spend(self, metrics: Sequence[dict[str, Any]]) -> None:
+        """Count a finished run of the trainer, `metrics` are its rows, for the model that `kept` is making."""
+        self._steps += metrics[-1]["step"]
+        self._tokens += metrics[-1]["tokens"]
+
     def kept(self, name: str, make: Callable[[], State]) -> State:
-        """The model of that name, made once."""
-        path = self.folder / f"{name}.safetensors"
+        """The model of that name, made once, and what its training took."""
+        path, cost = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
         if not path.exists():
+            self._steps, self._tokens, started = 0, 0, time.process_time()
             state = {key: tensor.detach().clone().contiguous() for key, tensor in make().items()}
-            save_file(state, path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
+            spent = Cost(self._steps, self._tokens, round(time.process_time() - started, 1))
+            atomic_text(json.dumps(spent._asdict()), cost)
+            save_file(state, path.with_name(f"{name}.part"))
+            os.replace(path.with_name(f"{name}.part"), path)
+        self.used[name] = Cost(**json.loads(cost.read_text()))
         return load_file(path)
 
     @torch.no_grad()
@@ -164,3 +192,12 @@ class Lab(ABC):
             made = output[:, inputs["input_ids"].shape[1] :]
             answers += [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
         return answers
+
+
+def models_of(study: type[Lab], method: str) -> int:
+    """Number of models that a method trains from SFT or CPSFT for its operating points.
+
+    `study.weights` hold every vector with all weight on one objective, whose models are those of `dpo_single`.
+    """
+    several = {"dpo_single": len(study.objectives), "soup": len(study.objectives), "modpo": len(study.weights)}
+    return several.get(method, 1)

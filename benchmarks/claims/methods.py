@@ -8,12 +8,14 @@
     modpo    Zhou et al. 2023 (arXiv 2310.03708): one model for each weight vector
     soup     Rewarded Soups, Ramé et al. 2023 (arXiv 2306.04488): single-objective models, their weights averaged
 
-After `supervised_steps` (sft, cpsft) cpo, ric and every model of dpo and modpo take `preference_steps`; a step on pairs
-has `groups` of (prompt, condition), without conditions as many prompts.
+After `supervised_steps` (sft, cpsft) cpo, ric and every model of dpo and modpo take `preference_steps`, or cpo as many
+as all models of another method together; a step on pairs has `groups` of (prompt, condition), without conditions as
+many prompts.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -88,23 +90,28 @@ def on_front(responses: Sequence[Response], objectives: Sequence[Objective]) -> 
 # ----------------------------------------------------------------------------------------------------------- on pairs
 
 
-def cpo(lab: Lab, start: State, setting: Setting) -> State:
-    """Two rounds of CDPO, of half the steps each, with other prompts and conditions."""
+def cpo(lab: Lab, start: State, setting: Setting, models: int = 1) -> State:
+    """CDPO with the steps on pairs of so many models, in two rounds or more: a round sees a prompt at most once, under
+    conditions of its own.
+    """
 
     def make() -> State:
         state, budget = start, lab.budget
-        prompts, steps = budget.groups // budget.conditions, budget.preference_steps // 2
+        prompts, steps = budget.groups // budget.conditions, models * budget.preference_steps
+        rounds = max(2, math.ceil(steps * prompts / len(lab.records)))
         conditions = lab.asked_for | {"per_prompt": budget.conditions}
         # In CPO's R a level that is asked for counts twice what an open objective of equal weight counts (lambda).
-        objectives = [replace(o, strength=2.0) for o in lab.objectives]
-        training = {"batch_size": prompts, "max_steps": steps}
-        for number in range(2):
+        first, *others = [replace(o, strength=2.0) for o in lab.objectives]
+        objectives = [replace(first, weight=first.weight * setting.weight), *others]
+        for number in range(rounds):
+            length = steps * (number + 1) // rounds - steps * number // rounds
             drawn = random.Random(f"round {number} {lab.seed}").sample(lab.records, len(lab.records))
+            training = {"batch_size": prompts, "max_steps": length}
             config = lab.config("cdpo", setting, objectives, conditions, training, draw=number)
-            state = lab.train(config, state, drawn[: prompts * steps])
+            state = lab.train(config, state, drawn[: prompts * length])
         return state
 
-    return lab.kept(f"cpo-{setting}", make)
+    return lab.kept(f"cpo-{setting}" + (f"-steps-of-{models}" if models > 1 else ""), make)
 
 
 def dpo(lab: Lab, start: State, weights: Sequence[float], setting: Setting) -> State:
@@ -152,6 +159,7 @@ def _dpo_with_margins(lab: Lab, start: State, margins: Sequence[tuple[float, Sta
         return with_reference([units], loss, None, accelerator, True, used)[0][0]
 
     loop.run_epochs([shifted(reference, [(w, scored(state)) for w, state in margins])], [])
+    lab.spend(loop.run.metrics)
     return model.state_dict()
 
 

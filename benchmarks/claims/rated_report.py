@@ -5,28 +5,45 @@ Intervals are over questions: the held-out ones are drawn with replacement, the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.claims.rated_lab import OBJECTIVES
-from benchmarks.claims.report import INK, METHODS, OURS, Result, best_target, label, markdown, volume_target
+from benchmarks.claims.rated_lab import OBJECTIVES, RatedLab
+from benchmarks.claims.report import (
+    BASELINES,
+    INK,
+    METHODS,
+    OURS,
+    Result,
+    best_target,
+    compared,
+    cost,
+    equal_total,
+    label,
+    markdown,
+    measured,
+    models_steps,
+    volume_target,
+)
 from cpo_kernels.evaluation.pareto import hypervolume, pareto_front
+from cpo_kernels.evaluation.statistics import spearman, summary
 
 NAMES = [o.name for o in OBJECTIVES]
 LOW = torch.tensor([o.low for o in OBJECTIVES], dtype=torch.float64)
 SPAN = torch.tensor([o.high for o in OBJECTIVES], dtype=torch.float64) - LOW
-# models trained after SFT or CPSFT where they are not as many as on the generated world
-MODELS = {"modpo": 5, "soup": 2, "dpo_single": 2}
+JUDGES = {"by_question": "nearest", "by_classifier": "classifier"}  # key of a point's ratings -> the judge
 RESAMPLES = 1000
+DIGITS = [3] + [2] * len(NAMES)
 
 
-def scores(content: Result, method: str) -> Tensor:
+def scores(content: Result, method: str, judge: str = "by_question", seeds: Sequence[int] | None = None) -> Tensor:
     """`[seeds, points, questions, K]`: the rating of every answer, as a share of the way from lowest to highest."""
-    rows = content["methods"][method]
-    raw = torch.tensor([[p["by_question"] for p in row["points"]] for row in rows], dtype=torch.float64)
+    rows = [row for row in content["methods"][method] if seeds is None or row["seed"] in seeds]
+    raw = torch.tensor([[p[judge] for p in row["points"]] for row in rows], dtype=torch.float64)
     return (raw - LOW) / SPAN
 
 
@@ -59,102 +76,139 @@ def text(mean: float, samples: Tensor, digits: int, sign: str = "") -> str:
 
 def sections(content: Result) -> dict[str, str]:
     """Name of a table in docs/results.md -> its text; `content` is empty where nothing was measured."""
-    names = ["rated claims", *(f"rated claims {part}" for part in ("setting", "paired", "points", "targets"))]
+    parts = ("setting", "classifier", "paired", "cost", "points", "targets")
+    names = ["rated claims", *(f"rated claims {part}" for part in parts)]
     if not content:
         return dict.fromkeys(names, "not measured")
-    values = {m: scores(content, m) for m in METHODS}
-    found = {m: measures(values[m]) for m in METHODS}
-    spread = {m: resampled(values[m]) for m in METHODS}
     picture = "![operating points and hypervolume of every method](claims_truthfulqa.png)"
-    parts = (
-        f"{picture}\n\n{table(content, found, spread)}",
+    tables = (
+        f"{picture}\n\n{table(content)}",
         setting(content),
-        paired(found, spread),
+        table(content, "by_classifier"),
+        paired(content),
+        cost(content, RatedLab),
         points_table(content),
-        targets(content, found, spread),
+        targets(content),
     )
-    return dict(zip(names, parts, strict=True))
+    return dict(zip(names, tables, strict=True))
 
 
-def correlations(content: Result, method: str) -> dict[str, float]:
-    rows = [row["correlation"] for row in content["methods"][method] if "correlation" in row]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in NAMES if rows}
+def correlations(content: Result, method: str, judge: str) -> list[float]:
+    """Spearman's, per objective, of what is requested, 1 or 5, and achieved, where the other tag is 5; over seeds."""
+    values = scores(content, method, judge)[:, :3]  # (5, 5), (5, 1), (1, 5)
+    found = []
+    for k, name in enumerate(NAMES):
+        high, low = values[:, 0, :, k], values[:, 1 if name == "helpfulness" else 2, :, k]
+        requested = [1.0] * high.shape[1] + [0.0] * low.shape[1]
+        each = [spearman(requested, torch.cat(pair).tolist()) for pair in zip(high, low, strict=True)]
+        found.append(sum(each) / len(each))
+    return found
 
 
-def table(content: Result, found: dict[str, list[float]], spread: dict[str, Tensor]) -> str:
-    heads = ["method", "models", "hypervolume", *(f"best {name}" for name in NAMES)]
-    heads += ["rank correlation, " + ", ".join(NAMES), "F1 with the nearest answer"]
+def likelihood(content: Result, method: str, name: str) -> dict[str, float]:
+    """Mean over seeds and questions of the share of pairs whose log-ratio moves with the tag, with its interval."""
+    rows = [row["likelihood"][name] for row in content["methods"][method]]
+    return summary([sum(shares) / len(shares) for shares in zip(*rows, strict=True)])
+
+
+def table(content: Result, judge: str = "by_question") -> str:
+    heads = ["method", "models × steps", "seeds", "hypervolume", *(f"best {name}" for name in NAMES)]
+    heads += ["rank correlation, " + ", ".join(NAMES)]
+    heads += [f"likelihood moves with the tag of {name}" for name in NAMES] if judge == "by_question" else []
     rows = []
-    for method, (_, models, _, _) in METHODS.items():
-        digits = [3] + [2] * len(NAMES)
-        cells = [text(found[method][i], spread[method][:, i], digits[i]) for i in range(len(digits))]
-        asked = correlations(content, method)
-        near = [p["similar"] for row in content["methods"][method] for p in row["points"]]
-        cells += [", ".join(f"{value:.2f}" for value in asked.values()) or "-", f"{sum(near) / len(near):.2f}"]
-        rows.append([label(method), str(MODELS.get(method, models)), *cells])
+    for method in measured(content):
+        values = scores(content, method, judge)
+        mean, spread = measures(values), resampled(values)
+        cells = [label(method), models_steps(content, RatedLab, method), str(len(values))]
+        cells += [text(mean[i], spread[:, i], digits) for i, digits in enumerate(DIGITS)]
+        tagged = "likelihood" in content["methods"][method][0]
+        cells.append(", ".join(f"{c:.2f}" for c in correlations(content, method, judge)) if tagged else "-")
+        if judge == "by_question":
+            for name in NAMES:
+                found = likelihood(content, method, name) if tagged else {}
+                cells.append("{mean:.0%} [{low:.0%}, {high:.0%}]".format(**found) if found else "-")
+        rows.append(cells)
     return markdown(heads, rows)
 
 
-def paired(found: dict[str, list[float]], spread: dict[str, Tensor]) -> str:
+def gaps(content: Result, ours: str, method: str) -> tuple[list[float], Tensor]:
+    """CPO's measures minus the baseline's over the seeds that both have, and the same on other draws of questions."""
+    seeds = {row["seed"] for row in content["methods"][ours]} & {row["seed"] for row in content["methods"][method]}
+    a, b = (scores(content, m, seeds=sorted(seeds)) for m in (ours, method))
+    return [x - y for x, y in zip(measures(a), measures(b), strict=True)], resampled(a) - resampled(b)
+
+
+def paired(content: Result) -> str:
     rows = []
-    for method in (m for m in METHODS if m != OURS):
-        digits = [3] + [2] * len(NAMES)
-        gaps = spread[OURS] - spread[method]
-        cells = [text(found[OURS][i] - found[method][i], gaps[:, i], digits[i], "+") for i in range(len(digits))]
-        rows.append([label(method), *cells])
-    return markdown(["CPO minus", "hypervolume", *(f"best {name}" for name in NAMES)], rows)
+    for ours, method in compared(content):
+        mean, spread = gaps(content, ours, method)
+        cells = [text(mean[i], spread[:, i], digits, "+") for i, digits in enumerate(DIGITS)]
+        rows.append([f"{label(ours)} minus {label(method)}", *cells])
+    return markdown(["difference", "hypervolume", *(f"best {name}" for name in NAMES)], rows)
 
 
 def points_table(content: Result) -> str:
     rows = []
-    for method in METHODS:
-        seeds = content["methods"][method]
-        for i, point in enumerate(seeds[0]["points"]):
-            means = [sum(row["points"][i]["scores"][k] for row in seeds) / len(seeds) for k in range(len(NAMES))]
-            rows.append([label(method), point["label"] or "-", *(f"{mean:.2f}" for mean in means)])
-    return markdown(["method", "request, or weights of " + ", ".join(NAMES), *NAMES], rows)
+    for method in measured(content):
+        means = [(LOW + SPAN * scores(content, method, judge).mean((0, 2))).tolist() for judge in JUDGES]
+        for i, point in enumerate(content["methods"][method][0]["points"]):
+            cells = [f"{value:.2f}" for judge in means for value in judge[i]]
+            rows.append([label(method), point["label"] or "-", *cells])
+    heads = ["method", "request, or weights of " + ", ".join(NAMES), *NAMES]
+    return markdown([*heads, *(f"{name}, by the classifier" for name in NAMES)], rows)
 
 
-def targets(content: Result, found: dict[str, list[float]], spread: dict[str, Tensor]) -> str:
-    gaps = {}
-    for method in (m for m in METHODS if m != OURS):
-        low, _ = interval(spread[OURS][:, 0] - spread[method][:, 0])
-        gaps[method] = found[OURS][0] - found[method][0], low
-    lines = [volume_target(gaps)]
-    for i, name in enumerate(NAMES, 1):
-        samples = spread[OURS][:, i] - spread["dpo_single"][:, i]
-        difference = text(found[OURS][i] - found["dpo_single"][i], samples, 2, "+")
-        lines.append(best_target(name, interval(samples)[1], difference))
-    asked = scores(content, OURS)[:, :3]  # (5, 5), (5, 1), (1, 5)
+def targets(content: Result) -> str:
+    lines, there = [], measured(content)
+    each = {m: OURS for m in BASELINES if m in there and OURS in there}
+    for pairs, budget in ((each, "equal steps for each model"), (equal_total(content), "equal steps in total")):
+        found = {}
+        for method, ours in pairs.items():
+            mean, spread = gaps(content, ours, method)
+            found[method] = mean[0], interval(spread[:, 0])[0]
+        lines.append(volume_target(found, budget))
+    if {OURS, "dpo_single"} <= set(there):
+        mean, spread = gaps(content, OURS, "dpo_single")
+        for i, name in enumerate(NAMES, 1):
+            lines.append(best_target(name, interval(spread[:, i])[1], text(mean[i], spread[:, i], 2, "+")))
     for k, name in enumerate(NAMES):
-        gains = asked[:, 0, :, k] - asked[:, 1 if name == "helpfulness" else 2, :, k]  # of asking for 5 in place of 1
-        low = interval(torch.stack([gains[:, draw].mean() for draw in draws(gains.shape[1])]))[0]
-        value = correlations(content, OURS)[name]
-        verdict = "met" if value > 0 and low > 0 else "missed"
-        lines.append(f"- Rank correlation of requested and achieved {name} clearly positive: {verdict} ({value:.2f}).")
+        found = likelihood(content, OURS, name)
+        verdict = "met" if found["low"] > 0.5 else "missed"
+        shown = "{mean:.0%} [{low:.0%}, {high:.0%}]".format(**found)
+        by_judge = ", ".join(f"{correlations(content, OURS, key)[k]:.2f} by the {JUDGES[key]} judge" for key in JUDGES)
+        lines.append(
+            f"- The likelihood of rated answers moves with the tag of {name}, clear of chance (50%): {verdict} "
+            f"({shown}). Rank correlation of requested and achieved {name} of generated answers: {by_judge}."
+        )
     return "\n".join(lines)
 
 
 def setting(content: Result) -> str:
-    budget, versions, judge = content["budget"], content["versions"], content["judge"]
+    budget, search, versions = content["plan"]["budget"], content["search"], content["versions"]
     (questions,) = {len(p["by_question"]) for rows in content["methods"].values() for r in rows for p in r["points"]}
-    agreed = "; ".join(f"{name} {kinds['low']:.0%} and {kinds['high']:.0%}" for name, kinds in judge.items())
-    settings = "; ".join(
-        f"{METHODS[m][0]} {lr:g}" + (f" with NLL × {nll:g}" if nll else "") + (f" from SFT ({start})" if start else "")
-        for m, (lr, nll, start) in content["search"]["chosen"].items()
+    agreed = "; ".join(
+        f"the {judge} judge "
+        + ", ".join(f"{name} {kinds['low']:.0%} and {kinds['high']:.0%}" for name, kinds in found.items())
+        for judge, found in content["judges"].items()
     )
-    seeds = content["seeds"]
     return (
-        f"{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}. {budget['supervised_steps']} "
-        f"supervised steps of {budget['responses']} answers, then {budget['preference_steps']} steps; a step on pairs "
-        f"has {budget['groups']} groups of six answers, for CPO {budget['groups'] // budget['conditions']} questions "
-        f"under {budget['conditions']} conditions each. Every point: {questions} held-out questions, greedy answers. "
-        f"Trained in {budget['precision']}; learning rates, chosen without a search: {settings}. "
-        f"{content['seconds'] / 60:.0f} minutes of one thread on a shared machine; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}. "
-        f"The judge, tested on human-rated answers to the held-out questions without their copies, is right about low "
-        f"and high ratings: {agreed}."
+        f"{budget['supervised_steps']} supervised steps of {budget['responses']} answers, then "
+        f"{budget['preference_steps']} steps for each model; a step on pairs has {budget['groups']} groups of six "
+        f"answers, for CPO {budget['groups'] // budget['conditions']} questions under {budget['conditions']} "
+        f"conditions each. Every point: {questions} held-out questions, greedy answers. Trained in {budget['precision']}. "
+        f"Settings chosen on {budget['search_questions']} training questions held out for it, seed {search['seed']}: "
+        f"{'; '.join(f'{METHODS[m][0]} {described(s)}' for m, s in search['chosen'].items())}. "
+        f"One thread; torch {versions['torch']}, transformers {versions['transformers']}. "
+        f"On answers that people rated low and high the judges are right: {agreed}."
     )
+
+
+def described(setting: Sequence[Any]) -> str:
+    """A `lab.Setting` in words."""
+    lr, nll, start, beta, weight = setting
+    parts = [f"{lr:g}", f"with NLL × {nll:g}" if nll else "", f"from SFT ({start})" if start else ""]
+    parts += [f"β {beta:g}" if beta else "", f"weight of {NAMES[0]} {weight:g}" if weight != 1 else ""]
+    return " ".join(filter(None, parts))
 
 
 def figure(content: Result) -> Any:
@@ -162,18 +216,18 @@ def figure(content: Result) -> Any:
     from matplotlib import pyplot as plt
 
     made, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(1.35, 1))
-    for method in reversed(METHODS):
-        _, _, colour, marker = METHODS[method]
+    for method in reversed(measured(content)):
+        _, colour, marker = METHODS[method]
         points = LOW + SPAN * scores(content, method).mean((0, 2))
         front = points[pareto_front(points)]
         front = front[front[:, 1].argsort()]
         width = 2.4 if method == OURS else 1.2
         left.plot(front[:, 1], front[:, 0], color=colour, linewidth=width)
         left.plot(points[:, 1], points[:, 0], color=colour, marker=marker, linestyle="none", markersize=7)
-    values = {m: scores(content, m) for m in METHODS}
-    order = sorted(METHODS, key=lambda m: measures(values[m])[0])
+    values = {m: scores(content, m) for m in measured(content)}
+    order = sorted(values, key=lambda m: measures(values[m])[0])
     for y, method in enumerate(order):
-        _, _, colour, marker = METHODS[method]
+        _, colour, marker = METHODS[method]
         mean, (low, high) = measures(values[method])[0], interval(resampled(values[method])[:, 0])
         right.plot([low, high], [y, y], color=colour, linewidth=1.5)
         right.plot(mean, y, color=colour, marker=marker, markersize=8)

@@ -8,23 +8,30 @@ from typing import Any
 
 import torch
 
+from benchmarks.claims.lab import Lab, models_of
+from benchmarks.claims.world_lab import WorldLab
 from cpo_kernels.demo.world import OBJECTIVES
 from cpo_kernels.evaluation.pareto import pareto_front
 
 Result = dict[str, Any]
 NAMES = [o.name for o in OBJECTIVES]
-# method -> name, models trained after SFT or CPSFT for its operating points, colour, marker
+# method -> name, colour, marker
 METHODS = {
-    "cpo": ("CPO", 1, "#1f5fa8", "o"),
-    "cpsft": ("CPSFT alone", 1, "#8fb8de", "o"),
-    "ric": ("Rewards-in-Context style", 1, "#2a9d8f", "v"),
-    "modpo": ("MODPO", 10, "#c0504d", "s"),
-    "soup": ("Rewarded Soups", 3, "#e07b39", "D"),
-    "dpo_single": ("DPO, one objective each", 3, "#8a6bb8", "^"),
-    "dpo_sum": ("DPO, summed rating", 1, "#30343b", "P"),
-    "sft": ("SFT", 1, "#8a8f98", "X"),
+    "cpo": ("CPO", "#1f5fa8", "o"),
+    "cpo_soup": ("CPO, steps of Soups", "#1f5fa8", "s"),
+    "cpo_modpo": ("CPO, steps of MODPO", "#1f5fa8", "D"),
+    "cpsft": ("CPSFT alone", "#8fb8de", "o"),
+    "ric": ("Rewards-in-Context style", "#2a9d8f", "v"),
+    "modpo": ("MODPO", "#c0504d", "s"),
+    "soup": ("Rewarded Soups", "#e07b39", "D"),
+    "dpo_single": ("DPO, one objective each", "#8a6bb8", "^"),
+    "dpo_sum": ("DPO, summed rating", "#30343b", "P"),
+    "sft": ("SFT", "#8a8f98", "X"),
 }
 OURS = "cpo"
+# baseline -> CPO with as many steps in total; the others take as many as CPO
+EQUAL_TOTAL = {"soup": "cpo_soup", "dpo_single": "cpo_soup", "modpo": "cpo_modpo"}
+BASELINES = [m for m in METHODS if not m.startswith(OURS + "_") and m != OURS]
 INK = "#30343b"
 # Quantile 0.975 of Student's t by degrees of freedom.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -32,10 +39,12 @@ HARMLESS = 0.9  # least share of harmful requests refused in the first panel
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of one value a seed, and half the width of its 95% interval (Student's t)."""
+    """Mean of one value a seed, and half the width of its 95% interval (Student's t), which one value does not have."""
     n = len(values)
+    if n == 1:
+        return values[0], math.inf
     if n - 1 not in T:
-        raise ValueError(f"an interval needs 2 to {max(T) + 1} values, got {n}")
+        raise ValueError(f"an interval needs 1 to {max(T) + 1} values, got {n}")
     mean = sum(values) / n
     variance = sum((v - mean) ** 2 for v in values) / (n - 1)
     return mean, T[n - 1] * math.sqrt(variance / n)
@@ -43,7 +52,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def text(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
     mean, half = interval(values)
-    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+    return f"{mean:{sign}.{digits}f} " + (f"± {half:.{digits}f}" if len(values) > 1 else "(one seed)")
 
 
 def column(content: Result, method: str, key: str, name: str = "") -> list[float]:
@@ -51,10 +60,16 @@ def column(content: Result, method: str, key: str, name: str = "") -> list[float
     return [row[key][name] if name else row[key] for row in content["methods"][method]]
 
 
-def differences(content: Result, method: str, key: str, name: str = "") -> list[float]:
-    """CPO minus the method, seed by seed."""
-    ours, theirs = column(content, OURS, key, name), column(content, method, key, name)
-    return [a - b for a, b in zip(ours, theirs, strict=True)]
+def measured(content: Result) -> list[str]:
+    """The methods that have results, in the order of METHODS."""
+    return [method for method in METHODS if content["methods"].get(method)]
+
+
+def differences(content: Result, method: str, key: str, name: str = "", ours: str = OURS) -> list[float]:
+    """CPO minus the method, on each seed that both have."""
+    theirs = {row["seed"]: row for row in content["methods"][method]}
+    both = [(row, theirs[row["seed"]]) for row in content["methods"][ours] if row["seed"] in theirs]
+    return [a[key][name] - b[key][name] if name else a[key] - b[key] for a, b in both]
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -62,14 +77,11 @@ def differences(content: Result, method: str, key: str, name: str = "") -> list[
 
 def sections(content: Result) -> dict[str, str]:
     """Name of a table in docs/results.md -> its text; `content` is empty where nothing was measured."""
+    names = ["claims", *(f"claims {part}" for part in ("paired", "cost", "targets", "setting"))]
     if not content:
-        return dict.fromkeys(("claims", "claims paired", "claims targets", "claims setting"), "not measured")
-    return {
-        "claims": table(content),
-        "claims paired": paired(content),
-        "claims targets": targets(content),
-        "claims setting": setting(content),
-    }
+        return dict.fromkeys(names, "not measured")
+    parts = (table(content), paired(content), cost(content, WorldLab), targets(content), setting(content))
+    return dict(zip(names, parts, strict=True))
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -78,17 +90,43 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def label(method: str) -> str:
-    return f"**{METHODS[method][0]}**" if method == OURS else METHODS[method][0]
+    return f"**{METHODS[method][0]}**" if method.startswith(OURS) and method != "cpsft" else METHODS[method][0]
 
 
-def volume_target(gaps: Mapping[str, tuple[float, float]]) -> str:
+def steps(content: Result, study: type[Lab], method: str) -> tuple[int, int]:
+    """Models trained from SFT or CPSFT for the method's points, and the steps of all of them together."""
+    models, each = models_of(study, method), content["plan"]["budget"]["preference_steps"]
+    if method in ("sft", "cpsft"):
+        return 0, 0
+    if method.startswith(OURS + "_"):
+        return 1, models_of(study, method.removeprefix(OURS + "_")) * each
+    return models, models * each
+
+
+def cost(content: Result, study: type[Lab]) -> str:
+    """What each method's models took, means over the seeds where it was counted."""
+    rows = []
+    for method in measured(content):
+        models, total = steps(content, study, method)
+        spent = [row["cost"] for row in content["methods"][method] if row["cost"]]
+        cells = [f"{models}", f"{total:,}"]
+        for stage in ("supervised", "further"):
+            for key, unit, digits in (("tokens", 1e6, 2), ("seconds", 60, 1)):
+                values = [c[stage][key] / unit for c in spent]
+                cells.append(f"{sum(values) / len(values):.{digits}f}" if values else "not counted")
+        rows.append([label(method), *cells])
+    heads = ["method", "models after the supervised stage", "their steps", "supervised: million tokens", "minutes"]
+    return markdown([*heads, "after it: million tokens", "minutes"], rows)
+
+
+def volume_target(gaps: Mapping[str, tuple[float, float]], budget: str) -> str:
     """`gaps`: method -> CPO's hypervolume less its own, and the lower end of that difference's interval."""
     below = [METHODS[m][0] for m, (mean, _) in gaps.items() if mean <= 0]
     unclear = [METHODS[m][0] for m, (mean, low) in gaps.items() if mean > 0 and low <= 0]
     verdict = f"missed against {', '.join(below)}" if below else "met"
     if unclear:
         verdict += f"; not clear of zero against {', '.join(unclear)}"
-    return f"- Hypervolume above every baseline's: {verdict}."
+    return f"- Hypervolume above every baseline's, {budget}: {verdict}."
 
 
 def best_target(name: str, high: float, difference: str) -> str:
@@ -98,14 +136,14 @@ def best_target(name: str, high: float, difference: str) -> str:
 
 
 def table(content: Result) -> str:
-    heads = ["method", "models", "hypervolume", *(f"best {name}" for name in NAMES)]
+    heads = ["method", "models × steps", "hypervolume", *(f"best {name}" for name in NAMES)]
     heads += ["rank correlation, " + ", ".join(NAMES), "well formed"]
     lines = []
-    for method, (_, models, _, _) in METHODS.items():
+    for method in measured(content):
         rows = content["methods"][method]
         cells = [
             label(method),
-            str(models),
+            models_steps(content, WorldLab, method),
             text(column(content, method, "hypervolume"), 3),
         ]
         cells += [text(column(content, method, "best", name)) for name in NAMES]
@@ -116,21 +154,44 @@ def table(content: Result) -> str:
     return markdown(heads, lines)
 
 
+def models_steps(content: Result, study: type[Lab], method: str) -> str:
+    models, total = steps(content, study, method)
+    return f"{models} × {total // models}" if models else "-"
+
+
+def compared(content: Result) -> list[tuple[str, str]]:
+    """(CPO, baseline): with equal steps for each model, then with equal steps in total where that is another CPO."""
+    pairs = [(OURS, m) for m in BASELINES] + [(ours, m) for m, ours in EQUAL_TOTAL.items()]
+    there = measured(content)
+    return [pair for pair in pairs if set(pair) <= set(there)]
+
+
 def paired(content: Result) -> str:
     lines = []
-    for method in (m for m in METHODS if m != OURS):
-        cells = [label(method), text(differences(content, method, "hypervolume"), 3, "+")]
-        lines.append([*cells, *(text(differences(content, method, "best", name), 2, "+") for name in NAMES)])
-    return markdown(["CPO minus", "hypervolume", *(f"best {name}" for name in NAMES)], lines)
+    for ours, method in compared(content):
+        cells = [text(differences(content, method, "hypervolume", ours=ours), 3, "+")]
+        cells += [text(differences(content, method, "best", name, ours), 2, "+") for name in NAMES]
+        lines.append([f"{label(ours)} minus {label(method)}", *cells])
+    return markdown(["difference", "hypervolume", *(f"best {name}" for name in NAMES)], lines)
+
+
+def equal_total(content: Result) -> dict[str, str]:
+    """Baseline -> the CPO with as many steps in total, of those that were measured."""
+    there = measured(content)
+    pairs = {m: EQUAL_TOTAL.get(m, OURS) for m in BASELINES}
+    return {m: ours for m, ours in pairs.items() if m in there and ours in there}
 
 
 def targets(content: Result) -> str:
     """Each target, and whether it is met."""
-    gaps = {}
-    for method in (m for m in METHODS if m != OURS):
-        mean, half = interval(differences(content, method, "hypervolume"))
-        gaps[method] = mean, mean - half
-    lines = [volume_target(gaps)]
+    lines, there = [], measured(content)
+    each = {m: OURS for m in BASELINES if m in there and OURS in there}
+    for pairs, budget in ((each, "equal steps for each model"), (equal_total(content), "equal steps in total")):
+        gaps = {}
+        for method, ours in pairs.items():
+            mean, half = interval(differences(content, method, "hypervolume", ours=ours))
+            gaps[method] = mean, mean - half
+        lines.append(volume_target(gaps, budget))
     for name in NAMES:
         mean, half = interval(differences(content, "dpo_single", "best", name))
         lines.append(best_target(name, mean + half, f"{mean:+.3f} ± {half:.3f}"))
@@ -142,22 +203,22 @@ def targets(content: Result) -> str:
 
 
 def setting(content: Result) -> str:
-    budget, search, versions = content["budget"], content["search"], content["versions"]
+    budget, search, versions = content["plan"]["budget"], content["search"], content["versions"]
     starts = {"": "", "best": " from SFT on the best answers", "all": " from SFT on all answers"}
     chosen = "; ".join(
         f"{METHODS[m][0]} {lr:g}" + (f" with NLL × {nll:g}" if nll else "") + starts[start]
-        for m, (lr, nll, start) in search["chosen"].items()
+        for m, (lr, nll, start, *_) in search["chosen"].items()
     )
     tried = {m: len([row for row in search["tried"] if row["method"] == m]) for m in search["chosen"]}
     counts = ", ".join(f"{METHODS[m][0]} {n}" for m, n in tried.items())
+    seeds = sorted({row["seed"] for rows in content["methods"].values() for row in rows})
     return (
-        f"Seeds {', '.join(map(str, content['seeds']))}. A Llama of {budget['num_layers']} layers, hidden size "
+        f"Seeds {', '.join(map(str, seeds))}. A Llama of {budget['num_layers']} layers, hidden size "
         f"{budget['hidden_size']}, on a world of {budget['people']} people, {budget['prompts']} questions with four "
         f"rated answers each; {budget['supervised_steps']} supervised steps of {budget['responses']} answers, then "
         f"{budget['preference_steps']} steps. Every point: {budget['questions']} held-out questions, greedy answers. "
         f"Settings tried on seed {search['seed']}: {counts}. Chosen learning rates: {chosen}. "
-        f"{content['seconds'] / 60:.0f} minutes of one thread on a shared machine, including the search; torch "
-        f"{versions['torch']}, transformers {versions['transformers']}."
+        f"One thread; torch {versions['torch']}, transformers {versions['transformers']}."
     )
 
 
@@ -169,15 +230,17 @@ def figure(content: Result) -> Any:
     from matplotlib import pyplot as plt
 
     made, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5), width_ratios=(1.25, 1.25, 1))
-    for method in reversed(METHODS):
+    for method in reversed(measured(content)):
         points = means(content, method)
         _plane(left, points[points[:, 2, 0] >= HARMLESS], 0, 1, method)
         _plane(middle, points, 0, 2, method)
-    order = sorted(METHODS, key=lambda m: interval(column(content, m, "hypervolume"))[0])
+    order = sorted(measured(content), key=lambda m: interval(column(content, m, "hypervolume"))[0])
     for y, method in enumerate(order):
-        _, _, colour, marker = METHODS[method]
+        _, colour, marker = METHODS[method]
         mean, half = interval(column(content, method, "hypervolume"))
-        right.errorbar(mean, y, xerr=half, color=colour, marker=marker, markersize=8, capsize=3)
+        right.errorbar(
+            mean, y, xerr=half if math.isfinite(half) else None, color=colour, marker=marker, markersize=8, capsize=3
+        )
     right.set_yticks(range(len(order)), [METHODS[m][0] for m in order])
     right.yaxis.tick_right()
     left.set(xlabel="helpfulness", ylabel="honesty")
@@ -192,8 +255,7 @@ def figure(content: Result) -> Any:
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
         axis.grid(color="#eef0f2")
     made.suptitle(
-        f"Mean ratings over {len(content['seeds'])} seeds with 95% intervals; lines join a method's best points in the "
-        "plane",
+        "Mean ratings over seeds with 95% intervals; lines join a method's best points in the plane",
         color=INK,
         fontsize=11,
     )
@@ -212,7 +274,7 @@ def means(content: Result, method: str) -> torch.Tensor:
 
 
 def _plane(axis: Any, points: torch.Tensor, x: int, y: int, method: str) -> None:
-    _, _, colour, marker = METHODS[method]
+    _, colour, marker = METHODS[method]
     strength = {"alpha": 1.0, "linewidth": 2.4} if method == OURS else {"alpha": 0.8, "linewidth": 1.2}
     _, _, bars = axis.errorbar(
         points[:, x, 0], points[:, y, 0], xerr=points[:, x, 1], yerr=points[:, y, 1], color=colour, marker=marker,

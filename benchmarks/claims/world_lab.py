@@ -79,6 +79,8 @@ class WorldLab(Lab):
         "sft": SUPERVISED,
         "cpsft": SUPERVISED,
         "cpo": PAIRS,
+        "cpo_soup": PAIRS,
+        "cpo_modpo": PAIRS,
         "ric": OWN_ANSWERS,
         "dpo_sum": UNCONDITIONED,
         "dpo_single": UNCONDITIONED,
@@ -125,7 +127,7 @@ class WorldLab(Lab):
     def extras(self, answers: Sequence[str], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
         return {"well_formed": sum(map(self.world.well_formed, answers)) / len(answers)}
 
-    def correlation(self, model: Any, scores: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
-        """Of the sweeps of `cpo-kernels demo`, every level of every objective."""
+    def control(self, model: Any, scores: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:
+        """From the sweeps of `cpo-kernels demo`, every level of every objective."""
         judged = judge(self.world, model, self.template, self.swept, tags=True)
-        return {name: control.correlation for name, control in judged.control.items()}
+        return {"correlation": {name: control.correlation for name, control in judged.control.items()}}

@@ -1,6 +1,7 @@
 """CPO against its baselines: each recipe on a very small world, the statistics, resuming, and the page's check."""
 
 import json
+import math
 import random
 import shutil
 import sys
@@ -122,6 +123,34 @@ def test_budgets_are_equal(lab, start, monkeypatch):
     assert seen[1][0]["seed"] != seen[2][0]["seed"]  # the second round draws other conditions
 
 
+def test_cpo_takes_the_steps_of_all_models_of_a_baseline(lab, monkeypatch):
+    """In rounds that see a prompt at most once, each under other conditions, from the model of the one before."""
+    seen = trained(monkeypatch)
+    cpsft, prompts = methods.cpsft(lab, SETTING), TINY.groups // TINY.conditions
+    del seen[:]
+    methods.cpo(lab, cpsft, Setting(6e-3), models=3)
+    methods.cpo(lab, cpsft, Setting(6e-3), models=11)
+    steps = [config["training"]["max_steps"] for config, _ in seen]
+    assert steps == [6, 6, 14, 15, 15] and max(steps) * prompts <= len(lab.records)
+    assert len({config["seed"] for config, _ in seen[2:]}) == 3
+    for (_, records), length in zip(seen, steps, strict=True):
+        assert len(records) == prompts * length == len({record.prompt for record in records})
+
+
+def test_the_cost_of_a_method_is_that_of_its_models(lab, start):
+    """Each model once, whatever run trained it; a prompt's tokens count once for all its answers."""
+    lab.used.clear()
+    weights = (0.5, 0.5, 0.0)
+    methods.soup(lab, start, weights, SETTING)
+    methods.modpo(lab, start, weights, SETTING)
+    methods.sft(lab, SETTING, "all")
+    spent = claims.cost(lab.used)
+    assert [spent[stage]["models"] for stage in ("supervised", "further")] == [1, 3]
+    assert spent["supervised"]["steps"] == TINY.supervised_steps
+    assert spent["further"]["steps"] == 3 * TINY.preference_steps
+    assert all(spent[stage][key] > 0 for stage in spent for key in ("tokens", "seconds"))
+
+
 def test_the_second_round_goes_on_from_the_first(lab, monkeypatch):
     starts, model = [], lab.model
     monkeypatch.setattr(lab, "model", lambda state=None: starts.append(state) or model(state))
@@ -201,8 +230,9 @@ def test_scores_are_means_of_the_worlds_ratings(lab, monkeypatch):
 def test_interval():
     mean, half = claims_report.interval([1, 2, 3, 4, 5])
     assert (mean, half) == (3, pytest.approx(2.776 * (2.5 / 5) ** 0.5))
-    with pytest.raises(ValueError, match="2 to 10 values, got 1"):
-        claims_report.interval([1.0])
+    assert claims_report.interval([1.0]) == (1.0, math.inf) and claims_report.text([1.0]) == "1.00 (one seed)"
+    with pytest.raises(ValueError, match="1 to 10 values, got 11"):
+        claims_report.interval([1.0] * 11)
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -218,9 +248,11 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch):
     Study.settings = settings
 
     def results(folder):
-        run = Run(folder, Study, TINY, list(settings))
-        lines = list(run.work([0, 1]))
-        return len(lines), run.results([0, 1]) | {"seconds": None}
+        run = Run(folder, Study, TINY)
+        lines, found = list(run.work([0, 1], list(settings))), run.results()
+        for row in (row for rows in found["methods"].values() for row in rows):
+            row["seconds"] = row["cost"]["supervised"]["seconds"] = row["cost"]["further"]["seconds"] = None
+        return len(lines), found
 
     count, whole = results(tmp_path / "run")
     assert count == 2 + 2 * 3 and all(len(rows) == 2 for rows in whole["methods"].values())
@@ -236,27 +268,53 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="another plan"):
         Run(tmp_path / "run", Study, Budget())
 
+    elsewhere = Run(tmp_path / "elsewhere", Study, TINY)  # another machine: the file of results is enough
+    elsewhere.take(whole)
+    assert not list(elsewhere.work([0, 1], list(settings)))
+    taken = elsewhere.results()
+    assert taken["methods"] == whole["methods"] and taken["search"]["chosen"] == whole["search"]["chosen"]
+    with pytest.raises(ValueError, match="another plan: give another --out"):
+        Run(tmp_path / "third", Study, Budget()).take(whole)
+
+
+def test_a_part_of_a_run_is_written_and_gone_on_from(tmp_path, monkeypatch, capsys):
+    """--minutes and --methods: what is measured so far is in the file, and is not measured again."""
+    monkeypatch.setattr(claims, "STUDIES", {"world": (WorldLab, lambda: TINY, "claims", 2)})
+    monkeypatch.setattr(WorldLab, "settings", dict.fromkeys(METHODS, [SETTING._replace(start="all")]))
+    out = tmp_path / "out.json"
+    options = ["--out", str(out), "--methods", "sft", "cpsft"]
+    claims.main(["--run", str(tmp_path / "run"), "--minutes", "1e-9", *options])
+    count = {m: len(rows) for m, rows in json.loads(out.read_text())["methods"].items()}
+    assert count["sft"] == 1 and not count["cpsft"]
+    claims.main(["--run", str(tmp_path / "elsewhere"), *options])
+    lines = capsys.readouterr().out.splitlines()
+    measured = [line.rsplit(":", 1)[0] for line in lines if line.startswith("seed")]
+    assert len(measured) == 4 and sum(line.startswith("seed 0 sft") for line in measured) == 1
+    claims.main(["--run", str(tmp_path / "third"), "--fresh", "--seeds", "1", *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[:-1]] == [["seed", "1", "sft"], ["seed", "1", "cpsft"]]
+
 
 def made_up(seed: int = 0) -> dict:
     """A results file with random figures."""
     rng = random.Random(seed)
 
-    def row(method):
+    def row(method, number):
         points = [
             {"label": str(i), "scores": [rng.uniform(1, 5), rng.uniform(1, 5), rng.random()], "well_formed": 0.9}
             for i in range(10)
         ]
         made = {"points": points, "hypervolume": rng.random(), "best": dict.fromkeys(NAMES, rng.random())}
-        asked = method in ("cpo", "cpsft", "ric")
+        spent = {"models": 1, "steps": 10, "tokens": 1e6, "seconds": 60.0}
+        made |= {"seed": number, "cost": {"supervised": spent, "further": spent} if number else None}
+        asked = method.startswith("cp") or method == "ric"
         return made | ({"correlation": dict.fromkeys(NAMES, 0.95)} if asked else {})
 
     return {
-        "seeds": list(range(5)),
-        "budget": vars(TINY),
+        "plan": {"budget": vars(TINY)},
         "search": {"seed": 100, "tried": [], "chosen": {"cpo": [1e-4, 0.3, ""]}},
-        "seconds": 60,
         "versions": {"torch": "0", "transformers": "0"},
-        "methods": {method: [row(method) for _ in range(5)] for method in METHODS},
+        "methods": {method: [row(method, number) for number in range(5)] for method in METHODS},
     }
 
 
@@ -265,22 +323,36 @@ def test_targets_say_what_is_missed():
     for rows in content["methods"].values():
         for i, row in enumerate(rows):
             row["hypervolume"], row["best"] = 0.5 + 0.01 * i, dict.fromkeys(NAMES, 3.0 + 0.1 * i)
+    for i, row in enumerate([*content["methods"]["cpo_soup"], *content["methods"]["cpo_modpo"]]):
+        row["hypervolume"] = 0.9 + 0.01 * (i % 5)
     for i, row in enumerate(content["methods"]["cpo"]):
         row["hypervolume"] = 0.6 + 0.01 * i + 0.001 * (-1) ** i
         row["best"] = {"helpfulness": 3.0 + 0.1 * i, "honesty": 2.0 + 0.1 * i, "harmlessness": 4.0}
         row["correlation"] = {"helpfulness": 0.95, "honesty": 0.8, "harmlessness": 1.0}
     lines = claims_report.targets(content).splitlines()
-    assert ["missed" in line for line in lines] == [False, False, True, False, False, True, False]
+    assert ["missed" in line for line in lines] == [False, False, False, True, False, False, True, False]
     for row in content["methods"]["soup"]:
         row["hypervolume"] += 0.2
-    assert "missed against Rewarded Soups" in claims_report.targets(content)
+    lines = claims_report.targets(content).splitlines()
+    assert "equal steps for each model: missed against Rewarded Soups" in lines[0]
+    assert lines[1] == "- Hypervolume above every baseline's, equal steps in total: met."
+
+
+def test_methods_that_are_not_measured_yet_are_left_out():
+    """Of the seeds that both have a difference is made; a method without results is in no table."""
+    content = made_up()
+    content["methods"]["modpo"], content["methods"]["soup"] = [], content["methods"]["soup"][3:4]
+    tables = claims_report.sections(content)
+    assert not any("| MODPO |" in text for text in tables.values()) and "(one seed)" in tables["claims"]
+    difference = content["methods"]["cpo"][3]["hypervolume"] - content["methods"]["soup"][0]["hypervolume"]
+    assert f"**CPO** minus Rewarded Soups | {difference:+.3f} (one seed)" in tables["claims paired"]
 
 
 def test_a_lead_within_its_interval_is_not_clear():
     gaps = {"soup": (-0.1, -0.2), "ric": (0.1, -0.1), "sft": (0.1, 0.05)}
-    verdict = claims_report.volume_target(gaps)
+    verdict = claims_report.volume_target(gaps, "equal steps")
     assert verdict.endswith(": missed against Rewarded Soups; not clear of zero against Rewards-in-Context style.")
-    assert claims_report.volume_target({"sft": (0.1, 0.05)}).endswith(": met.")
+    assert claims_report.volume_target({"sft": (0.1, 0.05)}, "equal steps").endswith(": met.")
 
 
 def test_check_notices_an_edited_table(tmp_path, monkeypatch, capsys):

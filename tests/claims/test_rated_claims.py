@@ -43,10 +43,49 @@ def test_agreement_leaves_copies_out():
     assert found["honesty"] == {"low": 0.0, "high": 0.0} and found["helpfulness"] == {"high": 1.0}
 
 
-def test_correlation_moves_one_tag(tmp_path, rows):
+def test_control_moves_one_tag(tmp_path, rows, monkeypatch):
     lab = RatedLab(0, small(rows), tmp_path)
+    monkeypatch.setattr(lab, "likelihood", lambda model: {})
     both, terse, false = [[5.0, 5.0]] * 4, [[5.0, 1.0]] * 4, [[5.0, 5.0]] * 4
-    assert lab.correlation(None, [both, terse, false, both, both]) == {"helpfulness": 1.0, "honesty": 0.0}
+    found = lab.control(None, [both, terse, false, both, both])
+    assert found == {"correlation": {"helpfulness": 1.0, "honesty": 0.0}, "likelihood": {}}
+
+
+def test_likelihood_compares_answers_that_fit_either_level(tmp_path, rows, monkeypatch):
+    """Honesty: answers rated (5, 5) and (1, 5), under both tags; questions without one of them have no share."""
+    lab, scored = RatedLab(0, small(rows), tmp_path), []
+
+    def score(model, template, records, conditions):
+        scored.append((records, conditions))
+        return [
+            torch.tensor([[float(r.ratings == dict(c)) for r in record.responses] for c in conditions])
+            for record in records
+        ]
+
+    monkeypatch.setattr(rated_lab, "score_answers", score)
+    lab.held_out = [Record("Q", (*RATED, answer("It is round.", 5, 5), answer("THE EARTH IS ROUND", 5, 5)))]
+    lab.held_out.append(Record("R", tuple(RATED[:1])))
+    assert lab.likelihood(None) == {"honesty": [1.0], "helpfulness": [1.0]}
+    (record, _), conditions = scored[0]
+    assert conditions == ({"honesty": 5, "helpfulness": 5}, {"honesty": 1, "helpfulness": 5})
+    assert [r.text for r in record.responses] == ["THE EARTH IS ROUND", "It is round.", "The earth is flat."]
+
+
+def test_the_classifier_learns_what_words_say(tmp_path, rows):
+    """On the demo's world a refusal is told from an answer, on questions that it was not fitted on."""
+    lab = RatedLab(0, small(rows), tmp_path)
+    accuracy = lab.judges()["classifier"]["helpfulness"]
+    assert accuracy["low"] > 0.7 and accuracy["high"] > 0.7
+    asked = [(record.prompt, record.responses[0].text) for record in lab.held_out]
+    again = RatedLab(0, small(rows), tmp_path).classifier  # as it was fitted
+    assert again.rate(asked) == lab.classifier.rate(asked)
+    assert {level for row in again.rate(asked) for level in row} <= {1.0, 5.0}
+
+
+def test_the_search_holds_training_questions_out(tmp_path, rows):
+    lab, search = (RatedLab(seed, small(rows), tmp_path / str(seed)) for seed in (0, claims.SEARCH_SEED))
+    prompts = [{record.prompt for record in part} for part in (lab.held_out, search.held_out, search.records)]
+    assert len(prompts[1]) == 5 and not prompts[0] & (prompts[1] | prompts[2]) and not prompts[1] & prompts[2]
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -69,20 +108,32 @@ def rows(tmp_path, monkeypatch):
 
 
 def small(path) -> RatedBudget:
-    return RatedBudget(str(path), supervised_steps=2, responses=4, preference_steps=2, groups=3)
+    return RatedBudget(str(path), search_questions=5, supervised_steps=2, responses=4, preference_steps=2, groups=3)
 
 
 def test_every_method_runs(tmp_path, rows, monkeypatch):
     monkeypatch.setattr(RatedLab, "max_new_tokens", 8)
+    monkeypatch.setattr(RatedLab, "settings", {m: tried[:1] for m, tried in RatedLab.settings.items()})
     torch.set_num_threads(1)
     run = Run(tmp_path / "run", RatedLab, small(rows))
     lines = list(run.work([0]))
     assert len(lines) == len(METHODS)  # one setting each: nothing is searched
-    content = run.results([0])
+    content = run.results()
     lab = run.lab(0)
-    assert content["judge"] == agreement(lab.held_out) and len(lab.held_out) == 6 and len(lab.records) == 24
+    assert content["judges"]["nearest"] == agreement(lab.held_out) and len(lab.held_out) == 6 and len(lab.records) == 24
     counts = {m: len(rows[0]["points"]) for m, rows in content["methods"].items()}
-    assert counts == {"sft": 1, "cpsft": 5, "cpo": 5, "ric": 5, "dpo_sum": 1, "dpo_single": 2, "soup": 5, "modpo": 5}
+    assert counts == {
+        "sft": 1,
+        "cpsft": 5,
+        "cpo": 5,
+        "cpo_soup": 5,
+        "cpo_modpo": 5,
+        "ric": 5,
+        "dpo_sum": 1,
+        "dpo_single": 2,
+        "soup": 5,
+        "modpo": 5,
+    }
     for row in (row for rows in content["methods"].values() for row in rows):
         for point in row["points"]:
             by_question = torch.tensor(point["by_question"], dtype=torch.float64)
@@ -132,19 +183,19 @@ def made_up(questions: int = 40) -> dict:
         if best and number == 2:  # honesty follows its tag, helpfulness does not
             by_question = [[1.0, 5.0]] * questions
         means = [sum(column) / questions for column in zip(*by_question, strict=True)]
-        return {"label": str(number), "scores": means, "similar": 0.5, "by_question": by_question}
+        made = {"label": str(number), "scores": means, "similar": 0.5}
+        return made | {"by_question": by_question, "by_classifier": by_question}
 
     def row(method):
-        asked = method in ("cpo", "cpsft", "ric")
-        made = {"points": [point(i, method == "cpo") for i in range(counts[method])]}
-        return made | ({"correlation": {"honesty": 0.4, "helpfulness": 0.05}} if asked else {})
+        asked = method.startswith("cp") or method == "ric"
+        made = {"seed": 0, "cost": None}
+        made["points"] = [point(i, method.startswith("cpo")) for i in range(counts[method])]
+        return made | ({"likelihood": {"honesty": [1.0] * 20, "helpfulness": [0.0, 1.0] * 10}} if asked else {})
 
     return {
-        "seeds": [0],
-        "budget": vars(RatedBudget(__file__)),
-        "judge": {o.name: {"low": 0.8, "high": 0.6} for o in OBJECTIVES},
-        "search": {"chosen": {"cpo": [5e-5, 0.3, ""]}},
-        "seconds": 60,
+        "plan": {"budget": vars(RatedBudget(__file__))},
+        "judges": {"nearest": {o.name: {"low": 0.8, "high": 0.6} for o in OBJECTIVES}},
+        "search": {"seed": 100, "chosen": {"cpo": [5e-5, 0.3, "", 0.0, 2.0]}},
         "versions": {"torch": "0", "transformers": "0"},
         "methods": {method: [row(method)] for method in METHODS},
     }
@@ -154,10 +205,14 @@ def test_tables_say_what_is_met():
     content = made_up()
     tables = rated_report.sections(content)
     lines = tables["rated claims targets"].splitlines()
-    assert ["missed" in line for line in lines] == [False, False, False, False, True]
-    assert "| **CPO** | 1 | 1.000 [1.000, 1.000] | 5.00 [5.00, 5.00] |" in tables["rated claims"]
+    assert ["missed" in line for line in lines] == [False, False, False, False, False, True]
+    assert "| **CPO** | 1 × 160 | 1 | 1.000 [1.000, 1.000] | 5.00 [5.00, 5.00] |" in tables["rated claims"]
+    assert "| 1.00, 0.00 | 100% [100%, 100%] |" in tables["rated claims"]
     content["methods"]["soup"][0]["points"][0] = content["methods"]["cpo"][0]["points"][0]
-    assert "missed against Rewarded Soups" in rated_report.sections(content)["rated claims targets"]
+    lines = rated_report.sections(content)["rated claims targets"].splitlines()
+    assert all("missed against Rewarded Soups" in line for line in lines[:2])
+    content["methods"] |= {"soup": [], "cpo_modpo": []}
+    assert "minus Rewarded Soups" not in rated_report.sections(content)["rated claims paired"]
     assert set(rated_report.sections({}).values()) == {"not measured"}
 
 
