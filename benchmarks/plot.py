@@ -108,7 +108,7 @@ def error(differences: Result) -> str:
 
 
 def gain_table(content: Result) -> str:
-    """Five lines of what one gains: README's first table."""
+    """Six lines of what one gains: README's first table."""
     trained, frozen = (r["subjects"] for r in headline(content, ("trainable", "frozen"))[:2])
     (step,) = (r for r in content["workloads"] if r["family"] == "training_step" and r["responses"] == 2)
     naive, ours = (error(trained[name]["differences"]) for name in ("naive", "ours"))
@@ -121,12 +121,17 @@ def gain_table(content: Result) -> str:
         ("training step of SmolLM2-135M with TRL", cost(rows["trl_precomputed"]), cost(rows["fused_trl"])),
         ("the same, our own trainer", "", cost(rows["shared"])),
     ]
+    trainers = [r for r in content["workloads"] if r["family"] == "trainers"]
+    names = [r["trainer"].upper() for r in trainers]
+    pair = [", ".join(f"{r['subjects'][s]['median_s']:.1f}" for r in trainers) for s in ("trl_head", "fused_head")]
+    lines.append((f"a step of TRL's {', '.join(names)} trainer, its head trained", *(f"{times} s" for times in pair)))
     table = ["| | before | with cpo-kernels |", "|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)]
     note = (
         f"Time and peak memory beyond inputs, bfloat16, {machine(content['environment'])}. Lines 1 to 3: head of "
         f"{first['head']} ({first['hidden']} × {first['vocab']}), {size}; before: naive PyTorch. Lines 4 and 5: "
         f"{step['groups']} prompts with 2 responses, up to {step['length']} tokens, reference log-probs given; before: "
-        "TRL's `DPOTrainer`."
+        "TRL's `DPOTrainer`. Line 6: the same model, random tokens of that length; before: TRL's fused head "
+        "([all figures](docs/trl.md))."
     )
     return "\n".join([*table, "", note])
 
