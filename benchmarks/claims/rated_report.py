@@ -93,6 +93,12 @@ def sections(content: Result) -> dict[str, str]:
     return dict(zip(names, tables, strict=True))
 
 
+def judges(content: Result) -> list[str]:
+    """Of JUDGES, those that rated every answer."""
+    points = [p for rows in content["methods"].values() for row in rows for p in row["points"]]
+    return [judge for judge in JUDGES if all(judge in point for point in points)]
+
+
 def correlations(content: Result, method: str, judge: str) -> list[float]:
     """Spearman's, per objective, of what is requested, 1 or 5, and achieved, where the other tag is 5; over seeds."""
     values = scores(content, method, judge)[:, :3]  # (5, 5), (5, 1), (1, 5)
@@ -112,6 +118,8 @@ def likelihood(content: Result, method: str, name: str) -> dict[str, float]:
 
 
 def table(content: Result, judge: str = "by_question") -> str:
+    if judge not in judges(content):
+        return "Not measured."
     heads = ["method", "models × steps", "seeds", "hypervolume", *(f"best {name}" for name in NAMES)]
     heads += ["rank correlation, " + ", ".join(NAMES)]
     heads += [f"likelihood moves with the tag of {name}" for name in NAMES] if judge == "by_question" else []
@@ -121,12 +129,14 @@ def table(content: Result, judge: str = "by_question") -> str:
         mean, spread = measures(values), resampled(values)
         cells = [label(method), models_steps(content, RatedLab, method), str(len(values))]
         cells += [text(mean[i], spread[:, i], digits) for i, digits in enumerate(DIGITS)]
-        tagged = "likelihood" in content["methods"][method][0]
+        row = content["methods"][method][0]
+        tagged = "correlation" in row
         cells.append(", ".join(f"{c:.2f}" for c in correlations(content, method, judge)) if tagged else "-")
         if judge == "by_question":
             for name in NAMES:
-                found = likelihood(content, method, name) if tagged else {}
-                cells.append("{mean:.0%} [{low:.0%}, {high:.0%}]".format(**found) if found else "-")
+                found = likelihood(content, method, name) if "likelihood" in row else {}
+                lacking = "not measured" if tagged else "-"
+                cells.append("{mean:.0%} [{low:.0%}, {high:.0%}]".format(**found) if found else lacking)
         rows.append(cells)
     return markdown(heads, rows)
 
@@ -150,12 +160,13 @@ def paired(content: Result) -> str:
 def points_table(content: Result) -> str:
     rows = []
     for method in measured(content):
-        means = [(LOW + SPAN * scores(content, method, judge).mean((0, 2))).tolist() for judge in JUDGES]
+        means = [(LOW + SPAN * scores(content, method, judge).mean((0, 2))).tolist() for judge in judges(content)]
         for i, point in enumerate(content["methods"][method][0]["points"]):
             cells = [f"{value:.2f}" for judge in means for value in judge[i]]
             rows.append([label(method), point["label"] or "-", *cells])
     heads = ["method", "request, or weights of " + ", ".join(NAMES), *NAMES]
-    return markdown([*heads, *(f"{name}, by the classifier" for name in NAMES)], rows)
+    others = [f"{name}, by the {JUDGES[judge]}" for judge in judges(content)[1:] for name in NAMES]
+    return markdown([*heads, *others], rows)
 
 
 def targets(content: Result) -> str:
@@ -172,14 +183,17 @@ def targets(content: Result) -> str:
         for i, name in enumerate(NAMES, 1):
             lines.append(best_target(name, interval(spread[:, i])[1], text(mean[i], spread[:, i], 2, "+")))
     for k, name in enumerate(NAMES):
-        found = likelihood(content, OURS, name)
-        verdict = "met" if found["low"] > 0.5 else "missed"
-        shown = "{mean:.0%} [{low:.0%}, {high:.0%}]".format(**found)
-        by_judge = ", ".join(f"{correlations(content, OURS, key)[k]:.2f} by the {JUDGES[key]} judge" for key in JUDGES)
-        lines.append(
-            f"- The likelihood of rated answers moves with the tag of {name}, clear of chance (50%): {verdict} "
-            f"({shown}). Rank correlation of requested and achieved {name} of generated answers: {by_judge}."
-        )
+        found = [f"{correlations(content, OURS, key)[k]:.2f} by the {JUDGES[key]} judge" for key in judges(content)]
+        followed = f"Rank correlation of requested and achieved {name} of generated answers: {', '.join(found)}."
+        if "likelihood" in content["methods"][OURS][0]:
+            moved = likelihood(content, OURS, name)
+            verdict = "met" if moved["low"] > 0.5 else "missed"
+            lines.append(
+                f"- The likelihood of rated answers moves with the tag of {name}, clear of chance (50%): {verdict} "
+                f"({moved['mean']:.0%} [{moved['low']:.0%}, {moved['high']:.0%}]). {followed}"
+            )
+        else:
+            lines.append(f"- {followed}")
     return "\n".join(lines)
 
 
@@ -191,13 +205,15 @@ def setting(content: Result) -> str:
         + ", ".join(f"{name} {kinds['low']:.0%} and {kinds['high']:.0%}" for name, kinds in found.items())
         for judge, found in content["judges"].items()
     )
+    searched = "without a search"
+    if search["tried"]:
+        searched = f"on {budget['search_questions']} training questions held out for it, seed {search['seed']}"
     return (
         f"{budget['supervised_steps']} supervised steps of {budget['responses']} answers, then "
         f"{budget['preference_steps']} steps for each model; a step on pairs has {budget['groups']} groups of six "
         f"answers, for CPO {budget['groups'] // budget['conditions']} questions under {budget['conditions']} "
         f"conditions each. Every point: {questions} held-out questions, greedy answers. Trained in "
-        f"{budget['precision']}. Settings chosen on {budget['search_questions']} training questions held out for it, "
-        f"seed {search['seed']}: "
+        f"{budget['precision']}. Settings chosen {searched}: "
         f"{'; '.join(f'{METHODS[m][0]} {described(s)}' for m, s in search['chosen'].items())}. "
         f"One thread; torch {versions['torch']}, transformers {versions['transformers']}. "
         f"On answers that people rated low and high the judges are right: {agreed}."
