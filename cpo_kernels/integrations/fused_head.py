@@ -96,6 +96,7 @@ def add_fused_head(
     numbers = logit_map(model, softcap, scale).over(temperature)
     fused = FusedHead(("log_probs", *outputs), cast_lm_head_to_fp32, numbers, settings, impl)
     original = model.forward
+    method = getattr(original, "__func__", None) if getattr(original, "__self__", None) is model else None
 
     # `generate` reads the signature; inspect.unwrap finds the original.
     @functools.wraps(type(model).forward)
@@ -106,7 +107,9 @@ def add_fused_head(
         if not fused_lm_head:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             given = {name: value for name, value in given.items() if value is not None}
-            return original(*args, **given, **kwargs)
+            # `self` may be a deep copy of `model`, as reference models are made
+            own = original if method is None else types.MethodType(method, self)
+            return own(*args, **given, **kwargs)
         return fused(self, args, kwargs, labels, shift_labels, num_items_in_batch)
 
     model.forward = types.MethodType(forward, model)

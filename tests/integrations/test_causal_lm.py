@@ -1,5 +1,6 @@
 """`causal_lm_logps` against the model's own full logits, for every class of the table, on tiny random models."""
 
+import copy
 import inspect
 
 import pytest
@@ -281,6 +282,22 @@ def test_a_head_that_a_device_map_has_dispatched():
     add_hook_to_module(own.lm_head, AlignDevicesHook(offload=True))
     with pytest.raises(TypeError, match="Linear with another forward, but a plain nn.Linear is needed"):
         add_fused_head(own)
+
+
+def test_a_copy_of_a_model_with_our_head_is_a_model_of_its_own():
+    """As a reference model is made: with and without `fused_lm_head` it runs its own weights."""
+    batch, model = make_batch(), make("LlamaForCausalLM")
+    mask = batch.pop("completion_mask")
+    batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
+    add_fused_head(model)
+    add_fused_head(model, ("log_probs", "entropy"))  # again, with other outputs
+    copied, want = copy.deepcopy(model), [model(**batch).logits, model(**batch, fused_lm_head=True).log_probs]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    found = [copied(**batch).logits, copied(**batch, fused_lm_head=True).log_probs]
+    assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(found, want, strict=True))
+    assert model(**batch).logits.abs().max() == 0
 
 
 def test_batches_are_checked():
