@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 os.environ.setdefault("WANDB_DISABLED", "true")
 pytest.importorskip("llamafactory", reason="LLaMA-Factory has an environment of its own: docs/llamafactory.md")
@@ -21,6 +22,7 @@ from llamafactory.train import tuner  # noqa: E402
 from llamafactory.train.dpo.trainer import CustomDPOTrainer  # noqa: E402
 
 from cpo_kernels.integrations.llamafactory import TRAINERS, fuse  # noqa: E402
+from tests.support.processes import as_launched, free_port, run_processes  # noqa: E402
 from tests.support.tiny import one_thread, tokenizer  # noqa: E402, F401
 
 ROWS = [  # prompt, chosen, rejected: of many lengths, so that rows are padded and ld_alpha acts
@@ -154,6 +156,24 @@ def test_a_run(folder, tmp_path, monkeypatch, case):
     trained = {n.removeprefix("base_model.model."): w for n, w in theirs[1].items() if "lora_A" not in n}
     moved = max(float((w - start.get(n, 0)).abs().max()) for n, w in trained.items())
     assert moved > 1e-4  # a run that learns nothing would agree with anything
+
+
+def of_two_processes(rank, port, folder, out, fused):
+    as_launched(rank, 2, port)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "destroy_process_group", lambda: None)  # which run_processes does
+        forward, wrapped = DistributedDataParallel.forward, []
+        patch.setattr(DistributedDataParallel, "forward", lambda *a, **k: wrapped.append(0) or forward(*a, **k))
+        result = run(folder, out, fused, patch, stage="dpo", ddp_backend="gloo")
+    assert wrapped
+    return result
+
+
+@pytest.mark.distributed
+def test_two_processes(folder, tmp_path):
+    """DDP reduces the gradients of what runs in the model's own forward, as our head does."""
+    outs = {fused: tmp_path / str(fused) for fused in (False, True)}
+    assert_same(*(run_processes(of_two_processes, 2, free_port(), folder, out, f)[0] for f, out in outs.items()))
 
 
 def test_bfloat16_autocast(folder, tmp_path, monkeypatch):
