@@ -23,20 +23,14 @@ from llamafactory.train.dpo.trainer import CustomDPOTrainer  # noqa: E402
 
 from cpo_kernels.integrations.llamafactory import TRAINERS, fuse  # noqa: E402
 from tests.support.processes import as_launched, free_port, run_processes  # noqa: E402
-from tests.support.tiny import one_thread, tokenizer  # noqa: E402, F401
+from tests.support.tiny import PREFERENCES, one_thread, tokenizer  # noqa: E402, F401
 
-ROWS = [  # prompt, chosen, rejected: of many lengths, so that rows are padded and ld_alpha acts
-    ("say ab: ", "aabb", "bb"),
-    ("say cde: ", "ccc", "dddeeeff"),
-    ("q ", "x y z", "zz"),
-    ("a longer prompt for h: ", "hhhhhhhhhhhh", "h"),
-    ("k", "lmno", "pqrstu"),
-    ("v: ", "ww", "xxyyzz"),
-]
 DATA = {
-    "pairs": [{"instruction": p, "input": "", "chosen": c, "rejected": r} for p, c, r in ROWS],
-    "answers": [{"instruction": p, "input": "", "output": c, "tag": k % 3 != 1} for k, (p, c, _) in enumerate(ROWS)],
-    "texts": [{"text": f"{p}{c}"} for p, c, _ in ROWS],
+    "pairs": [{"instruction": p, "input": "", "chosen": c, "rejected": r} for p, c, r in PREFERENCES],
+    "answers": [
+        {"instruction": p, "input": "", "output": c, "tag": k % 3 != 1} for k, (p, c, _) in enumerate(PREFERENCES)
+    ],
+    "texts": [{"text": f"{p}{c}"} for p, c, _ in PREFERENCES],
 }
 COLUMNS = {
     "pairs": {"ranking": True, "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}},
