@@ -5,6 +5,7 @@ No logits may be made where our head runs: the model's own head raises there.
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,16 @@ def arguments(folder: Path, out: Path, stage: str, model: str = "Llama", **optio
     }  # fmt: skip
 
 
-def run(folder: Path, out: Path, fused: bool | dict, monkeypatch, **options):
-    """(log history, trained weights) of a short training."""
+class Undo(transformers.TrainerCallback):
+    def __init__(self, fused):
+        self.fused = fused
+
+    def on_train_begin(self, *args, **kwargs):
+        self.fused.undo()
+
+
+def run(folder: Path, out: Path, fused: bool | dict, monkeypatch, undo: bool = False, **options):
+    """(log history, trained weights) of a short training. undo: once the trainer is there."""
 
     def forward(self, x):
         assert not fused or self.out_features != len(tokenizer()), "full logits were made"
@@ -94,11 +103,8 @@ def run(folder: Path, out: Path, fused: bool | dict, monkeypatch, **options):
     given = arguments(folder, out, **options)
     with monkeypatch.context() as patch:
         patch.setattr(nn.Linear, "forward", forward)
-        if fused:
-            with fuse(**(fused if isinstance(fused, dict) else {})):
-                tuner.run_exp(given)
-        else:
-            tuner.run_exp(given)
+        with fuse(**(fused if isinstance(fused, dict) else {})) if fused else nullcontext() as active:
+            tuner.run_exp(given, callbacks=[Undo(active)] if undo else None)
     saved = "adapter_model" if given["finetuning_type"] == "lora" else "model"
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     return history, load_file(out / f"{saved}.safetensors")
@@ -168,6 +174,12 @@ def test_two_processes(folder, tmp_path):
     """DDP reduces the gradients of what runs in the model's own forward, as our head does."""
     outs = {fused: tmp_path / str(fused) for fused in (False, True)}
     assert_same(*(run_processes(of_two_processes, 2, free_port(), folder, out, f)[0] for f, out in outs.items()))
+
+
+@pytest.mark.parametrize("stage", ["dpo", "sft"])
+def test_a_trainer_keeps_its_head_after_undo(folder, tmp_path, monkeypatch, stage):
+    theirs = run(folder, tmp_path / "theirs", False, monkeypatch, stage=stage)
+    assert_same(theirs, run(folder, tmp_path / "ours", True, monkeypatch, undo=True, stage=stage))
 
 
 def test_bfloat16_autocast(folder, tmp_path, monkeypatch):
