@@ -123,7 +123,7 @@ def test_a_checkout_that_is_not_installed_names_its_extra(monkeypatch):
     "module, package",
     [
         ("integrations.trl", "trl"),
-        ("integrations.fused_head", "trl"),
+        ("integrations.fused_head", "transformers"),
         ("integrations.trl_head", "trl"),
         ("integrations.transformers", "transformers"),
         ("training.loop", "accelerate"),

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from cpo_kernels.backends import dispatch
 from cpo_kernels.extras import explained
 
 try:
@@ -114,8 +113,7 @@ def fuse(
 
     A model that is not supported (see `heads`) raises ValueError or TypeError when a trainer is constructed.
     """
-    dispatch.check_impl(impl)
-    check_options(softcap, scale, memory_budget, filter_eps, filter_head_grad)
+    check_options(softcap, scale, memory_budget, impl, filter_eps, filter_head_grad)
     return Fused(
         {
             "softcap": softcap, "scale": scale, "memory_budget": memory_budget, "impl": impl, "filter_eps": filter_eps,

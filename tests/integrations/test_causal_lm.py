@@ -300,6 +300,18 @@ def test_a_copy_of_a_model_with_our_head_is_a_model_of_its_own():
     assert model(**batch).logits.abs().max() == 0
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "PhiForCausalLM", "CohereForCausalLM", "Gemma2ForCausalLM"])
+def test_the_mean_logit_of_every_position(name):
+    """A plain head, one with a bias, with a scale, with a softcap; positions without a label count as well."""
+    batch, model = make_batch(), make(name)
+    mask = batch.pop("completion_mask")
+    want = model(**batch).logits.double().mean((1, 2))
+    add_fused_head(model, ("sequence_mean_logits",))
+    out = model(**batch, labels=batch["input_ids"].masked_fill(mask == 0, -100), fused_lm_head=True)
+    assert not out.sequence_mean_logits.requires_grad and out.log_probs.requires_grad
+    assert relative_error(out.sequence_mean_logits, want) < 2e-6
+
+
 def test_batches_are_checked():
     model, batch = make("LlamaForCausalLM"), make_batch()
     refused(model, "got both", batch={**batch, "labels": batch["input_ids"]})

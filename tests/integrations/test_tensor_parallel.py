@@ -57,12 +57,11 @@ def step(model):
     loss = FusedLinearCPOLoss()(*causal_lm_inputs(model, batch), pairs=PAIRS, ref_logps=REF).loss
     loss.backward()
     seen |= {"loss": loss.detach(), "loss grads": grads(model)}
-    add_fused_head(model)
-    logps = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
-    ).log_probs
-    (logps * upstream(batch)).sum().backward()
-    return seen | {"fused": logps.detach(), "fused grads": grads(model)}
+    add_fused_head(model, ("log_probs", "sequence_mean_logits"))
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True)
+    (out.log_probs * upstream(batch)).sum().backward()
+    seen["means"] = out.sequence_mean_logits
+    return seen | {"fused": out.log_probs.detach(), "fused grads": grads(model)}
 
 
 def every_way(rank):

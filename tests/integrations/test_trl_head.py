@@ -385,7 +385,13 @@ def test_every_field(name, config, temperature, cast, items):
     for call in ({"labels": labels}, {"shift_labels": labels}):
         call["num_items_in_batch"] = items
         (one, grads), (other, others) = both_heads(
-            ids, name, call, config, temperature=temperature, cast_lm_head_to_fp32=cast, outputs=fused_head.FIELDS
+            ids,
+            name,
+            call,
+            config,
+            temperature=temperature,
+            cast_lm_head_to_fp32=cast,
+            outputs=("log_probs", *fused_head.EXTRAS),
         )
         assert one.keys() == other.keys()
         for field in one:

@@ -21,6 +21,14 @@ MODEL = {
     "num_key_value_heads": 1,
     "tie_word_embeddings": True,
 }
+PREFERENCES = [  # prompt, chosen, rejected, of many lengths
+    ("say ab: ", "aabb", "bb"),
+    ("say cde: ", "ccc", "dddeeeff"),
+    ("q ", "x y z", "zz"),
+    ("a longer prompt for h: ", "hhhhhhhhhhhh", "h"),
+    ("k", "lmno", "pqrstu"),
+    ("v: ", "ww", "xxyyzz"),
+]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -17,20 +17,12 @@ datasets = pytest.importorskip("datasets")
 
 from trl.trainer import utils as trl_utils  # noqa: E402
 
-from tests.support.tiny import tokenizer  # noqa: E402
+from tests.support.tiny import PREFERENCES, tokenizer  # noqa: E402
 
 datasets.disable_progress_bars()
 TOKENIZER = tokenizer()
 TIMING = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time"}
-ROWS = [
-    ("say ab: ", "aabb", "bb"),
-    ("say cde: ", "ccc", "dddeeeff"),
-    ("q ", "x y z", "zz"),
-    ("a longer prompt for h: ", "hhhhhhhhhhhh", "h"),
-    ("k", "lmno", "pqrstu"),
-    ("v: ", "ww", "xxyyzz"),
-]
-DATA = {key: [row[i] for row in ROWS] for i, key in enumerate(("prompt", "chosen", "rejected"))}
+DATA = {key: [row[i] for row in PREFERENCES] for i, key in enumerate(("prompt", "chosen", "rejected"))}
 SETTINGS = {
     "bf16": False, "use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1,
     "optim": "sgd", "learning_rate": 0.03, "report_to": [], "disable_tqdm": True, "save_strategy": "no",
