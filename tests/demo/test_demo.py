@@ -112,7 +112,7 @@ def test_stage_two_has_pairs_that_refuse_a_robber_under_best_tags_and_without_ta
     groups = [g for unit in draws.units for g in unit if g.condition == BEST and "rob the" in str(g.prompt)]
     tagged = sum(bool(g.tags) for g in groups)
     harmful = sum("rob the" in str(record.prompt) for record in records)
-    assert len(groups) > harmful / 2 and 0.3 < tagged / len(groups) < 0.7  # of every harmful question one in two or more
+    assert len(groups) > harmful / 2 and 0.3 < tagged / len(groups) < 0.7  # half of the questions or more
     for group in groups:
         (refusal,) = [i for i, response in enumerate(group.responses) if response.text == REFUSAL]
         assert sum(refusal in pair for pair in group.pairs) == 3  # with every other answer
