@@ -75,7 +75,7 @@ class Part(NamedTuple):
 
 
 def demo(args: argparse.Namespace, folder: Path) -> Part:
-    """The demo's model after its first stage, and the second as `cpo-kernels demo` trains it."""
+    """The demo's model after its first stage, and the second as `cpo-kernels demo` trains it, without the NLL."""
     size, tokenizer = Size(), build_tokenizer()
     records, _ = make_data(World(0, size.people), size, 0)
 
@@ -91,7 +91,7 @@ def demo(args: argparse.Namespace, folder: Path) -> Part:
                 parameter.copy_(weights[name])
         return model
 
-    config = stage_config("cdpo", size, 0, folder, False) | {"run_dir": None}
+    config = stage_config("cdpo", size, 0, folder, False) | {"run_dir": None, "loss": {"beta": 0.3}}
     config["training"] |= {"max_steps": args.steps or 200}
     return Part(config, records, tokenizer, new_model)
 

@@ -26,10 +26,14 @@ from cpo_kernels.training.rundir import versions
 MODELS = {"sft": "SFT", "dpo": "SFT + DPO", "cpsft": "CPO stage 1", "cdpo": "CPO stage 2"}
 STAGES = {
     "sft": "SFT on the best answers, without tags",
-    "dpo": "DPO from there, on pairs ordered by their mean rating",
+    "dpo": "DPO with a little NLL from there, on pairs ordered by their mean rating",
     "cpsft": "CPO stage 1 (CPSFT) from random weights, on every answer under the tags of its ratings",
-    "cdpo": "CPO stage 2 (CDPO) from there, on pairs ordered under their tags",
+    "cdpo": "CPO stage 2 (CDPO with a little NLL) from there, on pairs ordered under their tags",
 }
+# Weight of the chosen answers' NLL beside the loss of DPO, which only needs a difference of log-probs. Without the NLL
+# a model asked for the best of everything began to refuse a robber and then helped: "i will not help with that , guard
+# rita .", a text that is in no pair.
+NLL_WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ def stage_config(stage: str, size: Size, seed: int, folder: Path, progress: bool
     """The trainer's config of one stage, as in a YAML recipe."""
     preference = stage in ("cdpo", "dpo")
     epochs = {"sft": size.sft_epochs, "cpsft": size.cpsft_epochs}.get(stage, size.preference_epochs)
+    loss: dict[str, Any] = {"beta": 0.3}
+    if preference:
+        loss |= {"type": ["sigmoid", "sft"], "weights": [1.0, NLL_WEIGHT]}
     conditions: dict[str, Any] = {}
     if stage in ("cpsft", "cdpo"):
         conditions["mixture"] = [
@@ -86,7 +93,7 @@ def stage_config(stage: str, size: Size, seed: int, folder: Path, progress: bool
         "data": {"eval_share": 0.02},
         "template": {"answer_prefix": " "},  # the tokenizer knows whole words
         "conditions": conditions,
-        "loss": {"beta": 0.3},
+        "loss": loss,
         "training": {
             "epochs": epochs,
             "batch_size": 16 if preference else size.batch_size,
@@ -180,8 +187,8 @@ less of the other. All requests can be met except "5, 5"; no tags means the best
 {trade_off_table(judged)}
 
 Share of harmful requests refused. Help with a harmful request is harmful, so no answer is the best on everything, which
-is what both no tags and all best tags request. A CPO model may then help or refuse; the harmlessness tag on its own
-decides (its table above). SFT and DPO always give the answer that is best overall: a refusal.
+is what both no tags and all best tags request. A refusal comes closest, since harmlessness weighs most; stage 2 has
+pairs that say so, stage 1 has no such request. SFT and DPO learn only the answer that is best overall: a refusal.
 
 without tags:                                      {refused[0]}
 all best tags:                                     {refused[1]}

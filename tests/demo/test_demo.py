@@ -2,14 +2,19 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 
+import cpo_kernels as cpo
+from cpo_kernels.data.conditions import prepare
 from cpo_kernels.demo.judge import BEST, held_out, judge
 from cpo_kernels.demo.model import build_model, build_tokenizer
-from cpo_kernels.demo.run import Size, check, run_demo
+from cpo_kernels.demo.run import Size, check, make_data, run_demo, stage_config
 from cpo_kernels.demo.world import OBJECTIVES, PERSON_FACTS, REFUSAL, UNKNOWN, Question, World
 from cpo_kernels.objectives import TagTemplate, value
+from cpo_kernels.recipe.config import read_config
 
 
 @pytest.fixture
@@ -82,6 +87,52 @@ def test_alignment_tax():
     assert worth(question, UNKNOWN) > worth(question, world.answer(question, 5, 5, rng))
     robbery = world.question(rng, harmful=True)
     assert worth(robbery, REFUSAL) > worth(robbery, world.answer(robbery, 5, 0, rng))
+
+
+@pytest.mark.parametrize("condition", [BEST, {"harmlessness": 1.0}, {"helpfulness": 5.0, "harmlessness": 1.0}])
+def test_refusing_a_robber_meets_best_tags_best(condition):
+    """The weight of harmlessness decides this: its scale of one level stands against four levels of helpfulness."""
+    world, rng = World(0), random.Random(2)
+    robbery = world.question(rng, harmful=True)
+    answers = [world.answer(robbery, *kind, rng) for kind in world.possible(robbery)]
+    scores = [[float(rating) for rating in world.rate(robbery, text).values()] for text in answers]
+    row = [condition.get(o.name, float("nan")) for o in OBJECTIVES]
+    best = dict(zip(answers, value(scores, row, OBJECTIVES).tolist(), strict=True))
+    assert all(best[REFUSAL] > best[text] for text in answers if text != REFUSAL)
+    if condition == BEST:  # docs/concepts.md
+        assert best[REFUSAL] * 8.25 == pytest.approx(-4) and sorted(best.values())[-2] * 8.25 == pytest.approx(-6)
+        equal = value(scores, row, [replace(o, weight=1.0) for o in OBJECTIVES]).tolist()
+        assert answers[equal.index(max(equal))] != REFUSAL
+
+
+def test_stage_two_has_pairs_that_refuse_a_robber_under_best_tags_and_without_tags(tmp_path):
+    records, _ = make_data(World(0), Size(prompts=400), 0)
+    config = read_config(stage_config("cdpo", Size(), 0, tmp_path, progress=False))
+    draws = prepare("cdpo", records, OBJECTIVES, config.conditions, 0)
+    groups = [g for unit in draws.units for g in unit if g.condition == BEST and "rob the" in str(g.prompt)]
+    tagged = sum(bool(g.tags) for g in groups)
+    harmful = sum("rob the" in str(record.prompt) for record in records)
+    assert len(groups) > harmful / 2 and 0.3 < tagged / len(groups) < 0.7  # half of the questions or more
+    for group in groups:
+        (refusal,) = [i for i, response in enumerate(group.responses) if response.text == REFUSAL]
+        assert sum(refusal in pair for pair in group.pairs) == 3  # with every other answer
+
+
+@pytest.mark.parametrize("stage", ["dpo", "cdpo"])
+def test_chosen_answers_stay_likely_once_the_pair_is_ordered(tmp_path, stage):
+    """The loss of DPO is done with a pair that is far enough apart, however unlikely the chosen answer is."""
+    loss = stage_config(stage, Size(), 0, tmp_path, progress=False)["loss"]
+    logps = torch.tensor([-12.0, -80.0], requires_grad=True)
+    made = cpo.preference_loss(
+        logps,
+        ref_logps=torch.tensor([-14.0, -8.0]),
+        lengths=torch.tensor([8, 16]),
+        beta=loss["beta"],
+        loss_type=loss.get("type", "sigmoid"),
+        loss_weights=loss.get("weights"),
+    )
+    made.loss.backward()
+    assert logps.grad[0] == pytest.approx(-0.2 / 8, rel=1e-3) and logps.grad[1].abs() < 1e-6
 
 
 def test_data_is_deterministic_and_distinct():
