@@ -2,8 +2,10 @@
 
 The logits wait in the head's buffer until the loss has given each row its coefficient c_t. They are then overwritten
 with G = c (onehot - softmax), from which dX = G W and dW = G^T X are each rounded once. Overwriting them with
-onehot - softmax while the log-probs are computed would save one read of them, but would round dX twice, the second time
-after the multiplication by c: its error in bfloat16 grows from 2.9e-3 to 3.4e-3 (SmolLM2, labels of the text).
+onehot - softmax while the log-probs are computed would save one read of them, but round dX and the rows of X a second
+time, after the multiplication by c. In bfloat16, on 1,024 rows of SmolLM2 with labels of the text, the error of dX
+would be 2.9e-3 in place of 2.6e-3, that of dW 2.8e-3 in place of 2.5e-3. The read takes 1% of a step on a CPU; on a
+GPU, by bytes, 61 / H of the products' time, 1.5% at H = 4096 (not measured).
 """
 
 from torch import Tensor
