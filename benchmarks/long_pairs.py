@@ -97,7 +97,7 @@ def two_pass(pair: Pair) -> Outcome:
 
 def by_rows(pair: Pair) -> Outcome:
     x, head = pair.x, pair.head()
-    first = [head.forward(x[part], pair.labels[part]) for part in pair.parts]
+    first = [head.forward(x[part], pair.labels[part])[1] for part in pair.parts]
     logp, lse = torch.cat([f.logp for f in first]), torch.cat([f.lse for f in first])
     loss, coefficient = pair.loss(logp)
     coef = coefficient * pair.sign
@@ -105,11 +105,10 @@ def by_rows(pair: Pair) -> Outcome:
     sums = WeightGrad(pair.weight, abs(head.options.scale), len(pair.parts), needs)
     for part in pair.parts:
         g, anchors = head.logits(x[part], pair.labels[part])
-        ones = torch.ones_like(lse[part])
-        head.kernels.token_logps_bwd_(g, pair.labels[part], lse[part], ones, *head.options, anchors)
+        head.kernels.token_logps_bwd_(g, pair.labels[part], lse[part], coef[part], *head.options, anchors)
         torch.mm(g, pair.weight, out=dx[part])
-        sums.add(g, x[part], coef[part])
-    return loss, dx * coef[:, None].to(x.dtype), sums.result(dx, coef).dw
+        sums.add(g, x[part], torch.ones_like(coef[part]))
+    return loss, dx, sums.result(dx, coef).dw
 
 
 WAYS: dict[str, Way] = {"products": products, "deferred": deferred, "two_pass": two_pass, "by rows": by_rows}

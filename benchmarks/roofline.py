@@ -53,7 +53,7 @@ KERNELS = {
 STRATEGIES = {
     "forward": (1, 1, "forward", "ours"),
     "frozen": (2, 2, "frozen", "ours"),
-    "pairs": (3, 2, "trainable", "ours"),
+    "pairs": (3, 3, "trainable", "ours"),
     "two_pass": (4, 3, "trainable", "ours_two_pass"),
     "recompute": (4, 3, "trainable", "ours_token_logps"),
 }

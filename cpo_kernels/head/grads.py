@@ -1,4 +1,4 @@
-"""Gradients of the head: dW and db accumulated over chunks, dX scaled by row, and what a fused loss saves for backward.
+"""Gradients of the head: dW and db accumulated over chunks, coefficients of rows, what a fused loss saves for backward.
 
 Multiplication by coefficients is done in float32. Coefficients become 16-bit values only after division by a power of
 two that keeps them in range.
@@ -57,6 +57,22 @@ def sum_powers(coef: Tensor, x: Tensor, steepest: float) -> tuple[Tensor, Tensor
     return power_of_two((size * x.abs().amax(1)).sum()), power_of_two(size.sum())
 
 
+def split_coef(coef: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The coefficients [n] as factors of the rows of G = (onehot - softmax) * dz/du, and what is left of them for the
+    rows of X and dX.
+
+    G takes them all: one rounding fewer than multiplying X and dX, and as many multiplications. float16 does not have
+    the range for that, so there G keeps the magnitude of onehot - softmax.
+    """
+    ones = torch.ones_like(coef)
+    return (ones, coef) if dtype == torch.float16 else (coef, ones)
+
+
+def scale_left(x: Tensor, left: Tensor, power: Tensor) -> Tensor:
+    """The rows of x [n, H] times left / power: x itself unless the dtype is float16."""
+    return scale_rows(x, left / power) if x.dtype == torch.float16 else x
+
+
 class InputGrads(NamedTuple):
     """Gradients of hidden, weight and bias; one that is not needed has shape [0]."""
 
@@ -68,8 +84,8 @@ class InputGrads(NamedTuple):
 class HeadGrads(NamedTuple):
     """The gradients of a loss that is known in the forward pass, as saved for backward to scale."""
 
-    dx: Tensor  # [M, H] without coefficients, or [0]
-    coef: Tensor  # [M], factors of the rows of dx
+    dx: Tensor  # [M, H], or [0]
+    coef: Tensor  # [M], factors by which the rows of dx are yet to be multiplied
     dw: Tensor  # [V, H] divided by `power`, or [0]
     db: Tensor  # [V] in float32, or [0]
     power: Tensor  # [], a power of two
@@ -81,7 +97,7 @@ class HeadGrads(NamedTuple):
 
 
 class WeightGrad:
-    """dW = sum over chunks of G^T (c * x), db = sum of G^T c, with dW stored divided by `power`.
+    """dW = sum over chunks of G^T X, db = sum of G^T 1, with dW stored divided by `power`.
 
     A single chunk is one matmul in the weight's dtype. Several chunks are accumulated in float32 (float64 for float64),
     because a bfloat16 accumulator biases training. Where the device has 16-bit matmuls into float32, the matmul itself
@@ -104,14 +120,14 @@ class WeightGrad:
         self.power = weight.new_ones((), dtype=acc)
         self.added, self.num_chunks, self.steepest = 0, num_chunks, steepest
 
-    def add(self, g: Tensor, x: Tensor, coef: Tensor) -> None:
-        """g [n, V] = (onehot - softmax) * dz/du, x [n, H], coef [n] in float32."""
-        power, db_power = sum_powers(coef, x, self.steepest)
+    def add(self, g: Tensor, x: Tensor, left: Tensor) -> None:
+        """g [n, V] and the factors left [n] of the rows of x [n, H]: see `split_coef`."""
+        power, db_power = sum_powers(left, x, self.steepest)
         if self.needs.db:
-            self.db += torch.mv(g.t(), (coef / db_power).to(g.dtype)).to(self.db.dtype) * db_power
+            self.db += torch.mv(g.t(), (left / db_power).to(g.dtype)).to(self.db.dtype) * db_power
         if not self.needs.dw:
             return
-        scaled = scale_rows(x, coef / power)  # [n, H]
+        scaled = scale_left(x, left, power)  # [n, H]
         if adds_products(self.dw, g):
             add_product(self.dw, g.t(), scaled, self.added == 0)
             self.power = power  # 1 except in float16, which takes this branch only with a single chunk

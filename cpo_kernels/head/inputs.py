@@ -330,10 +330,13 @@ class Head:
         ref_logp = self.kernels.token_logps_fwd(z, labels, *self.options, False, anchors)[0]
         return self.logits(x, labels), ref_logp
 
-    def forward(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> RowLogps:
+    def forward(
+        self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None
+    ) -> tuple[Logits, RowLogps]:
+        """The logits, valid until the next call, and the log-probs."""
         logits, ref_logp = self.with_reference(x, labels, ref)
         out = self.kernels.token_logps_fwd(logits.z, labels, *self.options, extras, logits.anchors)
-        return RowLogps(*out, ref_logp, logits.lacks)
+        return logits, RowLogps(*out, ref_logp, logits.lacks)
 
     def fused(
         self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None

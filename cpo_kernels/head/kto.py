@@ -1,7 +1,7 @@
 """A head under KTO: loss, dX and dW in one forward pass (3 products).
 
 Given its reference point, KTO's loss is a sum over single sequences. A chunk of whole sequences gives the coefficient
-dL/dL_s of each while onehot - softmax is still there. Only the rows of a sequence longer than a chunk are projected
+dL/dL_s of each while their logits are still there. Only the rows of a sequence longer than a chunk are projected
 once more, for its log-prob (4 products).
 """
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cpo_kernels import library
 from cpo_kernels.batch_plan import Group, pack_groups
+from cpo_kernels.head.chunk import Chunk
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
 from cpo_kernels.head.inputs import Execution, HeadTensors, Needs, RowLogps, gather_rows, labelled_index
-from cpo_kernels.head.live import chunk_grads
 from cpo_kernels.head.strategy import chunks, even_rows, one_chunk_limit
 from cpo_kernels.library import functional_op
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -87,7 +87,7 @@ def linear_kto_op(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
         max_rows = max(max_rows, min(2 * max_rows, execution.row_limit))
     head = execution.head(tensors, options, max_rows)
     acc = library.acc_dtype(rows.x.dtype)
-    seq_logps, coef = (rows.x.new_zeros(n, dtype=acc) for n in (len(lengths), sum(lengths)))
+    seq_logps, coef, of_dx = (rows.x.new_zeros(n, dtype=acc) for n in (len(lengths), sum(lengths), sum(lengths)))
     ref_logps = args.loss.ref_logps.clone()
     offsets = torch.cat([args.lengths.new_zeros(1), args.lengths.cumsum(0)])
     sums = WeightGrad(head.weight, abs(options.scale), sum(len(part.chunks) for part in parts), args.needs)
@@ -99,9 +99,10 @@ def linear_kto_op(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
     for part in parts:
         own, once = part.sequences, len(part.chunks) == 1
         if once:
-            g, logps, _ = chunk_grads(head, inputs(part.rows, ref), execution, dx[part.rows])
+            made = Chunk(head, inputs(part.rows, ref), execution)
+            logps = made.logps
         else:
-            logps = RowLogps.joined([head.forward(*inputs(chunk, ref)) for chunk in part.chunks])
+            logps = RowLogps.joined([head.forward(*inputs(chunk, ref))[1] for chunk in part.chunks])
         bounds = offsets[own.start : own.stop + 1] - part.rows.start
         seq_logps[own] = head.kernels.sequence_sum(logps.logp, bounds, coef[:0], args.average)
         if ref is not None:
@@ -112,11 +113,11 @@ def linear_kto_op(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
         coef[part.rows] = slopes.to(acc).repeat_interleave(args.lengths[own], output_size=len(logps.logp))
         for chunk in part.chunks:
             if not once:
-                g, _, _ = chunk_grads(head, inputs(chunk, None), execution, dx[chunk])
-            sums.add(g, rows.x[chunk], coef[chunk])
+                made = Chunk(head, inputs(chunk, None), execution)
+            of_dx[chunk], _ = made.grads(coef[chunk], dx[chunk], sums)
     loss = args.loss._replace(ref_logps=ref_logps)
     losses, rewards = loss.losses(seq_logps), loss.rewards(seq_logps).to(acc)
-    grads = sums.result(dx, coef).scattered(rows, size)
+    grads = sums.result(dx, of_dx).scattered(rows, size)
     return LinearKTO((losses.sum() / count).to(acc), losses.to(acc), seq_logps, rewards, grads)
 
 

@@ -193,67 +193,32 @@ class LiveDx:
                     product(live, weights, dx[sets.rows(k)])
 
 
-def _to_gradient(head: Head, logits: Logits, labels: Tensor, lse: Tensor) -> None:
-    """Overwrites logits [n, V] with the gradient of their rows' log-probs."""
-    ones = torch.ones_like(lse)
-    head.kernels.token_logps_bwd_(logits.z, labels, lse, ones, *head.options, logits.anchors)
-
-
 def filtered_chunk(
     head: Head,
     inputs: tuple[Tensor, Tensor, bool, Tensor | None],
     execution: Execution,
     dx: Tensor,
     live_dx: LiveDx,
-    whole: bool,
     kept: list[LiveSets] | None = None,
-) -> tuple[Tensor, RowLogps, Tensor]:
-    """The logits of a chunk, their log-probs and the sums [3] of its live sets. Unless dx is [0], dX [n, H] of the
-    log-probs' sum is written to it: rows of exact sets here, all others by `live_dx.write`.
+) -> tuple[RowLogps, Tensor]:
+    """The log-probs of a chunk and the sums [3] of its live sets. Unless dx is [0], dX [n, H] of the log-probs' sum is
+    written to it: rows of exact sets here, all others by `live_dx.write`.
 
-    inputs: the arguments of `Head.forward`. whole: overwrite the logits with their gradient g [n, V]. kept: a list that
-    receives the live sets.
+    inputs: the arguments of `Head.forward`. kept: a list that receives the live sets.
     """
-    x, labels, extras, ref = inputs
-    logits, ref_logp = head.with_reference(x, labels, ref)
-    out = head.kernels.token_logps_fwd(logits.z, labels, *head.options, extras, logits.anchors)
-    logps = RowLogps(*out, ref_logp, logits.lacks)
+    labels = inputs[1]
+    logits, logps = head.forward(*inputs)
     sets = live_sets(head, logits, labels, logps.lse, execution.filter_eps, execution.set_rows)
-    if whole:
-        _to_gradient(head, logits, labels, logps.lse)
     if dx.numel():
         for rows in exact_rows(sets):
-            g = logits.z[rows]
-            if not whole:
-                g = g.clone()
-                _to_gradient(head, Logits(g, logits.rows(rows).anchors), labels[rows], logps.lse[rows])
+            part = logits.rows(rows)
+            g, lse = part.z.clone(), logps.lse[rows]  # the logits may be kept for backward
+            head.kernels.token_logps_bwd_(g, labels[rows], lse, torch.ones_like(lse), *head.options, part.anchors)
             product(g, head.weight, dx[rows])
         live_dx.add(sets, dx)
     if kept is not None:
         kept.append(sets)
-    return logits.z, logps, sets.sums(labels, head.options)
-
-
-def chunk_grads(
-    head: Head, inputs: tuple[Tensor, Tensor, bool, Tensor | None], execution: Execution, dx: Tensor
-) -> tuple[Tensor, RowLogps, Tensor]:
-    """g [n, V] of a chunk, its log-probs, and `LiveSets.sums` [3]; dX [n, H] is written unless it is [0]."""
-    x, labels, extras, ref = inputs
-    live_dx, parts, sums = LiveDx(head), list[RowLogps](), no_sums(head.buffer)
-    pieces = execution.pieces(x.shape[0])
-    for rows in pieces:
-        piece = head if len(pieces) == 1 else head.at(rows)
-        own, dx_rows = (x[rows], labels[rows], extras, None if ref is None else ref[rows]), dx[rows]
-        if execution.filter_eps and dx.numel():
-            g, logps, live = filtered_chunk(piece, own, execution, dx_rows, live_dx, whole=True)
-            sums += live
-        else:
-            g, logps = piece.fused(*own)
-            if dx.numel():
-                product(g, head.weight, dx_rows)
-        parts.append(logps)
-    live_dx.write()
-    return g if len(pieces) == 1 else head.rows(x.shape[0]), RowLogps.joined(parts), sums
+    return logps, sets.sums(labels, head.options)
 
 
 def no_sums(like: Tensor) -> Tensor:

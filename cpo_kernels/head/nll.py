@@ -9,9 +9,9 @@ from cpo_kernels import library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.checks import check_types
+from cpo_kernels.head.chunk import Chunk
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
 from cpo_kernels.head.inputs import Execution, HeadConfig, HeadTensors, Needs, check_index, head_inputs, labelled_rows
-from cpo_kernels.head.live import chunk_grads
 from cpo_kernels.head.strategy import chunks
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import functional_op
@@ -53,14 +53,13 @@ def linear_nll_op(tensors: HeadTensors, args: NLLArgs) -> NLL:
     coef = -weights / (args.num_tokens if args.num_tokens > 0 else labelled.sum().clamp(min=1))
     sums = WeightGrad(head.weight, abs(options.scale), len(chunks(count, step)), needs)
     dx = torch.empty_like(rows.x) if needs.dx else rows.x.new_empty(0)
-    loss = coef.new_zeros((), dtype=torch.float64)
+    of_dx, loss = torch.empty_like(coef), coef.new_zeros((), dtype=torch.float64)
     for low, high in chunks(count, step):
         part = slice(low, high)
-        inputs = rows.x[part], rows.labels[part], False, None
-        g, logps, _ = chunk_grads(head, inputs, args.execution, dx[part])
-        loss += torch.dot(coef[part].double(), logps.logp.double())
-        sums.add(g, rows.x[part], coef[part])
-    return NLL(loss.to(coef.dtype), sums.result(dx, coef).scattered(rows, tensors.hidden.shape[0]))
+        chunk = Chunk(head, (rows.x[part], rows.labels[part], False, None), args.execution)
+        loss += torch.dot(coef[part].double(), chunk.logps.logp.double())
+        of_dx[part], _ = chunk.grads(coef[part], dx[part], sums)
+    return NLL(loss.to(coef.dtype), sums.result(dx, of_dx).scattered(rows, tensors.hidden.shape[0]))
 
 
 class _LinearNLL(torch.autograd.Function):

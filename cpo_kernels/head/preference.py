@@ -1,8 +1,8 @@
 """A trainable head under a known preference loss: loss, dX and dW in one forward pass (pairs, deferred, two_pass).
 
 `pairs` puts whole groups of linked pairs into one chunk. The chunk's sequence log-probs give the loss and the
-coefficient dL/dL_s of each of its sequences while onehot - softmax is still in memory, so dX and dW need no second pass
-over the logits (3 products). If a group does not fit the budget, or the loss couples all pairs, `two_pass` computes all
+coefficient dL/dL_s of each of its sequences while the logits are still in memory, so that dX and dW need no other
+logits (3 products). If a group does not fit the budget, or the loss couples all pairs, `two_pass` computes all
 log-probs first and then recomputes the logits with known coefficients (4 products). `deferred` avoids that for a single
 pair with dL/dL_rejected = -dL/dL_chosen = -c: there dW = c * (sum over chosen rows - sum over rejected rows), and c can
 be applied last.
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from cpo_kernels import library
 from cpo_kernels.batch_plan import Layout, Part, PlanTensors, Tables, to_device
+from cpo_kernels.head.chunk import Chunk
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
 from cpo_kernels.head.inputs import Execution, Head, HeadTensors, Needs, RowLogps, Rows, gather_rows, labelled_index
-from cpo_kernels.head.live import LiveDx, chunk_grads, filtered_chunk, no_sums, over_shards
+from cpo_kernels.head.live import LiveDx, filtered_chunk, no_sums, over_shards
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.library import PreferenceResult, fake_preference, functional_op
 from cpo_kernels.ops.preference import PreferenceArgs, wpo_weights
@@ -162,7 +163,7 @@ class _Batch:
         return _Loss(result, seq_logps, coef * weights if weights.numel() else coef)
 
     def inputs(self, part: slice) -> tuple[Tensor, Tensor, bool, Tensor | None]:
-        """Arguments of `Head.fused` and `Head.forward` for some rows."""
+        """Arguments of `Head.forward` for some rows."""
         ref = None if self.ref is None else self.ref[part]
         return self.rows.x[part], self.rows.labels[part], self.use_weighting, ref
 
@@ -194,10 +195,10 @@ def _pairs(batch: _Batch) -> LinearPreference:
     losses: list[_Loss] = []
     filter_sums = no_sums(dx)
     for k, part in enumerate(parts):
-        inputs = batch.inputs(part.rows)
-        g, logps, live = chunk_grads(batch.head, inputs, batch.execution, dx[part.rows])
-        losses.append(batch.loss(k, logps))
-        sums.add(g, inputs[0], losses[-1].coef)
+        chunk = Chunk(batch.head, batch.inputs(part.rows), batch.execution)
+        loss = batch.loss(k, chunk.logps)
+        of_dx, live = chunk.grads(loss.coef, dx[part.rows], sums)
+        losses.append(loss._replace(coef=of_dx))
         filter_sums += live
     result, seq_logps, coef = _merged(losses, batch.tables)
     return LinearPreference(result, seq_logps, filter_sums, sums.result(dx, coef))
@@ -211,18 +212,18 @@ def _deferred(batch: _Batch) -> LinearPreference:
     sign = sign * weights if weights.numel() else sign
     parts = batch.layout.row_chunks
     sums, dx = batch.sums(len(parts))
-    chunks: list[RowLogps] = []
+    logps: list[RowLogps] = []
+    of_dx = torch.empty_like(sign)
     filter_sums = no_sums(dx)
     for p in parts:
-        inputs = batch.inputs(p)
-        g, logps, live = chunk_grads(batch.head, inputs, batch.execution, dx[p])
-        chunks.append(logps)
-        filter_sums += live
+        chunk = Chunk(batch.head, batch.inputs(p), batch.execution)
+        logps.append(chunk.logps)
         if p is parts[-1]:
-            result, seq_logps, coef = batch.loss(0, RowLogps.joined(chunks))
-            sums.scale = result.grad.index_select(0, pair[:1])
-        sums.add(g, inputs[0], sign[p])
-    return LinearPreference(result, seq_logps, filter_sums, sums.result(dx, coef))
+            result, seq_logps, _ = batch.loss(0, RowLogps.joined(logps))
+            sums.scale = scale = result.grad.index_select(0, pair[:1])
+        of_dx[p], live = chunk.grads(sign[p], dx[p], sums)
+        filter_sums += live
+    return LinearPreference(result, seq_logps, filter_sums, sums.result(dx, of_dx * scale))
 
 
 def _two_pass(batch: _Batch) -> LinearPreference:
@@ -233,10 +234,10 @@ def _two_pass(batch: _Batch) -> LinearPreference:
     live_dx = LiveDx(batch.head)
     for p in parts:
         if filtered:  # dX is computed here, and the second pass computes only dW
-            _, logps, sums = filtered_chunk(batch.head, batch.inputs(p), execution, dx[p], live_dx, whole=False)
+            logps, sums = filtered_chunk(batch.head, batch.inputs(p), execution, dx[p], live_dx)
             filter_sums += sums
         else:
-            logps = batch.head.forward(*batch.inputs(p))
+            _, logps = batch.head.forward(*batch.inputs(p))
         chunks.append(logps)
     live_dx.write()
     logps = RowLogps.joined(chunks)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpo_kernels import library
 from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here
-from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
+from cpo_kernels.head.grads import HeadGrads, scale_left, split_coef, sum_powers
 from cpo_kernels.head.inputs import Head, Needs
 from cpo_kernels.head.matmul import add_product, product
 from cpo_kernels.head.strategy import ALIGN, chunks, even_rows
@@ -58,7 +58,7 @@ def second_pass(
     parts = vocab_tiles(x.shape[0], weight.shape[0], most)
     of_logp, coef, entropies = _within_range(coef, entropies, x.dtype)
     power, db_power = sum_powers(coef, x, abs(options.scale) * (1 if entropies is None else 8))
-    scaled = scale_rows(x, coef / power) if x.dtype == torch.float16 else x
+    scaled = scale_left(x, coef, power)
     anchors = head.anchors(x, labels, lacks)
     dx = x.new_empty(x.shape if needs.dx else 0, dtype=x.dtype if len(parts) == 1 else acc)
     if not parts:  # a rank that holds no rows of the weight
@@ -81,16 +81,9 @@ def second_pass(
 
 
 def _within_range(coef: Tensor, entropies: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The coefficients multiplied into g, the remaining ones, and what g includes of the entropies.
-
-    g takes all coefficients: one rounding fewer than multiplying the rows of x, and as many multiplications. float16
-    does not have the range for that, so there g keeps the magnitude of onehot - softmax; |p (log p + H)| < 4.
-    """
-    ones = torch.ones_like(coef)
-    if dtype != torch.float16:
-        return coef, ones, entropies
-    if entropies is None:
-        return ones, coef, None
+    """`split_coef`, and what g includes of the entropies. In float16 g keeps its magnitude: |p (log p + H)| < 4."""
+    if entropies is None or dtype != torch.float16:
+        return *split_coef(coef, dtype), entropies
     size = torch.maximum(coef.abs(), entropies[0].abs())
     some = torch.where(size > 0, size, 1.0)
     return coef / some, size, torch.stack([entropies[0] / some, entropies[1]])

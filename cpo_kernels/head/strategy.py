@@ -4,7 +4,8 @@ Costs in matrix products of N*H*V multiply-adds, for N labelled rows:
 
     forward    1  no gradient needed
     frozen     2  weight and bias need no gradient: unscaled dX is computed while the chunk is in memory
-    pairs      3  loss known, chunks are whole groups of linked pairs: dX and dW are computed in the forward pass
+    pairs      3  loss known, chunks are whole groups of linked pairs: dX and dW are computed in the forward pass, from
+                   logits that wait for the loss of their chunk
     nll        3  loss known and separable by token (linear_nll), any chunks
     kto        3  loss known and separable by sequence (FusedLinearKTOLoss): chunks are whole sequences; 4 on the rows
                    of a sequence that exceeds the budget
@@ -37,8 +38,8 @@ from cpo_kernels.head.relative import anchor_bytes
 #     rows        8,192    8,192     4,176     3,520     2,096
 #     dW's sum       3%       3%        6%        7%       12%
 #
-# Twice the rows would save half of that for another GiB. Our kernels between the products (4 bytes per logit) take
-# 122 / H of their time, 3% at H = 4096, for any chunk.
+# Twice the rows would save half of that for another GiB. Our kernels between the products (6 bytes per logit: one read
+# for the log-probs, one read and one write for the gradient) take 184 / H of their time, 4% at H = 4096, for any chunk.
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
 SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12; with 64, 4.4%, but twice the terms q

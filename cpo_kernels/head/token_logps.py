@@ -97,13 +97,13 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
         head = whole.at(part) if keep and len(pieces) > 1 else whole
         if filtered:
             kept_sets = live if args.keep_live else None
-            _, logps, sums = filtered_chunk(head, inputs, execution, dx[part], live_dx, False, kept_sets)
+            logps, sums = filtered_chunk(head, inputs, execution, dx[part], live_dx, kept_sets)
             filter_sums += sums
         elif args.want_dx:
             g, logps = head.fused(*inputs)
             product(g, tensors.weight, dx[part])
         else:
-            logps = head.forward(*inputs)
+            _, logps = head.forward(*inputs)
         parts.append(logps)
     live_dx.write()
     logp, lse, extra, ref_logp, lacks = RowLogps.joined(parts)

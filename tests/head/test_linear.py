@@ -740,13 +740,13 @@ def test_all_kept_logits_share_one_budget():
 def test_a_bias_alone_sums_no_weight_gradient(monkeypatch):
     """So its chunks get no more rows than the budget."""
     monkeypatch.setitem(strategy.DEFAULT_BUDGET, "cpu", 32 * 101 * 2)
-    batch, sizes, original = make_batch(8, 9).to(torch.bfloat16), [], inputs.Head.fused
+    batch, sizes, original = make_batch(8, 9).to(torch.bfloat16), [], grads.WeightGrad.add
 
-    def watched(self, x, *rest):
-        sizes.append(x.shape[0])
-        return original(self, x, *rest)
+    def watched(self, g, *rest):
+        sizes.append(g.shape[0])
+        return original(self, g, *rest)
 
-    monkeypatch.setattr(inputs.Head, "fused", watched)
+    monkeypatch.setattr(grads.WeightGrad, "add", watched)
     given = batch.hidden, batch.weight.detach(), batch.labels, batch.bias
     cpo.linear_nll(*given)
     cpo.FusedLinearCPOLoss()(*given, ref_logps=batch.ref_logps)
