@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cpo_kernels.head.grads import WeightGrad, split_coef
 from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
+from cpo_kernels.head.label_remainder import product_dx
 from cpo_kernels.head.live import LiveDx, exact_rows, live_sets, no_sums
-from cpo_kernels.head.matmul import product
 
 
 class Chunk:
@@ -54,12 +54,13 @@ class Chunk:
             head.kernels.token_logps_bwd_(logits.z, labels, lse, of_g[rows], *head.options, logits.anchors)
             if filtered:
                 for exact in exact_rows(sets):
-                    product(logits.z[exact], head.weight, dx_rows[exact])
+                    own = logits.rows(exact), labels[exact], lse[exact], of_g[rows][exact]
+                    product_dx(head, *own, dx_rows[exact])
                     of_dx[rows][exact] = left[rows][exact]
                 live_dx.add(sets, dx_rows)
                 live_sums += sets.sums(labels, head.options)
             elif dx.numel():
-                product(logits.z, head.weight, dx_rows)
+                product_dx(head, logits, labels, lse, of_g[rows], dx_rows)
         live_dx.write()
         sums.add(head.rows(self.x.shape[0]), self.x, left)
         return of_dx, live_sums

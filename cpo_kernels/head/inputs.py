@@ -340,11 +340,11 @@ class Head:
 
     def fused(
         self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None
-    ) -> tuple[Tensor, RowLogps]:
-        """g = (onehot - softmax) * dz/du, written into the buffer, and the log-probs."""
+    ) -> tuple[Logits, RowLogps]:
+        """g = (onehot - softmax) * dz/du in the place of the logits, and the log-probs."""
         logits, ref_logp = self.with_reference(x, labels, ref)
         out = self.kernels.token_logps_fused_(logits.z, labels, *self.options, extras, logits.anchors)
-        return logits.z, RowLogps(*out, ref_logp, logits.lacks)
+        return logits, RowLogps(*out, ref_logp, logits.lacks)
 
     def columns(self, x: Tensor, part: slice, anchors: Tensor | None) -> Tensor:
         """Logits [n, v] of x [n, H] in some columns, less the constants in `anchors`. They are in the buffer unless

@@ -20,6 +20,7 @@ from cpo_kernels import library
 from cpo_kernels.backends.vocab_parallel import ShardedKernels, all_gather, columns_bwd_, columns_here
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
+from cpo_kernels.head.label_remainder import product_dx
 from cpo_kernels.head.matmul import product
 from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -213,8 +214,9 @@ def filtered_chunk(
         for rows in exact_rows(sets):
             part = logits.rows(rows)
             g, lse = part.z.clone(), logps.lse[rows]  # the logits may be kept for backward
-            head.kernels.token_logps_bwd_(g, labels[rows], lse, torch.ones_like(lse), *head.options, part.anchors)
-            product(g, head.weight, dx[rows])
+            ones = torch.ones_like(lse)
+            head.kernels.token_logps_bwd_(g, labels[rows], lse, ones, *head.options, part.anchors)
+            product_dx(head, part._replace(z=g), labels[rows], lse, ones, dx[rows])
         live_dx.add(sets, dx)
     if kept is not None:
         kept.append(sets)

@@ -17,7 +17,8 @@ from torch import Tensor
 from cpo_kernels import library
 from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here
 from cpo_kernels.head.grads import HeadGrads, scale_left, split_coef, sum_powers
-from cpo_kernels.head.inputs import Head, Needs
+from cpo_kernels.head.inputs import Head, Logits, Needs
+from cpo_kernels.head.label_remainder import add_label_remainder
 from cpo_kernels.head.matmul import add_product, product
 from cpo_kernels.head.strategy import ALIGN, chunks, even_rows
 
@@ -76,7 +77,11 @@ def second_pass(
         if needs.db:
             db[part] = torch.mv(g.t(), (coef / db_power).to(g.dtype)).to(acc) * db_power
         if needs.dx:
-            add_product(dx, g, weight[part], part.start == 0)
+            empty = part.start == 0
+            if anchors is not None and entropies is None:
+                add_label_remainder(head, Logits(g, anchors), labels, lse, of_logp, dx, empty, part)
+                empty = False
+            add_product(dx, g, weight[part], empty)
     return HeadGrads(dx.to(x.dtype), coef, dw, db, power)
 
 

@@ -25,6 +25,7 @@ from cpo_kernels.head.inputs import (
     head_inputs,
     labelled_rows,
 )
+from cpo_kernels.head.label_remainder import product_dx
 from cpo_kernels.head.live import (
     LiveDx,
     LiveSets,
@@ -37,7 +38,6 @@ from cpo_kernels.head.live import (
     no_sums,
     over_shards,
 )
-from cpo_kernels.head.matmul import product
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.head.relative import is_relative
 from cpo_kernels.head.strategy import even_rows, row_stride
@@ -101,7 +101,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
             filter_sums += sums
         elif args.want_dx:
             g, logps = head.fused(*inputs)
-            product(g, tensors.weight, dx[part])
+            product_dx(head, g, inputs[1], logps.lse, torch.ones_like(logps.lse), dx[part])
         else:
             _, logps = head.forward(*inputs)
         parts.append(logps)

@@ -7,9 +7,12 @@ import torch
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
+from cpo_kernels.backends import dispatch
 from cpo_kernels.bench.rows import MAKERS
 from cpo_kernels.bench.workload import head
 from cpo_kernels.head import relative
+from cpo_kernels.head.inputs import Head, Logits
+from cpo_kernels.head.label_remainder import add_label_remainder, product_dx
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import EVERY_BACKEND, LOW_PRECISION
 
@@ -162,6 +165,44 @@ def test_known_losses_round_gradients_once(path):
                 errors[name][k] += float((g.double() - w).norm() / w.norm()) ** 2
     for known, kept in list(zip(*errors.values(), strict=True))[: 1 if path == "chunks" else 2]:
         assert known**0.5 <= 1.03 * kept**0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.7, "softcap": 20.0}, {"vocab_size": VOCAB - 9}])
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_dx_lacks_the_rounding_of_labels_elements(dtype, options):
+    """dX is as near as its own rounding allows to the product of G with the labels' elements before they were rounded,
+    whole and by tiles of columns; rows without a label are 0."""
+    x, weight, bias, y = made(dtype, bias=True)
+    y[y >= VOCAB - 9] = 3
+    options = HeadOptions(
+        -100, options.get("scale", 1.0), options.get("softcap", 0.0), options.get("vocab_size", VOCAB)
+    )
+    coef = torch.randn(ROWS, generator=torch.Generator().manual_seed(1)) * (1e-3 if dtype == torch.bfloat16 else 1.0)
+    whole = Head(weight, bias, options, ROWS, dispatch.kernels("cpu", x))
+    z, (_, lse, *_) = whole.forward(x, y)
+    whole.kernels.token_logps_bwd_(z.z, y, lse, coef, *options, z.anchors)
+    u = (z.anchors[1].double() * options.scale)[:, None]
+    slope = torch.full_like(u, options.scale)
+    if cap := options.softcap:
+        u, slope = cap * torch.tanh(u / cap), options.scale / torch.cosh(u / cap) ** 2
+    exact = coef.double()[:, None] * slope * -torch.expm1(u - lse.double()[:, None])
+    labelled, g, w = y != -100, z.z.double(), weight.double()
+    columns = y.clamp(min=0)[:, None]
+    want = g.scatter(1, columns, torch.where(labelled[:, None], exact, g.gather(1, columns))) @ w
+
+    def error(dx):
+        return float((dx.double() - want).norm() / want.norm())
+
+    dx, by_tiles = torch.full_like(x, torch.nan), torch.full(x.shape, torch.nan)
+    product_dx(whole, z, y, lse, coef, dx)
+    for low in range(0, VOCAB, 2000):
+        part = slice(low, min(low + 2000, VOCAB))
+        add_label_remainder(whole, Logits(z.z[:, part], z.anchors), y, lse, coef, by_tiles, low == 0, part)
+        by_tiles += z.z[:, part].float() @ weight[part].float()
+    rounded = error(want.to(dtype))
+    assert error(dx) < 1.03 * rounded and error(by_tiles) < 0.1 * rounded
+    assert error(z.z @ weight) > 1.1 * rounded  # without that, the largest error of G is in dX
+    assert not dx[~labelled].any()
 
 
 def test_a_reference_through_the_same_head():
