@@ -6,6 +6,7 @@ kernels of a backend work in place.
 
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from cpo_kernels import checks, library
 from cpo_kernels.backends.vocab_parallel import Backend, VocabShards, columns_here, columns_of
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.head.matmul import product
-from cpo_kernels.head.relative import is_relative, label_logits, make_anchors
+from cpo_kernels.head.relative import Net, is_relative, label_logits, make_anchors, make_net
 from cpo_kernels.head.strategy import (
     SET_ROWS,
     budget_rows,
@@ -94,8 +95,9 @@ class Execution(NamedTuple):
             return step
         return min(-(-step // self.set_rows), limit // self.set_rows) * self.set_rows
 
-    def head(self, tensors: HeadTensors, options: HeadOptions, max_rows: int) -> "Head":
-        return Head(tensors.weight, tensors.bias, options, max_rows, self.backend.kernels(tensors.weight))
+    def head(self, tensors: HeadTensors, labels: Tensor, options: HeadOptions, max_rows: int) -> "Head":
+        """labels: of all rows, of which chunks are computed."""
+        return Head(tensors.weight, tensors.bias, labels, options, max_rows, self.backend.kernels(tensors.weight))
 
 
 @dataclass(frozen=True)
@@ -282,10 +284,13 @@ class Logits(NamedTuple):
 
 
 class Head:
-    """One head during one op. It computes the logits of each chunk in one buffer of `max_rows` rows."""
+    """One head during one op. It computes the logits of each chunk in one buffer of `max_rows` rows. labels: of all
+    rows of the op."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, options: HeadOptions, max_rows: int, kernels: Kernels) -> None:
-        self.weight, self.bias, self.options, self.kernels = weight, bias, options, kernels
+    def __init__(
+        self, weight: Tensor, bias: Tensor, labels: Tensor, options: HeadOptions, max_rows: int, kernels: Kernels
+    ) -> None:
+        self.weight, self.bias, self.labels, self.options, self.kernels = weight, bias, labels, options, kernels
         self.buffer = weight.new_empty(max_rows, row_stride(weight.shape[0], weight.dtype, weight.device))
 
     def rows(self, count: int) -> Tensor:
@@ -294,9 +299,20 @@ class Head:
 
     def at(self, rows: slice) -> "Head":
         """The same head with these rows of the buffer as its own."""
+        if is_relative(self.weight.dtype):
+            _ = self.net  # made once for all parts
         part = copy(self)
         part.buffer = self.buffer[rows]
         return part
+
+    @cached_property
+    def net(self) -> Net | None:
+        """See `relative`; None if this rank has no columns, or the op no rows."""
+        _, first, count = columns_here(self.kernels, self.options.vocab_size)
+        if count <= 0 or not self.labels.numel():
+            return None
+        columns = columns_of(self.labels, self.options.ignore_index, first, count)[0].clamp(min=0)
+        return make_net(columns, self.weight, self.bias, count)
 
     def anchors(self, x: Tensor, labels: Tensor, lacks: Tensor | None = None) -> Tensor | None:
         """[2, n] for 16-bit logits; None if no constant is subtracted. lacks [n] or [0]: `RowLogps.lacks` of an earlier
@@ -306,7 +322,8 @@ class Head:
             return None
         columns = columns_of(labels, self.options.ignore_index, first, count)[0].clamp(min=0)
         if lacks is None:
-            return make_anchors(x, self.weight, self.bias, columns, count, self.options)
+            assert self.net is not None
+            return make_anchors(x, self.weight, self.bias, columns, self.net, self.options)
         return torch.stack([lacks, label_logits(x, self.weight, self.bias, columns)])
 
     def logits(self, x: Tensor, labels: Tensor) -> Logits:

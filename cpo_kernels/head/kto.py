@@ -85,7 +85,7 @@ def linear_kto_op(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
     max_rows = max((chunk.stop - chunk.start for part in parts for chunk in part.chunks), default=0)
     if ref is not None:
         max_rows = max(max_rows, min(2 * max_rows, execution.row_limit))
-    head = execution.head(tensors, options, max_rows)
+    head = execution.head(tensors, rows.labels, options, max_rows)
     acc = library.acc_dtype(rows.x.dtype)
     seq_logps, coef, of_dx = (rows.x.new_zeros(n, dtype=acc) for n in (len(lengths), sum(lengths), sum(lengths)))
     ref_logps = args.loss.ref_logps.clone()

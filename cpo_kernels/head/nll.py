@@ -45,7 +45,7 @@ def linear_nll_op(tensors: HeadTensors, args: NLLArgs) -> NLL:
     rows = labelled_rows(tensors, options.ignore_index, args.row_index)
     count = rows.x.shape[0]
     step = args.execution.step(count, adds_dw=needs.dw)
-    head = args.execution.head(tensors, options, min(step, count))
+    head = args.execution.head(tensors, rows.labels, options, min(step, count))
     labelled = rows.labels != options.ignore_index
     weights = labelled.to(library.acc_dtype(rows.x.dtype))
     if args.token_weights.numel():

@@ -86,7 +86,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     max_rows = count if keep else pieces[0].stop
     if shared:
         max_rows = max(max_rows, min(2 * count, execution.chunk_limit))
-    whole = args.execution.head(tensors, args.options, max_rows)
+    whole = args.execution.head(tensors, rows.labels, args.options, max_rows)
     ref_x = rows.gather(args.ref_hidden) if shared else None
     dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
     parts: list[RowLogps] = []
@@ -140,7 +140,8 @@ def _head_grads(tensors: HeadTensors, args: BackwardArgs, kept: Tensor | None = 
     lse, grad = rows.gather(args.lse), rows.gather(args.grad)
     lacks = rows.gather(args.lacks) if args.lacks.numel() else args.lacks
     limit = execution.chunk_limit if args.from_live else execution.row_limit
-    head = execution.head(tensors, args.options, even_rows(rows.x.shape[0], limit) if kept is None else 0)
+    most = even_rows(rows.x.shape[0], limit) if kept is None else 0
+    head = execution.head(tensors, rows.labels, args.options, most)
     if args.from_live:
         sets = LiveSets.of(args.live, rows.x.shape[0], execution.set_rows)
         grads = live_head_grads(head, sets, rows.x, rows.labels, lse, lacks, grad, needs.dw, needs.db)

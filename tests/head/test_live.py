@@ -208,7 +208,7 @@ def test_head_gradients_join_no_tensors_of_the_host():
     leaves, labels = rows()
     x, weight, bias = (t.detach() for t in leaves)
     x, labels = x[labels != -100], labels[labels != -100]
-    head = Head(weight, bias, HeadOptions(-100, 1.0, 0.0, VOCAB), len(x), dispatch.kernels("cpu", weight))
+    head = Head(weight, bias, labels, HeadOptions(-100, 1.0, 0.0, VOCAB), len(x), dispatch.kernels("cpu", weight))
     execution, kept = Execution(16, 1000, 0, Backend.of("cpu"), 1e-3, True), []
     logps, _ = filtered_chunk(head, (x, labels, False, None), execution, x[:0], LiveDx(head), kept)
     (sets,) = kept

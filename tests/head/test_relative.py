@@ -178,7 +178,7 @@ def test_dx_lacks_the_rounding_of_labels_elements(dtype, options):
         -100, options.get("scale", 1.0), options.get("softcap", 0.0), options.get("vocab_size", VOCAB)
     )
     coef = torch.randn(ROWS, generator=torch.Generator().manual_seed(1)) * (1e-3 if dtype == torch.bfloat16 else 1.0)
-    whole = Head(weight, bias, options, ROWS, dispatch.kernels("cpu", x))
+    whole = Head(weight, bias, y, options, ROWS, dispatch.kernels("cpu", x))
     z, (_, lse, *_) = whole.forward(x, y)
     whole.kernels.token_logps_bwd_(z.z, y, lse, coef, *options, z.anchors)
     u = (z.anchors[1].double() * options.scale)[:, None]
@@ -222,15 +222,30 @@ def test_what_rows_lack():
     """Numbers of the 16-bit dtype, near the mean logit; nothing where all of the columns are masked; exact labels."""
     x, weight, bias, y = made(torch.bfloat16, bias=True)
     options, columns = HeadOptions(-100, 0.7, 0.0, VOCAB), y.clamp(min=0)
-    lacks, at_label = relative.make_anchors(x, weight, bias, columns, VOCAB, options)
+    net = relative.make_net(columns, weight, bias, VOCAB)
+    lacks, at_label = relative.make_anchors(x, weight, bias, columns, net, options)
     z = x.double() @ weight.double().t() + bias.double()
     assert torch.equal(lacks, lacks.bfloat16().float())
     mean = ((0.7 * z).softmax(1) * z).sum(1)
     assert float((lacks - mean)[y != -100].abs().median()) < 0.6 * float(mean.abs().median())
     torch.testing.assert_close(at_label.double(), z.gather(1, columns[:, None]).squeeze(1), rtol=1e-6, atol=1e-5)
     masked = torch.full_like(bias, -torch.inf)
-    lacks, at_label = relative.make_anchors(x, weight, masked, columns, VOCAB, options)
+    net = relative.make_net(columns, weight, masked, VOCAB)
+    lacks, at_label = relative.make_anchors(x, weight, masked, columns, net, options)
     assert not lacks.any() and bool((at_label == -torch.inf).all())
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_small_chunks_take_the_labels_of_all(train):
+    """Shuffled labels: the logits of a row's likely tokens are known from the labels of other chunks."""
+    x, weight, _, y = made(torch.bfloat16, "shuffled")
+    truth = reference.linear_token_logps(x.double(), weight.double(), y)
+    whole, chunks = (
+        cpo.linear_token_logps(x, weight.clone().requires_grad_(train), y, memory_budget=budget)
+        for budget in (None, 16 * VOCAB * 2)
+    )
+    assert cpo.explain(ROWS, HIDDEN, VOCAB, torch.bfloat16, memory_budget=16 * VOCAB * 2).chunk_rows < ROWS // 8
+    assert rms(chunks, truth) < 1.1 * rms(whole, truth) < 0.2 * rms(naive(x, weight, y, None), truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

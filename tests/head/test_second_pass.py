@@ -34,8 +34,8 @@ def test_vocab_tiles_take_every_column_once(num_rows, num_columns, elements):
 def test_padded_rows_stay_in_the_buffer(monkeypatch):
     """Rows of V = 777 are padded to 832 elements, as on a GPU: 65 rows fit a buffer of 64 without their padding."""
     monkeypatch.setattr(inputs, "row_stride", lambda width, dtype, device: -(-width // ALIGN) * ALIGN)
-    options = HeadOptions(-100, 1.0, 0.0, 777)
-    made = inputs.Head(torch.randn(777, 12), torch.empty(0), options, 64, dispatch.kernels("cpu", torch.empty(0)))
+    options, none = HeadOptions(-100, 1.0, 0.0, 777), torch.empty(0)
+    made = inputs.Head(torch.randn(777, 12), none, none.long(), options, 64, dispatch.kernels("cpu", none))
     starts = []
     columns = made.columns
     made.columns = lambda *args: starts.append((g := columns(*args)).data_ptr()) or g
