@@ -86,7 +86,7 @@ class RatedLab(Lab):
     settings: ClassVar[dict[str, list[Setting]]] = {
         "sft": SUPERVISED,
         "cpsft": SUPERVISED,
-        "cpo": [*PAIRS, Setting(5e-5, beta=0.3), Setting(5e-5, weight=2.0)],
+        "cpo": [*PAIRS, Setting(5e-5, 0.3, weight=2.0)],
         "ric": [Setting(5e-5)],
         "dpo_single": UNCONDITIONED,
         "soup": UNCONDITIONED,

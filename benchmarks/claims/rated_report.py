@@ -197,6 +197,29 @@ def targets(content: Result) -> str:
     return "\n".join(lines)
 
 
+def search_table(content: Result) -> str:
+    """What was tried on questions that are held out of the training questions, and what it was chosen by."""
+    heads = ["method", "setting", "chosen by", "hypervolume", *(f"best {name}" for name in NAMES)]
+    heads += ["rank correlation, " + ", ".join(NAMES), *(f"likelihood moves with the tag of {name}" for name in NAMES)]
+    rows = []
+    for row in content["search"]["tried"]:
+        cells = [label(row["method"]), described(row["setting"]), f"{row['worth']:.3f}", f"{row['hypervolume']:.3f}"]
+        cells += [f"{row['best'][name]:.2f}" for name in NAMES]
+        tagged = "correlation" in row
+        cells.append(", ".join(f"{row['correlation'][name]:.2f}" for name in NAMES) if tagged else "-")
+        moved = [summary(row["likelihood"][name]) for name in NAMES] if tagged else []
+        cells += ["{mean:.0%} [{low:.0%}, {high:.0%}]".format(**found) for found in moved] or ["-"] * len(NAMES)
+        rows.append(cells)
+    budget = content["plan"]["budget"]
+    spent = sum(row["seconds"] for row in content["search"]["tried"])
+    note = (
+        f"{budget['supervised_steps']} supervised steps of {budget['responses']} answers, then "
+        f"{budget['preference_steps']} steps for each model, in {budget['precision']}; {budget['search_questions']} "
+        f"training questions held out, seed {content['search']['seed']}; {spent / 60:.0f} minutes of one thread."
+    )
+    return f"{markdown(heads, rows)}\n\n{note}"
+
+
 def setting(content: Result) -> str:
     budget, search, versions = content["plan"]["budget"], content["search"], content["versions"]
     (questions,) = {len(p["by_question"]) for rows in content["methods"].values() for r in rows for p in r["points"]}

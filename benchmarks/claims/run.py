@@ -299,7 +299,7 @@ class Run:
         chosen = self.chosen()
         names = sorted((p.stem for p in self.folder.glob("seed-*.jsonl")), key=lambda name: int(name.split("-")[1]))
         rows = [row for name in names for row in Rows(self.folder / f"{name}.jsonl").rows]
-        kept = ("method", "setting", "seconds", "correlation", "hypervolume", "best")
+        kept = ("method", "setting", "seconds", "cost", "correlation", "likelihood", "hypervolume", "best")
         return {
             "plan": self.plan,
             "judges": json.loads(self.judges.read_text()) if self.judges.exists() else {},

@@ -195,7 +195,7 @@ def made_up(questions: int = 40) -> dict:
     return {
         "plan": {"budget": vars(RatedBudget(__file__))},
         "judges": {"nearest": {o.name: {"low": 0.8, "high": 0.6} for o in OBJECTIVES}},
-        "search": {"seed": 100, "chosen": {"cpo": [5e-5, 0.3, "", 0.0, 2.0]}},
+        "search": {"seed": 100, "tried": [], "chosen": {"cpo": [5e-5, 0.3, "", 0.0, 2.0]}},
         "versions": {"torch": "0", "transformers": "0"},
         "methods": {method: [row(method)] for method in METHODS},
     }
@@ -214,6 +214,22 @@ def test_tables_say_what_is_met():
     content["methods"] |= {"soup": [], "cpo_modpo": []}
     assert "minus Rewarded Soups" not in rated_report.sections(content)["rated claims paired"]
     assert set(rated_report.sections({}).values()) == {"not measured"}
+
+
+def test_the_search_shows_what_was_tried():
+    row = {"method": "cpo", "setting": [5e-5, 0.3, "", 0.0, 2.0], "worth": 0.6, "hypervolume": 0.6, "seconds": 90.0}
+    row |= {"best": {"honesty": 4.5, "helpfulness": 4.25}, "correlation": {"honesty": 0.3, "helpfulness": 0.5}}
+    row |= {"likelihood": {"honesty": [1.0, 0.5], "helpfulness": [0.5, 0.5]}}
+    other = {"method": "dpo_single", "setting": [5e-5, 0.0, "all", 0.0, 1.0], "worth": 0.9, "hypervolume": 0.3}
+    other |= {"best": row["best"], "seconds": 30.0}
+    content = {"plan": {"budget": vars(RatedBudget(__file__))}, "search": {"seed": 100, "tried": [row, other]}}
+    first, second = rated_report.search_table(content).splitlines()[2:4]
+    assert (
+        "| **CPO** | 5e-05 with NLL × 0.3 weight of honesty 2 | 0.600 | 0.600 | 4.50 | 4.25 | 0.30, 0.50 | 75% ["
+        in first
+    )
+    assert "| DPO, one objective each | 5e-05 from SFT (all) | 0.900 | 0.300 | 4.50 | 4.25 | - | - | - |" in second
+    assert "2 minutes of one thread" in rated_report.search_table(content)
 
 
 def test_intervals_draw_questions():
