@@ -190,7 +190,9 @@ def made_up(questions: int = 40) -> dict:
         asked = method.startswith("cp") or method == "ric"
         made = {"seed": 0, "cost": None}
         made["points"] = [point(i, method.startswith("cpo")) for i in range(counts[method])]
-        return made | ({"likelihood": {"honesty": [1.0] * 20, "helpfulness": [0.0, 1.0] * 10}} if asked else {})
+        return made | (
+            {"correlation": {}, "likelihood": {"honesty": [1.0] * 20, "helpfulness": [0.0, 1.0] * 10}} if asked else {}
+        )
 
     return {
         "plan": {"budget": vars(RatedBudget(__file__))},
