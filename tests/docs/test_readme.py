@@ -77,6 +77,11 @@ def test_names_of_integrations_are_there():
     assert all(getattr(integrations, name) for name in integrations.__all__)
 
 
+def test_the_demos_model_refuses_a_robber_under_the_best_tags():
+    models = json.loads((ROOT / "docs/results/demo.json").read_text())["models"]
+    assert min(models["CPO stage 2"]["refused"].values()) >= 0.8
+
+
 def test_seconds_of_the_demo():
     shown = int(re.search(r"The demo itself took\s(\d+) seconds", TEXT)[1])
     assert shown == round(json.loads((ROOT / "docs/results/demo.json").read_text())["seconds"]["total"])
