@@ -53,7 +53,7 @@ class Pair:
         step = even_rows(rows, budget_rows(vocab, self.x.dtype, CPU, None))
         self.parts = [slice(low, high) for low, high in chunks(rows, step)]
         options, kernels = HeadOptions(-100, 1.0, 0.0, vocab), dispatch.kernels("cpu", self.x)
-        self.head = lambda: Head(self.weight, self.x.new_empty(0), options, step, kernels)
+        self.head = lambda: Head(self.weight, self.x.new_empty(0), self.labels, options, step, kernels)
 
     def loss(self, logp: Tensor) -> tuple[float, float]:
         """Loss, and its derivative by the chosen log-prob; that by the rejected one is its opposite."""

@@ -162,7 +162,7 @@ class Lab(ABC):
         if not path.exists():
             self._steps, self._tokens, started = 0, 0, time.process_time()
             state = {key: tensor.detach().clone().contiguous() for key, tensor in make().items()}
-            spent = Cost(self._steps, self._tokens, round(time.process_time() - started, 1))
+            spent = Cost(self._steps, self._tokens, round(time.process_time() - started, 3))
             atomic_text(json.dumps(spent._asdict()), cost)
             save_file(state, path.with_name(f"{name}.part"))
             os.replace(path.with_name(f"{name}.part"), path)

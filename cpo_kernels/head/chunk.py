@@ -1,29 +1,42 @@
 """One chunk of rows under a trainable head: its log-probs, then the gradients for the coefficients of its rows.
 
-The logits wait in the head's buffer until the loss has given each row its coefficient c_t. They are then overwritten
-with G = c (onehot - softmax), from which dX = G W and dW = G^T X are each rounded once. Overwriting them with
-onehot - softmax while the log-probs are computed would save one read of them, but round dX and the rows of X a second
-time, after the multiplication by c. In bfloat16, on 1,024 rows of SmolLM2 with labels of the text, the error of dX
-would be 2.9e-3 in place of 2.6e-3, that of dW 2.8e-3 in place of 2.5e-3. The read takes 1% of a step on a CPU; on a
-GPU, by bytes, 61 / H of the products' time, 1.5% at H = 4096 (not measured).
+In bfloat16 the logits wait in the head's buffer until the loss has given each row its coefficient c_t. They are then
+overwritten with G = c (onehot - softmax), from which dX = G W and dW = G^T X are each rounded once. With G = onehot -
+softmax, dX and the rows of X would be rounded a second time, after the multiplication by c: on 1,024 rows of SmolLM2
+with labels of the text the error of dX would be 2.9e-3 in place of 2.6e-3, that of dW 2.8e-3 in place of 2.5e-3. (Where
+all coefficients are equal their rounding is that of every row: dW is then better or worse by chance.) The logits are
+read once more for that: 1% of a step on a CPU; on a GPU, by bytes, 61 / H of the products' time (not measured).
+
+In other dtypes G = onehot - softmax is computed with the log-probs. float16 lacks the range for coefficients, and in
+float32 a softmax from the log-sum-exp has its rounding, the same in a whole row: logits around 300 made dX 30 times
+worse.
 """
 
+import torch
 from torch import Tensor
 
-from cpo_kernels.head.grads import WeightGrad, split_coef
+from cpo_kernels.head.grads import WeightGrad
 from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
 from cpo_kernels.head.label_remainder import product_dx
 from cpo_kernels.head.live import LiveDx, exact_rows, live_sets, no_sums
 
 
 class Chunk:
-    """logps: of the rows. The logits stay in the buffer of `head`, which nothing else may use before `grads`.
+    """logps: of the rows. The logits, or G, stay in the buffer of `head`, which nothing else may use before `grads`.
 
-    inputs: the arguments of `Head.forward`.
+    inputs: the arguments of `Head.forward`. needs_dx: whether `grads` is asked for dX.
     """
 
-    def __init__(self, head: Head, inputs: tuple[Tensor, Tensor, bool, Tensor | None], execution: Execution) -> None:
+    def __init__(
+        self,
+        head: Head,
+        inputs: tuple[Tensor, Tensor, bool, Tensor | None],
+        execution: Execution,
+        needs_dx: bool,
+    ) -> None:
         self.head, self.execution = head, execution
+        self.filtered = execution.filter_eps > 0 and needs_dx
+        self.waits = inputs[0].dtype == torch.bfloat16
         self.x, self.labels, extras, ref = inputs
         self.pieces: list[tuple[slice, Logits]] = []
         parts: list[RowLogps] = []
@@ -31,7 +44,8 @@ class Chunk:
         for rows in pieces:
             piece = head if len(pieces) == 1 else head.at(rows)
             own_ref = None if ref is None else ref[rows]
-            logits, logps = piece.forward(self.x[rows], self.labels[rows], extras, own_ref)
+            compute = piece.forward if self.waits or self.filtered else piece.fused
+            logits, logps = compute(self.x[rows], self.labels[rows], extras, own_ref)
             self.pieces.append((rows, logits))
             parts.append(logps)
         self.logps = RowLogps.joined(parts)
@@ -43,24 +57,26 @@ class Chunk:
         Returns the factors [n] by which the rows of dx are yet to be multiplied, and `LiveSets.sums` [3].
         """
         head, execution = self.head, self.execution
-        of_g, left = split_coef(coef, self.x.dtype)
-        filtered = execution.filter_eps > 0 and dx.numel() > 0
+        ones, filtered = torch.ones_like(coef), self.filtered
+        of_g, left = (coef, ones) if self.waits else (ones, coef)
         of_dx = coef.clone() if filtered else left  # the gradients of live sets have no coefficients
         live_dx, live_sums = LiveDx(head), no_sums(self.x)
         for rows, logits in self.pieces:
-            labels, lse, dx_rows = self.labels[rows], self.logps.lse[rows], dx[rows]
+            labels, logp, lse = self.labels[rows], self.logps.logp[rows], self.logps.lse[rows]
+            dx_rows = dx[rows]
             if filtered:
                 sets = live_sets(head, logits, labels, lse, execution.filter_eps, execution.set_rows)
-            head.kernels.token_logps_bwd_(logits.z, labels, lse, of_g[rows], *head.options, logits.anchors)
+            if self.waits or filtered:
+                head.kernels.token_logps_bwd_(logits.z, labels, lse, of_g[rows], *head.options, logits.anchors)
             if filtered:
                 for exact in exact_rows(sets):
-                    own = logits.rows(exact), labels[exact], lse[exact], of_g[rows][exact]
+                    own = logits.rows(exact), labels[exact], logp[exact], of_g[rows][exact]
                     product_dx(head, *own, dx_rows[exact])
                     of_dx[rows][exact] = left[rows][exact]
                 live_dx.add(sets, dx_rows)
                 live_sums += sets.sums(labels, head.options)
             elif dx.numel():
-                product_dx(head, logits, labels, lse, of_g[rows], dx_rows)
+                product_dx(head, logits, labels, logp, of_g[rows], dx_rows)
         live_dx.write()
         sums.add(head.rows(self.x.shape[0]), self.x, left)
         return of_dx, live_sums

@@ -57,22 +57,6 @@ def sum_powers(coef: Tensor, x: Tensor, steepest: float) -> tuple[Tensor, Tensor
     return power_of_two((size * x.abs().amax(1)).sum()), power_of_two(size.sum())
 
 
-def split_coef(coef: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The coefficients [n] as factors of the rows of G = (onehot - softmax) * dz/du, and what is left of them for the
-    rows of X and dX.
-
-    G takes them all: one rounding fewer than multiplying X and dX, and as many multiplications. float16 does not have
-    the range for that, so there G keeps the magnitude of onehot - softmax.
-    """
-    ones = torch.ones_like(coef)
-    return (ones, coef) if dtype == torch.float16 else (coef, ones)
-
-
-def scale_left(x: Tensor, left: Tensor, power: Tensor) -> Tensor:
-    """The rows of x [n, H] times left / power: x itself unless the dtype is float16."""
-    return scale_rows(x, left / power) if x.dtype == torch.float16 else x
-
-
 class InputGrads(NamedTuple):
     """Gradients of hidden, weight and bias; one that is not needed has shape [0]."""
 
@@ -121,13 +105,13 @@ class WeightGrad:
         self.added, self.num_chunks, self.steepest = 0, num_chunks, steepest
 
     def add(self, g: Tensor, x: Tensor, left: Tensor) -> None:
-        """g [n, V] and the factors left [n] of the rows of x [n, H]: see `split_coef`."""
+        """g [n, V] and the factors left [n] of the rows of x [n, H]: 1 in bfloat16, where g has them all (`Chunk`)."""
         power, db_power = sum_powers(left, x, self.steepest)
         if self.needs.db:
             self.db += torch.mv(g.t(), (left / db_power).to(g.dtype)).to(self.db.dtype) * db_power
         if not self.needs.dw:
             return
-        scaled = scale_left(x, left, power)  # [n, H]
+        scaled = x if x.dtype == torch.bfloat16 else scale_rows(x, left / power)  # [n, H]
         if adds_products(self.dw, g):
             add_product(self.dw, g.t(), scaled, self.added == 0)
             self.power = power  # 1 except in float16, which takes this branch only with a single chunk

@@ -99,7 +99,7 @@ def linear_kto_op(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
     for part in parts:
         own, once = part.sequences, len(part.chunks) == 1
         if once:
-            made = Chunk(head, inputs(part.rows, ref), execution)
+            made = Chunk(head, inputs(part.rows, ref), execution, args.needs.dx)
             logps = made.logps
         else:
             logps = RowLogps.joined([head.forward(*inputs(chunk, ref))[1] for chunk in part.chunks])
@@ -113,7 +113,7 @@ def linear_kto_op(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
         coef[part.rows] = slopes.to(acc).repeat_interleave(args.lengths[own], output_size=len(logps.logp))
         for chunk in part.chunks:
             if not once:
-                made = Chunk(head, inputs(chunk, None), execution)
+                made = Chunk(head, inputs(chunk, None), execution, args.needs.dx)
             of_dx[chunk], _ = made.grads(coef[chunk], dx[chunk], sums)
     loss = args.loss._replace(ref_logps=ref_logps)
     losses, rewards = loss.losses(seq_logps), loss.rewards(seq_logps).to(acc)

@@ -216,7 +216,7 @@ def filtered_chunk(
             g, lse = part.z.clone(), logps.lse[rows]  # the logits may be kept for backward
             ones = torch.ones_like(lse)
             head.kernels.token_logps_bwd_(g, labels[rows], lse, ones, *head.options, part.anchors)
-            product_dx(head, part._replace(z=g), labels[rows], lse, ones, dx[rows])
+            product_dx(head, part._replace(z=g), labels[rows], logps.logp[rows], ones, dx[rows])
         live_dx.add(sets, dx)
     if kept is not None:
         kept.append(sets)

@@ -56,7 +56,7 @@ def linear_nll_op(tensors: HeadTensors, args: NLLArgs) -> NLL:
     of_dx, loss = torch.empty_like(coef), coef.new_zeros((), dtype=torch.float64)
     for low, high in chunks(count, step):
         part = slice(low, high)
-        chunk = Chunk(head, (rows.x[part], rows.labels[part], False, None), args.execution)
+        chunk = Chunk(head, (rows.x[part], rows.labels[part], False, None), args.execution, needs.dx)
         loss += torch.dot(coef[part].double(), chunk.logps.logp.double())
         of_dx[part], _ = chunk.grads(coef[part], dx[part], sums)
     return NLL(loss.to(coef.dtype), sums.result(dx, of_dx).scattered(rows, tensors.hidden.shape[0]))

@@ -195,7 +195,7 @@ def _pairs(batch: _Batch) -> LinearPreference:
     losses: list[_Loss] = []
     filter_sums = no_sums(dx)
     for k, part in enumerate(parts):
-        chunk = Chunk(batch.head, batch.inputs(part.rows), batch.execution)
+        chunk = Chunk(batch.head, batch.inputs(part.rows), batch.execution, dx.numel() > 0)
         loss = batch.loss(k, chunk.logps)
         of_dx, live = chunk.grads(loss.coef, dx[part.rows], sums)
         losses.append(loss._replace(coef=of_dx))
@@ -216,7 +216,7 @@ def _deferred(batch: _Batch) -> LinearPreference:
     of_dx = torch.empty_like(sign)
     filter_sums = no_sums(dx)
     for p in parts:
-        chunk = Chunk(batch.head, batch.inputs(p), batch.execution)
+        chunk = Chunk(batch.head, batch.inputs(p), batch.execution, dx.numel() > 0)
         logps.append(chunk.logps)
         if p is parts[-1]:
             result, seq_logps, _ = batch.loss(0, RowLogps.joined(logps))

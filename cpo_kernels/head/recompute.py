@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cpo_kernels import library
 from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here
-from cpo_kernels.head.grads import HeadGrads, scale_left, split_coef, sum_powers
+from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Head, Logits, Needs
-from cpo_kernels.head.label_remainder import add_label_remainder
+from cpo_kernels.head.label_remainder import add_remainder, label_logit, label_remainder, product_dx
 from cpo_kernels.head.matmul import add_product, product
 from cpo_kernels.head.strategy import ALIGN, chunks, even_rows
 
@@ -59,11 +59,14 @@ def second_pass(
     parts = vocab_tiles(x.shape[0], weight.shape[0], most)
     of_logp, coef, entropies = _within_range(coef, entropies, x.dtype)
     power, db_power = sum_powers(coef, x, abs(options.scale) * (1 if entropies is None else 8))
-    scaled = scale_left(x, coef, power)
+    scaled = scale_rows(x, coef / power) if x.dtype == torch.float16 else x
     anchors = head.anchors(x, labels, lacks)
     dx = x.new_empty(x.shape if needs.dx else 0, dtype=x.dtype if len(parts) == 1 else acc)
     if not parts:  # a rank that holds no rows of the weight
         dx.zero_()
+    logp, e = None, x.new_zeros(x.shape[0], dtype=torch.float64)
+    if anchors is not None and entropies is None:
+        logp = label_logit(anchors, options)[0] - lse
     dw = torch.empty_like(weight) if needs.dw else weight.new_empty(0)
     db = weight.new_empty(weight.shape[0] if needs.db else 0, dtype=acc)
     for part in parts:
@@ -77,18 +80,28 @@ def second_pass(
         if needs.db:
             db[part] = torch.mv(g.t(), (coef / db_power).to(g.dtype)).to(acc) * db_power
         if needs.dx:
-            empty = part.start == 0
-            if anchors is not None and entropies is None:
-                add_label_remainder(head, Logits(g, anchors), labels, lse, of_logp, dx, empty, part)
-                empty = False
-            add_product(dx, g, weight[part], empty)
+            if logp is not None and len(parts) == 1:
+                product_dx(head, Logits(g, anchors), labels, logp, of_logp, dx)
+                continue
+            if logp is not None:
+                e += label_remainder(head, Logits(g, anchors), labels, logp, of_logp, part)
+            add_product(dx, g, weight[part], part.start == 0)
+    if needs.dx and logp is not None and len(parts) > 1:
+        add_remainder(head, labels, e, dx)
     return HeadGrads(dx.to(x.dtype), coef, dw, db, power)
 
 
 def _within_range(coef: Tensor, entropies: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`split_coef`, and what g includes of the entropies. In float16 g keeps its magnitude: |p (log p + H)| < 4."""
-    if entropies is None or dtype != torch.float16:
-        return *split_coef(coef, dtype), entropies
+    """The coefficients multiplied into g, the remaining ones, and what g includes of the entropies.
+
+    g takes all coefficients: one rounding fewer than multiplying the rows of x, and as many multiplications. float16
+    does not have the range for that, so there g keeps the magnitude of onehot - softmax; |p (log p + H)| < 4.
+    """
+    ones = torch.ones_like(coef)
+    if dtype != torch.float16:
+        return coef, ones, entropies
+    if entropies is None:
+        return ones, coef, None
     size = torch.maximum(coef.abs(), entropies[0].abs())
     some = torch.where(size > 0, size, 1.0)
     return coef / some, size, torch.stack([entropies[0] / some, entropies[1]])

@@ -101,7 +101,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
             filter_sums += sums
         elif args.want_dx:
             g, logps = head.fused(*inputs)
-            product_dx(head, g, inputs[1], logps.lse, torch.ones_like(logps.lse), dx[part])
+            product_dx(head, g, inputs[1], logps.logp, torch.ones_like(logps.logp), dx[part])
         else:
             _, logps = head.forward(*inputs)
         parts.append(logps)

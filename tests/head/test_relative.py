@@ -12,7 +12,7 @@ from cpo_kernels.bench.rows import MAKERS
 from cpo_kernels.bench.workload import head
 from cpo_kernels.head import relative
 from cpo_kernels.head.inputs import Head, Logits
-from cpo_kernels.head.label_remainder import add_label_remainder, product_dx
+from cpo_kernels.head.label_remainder import add_remainder, label_remainder, product_dx
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import EVERY_BACKEND, LOW_PRECISION
 
@@ -179,7 +179,7 @@ def test_dx_lacks_the_rounding_of_labels_elements(dtype, options):
     )
     coef = torch.randn(ROWS, generator=torch.Generator().manual_seed(1)) * (1e-3 if dtype == torch.bfloat16 else 1.0)
     whole = Head(weight, bias, y, options, ROWS, dispatch.kernels("cpu", x))
-    z, (_, lse, *_) = whole.forward(x, y)
+    z, (logp, lse, *_) = whole.forward(x, y)
     whole.kernels.token_logps_bwd_(z.z, y, lse, coef, *options, z.anchors)
     u = (z.anchors[1].double() * options.scale)[:, None]
     slope = torch.full_like(u, options.scale)
@@ -193,16 +193,34 @@ def test_dx_lacks_the_rounding_of_labels_elements(dtype, options):
     def error(dx):
         return float((dx.double() - want).norm() / want.norm())
 
-    dx, by_tiles = torch.full_like(x, torch.nan), torch.full(x.shape, torch.nan)
-    product_dx(whole, z, y, lse, coef, dx)
+    dx, by_tiles, e = torch.full_like(x, torch.nan), torch.zeros(x.shape), torch.zeros(ROWS, dtype=torch.float64)
+    product_dx(whole, z, y, logp, coef, dx)
     for low in range(0, VOCAB, 2000):
         part = slice(low, min(low + 2000, VOCAB))
-        add_label_remainder(whole, Logits(z.z[:, part], z.anchors), y, lse, coef, by_tiles, low == 0, part)
+        e += label_remainder(whole, Logits(z.z[:, part], z.anchors), y, logp, coef, part)
         by_tiles += z.z[:, part].float() @ weight[part].float()
+    add_remainder(whole, y, e, by_tiles)
     rounded = error(want.to(dtype))
     assert error(dx) < 1.03 * rounded and error(by_tiles) < 0.1 * rounded
     assert error(z.z @ weight) > 1.1 * rounded  # without that, the largest error of G is in dX
     assert not dx[~labelled].any()
+
+
+@pytest.mark.parametrize("path", ["pairs", "nll", "kto"])
+def test_float32_gradients_of_logits_far_from_zero(path):
+    """All logits of a row shifted by 300: p must not be computed from a rounded log-sum-exp."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(ROWS, HIDDEN, generator=g), 0.3 * torch.randn(2003, HIDDEN, generator=g)
+    x[:, 0], weight[:, 0] = 1.0, 300.0
+    y = (x @ weight.t()).topk(3, 1).indices[:, 1]
+    given = leaves(x, weight, None, True)[:2]
+    loss, coef = known_loss(path, *given, y)
+    got = torch.autograd.grad(loss, given)
+    torchs = torch.autograd.grad(naive(*given, y, None), given, coef)
+    true = [t.double().requires_grad_() for t in (x, weight)]
+    want = torch.autograd.grad(reference.linear_token_logps(*true, y), true, coef.double())
+    for ours, theirs, w in zip(got, torchs, want, strict=True):
+        assert (ours.double() - w).norm() <= 1.5 * (theirs.double() - w).norm()
 
 
 def test_a_reference_through_the_same_head():
