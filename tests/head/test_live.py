@@ -155,9 +155,9 @@ def test_a_tail_of_almost_nothing(softcap, others, dtype, impl):
     )
     true = [t.detach().double().requires_grad_() for t in leaves]
     truth = reference.linear_token_logps(*true[:2], labels, true[2], softcap=softcap)
-    for grads in (got, exact):
-        for a, b in zip(grads, torch.autograd.grad(truth.sum(), true), strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=0.02, atol=1e-3)
+    # Of each gradient's size: single elements cancel, and exact and filtered gradients round them differently.
+    for *both, want in zip(got, exact, torch.autograd.grad(truth.sum(), true), strict=True):
+        assert all((grad.double() - want).norm() < 0.01 * want.norm() for grad in both)
 
 
 @pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)], ids=str)
