@@ -155,9 +155,12 @@ def test_a_tail_of_almost_nothing(softcap, others, dtype, impl):
     )
     true = [t.detach().double().requires_grad_() for t in leaves]
     truth = reference.linear_token_logps(*true[:2], labels, true[2], softcap=softcap)
-    # Of each gradient's size: single elements cancel, and exact and filtered gradients round them differently.
-    for *both, want in zip(got, exact, torch.autograd.grad(truth.sum(), true), strict=True):
-        assert all((grad.double() - want).norm() < 0.01 * want.norm() for grad in both)
+    # dX and dW by their size: single elements cancel, and exact and filtered gradients round them differently. Rows
+    # of about 1 cancel in db.
+    dx, dw, db = torch.autograd.grad(truth.sum(), true)
+    for grads in (got, exact):
+        assert relative_error(grads[0], dx) < 0.01 and relative_error(grads[1], dw) < 0.01
+        assert (grads[2].double() - db).abs().max() < 4e-3
 
 
 @pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)], ids=str)
