@@ -43,8 +43,7 @@ def test_variants(peaked, tmp_path, capsys):
     assert rows["float32, 2^-12"]["exact_share"] == 0
     off = {name: row["off"]["gradient"] for name, row in rows.items()}
     whole, both, dropped = (off[f"float32, 2^-12{kind}"] for kind in ("", ", head too", ", head too, tail dropped"))
-    assert whole["body"] == pytest.approx(both["body"], rel=1e-9)  # the same dX, but for the order of factors
-    assert 0 < whole["body"] < dropped["body"] < 0.1
+    assert 0 < whole["body"] == both["body"] < dropped["body"] < 0.1
     assert whole["others"] < 1e-4 < 0.01 < both["others"] < dropped["others"] < 1
     assert off["bfloat16"]["body"] < 0.1
     assert figure(content).axes[1].get_lines()

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from benchmarks.claims.rated_lab import OBJECTIVES, RatedLab
 from benchmarks.claims.report import (
-    BASELINES,
     INK,
     METHODS,
     OURS,
     Result,
     best_target,
+    budgets,
     compared,
     cost,
-    equal_total,
     label,
     markdown,
     measured,
@@ -170,15 +169,14 @@ def points_table(content: Result) -> str:
 
 
 def targets(content: Result) -> str:
-    lines, there = [], measured(content)
-    each = {m: OURS for m in BASELINES if m in there and OURS in there}
-    for pairs, budget in ((each, "equal steps for each model"), (equal_total(content), "equal steps in total")):
+    lines = []
+    for budget, pairs in budgets(content).items():
         found = {}
         for method, ours in pairs.items():
             mean, spread = gaps(content, ours, method)
             found[method] = mean[0], interval(spread[:, 0])[0]
         lines.append(volume_target(found, budget))
-    if {OURS, "dpo_single"} <= set(there):
+    if {OURS, "dpo_single"} <= set(measured(content)):
         mean, spread = gaps(content, OURS, "dpo_single")
         for i, name in enumerate(NAMES, 1):
             lines.append(best_target(name, interval(spread[:, i])[1], text(mean[i], spread[:, i], 2, "+")))

@@ -175,18 +175,20 @@ def paired(content: Result) -> str:
     return markdown(["difference", "hypervolume", *(f"best {name}" for name in NAMES)], lines)
 
 
-def equal_total(content: Result) -> dict[str, str]:
-    """Baseline -> the CPO with as many steps in total, of those that were measured."""
+def budgets(content: Result) -> dict[str, dict[str, str]]:
+    """Equal in what -> baseline -> the CPO that it is compared with, of those that were measured."""
     there = measured(content)
-    pairs = {m: EQUAL_TOTAL.get(m, OURS) for m in BASELINES}
-    return {m: ours for m, ours in pairs.items() if m in there and ours in there}
+    pairs = {
+        "equal steps for each model": dict.fromkeys(BASELINES, OURS),
+        "equal steps in total": {m: EQUAL_TOTAL.get(m, OURS) for m in BASELINES},
+    }
+    return {k: {m: ours for m, ours in v.items() if {m, ours} <= set(there)} for k, v in pairs.items()}
 
 
 def targets(content: Result) -> str:
     """Each target, and whether it is met."""
-    lines, there = [], measured(content)
-    each = {m: OURS for m in BASELINES if m in there and OURS in there}
-    for pairs, budget in ((each, "equal steps for each model"), (equal_total(content), "equal steps in total")):
+    lines = []
+    for budget, pairs in budgets(content).items():
         gaps = {}
         for method, ours in pairs.items():
             mean, half = interval(differences(content, method, "hypervolume", ours=ours))

@@ -273,6 +273,14 @@ def stored_logits(logits: Tensor, column: Tensor, anchors: Tensor | None) -> Ten
     return stored if anchors is None else stored + anchors[0]
 
 
+def logit_and_slope(u: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """z = softcap(scale u) and dz/du in float64."""
+    z = u.double() * scale
+    if not softcap:
+        return z, torch.full_like(z, scale)
+    return softcap * torch.tanh(z / softcap), scale / torch.cosh(z / softcap).square()
+
+
 def columns_bwd_(
     kernels: Kernels,
     logits: Tensor,
@@ -293,10 +301,7 @@ def columns_bwd_(
         return
     column, here = columns_of(labels, ignore_index, first, count)
     row, place = torch.arange(logits.shape[0], device=logits.device), column.clamp(min=0)
-    z = stored_logits(logits, column, anchors).double() * scale
-    slope = torch.full_like(z, scale)
-    if softcap:
-        z, slope = softcap * torch.tanh(z / softcap), scale / torch.cosh(z / softcap).square()
+    z, slope = logit_and_slope(stored_logits(logits, column, anchors), scale, softcap)
     kernels.token_logps_bwd_(logits, column, lse, grad, -1, scale, softcap, count, anchors, entropies)
     # A stand-in column has received the 1 of onehot - softmax. (index_put_, because scatter_ in 16 bit copies the
     # logits twice on a CPU: 122 ms for 4096 x 24576.)

@@ -12,18 +12,17 @@ from 2.7e-3 to 2.0e-3 with labels of the text; rounding dX alone makes 1.7e-3.
 import torch
 from torch import Tensor
 
-from cpo_kernels.backends.vocab_parallel import columns_here, columns_of
+from cpo_kernels.backends.vocab_parallel import columns_here, columns_of, logit_and_slope
 from cpo_kernels.head.inputs import Head, Logits
 from cpo_kernels.head.matmul import add_product, product
-from cpo_kernels.ops.token_logps import HeadOptions
 
 ROWS = 256  # rows of W at a time, where they are not written to the result itself
 
 
 def label_remainder(
     head: Head, g: Logits, labels: Tensor, logp: Tensor, coef: Tensor, part: slice = slice(None)
-) -> Tensor:
-    """e [n] in float64; 0 in rows whose label is not among the columns `part`.
+) -> tuple[Tensor, Tensor]:
+    """e [n] in float64, 0 in rows whose label is not among the columns `part`; and the labels as such columns [n].
 
     g: G [n, v] in these columns, and the anchors of the logits that it has overwritten. labels, logp and coef, the
     factors c in G: [n].
@@ -32,31 +31,19 @@ def label_remainder(
     options, first = head.options, part.start or 0
     _, start, count = columns_here(head.kernels, options.vocab_size)
     column, here = columns_of(labels, options.ignore_index, start + first, min(count - first, g.z.shape[1]))
-    _, slope = label_logit(g.anchors, options)
+    column = column.clamp(min=0)
+    _, slope = logit_and_slope(g.anchors[1], options.scale, options.softcap)
     exact = -coef * slope * torch.expm1(logp.double())
-    return torch.where(here, exact - g.z.gather(1, column.clamp(min=0)[:, None])[:, 0], 0.0)
-
-
-def label_logit(anchors: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
-    """The label's logit z and dz/du of each row, [n] in float64."""
-    u = anchors[1].double() * options.scale
-    if not (cap := options.softcap):
-        return u, torch.full_like(u, options.scale)
-    return cap * torch.tanh(u / cap), options.scale / torch.cosh(u / cap).square()
-
-
-def label_columns(head: Head, labels: Tensor) -> Tensor:
-    """[n] rows of this rank's weight; any where a label is elsewhere or ignored."""
-    _, start, count = columns_here(head.kernels, head.options.vocab_size)
-    return columns_of(labels, head.options.ignore_index, start, count)[0].clamp(min=0)
+    return torch.where(here, exact - g.z.gather(1, column[:, None])[:, 0], 0.0), column
 
 
 def add_remainder(head: Head, labels: Tensor, e: Tensor, dx: Tensor) -> None:
     """dx [n, H], in float32, += e_t w_{y_t}."""
-    columns = label_columns(head, labels)
+    _, start, count = columns_here(head.kernels, head.options.vocab_size)
+    column = columns_of(labels, head.options.ignore_index, start, count)[0].clamp(min=0)
     for low in range(0, len(dx), ROWS):
         rows = slice(low, low + ROWS)
-        dx[rows].addcmul_(head.weight.index_select(0, columns[rows]).to(dx.dtype), e[rows, None].to(dx.dtype))
+        dx[rows].addcmul_(head.weight.index_select(0, column[rows]).to(dx.dtype), e[rows, None].to(dx.dtype))
 
 
 def product_dx(head: Head, g: Logits, labels: Tensor, logp: Tensor, coef: Tensor, out: Tensor) -> None:
@@ -64,6 +51,6 @@ def product_dx(head: Head, g: Logits, labels: Tensor, logp: Tensor, coef: Tensor
     if g.anchors is None:
         product(g.z, head.weight, out)
         return
-    e = label_remainder(head, g, labels, logp, coef)
-    torch.index_select(head.weight, 0, label_columns(head, labels), out=out).mul_(e[:, None].to(out.dtype))
+    e, column = label_remainder(head, g, labels, logp, coef)
+    torch.index_select(head.weight, 0, column, out=out).mul_(e[:, None].to(out.dtype))
     add_product(out, g.z, head.weight, first=False)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import library
-from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here
+from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here, logit_and_slope
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Head, Logits, Needs
-from cpo_kernels.head.label_remainder import add_remainder, label_logit, label_remainder, product_dx
+from cpo_kernels.head.label_remainder import add_remainder, label_remainder, product_dx
 from cpo_kernels.head.matmul import add_product, product
 from cpo_kernels.head.strategy import ALIGN, chunks, even_rows
 
@@ -66,7 +66,7 @@ def second_pass(
         dx.zero_()
     logp, e = None, x.new_zeros(x.shape[0], dtype=torch.float64)
     if anchors is not None and entropies is None:
-        logp = label_logit(anchors, options)[0] - lse
+        logp = logit_and_slope(anchors[1], options.scale, options.softcap)[0] - lse
     dw = torch.empty_like(weight) if needs.dw else weight.new_empty(0)
     db = weight.new_empty(weight.shape[0] if needs.db else 0, dtype=acc)
     for part in parts:
@@ -84,7 +84,7 @@ def second_pass(
                 product_dx(head, Logits(g, anchors), labels, logp, of_logp, dx)
                 continue
             if logp is not None:
-                e += label_remainder(head, Logits(g, anchors), labels, logp, of_logp, part)
+                e += label_remainder(head, Logits(g, anchors), labels, logp, of_logp, part)[0]
             add_product(dx, g, weight[part], part.start == 0)
     if needs.dx and logp is not None and len(parts) > 1:
         add_remainder(head, labels, e, dx)
