@@ -46,11 +46,12 @@ touch "$log"
 failed=0
 export PYTHONUNBUFFERED=1 PYTHONPATH=$pack/site${PYTHONPATH:+:$PYTHONPATH}
 
-limit_of() {  # seconds that the i-th step may take: its share, and what the later ones do not need
+limit_of() {  # seconds that the i-th step may take: its share, and what the later ones do not need; 0: no time is left
   local i=$1 name=${steps[$1]} spare=$((total - SECONDS)) share later
   share=$((total * most[$name] / 100))
   for later in "${steps[@]:i+1}"; do spare=$((spare - total * least[$later] / 100)); done
-  echo $((spare < share ? spare : share))
+  share=$((spare < share ? spare : share))
+  echo $((share > 0 ? share : 0))
 }
 
 timed() {  # name, seconds, command...

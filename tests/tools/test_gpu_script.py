@@ -38,14 +38,15 @@ def tree(tmp_path):
     return tmp_path
 
 
-def run(tree, *arguments, slow="nothing", total=20):
-    """(exit status, calls in order, log, seconds)"""
+def run(tree, *arguments, slow="nothing", total=20, spent=0):
+    """(exit status, calls in order, log, seconds); `spent` seconds are over when the script begins."""
     calls = tree / "calls"
     calls.unlink(missing_ok=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("DEVICE", "PYTHON", "PACK", "PROCESSES")}
     environment |= {"PATH": f"{tree / 'bin'}:{environment['PATH']}", "CALLS": str(calls), "SLOW": slow}
+    environment |= {"TOTAL_S": str(total), "SECONDS": str(spent)}
     command, start = [tree / "tools/gpu.sh", tree / "out", *arguments], time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"TOTAL_S": str(total)})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     log = tree / "out/gpu.log"
     text = log.read_text() if log.exists() else done.stderr
     return done.returncode, calls.read_text().splitlines() if calls.exists() else [], text, time.monotonic() - start
@@ -100,6 +101,8 @@ def test_what_no_time_is_left_for_is_not_begun(tree):
     status, calls, log, seconds = run(tree, "head", "kernels", slow="head", total=5)
     assert status == 1 and seconds < 12
     assert steps(calls) == ["bench head", "bench tokens"]  # head takes its share of 5 s and no more
+    status, calls, log, _ = run(tree, "first", total=60, spent=70)
+    assert status == 1 and not calls and "head: not begun, 0 s are left of TOTAL_S=60" in log
     status, calls, log, _ = run(tree, "first", total=0)
     assert status == 1 and not calls and "head: not begun, 0 s are left of TOTAL_S=0" in log
 
