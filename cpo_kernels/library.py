@@ -56,8 +56,20 @@ SCHEMAS = {
     ),
 }
 
+# Matmuls of the CPU kernels, see `dispatch.own_matmuls`: logits, and those with live columns, for which Triton has its
+# own kernels.
+CPU_SCHEMAS = {
+    "logits_": "(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor(a!) out) -> ()",
+    "live_dx": (
+        "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor weight, Tensor tail_rows, int rows) -> Tensor"
+    ),
+    "live_dw": (
+        "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor x, Tensor tail, Tensor tails) -> Tensor"
+    ),
+}
+
 _library = torch.library.Library("cpo_kernels", "DEF")
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in {**SCHEMAS, **CPU_SCHEMAS}.items():
     _library.define(_name + _schema)
 
 

@@ -10,11 +10,25 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CPU, m) {
   m.impl("live_columns", TORCH_BOX(&cpo::live_columns));
   m.impl("live_grads", TORCH_BOX(&cpo::live_grads));
   m.impl("live_sum", TORCH_BOX(&cpo::live_sum));
+  m.impl("logits_", TORCH_BOX(&cpo::logits_));
+  m.impl("live_dx", TORCH_BOX(&cpo::live_dx));
+  m.impl("live_dw", TORCH_BOX(&cpo::live_dw));
   m.impl("sequence_sum", TORCH_BOX(&cpo::sequence_sum));
   m.impl("preference", TORCH_BOX(&cpo::preference));
 }
 
+// Whether logits_, live_dx and live_dw are worth calling here.
+static PyObject* has_bf16_matmuls(PyObject*, PyObject*) {
+  try {
+    return PyBool_FromLong(cpo::has_bf16_matmuls());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of cpo_kernels", -1, nullptr};
+  static PyMethodDef methods[] = {{"has_bf16_matmuls", has_bf16_matmuls, METH_NOARGS, nullptr}, {}};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of cpo_kernels", -1, methods};
   return PyModule_Create(&module);
 }

@@ -8,7 +8,7 @@ import os
 import warnings
 from functools import cache
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -111,6 +111,20 @@ def kernels(impl: str, tensor: Tensor) -> Kernels:
     if impl == "auto" and backend == "triton" and not missing("cuda"):
         return _preferred_kernels(torch.cuda.get_device_capability(tensor.device))
     return _kernels_of(backend)
+
+
+def own_matmuls(kernels: Kernels, weight: Tensor) -> Any:
+    """The matmuls of the CPU kernels for a weight like this, `library.CPU_SCHEMAS`, or None: they multiply bfloat16, on
+    processors with instructions for it (AVX512_BF16) but without AMX, which oneDNN makes better use of."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or missing("cpu"):
+        return None
+    return kernels if hasattr(kernels, "logits_") and _cpu_multiplies_bf16() else None
+
+
+@cache
+def _cpu_multiplies_bf16() -> bool:
+    multiplies: bool = importlib.import_module("cpo_kernels._C").has_bf16_matmuls()
+    return multiplies
 
 
 @cache

@@ -112,8 +112,8 @@ class ShardedKernels:
         self.kernels, self.group, self.start = kernels, shards.group, shards.start
         self.rows = shards.rows
         self.sequence_sum, self.preference = kernels.sequence_sum, kernels.preference
-        self.live_sum = kernels.live_sum  # acts on this rank's rows, as do Triton's matmuls
-        for name in ("live_dx", "live_dw_"):
+        self.live_sum = kernels.live_sum  # acts on this rank's rows, as do the matmuls
+        for name in ("logits_", "live_dx", "live_dw", "live_dw_"):
             if hasattr(kernels, name):
                 setattr(self, name, getattr(kernels, name))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import checks, library
+from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend, VocabShards, columns_here, columns_of
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
 from cpo_kernels.head.matmul import product
@@ -371,5 +372,10 @@ class Head:
         size = n * stride
         flat = self.buffer.view(-1) if size <= self.buffer.numel() else self.buffer.new_empty(size)
         out = flat[:size].view(n, stride)[:, : weight.shape[0]]
+        own = dispatch.own_matmuls(self.kernels, weight)
+        if own and x.shape[1] % 2 == 0 and weight.stride(1) == 1:
+            lacks = self.weight.new_empty(0) if anchors is None else anchors[0]
+            own.logits_(x, weight, self.bias[part], lacks, out)
+            return out
         bias = self.bias[part] if self.bias.numel() else None
         return product(x, weight.t(), out, bias, None if anchors is None else anchors[0])

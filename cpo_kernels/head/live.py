@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import library
+from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import ShardedKernels, all_gather, columns_bwd_, columns_here
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
@@ -125,8 +126,13 @@ def joined(parts: list[LiveSets], like: Tensor) -> LiveTensors:
 
 
 def by_index(head: Head) -> Any:
-    """Triton's kernels, whose matmuls read rows of W by index; None if a copy of W_A goes to the vendor's library."""
-    return head.kernels if hasattr(head.kernels, "live_dx") else None
+    """Kernels with matmuls that read rows of W by index; None if a copy of W_A goes to the vendor's library."""
+    return head.kernels if adds_by_index(head.kernels) else dispatch.own_matmuls(head.kernels, head.weight)
+
+
+def adds_by_index(kernels: Any) -> bool:
+    """Whether they add into a float32 dW by index, as Triton's do; the CPU's own `live_dw` computes all of dW."""
+    return hasattr(kernels, "live_dw_")
 
 
 def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: float, set_rows: int) -> LiveSets:
@@ -135,7 +141,7 @@ def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: floa
     live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options, anchors)
     counts = live.sum(1).tolist()
     exact = [count > LIVE_LIMIT * live.shape[1] for count in counts]
-    if by_index(head) and z.element_size() == 2:  # 7 modulo 8 columns, and tau: rows of g are 16-byte aligned
+    if adds_by_index(head.kernels) and z.element_size() == 2:  # 7 modulo 8 columns, and tau: 16-byte rows of g
         missing = [min((7 - count) % 8, live.shape[1] - count) for count in counts]
         more = ~live & ((~live).cumsum(1) <= torch.tensor(missing, device=live.device)[:, None])
         live, tail = live | more, tail.masked_fill(more, 0.0)
@@ -181,6 +187,7 @@ class LiveDx:
         buffer = weight.new_empty(most + 1, weight.shape[1])  # W_A, and the mean of the other rows
         for (sets, dx), mean in zip(parts, means.split([len(tail) for tail in tails]), strict=True):
             if kernels:
+                mean = mean.to(library.acc_dtype(mean.dtype))
                 made = kernels.live_dx(*sets.places, sets.set_rows, weight, mean, sets.num_rows)
                 for rows in exact_rows(sets):
                     made[rows] = dx[rows]
@@ -251,7 +258,7 @@ def live_head_grads(
     """dW / power [V, H] and db [V] of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n], lacks [n] or [0].
 
     dW is written by vocab tiles: the products g_A^T (c X) of all sets for a tile, then `live_sum`; or by kernels that
-    add them into a float32 dW by index. The logits of rows in exact sets are recomputed.
+    find their rows of dW by index. The logits of rows in exact sets are recomputed.
     """
     weight, acc, width = head.weight, library.acc_dtype(x.dtype), sets.tail.shape[1]
     dw = weight.new_empty(weight.shape if need_dw else 0)
@@ -270,6 +277,12 @@ def live_head_grads(
         for g, ids, r in zip(grads, columns, rows, strict=True):
             db[ids] += torch.mv(g[:, :-1].t(), bias_coef[r].to(g.dtype)).to(acc)
     kernels = by_index(head)
+    if kernels and need_dw and not adds_by_index(kernels):
+        if any(sets.exact):  # whose rows `live_dw` does not know
+            kernels = None
+        else:
+            made = kernels.live_dw(*sets.places, sets.set_rows, scaled, sets.tail, tails)
+            return out._replace(dw=_padded(made, weight.shape[0]), db=db * db_power)
     if kernels and need_dw:
         total = sets.tail.t().to(acc) @ tails  # [width, H]
         kernels.live_dw_(*sets.places, sets.set_rows, scaled, total)
@@ -306,6 +319,11 @@ def live_head_grads(
     if kernels and need_dw:
         dw[:width] = total
     return out._replace(db=db * db_power)
+
+
+def _padded(dw: Tensor, rows: int) -> Tensor:
+    """dw with rows of zeros up to this number."""
+    return dw if len(dw) == rows else torch.nn.functional.pad(dw, (0, 0, 0, rows - len(dw)))
 
 
 def _sum_of_sets(head: Head, tail: Tensor, tails: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

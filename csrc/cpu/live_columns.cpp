@@ -11,19 +11,6 @@ void check_sets(const char* op, int64_t set_rows) {
   check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
 }
 
-void check_columns(const char* op, const int64_t* columns, const int64_t* offsets, int64_t sets, int64_t count,
-                   int64_t width) {
-  check(offsets[0] == 0 && offsets[sets] == count, op, ": offsets must run from 0 to the number of columns, ", count,
-        ", got ", offsets[0], " to ", offsets[sets]);
-  for (int64_t k = 0; k < sets; ++k) {
-    check(offsets[k] <= offsets[k + 1], op, ": offsets must not fall, got ", offsets[k], " before ", offsets[k + 1]);
-    for (int64_t i = offsets[k]; i < offsets[k + 1]; ++i) {
-      check(columns[i] >= 0 && columns[i] < width && (i == offsets[k] || columns[i - 1] < columns[i]), op,
-            ": the columns of a set must rise within [0, ", width, "), got ", columns[i]);
-    }
-  }
-}
-
 // Row i counts if it has a label and its log-sum-exp is finite.
 template <typename Acc>
 bool counts(const Rows& rows, const Acc* lse, int64_t i) {
@@ -141,7 +128,7 @@ void sum_tile(const RowKernels& kernels, ElementType type, int64_t size, int64_t
 template <typename Acc>
 void sum_all(ElementType type, int64_t size, const Tensor& out, const Tensor& tail, const Tensor& tails,
              const Tensor& columns, const int64_t* offsets, const Tensor& made) {
-  const RowKernels& kernels = kernels_for(type);
+  const RowKernels& kernels = isa_kernels().rows[type];
   const int64_t sets = tails.size(0), width = tails.size(1), rows = tail.size(1);
   std::vector<Acc> ordered(size_t(sets * width));
   std::vector<const void*> terms;

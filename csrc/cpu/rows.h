@@ -11,7 +11,7 @@
 
 namespace cpo {
 
-const RowKernels& kernels_for(ElementType type);  // of the chosen instruction set
+const IsaKernels& isa_kernels();  // of the chosen instruction set
 
 namespace {
 #include "scalar16.h"
@@ -35,6 +35,20 @@ inline void store_element(ElementType type, void* p, double x) {
     case kFloat64: *static_cast<double*>(p) = x; break;
     case kBFloat16: from_float(*static_cast<BFloat16*>(p), float(x)); break;
     default: from_float(*static_cast<Half*>(p), float(x));
+  }
+}
+
+// The columns of sets, which offsets delimit.
+inline void check_columns(const char* op, const int64_t* columns, const int64_t* offsets, int64_t sets, int64_t count,
+                          int64_t width) {
+  check(offsets[0] == 0 && offsets[sets] == count, op, ": offsets must run from 0 to the number of columns, ", count,
+        ", got ", offsets[0], " to ", offsets[sets]);
+  for (int64_t k = 0; k < sets; ++k) {
+    check(offsets[k] <= offsets[k + 1], op, ": offsets must not fall, got ", offsets[k], " before ", offsets[k + 1]);
+    for (int64_t i = offsets[k]; i < offsets[k + 1]; ++i) {
+      check(columns[i] >= 0 && columns[i] < width && (i == offsets[k] || columns[i - 1] < columns[i]), op,
+            ": the columns of a set must rise within [0, ", width, "), got ", columns[i]);
+    }
   }
 }
 
@@ -118,7 +132,7 @@ inline Rows describe(const char* op, const Tensor& logits, const Tensor& labels,
     rows.anchors_tensor = dense(*anchors);
     rows.anchors = rows.anchors_tensor.const_data_ptr();
   }
-  rows.kernels = &kernels_for(rows.type);
+  rows.kernels = &isa_kernels().rows[rows.type];
   rows.threads = torch::stable::get_num_threads();
   return rows;
 }

@@ -251,9 +251,9 @@ void backward(const Rows& rows, const Acc* lse, const Acc* grad, const Acc* entr
 
 }  // namespace
 
-const RowKernels& kernels_for(ElementType type) {
+const IsaKernels& isa_kernels() {
   static const IsaKernels* chosen = choose_kernels();
-  return chosen->rows[type];
+  return *chosen;
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,

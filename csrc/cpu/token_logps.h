@@ -74,10 +74,30 @@ struct RowKernels {
   void (*in_lane_order)(const void* from, void* to, int64_t n);
 };
 
+// Blocks of matmuls of bfloat16 numbers, summed in float32. A pair is two neighbours along the inner dimension in 32
+// bits, the first one in the low half.
+constexpr int64_t kPanel = 64;  // columns
+
+struct Bf16Matmul {
+  // c[r][0 .. kPanel * panels) += a b. Pair p of row r of a is at r * row_stride + p * pair_stride, in bytes; b
+  // [panels, pairs, kPanel] holds pairs.
+  void (*add)(const void* a, int64_t row_stride, int64_t pair_stride, int64_t rows, const uint32_t* b, int64_t pairs,
+              int64_t panels, float* const* c);
+  // The pairs of two rows of n numbers, zeros up to whole panels; a panel begins panel_stride pairs behind the one
+  // before. high may be null, for zeros.
+  void (*pack_pairs)(const BFloat16* low, const BFloat16* high, int64_t n, uint32_t* out, int64_t panel_stride);
+  // out[t][v] = sum over pairs of weight[v] x[t], + bias[v] + minus[t], for v in [0, columns) and t in [0, rows). Rows
+  // of weight are 2 * pairs numbers; x [panels of rows, pairs, kPanel], minus with whole panels; bias may be null.
+  void (*logits)(const BFloat16* weight, int64_t weight_stride, int64_t columns, const uint32_t* x, int64_t pairs,
+                 int64_t rows, const float* bias, const float* minus, BFloat16* out, int64_t stride);
+  void (*round_row)(const float* from, int64_t n, BFloat16* to);
+};
+
 enum ElementType { kFloat32, kBFloat16, kFloat16, kFloat64, kElementTypes };
 
 struct IsaKernels {
   RowKernels rows[kElementTypes];
+  Bf16Matmul matmul;  // null functions without bfloat16 instructions
 };
 
 const IsaKernels* kernels_portable();

@@ -8,9 +8,11 @@ namespace {
 #include "vec_avx512.h"
 #include "token_logps_rows.h"
 #include "live_columns_rows.h"
+#include "matmul_bf16.h"
 
 const IsaKernels kKernels = {
-    {row_kernels<float>(), row_kernels<BFloat16>(), row_kernels<Half>(), row_kernels<double>()}};
+    {row_kernels<float>(), row_kernels<BFloat16>(), row_kernels<Half>(), row_kernels<double>()},
+    {add_matmul, pack_pairs, logits_tile, round_row}};
 }  // namespace
 
 const IsaKernels* kernels_avx512bf16() { return &kKernels; }
