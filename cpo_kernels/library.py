@@ -61,10 +61,12 @@ SCHEMAS = {
 CPU_SCHEMAS = {
     "logits_": "(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor(a!) out) -> ()",
     "live_dx": (
-        "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor weight, Tensor tail_rows, int rows) -> Tensor"
+        "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor weight, Tensor tail_rows, Tensor coef,"
+        " Tensor label_columns, Tensor label_grads) -> Tensor"
     ),
     "live_dw": (
-        "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor x, Tensor tail, Tensor tails) -> Tensor"
+        "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor x, Tensor coef, Tensor tail, Tensor tails,"
+        " Tensor label_columns, Tensor label_grads) -> Tensor"
     ),
 }
 

@@ -59,7 +59,6 @@ class Chunk:
         head, execution = self.head, self.execution
         ones, filtered = torch.ones_like(coef), self.filtered
         of_g, left = (coef, ones) if self.waits else (ones, coef)
-        of_dx = coef.clone() if filtered else left  # the gradients of live sets have no coefficients
         live_dx, live_sums = LiveDx(head), no_sums(self.x)
         for rows, logits in self.pieces:
             labels, logp, lse = self.labels[rows], self.logps.logp[rows], self.logps.lse[rows]
@@ -72,11 +71,10 @@ class Chunk:
                 for exact in exact_rows(sets):
                     own = logits.rows(exact), labels[exact], logp[exact], of_g[rows][exact]
                     product_dx(head, *own, dx_rows[exact])
-                    of_dx[rows][exact] = left[rows][exact]
-                live_dx.add(sets, dx_rows)
+                live_dx.add(sets, dx_rows, coef[rows] if self.waits else None)
                 live_sums += sets.sums(labels, head.options)
             elif dx.numel():
                 product_dx(head, logits, labels, logp, of_g[rows], dx_rows)
         live_dx.write()
         sums.add(head.rows(self.x.shape[0]), self.x, left)
-        return of_dx, live_sums
+        return left, live_sums

@@ -18,11 +18,18 @@ from torch import Tensor
 
 from cpo_kernels import library
 from cpo_kernels.backends import dispatch
-from cpo_kernels.backends.vocab_parallel import ShardedKernels, all_gather, columns_bwd_, columns_here
+from cpo_kernels.backends.vocab_parallel import (
+    ShardedKernels,
+    all_gather,
+    columns_bwd_,
+    columns_here,
+    columns_of,
+    logit_and_slope,
+)
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
-from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
-from cpo_kernels.head.label_remainder import product_dx
-from cpo_kernels.head.matmul import product
+from cpo_kernels.head.inputs import Execution, Head, Logits, Needs, RowLogps
+from cpo_kernels.head.label_remainder import add_remainder, label_remainder, product_dx
+from cpo_kernels.head.matmul import add_product, product
 from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.ops.token_logps import HeadOptions
 
@@ -40,22 +47,26 @@ class LiveTensors(NamedTuple):
     offsets: Tensor  # [sets + 1] int64 on the host
     exact: Tensor  # [sets] bool on the host
     tail: Tensor
+    label_columns: Tensor
+    label_grads: Tensor
 
 
 def no_live_tensors(like: Tensor) -> LiveTensors:
     ids = like.new_empty(0, dtype=torch.int64)
     host = torch.empty(0, dtype=torch.int64)
-    return LiveTensors(like.new_empty(0), ids, host, host.bool(), like.new_empty(0, 0))
+    none = like.new_empty(0, dtype=library.acc_dtype(like.dtype))
+    return LiveTensors(like.new_empty(0), ids, host, host.bool(), like.new_empty(0, 0), ids.clone(), none)
 
 
 def fake_live_tensors(like: Tensor) -> LiveTensors:
     """Of data-dependent sizes."""
     context = torch.library.get_ctx()
-    elements, ids, sets, width = (context.new_dynamic_size() for _ in range(4))
+    elements, ids, sets, width, rows = (context.new_dynamic_size() for _ in range(5))
     host = torch.empty(sets + 1, dtype=torch.int64, device="cpu")
     exact = torch.empty(sets, dtype=torch.bool, device="cpu")
     columns = like.new_empty(ids, dtype=torch.int64)
-    return LiveTensors(like.new_empty(elements), columns, host, exact, like.new_empty(sets, width))
+    labels = like.new_empty(rows, dtype=torch.int64), like.new_empty(rows, dtype=library.acc_dtype(like.dtype))
+    return LiveTensors(like.new_empty(elements), columns, host, exact, like.new_empty(sets, width), *labels)
 
 
 @dataclass(frozen=True)
@@ -67,13 +78,16 @@ class LiveSets:
     offsets: list[int]  # set k has columns[offsets[k] : offsets[k + 1]]
     exact: list[bool]  # sets with too many live columns: they have none here
     tail: Tensor  # [sets, V] TAIL_UNIT * q
+    label_columns: Tensor  # [n], -1 for a row without a label here; [0] unless logits are relative
+    label_grads: Tensor  # [n] g of the labels before rounding, or [0]
     num_rows: int
     set_rows: int
 
     @classmethod
     def of(cls, tensors: LiveTensors, num_rows: int, set_rows: int) -> "LiveSets":
-        g, columns, offsets, exact, tail = tensors
-        return cls(g, columns, offsets.tolist(), exact.tolist(), tail, num_rows, set_rows)
+        g, columns, offsets, exact, tail, label_columns, label_grads = tensors
+        labels = label_columns, label_grads
+        return cls(g, columns, offsets.tolist(), exact.tolist(), tail, *labels, num_rows, set_rows)
 
     @property
     def places(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,16 +136,14 @@ def joined(parts: list[LiveSets], like: Tensor) -> LiveTensors:
         torch.tensor(offsets),
         torch.tensor([exact for part in parts for exact in part.exact], dtype=torch.bool),
         torch.cat([part.tail for part in parts]),
+        torch.cat([part.label_columns for part in parts]),
+        torch.cat([part.label_grads for part in parts]),
     )
 
 
-def by_index(head: Head) -> Any:
-    """Kernels with matmuls that read rows of W by index; None if a copy of W_A goes to the vendor's library."""
-    return head.kernels if adds_by_index(head.kernels) else dispatch.own_matmuls(head.kernels, head.weight)
-
-
 def adds_by_index(kernels: Any) -> bool:
-    """Whether they add into a float32 dW by index, as Triton's do; the CPU's own `live_dw` computes all of dW."""
+    """Whether the kernels read rows of W by index and add into a float32 dW by index: Triton's do. The CPU's own
+    (`dispatch.own_matmuls`) compute all of dW. Else copies of W_A go to the vendor's library."""
     return hasattr(kernels, "live_dw_")
 
 
@@ -155,7 +167,19 @@ def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: floa
     g = head.kernels.live_grads(z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options, anchors)
     total = tail.sum(1, keepdim=True)
     q = (tail / torch.where(total > 0, total, 1.0) * TAIL_UNIT).to(z.dtype)  # 1 / total may not be finite
-    return LiveSets(g, columns, offsets, exact, q, z.shape[0], set_rows)
+    return LiveSets(g, columns, offsets, exact, q, *_label_grads(head, anchors, labels, lse), z.shape[0], set_rows)
+
+
+def _label_grads(head: Head, anchors: Tensor | None, labels: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`label_columns` and `label_grads` of a chunk. g of a row's label is (1 - p) dz/du."""
+    if anchors is None:
+        return labels.new_empty(0), lse.new_empty(0)
+    options = head.options
+    column, here = columns_of(labels, options.ignore_index, *columns_here(head.kernels, options.vocab_size)[1:])
+    z, slope = logit_and_slope(anchors[1], options.scale, options.softcap)
+    value = -torch.expm1(z - lse.double()) * slope
+    here = here & torch.isfinite(value)
+    return torch.where(here, column, -1), torch.where(here, value, 0.0).to(lse.dtype)
 
 
 class LiveDx:
@@ -167,38 +191,58 @@ class LiveDx:
 
     def __init__(self, head: Head) -> None:
         self.head = head
-        self.parts: list[tuple[LiveSets, Tensor]] = []
+        self.parts: list[tuple[LiveSets, Tensor, Tensor | None]] = []
 
-    def add(self, sets: LiveSets, dx: Tensor) -> None:
-        self.parts.append((sets, dx))
-        if sum(s.g.numel() + s.tail.numel() for s, _ in self.parts) > self.head.buffer.numel():
+    def add(self, sets: LiveSets, dx: Tensor, coef: Tensor | None = None) -> None:
+        """coef [n]: factors of the rows of dX; None for 1."""
+        self.parts.append((sets, dx, coef))
+        if sum(s.g.numel() + s.tail.numel() for s, *_ in self.parts) > self.head.buffer.numel():
             self.write()
 
     def write(self) -> None:
         parts, self.parts = self.parts, []
         if not parts:
             return
-        tails = [sets.tail for sets, _ in parts]
+        tails = [sets.tail for sets, *_ in parts]
         weight = self.head.weight[: tails[0].shape[1]]
         q = tails[0] if len(tails) == 1 else torch.cat(tails)
         means = product(q, weight, weight.new_empty(len(q), weight.shape[1])) / TAIL_UNIT  # [sets, H]
-        kernels = by_index(self.head)
-        most = 0 if kernels else max(len(columns) for sets, _ in parts for columns in sets.columns_of())
-        buffer = weight.new_empty(most + 1, weight.shape[1])  # W_A, and the mean of the other rows
-        for (sets, dx), mean in zip(parts, means.split([len(tail) for tail in tails]), strict=True):
-            if kernels:
-                mean = mean.to(library.acc_dtype(mean.dtype))
-                made = kernels.live_dx(*sets.places, sets.set_rows, weight, mean, sets.num_rows)
-                for rows in exact_rows(sets):
-                    made[rows] = dx[rows]
-                dx.copy_(made)
+        indexed = adds_by_index(self.head.kernels) or dispatch.own_matmuls(self.head.kernels, weight)
+        compute = self.by_index if indexed else self.by_copies
+        for (sets, dx, coef), mean in zip(parts, means.split([len(tail) for tail in tails]), strict=True):
+            compute(sets, mean, dx, coef)
+
+    def by_index(self, sets: LiveSets, means: Tensor, dx: Tensor, coef: Tensor | None) -> None:
+        weight, args = self.head.weight, (*sets.places, sets.set_rows, self.head.weight)
+        kernels: Any = self.head.kernels
+        if adds_by_index(kernels):
+            made = kernels.live_dx(*args, means, sets.num_rows)
+            made = made if coef is None else scale_rows(made, coef)
+        else:
+            acc = library.acc_dtype(weight.dtype)
+            coef = weight.new_ones(sets.num_rows, dtype=acc) if coef is None else coef
+            made = kernels.live_dx(*args, means.to(acc), coef, sets.label_columns, sets.label_grads)
+        for rows in exact_rows(sets):
+            made[rows] = dx[rows]
+        dx.copy_(made)
+
+    def by_copies(self, sets: LiveSets, means: Tensor, dx: Tensor, coef: Tensor | None) -> None:
+        weight, columns_of_sets = self.head.weight, sets.columns_of()
+        buffer = weight.new_empty(max(len(columns) for columns in columns_of_sets) + 1, weight.shape[1])
+        for k, (live, columns) in enumerate(zip(sets.grads(), columns_of_sets, strict=True)):
+            if sets.exact[k]:
                 continue
-            for k, (live, columns) in enumerate(zip(sets.grads(), sets.columns_of(), strict=True)):
-                if not sets.exact[k]:
-                    weights = buffer[: len(columns) + 1]
-                    torch.index_select(weight, 0, columns, out=weights[:-1])
-                    weights[-1] = mean[k]
-                    product(live, weights, dx[sets.rows(k)])
+            rows, weights = sets.rows(k), buffer[: len(columns) + 1]  # W_A, and the mean of the other rows
+            torch.index_select(weight, 0, columns, out=weights[:-1])
+            weights[-1] = means[k]
+            labelled = sets.label_grads.numel() > 0
+            if labelled:  # sums begin with what the rounding of the labels' g takes away
+                lost = sets.label_grads[rows] - sets.label_grads[rows].to(weight.dtype)
+                torch.index_select(weight, 0, sets.label_columns[rows].clamp(min=0), out=dx[rows])
+                dx[rows].mul_(lost[:, None].to(weight.dtype))
+            add_product(dx[rows], live, weights, first=not labelled)
+            if coef is not None:
+                dx[rows] = scale_rows(dx[rows], coef[rows])
 
 
 def filtered_chunk(
@@ -244,65 +288,63 @@ def over_shards(head: Head, sums: Tensor) -> Tensor:
     return (all_gather(sums, kernels.group) * weights.to(sums.device, non_blocking=True)).sum(0)
 
 
-def live_head_grads(
-    head: Head,
-    sets: LiveSets,
-    x: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    lacks: Tensor,
-    coef: Tensor,
-    need_dw: bool,
-    need_db: bool,
+def live_backward(
+    head: Head, sets: LiveSets, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, coef: Tensor, needs: Needs
 ) -> HeadGrads:
-    """dW / power [V, H] and db [V] of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n], lacks [n] or [0].
+    """The gradients of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n], lacks [n] or [0]. The returned
+    coefficients are those by which the rows of dx are yet to be multiplied.
 
-    dW is written by vocab tiles: the products g_A^T (c X) of all sets for a tile, then `live_sum`; or by kernels that
-    find their rows of dW by index. The logits of rows in exact sets are recomputed.
+    dW is computed by kernels that find its rows by index; or by vocab tiles, from the products g_A^T (c X) of all sets
+    for a tile (`live_sum`). The logits of rows in exact sets are recomputed, by tiles too.
     """
     weight, acc, width = head.weight, library.acc_dtype(x.dtype), sets.tail.shape[1]
-    dw = weight.new_empty(weight.shape if need_dw else 0)
-    dw[width if sets.exact else 0 :] = 0  # padding; all of it where there are no rows
-    db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=acc)
     power, db_power = sum_powers(coef, x, abs(head.options.scale))
-    out = HeadGrads(x.new_empty(0), coef, dw, db, power)
+    # float16 does not have the range for coefficients.
+    of_dx, left = (None, coef) if x.dtype == torch.float16 else (coef, torch.ones_like(coef))
+    dx = torch.empty_like(x) if needs.dx else x.new_empty(0)
+    dw = weight.new_empty(weight.shape if needs.dw else 0)
+    dw[width if sets.exact else 0 :] = 0  # padding; all of it where there are no rows
+    db = weight.new_zeros(weight.shape[0] if needs.db else 0, dtype=acc)
     if not sets.exact:
-        return out
-    scaled, bias_coef = scale_rows(x, coef / power), coef / db_power
+        return HeadGrads(dx, left, dw, db, power)
     rows, grads, columns = [sets.rows(k) for k in range(len(sets.exact))], sets.grads(), sets.columns_of()
     tau = torch.cat([g[:, -1].to(acc) * (not e) for g, e in zip(grads, sets.exact, strict=True)]) / TAIL_UNIT  # [n]
-    tails = torch.stack([tau[r] @ scaled[r].to(acc) for r in rows])  # [sets, H]
-    if need_db:
+    bias_coef, of_tails = coef / db_power, tau * (coef / power)
+    tails = torch.stack([of_tails[r] @ x[r].to(acc) for r in rows])  # [sets, H]
+    again = _ExactRows(head, x, labels, lse, lacks, sets)
+    kernels: Any = head.kernels
+    adds = adds_by_index(kernels)
+    own = dispatch.own_matmuls(kernels, weight) if not again.index.numel() else None
+    if needs.dx:
+        live_dx = LiveDx(head)
+        live_dx.add(sets, dx, of_dx)
+        live_dx.write()
+    if needs.db:
         db[:width] = sets.tail.t().to(acc) @ torch.stack([torch.dot(tau[r], bias_coef[r]) for r in rows])
         for g, ids, r in zip(grads, columns, rows, strict=True):
             db[ids] += torch.mv(g[:, :-1].t(), bias_coef[r].to(g.dtype)).to(acc)
-    kernels = by_index(head)
-    if kernels and need_dw and not adds_by_index(kernels):
-        if any(sets.exact):  # whose rows `live_dw` does not know
-            kernels = None
-        else:
-            made = kernels.live_dw(*sets.places, sets.set_rows, scaled, sets.tail, tails)
-            return out._replace(dw=_padded(made, weight.shape[0]), db=db * db_power)
-    if kernels and need_dw:
-        total = sets.tail.t().to(acc) @ tails  # [width, H]
-        kernels.live_dw_(*sets.places, sets.set_rows, scaled, total)
-    again = _ExactRows(
-        head,
-        x,
-        labels,
-        lse,
-        lacks,
-        torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))]),
-    )
-    again_scaled, again_coef = scaled[again.index], bias_coef[again.index].to(x.dtype)
-    tile = width if kernels else _tile_rows(sets, weight)
+    by_tiles = needs.dw and not own and not adds
+    if needs.dw and own:
+        labels_of_sets = sets.label_columns, sets.label_grads
+        made = own.live_dw(*sets.places, sets.set_rows, x, coef, sets.tail, tails, *labels_of_sets)
+        dw = made if width == len(weight) else torch.cat([made, dw[width:]])
+    elif needs.dw:
+        scaled = scale_rows(x, coef / power)
+        if adds:
+            total = sets.tail.t().to(acc) @ tails  # [width, H]
+            kernels.live_dw_(*sets.places, sets.set_rows, scaled, total)
+    tile = _tile_rows(sets, weight) if by_tiles else width
     for low, high in chunks(width, even_rows(width, min(tile, again.most_columns()))):
+        if not by_tiles and not again.index.numel():
+            break
         exact = again.grads(low, high)  # [m, high - low]
-        if need_db:
-            db[low:high] += torch.mv(exact.t(), again_coef).to(acc)
-        if need_dw and kernels:
-            total[low:high] += exact.t() @ again_scaled
-        elif need_dw:
+        if needs.dx:
+            again.add_dx(exact, low, high)
+        if needs.db:
+            db[low:high] += torch.mv(exact.t(), bias_coef[again.index].to(x.dtype)).to(acc)
+        if needs.dw and adds:
+            total[low:high] += exact.t() @ scaled[again.index]
+        elif needs.dw:
             ends = torch.tensor([low, high], device=x.device)
             spans = [torch.searchsorted(ids, ends).tolist() for ids in columns]
             parts = [
@@ -310,20 +352,17 @@ def live_head_grads(
                 for g, r, c, (start, end) in zip(grads, rows, columns, spans, strict=True)
             ]
             every = torch.arange(high - low, device=x.device)
-            parts.append((exact, again_scaled, every[: (high - low) * (len(again_scaled) > 0)]))
+            parts.append((exact, scaled[again.index], every[: (high - low) * (len(again.index) > 0)]))
             few = sets.tail[:, low:high], tails
             if len(tails) > FEW_SETS:
                 parts.append((few[0], tails.to(x.dtype), every))
                 few = few[0][:0], tails[:0]
             dw[low:high] = _sum_of_sets(head, *few, parts)
-    if kernels and need_dw:
+    if needs.dw and adds:
         dw[:width] = total
-    return out._replace(db=db * db_power)
-
-
-def _padded(dw: Tensor, rows: int) -> Tensor:
-    """dw with rows of zeros up to this number."""
-    return dw if len(dw) == rows else torch.nn.functional.pad(dw, (0, 0, 0, rows - len(dw)))
+    if needs.dx and again.index.numel():
+        dx[again.index] = again.finished_dx(of_dx)
+    return HeadGrads(dx, left, dw, db * db_power, power)
 
 
 def _sum_of_sets(head: Head, tail: Tensor, tails: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -359,11 +398,15 @@ def _tile_rows(sets: LiveSets, weight: Tensor) -> int:
 class _ExactRows:
     """The rows of exact sets, whose logits are recomputed."""
 
-    def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, index: Tensor) -> None:
+    def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, sets: LiveSets) -> None:
+        index = torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))])
         self.head, self.index = head, index.to(x.device)
         self.x, self.labels, self.lse = (t.index_select(0, self.index) for t in (x, labels, lse))
         self.kernels, self.first, _ = columns_here(head.kernels, head.options.vocab_size)
         self.anchors = head.anchors(self.x, self.labels, lacks.index_select(0, self.index) if lacks.numel() else lacks)
+        acc = library.acc_dtype(x.dtype)
+        self.dx = torch.zeros_like(self.x, dtype=acc)  # [m, H] for coefficients of 1
+        self.lost = torch.zeros_like(self.lse, dtype=torch.float64)  # see `label_remainder`
 
     def most_columns(self) -> int:
         """Columns that the head's buffer holds for all rows, and whose products have about TILE_ELEMENTS elements."""
@@ -382,3 +425,19 @@ class _ExactRows:
             options.softcap, self.first + low, high - low, self.anchors,
         )  # fmt: skip
         return g
+
+    def add_dx(self, g: Tensor, low: int, high: int) -> None:
+        if not self.index.numel():
+            return
+        add_product(self.dx, g, self.head.weight[low:high], first=False)
+        if self.anchors is not None:
+            options, ones = self.head.options, torch.ones_like(self.lse)
+            logp = logit_and_slope(self.anchors[1], options.scale, options.softcap)[0] - self.lse
+            part = slice(low, high)
+            self.lost += label_remainder(self.head, Logits(g, self.anchors), self.labels, logp, ones, part)[0]
+
+    def finished_dx(self, coef: Tensor | None) -> Tensor:
+        """coef [n] of all rows, or None for 1."""
+        if self.anchors is not None:
+            add_remainder(self.head, self.labels, self.lost, self.dx)
+        return (self.dx if coef is None else self.dx * coef[self.index, None]).to(self.x.dtype)

@@ -33,7 +33,7 @@ from cpo_kernels.head.live import (
     fake_live_tensors,
     filtered_chunk,
     joined,
-    live_head_grads,
+    live_backward,
     no_live_tensors,
     no_sums,
     over_shards,
@@ -134,7 +134,7 @@ class BackwardArgs(NamedTuple):
 
 def _head_grads(tensors: HeadTensors, args: BackwardArgs, kept: Tensor | None = None) -> InputGrads:
     """The vector-Jacobian product of `linear_token_logps` from recomputed logits or from kept ones, which are
-    overwritten; or the head's from live sets."""
+    overwritten; or from live sets."""
     execution, needs = args.execution, args.needs
     rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
     lse, grad = rows.gather(args.lse), rows.gather(args.grad)
@@ -144,7 +144,7 @@ def _head_grads(tensors: HeadTensors, args: BackwardArgs, kept: Tensor | None = 
     head = execution.head(tensors, rows.labels, args.options, most)
     if args.from_live:
         sets = LiveSets.of(args.live, rows.x.shape[0], execution.set_rows)
-        grads = live_head_grads(head, sets, rows.x, rows.labels, lse, lacks, grad, needs.dw, needs.db)
+        grads = live_backward(head, sets, rows.x, rows.labels, lse, lacks, grad, needs)
     else:
         entropies = rows.gather(args.entropies.t()).t().contiguous() if args.entropies.numel() else None
         grads = second_pass(head, rows.x, rows.labels, lse, lacks, grad, needs, entropies, kept)
@@ -191,8 +191,9 @@ def _is_batched(*grads: Tensor) -> bool:
 
 
 class LinearTokenLogps(torch.autograd.Function):
-    """`frozen` and filtered heads save dX for an incoming gradient of 1; `kept` saves the logits; `recompute` computes
-    them again in backward, and so does a second backward of `kept`, whose first one overwrites them."""
+    """`frozen` heads, and those whose dX only is filtered, save dX for an incoming gradient of 1; `kept` saves the
+    logits, `live` the live gradients; `recompute` computes the logits again in backward, and so does a second backward
+    of `kept`, whose first one overwrites them."""
 
     @staticmethod
     def forward(
@@ -259,7 +260,7 @@ def token_logps_of(
     tensors, needs = inputs.tensors, inputs.needs
     ref_hidden = tensors.weight.new_empty(0) if ref_hidden is None else ref_hidden
     index = tensors.labels.new_empty(0) if index is None else index
-    want_dx = needs.dx and (not needs.head or inputs.filter_eps > 0)
+    want_dx = needs.dx and (not needs.head or inputs.filter_eps > 0) and not inputs.keeps_live_sets
     if extras and torch.compiler.is_compiling():  # backward then gets a gradient of the entropy, zeros at times
         want_dx = False
     keep_rows, weight = 0, inputs.tensors.weight

@@ -60,10 +60,42 @@ inline void prefetch(const BFloat16* x, int64_t n) {
   for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(x + i);
 }
 
+// The gradient of a row's label is known more exactly than g holds it: column [rows], none below 0, and value [rows].
+struct Labels {
+  const int64_t* column = nullptr;
+  const float* value;
+
+  Labels(const char* op, Tensor& columns, Tensor& values, int64_t rows, int64_t width) {
+    if (!given(columns)) return;
+    check_dtype("label_columns", columns, ScalarType::Long);
+    check_dtype("label_grads", values, ScalarType::Float);
+    check_vector("label_columns", columns, rows);
+    check_vector("label_grads", values, rows);
+    columns = dense(columns), values = dense(values);
+    column = data_of<int64_t>(columns), value = data_of<float>(values);
+    for (int64_t t = 0; t < rows; ++t) {
+      check(column[t] < width, op, ": label_columns must lie below ", width, ", got ", column[t], " at row ", t);
+    }
+  }
+  bool here(int64_t t) const { return column && column[t] >= 0; }
+  float rounded(int64_t t) const {
+    BFloat16 stored;
+    from_float(stored, value[t]);
+    return to_float(stored);
+  }
+};
+
+const float* row_factors(const char* name, Tensor& factors, int64_t rows) {
+  check_dtype(name, factors, ScalarType::Float);
+  check_vector(name, factors, rows);
+  factors = dense(factors);
+  return data_of<float>(factors);
+}
+
 // Rows [0, size) of a set, columns [first, first + width) of dX.
 void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight, int64_t weight_stride,
-             const float* tail_row, int64_t width, BFloat16* out, int64_t out_stride, std::vector<float>& sums,
-             std::vector<uint32_t>& packed) {
+             const float* tail_row, const float* coef, const Labels& labels, int64_t width, BFloat16* out,
+             int64_t out_stride, std::vector<float>& sums, std::vector<uint32_t>& packed) {
   const int64_t live = sets.live(k), size = sets.size(k), panels = panels_of(width), stride = panels * kPanel;
   const BFloat16* g = sets.grads(k);
   sums.assign(size_t(size * stride), 0.0f);
@@ -73,6 +105,10 @@ void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat
     rows[t] = sums.data() + t * stride;
     const float tau = to_float(g[t * (live + 1) + live]);
     for (int64_t i = 0; i < width; ++i) rows[t][i] = tau * tail_row[i];
+    const int64_t row = sets.low(k) + t;
+    if (!labels.here(row)) continue;
+    const float error = labels.value[row] - labels.rounded(row);
+    matmul.add_row(weight + labels.column[row] * weight_stride, width, error, 0.0f, 0.0f, rows[t]);
   }
   for (int64_t j = 0; j < live; j += 2 * kDxPairs) {
     const int64_t pairs = (std::min(2 * kDxPairs, live - j) + 1) / 2;
@@ -89,7 +125,7 @@ void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat
     }
     matmul.add(g + j, 2 * (live + 1), 4, size, packed.data(), pairs, panels, rows.data());
   }
-  for (int64_t t = 0; t < size; ++t) matmul.round_row(rows[t], width, out + t * out_stride);
+  for (int64_t t = 0; t < size; ++t) matmul.round_row(rows[t], width, coef[sets.low(k) + t], out + t * out_stride);
 }
 
 // Rows of a matrix in pairs, as the second operand of Bf16Matmul::add: [panels, pairs, kPanel].
@@ -109,15 +145,21 @@ struct Packed {
   std::vector<uint32_t> tails[2];  // rounded, and the rounding errors: 16 bits of float32's 24
 };
 
-Packed pack(const Bf16Matmul& matmul, const Sets& sets, const BFloat16* x, const float* tails, int64_t width) {
+Packed pack(const Bf16Matmul& matmul, const Sets& sets, const BFloat16* x, const float* coef, const float* tails,
+            int64_t width) {
   Packed packed;
   packed.width = width, packed.panels = panels_of(width);
   const int64_t size = packed.panels * kPanel;
   packed.set_stride = (sets.set_rows + 1) / 2 * size;
   packed.x.resize(size_t(sets.count * packed.set_stride));
   torch::stable::parallel_for(0, sets.count, 1, [&](int64_t begin, int64_t end) {
+    std::vector<BFloat16> scaled(size_t(sets.set_rows * width));
     for (int64_t k = begin; k < end; ++k) {
-      pack_rows(matmul, x + sets.low(k) * width, sets.size(k), width, packed.x.data() + k * packed.set_stride);
+      for (int64_t t = 0; t < sets.size(k); ++t) {
+        const int64_t row = sets.low(k) + t;
+        matmul.scale_row(x + row * width, width, coef[row], scaled.data() + t * width);
+      }
+      pack_rows(matmul, scaled.data(), sets.size(k), width, packed.x.data() + k * packed.set_stride);
     }
   });
   std::vector<BFloat16> high(size_t(sets.count * width)), low(high.size());
@@ -132,10 +174,38 @@ Packed pack(const Bf16Matmul& matmul, const Sets& sets, const BFloat16* x, const
   return packed;
 }
 
+// Rows t of x, their coefficients, and the rows in the order of their labels.
+struct LabelRows {
+  const BFloat16* x;
+  const float* coef;
+  const Labels* labels;
+  std::vector<int64_t> order;
+
+  LabelRows(const BFloat16* x, const float* coef, const Labels& labels, int64_t rows)
+      : x(x), coef(coef), labels(&labels) {
+    for (int64_t t = 0; t < rows; ++t) {
+      if (labels.here(t)) order.push_back(t);
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return labels.column[a] < labels.column[b]; });
+  }
+  // To the sums of columns [low, high), what the rounded products of their labels lack.
+  void add(const Bf16Matmul& matmul, int64_t low, int64_t high, int64_t width, int64_t first, int64_t n, float* sums,
+           int64_t stride) const {
+    const auto from =
+        std::partition_point(order.begin(), order.end(), [&](int64_t t) { return labels->column[t] < low; });
+    for (auto at = from; at < order.end() && labels->column[*at] < high; ++at) {
+      const int64_t t = *at;
+      matmul.add_row(x + t * width + first, n, coef[t] * labels->value[t], labels->rounded(t), coef[t],
+                     sums + (labels->column[t] - low) * stride);
+    }
+  }
+};
+
 // Rows [low, high) of dW, and `panels` panels of its columns from the panel `first`.
-void dw_task(const Bf16Matmul& matmul, const Sets& sets, const Packed& packed, const BFloat16* tail,
-             int64_t tail_stride, int64_t low, int64_t high, int64_t first, int64_t panels, BFloat16* out,
-             std::vector<float>& sums, std::vector<uint32_t>& pairs_of_g) {
+void dw_task(const Bf16Matmul& matmul, const Sets& sets, const Packed& packed, const LabelRows& labels,
+             const BFloat16* tail, int64_t tail_stride, int64_t low, int64_t high, int64_t first, int64_t panels,
+             BFloat16* out, std::vector<float>& sums, std::vector<uint32_t>& pairs_of_g) {
   const int64_t stride = panels * kPanel;
   sums.assign(size_t((high - low) * stride), 0.0f);
   std::vector<float*> rows(size_t(high - low));
@@ -168,18 +238,22 @@ void dw_task(const Bf16Matmul& matmul, const Sets& sets, const Packed& packed, c
     span = next;
   }
   const int64_t column = first * kPanel, n = std::min(stride, packed.width - column);
+  labels.add(matmul, low, high, packed.width, column, n, sums.data(), stride);
   for (int64_t v = low; v < high; ++v) {
-    matmul.round_row(sums.data() + (v - low) * stride, n, out + v * packed.width + column);
+    matmul.round_row(sums.data() + (v - low) * stride, n, 1.0f, out + v * packed.width + column);
   }
 }
 
 }  // namespace
 
-Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor tail_rows,
-               int64_t rows) {
+Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor tail_rows, Tensor coef,
+               Tensor label_columns, Tensor label_grads) {
   const Bf16Matmul& kernels = bf16_matmul("live_dx");
   check_bf16_matrix("live_dx", "weight", weight);
+  const int64_t rows = coef.numel();
+  const float* factors = row_factors("coef", coef, rows);
   const Sets sets = describe_sets("live_dx", g, columns, offsets, set_rows, rows, weight.size(0));
+  const Labels labels("live_dx", label_columns, label_grads, rows, weight.size(0));
   const int64_t width = weight.size(1), stride = weight.stride(0);
   check_dtype("tail_rows", tail_rows, ScalarType::Float);
   check_matrix("tail_rows", tail_rows, sets.count, width);
@@ -195,14 +269,15 @@ Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
     std::vector<uint32_t> packed;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t k = task % sets.count, first = task / sets.count * step;
-      dx_task(kernels, sets, k, w + first, stride, tails + k * width + first, std::min(step, width - first),
-              out + sets.low(k) * width + first, width, sums, packed);
+      dx_task(kernels, sets, k, w + first, stride, tails + k * width + first, factors, labels,
+              std::min(step, width - first), out + sets.low(k) * width + first, width, sums, packed);
     }
   });
   return dx;
 }
 
-Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor x, Tensor tail, Tensor tails) {
+Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor x, Tensor coef, Tensor tail,
+               Tensor tails, Tensor label_columns, Tensor label_grads) {
   const Bf16Matmul& kernels = bf16_matmul("live_dw");
   check_bf16_matrix("live_dw", "x", x);
   check_bf16_matrix("live_dw", "tail", tail);
@@ -212,7 +287,10 @@ Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
   check_matrix("tail", tail, sets.count, vocab);
   check_matrix("tails", tails, sets.count, width);
   x = dense(x), tails = dense(tails);
-  const Packed packed = pack(kernels, sets, data_of<BFloat16>(x), data_of<float>(tails), width);
+  const float* factors = row_factors("coef", coef, x.size(0));
+  const Labels labels("live_dw", label_columns, label_grads, x.size(0), vocab);
+  const LabelRows by_label(data_of<BFloat16>(x), factors, labels, x.size(0));
+  const Packed packed = pack(kernels, sets, data_of<BFloat16>(x), factors, data_of<float>(tails), width);
   Tensor dw = torch::stable::new_empty(g, {vocab, width}, ScalarType::BFloat16);
   BFloat16* out = mutable_data_of<BFloat16>(dw);
   const BFloat16* q = data_of<BFloat16>(tail);
@@ -226,7 +304,7 @@ Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
     std::vector<uint32_t> pairs_of_g;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t low = task / parts * jump % tiles * kDwColumns, first = task % parts * kDwPanels;
-      dw_task(kernels, sets, packed, q, stride, low, std::min(low + kDwColumns, vocab), first,
+      dw_task(kernels, sets, packed, by_label, q, stride, low, std::min(low + kDwColumns, vocab), first,
               std::min(kDwPanels, packed.panels - first), out, sums, pairs_of_g);
     }
   });

@@ -50,11 +50,12 @@ void add_matmul(const void* a, int64_t row_stride, int64_t pair_stride, int64_t 
   }
 }
 
+inline __mmask16 first_lanes_of(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+
 void pack_pairs(const BFloat16* low, const BFloat16* high, int64_t n, uint32_t* out, int64_t panel_stride) {
   for (int64_t i = 0; i < n; i += kPanel, out += panel_stride) {
     for (int v = 0; v < kPanel; v += 16) {
-      const int64_t left = n - i - v;
-      const __mmask16 keep = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+      const __mmask16 keep = first_lanes_of(n - i - v);
       const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, low + i + v));
       __m512i b = _mm512_setzero_si512();
       if (high) b = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, high + i + v)), 16);
@@ -63,11 +64,37 @@ void pack_pairs(const BFloat16* low, const BFloat16* high, int64_t n, uint32_t* 
   }
 }
 
-void round_row(const float* from, int64_t n, BFloat16* to) {
+inline __m512 load_bf16(__mmask16 keep, const BFloat16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, p)), 16));
+}
+
+void round_row(const float* from, int64_t n, float factor, BFloat16* to) {
+  const __m512 f = _mm512_set1_ps(factor);
   for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 keep = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
-    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(keep, from + i));
-    _mm256_mask_storeu_epi16(to + i, keep, rounded);
+    const __mmask16 keep = first_lanes_of(n - i);
+    const __m512 x = _mm512_mul_ps(f, _mm512_maskz_loadu_ps(keep, from + i));
+    _mm256_mask_storeu_epi16(to + i, keep, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+}
+
+void scale_row(const BFloat16* from, int64_t n, float factor, BFloat16* to) {
+  const __m512 f = _mm512_set1_ps(factor);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 keep = first_lanes_of(n - i);
+    const __m512 x = _mm512_mul_ps(f, load_bf16(keep, from + i));
+    _mm256_mask_storeu_epi16(to + i, keep, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+}
+
+void add_row(const BFloat16* x, int64_t n, float factor, float rounded, float scale, float* to) {
+  const __m512 f = _mm512_set1_ps(factor), r = _mm512_set1_ps(rounded), s = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 keep = first_lanes_of(n - i);
+    const __m512 value = load_bf16(keep, x + i);
+    const __m256i scaled = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(s, value));
+    const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scaled), 16));
+    const __m512 sum = _mm512_fmadd_ps(f, value, _mm512_maskz_loadu_ps(keep, to + i));
+    _mm512_mask_storeu_ps(to + i, keep, _mm512_fnmadd_ps(r, back, sum));
   }
 }
 

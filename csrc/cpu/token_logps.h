@@ -90,7 +90,11 @@ struct Bf16Matmul {
   // of weight are 2 * pairs numbers; x [panels of rows, pairs, kPanel], minus with whole panels; bias may be null.
   void (*logits)(const BFloat16* weight, int64_t weight_stride, int64_t columns, const uint32_t* x, int64_t pairs,
                  int64_t rows, const float* bias, const float* minus, BFloat16* out, int64_t stride);
-  void (*round_row)(const float* from, int64_t n, BFloat16* to);
+  // to[i] = factor * from[i], rounded.
+  void (*round_row)(const float* from, int64_t n, float factor, BFloat16* to);
+  void (*scale_row)(const BFloat16* from, int64_t n, float factor, BFloat16* to);
+  // to[i] += factor * x[i] - rounded * round(scale * x[i])
+  void (*add_row)(const BFloat16* x, int64_t n, float factor, float rounded, float scale, float* to);
 };
 
 enum ElementType { kFloat32, kBFloat16, kFloat16, kFloat64, kElementTypes };

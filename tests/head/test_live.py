@@ -12,8 +12,8 @@ import cpo_kernels as cpo
 from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend
-from cpo_kernels.head.inputs import Execution, Head
-from cpo_kernels.head.live import LIVE_LIMIT, LiveDx, filtered_chunk, live_head_grads
+from cpo_kernels.head.inputs import Execution, Head, Needs
+from cpo_kernels.head.live import LIVE_LIMIT, LiveDx, filtered_chunk, live_backward
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import BACKENDS, relative_error
 from tests.support.processes import run_processes
@@ -221,7 +221,9 @@ def test_head_gradients_join_no_tensors_of_the_host():
     (sets,) = kept
     assert any(sets.exact) and not all(sets.exact)
     with HostTensors() as seen:
-        live_head_grads(head, sets, x, labels, logps.lse, logps.lacks, torch.ones_like(logps.lse), True, True)
+        live_backward(
+            head, sets, x, labels, logps.lse, logps.lacks, torch.ones_like(logps.lse), Needs(True, True, True)
+        )
     assert seen.calls
 
 
