@@ -32,13 +32,14 @@ Result = dict[str, Any]
 
 
 def all_cases() -> list[Case]:
-    from cpo_kernels.check import edges, errors, extremes, head, live, preference, tokens, waiting
+    from cpo_kernels.check import edges, errors, extremes, head, live, matmuls, preference, tokens, waiting
 
     kernels = (
         tokens.token_cases,
         extremes.extreme_cases,
         edges.edge_cases,
         live.live_cases,
+        matmuls.matmul_cases,
         preference.preference_cases,
     )
     others = (errors.error_cases, head.head_cases, waiting.gpu_cases)

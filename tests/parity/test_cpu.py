@@ -5,16 +5,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from cpo_kernels.backends import dispatch
 from cpo_kernels.check.compare import Backend
+from cpo_kernels.check.run import all_cases
 from tests.support.parity import (
     HEAD,
     LIVE_PRODUCTS,
     NEEDS_GPU,
     NEEDS_MEMORY,
+    OWN_MATMULS,
     PREFERENCE,
     cases_but,
+    matches,
     parametrize,
     passes,
 )
@@ -27,15 +31,22 @@ def backend(device):
     return Backend("cpu", device)
 
 
-@parametrize(cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *LIVE_PRODUCTS))
+NOT_HERE = (*NEEDS_GPU, *NEEDS_MEMORY, *LIVE_PRODUCTS, *OWN_MATMULS)
+
+
+@parametrize(cases_but(*NOT_HERE))
 def test_case(case, backend):
     passes(backend, case)
 
 
-TOKEN_OPS = [
-    case.name
-    for case in cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *LIVE_PRODUCTS, *HEAD, *PREFERENCE, "sizes/*/N=8,V=262144")
-]
+@parametrize([case for case in all_cases() if matches(case, OWN_MATMULS)])
+def test_own_matmuls(case, backend):
+    if dispatch.own_matmuls(backend.kernels, torch.empty(0, dtype=torch.bfloat16)) is None:
+        pytest.skip("this processor has no AVX512_BF16, or has AMX")
+    passes(backend, case)
+
+
+TOKEN_OPS = [case.name for case in cases_but(*NOT_HERE, *HEAD, *PREFERENCE, "sizes/*/N=8,V=262144")]
 
 
 def check_with(isa, *names):

@@ -13,7 +13,7 @@ from tests.support.host_emulation import (
     HostKernels,
     compile_host,
 )
-from tests.support.parity import HEAD, NEEDS_GPU, NEEDS_MEMORY, PREFERENCE, cases_but, matches, passes
+from tests.support.parity import HEAD, NEEDS_GPU, NEEDS_MEMORY, OWN_MATMULS, PREFERENCE, cases_but, matches, passes
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")]
 
@@ -40,7 +40,7 @@ def libraries(tmp_path_factory):
 
 RUNS = [
     pytest.param(case, machine, id=f"{case.name}-{name}")
-    for case in cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *LEFT_OUT, *HEAD)
+    for case in cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *LEFT_OUT, *HEAD, *OWN_MATMULS)
     for name, machine in MACHINES.items()
     if name in OF_PREFERENCE or not matches(case, PREFERENCE)
 ]

@@ -4,7 +4,7 @@ import pytest
 
 from cpo_kernels.backends import dispatch
 from cpo_kernels.check.compare import Backend
-from tests.support.parity import HEAD, NEEDS_GPU, NEEDS_MEMORY, cases_but, parametrize, passes
+from tests.support.parity import HEAD, NEEDS_GPU, NEEDS_MEMORY, OWN_MATMULS, cases_but, parametrize, passes
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(dispatch.missing("triton")), reason="Triton is not installed")]
 
@@ -23,6 +23,6 @@ def backend(device):
     return Backend("triton", device)
 
 
-@parametrize(cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *TOO_SLOW, *NOT_HERE, *HEAD))
+@parametrize(cases_but(*NEEDS_GPU, *NEEDS_MEMORY, *TOO_SLOW, *NOT_HERE, *HEAD, *OWN_MATMULS))
 def test_case(case, backend):
     passes(backend, case)

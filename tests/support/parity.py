@@ -12,6 +12,7 @@ NEEDS_GPU = ("no-wait/*", "cuda-graph/*")
 NEEDS_MEMORY = ("sizes/*/N=1100,V=50257", "options/*,V=50257", "beyond-2^31/bfloat16/elements")
 HEAD = ("linear_token_logps/*", "linear_nll/*", "FusedLinearCPOLoss/*", "FusedLinearKTOLoss/*")
 LIVE_PRODUCTS = ("live products/*",)  # Triton's
+OWN_MATMULS = ("own matmuls/*",)  # of CPUs with bfloat16 instructions
 PREFERENCE = ("sequence_sum/*", "loss-types/*", "far/*", "pairs/*")
 
 

@@ -1,0 +1,149 @@
+"""Cases of `cpo-kernels check`: the CPU's own matmuls in bfloat16, against float64. Each result is rounded once."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.backends import dispatch
+from cpo_kernels.check.compare import Backend, Case, Findings, Skip, threads
+from cpo_kernels.check.live import places
+
+ROUNDING = 2.0**-8  # a unit in the last place, twice what rounding to nearest may take
+SUMS = 1e-6  # of the size of the sums, which are float32
+
+
+def own_matmuls(backend: Backend) -> Any:
+    own = dispatch.own_matmuls(backend.kernels, torch.empty(0, dtype=torch.bfloat16, device=backend.device))
+    if own is None:
+        raise Skip("the CPU kernels' own matmuls need AVX512_BF16, and no AMX")
+    return own
+
+
+def random(generator: torch.Generator, *size: int) -> Tensor:
+    return torch.randn(size, generator=generator).bfloat16()
+
+
+def same_on_any_threads(findings: Findings, what: str, compute: Callable[[], Tensor]) -> Tensor:
+    first = compute()
+    for count in (1, 3):
+        with threads(count):
+            findings.same(f"{what} on {count} threads", compute(), first)
+    return first
+
+
+class Logits(NamedTuple):
+    rows: int
+    hidden: int
+    columns: int
+    gap: int = 0  # numbers between rows of the result, and before the first
+    bias: bool = True
+    lacks: bool = True
+
+
+LOGITS = {
+    "one number": Logits(1, 2, 1),
+    "no rows": Logits(0, 8, 40),
+    "one panel, one group": Logits(64, 64, 32, bias=False),
+    "odd sizes": Logits(67, 38, 101),
+    "several tasks": Logits(130, 34, 1000, lacks=False),
+    "rows off 64 bytes": Logits(70, 16, 300, gap=3),
+    "a long sum": Logits(5, 2090, 70, gap=32),
+    "nothing to add": Logits(9, 16, 33, bias=False, lacks=False),
+}
+
+
+def check_logits(backend: Backend, findings: Findings, shape: Logits) -> None:
+    own, generator = own_matmuls(backend), torch.Generator().manual_seed(0)
+    x, weight = random(generator, shape.rows, shape.hidden), random(generator, shape.columns, shape.hidden)
+    bias = random(generator, shape.columns) if shape.bias else x.new_empty(0)
+    bias[: shape.columns // 3] = -math.inf  # masked
+    lacks = 5 * torch.randn(shape.rows, generator=generator) if shape.lacks else torch.empty(0)
+
+    def compute() -> Tensor:
+        numbers = torch.full((shape.rows, shape.columns + shape.gap), math.nan, dtype=torch.bfloat16)
+        out = numbers[:, shape.gap :]
+        own.logits_(x, weight, bias, lacks, out)
+        findings.require("a number beside the result was written", bool(numbers[:, : shape.gap].isnan().all()))
+        return out
+
+    want, size = x.double() @ weight.double().T, x.abs().double() @ weight.abs().double().T
+    want = want + (bias.double() if shape.bias else 0) - (lacks.double()[:, None] if shape.lacks else 0)
+    got = same_on_any_threads(findings, "logits", compute)
+    findings.close("logits", got, want, ROUNDING, SUMS * (size + 20) / ROUNDING)
+
+
+def check_odd_hidden_size(backend: Backend, findings: Findings) -> None:
+    x = torch.zeros(2, 3, dtype=torch.bfloat16)
+    nothing = x.new_empty(0)
+    call = partial(own_matmuls(backend).logits_, x, x, nothing, nothing.float(), x.new_empty(2, 2))
+    findings.refuses("an odd hidden size", call, "hidden size must be even, got 3")
+
+
+class Sets(NamedTuple):
+    rows: int
+    vocab: int
+    hidden: int
+    set_rows: int
+    share: float  # of live columns, besides the labels
+    labels: bool = True
+
+
+SETS = {
+    "odd sizes": Sets(70, 301, 41, 32, 0.3),
+    "one row": Sets(1, 9, 8, 128, 0.5),
+    "a short last set": Sets(150, 60, 24, 140, 0.5),
+    "sets of one row": Sets(70, 40, 16, 1, 0.2),
+    "only labels are live": Sets(10, 40, 16, 4, 0.0),
+    "nothing is live": Sets(10, 40, 16, 4, 0.0, labels=False),
+    "everything is live": Sets(10, 200, 330, 4, 1.0),
+    "no rows": Sets(0, 40, 16, 4, 0.5),
+    "several tasks": Sets(131, 1300, 700, 64, 0.5),
+}
+
+
+def check_live(backend: Backend, findings: Findings, shape: Sets) -> None:
+    own, generator = own_matmuls(backend), torch.Generator().manual_seed(1)
+    rows, vocab = shape.rows, shape.vocab
+    labels = torch.randint(-1, vocab, (rows,), generator=generator)  # -1: none
+    set_of = torch.arange(rows) // shape.set_rows
+    live = torch.rand(-(-rows // shape.set_rows), vocab, generator=generator) < shape.share
+    if shape.labels:
+        live[set_of[labels >= 0], labels[labels >= 0]] = True
+    columns, offsets = places(live)
+    x, weight = random(generator, rows, shape.hidden), random(generator, vocab, shape.hidden)
+    tail_rows, tails = torch.randn(2, len(live), shape.hidden, generator=generator)
+    tail, coef = random(generator, len(live), vocab), torch.randn(rows, generator=generator)
+    given = (labels, torch.rand(rows, generator=generator)) if shape.labels else (labels[:0], coef[:0])
+    stored = random(generator, rows, vocab) * live[set_of]
+    if shape.labels:
+        here = labels >= 0
+        stored[here, labels[here]] = given[1][here].bfloat16()
+    tau = random(generator, rows)
+    parts = [torch.cat([stored[t, live[set_of[t]]], tau[t : t + 1]]) for t in range(rows)]
+    g = torch.cat(parts) if parts else x.new_empty(0)
+
+    exact, scaled = stored.double(), (coef[:, None] * x.float()).bfloat16().double()
+    want_dw = tail.double().T @ tails.double() + exact.T @ scaled
+    if shape.labels:  # exactly known: the gradients of labels, and the products with them
+        exact[here, labels[here]] = given[1][here].double()
+        lost = exact[here, labels[here]][:, None] * coef[here, None].double() * x[here].double()
+        lost -= stored[here, labels[here]][:, None].double() * scaled[here]
+        want_dw.index_add_(0, labels[here], lost)
+    want_dx = coef[:, None] * (exact @ weight.double() + tau[:, None].double() * tail_rows.double()[set_of])
+    sets = g, columns, offsets, shape.set_rows
+    dx = same_on_any_threads(findings, "dX", lambda: own.live_dx(*sets, weight, tail_rows, coef, *given))
+    dw = same_on_any_threads(findings, "dW", lambda: own.live_dw(*sets, x, coef, tail, tails, *given))
+    for what, got, want in (("dX", dx, want_dx), ("dW", dw, want_dw)):
+        findings.close(what, got, want, ROUNDING, 30 * SUMS / ROUNDING * float(want.abs().max()) if rows else 1.0)
+
+
+def matmul_cases() -> Iterator[Case]:
+    for name, logits in LOGITS.items():
+        yield Case(f"own matmuls/logits, {name}", partial(check_logits, shape=logits), quick=True)
+    yield Case("own matmuls/logits, odd hidden size", check_odd_hidden_size)
+    for name, sets in SETS.items():
+        yield Case(f"own matmuls/live, {name}", partial(check_live, shape=sets), quick=True)
