@@ -48,5 +48,5 @@ for isa in portable $sets; do
   LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 CPO_KERNELS_CPU_ISA=$isa PYTHONPATH=. \
     "$python" "$work/run.py" "$work/lib/cpo_kernels/_C.abi3.so" --device cpu --impl cpu --in-process --only \
     sizes/\* layouts/\* options/\* against-naive/\* extreme/\* labels/\* same-bits/\* errors/\* sequence_sum/\* loss-types/\* \
-    far/\* pairs/\*
+    far/\* pairs/\* live/\* own\ matmuls/\*
 done

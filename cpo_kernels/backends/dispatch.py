@@ -114,9 +114,12 @@ def kernels(impl: str, tensor: Tensor) -> Kernels:
 
 
 def own_matmuls(kernels: Kernels, weight: Tensor) -> Any:
-    """The matmuls of the CPU kernels for a weight like this, `library.CPU_SCHEMAS`, or None: they multiply bfloat16, on
-    processors with instructions for it (AVX512_BF16) but without AMX, which oneDNN makes better use of."""
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or missing("cpu"):
+    """The matmuls of the CPU kernels for a weight like this, `library.CPU_SCHEMAS`, or None.
+
+    They take bfloat16 with unit stride over the hidden size, on processors with instructions for it (AVX512_BF16) but
+    without AMX, which multiplies faster and which oneDNN uses.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.stride(-1) != 1 or missing("cpu"):
         return None
     return kernels if hasattr(kernels, "logits_") and _cpu_multiplies_bf16() else None
 

@@ -17,7 +17,7 @@ Costs in matrix products of N*H*V multiply-adds, for N labelled rows:
 With filter_eps dX is computed on the live columns only, a share L of the vocabulary: its product costs L instead of 1.
 With filter_head_grad too:
 
-    live  1 + 2 L  any loss: dX is computed while the chunk is in memory, dW in backward from the live gradients
+    live  1 + 2 L  any loss: dX and dW are computed in backward from the live gradients
 """
 
 from dataclasses import dataclass, replace
