@@ -117,7 +117,7 @@ def own_matmuls(kernels: Kernels, weight: Tensor) -> Any:
     """The matmuls of the CPU kernels for a weight like this, `library.CPU_SCHEMAS`, or None.
 
     They take bfloat16 with unit stride over the hidden size, on processors with instructions for it (AVX512_BF16) but
-    without AMX, which multiplies faster and which oneDNN uses.
+    without AMX, which oneDNN uses.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.stride(-1) != 1 or missing("cpu"):
         return None

@@ -7,7 +7,7 @@ columns A in which some row reaches eps, and tau q^T for the rest, so that with 
 
 A trained model leaves 5 to 15% of the columns live, and both products shrink to that share. The forward product is
 complete: log-probs are exact. A set with too many live columns is exact: all its columns are multiplied, and its logits
-are recomputed in backward if dW is filtered too.
+are recomputed in backward if dW is filtered too. That pass is in `live_backward`.
 """
 
 from dataclasses import dataclass
@@ -18,25 +18,15 @@ from torch import Tensor
 
 from cpo_kernels import library
 from cpo_kernels.backends import dispatch
-from cpo_kernels.backends.vocab_parallel import (
-    ShardedKernels,
-    all_gather,
-    columns_bwd_,
-    columns_here,
-    columns_of,
-    logit_and_slope,
-)
-from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
-from cpo_kernels.head.inputs import Execution, Head, Logits, Needs, RowLogps
-from cpo_kernels.head.label_remainder import add_remainder, label_remainder, product_dx
+from cpo_kernels.backends.vocab_parallel import ShardedKernels, all_gather, columns_here, columns_of, logit_and_slope
+from cpo_kernels.head.grads import scale_rows
+from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
+from cpo_kernels.head.label_remainder import product_dx
 from cpo_kernels.head.matmul import add_product, product
-from cpo_kernels.head.strategy import chunks, even_rows
 from cpo_kernels.ops.token_logps import HeadOptions
 
 LIVE_LIMIT = 0.5  # share of live columns beyond which a set is exact
 TAIL_UNIT = 1024.0  # q is stored as 1024 q: float16 keeps its small elements, and 1024 q W is finite if |q W| < 64
-FEW_SETS = 12  # up to which `live_sum` adds the tails; with more sets tail^T tails is a matrix product
-TILE_ELEMENTS = 2**23  # elements of the sets' products added at a time: 2^20 to 2^22 took 1.1 to 3 times as long
 
 
 class LiveTensors(NamedTuple):
@@ -288,96 +278,6 @@ def over_shards(head: Head, sums: Tensor) -> Tensor:
     return (all_gather(sums, kernels.group) * weights.to(sums.device, non_blocking=True)).sum(0)
 
 
-def live_backward(
-    head: Head, sets: LiveSets, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, coef: Tensor, needs: Needs
-) -> HeadGrads:
-    """The gradients of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n], lacks [n] or [0]. The returned
-    coefficients are those by which the rows of dx are yet to be multiplied.
-
-    dW is computed by kernels that find its rows by index; or by vocab tiles, from the products g_A^T (c X) of all sets
-    for a tile (`live_sum`). The logits of rows in exact sets are recomputed, by tiles too.
-    """
-    weight, acc, width = head.weight, library.acc_dtype(x.dtype), sets.tail.shape[1]
-    power, db_power = sum_powers(coef, x, abs(head.options.scale))
-    # float16 does not have the range for coefficients.
-    of_dx, left = (None, coef) if x.dtype == torch.float16 else (coef, torch.ones_like(coef))
-    dx = torch.empty_like(x) if needs.dx else x.new_empty(0)
-    dw = weight.new_empty(weight.shape if needs.dw else 0)
-    dw[width if sets.exact else 0 :] = 0  # padding; all of it where there are no rows
-    db = weight.new_zeros(weight.shape[0] if needs.db else 0, dtype=acc)
-    if not sets.exact:
-        return HeadGrads(dx, left, dw, db, power)
-    rows, grads, columns = [sets.rows(k) for k in range(len(sets.exact))], sets.grads(), sets.columns_of()
-    tau = torch.cat([g[:, -1].to(acc) * (not e) for g, e in zip(grads, sets.exact, strict=True)]) / TAIL_UNIT  # [n]
-    bias_coef, of_tails = coef / db_power, tau * (coef / power)
-    tails = torch.stack([of_tails[r] @ x[r].to(acc) for r in rows])  # [sets, H]
-    again = _ExactRows(head, x, labels, lse, lacks, sets)
-    kernels: Any = head.kernels
-    adds = adds_by_index(kernels)
-    own = dispatch.own_matmuls(kernels, weight) if not again.index.numel() else None
-    if needs.dx:
-        live_dx = LiveDx(head)
-        live_dx.add(sets, dx, of_dx)
-        live_dx.write()
-    if needs.db:
-        db[:width] = sets.tail.t().to(acc) @ torch.stack([torch.dot(tau[r], bias_coef[r]) for r in rows])
-        for g, ids, r in zip(grads, columns, rows, strict=True):
-            db[ids] += torch.mv(g[:, :-1].t(), bias_coef[r].to(g.dtype)).to(acc)
-    by_tiles = needs.dw and not own and not adds
-    if needs.dw and own:
-        labels_of_sets = sets.label_columns, sets.label_grads
-        made = own.live_dw(*sets.places, sets.set_rows, x, coef, sets.tail, tails, *labels_of_sets)
-        dw = made if width == len(weight) else torch.cat([made, dw[width:]])
-    elif needs.dw:
-        scaled = scale_rows(x, coef / power)
-        if adds:
-            total = sets.tail.t().to(acc) @ tails  # [width, H]
-            kernels.live_dw_(*sets.places, sets.set_rows, scaled, total)
-    tile = _tile_rows(sets, weight) if by_tiles else width
-    for low, high in chunks(width, even_rows(width, min(tile, again.most_columns()))):
-        if not by_tiles and not again.index.numel():
-            break
-        exact = again.grads(low, high)  # [m, high - low]
-        if needs.dx:
-            again.add_dx(exact, low, high)
-        if needs.db:
-            db[low:high] += torch.mv(exact.t(), bias_coef[again.index].to(x.dtype)).to(acc)
-        if needs.dw and adds:
-            total[low:high] += exact.t() @ scaled[again.index]
-        elif needs.dw:
-            ends = torch.tensor([low, high], device=x.device)
-            spans = [torch.searchsorted(ids, ends).tolist() for ids in columns]
-            parts = [
-                (g[:, start:end], scaled[r], c[start:end] - low)
-                for g, r, c, (start, end) in zip(grads, rows, columns, spans, strict=True)
-            ]
-            every = torch.arange(high - low, device=x.device)
-            parts.append((exact, scaled[again.index], every[: (high - low) * (len(again.index) > 0)]))
-            few = sets.tail[:, low:high], tails
-            if len(tails) > FEW_SETS:
-                parts.append((few[0], tails.to(x.dtype), every))
-                few = few[0][:0], tails[:0]
-            dw[low:high] = _sum_of_sets(head, *few, parts)
-    if needs.dw and adds:
-        dw[:width] = total
-    if needs.dx and again.index.numel():
-        dx[again.index] = again.finished_dx(of_dx)
-    return HeadGrads(dx, left, dw, db * db_power, power)
-
-
-def _sum_of_sets(head: Head, tail: Tensor, tails: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Rows of dW: the products g^T x of every part at its columns, and tail^T tails."""
-    counts = [len(columns) for *_, columns in parts]
-    made = tail.new_empty(sum(counts), tails.shape[1])
-    for (g, x, columns), part in zip(parts, made.split(counts), strict=True):
-        if len(columns):
-            product(g.t(), x, part)
-    more = len(parts) - len(tail)  # parts without a tail
-    tail, tails = (torch.cat([t, t.new_zeros(more, t.shape[1])]) for t in (tail, tails))
-    offsets = torch.tensor([0, *counts]).cumsum(0)
-    return head.kernels.live_sum(tail, tails, made, torch.cat([columns for *_, columns in parts]), offsets)
-
-
 def exact_rows(sets: LiveSets) -> list[slice]:
     """The rows of exact sets, adjacent sets merged."""
     runs: list[slice] = []
@@ -388,56 +288,3 @@ def exact_rows(sets: LiveSets) -> list[slice]:
         elif exact:
             runs.append(rows)
     return runs
-
-
-def _tile_rows(sets: LiveSets, weight: Tensor) -> int:
-    """Rows of W for which the products of all sets have about TILE_ELEMENTS elements."""
-    return max(1, TILE_ELEMENTS * weight.shape[0] // (max(1, len(sets.columns)) * weight.shape[1]))
-
-
-class _ExactRows:
-    """The rows of exact sets, whose logits are recomputed."""
-
-    def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, sets: LiveSets) -> None:
-        index = torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))])
-        self.head, self.index = head, index.to(x.device)
-        self.x, self.labels, self.lse = (t.index_select(0, self.index) for t in (x, labels, lse))
-        self.kernels, self.first, _ = columns_here(head.kernels, head.options.vocab_size)
-        self.anchors = head.anchors(self.x, self.labels, lacks.index_select(0, self.index) if lacks.numel() else lacks)
-        acc = library.acc_dtype(x.dtype)
-        self.dx = torch.zeros_like(self.x, dtype=acc)  # [m, H] for coefficients of 1
-        self.lost = torch.zeros_like(self.lse, dtype=torch.float64)  # see `label_remainder`
-
-    def most_columns(self) -> int:
-        """Columns that the head's buffer holds for all rows, and whose products have about TILE_ELEMENTS elements."""
-        weight = self.head.weight
-        if not self.index.numel():
-            return max(1, weight.shape[0])
-        return max(1, min(self.head.buffer.numel() // self.index.numel(), TILE_ELEMENTS // weight.shape[1]))
-
-    def grads(self, low: int, high: int) -> Tensor:
-        """g [m, high - low] in some columns."""
-        if not self.index.numel():
-            return self.x.new_empty(0, high - low)
-        options, g = self.head.options, self.head.columns(self.x, slice(low, high), self.anchors)
-        columns_bwd_(
-            self.kernels, g, self.labels, self.lse, torch.ones_like(self.lse), options.ignore_index, options.scale,
-            options.softcap, self.first + low, high - low, self.anchors,
-        )  # fmt: skip
-        return g
-
-    def add_dx(self, g: Tensor, low: int, high: int) -> None:
-        if not self.index.numel():
-            return
-        add_product(self.dx, g, self.head.weight[low:high], first=False)
-        if self.anchors is not None:
-            options, ones = self.head.options, torch.ones_like(self.lse)
-            logp = logit_and_slope(self.anchors[1], options.scale, options.softcap)[0] - self.lse
-            part = slice(low, high)
-            self.lost += label_remainder(self.head, Logits(g, self.anchors), self.labels, logp, ones, part)[0]
-
-    def finished_dx(self, coef: Tensor | None) -> Tensor:
-        """coef [n] of all rows, or None for 1."""
-        if self.anchors is not None:
-            add_remainder(self.head, self.labels, self.lost, self.dx)
-        return (self.dx if coef is None else self.dx * coef[self.index, None]).to(self.x.dtype)

@@ -33,11 +33,11 @@ from cpo_kernels.head.live import (
     fake_live_tensors,
     filtered_chunk,
     joined,
-    live_backward,
     no_live_tensors,
     no_sums,
     over_shards,
 )
+from cpo_kernels.head.live_backward import live_backward
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.head.relative import is_relative
 from cpo_kernels.head.strategy import even_rows, row_stride

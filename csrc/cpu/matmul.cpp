@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kTaskColumns = 256;
 
-// AMX multiplies several times as fast, which oneDNN knows how to use.
+// With AMX, which these kernels do not use, oneDNN computes all matmuls.
 bool has_amx() {
 #ifdef CPO_X86
   unsigned a = 0, b = 0, c = 0, d = 0;

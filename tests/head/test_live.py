@@ -13,7 +13,8 @@ from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend
 from cpo_kernels.head.inputs import Execution, Head, Needs
-from cpo_kernels.head.live import LIVE_LIMIT, LiveDx, filtered_chunk, live_backward
+from cpo_kernels.head.live import LIVE_LIMIT, LiveDx, filtered_chunk
+from cpo_kernels.head.live_backward import live_backward
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import BACKENDS, relative_error
 from tests.support.processes import run_processes

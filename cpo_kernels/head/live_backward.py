@@ -1,0 +1,201 @@
+"""The backward pass over kept live sets: dX, dW and db for any coefficients, from 2 L products (strategy `live`)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import library
+from cpo_kernels.backends import dispatch
+from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here, logit_and_slope
+from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
+from cpo_kernels.head.inputs import Head, Logits, Needs
+from cpo_kernels.head.label_remainder import add_remainder, label_remainder
+from cpo_kernels.head.live import TAIL_UNIT, LiveDx, LiveSets, adds_by_index, exact_rows
+from cpo_kernels.head.matmul import add_product, product
+from cpo_kernels.head.strategy import chunks, even_rows
+
+FEW_SETS = 12  # up to which `live_sum` adds the tails; with more sets tail^T tails is a matrix product
+TILE_ELEMENTS = 2**23  # elements of the sets' products added at a time: 2^20 to 2^22 took 1.1 to 3 times as long
+
+
+def live_backward(
+    head: Head, sets: LiveSets, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, coef: Tensor, needs: Needs
+) -> HeadGrads:
+    """The gradients of sum_t coef_t logp_t; x [n, H], labels, lse and coef [n], lacks [n] or [0]. The returned
+    coefficients are those by which the rows of dx are yet to be multiplied.
+
+    The logits of rows in exact sets are recomputed, in tiles of columns from which all three gradients are computed.
+    """
+    weight, acc, width = head.weight, library.acc_dtype(x.dtype), sets.tail.shape[1]
+    power, db_power = sum_powers(coef, x, abs(head.options.scale))
+    # float16 does not have the range for coefficients.
+    of_dx, left = (None, coef) if x.dtype == torch.float16 else (coef, torch.ones_like(coef))
+    dx = torch.empty_like(x) if needs.dx else x.new_empty(0)
+    db = weight.new_zeros(weight.shape[0] if needs.db else 0, dtype=acc)
+    if not sets.exact:  # no rows
+        return HeadGrads(dx, left, weight.new_zeros(weight.shape if needs.dw else 0), db, power)
+    exact = _ExactRows(head, x, labels, lse, lacks, sets)
+    tau = torch.cat([g[:, -1].to(acc) * (not e) for g, e in zip(sets.grads(), sets.exact, strict=True)]) / TAIL_UNIT
+    bias_coef = coef / db_power
+    if needs.dx:
+        live_dx = LiveDx(head)
+        live_dx.add(sets, dx, of_dx)
+        live_dx.write()
+    if needs.db:
+        db[:width] = _live_db(sets, tau, bias_coef)
+    dw = _dw_of(head, sets, exact, x, coef, power, tau) if needs.dw else None
+    most = dw.most_columns if dw else width if exact.index.numel() else 0
+    for low, high in chunks(width, even_rows(width, min(most, exact.most_columns()))) if most else ():
+        g = exact.grads(low, high)  # [m, high - low]
+        if needs.dx:
+            exact.add_dx(g, low, high)
+        if needs.db:
+            db[low:high] += torch.mv(g.t(), bias_coef[exact.index].to(x.dtype)).to(acc)
+        if dw:
+            dw.add(g, low, high)
+    if needs.dx and exact.index.numel():
+        dx[exact.index] = exact.finished_dx(of_dx)
+    made = dw.made if dw else weight.new_empty(0)
+    if dw and width < len(weight):  # padding
+        made = torch.nn.functional.pad(made, (0, 0, 0, len(weight) - width))
+    return HeadGrads(dx, left, made.to(x.dtype), db * db_power, power)
+
+
+def _live_db(sets: LiveSets, tau: Tensor, coef: Tensor) -> Tensor:
+    """db [width] but for exact sets; tau of all rows / TAIL_UNIT and coef [n]."""
+    rows = [sets.rows(k) for k in range(len(sets.exact))]
+    db = sets.tail.t().to(tau.dtype) @ torch.stack([torch.dot(tau[r], coef[r]) for r in rows])
+    for g, columns, r in zip(sets.grads(), sets.columns_of(), rows, strict=True):
+        db[columns] += torch.mv(g[:, :-1].t(), coef[r].to(g.dtype)).to(tau.dtype)
+    return db
+
+
+def _dw_of(
+    head: Head, sets: LiveSets, exact: "_ExactRows", x: Tensor, coef: Tensor, power: Tensor, tau: Tensor
+) -> "_OwnDw | _IndexedDw | _TiledDw":
+    of_tails = tau * (coef / power)
+    rows = [sets.rows(k) for k in range(len(sets.exact))]
+    tails = torch.stack([of_tails[r] @ x[r].to(tau.dtype) for r in rows])  # [sets, H]
+    if dispatch.own_matmuls(head.kernels, head.weight) and not exact.index.numel():
+        return _OwnDw(head, sets, x, coef, tails)
+    scaled = scale_rows(x, coef / power)
+    return (_IndexedDw if adds_by_index(head.kernels) else _TiledDw)(head, sets, exact, scaled, tails)
+
+
+class _OwnDw:
+    """By the CPU's own matmul, which keeps the sums of its rows in the cache over all sets. No set is exact."""
+
+    most_columns = 0  # per tile: it needs none
+
+    def __init__(self, head: Head, sets: LiveSets, x: Tensor, coef: Tensor, tails: Tensor) -> None:
+        kernels: Any = head.kernels
+        labels = sets.label_columns, sets.label_grads
+        self.made = kernels.live_dw(*sets.places, sets.set_rows, x, coef, sets.tail, tails, *labels)  # [width, H]
+
+    def add(self, g: Tensor, low: int, high: int) -> None:
+        raise AssertionError("no set is exact")
+
+
+class _IndexedDw:
+    """By kernels that add into a float32 dW by index."""
+
+    def __init__(self, head: Head, sets: LiveSets, exact: "_ExactRows", scaled: Tensor, tails: Tensor) -> None:
+        kernels: Any = head.kernels
+        self.made = sets.tail.t().to(tails.dtype) @ tails  # [width, H]
+        kernels.live_dw_(*sets.places, sets.set_rows, scaled, self.made)
+        self.scaled = scaled[exact.index]
+        self.most_columns = len(self.made) if exact.index.numel() else 0
+
+    def add(self, g: Tensor, low: int, high: int) -> None:
+        self.made[low:high] += g.t() @ self.scaled
+
+
+class _TiledDw:
+    """By vocab tiles: the products g_A^T (c X) of all sets for a tile by the vendor's library, then `live_sum`."""
+
+    def __init__(self, head: Head, sets: LiveSets, exact: "_ExactRows", scaled: Tensor, tails: Tensor) -> None:
+        self.head, self.sets, self.tails = head, sets, tails
+        self.scaled = [scaled[sets.rows(k)] for k in range(len(sets.exact))]
+        self.exact_scaled = scaled[exact.index]
+        self.grads, self.columns = sets.grads(), sets.columns_of()
+        self.made = scaled.new_empty(sets.tail.shape[1], scaled.shape[1])  # [width, H]
+        # for which the products of all sets have about TILE_ELEMENTS elements
+        vocab, hidden = head.weight.shape
+        self.most_columns = max(1, TILE_ELEMENTS * vocab // (max(1, len(sets.columns)) * hidden))
+
+    def add(self, g: Tensor, low: int, high: int) -> None:
+        ends = torch.tensor([low, high], device=g.device)
+        spans = [torch.searchsorted(columns, ends).tolist() for columns in self.columns]
+        parts = [
+            (live[:, start:end], x, columns[start:end] - low)
+            for live, x, columns, (start, end) in zip(self.grads, self.scaled, self.columns, spans, strict=True)
+        ]
+        every = torch.arange(high - low, device=g.device)
+        parts.append((g, self.exact_scaled, every[: (high - low) * (len(g) > 0)]))
+        tail, tails = self.sets.tail[:, low:high], self.tails
+        if len(tails) > FEW_SETS:
+            parts.append((tail, tails.to(g.dtype), every))
+            tail, tails = tail[:0], tails[:0]
+        self.made[low:high] = _sum_of_sets(self.head, tail, tails, parts)
+
+
+def _sum_of_sets(head: Head, tail: Tensor, tails: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Rows of dW: the products g^T x of every part at its columns, and tail^T tails."""
+    counts = [len(columns) for *_, columns in parts]
+    made = tail.new_empty(sum(counts), tails.shape[1])
+    for (g, x, columns), part in zip(parts, made.split(counts), strict=True):
+        if len(columns):
+            product(g.t(), x, part)
+    more = len(parts) - len(tail)  # parts without a tail
+    tail, tails = (torch.cat([t, t.new_zeros(more, t.shape[1])]) for t in (tail, tails))
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    return head.kernels.live_sum(tail, tails, made, torch.cat([columns for *_, columns in parts]), offsets)
+
+
+class _ExactRows:
+    """The rows of exact sets, whose logits are recomputed."""
+
+    def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, sets: LiveSets) -> None:
+        index = torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))])
+        self.head, self.index = head, index.to(x.device)
+        self.x, self.labels, self.lse = (t.index_select(0, self.index) for t in (x, labels, lse))
+        self.kernels, self.first, _ = columns_here(head.kernels, head.options.vocab_size)
+        self.anchors = head.anchors(self.x, self.labels, lacks.index_select(0, self.index) if lacks.numel() else lacks)
+        acc = library.acc_dtype(x.dtype)
+        self.dx = torch.zeros_like(self.x, dtype=acc)  # [m, H] for coefficients of 1
+        self.lost = torch.zeros_like(self.lse, dtype=torch.float64)  # see `label_remainder`
+
+    def most_columns(self) -> int:
+        """Columns that the head's buffer holds for all rows, and whose products have about TILE_ELEMENTS elements."""
+        weight = self.head.weight
+        if not self.index.numel():
+            return max(1, weight.shape[0])
+        return max(1, min(self.head.buffer.numel() // self.index.numel(), TILE_ELEMENTS // weight.shape[1]))
+
+    def grads(self, low: int, high: int) -> Tensor:
+        """g [m, high - low] in some columns."""
+        if not self.index.numel():
+            return self.x.new_empty(0, high - low)
+        options, g = self.head.options, self.head.columns(self.x, slice(low, high), self.anchors)
+        columns_bwd_(
+            self.kernels, g, self.labels, self.lse, torch.ones_like(self.lse), options.ignore_index, options.scale,
+            options.softcap, self.first + low, high - low, self.anchors,
+        )  # fmt: skip
+        return g
+
+    def add_dx(self, g: Tensor, low: int, high: int) -> None:
+        if not self.index.numel():
+            return
+        add_product(self.dx, g, self.head.weight[low:high], first=False)
+        if self.anchors is not None:
+            options, ones = self.head.options, torch.ones_like(self.lse)
+            logp = logit_and_slope(self.anchors[1], options.scale, options.softcap)[0] - self.lse
+            part = slice(low, high)
+            self.lost += label_remainder(self.head, Logits(g, self.anchors), self.labels, logp, ones, part)[0]
+
+    def finished_dx(self, coef: Tensor | None) -> Tensor:
+        """coef [n] of all rows, or None for 1."""
+        if self.anchors is not None:
+            add_remainder(self.head, self.labels, self.lost, self.dx)
+        return (self.dx if coef is None else self.dx * coef[self.index, None]).to(self.x.dtype)
