@@ -34,7 +34,7 @@ void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows
                   Acc* row_sums) {
   const int64_t sets = (rows.count + set_rows - 1) / set_rows;
   const int64_t blocks = (rows.columns + kColumnBlock - 1) / kColumnBlock;
-  std::memset(live, 0, size_t(sets * rows.columns));
+  std::fill_n(live, sets * rows.columns, false);
   for (int64_t i = 0; i < rows.count; ++i) {
     if (counts(rows, lse, i) && label_here(rows, i)) live[i / set_rows * rows.columns + rows.labels[i]] = true;
   }
