@@ -20,7 +20,7 @@ from benchmarks import (
     relative_logits,
     roofline,
 )
-from benchmarks.claims import rated_report
+from benchmarks.claims import rated_report, savings
 from benchmarks.claims import report as claims_report
 from cpo_kernels.bench import report
 from cpo_kernels.bench.families import FAMILIES, HEAD_IMPLEMENTATIONS
@@ -37,6 +37,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 CLAIMS = ROOT / "docs" / "results" / "claims.json"
 RATED = ROOT / "docs" / "results" / "claims_truthfulqa.json"
 LONGER = ROOT / "docs" / "results" / "claims_truthfulqa_longer.json"  # a run of it that goes on
+SAVINGS = ROOT / "docs" / "results" / "claims_savings.json"
 FILTERED = ROOT / "docs" / "results" / "filtered_training.json"
 README_ROWS = (
     "products", "ours", "cce", "naive_unmasked", "naive_unmasked_compiled", "torch_chunked", "naive", "liger",
@@ -332,6 +333,8 @@ def texts() -> dict[Path, str]:
     filled = claims_report.sections(roofline.read(CLAIMS)) | rated_report.sections(roofline.read(RATED))
     longer = roofline.read(LONGER)
     filled["rated claims search"] = rated_report.search_table(longer) if longer else "not measured"
+    saved = roofline.read(SAVINGS)
+    filled["rated claims savings"] = savings.table(saved) if saved else "Not measured."
     for name, table in filled.items():
         page = fill(page, name, table)
     made[results] = page

@@ -1,0 +1,110 @@
+"""What shared prompts and filtered gradients save in the study on human ratings: steps of CPO's second stage.
+
+    python -m benchmarks.claims.savings --data truthfulqa_ratings.jsonl --out docs/results/claims_savings.json
+
+Trains from the published model with the study's own configuration, its questions and one thread, and takes turns:
+prompts shared by their answers, packed or padded rows, and `loss.filter_eps: auto` with shared prompts. A figure is the
+median over all steps but the first of each turn. Reference log-probs are cached before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.claims.lab import SEARCH_SEED, Setting
+from benchmarks.claims.rated_lab import RatedBudget, RatedLab
+from cpo_kernels.environment import describe, processor
+from cpo_kernels.files import atomic_text
+from cpo_kernels.training.loop import train
+
+# training.rows, loss.filter_eps
+KINDS: dict[str, tuple[str, str | None]] = {
+    "shared": ("shared", None),
+    "packed": ("packed", None),
+    "padded": ("padded", None),
+    "shared, filtered": ("shared", "auto"),
+}
+
+
+def turn(lab: RatedLab, kind: str, steps: int) -> list[tuple[float, float]]:
+    """(seconds, tokens with padding) of every step but the first."""
+    rows, eps = KINDS[kind]
+    prompts = lab.budget.groups // lab.budget.conditions
+    conditions = lab.asked_for | {"per_prompt": lab.budget.conditions}
+    training = {"batch_size": prompts, "max_steps": steps, "rows": rows}
+    config = lab.config("cdpo", Setting(5e-5), lab.objectives, conditions, training)
+    config["loss"] |= {} if eps is None else {"filter_eps": eps}
+    records = lab.records[: prompts * steps]
+    made = train(config, model=lab.model(), tokenizer=lab.tokenizer, records=records, eval_records=[])
+    run = [row for row in made.metrics if "seconds" in row]
+    return [
+        (row["seconds"], (row["tokens"] - before["tokens"]) / (1 - row["padding"])) for before, row in pairwise(run)
+    ]
+
+
+def measure(lab: RatedLab, steps: int, rounds: int) -> dict[str, dict[str, float]]:
+    turn(lab, "shared", steps)  # the reference's log-probs
+    taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind, rows in taken.items():
+            rows += turn(lab, kind, steps)
+    measured = {}
+    for kind, rows in taken.items():
+        seconds = sorted(row[0] for row in rows)
+        measured[kind] = {
+            "seconds": statistics.median(seconds),
+            "tokens": statistics.mean(row[1] for row in rows),
+            "low": seconds[len(seconds) // 4],
+            "high": seconds[-1 - len(seconds) // 4],
+        }
+    return measured
+
+
+def table(content: dict[str, Any]) -> str:
+    lines = ["| rows of a step | tokens | seconds (quartiles) | × of padded |", "|---|---|---|---|"]
+    padded = content["kinds"]["padded"]["seconds"]
+    names = {"shared, filtered": 'shared prompts, `filter_eps: "auto"`', "shared": "shared prompts"}
+    for kind, row in content["kinds"].items():
+        spread = f"{row['seconds']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        lines.append(f"| {names.get(kind, kind)} | {row['tokens']:,.0f} | {spread} | {row['seconds'] / padded:.2f} |")
+    env = content["environment"]
+    note = (
+        f"{processor(env)}, one thread, {content['precision']}, torch {env['versions']['torch']}; {env['date'][:10]}; "
+        f"medians of {content['steps']} steps."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="file of TruthfulQA's rated answers")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a turn (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each kind (default %(default)s)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        lab = RatedLab(SEARCH_SEED, RatedBudget(args.data), Path(folder))
+        kinds = measure(lab, args.steps, args.rounds)
+    content = {
+        "kinds": kinds,
+        "steps": args.rounds * (args.steps - 1),
+        "precision": lab.budget.precision,
+        "environment": describe(torch.device("cpu")),
+    }
+    atomic_text(json.dumps(content, indent=1) + "\n", args.out)
+    print(table(content))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
