@@ -10,7 +10,7 @@ from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here, logit_and_slope
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Head, Logits, Needs
-from cpo_kernels.head.label_remainder import add_remainder, label_remainder
+from cpo_kernels.head.label_remainder import add_remainder, label_remainder, product_dx
 from cpo_kernels.head.live import TAIL_UNIT, LiveDx, LiveSets, adds_by_index, exact_rows
 from cpo_kernels.head.matmul import add_product, product
 from cpo_kernels.head.strategy import chunks, even_rows
@@ -35,7 +35,7 @@ def live_backward(
     db = weight.new_zeros(weight.shape[0] if needs.db else 0, dtype=acc)
     if not sets.exact:  # no rows
         return HeadGrads(dx, left, weight.new_zeros(weight.shape if needs.dw else 0), db, power)
-    exact = _ExactRows(head, x, labels, lse, lacks, sets)
+    exact = _ExactRows(head, x, labels, lse, lacks, coef, sets)
     tau = torch.cat([g[:, -1].to(acc) * (not e) for g, e in zip(sets.grads(), sets.exact, strict=True)]) / TAIL_UNIT
     bias_coef = coef / db_power
     if needs.dx:
@@ -51,11 +51,11 @@ def live_backward(
         if needs.dx:
             exact.add_dx(g, low, high)
         if needs.db:
-            db[low:high] += torch.mv(g.t(), bias_coef[exact.index].to(x.dtype)).to(acc)
+            db[low:high] += torch.mv(g.t(), (exact.left / db_power).to(x.dtype)).to(acc)
         if dw:
             dw.add(g, low, high)
     if needs.dx and exact.index.numel():
-        dx[exact.index] = exact.finished_dx(of_dx)
+        dx[exact.index] = exact.finished_dx(of_dx is not None)
     made = dw.made if dw else weight.new_empty(0)
     if dw and width < len(weight):  # padding
         made = torch.nn.functional.pad(made, (0, 0, 0, len(weight) - width))
@@ -80,7 +80,7 @@ def _dw_of(
     if dispatch.own_matmuls(head.kernels, head.weight) and not exact.index.numel():
         return _OwnDw(head, sets, x, coef, tails)
     scaled = scale_rows(x, coef / power)
-    return (_IndexedDw if adds_by_index(head.kernels) else _TiledDw)(head, sets, exact, scaled, tails)
+    return (_IndexedDw if adds_by_index(head.kernels) else _TiledDw)(head, sets, exact, scaled, power, tails)
 
 
 class _OwnDw:
@@ -100,11 +100,13 @@ class _OwnDw:
 class _IndexedDw:
     """By kernels that add into a float32 dW by index."""
 
-    def __init__(self, head: Head, sets: LiveSets, exact: "_ExactRows", scaled: Tensor, tails: Tensor) -> None:
+    def __init__(
+        self, head: Head, sets: LiveSets, exact: "_ExactRows", scaled: Tensor, power: Tensor, tails: Tensor
+    ) -> None:
         kernels: Any = head.kernels
         self.made = sets.tail.t().to(tails.dtype) @ tails  # [width, H]
         kernels.live_dw_(*sets.places, sets.set_rows, scaled, self.made)
-        self.scaled = scaled[exact.index]
+        self.scaled = exact.scaled(power)
         self.most_columns = len(self.made) if exact.index.numel() else 0
 
     def add(self, g: Tensor, low: int, high: int) -> None:
@@ -114,10 +116,12 @@ class _IndexedDw:
 class _TiledDw:
     """By vocab tiles: the products g_A^T (c X) of all sets for a tile by the vendor's library, then `live_sum`."""
 
-    def __init__(self, head: Head, sets: LiveSets, exact: "_ExactRows", scaled: Tensor, tails: Tensor) -> None:
+    def __init__(
+        self, head: Head, sets: LiveSets, exact: "_ExactRows", scaled: Tensor, power: Tensor, tails: Tensor
+    ) -> None:
         self.head, self.sets, self.tails = head, sets, tails
         self.scaled = [scaled[sets.rows(k)] for k in range(len(sets.exact))]
-        self.exact_scaled = scaled[exact.index]
+        self.exact_scaled = exact.scaled(power)
         self.grads, self.columns = sets.grads(), sets.columns_of()
         self.made = scaled.new_empty(sets.tail.shape[1], scaled.shape[1])  # [width, H]
         # for which the products of all sets have about TILE_ELEMENTS elements
@@ -154,17 +158,25 @@ def _sum_of_sets(head: Head, tail: Tensor, tails: Tensor, parts: list[tuple[Tens
 
 
 class _ExactRows:
-    """The rows of exact sets, whose logits are recomputed."""
+    """The rows of exact sets, whose logits are recomputed. g has their coefficients in bfloat16, and `left` are those
+    that it does not have."""
 
-    def __init__(self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, sets: LiveSets) -> None:
+    def __init__(
+        self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, coef: Tensor, sets: LiveSets
+    ) -> None:
         index = torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))])
         self.head, self.index = head, index.to(x.device)
-        self.x, self.labels, self.lse = (t.index_select(0, self.index) for t in (x, labels, lse))
+        self.x, self.labels, self.lse, coef = (t.index_select(0, self.index) for t in (x, labels, lse, coef))
+        ones = torch.ones_like(coef)
+        self.of_g, self.left = (coef, ones) if x.dtype == torch.bfloat16 else (ones, coef)
         self.kernels, self.first, _ = columns_here(head.kernels, head.options.vocab_size)
         self.anchors = head.anchors(self.x, self.labels, lacks.index_select(0, self.index) if lacks.numel() else lacks)
-        acc = library.acc_dtype(x.dtype)
-        self.dx = torch.zeros_like(self.x, dtype=acc)  # [m, H] for coefficients of 1
+        self.dx = torch.zeros_like(self.x, dtype=library.acc_dtype(x.dtype))  # [m, H] but for `left`
         self.lost = torch.zeros_like(self.lse, dtype=torch.float64)  # see `label_remainder`
+
+    def scaled(self, power: Tensor) -> Tensor:
+        """[m, H] what g is multiplied with for dW / power."""
+        return self.x if self.x.dtype == torch.bfloat16 else scale_rows(self.x, self.left / power)
 
     def most_columns(self) -> int:
         """Columns that the head's buffer holds for all rows, and whose products have about TILE_ELEMENTS elements."""
@@ -179,23 +191,30 @@ class _ExactRows:
             return self.x.new_empty(0, high - low)
         options, g = self.head.options, self.head.columns(self.x, slice(low, high), self.anchors)
         columns_bwd_(
-            self.kernels, g, self.labels, self.lse, torch.ones_like(self.lse), options.ignore_index, options.scale,
-            options.softcap, self.first + low, high - low, self.anchors,
+            self.kernels, g, self.labels, self.lse, self.of_g, options.ignore_index, options.scale, options.softcap,
+            self.first + low, high - low, self.anchors,
         )  # fmt: skip
         return g
 
     def add_dx(self, g: Tensor, low: int, high: int) -> None:
         if not self.index.numel():
             return
+        logits = Logits(g, self.anchors)
+        if self.anchors is None:
+            add_product(self.dx, g, self.head.weight[low:high], first=False)
+            return
+        options = self.head.options
+        logp = logit_and_slope(self.anchors[1], options.scale, options.softcap)[0] - self.lse
+        if high - low == self.head.weight.shape[0]:
+            made = torch.empty_like(self.x)
+            product_dx(self.head, logits, self.labels, logp, self.of_g, made)
+            self.dx += made
+            return
         add_product(self.dx, g, self.head.weight[low:high], first=False)
-        if self.anchors is not None:
-            options, ones = self.head.options, torch.ones_like(self.lse)
-            logp = logit_and_slope(self.anchors[1], options.scale, options.softcap)[0] - self.lse
-            part = slice(low, high)
-            self.lost += label_remainder(self.head, Logits(g, self.anchors), self.labels, logp, ones, part)[0]
+        self.lost += label_remainder(self.head, logits, self.labels, logp, self.of_g, slice(low, high))[0]
 
-    def finished_dx(self, coef: Tensor | None) -> Tensor:
-        """coef [n] of all rows, or None for 1."""
+    def finished_dx(self, complete: bool) -> Tensor:
+        """complete: with all coefficients, else those in `left` are missing."""
         if self.anchors is not None:
             add_remainder(self.head, self.labels, self.lost, self.dx)
-        return (self.dx if coef is None else self.dx * coef[self.index, None]).to(self.x.dtype)
+        return (self.dx * self.left[:, None] if complete else self.dx).to(self.x.dtype)

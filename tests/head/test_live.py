@@ -430,8 +430,8 @@ def peaked(dtype: torch.dtype, count: int = 256, seed: int = 0):
 
 
 def test_auto_is_as_exact_as_exact_gradients_of_16_bit():
-    """rms over 8 batches: dX at most 1.1 times the error of exact gradients that are scaled by their coefficients when
-    those are known, as filtered ones are; dW at most 1.4 times: it rounds once more, for every set."""
+    """rms over 8 batches. So much of this softmax is above eps that all sets are exact: dX and dW are rounded as often
+    as without a filter. (Live sets on rows of a real model: docs/filtered_gradients.md.)"""
     errors = {False: [0.0, 0.0], True: [0.0, 0.0]}
     for seed in range(8):
         x, weight, labels, coef = peaked(torch.bfloat16, seed=seed)
@@ -440,14 +440,11 @@ def test_auto_is_as_exact_as_exact_gradients_of_16_bit():
         for filtered in (False, True):
             leaves = [t.clone().requires_grad_() for t in (x, weight)]
             options = {"filter_eps": "auto", "filter_head_grad": True} if filtered else {}
-            got = list(torch.autograd.grad(cpo.linear_token_logps(*leaves, labels, **options), leaves, coef))
-            if not filtered:
-                frozen = cpo.linear_token_logps(leaves[0], weight, labels)
-                got[0] = torch.autograd.grad(frozen, leaves[0], coef)[0]
+            got = torch.autograd.grad(cpo.linear_token_logps(*leaves, labels, **options), leaves, coef)
             for i, (a, b) in enumerate(zip(got, want, strict=True)):
                 errors[filtered][i] += float((a.double() - b).norm() / b.norm()) ** 2
     (dx, dw), (live_dx, live_dw) = ([e**0.5 for e in errors[k]] for k in (False, True))
-    assert live_dx <= 1.1 * dx and live_dw <= 1.4 * dw
+    assert live_dx <= 1.01 * dx and live_dw <= 1.01 * dw
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
