@@ -83,6 +83,13 @@ def check_odd_hidden_size(backend: Backend, findings: Findings) -> None:
     findings.refuses("an odd hidden size", call, "hidden size must be even, got 3")
 
 
+def check_overlapping_rows(backend: Backend, findings: Findings) -> None:
+    x = torch.zeros(2, 4, dtype=torch.bfloat16)
+    nothing = x.new_empty(0)
+    call = partial(own_matmuls(backend).logits_, x, x, nothing, nothing.float(), x.new_empty(1, 2).expand(2, 2))
+    findings.refuses("overlapping rows", call, "rows of out must not overlap, got row stride 0 for 2 columns")
+
+
 class Sets(NamedTuple):
     rows: int
     vocab: int
@@ -145,5 +152,6 @@ def matmul_cases() -> Iterator[Case]:
     for name, logits in LOGITS.items():
         yield Case(f"own matmuls/logits, {name}", partial(check_logits, shape=logits), quick=True)
     yield Case("own matmuls/logits, odd hidden size", check_odd_hidden_size)
+    yield Case("own matmuls/logits, overlapping rows", check_overlapping_rows)
     for name, sets in SETS.items():
         yield Case(f"own matmuls/live, {name}", partial(check_live, shape=sets), quick=True)

@@ -1,7 +1,7 @@
 """The head's inputs, validated once, and the logits of one chunk of rows at a time.
 
-Rows without a label are dropped before the first matmul. The vendor's library computes the matmuls; between them the
-kernels of a backend work in place.
+Rows without a label are dropped before the first matmul. The vendor's library computes the matmuls, on some CPUs our
+own (`dispatch.own_matmuls`); between them the kernels of a backend work in place.
 """
 
 from copy import copy
@@ -127,7 +127,7 @@ class HeadInputs:
 
     @property
     def keeps_live_sets(self) -> bool:
-        """Whether the forward pass keeps the live sets, from which backward computes dW for whatever loss follows."""
+        """Whether the forward pass keeps the live sets, from which backward computes the gradients of any loss."""
         return self.filter_eps > 0 and self.filter_head_grad and self.needs.head
 
     @property

@@ -54,7 +54,7 @@ class TokenArgs(NamedTuple):
     extras: bool
     want_dx: bool
     keep_rows: int  # also return the logits for backward, if there are at most that many rows
-    keep_live: bool  # also return the live sets, from which backward computes dW and db
+    keep_live: bool  # also return the live sets, from which backward computes all gradients
     execution: Execution
 
 

@@ -60,6 +60,8 @@ void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out) {
   check(width % 2 == 0, "logits_: the hidden size must be even, got ", width);
   check_matrix("weight", weight, columns, width);
   check_matrix("out", out, rows, columns);
+  check(rows <= 1 || out.stride(0) >= columns, "logits_: the rows of out must not overlap, got row stride ",
+        out.stride(0), " for ", columns, " columns");
   x = dense(x);
   const std::vector<uint32_t> packed = pack_columns(data_of<BFloat16>(x), rows, width);
   std::vector<float> minus(size_t(panels_of(rows) * kPanel));
