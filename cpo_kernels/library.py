@@ -60,13 +60,14 @@ SCHEMAS = {
 # own kernels.
 CPU_SCHEMAS = {
     "logits_": "(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor(a!) out) -> ()",
+    "add_product_": "(Tensor(a!) total, Tensor a, Tensor b) -> ()",
     "live_dx": (
         "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor weight, Tensor tail_rows, Tensor coef,"
         " Tensor label_columns, Tensor label_grads) -> Tensor"
     ),
     "live_dw": (
         "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor x, Tensor coef, Tensor tail, Tensor tails,"
-        " Tensor label_columns, Tensor label_grads) -> Tensor"
+        " Tensor label_columns, Tensor label_grads, int rows) -> Tensor"
     ),
 }
 

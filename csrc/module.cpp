@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CPU, m) {
   m.impl("live_grads", TORCH_BOX(&cpo::live_grads));
   m.impl("live_sum", TORCH_BOX(&cpo::live_sum));
   m.impl("logits_", TORCH_BOX(&cpo::logits_));
+  m.impl("add_product_", TORCH_BOX(&cpo::add_product_));
   m.impl("live_dx", TORCH_BOX(&cpo::live_dx));
   m.impl("live_dw", TORCH_BOX(&cpo::live_dw));
   m.impl("sequence_sum", TORCH_BOX(&cpo::sequence_sum));

@@ -119,15 +119,14 @@ def own_matmuls(kernels: Kernels, weight: Tensor) -> Any:
     They take bfloat16 with unit stride over the hidden size, on processors with instructions for it (AVX512_BF16) but
     without AMX, which oneDNN uses.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.stride(-1) != 1 or missing("cpu"):
-        return None
-    return kernels if hasattr(kernels, "logits_") and _cpu_multiplies_bf16() else None
+    fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.stride(-1) == 1
+    return kernels if fits and hasattr(kernels, "logits_") and cpu_multiplies_bf16() else None
 
 
 @cache
-def _cpu_multiplies_bf16() -> bool:
-    multiplies: bool = importlib.import_module("cpo_kernels._C").has_bf16_matmuls()
-    return multiplies
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU kernels' own matmuls are worth calling here."""
+    return not missing("cpu") and bool(importlib.import_module("cpo_kernels._C").has_bf16_matmuls())
 
 
 @cache

@@ -143,12 +143,34 @@ def check_live(backend: Backend, findings: Findings, shape: Sets) -> None:
     want_dx = coef[:, None] * (exact @ weight.double() + tau[:, None].double() * tail_rows.double()[set_of])
     sets = g, columns, offsets, shape.set_rows
     dx = same_on_any_threads(findings, "dX", lambda: own.live_dx(*sets, weight, tail_rows, coef, *given))
-    dw = same_on_any_threads(findings, "dW", lambda: own.live_dw(*sets, x, coef, tail, tails, *given))
+    dw = same_on_any_threads(findings, "dW", lambda: own.live_dw(*sets, x, coef, tail, tails, *given, vocab + 3))
+    want_dw = torch.nn.functional.pad(want_dw, (0, 0, 0, 3))  # padding
     for what, got, want in (("dX", dx, want_dx), ("dW", dw, want_dw)):
         findings.close(what, got, want, ROUNDING, 30 * SUMS / ROUNDING * float(want.abs().max()) if rows else 1.0)
 
 
+SUMMANDS = ((1, 1, 1), (3, 5, 7), (70, 301, 41), (300, 513, 130), (5, 1024, 700), (0, 4, 4), (4, 0, 4))
+
+
+def check_add_product(backend: Backend, findings: Findings) -> None:
+    """float32 += a b: a with rows of a stride of its own, inner sizes odd and even, more rows than a task."""
+    own, generator = own_matmuls(backend), torch.Generator().manual_seed(2)
+    for rows, inner, width in SUMMANDS:
+        a, b = random(generator, rows, inner + 3)[:, 1 : inner + 1], random(generator, inner, width)
+        total = torch.randn(rows, width, generator=generator)
+
+        def compute(a: Tensor = a, b: Tensor = b, total: Tensor = total) -> Tensor:
+            got = total.clone()
+            own.add_product_(got, a, b)
+            return got
+
+        got, want = same_on_any_threads(findings, "sum", compute), total.double() + a.double() @ b.double()
+        size = total.abs().double() + a.abs().double() @ b.abs().double()
+        findings.close("sum", got, want, SUMS, (size + 1e-3))
+
+
 def matmul_cases() -> Iterator[Case]:
+    yield Case("own matmuls/add to float32", check_add_product, quick=True)
     for name, logits in LOGITS.items():
         yield Case(f"own matmuls/logits, {name}", partial(check_logits, shape=logits), quick=True)
     yield Case("own matmuls/logits, odd hidden size", check_odd_hidden_size)

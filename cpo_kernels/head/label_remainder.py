@@ -47,10 +47,15 @@ def add_remainder(head: Head, labels: Tensor, e: Tensor, dx: Tensor) -> None:
 
 
 def product_dx(head: Head, g: Logits, labels: Tensor, logp: Tensor, coef: Tensor, out: Tensor) -> None:
-    """out [n, H] = the gradient of sum_t coef_t logp_t over one chunk, rounded once; arguments as above."""
+    """out [n, H] = the gradient of sum_t coef_t logp_t over one chunk, rounded once; arguments as above.
+
+    Rows of the weight that are padding may hold anything.
+    """
+    _, _, count = columns_here(head.kernels, head.options.vocab_size)
+    z, weight = g.z[:, :count], head.weight[:count]
     if g.anchors is None:
-        product(g.z, head.weight, out)
+        product(z, weight, out)
         return
     e, column = label_remainder(head, g, labels, logp, coef)
     torch.index_select(head.weight, 0, column, out=out).mul_(e[:, None].to(out.dtype))
-    add_product(out, g.z, head.weight, first=False)
+    add_product(out, z, weight, first=False)

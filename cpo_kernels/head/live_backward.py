@@ -56,10 +56,7 @@ def live_backward(
             dw.add(g, low, high)
     if needs.dx and exact.index.numel():
         dx[exact.index] = exact.finished_dx(of_dx is not None)
-    made = dw.made if dw else weight.new_empty(0)
-    if dw and width < len(weight):  # padding
-        made = torch.nn.functional.pad(made, (0, 0, 0, len(weight) - width))
-    return HeadGrads(dx, left, made.to(x.dtype), db * db_power, power)
+    return HeadGrads(dx, left, dw.made.to(x.dtype) if dw else weight.new_empty(0), db * db_power, power)
 
 
 def _live_db(sets: LiveSets, tau: Tensor, coef: Tensor) -> Tensor:
@@ -77,24 +74,25 @@ def _dw_of(
     of_tails = tau * (coef / power)
     rows = [sets.rows(k) for k in range(len(sets.exact))]
     tails = torch.stack([of_tails[r] @ x[r].to(tau.dtype) for r in rows])  # [sets, H]
-    if dispatch.own_matmuls(head.kernels, head.weight) and not exact.index.numel():
-        return _OwnDw(head, sets, x, coef, tails)
+    if dispatch.own_matmuls(head.kernels, head.weight):
+        return _OwnDw(head, sets, exact, x, coef, tails)
     scaled = scale_rows(x, coef / power)
     return (_IndexedDw if adds_by_index(head.kernels) else _TiledDw)(head, sets, exact, scaled, power, tails)
 
 
 class _OwnDw:
-    """By the CPU's own matmul, which keeps the sums of its rows in the cache over all sets. No set is exact."""
+    """By the CPU's own matmul, which keeps the sums of its rows in the cache over all sets. Exact rows come after."""
 
-    most_columns = 0  # per tile: it needs none
-
-    def __init__(self, head: Head, sets: LiveSets, x: Tensor, coef: Tensor, tails: Tensor) -> None:
+    def __init__(self, head: Head, sets: LiveSets, exact: "_ExactRows", x: Tensor, coef: Tensor, tails: Tensor) -> None:
         kernels: Any = head.kernels
-        labels = sets.label_columns, sets.label_grads
-        self.made = kernels.live_dw(*sets.places, sets.set_rows, x, coef, sets.tail, tails, *labels)  # [width, H]
+        labels = sets.label_columns.index_fill(0, exact.index, -1), sets.label_grads
+        args = (*sets.places, sets.set_rows, x, coef, sets.tail, tails, *labels)
+        self.made = kernels.live_dw(*args, len(head.weight))  # [V, H]
+        self.x = exact.x
+        self.most_columns = sets.tail.shape[1] if exact.index.numel() else 0
 
     def add(self, g: Tensor, low: int, high: int) -> None:
-        raise AssertionError("no set is exact")
+        add_product(self.made[low:high], g.t(), self.x, first=False)
 
 
 class _IndexedDw:
@@ -104,10 +102,12 @@ class _IndexedDw:
         self, head: Head, sets: LiveSets, exact: "_ExactRows", scaled: Tensor, power: Tensor, tails: Tensor
     ) -> None:
         kernels: Any = head.kernels
-        self.made = sets.tail.t().to(tails.dtype) @ tails  # [width, H]
-        kernels.live_dw_(*sets.places, sets.set_rows, scaled, self.made)
+        self.made = tails.new_zeros(head.weight.shape)  # [V, H]
+        width = sets.tail.shape[1]
+        torch.mm(sets.tail.t().to(tails.dtype), tails, out=self.made[:width])
+        kernels.live_dw_(*sets.places, sets.set_rows, scaled, self.made[:width])
         self.scaled = exact.scaled(power)
-        self.most_columns = len(self.made) if exact.index.numel() else 0
+        self.most_columns = width if exact.index.numel() else 0
 
     def add(self, g: Tensor, low: int, high: int) -> None:
         self.made[low:high] += g.t() @ self.scaled
@@ -123,7 +123,8 @@ class _TiledDw:
         self.scaled = [scaled[sets.rows(k)] for k in range(len(sets.exact))]
         self.exact_scaled = exact.scaled(power)
         self.grads, self.columns = sets.grads(), sets.columns_of()
-        self.made = scaled.new_empty(sets.tail.shape[1], scaled.shape[1])  # [width, H]
+        self.made = scaled.new_empty(head.weight.shape)  # [V, H]
+        self.made[sets.tail.shape[1] :] = 0
         # for which the products of all sets have about TILE_ELEMENTS elements
         vocab, hidden = head.weight.shape
         self.most_columns = max(1, TILE_ELEMENTS * vocab // (max(1, len(sets.columns)) * hidden))
@@ -169,9 +170,9 @@ class _ExactRows:
         self.x, self.labels, self.lse, coef = (t.index_select(0, self.index) for t in (x, labels, lse, coef))
         ones = torch.ones_like(coef)
         self.of_g, self.left = (coef, ones) if x.dtype == torch.bfloat16 else (ones, coef)
-        self.kernels, self.first, _ = columns_here(head.kernels, head.options.vocab_size)
+        self.kernels, self.first, self.width = columns_here(head.kernels, head.options.vocab_size)
         self.anchors = head.anchors(self.x, self.labels, lacks.index_select(0, self.index) if lacks.numel() else lacks)
-        self.dx = torch.zeros_like(self.x, dtype=library.acc_dtype(x.dtype))  # [m, H] but for `left`
+        self.dx = torch.zeros_like(self.x, dtype=library.acc_dtype(x.dtype))  # [m, H], without `left`
         self.lost = torch.zeros_like(self.lse, dtype=torch.float64)  # see `label_remainder`
 
     def scaled(self, power: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ class _ExactRows:
             return
         options = self.head.options
         logp = logit_and_slope(self.anchors[1], options.scale, options.softcap)[0] - self.lse
-        if high - low == self.head.weight.shape[0]:
+        if high - low == self.width:
             made = torch.empty_like(self.x)
             product_dx(self.head, logits, self.labels, logp, self.of_g, made)
             self.dx += made

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpo_kernels.backends import dispatch
+
 TILE = 2048  # along the longest side: 7 MB of float32 at H = 896; X W^T took 164 ms, against 216 ms with 8192
 
 
@@ -85,10 +87,16 @@ def adds_products(total: Tensor, a: Tensor) -> bool:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total = a @ b, first; else total += a @ b."""
+    """total = a @ b, first; else total += a @ b.
+
+    On a CPU without the kernels' own matmuls, a bfloat16 product is rounded before it is added to float32: its error is
+    that of the summand, which may be larger than the total.
+    """
     kind: Any = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
     if first and a.dtype == total.dtype:
         product(a, b, total)
+    elif _own_adds(total, a, b):
+        torch.ops.cpo_kernels.add_product_(total.zero_() if first else total, a, b)
     elif by_tiles(a):
         _in_float32(a, b, total, None, None, add=not first)
     elif not adds_products(total, a):
@@ -97,6 +105,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.mm(a, b, **kind, out=total)
     else:
         torch.addmm(total, a, b, **kind, out=total)
+
+
+def _own_adds(total: Tensor, a: Tensor, b: Tensor) -> bool:
+    fits = total.device.type == "cpu" and total.dtype == torch.float32 and a.dtype == torch.bfloat16
+    return fits and a.stride(1) == b.stride(1) == 1 and total.is_contiguous() and dispatch.cpu_multiplies_bf16()
 
 
 def _in_float32(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, lacks: Tensor | None, add: bool) -> Tensor:

@@ -62,7 +62,7 @@ def second_pass(
     scaled = scale_rows(x, coef / power) if x.dtype == torch.float16 else x
     anchors = head.anchors(x, labels, lacks)
     dx = x.new_empty(x.shape if needs.dx else 0, dtype=x.dtype if len(parts) == 1 else acc)
-    if not parts:  # a rank that holds no rows of the weight
+    if not parts or count <= 0:  # a rank that holds no rows of the weight, or only padding
         dx.zero_()
     logp, e = None, x.new_zeros(x.shape[0], dtype=torch.float64)
     if anchors is not None and entropies is None:
@@ -71,21 +71,22 @@ def second_pass(
     db = weight.new_empty(weight.shape[0] if needs.db else 0, dtype=acc)
     for part in parts:
         g = head.columns(x, part, anchors) if kept is None else kept
+        width = min(count - part.start, g.shape[1])  # without padding, whose rows of the weight may hold anything
         columns_bwd_(
             kernels, g, labels, lse, of_logp, options.ignore_index, options.scale, options.softcap,
-            first + part.start, min(count - part.start, g.shape[1]), anchors, entropies,
+            first + part.start, width, anchors, entropies,
         )  # fmt: skip
         if needs.dw:
             product(g.t(), scaled, dw[part])
         if needs.db:
             db[part] = torch.mv(g.t(), (coef / db_power).to(g.dtype)).to(acc) * db_power
-        if needs.dx:
+        if needs.dx and width > 0:
             if logp is not None and len(parts) == 1:
                 product_dx(head, Logits(g, anchors), labels, logp, of_logp, dx)
                 continue
             if logp is not None:
                 e += label_remainder(head, Logits(g, anchors), labels, logp, of_logp, part)[0]
-            add_product(dx, g, weight[part], part.start == 0)
+            add_product(dx, g[:, :width], weight[part][:width], part.start == 0)
     if needs.dx and logp is not None and len(parts) > 1:
         add_remainder(head, labels, e, dx)
     return HeadGrads(dx.to(x.dtype), coef, dw, db, power)

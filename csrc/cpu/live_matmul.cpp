@@ -7,12 +7,10 @@
 namespace cpo {
 namespace {
 
-constexpr int64_t kDxPanels = 5;     // of H per task
-constexpr int64_t kDxPairs = 128;    // of live columns at a time: a panel of them, 32 kB, stays in the L1 cache
+constexpr int64_t kDxPanels = 5;     // of H per task, at most
 constexpr int64_t kDwPanels = 9;     // of H per task
 constexpr int64_t kDwColumns = 256;  // of the vocabulary per task: their sums take 590 kB of the L2 cache
-constexpr int64_t kAhead =
-    4;  // pairs of rows of W that are prefetched; 26 sets of SmolLM2 took 1.2 times as long without
+constexpr int64_t kAhead = 4;  // pairs of rows of W to prefetch: 26 sets of SmolLM2 took 1.2 times as long without
 
 // Some of the live columns of a set.
 struct Span {
@@ -41,7 +39,7 @@ struct Sets {
 Sets describe_sets(const char* op, Tensor& g, Tensor& columns, Tensor& offsets, int64_t set_rows, int64_t rows,
                    int64_t width) {
   check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
-  check(rows >= 0, op, ": rows must be at least 0, got ", rows);
+  set_rows = std::min(set_rows, std::max<int64_t>(rows, 1));
   check_dtype("g", g, ScalarType::BFloat16);
   check_dtype("columns", columns, ScalarType::Long);
   check_dtype("offsets", offsets, ScalarType::Long);
@@ -54,10 +52,6 @@ Sets describe_sets(const char* op, Tensor& g, Tensor& columns, Tensor& offsets, 
   for (int64_t k = 0; k < sets.count; ++k) total += sets.size(k) * (sets.live(k) + 1);
   check_vector("g", g, total);
   return sets;
-}
-
-inline void prefetch(const BFloat16* x, int64_t n) {
-  for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(x + i);
 }
 
 // The gradient of a row's label is known more exactly than g holds it: column [rows], none below 0, and value [rows].
@@ -99,7 +93,7 @@ void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat
   const int64_t live = sets.live(k), size = sets.size(k), panels = panels_of(width), stride = panels * kPanel;
   const BFloat16* g = sets.grads(k);
   sums.assign(size_t(size * stride), 0.0f);
-  packed.resize(size_t(kDxPairs * stride));
+  packed.resize(size_t(kPackedPairs * stride));
   std::vector<float*> rows(size);
   for (int64_t t = 0; t < size; ++t) {
     rows[t] = sums.data() + t * stride;
@@ -110,8 +104,8 @@ void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat
     const float error = labels.value[row] - labels.rounded(row);
     matmul.add_row(weight + labels.column[row] * weight_stride, width, error, 0.0f, 0.0f, rows[t]);
   }
-  for (int64_t j = 0; j < live; j += 2 * kDxPairs) {
-    const int64_t pairs = (std::min(2 * kDxPairs, live - j) + 1) / 2;
+  for (int64_t j = 0; j < live; j += 2 * kPackedPairs) {
+    const int64_t pairs = (std::min(2 * kPackedPairs, live - j) + 1) / 2;
     const int64_t* columns = sets.columns + sets.offsets[k] + j;
     for (int64_t p = 0; p < pairs; ++p) {
       for (int64_t i = 2 * (p + kAhead); i < std::min(2 * (p + kAhead + 1), live - j); ++i) {
@@ -262,7 +256,7 @@ Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
   BFloat16* out = mutable_data_of<BFloat16>(dx);
   const BFloat16* w = data_of<BFloat16>(weight);
   const float* tails = data_of<float>(tail_rows);
-  const int64_t step = kDxPanels * kPanel, parts = (width + step - 1) / step;
+  const int64_t step = panels_per_task(width, sets.count, kDxPanels) * kPanel, parts = (width + step - 1) / step;
   // Sets change fastest: the part of W that a few of them need may stay in the cache.
   torch::stable::parallel_for(0, parts * sets.count, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sums;
@@ -277,7 +271,7 @@ Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
 }
 
 Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor x, Tensor coef, Tensor tail,
-               Tensor tails, Tensor label_columns, Tensor label_grads) {
+               Tensor tails, Tensor label_columns, Tensor label_grads, int64_t rows) {
   const Bf16Matmul& kernels = bf16_matmul("live_dw");
   check_bf16_matrix("live_dw", "x", x);
   check_bf16_matrix("live_dw", "tail", tail);
@@ -291,8 +285,10 @@ Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
   const Labels labels("live_dw", label_columns, label_grads, x.size(0), vocab);
   const LabelRows by_label(data_of<BFloat16>(x), factors, labels, x.size(0));
   const Packed packed = pack(kernels, sets, data_of<BFloat16>(x), factors, data_of<float>(tails), width);
-  Tensor dw = torch::stable::new_empty(g, {vocab, width}, ScalarType::BFloat16);
+  check(rows >= vocab, "live_dw: dW must have at least the ", vocab, " rows of the vocabulary, got ", rows);
+  Tensor dw = torch::stable::new_empty(g, {rows, width}, ScalarType::BFloat16);
   BFloat16* out = mutable_data_of<BFloat16>(dw);
+  std::fill_n(out + vocab * width, (rows - vocab) * width, BFloat16{0});
   const BFloat16* q = data_of<BFloat16>(tail);
   const int64_t stride = tail.stride(0), parts = (packed.panels + kDwPanels - 1) / kDwPanels;
   const int64_t tiles = (vocab + kDwColumns - 1) / kDwColumns;

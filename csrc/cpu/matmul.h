@@ -10,7 +10,22 @@ const Bf16Matmul& bf16_matmul(const char* op);
 
 namespace {
 
+constexpr int64_t kPackedPairs =
+    128;  // of the inner dimension at a time: a panel of them, 32 kB, stays in the L1 cache
+
 inline int64_t panels_of(int64_t width) { return (width + kPanel - 1) / kPanel; }
+
+// Panels of `width` columns per task: about even, at most `most`, and where they are few, as many tasks as threads.
+inline int64_t panels_per_task(int64_t width, int64_t blocks, int64_t most) {
+  const int64_t panels = panels_of(width), threads = torch::stable::get_num_threads();
+  const int64_t shares = (threads + blocks - 1) / std::max<int64_t>(1, blocks);
+  const int64_t parts = std::max(int64_t(1), std::max((panels + most - 1) / most, std::min(panels, shares)));
+  return (panels + parts - 1) / parts;
+}
+
+inline void prefetch(const BFloat16* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(x + i);
+}
 
 inline void check_bf16_matrix(const char* op, const char* name, const Tensor& t) {
   check(t.dim() == 2, op, ": ", name, " must be a matrix, got shape ", shape_of(t));

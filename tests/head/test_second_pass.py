@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cpo_kernels as cpo
 from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
-from cpo_kernels.head import inputs
+from cpo_kernels.head import inputs, live_backward
+from cpo_kernels.head.matmul import cpu_multiplies
 from cpo_kernels.head.recompute import ALIGN, second_pass, vocab_tiles
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import BACKENDS, LOW_PRECISION, relative_error
@@ -136,3 +137,43 @@ def test_only_a_row_without_log_sum_exp_is_nan():
         columns_bwd_(reference, z, torch.tensor([5, 99, -100]), lse, torch.ones(3), -100, 1.0, 0.0, first, 40)
         assert z[1].isnan().all() and z[0].isfinite().all() and not z[2].any()
         assert z[0].sum().isclose(torch.tensor(-1.0 if first else 0.0), atol=1e-5)  # only softmax, or 1 - softmax
+
+
+@pytest.mark.parametrize("options", [{"memory_budget": 40 * 5000 * 2}, {"filter_eps": 1e-3, "filter_head_grad": True}])
+def test_a_direction_that_all_rows_of_the_weight_share(monkeypatch, options):
+    """It cancels over the whole vocabulary, but not within a tile: sums of tiles must not be rounded one by one."""
+    monkeypatch.setattr(live_backward, "TILE_ELEMENTS", 2**16)
+    if not dispatch.cpu_multiplies_bf16() and cpu_multiplies(torch.bfloat16):
+        pytest.skip("this processor's bfloat16 matmuls cannot add to float32")
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(5000, 64, generator=g)
+    labels = torch.randint(5000, (256,), generator=g)
+    near = torch.nn.functional.normalize(weight[labels], dim=1)
+    hidden = (0.3 * near + 0.1 * torch.randn(256, 64, generator=g)).bfloat16().requires_grad_()
+    weight = (weight + 8 * torch.randn(64, generator=g)).bfloat16().requires_grad_()
+    upstream = torch.rand(256, generator=g) + 0.5
+    truth = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    want = torch.autograd.grad(reference.linear_token_logps(*truth, labels), truth, upstream.double())
+    kept, tiles = (gradients(hidden, weight, labels, None, upstream, **o) for o in ({}, options))
+    for exact, ours, by_tiles in zip(want, kept, tiles, strict=True):
+        assert relative_error(by_tiles, exact) < 1.1 * relative_error(ours, exact) < 5e-3
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"memory_budget": 10 * 77 * 4}, {"filter_eps": 0.1}, {"filter_eps": 0.1, "filter_head_grad": True}]
+)
+def test_padded_rows_of_the_weight_may_hold_anything(impl, dtype, options):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 12, generator=g).to(dtype), torch.randn(77, 12, generator=g).to(dtype)
+    labels, upstream = torch.randint(70, (40,), generator=g), torch.randn(40, generator=g)
+    results = []
+    for padding in (0.0, torch.nan):
+        weight[70:] = padding
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        results.append(gradients(*leaves, labels, None, upstream, vocab_size=70, impl=impl, **options))
+        leaves[1].requires_grad_(False)
+        results[-1] += gradients(*leaves, labels, None, upstream, vocab_size=70, impl=impl)
+    for finite, nan in zip(*results, strict=True):
+        torch.testing.assert_close(nan, finite, rtol=0, atol=0)
