@@ -27,12 +27,12 @@ from cpo_kernels.head.inputs import (
 )
 from cpo_kernels.head.label_remainder import product_dx
 from cpo_kernels.head.live import (
+    KeptSets,
     LiveDx,
     LiveSets,
     LiveTensors,
     fake_live_tensors,
     filtered_chunk,
-    joined,
     no_live_tensors,
     no_sums,
     over_shards,
@@ -91,7 +91,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
     parts: list[RowLogps] = []
     filtered = execution.filter_eps > 0 and (args.want_dx or args.keep_live)
-    filter_sums, live, live_dx = no_sums(rows.x), list[LiveSets](), LiveDx(whole)
+    filter_sums, live, live_dx = no_sums(rows.x), KeptSets(rows.x, count), LiveDx(whole)
     for part in pieces:
         inputs = rows.x[part], rows.labels[part], args.extras, None if ref_x is None else ref_x[part]
         head = whole.at(part) if keep and len(pieces) > 1 else whole
@@ -114,7 +114,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     logps = RowLogps(rows.scatter(logp, size), rows.scatter(lse, size), extra, ref_logp, lacks)
     filter_sums = over_shards(head, filter_sums) if filtered else filter_sums
     kept = whole.rows(count) if keep else whole.buffer.new_empty(0, tensors.weight.shape[0])
-    return HeadLogps(logps, dx, filter_sums, kept, joined(live, rows.x))
+    return HeadLogps(logps, dx, filter_sums, kept, live.tensors())
 
 
 class BackwardArgs(NamedTuple):
@@ -342,9 +342,9 @@ def linear_token_logps(
             mesh, as FSDP2 does.
         filter_eps: None for exact gradients. With a number, the gradient of `hidden` is computed only in the columns of
             the vocabulary where one of 128 consecutive rows has |onehot - softmax| >= filter_eps (under a softcap,
-            times 1 - tanh^2); one mean column replaces the others. Log-probs stay exact. "auto" is 2^-15 in bfloat16,
-            where the error of dX on real text grows to 1.07 times that of exact gradients, and exact gradients in other
-            dtypes. See `reference.live_columns`.
+            times 1 - tanh^2); one mean column replaces the others. Log-probs stay exact. "auto" is 2^-15.25 in
+            bfloat16, where the error of dX on real text grows to 1.1 times that of exact gradients, and exact gradients
+            in other dtypes. See `reference.live_columns`.
         filter_head_grad: filter the gradients of weight and bias as well: 1.2 to 1.3 products in all for a trained
             model, which leaves 5 to 10% of the columns live. Rows of the weight that are never live get a gradient that
             is right on average only, and Adam divides by its magnitude.

@@ -13,7 +13,7 @@ from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend
 from cpo_kernels.head.inputs import Execution, Head, Needs
-from cpo_kernels.head.live import LIVE_LIMIT, LiveDx, filtered_chunk
+from cpo_kernels.head.live import LIVE_LIMIT, KeptSets, LiveDx, LiveSets, filtered_chunk
 from cpo_kernels.head.live_backward import live_backward
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import BACKENDS, relative_error
@@ -217,9 +217,9 @@ def test_head_gradients_join_no_tensors_of_the_host():
     x, weight, bias = (t.detach() for t in leaves)
     x, labels = x[labels != -100], labels[labels != -100]
     head = Head(weight, bias, labels, HeadOptions(-100, 1.0, 0.0, VOCAB), len(x), dispatch.kernels("cpu", weight))
-    execution, kept = Execution(16, 1000, 0, Backend.of("cpu"), 1e-3, True), []
+    execution, kept = Execution(16, 1000, 0, Backend.of("cpu"), 1e-3, True), KeptSets(x, len(x))
     logps, _ = filtered_chunk(head, (x, labels, False, None), execution, x[:0], LiveDx(head), kept)
-    (sets,) = kept
+    sets = LiveSets.of(kept.tensors(), len(x), execution.set_rows)
     assert any(sets.exact) and not all(sets.exact)
     with HostTensors() as seen:
         live_backward(
