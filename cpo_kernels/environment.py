@@ -100,4 +100,5 @@ def describe(device: torch.device, packages: Sequence[str] = (), threads: int | 
 
 def processor(described: dict[str, Any]) -> str:
     """The CPU of `describe`, with the vector instructions that torch uses: CPUs of one name may differ in them."""
-    return f"{described['cpu']} ({described['cpu_capability']}), {described['threads']} threads"
+    count = described["threads"]
+    return f"{described['cpu']} ({described['cpu_capability']}), {count} thread{'s' * (count != 1)}"

@@ -200,7 +200,8 @@ def search_table(content: Result) -> str:
     heads = ["method", "setting", "chosen by", "hypervolume", *(f"best {name}" for name in NAMES)]
     heads += ["rank correlation, " + ", ".join(NAMES), *(f"likelihood moves with the tag of {name}" for name in NAMES)]
     rows = []
-    for row in content["search"]["tried"]:
+    order = list(dict.fromkeys(row["method"] for row in content["search"]["tried"]))
+    for row in sorted(content["search"]["tried"], key=lambda row: order.index(row["method"])):
         cells = [label(row["method"]), described(row["setting"]), f"{row['worth']:.3f}", f"{row['hypervolume']:.3f}"]
         cells += [f"{row['best'][name]:.2f}" for name in NAMES]
         tagged = "correlation" in row

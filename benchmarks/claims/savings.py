@@ -78,7 +78,7 @@ def table(content: dict[str, Any]) -> str:
         lines.append(f"| {names.get(kind, kind)} | {row['tokens']:,.0f} | {spread} | {row['seconds'] / padded:.2f} |")
     env = content["environment"]
     note = (
-        f"{processor(env)}, one thread, {content['precision']}, torch {env['versions']['torch']}; {env['date'][:10]}; "
+        f"{processor(env)}, {content['precision']}, torch {env['versions']['torch']}; {env['date'][:10]}; "
         f"medians of {content['steps']} steps."
     )
     return "\n".join([*lines, "", note])
