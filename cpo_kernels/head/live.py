@@ -27,6 +27,7 @@ from cpo_kernels.ops.token_logps import HeadOptions
 
 LIVE_LIMIT = 0.5  # share of live columns beyond which a set is exact
 TAIL_UNIT = 1024.0  # q is stored as 1024 q: float16 keeps its small elements, and 1024 q W is finite if |q W| < 64
+HELD = 2**23  # elements of live gradients that wait for `LiveDx.write`
 
 
 class LiveTensors(NamedTuple):
@@ -200,7 +201,7 @@ class LiveDx:
     """Computes dX [n, H] of the sum of the log-probs for all sets given to `add`, except for rows of exact sets.
 
     q^T W reads the whole weight: it takes 6 ms for 2 sets and 7 ms for 11 (V = 49,152, H = 576, one core). So `write`
-    runs once for several chunks, when the live gradients held are as large as a chunk of logits.
+    runs once for several chunks, when the live gradients held are as large as a chunk of logits, or HELD.
     """
 
     def __init__(self, head: Head) -> None:
@@ -210,7 +211,7 @@ class LiveDx:
     def add(self, sets: LiveSets, dx: Tensor, coef: Tensor | None = None) -> None:
         """coef [n]: factors of the rows of dX; None for 1."""
         self.parts.append((sets, dx, coef))
-        if sum(s.g.numel() + s.tail.numel() for s, *_ in self.parts) > self.head.buffer.numel():
+        if sum(s.g.numel() + s.tail.numel() for s, *_ in self.parts) > min(self.head.buffer.numel(), HELD):
             self.write()
 
     def write(self) -> None:
