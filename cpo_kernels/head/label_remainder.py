@@ -57,5 +57,10 @@ def product_dx(head: Head, g: Logits, labels: Tensor, logp: Tensor, coef: Tensor
         product(z, weight, out)
         return
     e, column = label_remainder(head, g, labels, logp, coef)
-    torch.index_select(head.weight, 0, column, out=out).mul_(e[:, None].to(out.dtype))
-    add_product(out, z, weight, first=False)
+    product_from(weight, column, e, z, weight, out)
+
+
+def product_from(weight: Tensor, column: Tensor, e: Tensor, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out [n, H] = e_t w_{column_t} + a b, rounded once; e and column [n]."""
+    torch.index_select(weight, 0, column, out=out).mul_(e[:, None].to(out.dtype))
+    add_product(out, a, b, first=False)

@@ -64,24 +64,17 @@ void pack_pairs(const BFloat16* low, const BFloat16* high, int64_t n, uint32_t* 
   }
 }
 
-inline __m512 load_bf16(__mmask16 keep, const BFloat16* p) {
+inline __m512 load_row(__mmask16 keep, const float* p) { return _mm512_maskz_loadu_ps(keep, p); }
+inline __m512 load_row(__mmask16 keep, const BFloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, p)), 16));
 }
 
-void round_row(const float* from, int64_t n, float factor, BFloat16* to) {
+template <typename T>
+void scale_row(const T* from, int64_t n, float factor, BFloat16* to) {
   const __m512 f = _mm512_set1_ps(factor);
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 keep = first_lanes_of(n - i);
-    const __m512 x = _mm512_mul_ps(f, _mm512_maskz_loadu_ps(keep, from + i));
-    _mm256_mask_storeu_epi16(to + i, keep, (__m256i)_mm512_cvtneps_pbh(x));
-  }
-}
-
-void scale_row(const BFloat16* from, int64_t n, float factor, BFloat16* to) {
-  const __m512 f = _mm512_set1_ps(factor);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 keep = first_lanes_of(n - i);
-    const __m512 x = _mm512_mul_ps(f, load_bf16(keep, from + i));
+    const __m512 x = _mm512_mul_ps(f, load_row(keep, from + i));
     _mm256_mask_storeu_epi16(to + i, keep, (__m256i)_mm512_cvtneps_pbh(x));
   }
 }
@@ -90,7 +83,7 @@ void add_row(const BFloat16* x, int64_t n, float factor, float rounded, float sc
   const __m512 f = _mm512_set1_ps(factor), r = _mm512_set1_ps(rounded), s = _mm512_set1_ps(scale);
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 keep = first_lanes_of(n - i);
-    const __m512 value = load_bf16(keep, x + i);
+    const __m512 value = load_row(keep, x + i);
     const __m256i scaled = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(s, value));
     const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scaled), 16));
     const __m512 sum = _mm512_fmadd_ps(f, value, _mm512_maskz_loadu_ps(keep, to + i));

@@ -12,7 +12,7 @@ namespace {
 
 const IsaKernels kKernels = {
     {row_kernels<float>(), row_kernels<BFloat16>(), row_kernels<Half>(), row_kernels<double>()},
-    {add_matmul, pack_pairs, logits_tile, round_row, scale_row, add_row}};
+    {add_matmul, pack_pairs, logits_tile, scale_row<float>, scale_row<BFloat16>, add_row}};
 }  // namespace
 
 const IsaKernels* kernels_avx512bf16() { return &kKernels; }
