@@ -36,6 +36,7 @@ from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.pareto import hypervolume
 from cpo_kernels.files import atomic_text
 from cpo_kernels.objectives import Objective
+from cpo_kernels.training.memory import keep_freed_memory
 from cpo_kernels.training.rundir import versions
 
 # name -> its data and model, its budget, its files, number of seeds
@@ -334,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    keep_freed_memory()
     started = time.monotonic()
     study, budget, name, seeds = STUDIES[args.study]
     if (args.study == "truthfulqa") != bool(args.data):
