@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -149,24 +150,30 @@ def check_live(backend: Backend, findings: Findings, shape: Sets) -> None:
         findings.close(what, got, want, ROUNDING, 30 * SUMS / ROUNDING * float(want.abs().max()) if rows else 1.0)
 
 
-SUMMANDS = ((1, 1, 1), (3, 5, 7), (70, 301, 41), (300, 513, 130), (5, 1024, 700), (0, 4, 4), (4, 0, 4))
+# the last one has so many rows that b is packed once
+SUMMANDS = ((1, 1, 1), (3, 5, 7), (70, 301, 41), (300, 513, 130), (5, 1024, 700), (0, 4, 4), (4, 0, 4), (2100, 601, 650))
 
 
 def check_add_product(backend: Backend, findings: Findings) -> None:
-    """float32 += a b: a with rows of a stride of its own, inner sizes odd and even, more rows than a task."""
+    """float32 += a b: a with rows or columns of a stride of its own, inner sizes odd and even, more rows than a task."""
     own, generator = own_matmuls(backend), torch.Generator().manual_seed(2)
     for rows, inner, width in SUMMANDS:
-        a, b = random(generator, rows, inner + 3)[:, 1 : inner + 1], random(generator, inner, width)
         total = torch.randn(rows, width, generator=generator)
+        by_rows = random(generator, rows, inner + 3)[:, 1 : inner + 1]
+        by_columns = random(generator, inner, rows + 3)[:, 1 : rows + 1].t()
+        b = random(generator, inner, width)
+        for a, first in product((by_rows, by_columns), (False, True)):
+            before = torch.full_like(total, math.nan) if first else total
 
-        def compute(a: Tensor = a, b: Tensor = b, total: Tensor = total) -> Tensor:
-            got = total.clone()
-            own.add_product_(got, a, b)
-            return got
+            def compute(a: Tensor = a, b: Tensor = b, before: Tensor = before, first: bool = first) -> Tensor:
+                got = before.clone()
+                own.add_product_(got, a, b, first)
+                return got
 
-        got, want = same_on_any_threads(findings, "sum", compute), total.double() + a.double() @ b.double()
-        size = total.abs().double() + a.abs().double() @ b.abs().double()
-        findings.close("sum", got, want, SUMS, (size + 1e-3))
+            base = torch.zeros_like(total) if first else total
+            got, want = same_on_any_threads(findings, "sum", compute), base.double() + a.double() @ b.double()
+            size = base.abs().double() + a.abs().double() @ b.abs().double()
+            findings.close("sum", got, want, SUMS, (size + 1e-3))
 
 
 def matmul_cases() -> Iterator[Case]:

@@ -82,7 +82,8 @@ def multiplies_into_float32(device: torch.device) -> bool:
 
 def adds_products(total: Tensor, a: Tensor) -> bool:
     """Whether a matmul in the dtype of `a` can accumulate into `total` itself."""
-    into_float32 = a.dtype == torch.bfloat16 and (by_tiles(a) or multiplies_into_float32(a.device))
+    own = a.device.type == "cpu" and dispatch.cpu_multiplies_bf16()
+    into_float32 = a.dtype == torch.bfloat16 and (own or by_tiles(a) or multiplies_into_float32(a.device))
     return a.dtype == total.dtype or into_float32
 
 
@@ -96,7 +97,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     if first and a.dtype == total.dtype:
         product(a, b, total)
     elif _own_adds(total, a, b):
-        torch.ops.cpo_kernels.add_product_(total.zero_() if first else total, a, b)
+        torch.ops.cpo_kernels.add_product_(total, a, b, first)
     elif by_tiles(a):
         _in_float32(a, b, total, None, None, add=not first)
     elif not adds_products(total, a):
@@ -109,7 +110,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 def _own_adds(total: Tensor, a: Tensor, b: Tensor) -> bool:
     fits = total.device.type == "cpu" and total.dtype == torch.float32 and a.dtype == torch.bfloat16
-    return fits and a.stride(1) == b.stride(1) == 1 and total.is_contiguous() and dispatch.cpu_multiplies_bf16()
+    strides = b.stride(1) == 1 and 1 in a.stride()
+    return fits and strides and total.is_contiguous() and dispatch.cpu_multiplies_bf16()
 
 
 def _in_float32(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, lacks: Tensor | None, add: bool) -> Tensor:

@@ -14,7 +14,14 @@ namespace cpo {
 namespace {
 
 constexpr int64_t kTaskColumns = 256;
-constexpr int64_t kSumRows = 256, kSumPanels = 5;  // of the sums per task, at most: 330 kB
+// Sums per task, at most 330 kB. b is packed for each task, or, where there are many tasks and all of b stays in a
+// cache, once for all of them: dW of 1024 x 576 x 49,152 takes 77 ms then, and 79 with 256 rows and 5 panels (two cores;
+// torch cannot add to float32: a rounded product and the addition take 130).
+struct SumTile {
+  int64_t rows, panels;
+};
+constexpr SumTile kOwnB{256, 5}, kSharedB{128, 9};
+constexpr int64_t kSharedRows = 2048, kSharedNumbers = int64_t(4) << 20;
 
 // With AMX, which these kernels do not use, oneDNN computes all matmuls. The processor has AMX_BF16, and the operating
 // system saves its tiles.
@@ -94,44 +101,112 @@ void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out) {
   });
 }
 
-void add_product_(Tensor total, Tensor a, Tensor b) {
+namespace {
+
+// a [rows, inner] with unit stride in one of its dimensions, as operands of Bf16Matmul::add.
+struct Left {
+  const BFloat16* a;
+  int64_t stride;
+  bool transposed;  // unit stride over its rows
+
+  // To the sums of rows [low, low + count), numbers [k, k + n) of the inner dimension.
+  void add(const Bf16Matmul& kernels, int64_t low, int64_t count, int64_t k, int64_t n, const uint32_t* b,
+           int64_t panels, float* const* lines, std::vector<uint32_t>& pairs_of_a) const {
+    const int64_t pairs = (n + 1) / 2;
+    if (!transposed && n % 2 == 0) {
+      kernels.add(a + low * stride + k, 2 * stride, 4, count, b, pairs, panels, lines);
+      return;
+    }
+    const int64_t row = panels_of(count) * kPanel;
+    pairs_of_a.resize(size_t(pairs * row));
+    for (int64_t p = 0; p < pairs; ++p) {
+      uint32_t* to = pairs_of_a.data() + p * row;
+      if (transposed) {
+        const BFloat16* one = a + (k + 2 * p) * stride + low;
+        kernels.pack_pairs(one, 2 * p + 1 < n ? one + stride : nullptr, count, to, kPanel);
+        continue;
+      }
+      for (int64_t t = 0; t < count; ++t) {  // behind the last number of a row there may be none
+        const BFloat16* one = a + (low + t) * stride + k + 2 * p;
+        to[t] = one[0].bits | (2 * p + 1 < n ? uint32_t(one[1].bits) << 16 : 0);
+      }
+    }
+    kernels.add(pairs_of_a.data(), 4, 4 * row, count, b, pairs, panels, lines);
+  }
+};
+
+// b [inner, width] as operands of Bf16Matmul::add, 2 * kPackedPairs of its rows at a time: [panels, pairs, kPanel].
+struct Right {
+  const BFloat16* b;
+  int64_t stride, inner, width;
+
+  int64_t pairs_from(int64_t k) const { return (std::min(2 * kPackedPairs, inner - k) + 1) / 2; }
+  void pack(const Bf16Matmul& kernels, int64_t k, int64_t column, int64_t n, uint32_t* out) const {
+    const int64_t pairs = pairs_from(k);
+    for (int64_t p = 0; p < pairs; ++p) {
+      const BFloat16* row = b + (k + 2 * p) * stride + column;
+      kernels.pack_pairs(row, k + 2 * p + 1 < inner ? row + stride : nullptr, n, out + p * kPanel, pairs * kPanel);
+    }
+  }
+  // Where the numbers from row k and column `column` are in `packed`.
+  int64_t at(int64_t k, int64_t column) const { return k / 2 * panels_of(width) * kPanel + column * pairs_from(k); }
+  std::vector<uint32_t> packed(const Bf16Matmul& kernels) const {
+    std::vector<uint32_t> out(size_t((inner + 1) / 2 * panels_of(width) * kPanel));
+    const int64_t steps = (inner + 2 * kPackedPairs - 1) / (2 * kPackedPairs);
+    torch::stable::parallel_for(0, steps, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin * 2 * kPackedPairs; k < std::min(inner, end * 2 * kPackedPairs); k += 2 * kPackedPairs) {
+        pack(kernels, k, 0, width, out.data() + at(k, 0));
+      }
+    });
+    return out;
+  }
+};
+
+}  // namespace
+
+void add_product_(Tensor total, Tensor a, Tensor b, bool first) {
   const Bf16Matmul& kernels = bf16_matmul("add_product_");
-  check_bf16_matrix("add_product_", "a", a);
   check_bf16_matrix("add_product_", "b", b);
   check_dtype("total", total, ScalarType::Float);
+  check_dtype("a", a, ScalarType::BFloat16);
+  check(a.dim() == 2 && (a.stride(0) == 1 || a.stride(1) == 1), "add_product_: a must be a matrix of unit stride over ",
+        "its columns or rows, got shape ", shape_of(a), "; call .contiguous() first");
   const int64_t rows = a.size(0), inner = a.size(1), width = b.size(1);
   check_matrix("b", b, inner, width);
   check_matrix("total", total, rows, width);
   check(total.is_contiguous(), "add_product_: total must be contiguous");
-  const BFloat16 *left = data_of<BFloat16>(a), *right = data_of<BFloat16>(b);
+  const bool transposed = a.stride(1) != 1;
+  const Left left{data_of<BFloat16>(a), a.stride(transposed ? 1 : 0), transposed};
   float* sums = mutable_data_of<float>(total);
-  const int64_t a_stride = a.stride(0), b_stride = b.stride(0), blocks = (rows + kSumRows - 1) / kSumRows;
-  const int64_t step = panels_per_task(width, blocks, kSumPanels) * kPanel, parts = (width + step - 1) / step;
+  const bool shared = rows >= kSharedRows && inner * width <= kSharedNumbers;
+  const SumTile tile = shared ? kSharedB : kOwnB;
+  const int64_t blocks = (rows + tile.rows - 1) / tile.rows;
+  const int64_t step = panels_per_task(width, blocks, tile.panels) * kPanel, parts = (width + step - 1) / step;
+  const Right right{data_of<BFloat16>(b), b.stride(0), inner, width};
+  std::vector<uint32_t> all;
+  if (shared) all = right.packed(kernels);
   torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> packed(size_t(kPackedPairs * step)), last(kSumRows);
-    std::vector<float> own(size_t(kSumRows * step));
-    std::vector<float*> lines(kSumRows);
+    std::vector<uint32_t> packed(shared ? 0 : size_t(kPackedPairs * step)), pairs_of_a;
+    std::vector<float> own(size_t(tile.rows * step));
+    std::vector<float*> lines(tile.rows);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t low = task / parts * kSumRows, count = std::min(kSumRows, rows - low);
-      const int64_t first = task % parts * step, n = std::min(step, width - first), panels = panels_of(n);
+      const int64_t low = task / parts * tile.rows, count = std::min(tile.rows, rows - low);
+      const int64_t column = task % parts * step, n = std::min(step, width - column), panels = panels_of(n);
       for (int64_t t = 0; t < count; ++t) {
         lines[t] = own.data() + t * panels * kPanel;
-        std::copy_n(sums + (low + t) * width + first, n, lines[t]);
+        if (first) {
+          std::fill_n(lines[t], n, 0.0f);
+        } else {
+          std::copy_n(sums + (low + t) * width + column, n, lines[t]);
+        }
       }
       for (int64_t k = 0; k < inner; k += 2 * kPackedPairs) {
-        const int64_t whole = std::min(2 * kPackedPairs, inner - k) / 2;
-        for (int64_t p = 0; p < whole; ++p) {
-          const BFloat16* row = right + (k + 2 * p) * b_stride + first;
-          kernels.pack_pairs(row, row + b_stride, n, packed.data() + p * kPanel, whole * kPanel);
-        }
-        kernels.add(left + low * a_stride + k, 2 * a_stride, 4, count, packed.data(), whole, panels, lines.data());
+        if (!shared) right.pack(kernels, k, column, n, packed.data());
+        const uint32_t* operand = shared ? all.data() + right.at(k, column) : packed.data();
+        left.add(kernels, low, count, k, std::min(2 * kPackedPairs, inner - k), operand, panels, lines.data(),
+                 pairs_of_a);
       }
-      if (inner % 2) {  // behind the last number of a row there may be none
-        for (int64_t t = 0; t < count; ++t) last[t] = left[(low + t) * a_stride + inner - 1].bits;
-        kernels.pack_pairs(right + (inner - 1) * b_stride + first, nullptr, n, packed.data(), kPanel);
-        kernels.add(last.data(), 4, 4, count, packed.data(), 1, panels, lines.data());
-      }
-      for (int64_t t = 0; t < count; ++t) std::copy_n(lines[t], n, sums + (low + t) * width + first);
+      for (int64_t t = 0; t < count; ++t) std::copy_n(lines[t], n, sums + (low + t) * width + column);
     }
   });
 }
