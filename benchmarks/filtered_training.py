@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -40,6 +41,7 @@ from cpo_kernels.demo.world import World
 from cpo_kernels.environment import describe
 from cpo_kernels.files import atomic_text
 from cpo_kernels.head import live
+from cpo_kernels.head.strategy import AUTO_EPS
 from cpo_kernels.recipe.config import read_config
 from cpo_kernels.recipe.keys import Config
 from cpo_kernels.training.loop import Loop, train
@@ -50,7 +52,8 @@ from cpo_kernels.training.parallel import make_accelerator
 from cpo_kernels.training.rundir import RunDir
 
 EXACT = "float32"
-EPS = 2.0**-12
+EPS = AUTO_EPS[torch.bfloat16]
+FIXED = f"float32, 2^{math.log2(EPS):g}"
 DROPPED = "tail dropped"
 # training.precision, filter_eps, filter_head_grad
 VARIANTS: dict[str, tuple[str, float | str | None, bool]] = {
@@ -58,9 +61,9 @@ VARIANTS: dict[str, tuple[str, float | str | None, bool]] = {
     "bfloat16": ("bf16", None, False),
     "bfloat16, auto": ("bf16", "auto", False),
     "bfloat16, auto, head too": ("bf16", "auto", True),
-    "float32, 2^-12": ("fp32", EPS, False),
-    "float32, 2^-12, head too": ("fp32", EPS, True),
-    f"float32, 2^-12, head too, {DROPPED}": ("fp32", EPS, True),
+    FIXED: ("fp32", EPS, False),
+    f"{FIXED}, head too": ("fp32", EPS, True),
+    f"{FIXED}, head too, {DROPPED}": ("fp32", EPS, True),
 }
 EARLY = 12  # the step after which the weights are compared as well
 Result = dict[str, Any]
