@@ -211,6 +211,7 @@ def check_products(backend: Backend, findings: Findings, shape: Product, dtype: 
     def random(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(dtype).to(backend.device)
 
+    acc = library.acc_dtype(dtype)
     sets = -(-shape.rows // shape.set_rows)
     live = torch.rand(sets, shape.vocab, generator=generator) < shape.share
     if sets > 2:
@@ -219,19 +220,25 @@ def check_products(backend: Backend, findings: Findings, shape: Product, dtype: 
         missing = 7 - live.sum(1, keepdim=True) % 8
         live |= (~live) & ((~live).cumsum(1) <= missing)
     columns, offsets = places(live.to(backend.device))
-    x, weight, tail = random(shape.rows, shape.hidden), random(shape.vocab, shape.hidden), random(sets, shape.hidden)
+    x, weight = random(shape.rows, shape.hidden), random(shape.vocab, shape.hidden)
+    tail, coef, known = (random(*size).to(acc) for size in ((sets, shape.hidden), (shape.rows,), (shape.rows,)))
+    labels = torch.randint(-1, shape.vocab, (shape.rows,), generator=generator).to(backend.device)  # -1: none
     parts = [random(len(rows), int(live[k].sum()) + 1) for k, rows in enumerate(x.split(shape.set_rows)) if len(rows)]
     g = torch.cat([part.flatten() for part in parts]) if parts else x.new_empty(0)
     ids, tolerance = columns.split(offsets.diff().tolist()), PRODUCT_TOLERANCES[dtype]
-    dw = random(shape.vocab, shape.hidden).to(library.acc_dtype(dtype))
+    dw = random(shape.vocab, shape.hidden).to(acc)
     want_dx, want_dw, again = torch.empty_like(x, dtype=torch.float64), dw.double().clone(), dw.clone()
     for k, part in enumerate(parts):
         rows = slice(k * shape.set_rows, (k + 1) * shape.set_rows)
-        want_dx[rows] = part.double() @ torch.cat([weight[ids[k]], tail[k : k + 1]]).double()
+        want_dx[rows] = part.double() @ torch.cat([weight[ids[k]].double(), tail[k : k + 1].double()])
         want_dw[ids[k]] += part[:, :-1].double().T @ x[rows].double()
-    dx = live_dx(g, columns, offsets, shape.set_rows, weight, tail, shape.rows)
-    size = float(want_dx.abs().max()) if shape.rows else 1.0
-    findings.close("dx", dx, want_dx, tolerance, size)
+    known = 1000 * known  # so that what its rounding takes is seen beside the sums
+    lost = torch.where(labels >= 0, known.double() - known.to(dtype).double(), 0.0)
+    with_labels = want_dx + lost[:, None] * weight[labels.clamp(min=0)].double()
+    for given, want in (((labels, known), with_labels), ((labels[:0], known[:0]), want_dx)):
+        dx = live_dx(g, columns, offsets, shape.set_rows, weight, tail, coef, *given)
+        want = coef[:, None].double() * want
+        findings.close("dx", dx, want, tolerance, float(want.abs().max()) if shape.rows else 1.0)
     live_dw_(g, columns, offsets, shape.set_rows, x, dw)
     findings.close("dw", dw, want_dw, max(1e-13, min(tolerance, 1e-5)), float(want_dw.abs().max()))
     live_dw_(g, columns, offsets, shape.set_rows, x, again)

@@ -228,15 +228,11 @@ class LiveDx:
             compute(sets, mean, dx, coef)
 
     def by_index(self, sets: LiveSets, means: Tensor, dx: Tensor, coef: Tensor | None) -> None:
-        weight, args = self.head.weight, (*sets.places, sets.set_rows, self.head.weight)
         kernels: Any = self.head.kernels
-        if adds_by_index(kernels):
-            made = kernels.live_dx(*args, means, sets.num_rows)
-            made = made if coef is None else scale_rows(made, coef)
-        else:
-            acc = library.acc_dtype(weight.dtype)
-            coef = weight.new_ones(sets.num_rows, dtype=acc) if coef is None else coef
-            made = kernels.live_dx(*args, means.to(acc), coef, sets.label_columns, sets.label_grads)
+        weight, acc = self.head.weight, library.acc_dtype(dx.dtype)
+        coef = weight.new_ones(sets.num_rows, dtype=acc) if coef is None else coef
+        args = *sets.places, sets.set_rows, weight, means.to(acc), coef, sets.label_columns, sets.label_grads
+        made = kernels.live_dx(*args)
         for rows in exact_rows(sets):
             made[rows] = dx[rows]
         dx.copy_(made)

@@ -32,12 +32,28 @@ PRODUCT = {
 KEY_BITS = 63
 
 
+@triton.jit
+def _write_dx(
+    dx, row, inside, first, hidden, acc, weight, weight_stride, tail_row, tau, factor, label, lost, BN: tl.constexpr
+):
+    """dx [BM, BN columns from `first`] = factor (acc + tau tail_row + lost w_label)."""
+    n = first + tl.arange(0, BN)
+    keep = inside[:, None] & (n < hidden)[None, :]
+    acc += tau[:, None] * tl.load(tail_row + n, mask=n < hidden, other=0.0).to(acc.dtype)[None, :]
+    at = weight + label[:, None] * weight_stride + n[None, :]
+    acc += lost[:, None] * tl.load(at, mask=keep & (label >= 0)[:, None], other=0.0).to(acc.dtype)
+    tl.store(dx + row[:, None] * hidden + n[None, :], (factor[:, None] * acc).to(dx.dtype.element_ty), mask=keep)
+
+
 @triton.jit(**PRODUCT)
 def dx_kernel(
-    g, ids, offsets, weight, tail_rows, dx, rows, set_rows, sets, blocks, hidden, weight_stride,
+    g, ids, offsets, weight, tail_rows, coef, labels, label_grads, dx, rows, set_rows, sets, blocks, hidden,
+    weight_stride,
     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr,
+    LABELS: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BM rows of a set, BN of H] of [g_A, tau] [W_A; tail_row]. ALIGNED: rows of g are whole 16-byte pieces."""
+    """A tile [BM rows of a set, BN of H] of coef ([g_A, tau] [W_A; tail_row] + what rounding took from the labels' g).
+    ALIGNED: rows of g are whole 16-byte pieces."""
     program = tl.program_id(0)
     k = (program % sets).to(tl.int64)
     low = (program // sets % blocks * BM).to(tl.int64)
@@ -62,11 +78,20 @@ def dx_kernel(
         at = weight + column[:, None] * weight_stride + n[None, :]
         b = tl.load(at, mask=(place < count)[:, None] & (n < hidden)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=ACC)
+    row = k * set_rows + low + m
     tau = tl.load(block + lines + count, mask=inside, other=0.0).to(ACC)
-    tail = tl.load(tail_rows + k * hidden + n, mask=n < hidden, other=0.0).to(ACC)
-    acc += tau[:, None] * tail[None, :]
-    at = dx + (k * set_rows + low) * hidden + m[:, None] * hidden + n[None, :]
-    tl.store(at, acc.to(dx.dtype.element_ty), mask=inside[:, None] & (n < hidden)[None, :])
+    factor = tl.load(coef + row, mask=inside, other=0.0)
+    label, lost = tl.full([BM], -1, tl.int64), tl.zeros([BM], ACC)
+    if LABELS:
+        label = tl.load(labels + row, mask=inside, other=-1)
+        value = tl.load(label_grads + row, mask=inside, other=0.0)
+        lost = value - value.to(g.dtype.element_ty).to(ACC)
+    # In halves: the weight's rows need registers besides the sums.
+    left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+    first, tail_row = program // sets // blocks * BN, tail_rows + k * hidden
+    _write_dx(dx, row, inside, first, hidden, left, weight, weight_stride, tail_row, tau, factor, label, lost, BN // 2)
+    first += BN // 2
+    _write_dx(dx, row, inside, first, hidden, right, weight, weight_stride, tail_row, tau, factor, label, lost, BN // 2)
 
 
 @triton.jit(**PRODUCT)
@@ -131,15 +156,20 @@ def dw_kernel(
 
 
 def live_dx(
-    g: Tensor, columns: Tensor, offsets: Tensor, set_rows: int, weight: Tensor, tail_rows: Tensor, rows: int
-) -> Tensor:
-    """dx [rows, H] in the dtype of g: [g_A, tau] [W[columns]; tail_row] of each set, accumulated in float32.
+    g: Tensor, columns: Tensor, offsets: Tensor, set_rows: int, weight: Tensor, tail_rows: Tensor, coef: Tensor,
+    label_columns: Tensor, label_grads: Tensor,
+) -> Tensor:  # fmt: skip
+    """dx [n, H] in the dtype of g: coef_t ([g_A, tau] [W[columns]; tail_row] + e_t w_{y_t}), rounded once.
 
-    g, columns, offsets [sets + 1] (host) as in `live_grads`; weight [V, H] in the dtype of g, tail_rows [sets, H]. It
-    is fastest if the number of live columns of each set is 7 modulo 8, so that the rows of g are 16-byte aligned; add
-    columns that are not live to get there (a larger A is as correct). Otherwise g is read one number at a time.
+    g, columns, offsets [sets + 1] (host) as in `live_grads`; weight [V, H] in the dtype of g; tail_rows [sets, H] and
+    coef [n] in float32 (float64 for float64). label_columns [n], -1 for none, and label_grads [n]: g of the labels
+    before rounding, which took e_t from it; or [0].
+
+    It is fastest if the number of live columns of each set is 7 modulo 8, so that the rows of g are 16-byte aligned;
+    add columns that are not live to get there (a larger A is as correct). Otherwise g is read one number at a time.
     """
-    hidden, set_rows = weight.shape[1], min(set_rows, max(rows, 1))
+    rows, hidden = len(coef), weight.shape[1]
+    set_rows = min(set_rows, max(rows, 1))
     dx = g.new_empty(rows, hidden)
     if not dx.numel():
         return dx
@@ -148,9 +178,10 @@ def live_dx(
     sets, blocks = len(offsets) - 1, -(-set_rows // tile.rows)
     with torch.cuda.device_of(g):
         dx_kernel[(sets * blocks * -(-hidden // tile.block),)](
-            g, columns.contiguous(), offsets.to(g.device, non_blocking=True), weight, tail_rows.contiguous(), dx, rows,
-            set_rows, sets, blocks, hidden, weight.stride(0), ACC=_acc(g), BM=tile.rows, BN=tile.block,
-            BK=tile.depth, ALIGNED=aligned, **tuning.options(tile),
+            g, columns.contiguous(), offsets.to(g.device, non_blocking=True), weight, tail_rows.contiguous(),
+            coef.contiguous(), label_columns.contiguous(), label_grads.contiguous(), dx, rows, set_rows, sets, blocks,
+            hidden, weight.stride(0), ACC=_acc(g), BM=tile.rows, BN=tile.block, BK=tile.depth, ALIGNED=aligned,
+            LABELS=label_columns.numel() > 0, **tuning.options(tile),
         )  # fmt: skip
     return dx
 

@@ -148,8 +148,10 @@ def all_live_products() -> None:
         offsets, ids = torch.tensor([0, live, 2 * live]), torch.arange(2 * live) % live
         g, matrix = torch.zeros(256 * (live + 1), dtype=dtype), torch.zeros(256, 512, dtype=dtype)
         dw = torch.zeros(256, 512, dtype=torch.promote_types(dtype, torch.float32))
-        with launches(f"live_dx {name}"):
-            live_matmul.live_dx(g, ids, offsets, 128, matrix, matrix[:2], 256)
+        labels, factors = torch.zeros(256, dtype=torch.int64), dw[:, 0].contiguous()
+        for given, grads in (("", factors[:0]), (" labels", factors)):
+            with launches(f"live_dx {name}{given}"):
+                live_matmul.live_dx(g, ids, offsets, 128, matrix, dw[:2], factors, labels[: len(grads)], grads)
         with launches(f"live_dw_ {name}"):
             live_matmul.live_dw_(g, ids, offsets, 128, matrix, dw)
 
