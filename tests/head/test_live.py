@@ -101,7 +101,7 @@ def test_gradients_in_triton(filter_head_grad):
 
 @pytest.mark.parametrize("filter_head_grad", [True, False])
 def test_dx_of_16_bit_rows_in_triton_is_that_of_other_backends(filter_head_grad):
-    """Its matmul too adds what rounding took from the gradients of the labels; without it they differ by 3e-4."""
+    """Its matmul too adds what rounding took from the gradients of the labels; without it they differ by 5e-4."""
     (hidden, weight, bias), labels = rows(96, torch.float16, flat=slice(0))
     peaked, dx = (2 * hidden.detach()).requires_grad_(), {}  # with almost no tail, for which Triton adds columns
     where = {"filter_eps": 1e-5, "filter_head_grad": filter_head_grad, "memory_budget": budget(16, torch.float16, 0)}
