@@ -150,8 +150,8 @@ def check_live(backend: Backend, findings: Findings, shape: Sets) -> None:
         findings.close(what, got, want, ROUNDING, 30 * SUMS / ROUNDING * float(want.abs().max()) if rows else 1.0)
 
 
-SUMMANDS = ((1, 1, 1), (3, 5, 7), (70, 301, 41), (300, 513, 130), (5, 1024, 700), (0, 4, 4), (4, 0, 4))
-SUMMANDS += ((2100, 601, 650),)  # so many rows that b is packed once
+SUMMANDS = [(1, 1, 1), (3, 5, 7), (70, 301, 41), (300, 513, 130), (5, 1024, 700), (0, 4, 4), (4, 0, 4)]
+SUMMANDS += [(2100, 601, 650)]  # so many rows that b is packed once
 
 
 def check_add_product(backend: Backend, findings: Findings) -> None:
