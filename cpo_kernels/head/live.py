@@ -20,7 +20,7 @@ from cpo_kernels import library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import ShardedKernels, all_gather, columns_here, columns_of, logit_and_slope
 from cpo_kernels.head.grads import scale_rows
-from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
+from cpo_kernels.head.inputs import Execution, Head, HeadInputs, Logits, RowLogps
 from cpo_kernels.head.label_remainder import product_dx, product_from
 from cpo_kernels.head.matmul import product
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -290,6 +290,22 @@ def filtered_chunk(
 
 def no_sums(like: Tensor) -> Tensor:
     return like.new_zeros(3, dtype=torch.float32)
+
+
+class FilterShares(NamedTuple):
+    """Means over the labelled rows where a gradient is filtered; NaN elsewhere. See `PreferenceOutput`."""
+
+    live_share: Tensor  # []
+    tail_mass: Tensor  # []
+    exact_share: Tensor  # []
+
+
+def filter_shares(inputs: HeadInputs, sums: Tensor) -> FilterShares:
+    """From filter_sums [3], of all rows of the call."""
+    if not inputs.filters:
+        return FilterShares(*torch.full_like(sums, torch.nan).unbind(0))
+    labelled = (inputs.tensors.labels != inputs.options.ignore_index).sum()
+    return FilterShares(*(sums / labelled.clamp(min=1)).unbind(0))
 
 
 def over_shards(head: Head, sums: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def explain(
         memory_budget: bytes of logits held at a time; the default depends on the device.
         filter_eps, filter_head_grad: see `linear_token_logps`.
         live_share: assumed share of live columns, which determines products and bytes: on real rows of SmolLM2-135M it
-            is 0.19 at 2^-15.25 and 0.07 at 2^-12. `PreferenceOutput.live_share` reports the actual share.
+            is 0.19 at 2^-15.25 and 0.07 at 2^-12. The outputs of the losses and the trainer report the actual one.
 
     Raises:
         TypeError, ValueError: numbers below 0, a live_share outside [0, 1], or an unknown loss or dtype.
