@@ -23,11 +23,11 @@ from cpo_kernels.head.grads import scale_rows
 from cpo_kernels.head.inputs import Execution, Head, HeadInputs, Logits, RowLogps
 from cpo_kernels.head.label_remainder import product_dx, product_from
 from cpo_kernels.head.matmul import product
+from cpo_kernels.head.strategy import HELD
 from cpo_kernels.ops.token_logps import HeadOptions
 
 LIVE_LIMIT = 0.5  # share of live columns beyond which a set is exact
 TAIL_UNIT = 1024.0  # q is stored as 1024 q: float16 keeps its small elements, and 1024 q W is finite if |q W| < 64
-HELD = 2**23  # elements of live gradients that wait for `LiveDx.write`
 
 
 class LiveTensors(NamedTuple):

@@ -13,6 +13,7 @@ import cpo_kernels as cpo
 from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend
+from cpo_kernels.head import strategy
 from cpo_kernels.head.inputs import Execution, Head, HeadConfig, Needs, head_inputs
 from cpo_kernels.head.live import LIVE_LIMIT, KeptSets, LiveDx, LiveSets, filter_shares, filtered_chunk
 from cpo_kernels.head.live_backward import live_backward
@@ -646,3 +647,64 @@ def test_explain():
         assert cpo.explain(**shape, **options).products == pytest.approx(want), options
     with pytest.raises(ValueError, match=r"live_share must lie in \[0, 1\], got 2"):
         cpo.explain(8, 8, 8, live_share=2.0)
+
+
+EXPLAINED = {  # loss, train_head, filter_head_grad
+    "nll": ("nll", True, False),
+    "pairs": ("preference", True, False),
+    "kept": ("unknown", True, False),
+    "recompute": ("unknown", True, False),
+    "frozen": ("nll", False, False),
+    "live": ("nll", True, True),
+}
+
+
+@pytest.mark.parametrize("count, few", [(100, 128), (280, 128), (300, 128), (600, 256)])
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explain_has_the_chunks_of_the_ops_and_what_waits(name, count, few, monkeypatch):
+    """A budget of 144 rows (or all, where chunks are whole groups), pieces of `few` rows: chunks are whole sets."""
+    loss, train_head, filter_head_grad = EXPLAINED[name]
+    leaves, labels = rows(count, flat=slice(0, 0))
+    labels[labels == -100] = 3
+    limit = 640 if name in ("pairs", "kept") else 288 if few == 256 else 144
+    monkeypatch.setitem(strategy.DEFAULT_BUDGET, "cpu", limit * VOCAB * 8)
+    monkeypatch.setitem(strategy.SMALL, "cpu", (1, few))
+    hidden, weight = leaves[0], leaves[1].detach().requires_grad_(train_head)
+    options = {"filter_eps": 0.05, "filter_head_grad": filter_head_grad}
+    made, waiting = [], [0]
+    head, add, keep = Head.__init__, LiveDx.add, KeptSets.add
+
+    def watched_head(self, *args):
+        head(self, *args)
+        made.append(self.buffer.shape[0])
+
+    def watched(self, sets, *rest):
+        held = [*(s for s, *_ in self.parts), sets]
+        waiting.append(sum(s.g.numel() + s.tail.numel() for s in held))
+        add(self, sets, *rest)
+
+    def watched_kept(self, sets):
+        keep(self, sets)
+        waiting.append(self.used + sum(part.tail.numel() for part in self.parts))
+
+    monkeypatch.setattr(Head, "__init__", watched_head)
+    monkeypatch.setattr(LiveDx, "add", watched)
+    monkeypatch.setattr(KeptSets, "add", watched_kept)
+    if name == "pairs":
+        loss_fn = cpo.FusedLinearCPOLoss(**options)
+        live = loss_fn(hidden.view(2, -1, HIDDEN), weight, labels.view(2, -1), ref_logps=torch.zeros(2)).live_share
+    elif loss == "unknown":
+        cpo.linear_token_logps(hidden, weight, labels, **options)
+        live = formula((*leaves[:2], torch.zeros(VOCAB)), labels, torch.ones(count), 0.05, 128)[-1][0]
+    else:
+        live = nll_shares(hidden, weight, labels, **options).live_share
+    assert len(made) == 1
+    given = {"dtype": torch.float64, "loss": loss, "train_head": train_head, "live_share": float(live)}
+    plan = cpo.explain(count, HIDDEN, VOCAB, **given, **options)
+    assert plan.strategy == name or count < few
+    assert plan.num_chunks == -(-count // plan.chunk_rows)
+    if name != "recompute":  # explained by its second pass
+        assert (plan.chunk_rows, plan.logits_bytes) == (made[0], made[0] * VOCAB * 8)
+    sums = {"nll": VOCAB, "recompute": count}.get(plan.strategy, 0) * (plan.num_chunks > 1)  # dW, or dX, of chunks
+    rest = plan.extra_bytes - plan.logits_bytes - (count + sums) * HIDDEN * 8
+    assert 0.8 * rest < max(waiting) * 8 < 1.2 * rest  # the sets differ
