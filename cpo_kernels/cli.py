@@ -121,6 +121,10 @@ def parser() -> Parser:
         "default: ROWS, one group",
     )
     add("--filter-eps", type=eps, metavar="EPS", help="threshold of filtered gradients: a number or auto")
+    add("--filter-head-grad", action="store_true", help="with --filter-eps: also filter the gradient of the head")
+    add(
+        "--live-share", type=float, default=0.19, metavar="L", help="assumed share of live columns; default %(default)s"
+    )
     add("--memory-budget", type=float, metavar="MIB", help="memory of one chunk of logits; default: by device")
     return made
 
@@ -139,7 +143,8 @@ def run(args: Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     shape = args.rows, args.hidden, args.vocab
     keys = {"loss": args.loss, "group_tokens": args.group_tokens, "memory_budget": budget}
-    keys |= {"filter_eps": args.filter_eps, **trained}
+    filters = {name: getattr(args, name) for name in ("filter_eps", "filter_head_grad", "live_share")}
+    keys |= {**filters, **trained}
     print(explain(*shape, dtype, args.device, **keys))
     return 0
 

@@ -450,6 +450,8 @@ _cpo_kernels cpo-kernels {words[-1]}; echo "${{COMPREPLY[*]}}"
         ["--loss", "kto"],
         ["--memory-budget", "16"],
         ["--filter-eps", "auto"],
+        ["--live-share", "0.07", "--filter-eps", "0.01"],
+        ["--filter-head-grad", "--filter-eps", "0.01"],
         ["--group-tokens", "64"],
     ],
 )
@@ -457,10 +459,14 @@ def test_explain(flags, capsys):
     keys = {"--frozen": {"train_head": False}, "--no-grad": {"train_hidden": False, "train_head": False}}
     keys |= {"--loss": {"loss": flags[-1] if flags else ""}, "--memory-budget": {"memory_budget": 16 << 20}}
     keys |= {"--filter-eps": {"filter_eps": "auto"}, "--group-tokens": {"group_tokens": 64}}
+    keys |= {"--filter-head-grad": {"filter_eps": 0.01, "filter_head_grad": True}}
+    keys |= {"--live-share": {"filter_eps": 0.01, "live_share": 0.07}}
     assert main(["explain", "512", "896", "151936", "--dtype", "float32", *flags]) == 0
     want = cpo_kernels.explain(512, 896, 151936, torch.float32, **(keys[flags[0]] if flags else {}))
     assert capsys.readouterr().out == f"{want}\n"
     assert main(["explain", "512", "896", "0"]) == 2 and "vocab_size >= 1" in capsys.readouterr().err
+    assert main(["explain", "512", "896", "9", "--filter-head-grad"]) == 2
+    assert "filter_head_grad=True requires filter_eps" in capsys.readouterr().err
 
 
 def test_warnings_of_other_packages_are_quiet(monkeypatch, recwarn):

@@ -88,9 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="file of TruthfulQA's rated answers")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a turn (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="steps of a turn, the first not counted (default %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each kind (default %(default)s)")
     args = parser.parse_args(argv)
+    if args.steps < 2 or args.rounds < 1:
+        parser.error(f"--steps must be at least 2 and --rounds at least 1, got {args.steps} and {args.rounds}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         lab = RatedLab(SEARCH_SEED, RatedBudget(args.data), Path(folder))

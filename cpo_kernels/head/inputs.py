@@ -23,11 +23,11 @@ from cpo_kernels.head.strategy import (
     budget_rows,
     chunk_limit,
     chunks,
-    even_rows,
     one_chunk_limit,
     resolve_filter,
     row_stride,
     sum_rows,
+    whole_sets,
 )
 from cpo_kernels.head.vocab_parallel import local_head
 from cpo_kernels.library import Kernels
@@ -91,10 +91,7 @@ class Execution(NamedTuple):
     def step(self, count: int, adds_dw: bool) -> int:
         """Rows per chunk; a multiple of `set_rows` if gradients are filtered. adds_dw: dW is summed over chunks."""
         limit = one_chunk_limit(count, self.row_limit, self.sum_rows) if adds_dw else self.chunk_limit
-        step = even_rows(count, limit)
-        if not self.filter_eps or step == count:
-            return step
-        return min(-(-step // self.set_rows), limit // self.set_rows) * self.set_rows
+        return whole_sets(count, limit, self.set_rows if self.filter_eps else 0)
 
     def head(self, tensors: HeadTensors, labels: Tensor, options: HeadOptions, max_rows: int) -> "Head":
         """labels: of all rows, of which chunks are computed."""

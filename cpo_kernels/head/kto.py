@@ -15,6 +15,7 @@ from cpo_kernels.batch_plan import Group, pack_groups
 from cpo_kernels.head.chunk import Chunk
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
 from cpo_kernels.head.inputs import Execution, HeadTensors, Needs, RowLogps, gather_rows, labelled_index
+from cpo_kernels.head.live import no_sums, over_shards
 from cpo_kernels.head.strategy import chunks, even_rows, one_chunk_limit
 from cpo_kernels.library import functional_op
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -64,13 +65,15 @@ class LinearKTO(NamedTuple):
     losses: Tensor  # [S]
     seq_logps: Tensor  # [S]
     rewards: Tensor  # [S]
+    filter_sums: Tensor  # [3] of `LiveSets.sums`; 0 without a filter
     grads: HeadGrads
 
 
 def _fake_linear_kto(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
     acc, hidden, size = library.acc_dtype(tensors.hidden.dtype), tensors.hidden, args.lengths.shape[0]
     losses, seq_logps, rewards = (hidden.new_empty(size, dtype=acc) for _ in range(3))
-    return LinearKTO(hidden.new_empty((), dtype=acc), losses, seq_logps, rewards, fake_head_grads(tensors, args.needs))
+    loss, grads = hidden.new_empty((), dtype=acc), fake_head_grads(tensors, args.needs)
+    return LinearKTO(loss, losses, seq_logps, rewards, no_sums(hidden), grads)
 
 
 @functional_op("linear_kto", fake=_fake_linear_kto, waits=True)
@@ -92,6 +95,7 @@ def linear_kto_op(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
     offsets = torch.cat([args.lengths.new_zeros(1), args.lengths.cumsum(0)])
     sums = WeightGrad(head.weight, abs(options.scale), sum(len(part.chunks) for part in parts), args.needs)
     dx = torch.empty_like(rows.x) if args.needs.dx else rows.x.new_empty(0)
+    filter_sums = no_sums(dx)
 
     def inputs(chunk: slice, ref: Tensor | None) -> tuple[Tensor, Tensor, bool, Tensor | None]:
         return rows.x[chunk], rows.labels[chunk], False, None if ref is None else ref[chunk]
@@ -114,11 +118,14 @@ def linear_kto_op(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
         for chunk in part.chunks:
             if not once:
                 made = Chunk(head, inputs(chunk, None), execution, args.needs.dx)
-            of_dx[chunk], _ = made.grads(coef[chunk], dx[chunk], sums)
+            of_dx[chunk], live = made.grads(coef[chunk], dx[chunk], sums)
+            filter_sums += live
+    if execution.filter_eps > 0 and args.needs.dx:
+        filter_sums = over_shards(head, filter_sums)
     loss = args.loss._replace(ref_logps=ref_logps)
     losses, rewards = loss.losses(seq_logps), loss.rewards(seq_logps).to(acc)
     grads = sums.result(dx, of_dx).scattered(rows, size)
-    return LinearKTO((losses.sum() / count).to(acc), losses.to(acc), seq_logps, rewards, grads)
+    return LinearKTO((losses.sum() / count).to(acc), losses.to(acc), seq_logps, rewards, filter_sums, grads)
 
 
 class Part(NamedTuple):
@@ -158,7 +165,7 @@ class _LinearKTO(torch.autograd.Function):
         return *scaled_grads(ctx, grad_loss), None, None
 
 
-def linear_kto(tensors: HeadTensors, args: LinearKTOArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, which is differentiable, losses [S], seq_logps [S] and rewards [S]."""
-    loss, losses, seq_logps, rewards = _LinearKTO.apply(*tensors, args)
-    return loss, losses, seq_logps, rewards
+def linear_kto(tensors: HeadTensors, args: LinearKTOArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, which is differentiable, losses [S], seq_logps [S], rewards [S] and filter_sums [3]."""
+    loss, losses, seq_logps, rewards, filter_sums = _LinearKTO.apply(*tensors, args)
+    return loss, losses, seq_logps, rewards, filter_sums

@@ -20,14 +20,14 @@ from cpo_kernels import library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import ShardedKernels, all_gather, columns_here, columns_of, logit_and_slope
 from cpo_kernels.head.grads import scale_rows
-from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
+from cpo_kernels.head.inputs import Execution, Head, HeadInputs, Logits, RowLogps
 from cpo_kernels.head.label_remainder import product_dx, product_from
 from cpo_kernels.head.matmul import product
+from cpo_kernels.head.strategy import HELD
 from cpo_kernels.ops.token_logps import HeadOptions
 
 LIVE_LIMIT = 0.5  # share of live columns beyond which a set is exact
 TAIL_UNIT = 1024.0  # q is stored as 1024 q: float16 keeps its small elements, and 1024 q W is finite if |q W| < 64
-HELD = 2**23  # elements of live gradients that wait for `LiveDx.write`
 
 
 class LiveTensors(NamedTuple):
@@ -286,6 +286,22 @@ def filtered_chunk(
 
 def no_sums(like: Tensor) -> Tensor:
     return like.new_zeros(3, dtype=torch.float32)
+
+
+class FilterShares(NamedTuple):
+    """Means over the labelled rows where a gradient is filtered; NaN elsewhere. See `PreferenceOutput`."""
+
+    live_share: Tensor  # []
+    tail_mass: Tensor  # []
+    exact_share: Tensor  # []
+
+
+def filter_shares(inputs: HeadInputs, sums: Tensor) -> FilterShares:
+    """From filter_sums [3], of all rows of the call."""
+    if not inputs.filters:
+        return FilterShares(*torch.full_like(sums, torch.nan).unbind(0))
+    labelled = (inputs.tensors.labels != inputs.options.ignore_index).sum()
+    return FilterShares(*(sums / labelled.clamp(min=1)).unbind(0))
 
 
 def over_shards(head: Head, sums: Tensor) -> Tensor:

@@ -11,7 +11,17 @@ from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.checks import check_types
 from cpo_kernels.head.chunk import Chunk
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
-from cpo_kernels.head.inputs import Execution, HeadConfig, HeadTensors, Needs, check_index, head_inputs, labelled_rows
+from cpo_kernels.head.inputs import (
+    Execution,
+    HeadConfig,
+    HeadInputs,
+    HeadTensors,
+    Needs,
+    check_index,
+    head_inputs,
+    labelled_rows,
+)
+from cpo_kernels.head.live import no_sums, over_shards
 from cpo_kernels.head.strategy import chunks
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import functional_op
@@ -31,12 +41,13 @@ class NLLArgs(NamedTuple):
 
 class NLL(NamedTuple):
     loss: Tensor  # []
+    filter_sums: Tensor  # [3] of `LiveSets.sums`; 0 without a filter
     grads: HeadGrads
 
 
 def _fake_nll(tensors: HeadTensors, args: NLLArgs) -> NLL:
     acc = library.acc_dtype(tensors.hidden.dtype)
-    return NLL(tensors.hidden.new_empty((), dtype=acc), fake_head_grads(tensors, args.needs))
+    return NLL(tensors.hidden.new_empty((), dtype=acc), no_sums(tensors.hidden), fake_head_grads(tensors, args.needs))
 
 
 @functional_op("linear_nll", fake=_fake_nll, waits=True)
@@ -54,24 +65,53 @@ def linear_nll_op(tensors: HeadTensors, args: NLLArgs) -> NLL:
     sums = WeightGrad(head.weight, abs(options.scale), len(chunks(count, step)), needs)
     dx = torch.empty_like(rows.x) if needs.dx else rows.x.new_empty(0)
     of_dx, loss = torch.empty_like(coef), coef.new_zeros((), dtype=torch.float64)
+    filter_sums = no_sums(dx)
     for low, high in chunks(count, step):
         part = slice(low, high)
         chunk = Chunk(head, (rows.x[part], rows.labels[part], False, None), args.execution, needs.dx)
         loss += torch.dot(coef[part].double(), chunk.logps.logp.double())
-        of_dx[part], _ = chunk.grads(coef[part], dx[part], sums)
-    return NLL(loss.to(coef.dtype), sums.result(dx, of_dx).scattered(rows, tensors.hidden.shape[0]))
+        of_dx[part], live = chunk.grads(coef[part], dx[part], sums)
+        filter_sums += live
+    filtered = args.execution.filter_eps > 0 and needs.dx
+    filter_sums = over_shards(head, filter_sums) if filtered else filter_sums
+    grads = sums.result(dx, of_dx).scattered(rows, tensors.hidden.shape[0])
+    return NLL(loss.to(coef.dtype), filter_sums, grads)
 
 
 class _LinearNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, args: NLLArgs) -> Tensor:
-        loss, grads = linear_nll_op(HeadTensors(hidden, weight, bias, labels), args)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, args: NLLArgs
+    ) -> tuple[Tensor, Tensor]:
+        loss, filter_sums, grads = linear_nll_op(HeadTensors(hidden, weight, bias, labels), args)
         ctx.save_for_backward(*grads)
-        return loss
+        ctx.mark_non_differentiable(filter_sums)
+        return loss, filter_sums
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return *scaled_grads(ctx, grad_loss), None, None
+
+
+def nll_of(
+    inputs: HeadInputs,
+    impl: str,
+    token_weights: Tensor | None = None,
+    num_tokens: float | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """From validated inputs, token_weights [M] in `acc_dtype`: the loss (differentiable) and filter_sums [3]."""
+    if not inputs.needs.head or inputs.keeps_live_sets:
+        logp, *_, filter_sums = token_logps_of(inputs, False, impl, index)
+        labelled = inputs.tensors.labels != inputs.options.ignore_index
+        total = (logp if token_weights is None else logp * torch.where(labelled, token_weights, 0.0)).sum()
+        return -total / (labelled.sum().clamp(min=1) if num_tokens is None else num_tokens), filter_sums
+    acc = library.acc_dtype(inputs.tensors.hidden.dtype)
+    weights = inputs.tensors.hidden.new_empty(0, dtype=acc) if token_weights is None else token_weights
+    index = inputs.tensors.labels.new_empty(0) if index is None else index
+    args = NLLArgs(index, weights, inputs.options, num_tokens or -1.0, inputs.needs, inputs.execution(impl))
+    loss, filter_sums = _LinearNLL.apply(*inputs.tensors, args)
+    return loss, filter_sums
 
 
 def linear_nll(
@@ -98,7 +138,8 @@ def linear_nll(
         token_weights: [...] weights m_t, treated as constants (no gradient); 1 if None.
         num_tokens: the divisor; None counts the labels of this call. Give the global number of labelled tokens under
             gradient accumulation or with several processes.
-        hidden, weight, labels, bias and the rest: see `linear_token_logps`.
+        hidden, weight, labels, bias and the rest: see `linear_token_logps`. With filter_eps the trainer logs the share
+            of live columns; it is not part of the result.
 
     Returns:
         A scalar, float32 (float64 for float64 input); 0 if no position has a label.
@@ -115,19 +156,8 @@ def linear_nll(
     check_types("a number", optional=True, num_tokens=num_tokens)
     if num_tokens is not None and not num_tokens > 0:
         raise ValueError(f"num_tokens must be positive, got {num_tokens}: omit it to count the labels")
-    acc = library.acc_dtype(inputs.tensors.hidden.dtype)
-    if token_weights is None:
-        weights = inputs.tensors.hidden.new_empty(0, dtype=acc)
-    elif token_weights.shape != labels.shape:
-        raise ValueError(f"token_weights must have shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
-    else:
-        weights = token_weights.detach().reshape(-1).to(acc)
-    if not inputs.needs.head or inputs.keeps_live_sets:
-        logp, *_ = token_logps_of(inputs, False, impl, index)
-        labelled = inputs.tensors.labels != inputs.options.ignore_index
-        total = (logp if token_weights is None else logp * torch.where(labelled, weights, 0.0)).sum()
-        return -total / (labelled.sum().clamp(min=1) if num_tokens is None else num_tokens)
-    index = inputs.tensors.labels.new_empty(0) if index is None else index
-    args = NLLArgs(index, weights, inputs.options, num_tokens or -1.0, inputs.needs, inputs.execution(impl))
-    loss: Tensor = _LinearNLL.apply(*inputs.tensors, args)
-    return loss
+    if token_weights is not None:
+        if token_weights.shape != labels.shape:
+            raise ValueError(f"token_weights must have shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
+        token_weights = token_weights.detach().reshape(-1).to(library.acc_dtype(inputs.tensors.hidden.dtype))
+    return nll_of(inputs, impl, token_weights, num_tokens, index)[0]

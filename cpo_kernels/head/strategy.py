@@ -43,6 +43,7 @@ from cpo_kernels.head.relative import anchor_bytes
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
 SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12; with 64, 4.4%, but twice the terms q
+HELD = 2**23  # elements of live gradients that wait for `LiveDx.write`
 PRODUCTS = {
     "forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "kto": 3, "deferred": 3, "two_pass": 4, "kept": 3, "recompute": 4,
     "live": 3,
@@ -92,7 +93,7 @@ class Plan:
     products: float
     logits_bytes: int  # one chunk
     # Beyond inputs and gradients: chunk, dX, a float32 accumulator (of dW, or of dX by columns), float32 tiles on CPUs
-    # without 16-bit matmuls, and the columns from which relative logits are computed.
+    # without 16-bit matmuls, the columns from which relative logits are computed, and live gradients.
     extra_bytes: int
 
     def __str__(self) -> str:
@@ -153,6 +154,14 @@ def even_rows(num_tokens: int, limit: int) -> int:
     return max(1, -(-num_tokens // chunks))
 
 
+def whole_sets(num_tokens: int, limit: int, set_rows: int) -> int:
+    """`even_rows`; if gradients are filtered, a multiple of the rows that share live columns. set_rows: 0 if not."""
+    step = even_rows(num_tokens, limit)
+    if not set_rows or step == num_tokens:
+        return step
+    return min(-(-step // set_rows), limit // set_rows) * set_rows
+
+
 def chunks(num_rows: int, step: int) -> list[tuple[int, int]]:
     return [(low, min(low + step, num_rows)) for low in range(0, num_rows, step)]
 
@@ -188,7 +197,7 @@ def explain(
         memory_budget: bytes of logits held at a time; the default depends on the device.
         filter_eps, filter_head_grad: see `linear_token_logps`.
         live_share: assumed share of live columns, which determines products and bytes: on real rows of SmolLM2-135M it
-            is 0.19 at 2^-15.25 and 0.07 at 2^-12. `PreferenceOutput.live_share` reports the actual share.
+            is 0.19 at 2^-15.25 and 0.07 at 2^-12. The outputs of the losses and the trainer report the actual one.
 
     Raises:
         TypeError, ValueError: numbers below 0, a live_share outside [0, 1], or an unknown loss or dtype.
@@ -213,6 +222,8 @@ def explain(
         raise ValueError(f"live_share must lie in [0, 1], got {live_share}")
     eps = resolve_filter(filter_eps, filter_head_grad, dtype)
     limit = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)
+    few = chunk_limit(vocab_size, dtype, torch.device(device), memory_budget)
+    set_rows = min(SET_ROWS, limit) if eps else 0
     more = sum_rows(hidden_size, dtype, memory_budget)
     group = num_tokens if group_tokens is None else group_tokens
     if not (train_hidden or train_head):
@@ -228,16 +239,22 @@ def explain(
     else:
         strategy = preference_strategy(num_tokens, group, couples_pairs, one_pair, limit, more)
     if strategy in ("forward", "frozen", "live"):
-        limit = chunk_limit(vocab_size, dtype, torch.device(device), memory_budget)
+        limit = few
     elif strategy in ("pairs", "nll", "kto"):
         limit = one_chunk_limit(num_tokens, limit, more)
     row_bytes = row_stride(vocab_size, dtype, torch.device(device)) * dtype.itemsize
-    plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, limit, row_bytes, train_hidden, train_head)
-    if strategy == "live":
-        kept = num_tokens * vocab_size * (live_share + 1 / SET_ROWS) * dtype.itemsize  # live gradients, q of each set
-        plan = replace(plan, products=1 + live_share * (1 + train_hidden), extra_bytes=plan.extra_bytes + round(kept))
-    elif eps and train_hidden:
-        plan = replace(plan, products=plan.products - 1 + live_share)
+    steps = limit, set_rows
+    plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, *steps, row_bytes, train_hidden, train_head)
+    if eps and (strategy == "live" or train_hidden):
+        per_row = vocab_size * (live_share + 1 / set_rows)  # elements of live gradients, and of q of its set
+        products, held = plan.products - 1 + live_share, num_tokens * per_row
+        if strategy == "live":
+            products = 1 + live_share * (1 + train_hidden)
+        else:  # dX of several pieces is computed together
+            waiting = plan.chunk_rows if strategy in ("pairs", "nll", "kto", "deferred") else num_tokens
+            piece = whole_sets(plan.chunk_rows, few, set_rows)
+            held = min(waiting * per_row, min(plan.chunk_rows * vocab_size, HELD) + piece * per_row)
+        plan = replace(plan, products=products, extra_bytes=plan.extra_bytes + round(held * dtype.itemsize))
     if strategy == "kto" and group > limit:
         plan = replace(plan, products=plan.products + 1)
     tiles = tile_bytes(plan.chunk_rows, hidden_size, dtype, torch.device(device))
@@ -262,10 +279,12 @@ def preference_strategy(
 
 
 def _plan(
-    strategy: str, num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, limit: int, row_bytes: int,
-    train_hidden: bool, train_head: bool,
+    strategy: str, num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, limit: int, set_rows: int,
+    row_bytes: int, train_hidden: bool, train_head: bool,
 ) -> Plan:  # fmt: skip
-    rows = min(num_tokens, limit) if strategy in ("pairs", "kto") else even_rows(num_tokens, limit)
+    in_sets = strategy in ("forward", "frozen", "live", "nll")  # see `Execution.step`
+    rows = whole_sets(num_tokens, limit, set_rows if in_sets else 0)
+    rows = min(num_tokens, limit) if strategy in ("pairs", "kto") else rows
     chunks = max(1, -(-num_tokens // max(rows, 1)))
     logits = rows * row_bytes
     accumulator = 0

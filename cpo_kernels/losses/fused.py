@@ -13,6 +13,7 @@ from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.batch_plan import BatchPlan, Layout, PlanTensors
 from cpo_kernels.checks import DTYPES, check_labels, check_types
 from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
+from cpo_kernels.head.live import filter_shares
 from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
 from cpo_kernels.head.strategy import budget_rows, check_filter, sum_rows
 from cpo_kernels.head.token_logps import token_logps_of
@@ -142,11 +143,7 @@ class FusedLinearCPOLoss(nn.Module):
         args = kernel_args(self.options, given, lengths.shape[0], lengths, token_weights)
         run = self.from_hidden if inputs.needs.head and not inputs.keeps_live_sets else self.from_token_logps
         result, seq_logps, filter_sums = run(inputs, sequences, args, ref_rows)
-        out = output(result, seq_logps)
-        if not inputs.filters:
-            return out
-        live_share, tail_mass, exact_share = filter_sums / lengths.sum().clamp(min=1)
-        return out._replace(live_share=live_share, tail_mass=tail_mass, exact_share=exact_share)
+        return output(result, seq_logps, filter_shares(inputs, filter_sums))
 
     def sequences(
         self, inputs: HeadInputs, offsets: Tensor, pairs: Tensor | None, plan: BatchPlan | None

@@ -16,6 +16,7 @@ from cpo_kernels.backends.vocab_parallel import VocabShards
 from cpo_kernels.checks import check_types
 from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
 from cpo_kernels.head.kto import KTOArgs, LinearKTOArgs, linear_kto
+from cpo_kernels.head.live import filter_shares
 from cpo_kernels.head.strategy import check_filter
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import acc_dtype
@@ -56,6 +57,10 @@ class KTOOutput(NamedTuple):
     undesirable_reward: Tensor  # [], of the others
     margin: Tensor  # [], desirable_reward - undesirable_reward
     kl: Tensor  # [], the reference point
+    # See `PreferenceOutput`:
+    live_share: Tensor  # []
+    tail_mass: Tensor  # []
+    exact_share: Tensor  # []
 
 
 class _Sequences(NamedTuple):
@@ -189,13 +194,14 @@ class FusedLinearKTOLoss(nn.Module):
         args = KTOArgs(given.ref_logps, desirable.to(given.lengths.device), point, *weights)
         fused = given.inputs.needs.head and not given.inputs.keeps_live_sets
         run = self._from_hidden if fused else self._from_token_logps
-        loss, losses, seq_logps, rewards = run(given, args, num_sequences)
+        loss, losses, seq_logps, rewards, filter_sums = run(given, args, num_sequences)
 
         def mean(of: Tensor) -> Tensor:
             return torch.where(of, rewards, 0.0).sum() / of.sum()
 
         good, bad = mean(args.desirable), mean(~args.desirable)
-        return KTOOutput(loss, losses, seq_logps, rewards, good, bad, good - bad, point.to(loss.dtype))
+        shares = filter_shares(given.inputs, filter_sums)
+        return KTOOutput(loss, losses, seq_logps, rewards, good, bad, good - bad, point.to(loss.dtype), *shares)
 
     @torch.no_grad()
     def kl(
@@ -223,7 +229,7 @@ class FusedLinearKTOLoss(nn.Module):
             raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__} {group!r:.60}")
         reference = ReferenceModel(ref_hidden, ref_weight, ref_bias, ref_logps)
         given = self._sequences(PolicyHead(hidden, weight, labels, bias, vocab_shards), reference, cu_seqlens)
-        seq_logps, ref = self._logps(given)
+        seq_logps, ref, _ = self._logps(given)
         if group is None:
             return kto_kl(seq_logps.double(), ref).to(seq_logps.dtype)
         sums = torch.stack([(seq_logps - ref).sum(), ref.new_tensor(len(ref))])
@@ -272,15 +278,15 @@ class FusedLinearKTOLoss(nn.Module):
         sums: Tensor = SequenceLogps.apply(logps, given.offsets, logps.new_empty(0), False, self.impl)
         return sums / given.lengths.clamp(min=1) if self.average_log_prob else sums
 
-    def _logps(self, given: _Sequences) -> tuple[Tensor, Tensor]:
-        """seq_logps [S], differentiable, and ref_logps [S] in float64."""
-        logp, _, ref_logp, _ = token_logps_of(given.inputs, False, self.impl, None, given.ref_rows)
+    def _logps(self, given: _Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """seq_logps [S], differentiable, ref_logps [S] in float64, and filter_sums [3]."""
+        logp, _, ref_logp, filter_sums = token_logps_of(given.inputs, False, self.impl, None, given.ref_rows)
         ref_logps = given.ref_logps if given.ref_rows is None else self._sums(given, ref_logp).double()
-        return self._sums(given, logp), ref_logps
+        return self._sums(given, logp), ref_logps, filter_sums
 
     def _from_hidden(
         self, given: _Sequences, args: KTOArgs, num_sequences: float | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         inputs, ref = given.inputs, given.ref_rows
         ref = inputs.tensors.hidden.new_empty(0) if ref is None else ref
         count = -1.0 if num_sequences is None else float(num_sequences)
@@ -289,12 +295,13 @@ class FusedLinearKTOLoss(nn.Module):
 
     def _from_token_logps(
         self, given: _Sequences, args: KTOArgs, num_sequences: float | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Frozen and doubly filtered heads keep the gradient of each log-prob, so any loss can follow."""
-        seq_logps, ref_logps = self._logps(given)
+        seq_logps, ref_logps, filter_sums = self._logps(given)
         args = args._replace(ref_logps=ref_logps)
         losses = args.losses(seq_logps)
         count = max(losses.shape[0], 1) if num_sequences is None else num_sequences
         acc = acc_dtype(given.inputs.tensors.hidden.dtype)
         loss = (losses.sum() / count).to(acc)
-        return loss, losses.detach().to(acc), seq_logps.detach(), args.rewards(seq_logps.detach()).to(acc)
+        rewards = args.rewards(seq_logps.detach()).to(acc)
+        return loss, losses.detach().to(acc), seq_logps.detach(), rewards, filter_sums

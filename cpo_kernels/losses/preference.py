@@ -37,19 +37,21 @@ class PreferenceOutput(NamedTuple):
     num_unrated: Tensor  # [] int64, pairs without an objective rated on both sides
     # Where filter_eps filters a gradient, means over the labelled rows; NaN elsewhere:
     live_share: Tensor  # [], share of the vocabulary in their set's live columns, 1 for exact sets
-    tail_mass: Tensor  # [], probability outside the live columns
+    tail_mass: Tensor  # [], probability outside the live columns (under a softcap, times 1 - tanh^2)
     exact_share: Tensor  # [], share of rows in sets with too many live columns, which are exact
 
 
-def output(result: PreferenceResult, seq_logps: Tensor) -> PreferenceOutput:
+def output(
+    result: PreferenceResult, seq_logps: Tensor, filter_shares: Sequence[Tensor] | None = None
+) -> PreferenceOutput:
     loss, losses, _, chosen, rejected, gap, order, counts = result
     counted = (order != 0).to(chosen.dtype)
     num = counted.sum().clamp(min=1)
     accuracy = ((chosen > rejected) * counted).sum() / num
     margin = (torch.where(order != 0, chosen - rejected, 0.0)).sum() / num
-    not_filtered = margin.new_full((3,), torch.nan)
+    shares = margin.new_full((3,), torch.nan) if filter_shares is None else filter_shares
     pairs = loss, losses, seq_logps.detach(), chosen, rejected, accuracy, margin, gap, order
-    return PreferenceOutput(*pairs, *counts.unbind(0), *not_filtered)
+    return PreferenceOutput(*pairs, *counts.unbind(0), *shares)
 
 
 class CPOLoss(nn.Module):

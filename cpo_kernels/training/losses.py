@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 import cpo_kernels as cpo
 from cpo_kernels.data.packing import Batch, Encoded, collate, microbatches
+from cpo_kernels.head.inputs import HeadConfig, head_inputs
+from cpo_kernels.head.live import FilterShares, filter_shares
 from cpo_kernels.head.matmul import cpu_multiplies
+from cpo_kernels.head.nll import nll_of
 from cpo_kernels.integrations.heads import HeadParts, head_layer, lm_head
 from cpo_kernels.objectives import Objective, format_number, value_gap
 from cpo_kernels.recipe.keys import Config
@@ -26,12 +29,12 @@ from cpo_kernels.training.attention import attention_inputs, check_rows, row_tok
 #   accuracy   share of the pairs whose preferred response has the higher reward
 #   log_ratio  (log pi - log pi_ref) of the responses in the data, nats per token: KL(data || ref) - KL(data || pi). It
 #              is not KL(pi || ref), which needs responses drawn from pi.
-# With loss.filter_eps and pairs, over labelled tokens:
+# With loss.filter_eps, over labelled tokens, of training steps only:
 #   live_share   share of the vocabulary whose gradients are exact; 1 in exact sets of rows
 #   tail_mass    probability of the rest, which one mean column replaces
 #   exact_share  share of the tokens in exact sets
 METRICS = ("loss", "chosen_rewards", "rejected_rewards", "accuracy", "margin", "ties", "log_ratio")
-FILTER_METRICS = ("live_share", "tail_mass", "exact_share")
+FILTER_METRICS = FilterShares._fields
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class StageLoss:
             self.loss_fn = preference_loss(config, objectives, softcap=head.softcap, scale=head.scale)
         self.needs_reference = self.has_pairs and self.loss_fn.options.needs_reference
         self.metrics = METRICS[: len(METRICS) if self.needs_reference else -1] if self.has_pairs else METRICS[:1]
-        if self.has_pairs and config.loss.filter_eps is not None:
+        if config.loss.filter_eps is not None:
             self.metrics += FILTER_METRICS
         self.module: Any = StageModule(
             model, self.loss_fn, self.bf16, filter_options(config)
@@ -170,9 +173,11 @@ class StageModule(nn.Module):
         return cpo.sequence_logps(logps, batch.cu_seqlens.to(logps.device))
 
     def nll(self, hidden: Tensor, head: HeadParts, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"softcap": head.softcap, "scale": head.scale, "num_tokens": total.tokens}
-        loss = cpo.linear_nll(hidden, head.weight, batch.labels, head.bias, **options, **self.filtered)
-        return loss, loss.detach().double().reshape(1)
+        config = HeadConfig(-100, head.softcap, head.scale, None, None, **self.filtered)
+        inputs = head_inputs(hidden, head.weight, batch.labels, head.bias, config)
+        loss, filter_sums = nll_of(inputs, "auto", num_tokens=total.tokens)
+        shares = self.shares(filter_shares(inputs, filter_sums), batch, total)
+        return loss, torch.stack([metric.double() for metric in [loss.detach(), *shares]])
 
     def pairs(self, hidden: Tensor, head: HeadParts, batch: Batch, total: StepTotal) -> tuple[Tensor, Tensor]:
         out = self.loss_fn(
@@ -193,11 +198,15 @@ class StageModule(nn.Module):
         metrics = [out.loss.detach(), *(share * mean for mean in means), out.num_ties]
         if batch.ref_logps is not None:
             metrics.append((out.seq_logps - batch.ref_logps).sum() / total.tokens)
-        if self.filtered["filter_eps"] is not None:
-            labelled = (batch.labels != -100).sum() / total.tokens
-            exact = dict(zip(FILTER_METRICS, (1.0, 0.0, 1.0), strict=True))  # "auto" in float32
-            metrics += [getattr(out, name).nan_to_num(nan=value) * labelled for name, value in exact.items()]
+        metrics += self.shares(FilterShares(out.live_share, out.tail_mass, out.exact_share), batch, total)
         return out.loss, torch.stack([metric.double() for metric in metrics])
+
+    def shares(self, shares: FilterShares, batch: Batch, total: StepTotal) -> list[Tensor]:
+        """This batch's part of FILTER_METRICS; of exact gradients ("auto" in float32) where nothing is filtered."""
+        if self.filtered["filter_eps"] is None:
+            return []
+        labelled = (batch.labels != -100).sum().double() / total.tokens
+        return [share.nan_to_num(nan=of_exact) * labelled for share, of_exact in zip(shares, (1, 0, 1), strict=True)]
 
 
 def gathered(layer: nn.Module) -> AbstractContextManager[Any]:

@@ -2,11 +2,12 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.claims import rated_lab, rated_report
+from benchmarks.claims import rated_lab, rated_report, savings
 from benchmarks.claims import run as claims
 from benchmarks.claims.rated_lab import OBJECTIVES, RatedBudget, RatedLab, agreement, rated, words_in_common
 from benchmarks.claims.run import METHODS, Run
@@ -252,3 +253,91 @@ def test_figure_shows_every_method():
     names = [label.get_text() for label in figure.axes[1].get_yticklabels()]
     assert sorted(names) == sorted(row[0] for row in rated_report.METHODS.values())
     matplotlib.pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------- what shared prompts and filters save
+
+
+def test_savings_are_ratios_to_padded_rows():
+    seconds = {"shared": 3.0, "packed": 6.0, "padded": 12.0, "shared, filtered": 1.8}
+    kinds = {kind: {"seconds": s, "tokens": 1000 * s, "low": s - 1, "high": s + 1} for kind, s in seconds.items()}
+    environment = {
+        "cpu": "X",
+        "cpu_capability": "AVX2",
+        "threads": 1,
+        "versions": {"torch": "2"},
+        "date": "2026-01-02T",
+    }
+    content = {"kinds": kinds, "steps": 12, "precision": "bf16", "environment": environment | {"device": "cpu"}}
+    lines = savings.table(content).splitlines()
+    assert lines[2:6] == [
+        "| shared prompts | 3,000 | 3.00 (2.00 to 4.00) | 0.25 |",
+        "| packed | 6,000 | 6.00 (5.00 to 7.00) | 0.50 |",
+        "| padded | 12,000 | 12.00 (11.00 to 13.00) | 1.00 |",
+        '| shared prompts, `filter_eps: "auto"` | 1,800 | 1.80 (0.80 to 2.80) | 0.15 |',
+    ]
+    assert lines[-1].endswith("bf16, torch 2; 2026-01-02; medians of 12 steps.")
+
+
+def test_savings_are_medians_over_turns(monkeypatch):
+    """The kinds take turns after one that computes the reference's log-probs, whose steps do not count."""
+    taken = []
+
+    def turn(lab, kind, steps):
+        taken.append((kind, steps))
+        number = len(taken)  # 1 for the reference's
+        return [(100.0 * number, 10.0), (100.0 * number + 2, 20.0)]
+
+    monkeypatch.setattr(savings, "turn", turn)
+    measured = savings.measure(None, 3, 2)
+    kinds = list(savings.KINDS)
+    assert taken == [(kind, 3) for kind in ["shared", *kinds, *kinds]]
+    for i, kind in enumerate(kinds):
+        first, second = 100.0 * (2 + i), 100.0 * (6 + i)
+        want = {"seconds": (first + 2 + second) / 2, "tokens": 15.0, "low": first + 2, "high": second}
+        assert measured[kind] == want
+
+
+@pytest.mark.parametrize("kind", savings.KINDS)
+def test_a_turn_leaves_its_first_step_out(tmp_path, rows, monkeypatch, kind):
+    """Each kind is the study's CPO but for its rows and its filter; `tokens` of the metrics are those so far."""
+    lab = RatedLab(claims.SEARCH_SEED, small(rows), tmp_path)
+    given = []
+
+    def train(config, **objects):
+        given.append((config, objects["records"]))
+        steps = [(9.0, 100, 0.5), (1.0, 300, 0.2), (2.0, 390, 0.1)]
+        metrics = [{"step": 0, "eval_loss": 1.0}]
+        metrics += [{"seconds": s, "tokens": tokens, "padding": padding} for s, tokens, padding in steps]
+        return SimpleNamespace(metrics=metrics)
+
+    monkeypatch.setattr(savings, "train", train)
+    assert savings.turn(lab, kind, 3) == [(1.0, pytest.approx(250)), (2.0, pytest.approx(100))]
+    ((config, records),) = given
+    form, eps = savings.KINDS[kind]
+    training = config["training"]
+    assert (config["stage"], training["rows"], training["max_steps"]) == ("cdpo", form, 3)
+    assert config["loss"] == {"beta": lab.budget.beta} | ({"filter_eps": eps} if eps else {})
+    assert config["conditions"] == lab.asked_for | {"per_prompt": lab.budget.conditions}
+    assert training["batch_size"] == lab.budget.groups // lab.budget.conditions
+    assert records == lab.records[: 3 * training["batch_size"]]
+
+
+def test_savings_are_measured_and_written(tmp_path, rows, monkeypatch, capsys):
+    """The trainer itself on the tiny model: padding makes most tokens, shared prompts fewest; one turn of two steps."""
+    monkeypatch.setattr(savings, "RatedBudget", lambda data: small(data))
+    monkeypatch.setattr(savings, "SEARCH_SEED", 0)  # of 24 questions
+    out = tmp_path / "savings.json"
+    assert savings.main(["--data", str(rows), "--out", str(out), "--steps", "2", "--rounds", "1"]) == 0
+    content = json.loads(out.read_text())
+    tokens = {kind: row["tokens"] for kind, row in content["kinds"].items()}
+    assert tokens["shared"] == tokens["shared, filtered"] < tokens["packed"] < tokens["padded"]
+    assert content["steps"] == 1 and all(0 < row["low"] == row["seconds"] for row in content["kinds"].values())
+    assert savings.table(content) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "1"], ["--rounds", "0"]])
+def test_savings_need_a_step_that_counts(wrong, rows, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        savings.main(["--data", str(rows), "--out", str(tmp_path / "x.json"), *wrong])
+    assert "--steps must be at least 2 and --rounds at least 1, got" in capsys.readouterr().err

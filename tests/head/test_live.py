@@ -1,6 +1,7 @@
 """filter_eps: head gradients on the live columns, against the formula in float64, and all that passes through them."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import cpo_kernels as cpo
 from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend
-from cpo_kernels.head.inputs import Execution, Head, Needs
-from cpo_kernels.head.live import LIVE_LIMIT, KeptSets, LiveDx, LiveSets, filtered_chunk
+from cpo_kernels.head import strategy
+from cpo_kernels.head.inputs import Execution, Head, HeadConfig, Needs, head_inputs
+from cpo_kernels.head.live import LIVE_LIMIT, KeptSets, LiveDx, LiveSets, filter_shares, filtered_chunk
 from cpo_kernels.head.live_backward import live_backward
+from cpo_kernels.head.nll import nll_of
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import BACKENDS, relative_error
 from tests.support.processes import run_processes
@@ -40,7 +43,7 @@ def rows(
 def formula(
     leaves, labels, coef, eps, sets, scale=1.0, softcap=0.0, vocab_size=None, shards=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dX, dW, db and the share of live columns, as the docstring of `head.live` states them, in float64."""
+    """dX, dW, db, and the means of `FilterShares` [3], as the docstring of `head.live` states them, in float64."""
     hidden, weight, bias = (t.detach().double() for t in leaves)
     keep = labels != -100
     x, y, c = hidden[keep], labels[keep], coef[keep].double()
@@ -52,7 +55,7 @@ def formula(
         z = softcap * torch.tanh(z / softcap)
     sizes = torch.softmax(z[:, :vocab], 1) * slope[:, :vocab]
     g = torch.nn.functional.one_hot(y, vocab) * slope[:, :vocab] - sizes
-    used, live = torch.zeros_like(g), 0.0
+    used, sums = torch.zeros_like(g), torch.zeros(3, dtype=torch.float64)
     cuts = [slice(low, low + sets) for low in range(0, len(x), sets)] if isinstance(sets, int) else sets
     for rows_of_set, shard in itertools.product(cuts, shards or [slice(0, vocab)]):
         part = rows_of_set, shard
@@ -60,17 +63,18 @@ def formula(
         columns = (sizes[part] >= eps * scale).any(0)
         mine = y[rows_of_set] - shard.start
         columns[mine[(mine >= 0) & (mine < width)]] = True
-        if columns.sum() > LIVE_LIMIT * width:
-            columns[:] = True
+        exact = columns.sum() > LIVE_LIMIT * width
+        columns |= exact
         tail = torch.where(columns, 0.0, g[part])
         used[part] = torch.where(columns, g[part], 0.0)
         if not columns.all():
             used[part] += tail.sum(1)[:, None] * (tail.sum(0) / tail.sum())
-        live += float(columns.double().sum()) / vocab * len(x[rows_of_set])
+        counts = torch.stack([columns.sum(), exact * width]) / vocab * len(x[rows_of_set])
+        sums += torch.stack([counts[0], sizes[part][:, ~columns].sum() / scale, counts[1]])
     dx, dw, db = torch.zeros_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)
     dx[keep] = c[:, None] * (used @ weight[:vocab])
     dw[:vocab], db[:vocab] = used.t() @ (c[:, None] * x), used.t() @ c
-    return dx, dw, db, torch.tensor(live / max(1, len(x)))
+    return dx, dw, db, sums / max(1, len(x))
 
 
 HEADS = {
@@ -123,7 +127,7 @@ def check_formula(name, filter_head_grad, impl, leaves, labels):
     assert relative_error(logp, exact) < 1e-14
     got, whole = (torch.autograd.grad(out, leaves, coef) for out in (logp, exact))
     options = {"softcap": 0.0} | head
-    *want, live = formula(leaves, labels, coef, 1e-3, 16, **options)
+    *want, (live, *_) = formula(leaves, labels, coef, 1e-3, 16, **options)
     assert 0.1 < live < 0.9 and relative_error(whole[0], want[0]) > 1e-3  # the sets are of both kinds, and it matters
     want = want if filter_head_grad else [want[0], *whole[1:]]
     assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
@@ -280,7 +284,8 @@ def test_preference_losses(name, filter_head_grad, impl):
     assert filter_head_grad or layout.strategy == name
     chunks = layout.row_chunks if name in ("two_pass", "deferred") and not filter_head_grad else limit // 16 * 16
     flat = hidden.detach().reshape(-1, HIDDEN), weight, bias
-    *want, _ = formula(flat, labels.flatten(), coef.flatten(), 0.02, chunks)
+    *want, means = formula(flat, labels.flatten(), coef.flatten(), 0.02, chunks)
+    assert shares(out) == pytest.approx(means.tolist(), rel=1e-6)
     assert relative_error(got[0].reshape(-1, HIDDEN), want[0]) < 1e-12
     if filter_head_grad:
         assert max(relative_error(a, b) for a, b in zip(got[1:], want[1:], strict=True)) < 1e-12
@@ -311,7 +316,9 @@ def test_kto(limit, filter_head_grad):
     bounds = itertools.pairwise([ends[s] for s in starts])
     sets = [slice(low, min(low + limit, high)) for first, high in bounds for low in range(first, high, limit)]
     flat = hidden.detach().reshape(-1, HIDDEN), weight, bias
-    *want, _ = formula(flat, labels.flatten(), coef.flatten(), 0.02, limit if filter_head_grad else sets)
+    *want, means = formula(flat, labels.flatten(), coef.flatten(), 0.02, limit if filter_head_grad else sets)
+    assert shares(out) == pytest.approx(means.tolist(), rel=1e-6) and 0.01 < means[0] < 0.9 and means[1] > 0.01
+    assert all(math.isnan(share) for share in shares(exact))
     want = want if filter_head_grad else [want[0], *whole[1:]]
     assert relative_error(got[0].reshape(-1, HIDDEN), want[0]) < 1e-11
     assert max(relative_error(a, b) for a, b in zip(got[1:], want[1:], strict=True)) < 1e-11
@@ -349,7 +356,53 @@ def test_no_shares_where_nothing_is_filtered():
         loss_fn = cpo.FusedLinearCPOLoss(filter_eps=0.02, filter_head_grad=head_grad)
         with torch.set_grad_enabled(grad):
             out = loss_fn(given, weight, labels, ref_logps=torch.zeros(2))
-        assert out.live_share.isnan() and out.tail_mass.isnan() and out.exact_share.isnan()
+            unpaired = cpo.FusedLinearKTOLoss(filter_eps=0.02, filter_head_grad=head_grad)
+            desirable = {"desirable": torch.tensor([True, False]), "kl": 0.0, "ref_logps": torch.zeros(2)}
+            nll = nll_shares(given, weight, labels, filter_eps=0.02, filter_head_grad=head_grad)
+            kto = unpaired(given, weight, labels, **desirable)
+        assert all(math.isnan(share) for made in (out, kto, nll) for share in shares(made))
+
+
+def nll_shares(hidden, weight, labels, bias=None, shards=None, index=None, **options):
+    """The `FilterShares` of `linear_nll`."""
+    config = HeadConfig(-100, None, 1.0, None, None)._replace(**options)
+    inputs = head_inputs(hidden, weight, labels, bias, config, shards)
+    return filter_shares(inputs, nll_of(inputs, "auto", index=index)[1])
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("rows_of_a_chunk", [16, 1000])
+def test_shares_of_the_nll(rows_of_a_chunk, name, filter_head_grad, train_head):
+    """Rows without a label, and exact sets: of the chunks of 16 rows those of the flat ones, else none."""
+    head, padding = HEADS[name], 9 if "vocab_size" in HEADS[name] else 0
+    leaves, labels = rows(padding=padding)
+    weight, bias = (t.detach().requires_grad_(train_head) for t in leaves[1:])
+    options = {"filter_eps": 1e-3, "filter_head_grad": filter_head_grad, **head}
+    memory = budget(rows_of_a_chunk, torch.float64, padding)
+    got = shares(nll_shares(leaves[0], weight, labels, bias, memory_budget=memory, **options))
+    *_, want = formula(
+        leaves, labels, torch.ones(len(labels)), 1e-3, min(128, rows_of_a_chunk), **{"softcap": 0.0} | head
+    )
+    assert got == pytest.approx(want.tolist(), rel=1e-6, abs=1e-9)
+    if rows_of_a_chunk == 16:
+        assert 0.1 < want[0] < 0.9 and 1e-4 < want[1] and 0.1 < want[2] < want[0]
+
+
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_shares_of_the_nll_are_means_over_labelled_rows(filter_head_grad):
+    """An index of all positions puts ignored ones into the sets; no label, no share."""
+    leaves, labels = rows(64, flat=slice(32, 64))
+    labels[8:32], labels[[0, 32]] = -100, 5
+    where = {"filter_eps": 1e-3, "filter_head_grad": filter_head_grad, "memory_budget": budget(32, torch.float64, 0)}
+    got = shares(nll_shares(*leaves[:2], labels, leaves[2], index=torch.arange(64), **where))
+    first, second = (int(part.sum()) for part in (labels != -100).split(32))
+    *_, (live, tail, exact) = formula((leaves[0][:32], *leaves[1:]), labels[:32], torch.ones(32), 1e-3, 32)
+    want = torch.stack([live * first + second, tail * first, exact * first + second]) / (first + second)
+    assert live < LIVE_LIMIT and got == pytest.approx(want.tolist(), rel=1e-6)
+    none = nll_shares(*leaves[:2], labels.fill_(-100), leaves[2], **where)
+    assert shares(none) == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("filter_head_grad", [True, False])
@@ -407,24 +460,28 @@ def sharded_shares(rank, filter_head_grad):
     shards = cpo.VocabShards(dist.group.WORLD, SHARDS)
     mine = slice(shards.start, shards.start + SHARDS[rank])
     where = {"memory_budget": 16 * max(SHARDS) * 8, "filter_eps": 1e-3, "filter_head_grad": filter_head_grad}
-    loss_fn = cpo.FusedLinearCPOLoss(vocab_size=VOCAB, **where)
     weight = leaves[1].detach()[mine].requires_grad_()
-    hidden, labels = leaves[0].view(2, -1, HIDDEN), labels.view(2, -1)
-    return shares(loss_fn(hidden, weight, labels, ref_logps=torch.zeros(2), vocab_shards=shards))
+    hidden, labels, ref_logps = leaves[0].view(2, -1, HIDDEN), labels.view(2, -1), torch.zeros(2)
+    given, last = (hidden, weight, labels), {"ref_logps": ref_logps, "vocab_shards": shards}
+    pairs = cpo.FusedLinearCPOLoss(vocab_size=VOCAB, **where)(*given, **last)
+    unpaired = cpo.FusedLinearKTOLoss(vocab_size=VOCAB, **where)(*given, desirable=ref_logps > 0, kl=0.0, **last)
+    nll = nll_shares(*given, shards=shards, vocab_size=VOCAB, **where)
+    return {"nll": shares(nll), "pairs": shares(pairs), "unpaired": shares(unpaired)}
 
 
 @pytest.mark.parametrize("filter_head_grad", [True, False])
 def test_shares_of_a_sharded_head_are_those_of_the_whole(filter_head_grad):
     leaves, labels = rows(padding=8)
-    *_, live = formula(
+    *_, want = formula(
         (*leaves[:2], torch.zeros(VOCAB + 8)), labels, upstream(len(labels)), 1e-3, 16, vocab_size=VOCAB,
         shards=[slice(0, 250), slice(250, VOCAB)],
     )  # fmt: skip
     first, *others = run_processes(sharded_shares, 3, filter_head_grad)
     assert all(other == first for other in others)
-    if filter_head_grad:  # sets of 16 rows in the batch's order
-        assert first[0] == pytest.approx(float(live), rel=1e-5)
-    assert 0.1 < first[0] < 0.9 and 0 < first[1] < 0.1 and 0 < first[2] < first[0]
+    for name in first if filter_head_grad else ["nll"]:  # sets of 16 rows in the batch's order
+        assert first[name] == pytest.approx(want.tolist(), rel=1e-5)
+    for live, tail, exact in first.values():
+        assert 0.1 < live < 0.9 and 0 < tail < 0.1 and 0 < exact < live
 
 
 # ------------------------------------------------------------------------------------------------------- 16-bit errors
@@ -549,6 +606,22 @@ def test_compiled():
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_compiled_nll(filter_head_grad):
+    leaves, labels = rows()
+    options = {"filter_eps": 0.02, "filter_head_grad": filter_head_grad, "memory_budget": budget(16, torch.float64, 0)}
+
+    def run(hidden, weight, bias):
+        loss = cpo.linear_nll(hidden, weight, labels, bias, **options)
+        return loss, nll_shares(hidden, weight, labels, bias, **options)
+
+    torch._dynamo.reset()
+    (loss, eager), (again, compiled) = (f(*leaves) for f in (run, torch.compile(run, fullgraph=True)))
+    assert shares(eager) == shares(compiled) and 0 < eager.tail_mass
+    first, second = (torch.autograd.grad(made, leaves) for made in (loss, again))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_memory_of_what_is_kept_is_that_of_live_columns():
     """A frozen head keeps dX and the caller's labels; a trained one its live gradients, not the logits."""
     x, weight, labels, _ = peaked(torch.float32, 512)
@@ -586,3 +659,64 @@ def test_explain():
         assert cpo.explain(**shape, **options).products == pytest.approx(want), options
     with pytest.raises(ValueError, match=r"live_share must lie in \[0, 1\], got 2"):
         cpo.explain(8, 8, 8, live_share=2.0)
+
+
+EXPLAINED = {  # loss, train_head, filter_head_grad
+    "nll": ("nll", True, False),
+    "pairs": ("preference", True, False),
+    "kept": ("unknown", True, False),
+    "recompute": ("unknown", True, False),
+    "frozen": ("nll", False, False),
+    "live": ("nll", True, True),
+}
+
+
+@pytest.mark.parametrize("count, few", [(100, 128), (280, 128), (300, 128), (600, 256)])
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explain_has_the_chunks_of_the_ops_and_what_waits(name, count, few, monkeypatch):
+    """A budget of 144 rows (or all, where chunks are whole groups), pieces of `few` rows: chunks are whole sets."""
+    loss, train_head, filter_head_grad = EXPLAINED[name]
+    leaves, labels = rows(count, flat=slice(0, 0))
+    labels[labels == -100] = 3
+    limit = 640 if name in ("pairs", "kept") else 288 if few == 256 else 144
+    monkeypatch.setitem(strategy.DEFAULT_BUDGET, "cpu", limit * VOCAB * 8)
+    monkeypatch.setitem(strategy.SMALL, "cpu", (1, few))
+    hidden, weight = leaves[0], leaves[1].detach().requires_grad_(train_head)
+    options = {"filter_eps": 0.05, "filter_head_grad": filter_head_grad}
+    made, waiting = [], [0]
+    head, add, keep = Head.__init__, LiveDx.add, KeptSets.add
+
+    def watched_head(self, *args):
+        head(self, *args)
+        made.append(self.buffer.shape[0])
+
+    def watched(self, sets, *rest):
+        held = [*(s for s, *_ in self.parts), sets]
+        waiting.append(sum(s.g.numel() + s.tail.numel() for s in held))
+        add(self, sets, *rest)
+
+    def watched_kept(self, sets):
+        keep(self, sets)
+        waiting.append(self.used + sum(part.tail.numel() for part in self.parts))
+
+    monkeypatch.setattr(Head, "__init__", watched_head)
+    monkeypatch.setattr(LiveDx, "add", watched)
+    monkeypatch.setattr(KeptSets, "add", watched_kept)
+    if name == "pairs":
+        loss_fn = cpo.FusedLinearCPOLoss(**options)
+        live = loss_fn(hidden.view(2, -1, HIDDEN), weight, labels.view(2, -1), ref_logps=torch.zeros(2)).live_share
+    elif loss == "unknown":
+        cpo.linear_token_logps(hidden, weight, labels, **options)
+        live = formula((*leaves[:2], torch.zeros(VOCAB)), labels, torch.ones(count), 0.05, 128)[-1][0]
+    else:
+        live = nll_shares(hidden, weight, labels, **options).live_share
+    assert len(made) == 1
+    given = {"dtype": torch.float64, "loss": loss, "train_head": train_head, "live_share": float(live)}
+    plan = cpo.explain(count, HIDDEN, VOCAB, **given, **options)
+    assert plan.strategy == name or count < few
+    assert plan.num_chunks == -(-count // plan.chunk_rows)
+    if name != "recompute":  # explained by its second pass
+        assert (plan.chunk_rows, plan.logits_bytes) == (made[0], made[0] * VOCAB * 8)
+    sums = {"nll": VOCAB, "recompute": count}.get(plan.strategy, 0) * (plan.num_chunks > 1)  # dW, or dX, of chunks
+    rest = plan.extra_bytes - plan.logits_bytes - (count + sums) * HIDDEN * 8
+    assert 0.8 * rest < max(waiting) * 8 < 1.2 * rest  # the sets differ

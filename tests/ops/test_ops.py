@@ -73,7 +73,7 @@ def op_samples(impl):
             none, lse, empty, grad, entropies, options, wanted, out.live, filtered, where
         )
         yield head_token_logps.linear_token_logps_backward_op, (tensors, back)
-    yield nll.linear_nll_op, (tensors, nll.NLLArgs(none, empty, options, -1.0, needs, execution(16)))
+        yield nll.linear_nll_op, (tensors, nll.NLLArgs(none, empty, options, -1.0, needs, where))
     for limit in (1000, 4):
         loss, plan = preference_args(batch, torch.float32), PlanTensors(none, none, none)
         args = (empty, empty, loss, True, False, False, options, needs, plan, execution(limit))
@@ -88,13 +88,13 @@ def op_samples(impl):
 
 
 @pytest.mark.parametrize("impl", EVERY_BACKEND)
-@pytest.mark.parametrize("index", range(13))
+@pytest.mark.parametrize("index", range(14))
 def test_opcheck(index, impl):
     op, args = list(op_samples(impl))[index]
     opcheck(op.overload, library.flatten(args))
 
 
-@pytest.mark.parametrize("index", range(13))
+@pytest.mark.parametrize("index", range(14))
 def test_a_fake_has_the_bundles_of_the_op(index):
     """Arguments and results are the same NamedTuples through the op, its fake and torch.compile."""
     op, args = list(op_samples("cpu"))[index]

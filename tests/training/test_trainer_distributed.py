@@ -43,7 +43,11 @@ RUNS = {
     "one group a step": {"training": {"batch_size": 1}, "conditions": {"per_prompt": 1}},
     "padded": {"training": {"batch_size": 3, "rows": "padded", "tokens_per_microbatch": 250}},
     "checkpointing": {"training": {"batch_size": 3, "gradient_checkpointing": True, "tokens_per_microbatch": 400}},
-    "cpsft": {"stage": "cpsft", "training": {"batch_size": 5, "rows": "padded", "tokens_per_microbatch": 50}},
+    "cpsft": {
+        "stage": "cpsft",
+        "training": {"batch_size": 5, "rows": "padded", "tokens_per_microbatch": 50},
+        "loss": {"filter_eps": "auto"},  # exact in float64; the shares in the rows add up all the same
+    },
     "chosen tokens": {"loss": {"type": ["sigmoid", "sft"]}, "training": {"tokens_per_microbatch": 300}},
     "lora": {"training": {**LORA, "batch_size": 1, "lr": 1e-2}},
 }

@@ -555,14 +555,32 @@ def test_filtered_gradients_reach_the_loss(stage):
     first, second = zip(values(exact, "loss"), values(filtered, "loss"), strict=True)
     assert first[0] == pytest.approx(first[1], rel=1e-6) and second[0] != second[1]
     names = [{name for row in result.metrics for name in row} for result in (exact, filtered)]
-    shares = set(losses_module.FILTER_METRICS) if stage == "cdpo" else set()  # none of the evaluation: no gradients
-    assert "eval_loss" in names[1] and names[1] - names[0] == shares
+    assert "eval_loss" in names[1]
+    assert names[1] - names[0] == set(losses_module.FILTER_METRICS)  # none of the evaluation: no gradients
 
 
-def test_metrics_of_the_filter_are_means_over_the_step():
+def filter_means(loss, batches, eps):
+    """FILTER_METRICS over the labelled tokens of all batches, by the definition: sets of 128 rows of a batch."""
+    sums, rows = torch.zeros(3, dtype=torch.float64), 0
+    for batch in batches:
+        with torch.no_grad():
+            p = torch.softmax(loss.module.hidden(batch) @ loss.head.weight.t(), -1).double()
+        for part, labels in zip(p.split(128), batch.labels.split(128), strict=True):
+            live = (part >= eps).any(0)
+            live[labels] = True
+            exact = float(live.double().mean() > 0.5)
+            means = [live.double().mean(), part[:, ~live].sum(1).mean(), 0.0]
+            sums += len(part) * torch.tensor([1.0, 0.0, 1.0] if exact else means)
+            rows += len(part)
+    return dict(zip(losses_module.FILTER_METRICS, (sums / rows).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+@pytest.mark.parametrize("stage", ["sft", "cpsft", "dpo", "cdpo"])
+def test_metrics_of_the_filter_are_means_over_the_step(stage, filter_head_grad):
     """Over micro-batches, weighted by their tokens; whole sets that are exact in float32 under auto."""
     for eps, budget in ((0.05, 10_000), (0.05, 200), ("auto", 200)):
-        model, loss, groups = loss_and_groups("cdpo", loss={"filter_eps": eps})
+        model, loss, groups = loss_and_groups(stage, loss={"filter_eps": eps, "filter_head_grad": filter_head_grad})
         loss.budget = budget
         groups = [replace(g, ref_logps=(-30.0,) * len(g.responses)) for g in groups[:6]]
         total = loss.total(groups)
@@ -573,21 +591,22 @@ def test_metrics_of_the_filter_are_means_over_the_step():
             assert got == pytest.approx({"live_share": 1.0, "tail_mass": 0.0, "exact_share": 1.0})
             continue
         assert len(batches) == 1 or budget == 200
-        live = tail = rows = 0.0
-        for batch in batches:
-            with torch.no_grad():
-                hidden = loss.module.hidden(batch)
-                p = torch.softmax(hidden @ loss.head.weight.t(), -1)
-            for low in range(0, len(p), 128):
-                part, labels = p[low : low + 128], batch.labels[low : low + 128]
-                columns = (part >= eps).any(0)
-                columns[labels] = True
-                exact = columns.float().mean() > 0.5
-                live += len(part) * (1.0 if exact else float(columns.float().mean()))
-                tail += 0.0 if exact else float(part[:, ~columns].sum())
-                rows += len(part)
-        assert got["live_share"] == pytest.approx(live / rows, rel=1e-5)
-        assert got["tail_mass"] == pytest.approx(tail / rows, rel=1e-3, abs=1e-6)
+        assert got == pytest.approx(filter_means(loss, batches, eps), rel=1e-4, abs=1e-6)
+        assert got["live_share"] < 1 and got["tail_mass"] > 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "cpsft"])
+def test_a_row_of_a_supervised_stage_has_the_shares_of_its_filter(stage):
+    """A step of several micro-batches."""
+    sections = {"loss": FILTERED, "training": {"tokens_per_microbatch": 100}}
+    model, loss, groups = loss_and_groups(stage, **sections)
+    batches = [loss.collate(part) for part in loss.parts(groups)]
+    want = filter_means(loss, batches, FILTERED["filter_eps"])
+    config = read_config(tiny.config(stage, **sections))
+    run_dir = loop_module.RunDir(config, True)
+    row = loop_module.Loop(config, Accelerator(), run_dir, model, loss, "").step(0, groups, 0.1)
+    assert len(batches) > 1 and 0 < want["live_share"] < 1 and want["tail_mass"] > 0
+    assert {name: row[name] for name in want} == pytest.approx(want, rel=1e-4)
 
 
 @pytest.mark.parametrize(
