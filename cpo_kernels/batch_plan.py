@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels.head.strategy import chunks, even_rows, one_chunk_limit, preference_strategy
+from cpo_kernels.head.strategy import SumLimit, chunks, even_rows, preference_strategy
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Layout:
     row_limit: int
     couples_pairs: bool
     opposite: bool  # the coefficients of a pair's two sequences
-    sum_rows: int = 0  # see `strategy.sum_rows`
+    sum_limit: SumLimit
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -99,12 +99,13 @@ class Layout:
     def strategy(self) -> str:
         largest = max((g.num_rows for g in self.groups), default=0)
         one_pair = self.opposite and len(self.pairs) == 1
-        return preference_strategy(self.num_rows, largest, self.couples_pairs, one_pair, self.row_limit, self.sum_rows)
+        more = self.sum_limit.more
+        return preference_strategy(self.num_rows, largest, self.couples_pairs, one_pair, self.row_limit, more)
 
     @cached_property
     def chunks(self) -> list[Group]:
         if self.strategy == "pairs" and not self.couples_pairs:
-            packed = pack_groups(self.groups, one_chunk_limit(self.num_rows, self.row_limit, self.sum_rows))
+            packed = pack_groups(self.groups, self.sum_limit.of(self.num_rows))
             if len(packed) > 1:
                 return packed
         return [Group([*range(len(self.lengths))], [*range(len(self.pairs))], self.num_rows)]
@@ -157,14 +158,14 @@ class Layout:
     def pack(self) -> Tensor:
         """The layout as a CPU tensor, the form in which it passes through an op."""
         pairs = [s for pair in self.pairs for s in pair]
-        head = [self.row_limit, int(self.couples_pairs), int(self.opposite), self.sum_rows, len(self.lengths)]
+        head = [self.row_limit, int(self.couples_pairs), int(self.opposite), *self.sum_limit, len(self.lengths)]
         return torch.tensor([*head, *self.lengths, *pairs], dtype=torch.int64)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Layout:
-        row_limit, couples_pairs, opposite, more, num_sequences, *rest = packed.tolist()
+        row_limit, couples_pairs, opposite, rows, more, num_sequences, *rest = packed.tolist()
         flags = bool(couples_pairs), bool(opposite)
-        return cls.of(rest[:num_sequences], rest[num_sequences:], row_limit, *flags, more)
+        return cls.of(rest[:num_sequences], rest[num_sequences:], row_limit, *flags, SumLimit(rows, more))
 
     @classmethod
     def of(
@@ -174,10 +175,10 @@ class Layout:
         row_limit: int,
         couples_pairs: bool,
         opposite: bool,
-        sum_rows: int,
+        sum_limit: SumLimit,
     ) -> Layout:
         pairs = list(zip(flat_pairs[::2], flat_pairs[1::2], strict=True))
-        return cls(lengths, pairs, row_limit, couples_pairs, opposite, sum_rows)
+        return cls(lengths, pairs, row_limit, couples_pairs, opposite, sum_limit)
 
 
 class Tables:

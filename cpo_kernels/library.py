@@ -60,7 +60,9 @@ SCHEMAS = {
 # own kernels.
 CPU_SCHEMAS = {
     "logits_": "(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor(a!) out) -> ()",
-    "add_product_": "(Tensor(a!) total, Tensor a, Tensor b, bool first) -> ()",
+    "add_product_": (
+        "(Tensor(a!) total, Tensor(b!) low, Tensor a, Tensor b, bool first, bool last, float factor) -> ()"
+    ),
     "live_dx": (
         "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor weight, Tensor tail_rows, Tensor coef,"
         " Tensor label_columns, Tensor label_grads) -> Tensor"

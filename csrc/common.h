@@ -104,7 +104,7 @@ Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
                Tensor label_columns, Tensor label_grads);
 Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor x, Tensor coef, Tensor tail,
                Tensor tails, Tensor label_columns, Tensor label_grads, int64_t rows);
-void add_product_(Tensor total, Tensor a, Tensor b, bool first);
+void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool last, double factor);
 void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out);
 bool has_bf16_matmuls();  // whether logits_, live_dx and live_dw are worth calling here
 Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average);

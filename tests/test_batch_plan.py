@@ -10,6 +10,7 @@ from cpo_kernels.batch_plan import Layout, Tables, linked_groups
 from cpo_kernels.head import kto, nll
 from cpo_kernels.head import preference as head_preference
 from cpo_kernels.head import token_logps as head_token_logps
+from cpo_kernels.head.strategy import SumLimit
 from tests.losses.test_loss import OBJECTIVES, ROW, ratings
 from tests.support.heads import make_batch, relative_error
 
@@ -230,7 +231,7 @@ def test_a_reference_with_the_same_head_shares_the_product(monkeypatch, budget, 
 def test_layout_orders_whole_groups():
     lengths, pairs = [3, 5, 0, 2, 4], [(3, 0), (1, 4), (0, 3)]
     assert [g.sequences for g in linked_groups(pairs, lengths)] == [[0, 3], [1, 4], [2]]
-    layout = Layout(lengths, pairs, 9, False, False)
+    layout = Layout(lengths, pairs, 9, False, False, SumLimit(9, 0))
     assert layout.strategy == "pairs" and [g.sequences for g in layout.chunks] == [[0, 3], [1, 4, 2]]
     tables = Tables(layout, layout.tables())
     first, second = layout.parts

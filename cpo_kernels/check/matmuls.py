@@ -157,6 +157,7 @@ SUMMANDS += [(2100, 601, 650)]  # so many rows that b is packed once
 def check_add_product(backend: Backend, findings: Findings) -> None:
     """float32 (+)= a b: a with rows or columns of a stride of its own, inner sizes odd and even, several tasks."""
     own, generator = own_matmuls(backend), torch.Generator().manual_seed(2)
+    absent = torch.empty(0, dtype=torch.int16)
     for rows, inner, width in SUMMANDS:
         total = torch.randn(rows, width, generator=generator)
         by_rows = random(generator, rows, inner + 3)[:, 1 : inner + 1]
@@ -167,13 +168,23 @@ def check_add_product(backend: Backend, findings: Findings) -> None:
 
             def compute(a: Tensor = a, b: Tensor = b, before: Tensor = before, first: bool = first) -> Tensor:
                 got = before.clone()
-                own.add_product_(got, a, b, first)
+                own.add_product_(got, absent, a, b, first, False, 1.0)
                 return got
 
             base = torch.zeros_like(total) if first else total
             got, want = same_on_any_threads(findings, "sum", compute), base.double() + a.double() @ b.double()
             size = base.abs().double() + a.abs().double() @ b.abs().double()
             findings.close("sum", got, want, SUMS, (size + 1e-3))
+
+            bits = before.view(torch.int32)
+            high, low = (bits >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+            own.add_product_(high, low, a, b, first, False, 1.0)
+            joined = (high.view(torch.int16).int() << 16 | low.int() & 0xFFFF).view(torch.float32)
+            findings.same("the sum in halves", joined, got)
+            for factor in (1.0, -0.3, 0.0):
+                last, low_before = (bits >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+                own.add_product_(last, low_before, a, b, first, True, factor)
+                findings.same(f"the last sum in halves times {factor}", last, (got * factor).bfloat16())
 
 
 def matmul_cases() -> Iterator[Case]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpo_kernels import library
 from cpo_kernels.head.inputs import HeadTensors, Needs, Rows
-from cpo_kernels.head.matmul import add_product, adds_products, product
+from cpo_kernels.head.matmul import add_product, add_to_halves, adds_products, own_sums, product
 from cpo_kernels.library import refuse_double_backward
 
 WEIGHT_TILE = 8192  # rows of dW per product when several 16-bit chunks are accumulated
@@ -96,8 +96,13 @@ class WeightGrad:
     def __init__(self, weight: Tensor, steepest: float, num_chunks: int, needs: Needs) -> None:
         acc = library.acc_dtype(weight.dtype)
         self.dtype, self.needs = weight.dtype, needs
-        dtype = self.dtype if num_chunks == 1 else acc
-        self.dw = weight.new_empty(weight.shape if needs.dw else 0, dtype=dtype)
+        # The CPU's own matmul adds to float32 in two halves, of which the upper is dW in the end: 3,072 rows of
+        # 576 x 49,152 in four chunks took 0.96 of the time, and 54 MiB less, than with a float32 sum.
+        own = num_chunks > 1 and own_sums(weight.device, weight.dtype)
+        dtype = self.dtype if num_chunks == 1 or own else acc
+        shape = weight.shape if needs.dw else (0,)
+        self.dw = weight.new_empty(shape, dtype=dtype)
+        self.low = weight.new_empty(shape, dtype=torch.int16) if own else None
         if num_chunks == 0:
             self.dw.zero_()
         self.db = weight.new_zeros(weight.shape[0] if needs.db else 0, dtype=acc)
@@ -112,7 +117,11 @@ class WeightGrad:
         if not self.needs.dw:
             return
         scaled = x if x.dtype == torch.bfloat16 else scale_rows(x, left / power)  # [n, H]
-        if adds_products(self.dw, g):
+        if self.low is not None:
+            last = self.added == self.num_chunks - 1
+            factor = float(self.scale) if last and self.scale is not None else 1.0
+            add_to_halves(self.dw, self.low, g.t(), scaled, self.added == 0, last, factor)
+        elif adds_products(self.dw, g):
             add_product(self.dw, g.t(), scaled, self.added == 0)
             self.power = power  # 1 except in float16, which takes this branch only with a single chunk
         else:

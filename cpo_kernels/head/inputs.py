@@ -20,13 +20,13 @@ from cpo_kernels.head.matmul import product
 from cpo_kernels.head.relative import Net, is_relative, label_logits, make_anchors, make_net
 from cpo_kernels.head.strategy import (
     SET_ROWS,
+    SumLimit,
     budget_rows,
     chunk_limit,
     chunks,
-    one_chunk_limit,
     resolve_filter,
     row_stride,
-    sum_rows,
+    sum_limit,
     whole_sets,
 )
 from cpo_kernels.head.vocab_parallel import local_head
@@ -72,7 +72,7 @@ class Execution(NamedTuple):
 
     row_limit: int
     chunk_limit: int  # rows per chunk if no dW is summed over chunks
-    sum_rows: int  # see `strategy.sum_rows`
+    sum_limit: SumLimit
     backend: Backend
     filter_eps: float = 0.0  # 0: exact
     filter_head_grad: bool = False
@@ -82,15 +82,16 @@ class Execution(NamedTuple):
         """Rows that share one set of live columns."""
         return min(SET_ROWS, self.row_limit)
 
-    def pieces(self, count: int) -> list[slice]:
-        """The rows of a chunk in turns of at most `chunk_limit`: what relative logits and live sets hold is that of one
-        piece. 1383 rows of 576 x 49,152 with a filtered dX peaked at 202 MiB in place of 223, in the same time."""
-        step = self.step(count, adds_dw=False)
+    def pieces(self, count: int, limit: int | None = None) -> list[slice]:
+        """The rows of a chunk in turns of at most `limit` (None: `chunk_limit`): relative logits and live sets hold what
+        they need for one piece. 1383 rows of 576 x 49,152 with a filtered dX peaked at 202 MiB in place of 223,
+        in the same time."""
+        step = whole_sets(count, limit or self.chunk_limit, self.set_rows if self.filter_eps else 0)
         return [slice(low, high) for low, high in chunks(count, step)] or [slice(0, 0)]
 
     def step(self, count: int, adds_dw: bool) -> int:
         """Rows per chunk; a multiple of `set_rows` if gradients are filtered. adds_dw: dW is summed over chunks."""
-        limit = one_chunk_limit(count, self.row_limit, self.sum_rows) if adds_dw else self.chunk_limit
+        limit = self.sum_limit.of(count) if adds_dw else self.chunk_limit
         return whole_sets(count, limit, self.set_rows if self.filter_eps else 0)
 
     def head(self, tensors: HeadTensors, labels: Tensor, options: HeadOptions, max_rows: int) -> "Head":
@@ -106,7 +107,7 @@ class HeadInputs:
     options: HeadOptions
     row_limit: int
     chunk_limit: int
-    sum_rows: int
+    sum_limit: SumLimit
     width: int  # columns of logits that row_limit assumes: V, or those of the largest shard
     shards: VocabShards | None
     filter_eps: float = 0.0  # 0: exact
@@ -116,7 +117,7 @@ class HeadInputs:
         return Execution(
             self.row_limit,
             self.chunk_limit,
-            self.sum_rows,
+            self.sum_limit,
             Backend.of(impl, self.shards),
             self.filter_eps,
             self.filter_head_grad,
@@ -184,9 +185,9 @@ def head_inputs(
     tensors = HeadTensors(rows, weight, named.get("bias", weight.new_empty(0)), labels.reshape(-1))
     limit = budget_rows(width, weight.dtype, weight.device, config.memory_budget)
     few = chunk_limit(width, weight.dtype, weight.device, config.memory_budget)
-    more = sum_rows(weight.shape[1], weight.dtype, config.memory_budget)
+    summed = sum_limit(width, weight.shape[1], weight.dtype, weight.device, config.memory_budget)
     eps = resolve_filter(config.filter_eps, config.filter_head_grad, weight.dtype)
-    return HeadInputs(tensors, options, limit, few, more, width, shards, eps, config.filter_head_grad)
+    return HeadInputs(tensors, options, limit, few, summed, width, shards, eps, config.filter_head_grad)
 
 
 def check_index(index: Tensor | None, labels: Tensor) -> None:

@@ -16,7 +16,7 @@ from cpo_kernels.head.chunk import Chunk
 from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
 from cpo_kernels.head.inputs import Execution, HeadTensors, Needs, RowLogps, gather_rows, labelled_index
 from cpo_kernels.head.live import no_sums, over_shards
-from cpo_kernels.head.strategy import chunks, even_rows, one_chunk_limit
+from cpo_kernels.head.strategy import SumLimit, chunks, even_rows
 from cpo_kernels.library import functional_op
 from cpo_kernels.ops.token_logps import HeadOptions
 from cpo_kernels.reference.kto import kto_loss
@@ -139,11 +139,12 @@ class Part(NamedTuple):
 def whole_sequences(lengths: list[int], execution: Execution, adds_dw: bool) -> list[Part]:
     """As many whole sequences as fit a chunk, in order."""
     parts: list[Part] = []
-    row, more = 0, execution.sum_rows if adds_dw else 0
-    limit = one_chunk_limit(sum(lengths), execution.row_limit, more)
+    row, summed = 0, execution.sum_limit if adds_dw else SumLimit(execution.row_limit, 0)
+    limit = summed.of(sum(lengths))
     for group in pack_groups([Group([s], [], length) for s, length in enumerate(lengths)], limit):
         rows = slice(row, row + group.num_rows)
-        step = group.num_rows if group.num_rows <= limit else even_rows(group.num_rows, execution.row_limit)
+        fits = group.num_rows <= max(limit, execution.row_limit)
+        step = group.num_rows if fits else even_rows(group.num_rows, execution.row_limit)
         pieces = [slice(row + low, row + high) for low, high in chunks(group.num_rows, max(step, 1))]
         parts.append(Part(slice(group.sequences[0], group.sequences[-1] + 1), rows, pieces or [rows]))
         row = rows.stop

@@ -82,8 +82,7 @@ def multiplies_into_float32(device: torch.device) -> bool:
 
 def adds_products(total: Tensor, a: Tensor) -> bool:
     """Whether a matmul in the dtype of `a` can accumulate into `total` itself."""
-    own = a.device.type == "cpu" and dispatch.cpu_multiplies_bf16()
-    into_float32 = a.dtype == torch.bfloat16 and (own or by_tiles(a) or multiplies_into_float32(a.device))
+    into_float32 = a.dtype == torch.bfloat16 and (by_tiles(a) or multiplies_into_float32(a.device))
     return a.dtype == total.dtype or into_float32
 
 
@@ -97,7 +96,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     if first and a.dtype == total.dtype:
         product(a, b, total)
     elif _own_adds(total, a, b):
-        torch.ops.cpo_kernels.add_product_(total, a, b, first)
+        torch.ops.cpo_kernels.add_product_(total, total.new_empty(0, dtype=torch.int16), a, b, first, False, 1.0)
     elif by_tiles(a):
         _in_float32(a, b, total, None, None, add=not first)
     elif not adds_products(total, a):
@@ -109,9 +108,21 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _own_adds(total: Tensor, a: Tensor, b: Tensor) -> bool:
-    fits = total.device.type == "cpu" and total.dtype == torch.float32 and a.dtype == torch.bfloat16
-    strides = b.stride(1) == 1 and 1 in a.stride()
-    return fits and strides and total.is_contiguous() and dispatch.cpu_multiplies_bf16()
+    fits = total.dtype == torch.float32 and b.stride(1) == 1 and 1 in a.stride() and total.is_contiguous()
+    return fits and own_sums(total.device, a.dtype)
+
+
+def own_sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the CPU's own matmul adds products of this dtype to float32."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and dispatch.cpu_multiplies_bf16()
+
+
+def add_to_halves(
+    high: Tensor, low: Tensor, a: Tensor, b: Tensor, first: bool, last: bool = False, factor: float = 1.0
+) -> None:
+    """As `add_product`, where `own_sums`, to float32 in two halves: high, bfloat16, and low, int16, hold the upper and
+    lower 16 bits. last: `high` becomes the sum times `factor`, rounded."""
+    torch.ops.cpo_kernels.add_product_(high, low, a, b, first, last, factor)
 
 
 def _in_float32(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, lacks: Tensor | None, add: bool) -> Tensor:

@@ -22,6 +22,7 @@ from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scale
 from cpo_kernels.head.inputs import Execution, Head, HeadTensors, Needs, RowLogps, Rows, gather_rows, labelled_index
 from cpo_kernels.head.live import LiveDx, filtered_chunk, no_sums, over_shards
 from cpo_kernels.head.recompute import second_pass
+from cpo_kernels.head.strategy import SumLimit
 from cpo_kernels.library import PreferenceResult, fake_preference, functional_op
 from cpo_kernels.ops.preference import PreferenceArgs, wpo_weights
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -60,14 +61,14 @@ def _fake_linear_preference(tensors: HeadTensors, args: LinearPreferenceArgs) ->
 @functional_op("linear_preference", fake=_fake_linear_preference, waits=True)
 def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> LinearPreference:
     loss, size, row_limit = args.loss, tensors.hidden.shape[0], args.execution.row_limit
-    more = args.execution.sum_rows if args.needs.dw else 0
+    summed = args.execution.sum_limit if args.needs.dw else SumLimit(row_limit, 0)
     if not loss.scores.numel():
         loss = loss.with_divisors(loss.pairs.shape[0])  # no ratings, no ties
     kernels, acc = args.execution.backend.kernels(tensors.weight), library.acc_dtype(tensors.hidden.dtype)
     if args.plan.host.numel():
         layout, index, tables_on_device = Layout.unpack(args.plan.host), args.plan.row_index, args.plan.tables
     else:
-        several = loss.needs_counts and size > row_limit  # several chunks: each divides by the batch's count
+        several = loss.needs_counts and size > summed.rows  # several chunks: each divides by the batch's count
         counts = loss.counted(kernels, acc) if several else loss.lengths.new_empty(0)
         # The only host-device synchronisation.
         numbers = torch.cat([counts, loss.lengths, loss.pairs.flatten()]).tolist()
@@ -75,7 +76,7 @@ def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> Li
             loss, numbers = loss.with_divisors(*numbers[:2]), numbers[2:]
         num_sequences = len(loss.lengths)
         layout = Layout.of(
-            numbers[:num_sequences], numbers[num_sequences:], row_limit, args.couples_pairs, args.opposite, more
+            numbers[:num_sequences], numbers[num_sequences:], row_limit, args.couples_pairs, args.opposite, summed
         )
         index = labelled_index(tensors.labels, args.options.ignore_index, layout.num_rows)
         tables_on_device = to_device(layout.tables(), tensors.hidden.device)

@@ -21,12 +21,12 @@ With filter_head_grad too:
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from cpo_kernels.checks import check_types
-from cpo_kernels.head.matmul import tile_bytes
+from cpo_kernels.head.matmul import own_sums, tile_bytes
 from cpo_kernels.head.relative import anchor_bytes
 
 # Default bytes of one chunk of logits. CPU: 512 float32 rows of a 151,936-word vocabulary (297 MiB) fit in one chunk,
@@ -54,6 +54,9 @@ LOSSES = ("preference", "kto", "nll", "unknown")  # of `explain`
 # 576 x 49,152 in bfloat16, frozen, in two bare products: 1.18 as one chunk, 1.12 in chunks of 512 rows, 1.07 of 256,
 # 1.18 of 128 (one core, AVX-512).
 SMALL = {"cpu": (24 << 20, 256)}
+# Rows of a chunk if dW is summed over several by the CPU's own matmul, which keeps the sums in the cache for all rows
+# of a chunk. 3,072 rows of 576 x 49,152 took 1.02 of the time of one chunk with 1,024 rows, and a third less memory.
+OWN_SUM_ROWS = 1024
 
 
 # The error of dX on real rows grows to at most 1.1 times that of exact gradients in bfloat16
@@ -92,7 +95,7 @@ class Plan:
     num_chunks: int
     products: float
     logits_bytes: int  # one chunk
-    # Beyond inputs and gradients: chunk, dX, a float32 accumulator (of dW, or of dX by columns), float32 tiles on CPUs
+    # Beyond inputs and gradients: chunk, dX, the sum of dW over chunks (or of dX by columns), float32 tiles on CPUs
     # without 16-bit matmuls, the columns from which relative logits are computed, and live gradients.
     extra_bytes: int
 
@@ -141,11 +144,42 @@ def chunk_limit(width: int, dtype: torch.dtype, device: torch.device, memory_bud
     return min(limit, max(least, budget_rows(width, dtype, device, size)))
 
 
-def sum_rows(hidden_size: int, dtype: torch.dtype, memory_budget: int | None) -> int:
-    """Rows of logits that are as large as a float32 dW [V, H]. Several chunks in 16 bit sum dW in float32, so one chunk
-    may have that many rows more and need no more memory. 0 if the user gives a budget, which limits the logits."""
-    held = torch.promote_types(dtype, torch.float32).itemsize
-    return 0 if memory_budget is not None or held == dtype.itemsize else hidden_size * held // dtype.itemsize
+class SumLimit(NamedTuple):
+    """Rows of a chunk if dW is summed over chunks."""
+
+    rows: int
+    # Rows of logits that are as large as what the sum of dW [V, H] holds besides dW. Several chunks in 16 bit sum it in
+    # float32, so one chunk may have that many rows more and need no more memory. 0 if the user gives a budget, which
+    # limits the logits.
+    more: int
+
+    def of(self, num_tokens: int) -> int:
+        """Rows of a chunk: all of them if that needs no more memory."""
+        one = num_tokens <= even_rows(num_tokens, self.rows) + self.more
+        return max(self.rows, num_tokens) if one else self.rows
+
+
+def sum_limit(
+    width: int, hidden_size: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None
+) -> SumLimit:
+    rows = budget_rows(width, dtype, device, memory_budget)
+    if memory_budget is not None:
+        return SumLimit(rows, 0)
+    if own_sums(device, dtype):
+        rows = min(rows, OWN_SUM_ROWS)
+    return SumLimit(rows, hidden_size * sum_itemsize(device, dtype) // dtype.itemsize)
+
+
+def piece_limit(few: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows of a piece of a chunk that waits for its loss; few: `chunk_limit`. With 1,024 in place of 256 the CPU's own
+    matmul of the logits takes 0.95 of the time."""
+    return max(few, OWN_SUM_ROWS) if own_sums(device, dtype) else few
+
+
+def sum_itemsize(device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes per number that a sum of dW over several chunks holds besides dW."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return wide - dtype.itemsize if own_sums(device, dtype) or wide == dtype.itemsize else wide
 
 
 def even_rows(num_tokens: int, limit: int) -> int:
@@ -221,11 +255,11 @@ def explain(
     if not 0.0 <= live_share <= 1.0:
         raise ValueError(f"live_share must lie in [0, 1], got {live_share}")
     eps = resolve_filter(filter_eps, filter_head_grad, dtype)
-    limit = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)
+    limit = budget = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)
     few = chunk_limit(vocab_size, dtype, torch.device(device), memory_budget)
     set_rows = min(SET_ROWS, limit) if eps else 0
-    more = sum_rows(hidden_size, dtype, memory_budget)
-    group = num_tokens if group_tokens is None else group_tokens
+    summed = sum_limit(vocab_size, hidden_size, dtype, torch.device(device), memory_budget)
+    group = num_tokens if couples_pairs or group_tokens is None else group_tokens
     if not (train_hidden or train_head):
         strategy = "forward"
     elif not train_head:
@@ -237,22 +271,27 @@ def explain(
     elif loss in ("nll", "kto"):
         strategy = loss
     else:
-        strategy = preference_strategy(num_tokens, group, couples_pairs, one_pair, limit, more)
+        strategy = preference_strategy(num_tokens, group, couples_pairs, one_pair, limit, summed.more)
     if strategy in ("forward", "frozen", "live"):
         limit = few
     elif strategy in ("pairs", "nll", "kto"):
-        limit = one_chunk_limit(num_tokens, limit, more)
+        limit = summed.of(num_tokens)
+        if strategy != "nll":  # whole groups
+            limit = max(limit, min(group, budget))
     row_bytes = row_stride(vocab_size, dtype, torch.device(device)) * dtype.itemsize
     steps = limit, set_rows
-    plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, *steps, row_bytes, train_hidden, train_head)
+    sizes = row_bytes, sum_itemsize(torch.device(device), dtype)
+    plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, *steps, *sizes, train_hidden, train_head)
     if eps and (strategy == "live" or train_hidden):
         per_row = vocab_size * (live_share + 1 / set_rows)  # elements of live gradients, and of q of its set
         products, held = plan.products - 1 + live_share, num_tokens * per_row
         if strategy == "live":
             products = 1 + live_share * (1 + train_hidden)
         else:  # dX of several pieces is computed together
-            waiting = plan.chunk_rows if strategy in ("pairs", "nll", "kto", "deferred") else num_tokens
-            piece = whole_sets(plan.chunk_rows, few, set_rows)
+            waits = strategy in ("pairs", "nll", "kto", "deferred")  # see `Chunk`
+            waiting = plan.chunk_rows if waits else num_tokens
+            most = piece_limit(few, torch.device(device), dtype) if waits else few
+            piece = whole_sets(plan.chunk_rows, most, set_rows)
             held = min(waiting * per_row, min(plan.chunk_rows * vocab_size, HELD) + piece * per_row)
         plan = replace(plan, products=products, extra_bytes=plan.extra_bytes + round(held * dtype.itemsize))
     if strategy == "kto" and group > limit:
@@ -262,25 +301,20 @@ def explain(
     return replace(plan, extra_bytes=plan.extra_bytes + tiles + looks)
 
 
-def one_chunk_limit(num_tokens: int, limit: int, more: int) -> int:
-    """Rows of a chunk if dW is summed over chunks: all of them if that needs no more memory. more: `sum_rows`."""
-    return max(limit, num_tokens) if num_tokens <= even_rows(num_tokens, limit) + more else limit
-
-
 def preference_strategy(
     num_tokens: int, group_tokens: int, couples_pairs: bool, one_pair: bool, limit: int, more: int
 ) -> str:
-    """`pairs` if whole groups fit the budget; a loss that couples all pairs makes them one group. more: `sum_rows`."""
+    """`pairs` if whole groups fit the budget; a loss that couples all pairs makes them one group. more: `SumLimit`."""
     if (num_tokens if couples_pairs else group_tokens) <= limit:
         return "pairs"
     if not one_pair:
         return "two_pass"
-    return "pairs" if num_tokens <= one_chunk_limit(num_tokens, limit, more) else "deferred"
+    return "pairs" if num_tokens <= SumLimit(limit, more).of(num_tokens) else "deferred"
 
 
 def _plan(
     strategy: str, num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, limit: int, set_rows: int,
-    row_bytes: int, train_hidden: bool, train_head: bool,
+    row_bytes: int, sum_size: int, train_hidden: bool, train_head: bool,
 ) -> Plan:  # fmt: skip
     in_sets = strategy in ("forward", "frozen", "live", "nll")  # see `Execution.step`
     rows = whole_sets(num_tokens, limit, set_rows if in_sets else 0)
@@ -290,8 +324,9 @@ def _plan(
     accumulator = 0
     if train_head and chunks > 1 and strategy != "live":
         by_columns = strategy in ("two_pass", "recompute")  # dW is written once and dX accumulated
-        numbers = (num_tokens * train_hidden if by_columns else vocab_size) * hidden_size
-        accumulator = numbers * torch.promote_types(dtype, torch.float32).itemsize
+        accumulator = vocab_size * hidden_size * sum_size
+        if by_columns:
+            accumulator = num_tokens * train_hidden * hidden_size * torch.promote_types(dtype, torch.float32).itemsize
     dx = num_tokens * hidden_size * dtype.itemsize if train_hidden else 0
     extra = logits + dx + accumulator
     return Plan(strategy, num_tokens, rows, chunks, PRODUCTS[strategy], logits, extra)

@@ -15,7 +15,7 @@ from cpo_kernels.checks import DTYPES, check_labels, check_types
 from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
 from cpo_kernels.head.live import filter_shares
 from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
-from cpo_kernels.head.strategy import budget_rows, check_filter, sum_rows
+from cpo_kernels.head.strategy import SumLimit, budget_rows, check_filter, sum_limit
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import PreferenceResult, acc_dtype, functional_op
 from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args
@@ -258,7 +258,9 @@ class FusedLinearCPOLoss(nn.Module):
                 raise ValueError(f"a plan is made from CPU tensors, got {name} on {tensor.device}")
         check_labels(labels, labels.shape, "labels", labels.device)
         limit = budget_rows(vocab_size, dtype, torch.device(device), self.head.memory_budget)
-        more = 0 if hidden_size is None else sum_rows(hidden_size, dtype, self.head.memory_budget)
+        summed = SumLimit(limit, 0)
+        if hidden_size is not None:
+            summed = sum_limit(vocab_size, hidden_size, dtype, torch.device(device), self.head.memory_budget)
         offsets = sequence_offsets(labels, labels, cu_seqlens)
         flat = labels.reshape(-1)
         lengths = label_counts(flat, offsets, self.head.ignore_index)
@@ -275,7 +277,7 @@ class FusedLinearCPOLoss(nn.Module):
                 num_pairs, chosen_tokens = counts.clamp(min=1).double().tolist()
         rows = offsets.diff() if all_positions else lengths
         flat_pairs = pairs.flatten().tolist()
-        layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs, self.options.opposite, more)
+        layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs, self.options.opposite, summed)
         index = torch.arange(len(flat)) if all_positions else (flat != self.head.ignore_index).nonzero().squeeze(1)
         divisors = num_pairs, chosen_tokens
         return BatchPlan(layout, layout.pack(), index, layout.tables(), pairs, len(flat), *divisors, all_positions)
@@ -305,7 +307,7 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
                 "all_positions=True"
             )
     weight = inputs.tensors.weight
-    if plan.layout.sum_rows not in (0, inputs.sum_rows):
+    if plan.layout.sum_limit not in (SumLimit(plan.layout.row_limit, 0), inputs.sum_limit):
         raise ValueError(f"the plan was made for another hidden_size: give plan() this head's, {weight.shape[1]}")
     if plan.layout.row_limit != inputs.row_limit:
         raise ValueError(

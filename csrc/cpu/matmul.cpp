@@ -162,12 +162,49 @@ struct Right {
   }
 };
 
+// The sums [rows, width], in float32, or in two halves: `high` and `low` are the upper and lower 16 bits of float32.
+struct Sums {
+  float* whole;
+  BFloat16* high;
+  uint16_t* low;
+  int64_t width;
+
+  void load(int64_t row, int64_t column, int64_t n, float* to) const {
+    const int64_t at = row * width + column;
+    if (whole) {
+      std::copy_n(whole + at, n, to);
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t bits = uint32_t(high[at + i].bits) << 16 | low[at + i];
+      std::memcpy(to + i, &bits, sizeof bits);
+    }
+  }
+  // last: of halves, factor times the sums is rounded to `high`.
+  void store(const Bf16Matmul& kernels, const float* from, int64_t row, int64_t column, int64_t n, bool last,
+             float factor) const {
+    const int64_t at = row * width + column;
+    if (whole) {
+      std::copy_n(from, n, whole + at);
+    } else if (last) {
+      kernels.round_row(from, n, factor, high + at);
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, sizeof bits);
+        high[at + i].bits = uint16_t(bits >> 16), low[at + i] = uint16_t(bits);
+      }
+    }
+  }
+};
+
 }  // namespace
 
-void add_product_(Tensor total, Tensor a, Tensor b, bool first) {
+void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool last, double factor) {
   const Bf16Matmul& kernels = bf16_matmul("add_product_");
   check_bf16_matrix("add_product_", "b", b);
-  check_dtype("total", total, ScalarType::Float);
+  const bool halves = total.scalar_type() == ScalarType::BFloat16;
+  check_dtype("total", total, halves ? ScalarType::BFloat16 : ScalarType::Float);
   check_dtype("a", a, ScalarType::BFloat16);
   check(a.dim() == 2 && (a.stride(0) == 1 || a.stride(1) == 1), "add_product_: a must be a matrix of unit stride over ",
         "its columns or rows, got shape ", shape_of(a), "; call .contiguous() first");
@@ -175,9 +212,20 @@ void add_product_(Tensor total, Tensor a, Tensor b, bool first) {
   check_matrix("b", b, inner, width);
   check_matrix("total", total, rows, width);
   check(total.is_contiguous(), "add_product_: total must be contiguous");
+  if (halves) {
+    check_dtype("low", low, ScalarType::Short);
+    check_matrix("low", low, rows, width);
+    check(low.is_contiguous(), "add_product_: low must be contiguous");
+  }
   const bool transposed = a.stride(1) != 1;
   const Left left{data_of<BFloat16>(a), a.stride(transposed ? 1 : 0), transposed};
-  float* sums = mutable_data_of<float>(total);
+  Sums sums{nullptr, nullptr, nullptr, width};
+  if (halves) {
+    sums.high = mutable_data_of<BFloat16>(total);
+    sums.low = reinterpret_cast<uint16_t*>(mutable_data_of<int16_t>(low));
+  } else {
+    sums.whole = mutable_data_of<float>(total);
+  }
   const bool shared = rows >= kSharedRows && inner * width <= kSharedNumbers;
   const SumTile tile = shared ? kSharedB : kOwnB;
   const int64_t blocks = (rows + tile.rows - 1) / tile.rows;
@@ -190,23 +238,23 @@ void add_product_(Tensor total, Tensor a, Tensor b, bool first) {
     std::vector<float> own(size_t(tile.rows * step));
     std::vector<float*> lines(tile.rows);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t low = task / parts * tile.rows, count = std::min(tile.rows, rows - low);
+      const int64_t begin_row = task / parts * tile.rows, count = std::min(tile.rows, rows - begin_row);
       const int64_t column = task % parts * step, n = std::min(step, width - column), panels = panels_of(n);
       for (int64_t t = 0; t < count; ++t) {
         lines[t] = own.data() + t * panels * kPanel;
         if (first) {
           std::fill_n(lines[t], n, 0.0f);
         } else {
-          std::copy_n(sums + (low + t) * width + column, n, lines[t]);
+          sums.load(begin_row + t, column, n, lines[t]);
         }
       }
       for (int64_t k = 0; k < inner; k += 2 * kPackedPairs) {
         if (!shared) right.pack(kernels, k, column, n, packed.data());
         const uint32_t* operand = shared ? all.data() + right.at(k, column) : packed.data();
-        left.add(kernels, low, count, k, std::min(2 * kPackedPairs, inner - k), operand, panels, lines.data(),
+        left.add(kernels, begin_row, count, k, std::min(2 * kPackedPairs, inner - k), operand, panels, lines.data(),
                  pairs_of_a);
       }
-      for (int64_t t = 0; t < count; ++t) std::copy_n(lines[t], n, sums + (low + t) * width + column);
+      for (int64_t t = 0; t < count; ++t) sums.store(kernels, lines[t], begin_row + t, column, n, last, float(factor));
     }
   });
 }

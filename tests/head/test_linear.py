@@ -13,6 +13,7 @@ from cpo_kernels.check.run import poisoned
 from cpo_kernels.head import grads, inputs, nll, strategy
 from cpo_kernels.head import token_logps as head_token_logps
 from cpo_kernels.head.matmul import tile_bytes
+from cpo_kernels.head.strategy import SumLimit, sum_limit
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import (
     BACKENDS,
@@ -251,7 +252,7 @@ def test_no_tensor_grows_with_the_logits():
         empty = batch.weight.new_empty(0)
         tensors = inputs.HeadTensors(batch.hidden.view(-1, 8), batch.weight, empty, batch.labels.view(-1))
         options, needs = HeadOptions(-100, 1.0, 0.0, 1001), inputs.Needs(True, True, False)
-        execution = inputs.Execution(16, 16, 0, Backend.of("cpu"))
+        execution = inputs.Execution(16, 16, SumLimit(16, 0), Backend.of("cpu"))
         args = nll.NLLArgs(batch.labels[:0].view(0), empty, options, -1.0, needs, execution)
         watch = Largest()
         with torch.no_grad(), watch:
@@ -593,9 +594,13 @@ def test_explain_follows_the_budget():
     one, two = (cpo.explain(8192, **llama, memory_budget=budget) for budget in (None, 1 << 30))
     assert two.logits_bytes <= 1 << 30 and (one.num_chunks, two.num_chunks) == (1, 2)
     assert one.extra_bytes < 0.75 * two.extra_bytes  # two hold a float32 sum of dW
+    own = sum_limit(151936, 896, torch.bfloat16, torch.device("cpu"), None)  # fewer rows with own matmuls
     plan = cpo.explain(5000, 896, 151936, loss="kto", group_tokens=500)
-    assert (plan.strategy, plan.products, plan.chunk_rows) == ("kto", 3, 1104) and plan.num_chunks == 5
-    assert cpo.explain(5000, 896, 151936, loss="kto", group_tokens=1105).products == 4
+    assert (plan.strategy, plan.products, plan.chunk_rows) == ("kto", 3, own.rows) and plan.num_chunks == 5
+    long, longer = (cpo.explain(5000, 896, 151936, loss="kto", group_tokens=rows) for rows in (1104, 1105))
+    assert (long.products, long.chunk_rows, longer.products) == (3, 1104, 4)
+    pairs = cpo.explain(5000, 896, 151936, group_tokens=1100)
+    assert (pairs.products, pairs.chunk_rows) == (3, max(own.rows, 1100))
     assert cpo.explain(5000, 896, 151936, loss="kto", train_head=False).products == 2
     with pytest.raises(ValueError, match="one of preference, kto, nll, unknown, got 'mse'"):
         cpo.explain(1, 1, 1, loss="mse")
@@ -669,11 +674,17 @@ def test_a_trained_head_under_fake_tensors_and_batched_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_chunk_where_several_need_no_less_memory(dtype):
-    """2 H rows more than one of several chunks in 16 bit; in float32 dW is its own sum. Besides the float32 tiles of a
-    CPU without 16-bit matmuls, which grow with the rows."""
+    """2 H rows more than one of several chunks in 16 bit, H where own matmuls add to halves; in float32 dW is its own
+    sum. Besides the float32 tiles of a CPU without 16-bit matmuls, which grow with the rows."""
     given = {"hidden_size": 896, "vocab_size": 151936, "dtype": dtype, "group_tokens": 128}
-    limit, more = (1104, 2 * 896) if dtype == torch.bfloat16 else (544, 0)  # at most 320 MiB of logits
-    most = 2689 if more else limit  # a third of them, 897, and 1,792
+    limit = 1104 if dtype == torch.bfloat16 else 544  # 320 MiB of logits
+    rows, more = sum_limit(151936, 896, dtype, torch.device("cpu"), None)
+    assert (rows, more) in (((1104, 1792), (1024, 896)) if dtype == torch.bfloat16 else ((544, 0),))
+
+    def most_rows(limit):
+        return max(n for n in range(1, 4000) if n <= strategy.even_rows(n, limit) + more)
+
+    most = most_rows(rows) if more else rows
     for loss in ("preference", "nll"):
         one, several = (cpo.explain(most + extra, loss=loss, **given) for extra in (0, 1))
         assert one.num_chunks == 1 and several.num_chunks > 1
@@ -681,15 +692,16 @@ def test_one_chunk_where_several_need_no_less_memory(dtype):
         assert held[0] <= 1.02 * held[1] or dtype == torch.float32  # it looks at more labels
         assert cpo.explain(limit + 1, loss=loss, memory_budget=320 << 20, **given).num_chunks == 2
     given["group_tokens"] = None
+    most = most_rows(limit) if more else limit
     assert [cpo.explain(most + extra, one_pair=True, **given).strategy for extra in (0, 1)] == ["pairs", "deferred"]
 
 
 def test_one_chunk_by_the_ops(monkeypatch):
-    """A budget of 32 rows and 24 features: up to 32 + 48 rows at once in bfloat16."""
+    """A budget of 32 rows and 24 features: up to 24 + 24 rows at once in bfloat16, without own matmuls 24 more."""
     monkeypatch.setitem(strategy.DEFAULT_BUDGET, "cpu", 32 * 101 * 2)
-    batch = make_batch(8, 9).to(torch.bfloat16)
+    batch = make_batch(6, 9).to(torch.bfloat16)
     rows = int(batch.lengths().sum())
-    assert 32 < rows <= 64
+    assert 32 < rows <= 48
     want = cpo.FusedLinearCPOLoss(memory_budget=1 << 30)(
         batch.hidden, batch.weight, batch.labels, batch.bias, ref_logps=batch.ref_logps
     )
