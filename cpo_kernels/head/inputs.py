@@ -83,8 +83,8 @@ class Execution(NamedTuple):
         return min(SET_ROWS, self.row_limit)
 
     def pieces(self, count: int, limit: int | None = None) -> list[slice]:
-        """The rows of a chunk in turns of at most `limit` (None: `chunk_limit`): relative logits and live sets hold what
-        they need for one piece. 1383 rows of 576 x 49,152 with a filtered dX peaked at 202 MiB in place of 223,
+        """The rows of a chunk in turns of at most `limit` (None: `chunk_limit`): relative logits and live sets hold
+        what they need for one piece. 1383 rows of 576 x 49,152 with a filtered dX peaked at 202 MiB in place of 223,
         in the same time."""
         step = whole_sets(count, limit or self.chunk_limit, self.set_rows if self.filter_eps else 0)
         return [slice(low, high) for low, high in chunks(count, step)] or [slice(0, 0)]

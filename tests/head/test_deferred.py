@@ -86,8 +86,11 @@ def test_loss_and_gradients(impl, case, rows):
             assert relative_error(g, t) < 1e-11
 
 
-def test_a_tie_has_no_gradient_and_ratings_turn_the_pair():
-    batch, ref_logps = one_pair(bias=False)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_tie_has_no_gradient_and_ratings_turn_the_pair(dtype):
+    """In bfloat16 dW's sum takes its coefficient, 0 for the tie, with the last chunk."""
+    batch, ref_logps = one_pair(dtype, bias=False)
+    bound = 1e-11 if dtype == torch.float64 else 2e-2
     loss_fn = cpo.FusedLinearCPOLoss(OBJECTIVES, memory_budget=4 * ROW)
     tied = {"scores": torch.ones(2, 2)}
     for rated, order in ((tied, 0), (RATED, -1)):
@@ -97,7 +100,7 @@ def test_a_tie_has_no_gradient_and_ratings_turn_the_pair():
         )
         assert seen.order.tolist() == [order]
         for g, t in zip(*(torch.autograd.grad(o.loss, batch.leaves) for o in (seen, want)), strict=True):
-            assert relative_error(g, t) < 1e-11 and bool(g.any()) == bool(order)
+            assert relative_error(g, t) < bound and bool(g.any()) == bool(order)
 
 
 def test_a_sequence_in_no_pair_counts_for_nothing():
