@@ -1,10 +1,12 @@
-"""What shared prompts and filtered gradients save in the study on human ratings: steps of CPO's second stage.
+"""What shared prompts, filtered gradients and kept memory save in the study on human ratings: steps of CPO's second
+stage.
 
     python -m benchmarks.claims.savings --data truthfulqa_ratings.jsonl --out docs/results/claims_savings.json
 
 Trains from the published model with the study's own configuration, its questions and one thread, and takes turns:
-prompts shared by their answers, packed or padded rows, and `loss.filter_eps: auto` with shared prompts. A figure is the
-median over all steps but the first of each turn. Reference log-probs are cached before.
+prompts shared by their answers, packed or padded rows, `loss.filter_eps: auto` with shared prompts, and these without
+`keep_freed_memory`. A figure is the median over all steps but the first of each turn. Reference log-probs are cached
+before.
 """
 
 from __future__ import annotations
@@ -25,19 +27,22 @@ from benchmarks.claims.rated_lab import RatedBudget, RatedLab
 from cpo_kernels.environment import describe, processor
 from cpo_kernels.files import atomic_text
 from cpo_kernels.training.loop import train
+from cpo_kernels.training.memory import keep_freed_memory
 
-# training.rows, loss.filter_eps
-KINDS: dict[str, tuple[str, str | None]] = {
-    "shared": ("shared", None),
-    "packed": ("packed", None),
-    "padded": ("padded", None),
-    "shared, filtered": ("shared", "auto"),
+# training.rows, loss.filter_eps, whether freed memory is kept
+KINDS: dict[str, tuple[str, str | None, bool]] = {
+    "shared": ("shared", None, True),
+    "packed": ("packed", None, True),
+    "padded": ("padded", None, True),
+    "shared, filtered": ("shared", "auto", True),
+    "shared, memory returned": ("shared", None, False),
 }
 
 
 def turn(lab: RatedLab, kind: str, steps: int) -> list[tuple[float, float]]:
     """(seconds, tokens with padding) of every step but the first."""
-    rows, eps = KINDS[kind]
+    rows, eps, keep = KINDS[kind]
+    keep_freed_memory(keep)
     prompts = lab.budget.groups // lab.budget.conditions
     conditions = lab.asked_for | {"per_prompt": lab.budget.conditions}
     training = {"batch_size": prompts, "max_steps": steps, "rows": rows}
@@ -72,7 +77,11 @@ def measure(lab: RatedLab, steps: int, rounds: int) -> dict[str, dict[str, float
 def table(content: dict[str, Any]) -> str:
     lines = ["| rows of a step | tokens | seconds (quartiles) | × of padded |", "|---|---|---|---|"]
     padded = content["kinds"]["padded"]["seconds"]
-    names = {"shared, filtered": 'shared prompts, `filter_eps: "auto"`', "shared": "shared prompts"}
+    names = {
+        "shared": "shared prompts",
+        "shared, filtered": 'shared prompts, `filter_eps: "auto"`',
+        "shared, memory returned": "shared prompts, freed memory returned to the system",
+    }
     for kind, row in content["kinds"].items():
         spread = f"{row['seconds']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
         lines.append(f"| {names.get(kind, kind)} | {row['tokens']:,.0f} | {spread} | {row['seconds'] / padded:.2f} |")

@@ -293,16 +293,17 @@ def test_savings_are_medians_over_turns(monkeypatch):
     kinds = list(savings.KINDS)
     assert taken == [(kind, 3) for kind in ["shared", *kinds, *kinds]]
     for i, kind in enumerate(kinds):
-        first, second = 100.0 * (2 + i), 100.0 * (6 + i)
+        first, second = 100.0 * (2 + i), 100.0 * (2 + len(kinds) + i)
         want = {"seconds": (first + 2 + second) / 2, "tokens": 15.0, "low": first + 2, "high": second}
         assert measured[kind] == want
 
 
 @pytest.mark.parametrize("kind", savings.KINDS)
 def test_a_turn_leaves_its_first_step_out(tmp_path, rows, monkeypatch, kind):
-    """Each kind is the study's CPO but for its rows and its filter; `tokens` of the metrics are those so far."""
+    """Each kind is the study's CPO but for its rows, filter and memory; `tokens` of the metrics are those so far."""
     lab = RatedLab(claims.SEARCH_SEED, small(rows), tmp_path)
-    given = []
+    given, kept = [], []
+    monkeypatch.setattr(savings, "keep_freed_memory", kept.append)
 
     def train(config, **objects):
         given.append((config, objects["records"]))
@@ -314,7 +315,8 @@ def test_a_turn_leaves_its_first_step_out(tmp_path, rows, monkeypatch, kind):
     monkeypatch.setattr(savings, "train", train)
     assert savings.turn(lab, kind, 3) == [(1.0, pytest.approx(250)), (2.0, pytest.approx(100))]
     ((config, records),) = given
-    form, eps = savings.KINDS[kind]
+    form, eps, keep = savings.KINDS[kind]
+    assert kept == [keep]
     training = config["training"]
     assert (config["stage"], training["rows"], training["max_steps"]) == ("cdpo", form, 3)
     assert config["loss"] == {"beta": lab.budget.beta} | ({"filter_eps": eps} if eps else {})
