@@ -16,6 +16,7 @@ from cpo_kernels.head.matmul import add_product, product
 from cpo_kernels.head.strategy import chunks, even_rows
 
 FEW_SETS = 12  # up to which `live_sum` adds the tails; with more sets tail^T tails is a matrix product
+LABEL_ROWS = 1024  # rows in float32 at a time
 TILE_ELEMENTS = 2**23  # elements of the sets' products added at a time: 2^20 to 2^22 took 1.1 to 3 times as long
 
 
@@ -76,8 +77,9 @@ def _dw_of(
     tails = torch.stack([of_tails[r] @ x[r].to(tau.dtype) for r in rows])  # [sets, H]
     if dispatch.own_matmuls(head.kernels, head.weight):
         return _OwnDw(head, sets, exact, x, coef, tails)
-    scaled = scale_rows(x, coef / power)
-    return (_IndexedDw if adds_by_index(head.kernels) else _TiledDw)(head, sets, exact, scaled, power, tails)
+    if adds_by_index(head.kernels):
+        return _IndexedDw(head, sets, exact, x, coef, power, tails)
+    return _TiledDw(head, sets, exact, scale_rows(x, coef / power), power, tails)
 
 
 class _OwnDw:
@@ -99,15 +101,32 @@ class _IndexedDw:
     """By kernels that add into a float32 dW by index."""
 
     def __init__(
-        self, head: Head, sets: LiveSets, exact: "_ExactRows", scaled: Tensor, power: Tensor, tails: Tensor
+        self, head: Head, sets: LiveSets, exact: "_ExactRows", x: Tensor, coef: Tensor, power: Tensor, tails: Tensor
     ) -> None:
         kernels: Any = head.kernels
         self.made = tails.new_zeros(head.weight.shape)  # [V, H]
-        width = sets.tail.shape[1]
+        width, scaled = sets.tail.shape[1], scale_rows(x, coef / power)
         torch.mm(sets.tail.t().to(tails.dtype), tails, out=self.made[:width])
         kernels.live_dw_(*sets.places, sets.set_rows, scaled, self.made[:width])
+        self._add_label_remainders(sets, exact, x, coef / power, scaled)
         self.scaled = exact.scaled(power)
         self.most_columns = width if exact.index.numel() else 0
+
+    def _add_label_remainders(
+        self, sets: LiveSets, exact: "_ExactRows", x: Tensor, coef: Tensor, scaled: Tensor
+    ) -> None:
+        """What the labels' products lack of c_t g_t x_t, where g_t is known before rounding. `index_put_` adds up
+        rows of one label in the same order every time, on a GPU too."""
+        if not sets.label_grads.numel():
+            return
+        columns = sets.label_columns.index_fill(0, exact.index, -1)
+        kept, acc = (columns >= 0)[:, None], self.made.dtype
+        for low, high in chunks(len(x), LABEL_ROWS):
+            rows = slice(low, high)
+            g = sets.label_grads[rows, None]
+            lost = g * coef[rows, None] * x[rows].to(acc) - g.to(x.dtype).to(acc) * scaled[rows].to(acc)
+            lost = torch.where(kept[rows], lost, 0.0)
+            self.made.index_put_((columns[rows].clamp(min=0),), lost, accumulate=True)
 
     def add(self, g: Tensor, low: int, high: int) -> None:
         self.made[low:high] += g.t() @ self.scaled

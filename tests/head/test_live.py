@@ -13,6 +13,7 @@ import cpo_kernels as cpo
 from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend
+from cpo_kernels.head import live_backward as backward_of_sets
 from cpo_kernels.head import strategy
 from cpo_kernels.head.inputs import Execution, Head, HeadConfig, Needs, head_inputs
 from cpo_kernels.head.live import LIVE_LIMIT, KeptSets, LiveDx, LiveSets, filter_shares, filtered_chunk
@@ -113,6 +114,30 @@ def test_dx_of_16_bit_rows_in_triton_is_that_of_other_backends(filter_head_grad)
         logp = cpo.linear_token_logps(peaked, weight, labels, bias, impl=impl, **where)
         (dx[impl],) = torch.autograd.grad(logp.sum(), [peaked])
     assert relative_error(dx["triton"], dx["reference"]) < 3e-5
+
+
+@pytest.mark.parametrize("words", [VOCAB, 7])
+def test_dw_of_16_bit_rows_in_triton_lacks_the_rounding_of_the_labels(words, monkeypatch):
+    """As that of the CPU's own matmuls does: rows with a label each, and many with one of seven."""
+    (hidden, weight, bias), labels = rows(96, torch.float16, flat=slice(0))
+    generator = torch.Generator().manual_seed(0)
+    peaked = 2 * hidden.detach()
+    if words < VOCAB:
+        labels[labels != -100] %= words
+        near = torch.nn.functional.normalize(weight.detach()[labels.clamp(min=0)].float(), dim=1)
+        peaked = (6 * near + torch.randn(96, HIDDEN, generator=generator)).half()
+    peaked.requires_grad_()
+    coef = torch.randn(96, generator=generator)
+    want = formula((peaked, weight, bias), labels, coef, 1e-5, 16)[1]
+    where = {"impl": "triton", "filter_eps": 1e-5, "filter_head_grad": True}
+
+    def error():
+        logp = cpo.linear_token_logps(peaked, weight, labels, bias, memory_budget=budget(16, torch.float16, 0), **where)
+        return relative_error(torch.autograd.grad(logp, [weight], coef)[0], want)
+
+    lacks = error()
+    monkeypatch.setattr(backward_of_sets._IndexedDw, "_add_label_remainders", lambda *_: None)
+    assert lacks < 0.8 * error()
 
 
 def check_formula(name, filter_head_grad, impl, leaves, labels):
