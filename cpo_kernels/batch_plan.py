@@ -105,7 +105,8 @@ class Layout:
     @cached_property
     def chunks(self) -> list[Group]:
         if self.strategy == "pairs" and not self.couples_pairs:
-            packed = pack_groups(self.groups, self.sum_limit.of(self.num_rows))
+            largest = max((g.num_rows for g in self.groups), default=0)
+            packed = pack_groups(self.groups, self.sum_limit.of(self.num_rows, largest))
             if len(packed) > 1:
                 return packed
         return [Group([*range(len(self.lengths))], [*range(len(self.pairs))], self.num_rows)]

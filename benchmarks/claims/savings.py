@@ -5,8 +5,8 @@ stage.
 
 Trains from the published model with the study's own configuration, its questions and one thread, and takes turns:
 prompts shared by their answers, packed or padded rows, `loss.filter_eps: auto` with shared prompts, and these without
-`keep_freed_memory`. A figure is the median over all steps but the first of each turn. Reference log-probs are cached
-before.
+`keep_freed_memory`. Each turn is a process of its own. A figure is the median over all steps but the first of each
+turn. Reference log-probs are cached before.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ KINDS: dict[str, tuple[str, str | None, bool]] = {
 def turn(lab: RatedLab, kind: str, steps: int) -> list[tuple[float, float]]:
     """(seconds, tokens with padding) of every step but the first."""
     rows, eps, keep = KINDS[kind]
-    keep_freed_memory(keep)
+    if keep:
+        keep_freed_memory()
     prompts = lab.budget.groups // lab.budget.conditions
     conditions = lab.asked_for | {"per_prompt": lab.budget.conditions}
     training = {"batch_size": prompts, "max_steps": steps, "rows": rows}
@@ -56,12 +58,24 @@ def turn(lab: RatedLab, kind: str, steps: int) -> list[tuple[float, float]]:
     ]
 
 
-def measure(lab: RatedLab, steps: int, rounds: int) -> dict[str, dict[str, float]]:
-    turn(lab, "shared", steps)  # the reference's log-probs
+def turn_of_process(data: str, folder: Path, kind: str, steps: int) -> list[tuple[float, float]]:
+    torch.set_num_threads(1)
+    return turn(RatedLab(SEARCH_SEED, RatedBudget(data), folder), kind, steps)
+
+
+def in_new_process(*args: Any) -> list[tuple[float, float]]:
+    """`turn_of_process`, where nothing was trained before: freed memory that is kept once stays kept."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(turn_of_process, args)
+
+
+def measure(run: Callable[[str], list[tuple[float, float]]], rounds: int) -> dict[str, dict[str, float]]:
+    """run: a turn of a kind."""
+    run("shared")  # the reference's log-probs
     taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for _ in range(rounds):
         for kind, rows in taken.items():
-            rows += turn(lab, kind, steps)
+            rows += run(kind)
     measured = {}
     for kind, rows in taken.items():
         seconds = sorted(row[0] for row in rows)
@@ -104,15 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.steps < 2 or args.rounds < 1:
         parser.error(f"--steps must be at least 2 and --rounds at least 1, got {args.steps} and {args.rounds}")
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        lab = RatedLab(SEARCH_SEED, RatedBudget(args.data), Path(folder))
-        kinds = measure(lab, args.steps, args.rounds)
+        kinds = measure(lambda kind: in_new_process(args.data, Path(folder), kind, args.steps), args.rounds)
     content = {
         "kinds": kinds,
         "steps": args.rounds * (args.steps - 1),
-        "precision": lab.budget.precision,
-        "environment": describe(torch.device("cpu")),
+        "precision": RatedBudget(args.data).precision,
+        "environment": describe(torch.device("cpu"), threads=1),
     }
     atomic_text(json.dumps(content, indent=1) + "\n", args.out)
     print(table(content))

@@ -155,14 +155,14 @@ SUMMANDS += [(2100, 601, 650)]  # so many rows that b is packed once
 
 
 def check_add_product(backend: Backend, findings: Findings) -> None:
-    """float32 (+)= a b: a with rows or columns of a stride of its own, inner sizes odd and even, several tasks."""
+    """float32 (+)= a b: a with rows or columns, b with rows of strides of their own, odd inner sizes, several tasks."""
     own, generator = own_matmuls(backend), torch.Generator().manual_seed(2)
     absent = torch.empty(0, dtype=torch.int16)
     for rows, inner, width in SUMMANDS:
         total = torch.randn(rows, width, generator=generator)
         by_rows = random(generator, rows, inner + 3)[:, 1 : inner + 1]
         by_columns = random(generator, inner, rows + 3)[:, 1 : rows + 1].t()
-        b = random(generator, inner, width)
+        b = random(generator, inner, width + 5)[:, 2 : width + 2]
         for a, first in product((by_rows, by_columns), (False, True)):
             before = torch.full_like(total, math.nan) if first else total
 

@@ -19,7 +19,6 @@ from cpo_kernels.head.grads import WeightGrad
 from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
 from cpo_kernels.head.label_remainder import product_dx
 from cpo_kernels.head.live import LiveDx, exact_rows, live_sets, no_sums
-from cpo_kernels.head.strategy import piece_limit
 
 
 class Chunk:
@@ -41,7 +40,7 @@ class Chunk:
         self.x, self.labels, extras, ref = inputs
         self.pieces: list[tuple[slice, Logits]] = []
         parts: list[RowLogps] = []
-        pieces = execution.pieces(self.x.shape[0], piece_limit(execution.chunk_limit, self.x.device, self.x.dtype))
+        pieces = execution.pieces(self.x.shape[0], execution.limits.piece)
         for rows in pieces:
             piece = head if len(pieces) == 1 else head.at(rows)
             own_ref = None if ref is None else ref[rows]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import library
-from cpo_kernels.head.inputs import HeadTensors, Needs, Rows
-from cpo_kernels.head.matmul import add_product, add_to_halves, adds_products, own_sums, product
+from cpo_kernels.backends import dispatch
+from cpo_kernels.head.inputs import Head, HeadTensors, Needs, Rows
+from cpo_kernels.head.matmul import add_product, add_to_halves, adds_products, product
 from cpo_kernels.library import refuse_double_backward
 
 WEIGHT_TILE = 8192  # rows of dW per product when several 16-bit chunks are accumulated
@@ -87,18 +88,17 @@ class WeightGrad:
     because a bfloat16 accumulator biases training. Where the device has 16-bit matmuls into float32, the matmul itself
     accumulates.
 
-    steepest: the largest |dz/du|, which is |scale|.
     scale [1]: factor on both sums, set before the last of several chunks is added; None for 1.
     """
 
     scale: Tensor | None = None
 
-    def __init__(self, weight: Tensor, steepest: float, num_chunks: int, needs: Needs) -> None:
-        acc = library.acc_dtype(weight.dtype)
+    def __init__(self, head: Head, num_chunks: int, needs: Needs) -> None:
+        weight, acc = head.weight, library.acc_dtype(head.weight.dtype)
         self.dtype, self.needs = weight.dtype, needs
         # The CPU's own matmul adds to float32 in two halves, of which the upper is dW in the end: 3,072 rows of
         # 576 x 49,152 in four chunks took 0.96 of the time, and 54 MiB less, than with a float32 sum.
-        own = num_chunks > 1 and own_sums(weight.device, weight.dtype)
+        own = num_chunks > 1 and dispatch.own_matmuls(head.kernels, weight) is not None
         dtype = self.dtype if num_chunks == 1 or own else acc
         shape = weight.shape if needs.dw else (0,)
         self.dw = weight.new_empty(shape, dtype=dtype)
@@ -107,7 +107,7 @@ class WeightGrad:
             self.dw.zero_()
         self.db = weight.new_zeros(weight.shape[0] if needs.db else 0, dtype=acc)
         self.power = weight.new_ones((), dtype=acc)
-        self.added, self.num_chunks, self.steepest = 0, num_chunks, steepest
+        self.added, self.num_chunks, self.steepest = 0, num_chunks, abs(head.options.scale)  # the largest |dz/du|
 
     def add(self, g: Tensor, x: Tensor, left: Tensor) -> None:
         """g [n, V] and the factors left [n] of the rows of x [n, H]: 1 in bfloat16, where g has them all (`Chunk`)."""

@@ -16,17 +16,15 @@ from cpo_kernels import checks, library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend, VocabShards, columns_here, columns_of
 from cpo_kernels.checks import check_dtype, check_head_order, check_label_range, check_labels, check_types
-from cpo_kernels.head.matmul import product
+from cpo_kernels.head.matmul import own_sums, product
 from cpo_kernels.head.relative import Net, is_relative, label_logits, make_anchors, make_net
 from cpo_kernels.head.strategy import (
     SET_ROWS,
-    SumLimit,
-    budget_rows,
-    chunk_limit,
+    Limits,
     chunks,
+    limits,
     resolve_filter,
     row_stride,
-    sum_limit,
     whole_sets,
 )
 from cpo_kernels.head.vocab_parallel import local_head
@@ -70,9 +68,7 @@ class Needs(NamedTuple):
 class Execution(NamedTuple):
     """How a head runs: rows of logits per chunk, the backend, and which gradients are filtered."""
 
-    row_limit: int
-    chunk_limit: int  # rows per chunk if no dW is summed over chunks
-    sum_limit: SumLimit
+    limits: Limits
     backend: Backend
     filter_eps: float = 0.0  # 0: exact
     filter_head_grad: bool = False
@@ -80,18 +76,23 @@ class Execution(NamedTuple):
     @property
     def set_rows(self) -> int:
         """Rows that share one set of live columns."""
-        return min(SET_ROWS, self.row_limit)
+        return min(SET_ROWS, self.limits.budget)
 
     def pieces(self, count: int, limit: int | None = None) -> list[slice]:
-        """The rows of a chunk in turns of at most `limit` (None: `chunk_limit`): relative logits and live sets hold
+        """The rows of a chunk in turns of at most `limit` (None: `limits.chunk`): relative logits and live sets hold
         what they need for one piece. 1383 rows of 576 x 49,152 with a filtered dX peaked at 202 MiB in place of 223,
         in the same time."""
-        step = whole_sets(count, limit or self.chunk_limit, self.set_rows if self.filter_eps else 0)
+        step = whole_sets(count, limit or self.limits.chunk, self.set_rows if self.filter_eps else 0)
         return [slice(low, high) for low, high in chunks(count, step)] or [slice(0, 0)]
+
+    def rows_with_reference(self, max_rows: int) -> int:
+        """Rows of the buffer that chunks of `max_rows` rows share with a reference model's, if they are one piece."""
+        one = len(self.pieces(max_rows, self.limits.piece)) == 1
+        return max(max_rows, min(2 * max_rows, self.limits.budget)) if one else max_rows
 
     def step(self, count: int, adds_dw: bool) -> int:
         """Rows per chunk; a multiple of `set_rows` if gradients are filtered. adds_dw: dW is summed over chunks."""
-        limit = self.sum_limit.of(count) if adds_dw else self.chunk_limit
+        limit = self.limits.sum.of(count) if adds_dw else self.limits.chunk
         return whole_sets(count, limit, self.set_rows if self.filter_eps else 0)
 
     def head(self, tensors: HeadTensors, labels: Tensor, options: HeadOptions, max_rows: int) -> "Head":
@@ -105,19 +106,15 @@ class HeadInputs:
 
     tensors: HeadTensors
     options: HeadOptions
-    row_limit: int
-    chunk_limit: int
-    sum_limit: SumLimit
-    width: int  # columns of logits that row_limit assumes: V, or those of the largest shard
+    limits: Limits
+    width: int  # columns of logits that the limits assume: V, or those of the largest shard
     shards: VocabShards | None
     filter_eps: float = 0.0  # 0: exact
     filter_head_grad: bool = False
 
     def execution(self, impl: str) -> Execution:
         return Execution(
-            self.row_limit,
-            self.chunk_limit,
-            self.sum_limit,
+            self.limits,
             Backend.of(impl, self.shards),
             self.filter_eps,
             self.filter_head_grad,
@@ -183,11 +180,10 @@ def head_inputs(
         check_label_range(labels, options.ignore_index, options.vocab_size)
     rows = named["hidden"].reshape(-1, weight.shape[1])
     tensors = HeadTensors(rows, weight, named.get("bias", weight.new_empty(0)), labels.reshape(-1))
-    limit = budget_rows(width, weight.dtype, weight.device, config.memory_budget)
-    few = chunk_limit(width, weight.dtype, weight.device, config.memory_budget)
-    summed = sum_limit(width, weight.shape[1], weight.dtype, weight.device, config.memory_budget)
+    own = shards is None and own_sums(weight.device, weight.dtype)  # ranks whose CPUs differ take the same chunks
+    rows_at_a_time = limits(width, weight.shape[1], weight.dtype, weight.device, config.memory_budget, own)
     eps = resolve_filter(config.filter_eps, config.filter_head_grad, weight.dtype)
-    return HeadInputs(tensors, options, limit, few, summed, width, shards, eps, config.filter_head_grad)
+    return HeadInputs(tensors, options, rows_at_a_time, width, shards, eps, config.filter_head_grad)
 
 
 def check_index(index: Tensor | None, labels: Tensor) -> None:

@@ -87,13 +87,13 @@ def linear_kto_op(tensors: HeadTensors, args: LinearKTOArgs) -> LinearKTO:
     parts = whole_sequences(lengths, execution, args.needs.dw)
     max_rows = max((chunk.stop - chunk.start for part in parts for chunk in part.chunks), default=0)
     if ref is not None:
-        max_rows = max(max_rows, min(2 * max_rows, execution.row_limit))
+        max_rows = execution.rows_with_reference(max_rows)
     head = execution.head(tensors, rows.labels, options, max_rows)
     acc = library.acc_dtype(rows.x.dtype)
     seq_logps, coef, of_dx = (rows.x.new_zeros(n, dtype=acc) for n in (len(lengths), sum(lengths), sum(lengths)))
     ref_logps = args.loss.ref_logps.clone()
     offsets = torch.cat([args.lengths.new_zeros(1), args.lengths.cumsum(0)])
-    sums = WeightGrad(head.weight, abs(options.scale), sum(len(part.chunks) for part in parts), args.needs)
+    sums = WeightGrad(head, sum(len(part.chunks) for part in parts), args.needs)
     dx = torch.empty_like(rows.x) if args.needs.dx else rows.x.new_empty(0)
     filter_sums = no_sums(dx)
 
@@ -139,12 +139,12 @@ class Part(NamedTuple):
 def whole_sequences(lengths: list[int], execution: Execution, adds_dw: bool) -> list[Part]:
     """As many whole sequences as fit a chunk, in order."""
     parts: list[Part] = []
-    row, summed = 0, execution.sum_limit if adds_dw else SumLimit(execution.row_limit, 0)
-    limit = summed.of(sum(lengths))
+    row, most = 0, execution.limits.budget
+    longest = max((length for length in lengths if length <= most), default=0)
+    limit = (execution.limits.sum if adds_dw else SumLimit(most, 0)).of(sum(lengths), longest)
     for group in pack_groups([Group([s], [], length) for s, length in enumerate(lengths)], limit):
         rows = slice(row, row + group.num_rows)
-        fits = group.num_rows <= max(limit, execution.row_limit)
-        step = group.num_rows if fits else even_rows(group.num_rows, execution.row_limit)
+        step = group.num_rows if group.num_rows <= limit else even_rows(group.num_rows, most)
         pieces = [slice(row + low, row + high) for low, high in chunks(group.num_rows, max(step, 1))]
         parts.append(Part(slice(group.sequences[0], group.sequences[-1] + 1), rows, pieces or [rows]))
         row = rows.stop

@@ -115,8 +115,8 @@ class _IndexedDw:
     def _add_label_remainders(
         self, sets: LiveSets, exact: "_ExactRows", x: Tensor, coef: Tensor, scaled: Tensor
     ) -> None:
-        """What the labels' products lack of c_t g_t x_t, where g_t is known before rounding. `index_put_` adds up
-        rows of one label in the same order every time, on a GPU too."""
+        """What the labels' products lack of c_t g_t x_t, where g_t is known before rounding. On a GPU `index_put_`
+        sorts, and adds up the rows of one label in the same order every time."""
         if not sets.label_grads.numel():
             return
         columns = sets.label_columns.index_fill(0, exact.index, -1)

@@ -61,8 +61,8 @@ def linear_nll_op(tensors: HeadTensors, args: NLLArgs) -> NLL:
     weights = labelled.to(library.acc_dtype(rows.x.dtype))
     if args.token_weights.numel():
         weights = torch.where(labelled, rows.gather(args.token_weights), 0.0)
-    coef = -weights / (args.num_tokens if args.num_tokens > 0 else labelled.sum().clamp(min=1))
-    sums = WeightGrad(head.weight, abs(options.scale), len(chunks(count, step)), needs)
+    coef = -weights / (args.num_tokens if args.num_tokens >= 0 else labelled.sum().clamp(min=1))
+    sums = WeightGrad(head, len(chunks(count, step)), needs)
     dx = torch.empty_like(rows.x) if needs.dx else rows.x.new_empty(0)
     of_dx, loss = torch.empty_like(coef), coef.new_zeros((), dtype=torch.float64)
     filter_sums = no_sums(dx)
@@ -109,7 +109,8 @@ def nll_of(
     acc = library.acc_dtype(inputs.tensors.hidden.dtype)
     weights = inputs.tensors.hidden.new_empty(0, dtype=acc) if token_weights is None else token_weights
     index = inputs.tensors.labels.new_empty(0) if index is None else index
-    args = NLLArgs(index, weights, inputs.options, num_tokens or -1.0, inputs.needs, inputs.execution(impl))
+    divisor = -1.0 if num_tokens is None else num_tokens
+    args = NLLArgs(index, weights, inputs.options, divisor, inputs.needs, inputs.execution(impl))
     loss, filter_sums = _LinearNLL.apply(*inputs.tensors, args)
     return loss, filter_sums
 

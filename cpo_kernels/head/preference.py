@@ -60,8 +60,8 @@ def _fake_linear_preference(tensors: HeadTensors, args: LinearPreferenceArgs) ->
 
 @functional_op("linear_preference", fake=_fake_linear_preference, waits=True)
 def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> LinearPreference:
-    loss, size, row_limit = args.loss, tensors.hidden.shape[0], args.execution.row_limit
-    summed = args.execution.sum_limit if args.needs.dw else SumLimit(row_limit, 0)
+    loss, size, row_limit = args.loss, tensors.hidden.shape[0], args.execution.limits.budget
+    summed = args.execution.limits.sum if args.needs.dw else SumLimit(row_limit, 0)
     if not loss.scores.numel():
         loss = loss.with_divisors(loss.pairs.shape[0])  # no ratings, no ties
     kernels, acc = args.execution.backend.kernels(tensors.weight), library.acc_dtype(tensors.hidden.dtype)
@@ -91,7 +91,7 @@ def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> Li
     weights = rows.gather(args.token_weights) if args.token_weights.numel() else args.token_weights
     max_rows = layout.max_rows
     if ref is not None:
-        max_rows = max(max_rows, min(2 * max_rows, row_limit))
+        max_rows = args.execution.rows_with_reference(max_rows)
     head = Head(tensors.weight, tensors.bias, rows.labels, args.options, max_rows, kernels)
     batch = _Batch(head, rows, ref, weights, loss, layout, tables, args.use_weighting, args.needs, args.execution)
     out = STRATEGIES[layout.strategy](batch)
@@ -172,7 +172,7 @@ class _Batch:
         """The accumulator of dW and db, and an uninitialised dX."""
         x = self.rows.x
         dx = torch.empty_like(x) if self.needs.dx else x.new_empty(0)
-        return WeightGrad(self.head.weight, abs(self.head.options.scale), num_chunks, self.needs), dx
+        return WeightGrad(self.head, num_chunks, self.needs), dx
 
 
 def _merged(chunks: list[_Loss], tables: Tables) -> _Loss:

@@ -54,9 +54,10 @@ LOSSES = ("preference", "kto", "nll", "unknown")  # of `explain`
 # 576 x 49,152 in bfloat16, frozen, in two bare products: 1.18 as one chunk, 1.12 in chunks of 512 rows, 1.07 of 256,
 # 1.18 of 128 (one core, AVX-512).
 SMALL = {"cpu": (24 << 20, 256)}
-# Rows of a chunk if dW is summed over several by the CPU's own matmul, which keeps the sums in the cache for all rows
-# of a chunk. 3,072 rows of 576 x 49,152 took 1.02 of the time of one chunk with 1,024 rows, and a third less memory.
-OWN_SUM_ROWS = 1024
+# Rows of a chunk whose dW the CPU's own matmul adds to halves of float32, which it keeps in the cache for all rows of a
+# chunk, and of a piece of its logits. 3,202 rows of 576 x 49,152 (benchmarks/results/filtered.json) took half the
+# memory of one chunk in pieces of 256, in no more time.
+OWN_ROWS = 1024
 
 
 # The error of dX on real rows grows to at most 1.1 times that of exact gradients in bfloat16
@@ -153,33 +154,37 @@ class SumLimit(NamedTuple):
     # limits the logits.
     more: int
 
-    def of(self, num_tokens: int) -> int:
-        """Rows of a chunk: all of them if that needs no more memory."""
-        one = num_tokens <= even_rows(num_tokens, self.rows) + self.more
-        return max(self.rows, num_tokens) if one else self.rows
+    def of(self, num_tokens: int, group: int = 0) -> int:
+        """Rows of a chunk: all of them if that needs no more memory. group: at least so many."""
+        rows = max(self.rows, group)
+        return max(rows, num_tokens) if num_tokens <= max(even_rows(num_tokens, self.rows), group) + self.more else rows
 
 
-def sum_limit(
-    width: int, hidden_size: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None
-) -> SumLimit:
+class Limits(NamedTuple):
+    """Rows of logits at a time."""
+
+    budget: int  # that fit the memory budget
+    chunk: int  # of a chunk if no dW is summed over chunks
+    piece: int  # of a piece of a chunk that waits for its loss
+    sum: SumLimit
+
+
+def limits(
+    width: int, hidden_size: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None, own: bool
+) -> Limits:
+    """width: columns of the logits. own: whether the CPU's own matmul computes them and dW (`own_sums`)."""
     rows = budget_rows(width, dtype, device, memory_budget)
+    few = chunk_limit(width, dtype, device, memory_budget)
     if memory_budget is not None:
-        return SumLimit(rows, 0)
-    if own_sums(device, dtype):
-        rows = min(rows, OWN_SUM_ROWS)
-    return SumLimit(rows, hidden_size * sum_itemsize(device, dtype) // dtype.itemsize)
+        return Limits(rows, few, few, SumLimit(rows, 0))
+    more = hidden_size * sum_itemsize(dtype, own) // dtype.itemsize
+    return Limits(rows, few, max(few, OWN_ROWS) if own else few, SumLimit(min(rows, OWN_ROWS) if own else rows, more))
 
 
-def piece_limit(few: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Rows of a piece of a chunk that waits for its loss; few: `chunk_limit`. With 1,024 in place of 256 the CPU's own
-    matmul of the logits takes 0.95 of the time."""
-    return max(few, OWN_SUM_ROWS) if own_sums(device, dtype) else few
-
-
-def sum_itemsize(device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes per number that a sum of dW over several chunks holds besides dW."""
+def sum_itemsize(dtype: torch.dtype, own: bool) -> int:
+    """Bytes per number that a sum of dW over several chunks holds besides dW: float32, or half of it (own)."""
     wide = torch.promote_types(dtype, torch.float32).itemsize
-    return wide - dtype.itemsize if own_sums(device, dtype) or wide == dtype.itemsize else wide
+    return wide - dtype.itemsize if own or wide == dtype.itemsize else wide
 
 
 def even_rows(num_tokens: int, limit: int) -> int:
@@ -255,10 +260,10 @@ def explain(
     if not 0.0 <= live_share <= 1.0:
         raise ValueError(f"live_share must lie in [0, 1], got {live_share}")
     eps = resolve_filter(filter_eps, filter_head_grad, dtype)
-    limit = budget = budget_rows(vocab_size, dtype, torch.device(device), memory_budget)
-    few = chunk_limit(vocab_size, dtype, torch.device(device), memory_budget)
+    place = torch.device(device)
+    own = own_sums(place, dtype)
+    limit, few, piece, summed = limits(vocab_size, hidden_size, dtype, place, memory_budget, own)
     set_rows = min(SET_ROWS, limit) if eps else 0
-    summed = sum_limit(vocab_size, hidden_size, dtype, torch.device(device), memory_budget)
     group = num_tokens if couples_pairs or group_tokens is None else group_tokens
     if not (train_hidden or train_head):
         strategy = "forward"
@@ -275,12 +280,13 @@ def explain(
     if strategy in ("forward", "frozen", "live"):
         limit = few
     elif strategy in ("pairs", "nll", "kto"):
-        limit = summed.of(num_tokens)
-        if strategy != "nll":  # whole groups
-            limit = max(limit, min(group, budget))
-    row_bytes = row_stride(vocab_size, dtype, torch.device(device)) * dtype.itemsize
+        whole = {"nll": 0, "kto": min(group, limit), "pairs": group}[strategy]
+        limit = summed.of(num_tokens, whole)
+        if 0 < whole < limit < num_tokens:  # a chunk ends with a group
+            limit = limit // whole * whole
+    row_bytes = row_stride(vocab_size, dtype, place) * dtype.itemsize
     steps = limit, set_rows
-    sizes = row_bytes, sum_itemsize(torch.device(device), dtype)
+    sizes = row_bytes, sum_itemsize(dtype, own)
     plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, *steps, *sizes, train_hidden, train_head)
     if eps and (strategy == "live" or train_hidden):
         per_row = vocab_size * (live_share + 1 / set_rows)  # elements of live gradients, and of q of its set
@@ -290,13 +296,12 @@ def explain(
         else:  # dX of several pieces is computed together
             waits = strategy in ("pairs", "nll", "kto", "deferred")  # see `Chunk`
             waiting = plan.chunk_rows if waits else num_tokens
-            most = piece_limit(few, torch.device(device), dtype) if waits else few
-            piece = whole_sets(plan.chunk_rows, most, set_rows)
-            held = min(waiting * per_row, min(plan.chunk_rows * vocab_size, HELD) + piece * per_row)
+            turn = whole_sets(plan.chunk_rows, piece if waits else few, set_rows)
+            held = min(waiting * per_row, min(plan.chunk_rows * vocab_size, HELD) + turn * per_row)
         plan = replace(plan, products=products, extra_bytes=plan.extra_bytes + round(held * dtype.itemsize))
     if strategy == "kto" and group > limit:
         plan = replace(plan, products=plan.products + 1)
-    tiles = tile_bytes(plan.chunk_rows, hidden_size, dtype, torch.device(device))
+    tiles = tile_bytes(plan.chunk_rows, hidden_size, dtype, place)
     looks = anchor_bytes(num_tokens, plan.chunk_rows, hidden_size, vocab_size, dtype)
     return replace(plan, extra_bytes=plan.extra_bytes + tiles + looks)
 

@@ -85,7 +85,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     keep, pieces = count <= args.keep_rows, execution.pieces(count)
     max_rows = count if keep else pieces[0].stop
     if shared:
-        max_rows = max(max_rows, min(2 * count, execution.chunk_limit))
+        max_rows = max(max_rows, min(2 * count, execution.limits.chunk))
     whole = args.execution.head(tensors, rows.labels, args.options, max_rows)
     ref_x = rows.gather(args.ref_hidden) if shared else None
     dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
@@ -139,7 +139,7 @@ def _head_grads(tensors: HeadTensors, args: BackwardArgs, kept: Tensor | None = 
     rows = labelled_rows(tensors, args.options.ignore_index, args.row_index)
     lse, grad = rows.gather(args.lse), rows.gather(args.grad)
     lacks = rows.gather(args.lacks) if args.lacks.numel() else args.lacks
-    limit = execution.chunk_limit if args.from_live else execution.row_limit
+    limit = execution.limits.chunk if args.from_live else execution.limits.budget
     most = even_rows(rows.x.shape[0], limit) if kept is None else 0
     head = execution.head(tensors, rows.labels, args.options, most)
     if args.from_live:
@@ -268,7 +268,7 @@ def token_logps_of(
     if needs.head and not inputs.keeps_live_sets and not torch.compiler.is_compiling():
         row_bytes = row_stride(inputs.width, weight.dtype, weight.device) * weight.element_size()
         held = _Kept.bytes[weight.device] if inputs.shards is None else 0  # ranks must agree
-        keep_rows = max(0, inputs.row_limit - -(-held // row_bytes))
+        keep_rows = max(0, inputs.limits.budget - -(-held // row_bytes))
     execution = inputs.execution(impl)
     args = TokenArgs(index, ref_hidden, inputs.options, extras, want_dx, keep_rows, inputs.keeps_live_sets, execution)
     logp, entropy, extra, ref_logp, filter_sums, *_ = function.apply(*tensors, args)

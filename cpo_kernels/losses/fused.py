@@ -14,8 +14,9 @@ from cpo_kernels.batch_plan import BatchPlan, Layout, PlanTensors
 from cpo_kernels.checks import DTYPES, check_labels, check_types
 from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
 from cpo_kernels.head.live import filter_shares
+from cpo_kernels.head.matmul import own_sums
 from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
-from cpo_kernels.head.strategy import SumLimit, budget_rows, check_filter, sum_limit
+from cpo_kernels.head.strategy import check_filter, limits, sum_itemsize
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import PreferenceResult, acc_dtype, functional_op
 from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args
@@ -241,7 +242,7 @@ class FusedLinearCPOLoss(nn.Module):
             all_positions: treat every position as a row, labelled or not. Labels may then change from one replay of a
                 CUDA graph to the next, at the cost of the products on ignored positions.
             hidden_size: H of the head. With it a trainable head takes all rows in one chunk where that needs no more
-                memory than several chunks and their float32 sum of dW.
+                memory than several chunks and their sum of dW.
         """
         given = {"pairs": pairs, "cu_seqlens": cu_seqlens, "scores": scores, "conditions": conditions}
         check_types("a tensor", labels=labels)
@@ -257,10 +258,9 @@ class FusedLinearCPOLoss(nn.Module):
             if tensor is not None and tensor.device.type != "cpu":
                 raise ValueError(f"a plan is made from CPU tensors, got {name} on {tensor.device}")
         check_labels(labels, labels.shape, "labels", labels.device)
-        limit = budget_rows(vocab_size, dtype, torch.device(device), self.head.memory_budget)
-        summed = SumLimit(limit, 0)
-        if hidden_size is not None:
-            summed = sum_limit(vocab_size, hidden_size, dtype, torch.device(device), self.head.memory_budget)
+        place = torch.device(device)
+        budget = self.head.memory_budget
+        most = limits(vocab_size, hidden_size or 0, dtype, place, budget, own_sums(place, dtype))
         offsets = sequence_offsets(labels, labels, cu_seqlens)
         flat = labels.reshape(-1)
         lengths = label_counts(flat, offsets, self.head.ignore_index)
@@ -277,7 +277,8 @@ class FusedLinearCPOLoss(nn.Module):
                 num_pairs, chosen_tokens = counts.clamp(min=1).double().tolist()
         rows = offsets.diff() if all_positions else lengths
         flat_pairs = pairs.flatten().tolist()
-        layout = Layout.of(rows.tolist(), flat_pairs, limit, self.options.couples_pairs, self.options.opposite, summed)
+        flags = self.options.couples_pairs, self.options.opposite
+        layout = Layout.of(rows.tolist(), flat_pairs, most.budget, *flags, most.sum)
         index = torch.arange(len(flat)) if all_positions else (flat != self.head.ignore_index).nonzero().squeeze(1)
         divisors = num_pairs, chosen_tokens
         return BatchPlan(layout, layout.pack(), index, layout.tables(), pairs, len(flat), *divisors, all_positions)
@@ -306,14 +307,15 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
                 f"{lengths.tolist()}, or at other places: make the plan from the labels of this call, or with "
                 "all_positions=True"
             )
-    weight = inputs.tensors.weight
-    if plan.layout.sum_limit not in (SumLimit(plan.layout.row_limit, 0), inputs.sum_limit):
-        raise ValueError(f"the plan was made for another hidden_size: give plan() this head's, {weight.shape[1]}")
-    if plan.layout.row_limit != inputs.row_limit:
+    weight, limit = inputs.tensors.weight, inputs.limits.budget
+    if plan.layout.row_limit != limit:
         raise ValueError(
-            f"the plan was made for chunks of {plan.layout.row_limit} rows, this head takes {inputs.row_limit}: give "
-            f"plan() its vocab_size {inputs.width}, dtype {weight.dtype}, device {weight.device.type!r}"
+            f"the plan was made for chunks of {plan.layout.row_limit} rows, this head takes {limit}: give plan() its "
+            f"vocab_size {inputs.width}, dtype {weight.dtype}, device {weight.device.type!r}"
         )
+    sums = [sum_itemsize(weight.dtype, own) * weight.shape[1] // weight.dtype.itemsize for own in (False, True)]
+    if plan.layout.sum_limit.more not in (0, inputs.limits.sum.more, *sums):  # both: a sharded head takes the former
+        raise ValueError(f"the plan was made for another hidden_size: give plan() this head's, {weight.shape[1]}")
 
 
 @functional_op("ld_token_weights", fake=lambda labels, *_: labels.new_empty(labels.shape, dtype=torch.float64))

@@ -28,11 +28,12 @@ def run(args: Any) -> int:
 
     import torch
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     from cpo_kernels.training.loop import train
     from cpo_kernels.training.memory import keep_freed_memory
 
-    if not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+    if not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
         keep_freed_memory()
     result = train(config)
     ranks = PartialState()

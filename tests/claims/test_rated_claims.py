@@ -279,19 +279,18 @@ def test_savings_are_ratios_to_padded_rows():
     assert lines[-1].endswith("bf16, torch 2; 2026-01-02; medians of 12 steps.")
 
 
-def test_savings_are_medians_over_turns(monkeypatch):
+def test_savings_are_medians_over_turns():
     """The kinds take turns after one that computes the reference's log-probs, whose steps do not count."""
     taken = []
 
-    def turn(lab, kind, steps):
-        taken.append((kind, steps))
+    def turn(kind):
+        taken.append(kind)
         number = len(taken)  # 1 for the reference's
         return [(100.0 * number, 10.0), (100.0 * number + 2, 20.0)]
 
-    monkeypatch.setattr(savings, "turn", turn)
-    measured = savings.measure(None, 3, 2)
+    measured = savings.measure(turn, 2)
     kinds = list(savings.KINDS)
-    assert taken == [(kind, 3) for kind in ["shared", *kinds, *kinds]]
+    assert taken == ["shared", *kinds, *kinds]
     for i, kind in enumerate(kinds):
         first, second = 100.0 * (2 + i), 100.0 * (2 + len(kinds) + i)
         want = {"seconds": (first + 2 + second) / 2, "tokens": 15.0, "low": first + 2, "high": second}
@@ -303,7 +302,7 @@ def test_a_turn_leaves_its_first_step_out(tmp_path, rows, monkeypatch, kind):
     """Each kind is the study's CPO but for its rows, filter and memory; `tokens` of the metrics are those so far."""
     lab = RatedLab(claims.SEARCH_SEED, small(rows), tmp_path)
     given, kept = [], []
-    monkeypatch.setattr(savings, "keep_freed_memory", kept.append)
+    monkeypatch.setattr(savings, "keep_freed_memory", lambda: kept.append(True))
 
     def train(config, **objects):
         given.append((config, objects["records"]))
@@ -316,7 +315,7 @@ def test_a_turn_leaves_its_first_step_out(tmp_path, rows, monkeypatch, kind):
     assert savings.turn(lab, kind, 3) == [(1.0, pytest.approx(250)), (2.0, pytest.approx(100))]
     ((config, records),) = given
     form, eps, keep = savings.KINDS[kind]
-    assert kept == [keep]
+    assert kept == [True] * keep
     training = config["training"]
     assert (config["stage"], training["rows"], training["max_steps"]) == ("cdpo", form, 3)
     assert config["loss"] == {"beta": lab.budget.beta} | ({"filter_eps": eps} if eps else {})
@@ -329,6 +328,8 @@ def test_savings_are_measured_and_written(tmp_path, rows, monkeypatch, capsys):
     """The trainer itself on the tiny model: padding makes most tokens, shared prompts fewest; one turn of two steps."""
     monkeypatch.setattr(savings, "RatedBudget", lambda data: small(data))
     monkeypatch.setattr(savings, "SEARCH_SEED", 0)  # of 24 questions
+    monkeypatch.setattr(savings, "in_new_process", savings.turn_of_process)
+    monkeypatch.setattr(savings, "keep_freed_memory", lambda: None)
     out = tmp_path / "savings.json"
     assert savings.main(["--data", str(rows), "--out", str(out), "--steps", "2", "--rounds", "1"]) == 0
     content = json.loads(out.read_text())

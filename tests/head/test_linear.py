@@ -9,17 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cpo_kernels as cpo
 from cpo_kernels import library, reference
 from cpo_kernels.backends.vocab_parallel import Backend
+from cpo_kernels.batch_plan import Layout
 from cpo_kernels.check.run import poisoned
 from cpo_kernels.head import grads, inputs, nll, strategy
 from cpo_kernels.head import token_logps as head_token_logps
-from cpo_kernels.head.matmul import tile_bytes
-from cpo_kernels.head.strategy import SumLimit, sum_limit
+from cpo_kernels.head.matmul import own_sums, tile_bytes
 from cpo_kernels.ops.token_logps import HeadOptions
 from tests.support.heads import (
     BACKENDS,
     EVERY_BACKEND,
     LOW_PRECISION,
     count_products,
+    limits_of,
     make_batch,
     relative_error,
     true_seq_logps,
@@ -252,7 +253,7 @@ def test_no_tensor_grows_with_the_logits():
         empty = batch.weight.new_empty(0)
         tensors = inputs.HeadTensors(batch.hidden.view(-1, 8), batch.weight, empty, batch.labels.view(-1))
         options, needs = HeadOptions(-100, 1.0, 0.0, 1001), inputs.Needs(True, True, False)
-        execution = inputs.Execution(16, 16, SumLimit(16, 0), Backend.of("cpu"))
+        execution = inputs.Execution(limits_of(16), Backend.of("cpu"))
         args = nll.NLLArgs(batch.labels[:0].view(0), empty, options, -1.0, needs, execution)
         watch = Largest()
         with torch.no_grad(), watch:
@@ -571,6 +572,12 @@ def test_rows_of_logits_begin_on_16_bytes_on_a_gpu():
     assert cpo.explain(1000, 768, 50_257, device="cuda", memory_budget=budget).logits_bytes <= budget
 
 
+def own_limits(vocab, hidden, dtype):
+    """Of this CPU: fewer rows in a chunk where its own matmul sums dW."""
+    cpu = torch.device("cpu")
+    return strategy.limits(vocab, hidden, dtype, cpu, None, own_sums(cpu, dtype))
+
+
 def test_explain_follows_the_budget():
     plan = cpo.explain(512, 896, 151936)
     assert (plan.strategy, plan.products, plan.num_chunks) == ("pairs", 3, 1)
@@ -594,13 +601,12 @@ def test_explain_follows_the_budget():
     one, two = (cpo.explain(8192, **llama, memory_budget=budget) for budget in (None, 1 << 30))
     assert two.logits_bytes <= 1 << 30 and (one.num_chunks, two.num_chunks) == (1, 2)
     assert one.extra_bytes < 0.75 * two.extra_bytes  # two hold a float32 sum of dW
-    own = sum_limit(151936, 896, torch.bfloat16, torch.device("cpu"), None)  # fewer rows with own matmuls
     plan = cpo.explain(5000, 896, 151936, loss="kto", group_tokens=500)
-    assert (plan.strategy, plan.products, plan.chunk_rows) == ("kto", 3, own.rows) and plan.num_chunks == 5
+    assert (plan.strategy, plan.products, plan.chunk_rows) == ("kto", 3, 1000) and plan.num_chunks == 5
     long, longer = (cpo.explain(5000, 896, 151936, loss="kto", group_tokens=rows) for rows in (1104, 1105))
     assert (long.products, long.chunk_rows, longer.products) == (3, 1104, 4)
     pairs = cpo.explain(5000, 896, 151936, group_tokens=1100)
-    assert (pairs.products, pairs.chunk_rows) == (3, max(own.rows, 1100))
+    assert (pairs.products, pairs.chunk_rows, pairs.num_chunks) == (3, 1100, 5)
     assert cpo.explain(5000, 896, 151936, loss="kto", train_head=False).products == 2
     with pytest.raises(ValueError, match="one of preference, kto, nll, unknown, got 'mse'"):
         cpo.explain(1, 1, 1, loss="mse")
@@ -678,7 +684,7 @@ def test_one_chunk_where_several_need_no_less_memory(dtype):
     sum. Besides the float32 tiles of a CPU without 16-bit matmuls, which grow with the rows."""
     given = {"hidden_size": 896, "vocab_size": 151936, "dtype": dtype, "group_tokens": 128}
     limit = 1104 if dtype == torch.bfloat16 else 544  # 320 MiB of logits
-    rows, more = sum_limit(151936, 896, dtype, torch.device("cpu"), None)
+    rows, more = own_limits(151936, 896, dtype).sum
     assert (rows, more) in (((1104, 1792), (1024, 896)) if dtype == torch.bfloat16 else ((544, 0),))
 
     def most_rows(limit):
@@ -728,6 +734,51 @@ def test_one_chunk_by_the_ops(monkeypatch):
     sizes.clear()
     loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, plan=plan, **given)
     assert len(sizes) > 1
+    elsewhere = loss_fn.plan(batch.labels, 101, torch.bfloat16, hidden_size=24)  # on a GPU
+    with pytest.raises(ValueError, match="made for chunks of 8192 rows, this head takes 32: .* device 'cpu'"):
+        loss_fn(batch.hidden, batch.weight, batch.labels, batch.bias, plan=elsewhere, **given)
+
+
+@pytest.mark.parametrize("loss", ["nll", "kto", "preference"])
+def test_explain_has_the_chunks_of_the_ops(loss, monkeypatch):
+    """In bfloat16, where dW is summed over chunks: of 32 rows with own matmuls; whole sequences, whole pairs."""
+    monkeypatch.setattr(strategy, "OWN_ROWS", 32)
+    monkeypatch.setitem(strategy.DEFAULT_BUDGET, "cpu", 64 * 101 * 2)
+    batch, sizes, original = make_batch(20, 9).to(torch.bfloat16), [], grads.WeightGrad.add
+    batch.labels[:] = 3
+
+    def watched(self, g, *rest):
+        sizes.append(g.shape[0])
+        return original(self, g, *rest)
+
+    monkeypatch.setattr(grads.WeightGrad, "add", watched)
+    given, rest = (batch.hidden, batch.weight, batch.labels, batch.bias), {"ref_logps": batch.ref_logps}
+    if loss == "nll":
+        cpo.linear_nll(*given)
+    elif loss == "kto":
+        cpo.FusedLinearKTOLoss()(*given, desirable=batch.ref_logps < -9, kl=0.0, **rest)
+    else:
+        cpo.FusedLinearCPOLoss()(*given, **rest)
+    group = {"nll": None, "kto": 9, "preference": 18}[loss]
+    plan = cpo.explain(180, 24, 101, loss=loss, group_tokens=group)
+    assert (plan.num_chunks, plan.chunk_rows) == (len(sizes), max(sizes))
+    assert plan.chunk_rows <= own_limits(101, 24, torch.bfloat16).sum.rows
+
+
+def test_one_pair_beyond_the_budget_in_one_chunk():
+    """Where that needs no more memory than several, and a short sequence without a pair stays with it."""
+    plan = cpo.explain(8000, 4096, 32000, one_pair=True)
+    assert (plan.strategy, plan.num_chunks, plan.chunk_rows) == ("pairs", 1, 8000)
+    rows = own_limits(32000, 4096, torch.bfloat16)
+    layout = Layout([4000, 4000, 10], [(0, 1)], rows.budget, False, True, rows.sum)
+    assert layout.strategy == "pairs" and [chunk.num_rows for chunk in layout.chunks] == [8010]
+
+
+def test_a_plan_without_a_hidden_size_has_the_same_chunks():
+    labels = torch.zeros(8, 400, dtype=torch.int64)
+    loss_fn = cpo.FusedLinearCPOLoss()
+    plain, sized = (loss_fn.plan(labels, 49152, torch.bfloat16, device="cpu", hidden_size=h) for h in (None, 16))
+    assert [c.num_rows for c in plain.layout.chunks] == [c.num_rows for c in sized.layout.chunks]
 
 
 def test_all_kept_logits_share_one_budget():

@@ -20,7 +20,7 @@ from cpo_kernels.head.live import LIVE_LIMIT, KeptSets, LiveDx, LiveSets, filter
 from cpo_kernels.head.live_backward import live_backward
 from cpo_kernels.head.nll import nll_of
 from cpo_kernels.ops.token_logps import HeadOptions
-from tests.support.heads import BACKENDS, relative_error
+from tests.support.heads import BACKENDS, limits_of, relative_error
 from tests.support.processes import run_processes
 
 VOCAB, HIDDEN = 600, 24
@@ -258,7 +258,7 @@ def test_head_gradients_join_no_tensors_of_the_host():
     x, weight, bias = (t.detach() for t in leaves)
     x, labels = x[labels != -100], labels[labels != -100]
     head = Head(weight, bias, labels, HeadOptions(-100, 1.0, 0.0, VOCAB), len(x), dispatch.kernels("cpu", weight))
-    execution, kept = Execution(16, 1000, 0, Backend.of("cpu"), 1e-3, True), KeptSets(x, len(x))
+    execution, kept = Execution(limits_of(16, 1000), Backend.of("cpu"), 1e-3, True), KeptSets(x, len(x))
     logps, _ = filtered_chunk(head, (x, labels, False, None), execution, x[:0], LiveDx(head), kept)
     sets = LiveSets.of(kept.tensors(), len(x), execution.set_rows)
     assert any(sets.exact) and not all(sets.exact)

@@ -9,11 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cpo_kernels as cpo
-from cpo_kernels.head import matmul
+from cpo_kernels.backends import dispatch
+from cpo_kernels.head import grads, matmul
 from cpo_kernels.head.grads import WeightGrad
-from cpo_kernels.head.inputs import Needs
+from cpo_kernels.head.inputs import Head, Needs
 from cpo_kernels.head.matmul import TILE, add_product, adds_products, own_sums, product
 from cpo_kernels.head.relative import anchor_bytes
+from cpo_kernels.ops.token_logps import HeadOptions
 
 # [m, k, n]: the longest side is each in turn, below, at and beyond a tile
 SHAPES = [(3, 5, 2 * TILE + 7), (2 * TILE + 7, 3, 5), (3, 2 * TILE + 7, 5), (5, 3, TILE), (4, 4, 4), (1, 1, 1)]
@@ -61,13 +63,20 @@ def test_a_product_is_rounded_once(shape, dtype, tiles):
         assert ((out.double() - expected).abs() <= 0.5 * step + 1e-5).all()
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("scale", [None, -0.3, 0.0])
-def test_dw_of_several_chunks_in_bfloat16(scale):
-    """The CPU's own matmul rounds the sum once; others round each chunk's product before the sum is."""
+def test_dw_of_several_chunks_in_bfloat16(scale, impl, monkeypatch):
+    """The CPU's own matmul rounds the sum once; others round each chunk's product before the sum is. The reference is
+    plain PyTorch."""
+    own = impl == "cpu" and own_sums(torch.device("cpu"), torch.bfloat16)
+    if not own:
+        monkeypatch.setattr(grads, "add_to_halves", None)
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.zeros(300, 70, dtype=torch.bfloat16), torch.randn(90, 70, generator=generator).bfloat16()
     g = torch.randn(90, 300, generator=generator).bfloat16()
-    sums, ones, parts = WeightGrad(weight, 1.0, 4, Needs(False, True, True)), torch.ones(90), [0, 31, 32, 64, 90]
+    options, kernels = HeadOptions(-100, 1.0, 0.0, 300), dispatch.kernels(impl, weight)
+    head = Head(weight, weight[:0, 0], torch.zeros(90, dtype=torch.int64), options, 1, kernels)
+    sums, ones, parts = WeightGrad(head, 4, Needs(False, True, True)), torch.ones(90), [0, 31, 32, 64, 90]
     for low, high in zip(parts, parts[1:], strict=False):
         if high == 90 and scale is not None:
             sums.scale = torch.tensor([scale])
@@ -75,7 +84,7 @@ def test_dw_of_several_chunks_in_bfloat16(scale):
     made, factor = sums.result(weight[:0], ones), 1.0 if scale is None else scale
     want = factor * (g.double().t() @ x.double())
     rounded = sum(g[a:b].double().t() @ x[a:b].double() for a, b in zip(parts, parts[1:], strict=False)).abs()
-    each = 0 if own_sums(weight.device, torch.bfloat16) else 2**-8 * abs(factor) * (rounded + 20)
+    each = 0 if own else 2**-8 * abs(factor) * (rounded + 20)
     assert made.dw.dtype == torch.bfloat16
     assert ((made.dw.double() - want).abs() <= 2**-8 * want.abs() + 1e-5 * abs(factor) + each).all()
     torch.testing.assert_close(made.db.double(), factor * g.double().sum(0), rtol=1e-2, atol=0.1 * abs(factor))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import cpo_kernels as cpo
-from cpo_kernels.backends import vocab_parallel
+from cpo_kernels.backends import dispatch, vocab_parallel
 from tests.support.heads import make_batch, relative_error
 from tests.support.processes import run_processes
 
@@ -356,6 +356,22 @@ def test_a_label_out_of_range_on_one_rank_is_an_error_on_all():
     other, own = run_processes(on_only_rank_1, 2, "label", seconds=60)
     assert own[0] == "ValueError" and own[1].startswith("label 101 is out of range")
     assert other[0] == "ValueError" and re.search(r"row \d+ is \d+ here and out of range on rank 1", other[1])
+
+
+def _one_cpu_without_bfloat16(rank):
+    if rank:
+        os.environ["CPO_KERNELS_CPU_ISA"] = "avx2"
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (3000, 64))
+    own = weight[32 * rank : 32 * rank + 32].clone().requires_grad_()
+    shards = cpo.VocabShards(dist.group.WORLD, (32, 32))
+    loss = cpo.linear_nll(hidden.requires_grad_(), own, torch.arange(3000) % 64, vocab_shards=shards)
+    return float(loss.detach()), dispatch.cpu_multiplies_bf16()
+
+
+def test_ranks_on_different_cpus_take_the_same_chunks():
+    (first, _), (second, multiplies) = run_processes(_one_cpu_without_bfloat16, 2)
+    assert first == second and not multiplies
 
 
 def test_the_end_of_the_only_rank_that_raised_ends_the_wait_of_the_others():

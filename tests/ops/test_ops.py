@@ -25,7 +25,7 @@ from cpo_kernels.head.inputs import Execution, HeadTensors, Needs
 from cpo_kernels.ops import preference, sequence_logps
 from cpo_kernels.ops.token_logps import HeadOptions, token_logps_backward_op, token_logps_op
 from cpo_kernels.reference.terms import OPTION_DEFAULTS
-from tests.support.heads import EVERY_BACKEND, make_batch, relative_error
+from tests.support.heads import EVERY_BACKEND, limits_of, make_batch, relative_error
 
 
 def linear_args(batch):
@@ -45,7 +45,7 @@ def preference_args(batch, dtype):
 
 
 def run(impl, row_limit):
-    return Execution(row_limit, row_limit, 0, Backend.of(impl))
+    return Execution(limits_of(row_limit), Backend.of(impl))
 
 
 def op_samples(impl):

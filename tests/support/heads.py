@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import reference
+from cpo_kernels.head.strategy import Limits, SumLimit
 
 BACKENDS = ("reference", "cpu")
 EVERY_BACKEND = (*BACKENDS, "triton")  # seconds a test in the interpreter
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def limits_of(rows: int, chunk: int | None = None) -> Limits:
+    """So many rows at a time, or in a chunk whose dW is not summed."""
+    few = rows if chunk is None else chunk
+    return Limits(rows, few, few, SumLimit(rows, 0))
 
 
 @dataclass
