@@ -75,7 +75,7 @@ def text(mean: float, samples: Tensor, digits: int, sign: str = "") -> str:
 
 def sections(content: Result) -> dict[str, str]:
     """Name of a table in docs/results.md -> its text; `content` is empty where nothing was measured."""
-    parts = ("setting", "classifier", "paired", "cost", "points", "targets")
+    parts = ("setting", "search", "classifier", "paired", "cost", "points", "targets")
     names = ["rated claims", *(f"rated claims {part}" for part in parts)]
     if not content:
         return dict.fromkeys(names, "not measured")
@@ -83,6 +83,7 @@ def sections(content: Result) -> dict[str, str]:
     tables = (
         f"{picture}\n\n{table(content)}",
         setting(content),
+        search_table(content),
         table(content, "by_classifier"),
         paired(content),
         cost(content, RatedLab),
