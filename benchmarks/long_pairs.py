@@ -102,7 +102,7 @@ def by_rows(pair: Pair) -> Outcome:
     loss, coefficient = pair.loss(logp)
     coef = coefficient * pair.sign
     needs, dx = Needs(dx=True, dw=True, db=False), torch.empty_like(x)
-    sums = WeightGrad(pair.weight, abs(head.options.scale), len(pair.parts), needs)
+    sums = WeightGrad(head, len(pair.parts), needs)
     for part in pair.parts:
         g, anchors = head.logits(x[part], pair.labels[part])
         head.kernels.token_logps_bwd_(g, pair.labels[part], lse[part], coef[part], *head.options, anchors)

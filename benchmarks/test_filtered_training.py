@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import filtered_training
 from benchmarks.filtered_report import figure
-from benchmarks.filtered_training import EXACT, VARIANTS, main
+from benchmarks.filtered_training import EXACT, FIXED, VARIANTS, main
 from cpo_kernels.demo.run import Size
 from tests.support import tiny
 from tests.support.tiny import one_thread  # noqa: F401
@@ -39,10 +39,10 @@ def test_variants(peaked, tmp_path, capsys):
     rows = {row["variant"]: row for row in part["variants"]}
     assert list(rows) == list(VARIANTS) and all(len(row["losses"]) == 3 for row in rows.values())
     assert part["settings"]["held_out_pairs"] == 4 and capsys.readouterr().out.count("\n| ") == 1 + len(rows)
-    assert "live_share" not in rows[EXACT] and rows["float32, 2^-12"]["live_share"] < 0.5
-    assert rows["float32, 2^-12"]["exact_share"] == 0
+    assert "live_share" not in rows[EXACT] and rows[FIXED]["live_share"] < 0.5
+    assert rows[FIXED]["exact_share"] == 0
     off = {name: row["off"]["gradient"] for name, row in rows.items()}
-    whole, both, dropped = (off[f"float32, 2^-12{kind}"] for kind in ("", ", head too", ", head too, tail dropped"))
+    whole, both, dropped = (off[f"{FIXED}{kind}"] for kind in ("", ", head too", ", head too, tail dropped"))
     assert 0 < whole["body"] == both["body"] < dropped["body"] < 0.1
     assert whole["others"] < 1e-4 < 0.01 < both["others"] < dropped["others"] < 1
     assert off["bfloat16"]["body"] < 0.1
