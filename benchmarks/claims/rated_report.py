@@ -25,6 +25,7 @@ from benchmarks.claims.report import (
     label,
     markdown,
     measured,
+    measured_baselines,
     models_steps,
     volume_target,
 )
@@ -176,7 +177,7 @@ def targets(content: Result) -> str:
         for method, ours in pairs.items():
             mean, spread = gaps(content, ours, method)
             found[method] = mean[0], interval(spread[:, 0])[0]
-        lines.append(volume_target(found, budget))
+        lines.append(volume_target(found, budget, measured_baselines(content)))
     if {OURS, "dpo_single"} <= set(measured(content)):
         mean, spread = gaps(content, OURS, "dpo_single")
         for i, name in enumerate(NAMES, 1):

@@ -5,8 +5,8 @@ stage.
 
 Trains from the published model with the study's own configuration, its questions and one thread, and takes turns:
 prompts shared by their answers, packed or padded rows, `loss.filter_eps: auto` with shared prompts, and these without
-`keep_freed_memory`. Each turn is a process of its own. A figure is the median over all steps but the first of each
-turn. Reference log-probs are cached before.
+`keep_freed_memory`. Each turn is a process of its own, with the same steps, of unequal size. A figure is the mean over
+all steps but the first of each turn, with the range of the turns' means. Reference log-probs are cached before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -65,31 +66,28 @@ def turn_of_process(data: str, folder: Path, kind: str, steps: int) -> list[tupl
 
 def in_new_process(*args: Any) -> list[tuple[float, float]]:
     """`turn_of_process`, where nothing was trained before: freed memory that is kept once stays kept."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(turn_of_process, args)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # raises where the process was killed
+        return pool.submit(turn_of_process, *args).result()
 
 
 def measure(run: Callable[[str], list[tuple[float, float]]], rounds: int) -> dict[str, dict[str, float]]:
     """run: a turn of a kind."""
     run("shared")  # the reference's log-probs
-    taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    taken: dict[str, list[list[tuple[float, float]]]] = {kind: [] for kind in KINDS}
     for _ in range(rounds):
-        for kind, rows in taken.items():
-            rows += run(kind)
+        for kind, turns in taken.items():
+            turns.append(run(kind))
     measured = {}
-    for kind, rows in taken.items():
-        seconds = sorted(row[0] for row in rows)
-        measured[kind] = {
-            "seconds": statistics.median(seconds),
-            "tokens": statistics.mean(row[1] for row in rows),
-            "low": seconds[len(seconds) // 4],
-            "high": seconds[-1 - len(seconds) // 4],
-        }
+    for kind, turns in taken.items():
+        seconds = [statistics.mean(row[0] for row in rows) for rows in turns]
+        tokens = statistics.mean(row[1] for rows in turns for row in rows)
+        measured[kind] = {"seconds": statistics.mean(seconds), "tokens": tokens}
+        measured[kind] |= {"low": min(seconds), "high": max(seconds)}
     return measured
 
 
 def table(content: dict[str, Any]) -> str:
-    lines = ["| rows of a step | tokens | seconds (quartiles) | × of padded |", "|---|---|---|---|"]
+    lines = ["| rows of a step | tokens | seconds a step (range of turns) | × of padded |", "|---|---|---|---|"]
     padded = content["kinds"]["padded"]["seconds"]
     names = {
         "shared": "shared prompts",
@@ -102,7 +100,7 @@ def table(content: dict[str, Any]) -> str:
     env = content["environment"]
     note = (
         f"{processor(env)}, {content['precision']}, torch {env['versions']['torch']}; {env['date'][:10]}; "
-        f"medians of {content['steps']} steps."
+        f"means of {content['steps']} steps."
     )
     return "\n".join([*lines, "", note])
 

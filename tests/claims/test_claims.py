@@ -353,6 +353,8 @@ def test_a_lead_within_its_interval_is_not_clear():
     verdict = claims_report.volume_target(gaps, "equal steps")
     assert verdict.endswith(": missed against Rewarded Soups; not clear of zero against Rewards-in-Context style.")
     assert claims_report.volume_target({"sft": (0.1, 0.05)}, "equal steps").endswith(": met.")
+    partly = claims_report.volume_target({"sft": (0.1, 0.05)}, "equal steps in total", ["sft", "modpo"])
+    assert partly.endswith(": met; not measured against MODPO.")
 
 
 def test_check_notices_an_edited_table(tmp_path, monkeypatch, capsys):

@@ -276,10 +276,10 @@ def test_savings_are_ratios_to_padded_rows():
         "| padded | 12,000 | 12.00 (11.00 to 13.00) | 1.00 |",
         '| shared prompts, `filter_eps: "auto"` | 1,800 | 1.80 (0.80 to 2.80) | 0.15 |',
     ]
-    assert lines[-1].endswith("bf16, torch 2; 2026-01-02; medians of 12 steps.")
+    assert lines[-1].endswith("bf16, torch 2; 2026-01-02; means of 12 steps.")
 
 
-def test_savings_are_medians_over_turns():
+def test_savings_are_means_over_turns():
     """The kinds take turns after one that computes the reference's log-probs, whose steps do not count."""
     taken = []
 
@@ -293,7 +293,7 @@ def test_savings_are_medians_over_turns():
     assert taken == ["shared", *kinds, *kinds]
     for i, kind in enumerate(kinds):
         first, second = 100.0 * (2 + i), 100.0 * (2 + len(kinds) + i)
-        want = {"seconds": (first + 2 + second) / 2, "tokens": 15.0, "low": first + 2, "high": second}
+        want = {"seconds": (first + second) / 2 + 1, "tokens": 15.0, "low": first + 1, "high": second + 1}
         assert measured[kind] == want
 
 
