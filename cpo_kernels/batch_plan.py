@@ -96,17 +96,19 @@ class Layout:
         return sum(self.lengths)
 
     @cached_property
+    def largest_group(self) -> int:
+        return max((g.num_rows for g in self.groups), default=0)
+
+    @cached_property
     def strategy(self) -> str:
-        largest = max((g.num_rows for g in self.groups), default=0)
         one_pair = self.opposite and len(self.pairs) == 1
-        more = self.sum_limit.more
-        return preference_strategy(self.num_rows, largest, self.couples_pairs, one_pair, self.row_limit, more)
+        given = self.num_rows, self.largest_group, self.couples_pairs, one_pair
+        return preference_strategy(*given, self.row_limit, self.sum_limit.more)
 
     @cached_property
     def chunks(self) -> list[Group]:
         if self.strategy == "pairs" and not self.couples_pairs:
-            largest = max((g.num_rows for g in self.groups), default=0)
-            packed = pack_groups(self.groups, self.sum_limit.of(self.num_rows, largest))
+            packed = pack_groups(self.groups, self.sum_limit.of(self.num_rows, self.largest_group))
             if len(packed) > 1:
                 return packed
         return [Group([*range(len(self.lengths))], [*range(len(self.pairs))], self.num_rows)]

@@ -177,8 +177,13 @@ def limits(
     few = chunk_limit(width, dtype, device, memory_budget)
     if memory_budget is not None:
         return Limits(rows, few, few, SumLimit(rows, 0))
-    more = hidden_size * sum_itemsize(dtype, own) // dtype.itemsize
+    more = rows_of_sum(hidden_size, dtype, own)
     return Limits(rows, few, max(few, OWN_ROWS) if own else few, SumLimit(min(rows, OWN_ROWS) if own else rows, more))
+
+
+def rows_of_sum(hidden_size: int, dtype: torch.dtype, own: bool) -> int:
+    """`SumLimit.more`, if the user gives no budget."""
+    return hidden_size * sum_itemsize(dtype, own) // dtype.itemsize
 
 
 def sum_itemsize(dtype: torch.dtype, own: bool) -> int:

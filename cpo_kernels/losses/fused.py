@@ -16,7 +16,7 @@ from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
 from cpo_kernels.head.live import filter_shares
 from cpo_kernels.head.matmul import own_sums
 from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
-from cpo_kernels.head.strategy import check_filter, limits, sum_itemsize
+from cpo_kernels.head.strategy import check_filter, limits, rows_of_sum
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import PreferenceResult, acc_dtype, functional_op
 from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args
@@ -313,8 +313,9 @@ def check_plan(plan: BatchPlan, inputs: HeadInputs, lengths: Tensor, pairs: Tens
             f"the plan was made for chunks of {plan.layout.row_limit} rows, this head takes {limit}: give plan() its "
             f"vocab_size {inputs.width}, dtype {weight.dtype}, device {weight.device.type!r}"
         )
-    sums = [sum_itemsize(weight.dtype, own) * weight.shape[1] // weight.dtype.itemsize for own in (False, True)]
-    if plan.layout.sum_limit.more not in (0, inputs.limits.sum.more, *sums):  # both: a sharded head takes the former
+    # A plan does not know whether the head is sharded, which then has no own matmul of this CPU in its limits.
+    expected = 0, *(rows_of_sum(weight.shape[1], weight.dtype, own) for own in (False, True))
+    if plan.layout.sum_limit.more not in expected:
         raise ValueError(f"the plan was made for another hidden_size: give plan() this head's, {weight.shape[1]}")
 
 

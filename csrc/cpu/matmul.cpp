@@ -1,5 +1,5 @@
 // The CPU's own matmuls in bfloat16 besides those with live columns: logits_, x W^T + bias - lacks, summed in float32
-// and rounded once; and add_product_, which adds a b to float32.
+// and rounded once; and add_product_, which adds a b to float32, also to float32 in two 16-bit halves.
 //
 // logits_: oneDNN computes the same with a matrix to add (torch.addmm), which it reads. Here a row's constant is where
 // the sums begin. The sums of 32 columns and kPanel rows are computed with the rows in the lanes, since that leaves W
@@ -204,7 +204,7 @@ void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool
   const Bf16Matmul& kernels = bf16_matmul("add_product_");
   check_bf16_matrix("add_product_", "b", b);
   const bool halves = total.scalar_type() == ScalarType::BFloat16;
-  check_dtype("total", total, halves ? ScalarType::BFloat16 : ScalarType::Float);
+  if (!halves) check_dtype("total", total, ScalarType::Float);
   check_dtype("a", a, ScalarType::BFloat16);
   check(a.dim() == 2 && (a.stride(0) == 1 || a.stride(1) == 1), "add_product_: a must be a matrix of unit stride over ",
         "its columns or rows, got shape ", shape_of(a), "; call .contiguous() first");
