@@ -4,8 +4,8 @@
 set -euo pipefail
 data=$1 out=${2:-runs/truthfulqa}
 here=$(dirname "$0")
-# Keeps freed memory for the next step instead of returning it to the system; a process then holds up to 6 GB.
-export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000
+# Freed memory stays in the process (docs/machines.md).
+export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.tcache_count=0
 
 train() { # recipe, name of the run, overrides
   cpo-kernels train "$here/truthfulqa_$1.yaml" --data.train "$data" --run_dir "$out/$2" "${@:3}"

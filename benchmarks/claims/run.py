@@ -36,7 +36,6 @@ from cpo_kernels.evaluation.generate import greedy_answers
 from cpo_kernels.evaluation.pareto import hypervolume
 from cpo_kernels.files import atomic_text
 from cpo_kernels.objectives import Objective
-from cpo_kernels.training.memory import keep_freed_memory
 from cpo_kernels.training.rundir import versions
 
 # name -> its data and model, its budget, its files, number of seeds
@@ -335,7 +334,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    keep_freed_memory()
     started = time.monotonic()
     study, budget, name, seeds = STUDIES[args.study]
     if (args.study == "truthfulqa") != bool(args.data):

@@ -26,15 +26,10 @@ def run(args: Any) -> int:
     if not config.run_dir and main_process:
         print("run_dir is not set: neither model nor metrics are saved (--run_dir FOLDER saves them)", file=sys.stderr)
 
-    import torch
     from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
 
     from cpo_kernels.training.loop import train
-    from cpo_kernels.training.memory import keep_freed_memory
 
-    if not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
-        keep_freed_memory()
     result = train(config)
     ranks = PartialState()
     if ranks.is_main_process:

@@ -1,7 +1,11 @@
 """CPO and its baselines on human ratings: the judge, every method on a very small model, tables and picture."""
 
 import json
+import platform
 import random
+import resource
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +18,8 @@ from benchmarks.claims.run import METHODS, Run
 from cpo_kernels.data.records import Record, Response
 from cpo_kernels.demo.model import build_model, build_tokenizer
 from cpo_kernels.demo.world import World
+
+ROOT = Path(__file__).parents[2]
 
 
 def answer(text: str, honesty: float, helpfulness: float) -> Response:
@@ -299,10 +305,9 @@ def test_savings_are_means_over_turns():
 
 @pytest.mark.parametrize("kind", savings.KINDS)
 def test_a_turn_leaves_its_first_step_out(tmp_path, rows, monkeypatch, kind):
-    """Each kind is the study's CPO but for its rows, filter and memory; `tokens` of the metrics are those so far."""
+    """Each kind is the study's CPO but for its rows and filter; `tokens` of the metrics are those so far."""
     lab = RatedLab(claims.SEARCH_SEED, small(rows), tmp_path)
-    given, kept = [], []
-    monkeypatch.setattr(savings, "keep_freed_memory", lambda: kept.append(True))
+    given = []
 
     def train(config, **objects):
         given.append((config, objects["records"]))
@@ -314,8 +319,7 @@ def test_a_turn_leaves_its_first_step_out(tmp_path, rows, monkeypatch, kind):
     monkeypatch.setattr(savings, "train", train)
     assert savings.turn(lab, kind, 3) == [(1.0, pytest.approx(250)), (2.0, pytest.approx(100))]
     ((config, records),) = given
-    form, eps, keep = savings.KINDS[kind]
-    assert kept == [True] * keep
+    form, eps, _ = savings.KINDS[kind]
     training = config["training"]
     assert (config["stage"], training["rows"], training["max_steps"]) == ("cdpo", form, 3)
     assert config["loss"] == {"beta": lab.budget.beta} | ({"filter_eps": eps} if eps else {})
@@ -328,8 +332,13 @@ def test_savings_are_measured_and_written(tmp_path, rows, monkeypatch, capsys):
     """The trainer itself on the tiny model: padding makes most tokens, shared prompts fewest; one turn of two steps."""
     monkeypatch.setattr(savings, "RatedBudget", lambda data: small(data))
     monkeypatch.setattr(savings, "SEARCH_SEED", 0)  # of 24 questions
-    monkeypatch.setattr(savings, "in_new_process", savings.turn_of_process)
-    monkeypatch.setattr(savings, "keep_freed_memory", lambda: None)
+    tunables = []
+
+    def here(function, *args, **options):
+        tunables.append(options["tunables"])
+        return function(*args)
+
+    monkeypatch.setattr(savings, "in_new_process", here)
     out = tmp_path / "savings.json"
     assert savings.main(["--data", str(rows), "--out", str(out), "--steps", "2", "--rounds", "1"]) == 0
     content = json.loads(out.read_text())
@@ -337,6 +346,26 @@ def test_savings_are_measured_and_written(tmp_path, rows, monkeypatch, capsys):
     assert tokens["shared"] == tokens["shared, filtered"] < tokens["packed"] < tokens["padded"]
     assert content["steps"] == 1 and all(0 < row["low"] == row["seconds"] for row in content["kinds"].values())
     assert savings.table(content) in capsys.readouterr().out
+    assert tunables == ["", "", "", "", "", savings.KEEP]
+
+
+def faults(rounds):
+    """Page faults of writing a new block of 64 MiB, for each round: 16,384 pages, or 32 huge ones."""
+    counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+    for _ in range(rounds):
+        torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return [after - before for before, after in pairwise(counts)]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's malloc")
+def test_freed_memory_is_kept_where_the_kind_says_so(monkeypatch):
+    """The settings of the documentation: from the second block on no page is cleared again."""
+    assert savings.KEEP in (ROOT / "docs" / "machines.md").read_text()
+    assert savings.KEEP in (ROOT / "recipes" / "truthfulqa.sh").read_text()
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # restored after the test
+    assert max(savings.in_new_process(faults, 20, tunables=savings.KEEP)[1:]) < 16
+    assert min(savings.in_new_process(faults, 3, tunables="")) >= 32
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "1"], ["--rounds", "0"]])
