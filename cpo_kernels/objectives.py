@@ -29,6 +29,9 @@ class Objective:
 
     `low` and `high` are the ends of the rating scale. Ratings and conditions outside raise an error, samplers draw
     between them; they never rescale a rating. `weight` is omega >= 0 and `strength` is lambda >= 0 in `value`.
+
+    Raises ValueError for a name that a tag cannot hold, low >= high, a negative weight or strength, and a number that
+    is not finite.
     """
 
     name: str

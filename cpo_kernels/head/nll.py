@@ -133,7 +133,9 @@ def linear_nll(
     filter_eps: float | Literal["auto"] | None = None,
     filter_head_grad: bool = False,
 ) -> Tensor:
-    """Mean negative log-likelihood of the labels, -sum_t m_t logp_t / num_tokens, the loss of CPSFT, in 3 matmuls.
+    """Mean negative log-likelihood of the labels, -sum_t m_t logp_t / num_tokens, the loss of CPSFT.
+
+    3 matrix products with a trained head, 2 with a frozen one, 1 without gradients.
 
     Args:
         token_weights: [...] weights m_t, treated as constants (no gradient); 1 if None.

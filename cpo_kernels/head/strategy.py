@@ -62,7 +62,7 @@ OWN_ROWS = 1024
 
 # The error of dX on real rows grows to at most 1.1 times that of exact gradients in bfloat16
 # (benchmarks/results/filtered_gradients.json). float16 rounds 8 times less: half of the vocabulary would have to be
-# live before the tail's error fell below its rounding, so it is exact.
+# live before the tail's error fell below its rounding (extrapolated), so it is exact.
 AUTO_EPS = {torch.bfloat16: 2.0**-15.25}
 
 

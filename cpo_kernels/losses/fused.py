@@ -49,7 +49,8 @@ class FusedLinearCPOLoss(nn.Module):
     """`preference_loss` from hidden states: the head's log-probs, the loss and all gradients, without storing logits.
 
     Matrix products, on labelled rows only: 3 with a trainable head if a group of linked pairs fits the memory budget
-    (else 4), 2 with a frozen head, 1 without gradients. See `explain` for the plan of a shape.
+    (else 4; 3 for a batch of one pair under most losses), 2 with a frozen head, 1 without gradients. See `explain` for
+    the plan of a shape.
 
     Args:
         objectives, beta, loss_type, **options: see `preference_loss` and `LossOptions`.

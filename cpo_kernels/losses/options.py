@@ -17,7 +17,8 @@ from cpo_kernels.reference.terms import F_DIVERGENCES, OPTIONS
 class LossOptions:
     """Options of the preference losses. A combination that a loss type would ignore raises ValueError.
 
-    The classes and functions that take these as keywords raise TypeError for any other name.
+    So does a number out of range. A wrong type raises TypeError, and in the classes and functions that take these as
+    keywords any other name.
 
     Args:
         objectives: the objectives that `scores` rate; needed with scores.

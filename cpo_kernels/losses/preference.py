@@ -26,8 +26,10 @@ class PreferenceOutput(NamedTuple):
     loss: Tensor  # [], sum of weight * loss over the non-tied pairs / num_pairs
     losses: Tensor  # [P], 0 for ties
     seq_logps: Tensor  # [S]
-    chosen_rewards: Tensor  # [P], beta * (L - ref) of the response that the loss preferred
-    rejected_rewards: Tensor  # [P]
+    # beta (L - ref) of the response that the loss preferred (of a tie's first); where no type needs a reference beta L,
+    # or beta L / n if one averages over tokens (simpo, orpo, alphapo):
+    chosen_rewards: Tensor  # [P]
+    rejected_rewards: Tensor  # [P], of the other
     accuracy: Tensor  # [], share of non-tied pairs whose chosen reward is higher
     margin: Tensor  # [], mean of chosen - rejected reward over the non-tied pairs
     value_gap: Tensor  # [P], R(first) - R(second); NaN if no objective is rated on both sides, inf without scores
@@ -157,13 +159,17 @@ def preference_loss(
             sequences with conditions[pairs[:, 0]].
         objectives: the K objectives.
         lengths: [S] int64 numbers of labelled tokens, for the types that average or count tokens.
-        pair_weights, pair_betas: [P].
+        pair_weights: [P], factors on the pairs' losses; the divisor stays the number of pairs.
+        pair_betas: [P], each in place of `beta`.
         margins: [S], MODPO's weighted other rewards of each response.
         num_pairs: divisor of the loss; default: the number of non-tied pairs in this call. Give the global count under
             gradient accumulation or with several processes.
         chosen_tokens: the same for the terms that average over the tokens of all chosen responses (sft, and the NLL of
             orpo and contrastive_cpo).
         **options: see `LossOptions`.
+
+    Returns:
+        `PreferenceOutput`, in the dtype of seq_logps; log-probs are in nats.
 
     Raises:
         TypeError, ValueError: wrong shape, dtype, device or option; an option that a loss type would ignore; a rating

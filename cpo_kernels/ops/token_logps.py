@@ -33,10 +33,10 @@ class TokenExtras(NamedTuple):
     The entropy H is differentiable, dH/dz_v = -p_v (log p_v + H); the others are not.
     """
 
-    entropy: Tensor
-    log_sum_sq_probs: Tensor
-    mean_logit: Tensor
-    is_top1: Tensor
+    entropy: Tensor  # H = -sum_v p_v log p_v, nats
+    log_sum_sq_probs: Tensor  # log sum_v p_v^2
+    mean_logit: Tensor  # mean of z_v over the columns below vocab_size
+    is_top1: Tensor  # bool: no logit is larger than the label's
 
 
 def head_options(

@@ -24,7 +24,7 @@ def kto_loss(
     `kto_kl`; with kl = 0 it is TRL's apo_zero_unpaired (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7 of single
     responses).
 
-    Raises TypeError or ValueError for other dtypes and shapes.
+    Raises TypeError or ValueError for other shapes, and for log-probs that are not float32 or float64.
     """
     check_types("a tensor", seq_logps=seq_logps, ref_logps=ref_logps, desirable=desirable)
     for name, tensor in {"ref_logps": ref_logps, "desirable": desirable}.items():
@@ -39,7 +39,11 @@ def kto_loss(
 
 
 def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
-    """KTO's reference point: max(0, mean(L - ref)) over mismatched prompts and responses, no gradient."""
+    """KTO's reference point `[]`: max(0, mean(L - ref)) over mismatched prompts and responses, no gradient.
+
+    kl_logps, ref_kl_logps: float32 or float64 of one shape, not empty; others raise TypeError or ValueError.
+    Source: see `kto_loss`.
+    """
     check_types("a tensor", kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
     _check_floats(kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
     if kl_logps.shape != ref_kl_logps.shape or not kl_logps.numel():
