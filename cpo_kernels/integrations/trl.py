@@ -275,9 +275,11 @@ class FusedDPOTrainer(trl.DPOTrainer):
             columns.extend(RATING_COLUMNS)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL names the cache by the data and the model, but not by `ld_alpha`, which changes the log-probs too."""
-        parameters = self._precompute_model_hash
-        self._precompute_model_hash: Any = (parameters, self.ld_alpha)
+        """TRL names the cache by the data and the model, but not by what else changes the log-probs: `ld_alpha`, what
+        the collator cuts off, and the precision."""
+        parameters, args = self._precompute_model_hash, self.args
+        cut, precision = (args.max_length, args.truncation_mode), self.accelerator.mixed_precision
+        self._precompute_model_hash: Any = (parameters, self.ld_alpha, cut, precision)
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:

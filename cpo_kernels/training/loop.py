@@ -196,8 +196,9 @@ class Loop:
         if folder is None and self.config.run_dir:
             folder = self.run.folder / "reference"
         if folder:
-            if self.accelerator.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
+            with together(self.accelerator):
+                if self.accelerator.is_main_process:
+                    folder.mkdir(parents=True, exist_ok=True)
             folder = folder / f"{self.same['initial_model']}-{self.training.precision}.json"
         (*epochs, eval_set), report["reference"] = with_reference(
             [*epochs, eval_set], self.loss, folder, self.accelerator, self.quiet, self.used(epochs, eval_set)

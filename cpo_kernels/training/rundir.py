@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from cpo_kernels.data.records import Record, write_records
-from cpo_kernels.files import atomic_text
+from cpo_kernels.files import atomic_text, check_folder
 from cpo_kernels.recipe.config import config_keys, config_text
 from cpo_kernels.recipe.keys import Config
 from cpo_kernels.training.trackers import Trackers, check_trackers
@@ -46,6 +46,9 @@ class RunDir:
         self.trackers: Trackers | None = None
         self.lock: TextIO | None = None
         check_trackers(config.training.trackers)
+        for key in ("run_dir", "cache_dir") if is_main else ():
+            if folder := getattr(config, key):
+                check_folder(Path(folder), key)
         if self.path is None:
             if config.training.resume or config.training.checkpoint_every or config.training.trackers:
                 raise ValueError("training.resume, checkpoint_every and trackers need a run_dir")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import shutil
 import types
@@ -304,6 +305,19 @@ def test_a_run_that_cannot_start_leaves_nothing_and_deletes_nothing(tmp_path):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("key", ["run_dir", "cache_dir"])
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monkeypatch, key):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(loop_module, "load_model", None)  # the model is not loaded
+    for folder in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(NotADirectoryError, match=f"{key} {folder}: {tmp_path}/file is a file"):
+            run(**{key: str(folder)})
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # a disk that is mounted read-only, also for root
+    with pytest.raises(PermissionError, match=f"{key} {tmp_path}/run: {tmp_path} cannot be written"):
+        run(**{key: str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_deletes_only_what_an_earlier_run_wrote(tmp_path):
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard/events").write_text("of another program")
@@ -324,6 +338,15 @@ def test_class_weights_that_could_not_act_are_refused():
     with pytest.raises(ValueError, match="class_weights only matter when conditions.balance or conditions.responses"):
         run("cpsft", conditions={"class_weights": weights, "responses": None})
     run("cpsft", conditions={"class_weights": weights, "responses": None, "balance": True}, training={"max_steps": 1})
+
+
+def test_an_objective_that_nothing_is_rated_on_is_refused():
+    """Its tag would never be shown; sft needs no ratings."""
+    objectives = [tiny.OBJECTIVES[0], {"name": "helpfullness", "low": 1, "high": 5}]
+    for stage in ("cpsft", "cdpo", "dpo"):
+        with pytest.raises(ValueError, match="no rating of 'helpfullness'; it rates helpfulness, honesty"):
+            run(stage, objectives=objectives)
+    run("sft", objectives=objectives, training={"max_steps": 1})
 
 
 @pytest.mark.parametrize("epochs, steps", [(1.1, 3 + 1), (2.0, 6), (0.5, 2), (2.34, 6 + 2)])
