@@ -21,6 +21,8 @@ def parse_condition(text: str, tags: TagTemplate) -> dict[str, float]:
     given = {}
     for part in text.split(","):
         name, equals, level = part.partition("=")
+        if name.strip() in given:
+            raise ValueError(f"--condition {text!r}: {name.strip()} is given twice")
         given[name.strip()] = _number(level, f"--condition {text!r}: write objective=level,objective=level")
     return tags.parse(tags.render(given))[0]
 
@@ -46,6 +48,8 @@ def condition_grid(objectives: Sequence[Objective], chosen: Sequence[str] = ()) 
         name = name.strip()
         if name not in by_name:
             raise ValueError(f"--grid {text!r}: unknown objective {name!r}; known: {', '.join(by_name) or 'none'}")
+        if name in axes:
+            raise ValueError(f"--grid {text!r}: {name} is given twice; write all its levels in one: {name}=1,3,5")
         wrong = f"--grid {text!r}: write objective=level,level,..."
         axes[name] = [_number(level, wrong) for level in given.split(",")]
         low, high = by_name[name].low, by_name[name].high

@@ -137,6 +137,10 @@ def loss_options(args: Any) -> LossOptions:
         raise ValueError(f"loss_type {', '.join(sorted(foreign))} is not a DPO loss of TRL: use FusedLinearCPOLoss")
     if args.padding_free:
         raise ValueError("padding_free is ignored by TRL 1.16: leave it False; padding costs the head nothing here")
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor is ignored by TRL's DPOTrainer: set it to 0; label_smoothing is that of preferences"
+        )
     objectives = own(args, "objectives")
     options = LossOptions.of(
         {

@@ -343,6 +343,7 @@ def test_a_dtensor_weight(tmp_path):
         ({"loss_type": "nonsense"}, "unknown loss_type 'nonsense'"),
         ({"label_smoothing": 0.1}, "label_smoothing is ignored by TRL for loss_type sigmoid"),
         ({"loss_type": "exo_pair"}, "needs label_smoothing > 0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is ignored"),
         ({"padding_free": True}, "padding_free is ignored"),
         ({"use_weighting": True, "loss_type": "hinge"}, "use_weighting with loss_type hinge"),
         ({"use_weighting": True, "loss_type": "sft"}, "use_weighting does not apply to loss_type 'sft'"),

@@ -349,6 +349,30 @@ def test_an_objective_that_nothing_is_rated_on_is_refused():
     run("sft", objectives=objectives, training={"max_steps": 1})
 
 
+def test_tokens_and_positions_without_an_embedding_are_named():
+    """A tokenizer with added tokens whose model was not resized; learned positions that end before the rows do."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    model = {"model": {"config": {**tiny.MODEL, "vocab_size": len(tokenizer) - 1}}}
+    train(tiny.config("cpsft", **model), tokenizer=tokenizer, records=RECORDS)  # it does not write <new>
+    for place in ("prompt", "answer"):
+        records = [
+            Record(r.prompt + "<new>" * (place == "prompt"), (replace(r.responses[0], text="a<new>"), *r.responses[1:]))
+            for r in RECORDS
+        ]
+        with pytest.raises(ValueError, match="token 102 .'<new>'., but the model has 102 embeddings"):
+            train(tiny.config("cpsft", **model), tokenizer=tokenizer, records=records)
+    for kind, sizes in {
+        "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16},
+        "opt": {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "max_position_embeddings": 16, "word_embed_proj_dim": 32},
+    }.items():  # fmt: skip
+        model = {"model": {"config": {"model_type": kind, **sizes}}, "training": {"max_steps": 1}}
+        with pytest.raises(ValueError, match="has embeddings of 16 positions: set data.max_tokens to at most 16"):
+            run("cpsft", **model)
+        run("sft", **model, data={"max_tokens": 16})
+
+
 @pytest.mark.parametrize("epochs, steps", [(1.1, 3 + 1), (2.0, 6), (0.5, 2), (2.34, 6 + 2)])
 def test_steps_of_parts_of_an_epoch(epochs, steps):
     """Ten questions in steps of four, three an epoch; 1.1 epochs of ten steps are eleven."""
