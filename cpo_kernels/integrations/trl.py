@@ -281,7 +281,8 @@ class FusedDPOTrainer(trl.DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL names the cache by the data and the model, but not by what else changes the log-probs: `ld_alpha`, what
         the collator cuts off, and the precision."""
-        parameters, args = self._precompute_model_hash, self.args
+        args: Any = self.args
+        parameters = self._precompute_model_hash
         cut, precision = (args.max_length, args.truncation_mode), self.accelerator.mixed_precision
         self._precompute_model_hash: Any = (parameters, self.ld_alpha, cut, precision)
         try:
