@@ -12,6 +12,15 @@ def atomic_text(text: str, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def check_folder(folder: Path, key: str) -> None:
+    """Raise OSError if `folder`, given as `key`, cannot be made or written. Makes nothing."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{key} {folder}: {there} is a file: name another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{key} {folder}: {there} cannot be written: name another folder")
+
+
 def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

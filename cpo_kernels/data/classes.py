@@ -35,13 +35,15 @@ class RatingClasses:
         return tuple(chosen)
 
     def draw(self, items: Sequence[tuple[Record, Response]], quota: int) -> list[tuple[Record, Response]]:
-        """Draw `quota` items: every item in turn, or with `conditions.balance` every rating class by its weight."""
+        """Draw `quota` items: every item in turn, or with `conditions.balance` every rating class by its weight; none
+        if all weights are 0."""
         if not self.config.balance:
             return list(self.cycled(items, quota))
         classes: dict[tuple[Any, ...], list[tuple[Record, Response]]] = {}
         for item in items:
             classes.setdefault(self._class(item[1]), []).append(item)
-        counts = quotas(quota, [self._weight(c) for c in classes])
+        weights = [self._weight(c) for c in classes]
+        counts = quotas(quota, weights) if any(weights) else [0] * len(classes)
         return [item for c, n in zip(classes.values(), counts, strict=True) for item in self.cycled(c, n)]
 
     def weights(self, responses: Sequence[Response]) -> list[float]:

@@ -12,7 +12,13 @@ from cpo_kernels.data.conditions import Draws, prepare
 from cpo_kernels.data.packing import Unit, encode
 from cpo_kernels.data.records import DataError, Record
 from cpo_kernels.data.rows import source_files
-from cpo_kernels.data.sources import count_bad_line, load_records, overall_objective, split_by_prompt
+from cpo_kernels.data.sources import (
+    check_rated,
+    count_bad_line,
+    load_records,
+    overall_objective,
+    split_by_prompt,
+)
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.hub import check_exists
 from cpo_kernels.objectives import Objective
@@ -52,6 +58,8 @@ def load_data(
         objectives = [overall_objective([*records, *eval_records])]
     elif not objectives and config.stage != "sft":
         raise ValueError(f"objectives: stage {config.stage} needs at least one, with name, low and high")
+    if config.stage != "sft":  # which may train on unrated responses
+        check_rated([*records, *eval_records], objectives, "the data")
     return records, eval_records, objectives
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -40,7 +41,7 @@ def read_rows(source: SourceConfig, quiet: bool = True) -> Iterator[Row]:
     except DAMAGED as error:  # not of a single row: those come as values
         if isinstance(error, DataError):
             raise
-        raise _damaged(source.path, error) from None
+        raise damaged(source.path, error) from None
 
 
 def rows_of(dataset: Iterable[Any], name: str) -> Iterator[Row]:
@@ -58,9 +59,9 @@ def source_files(source: SourceConfig, key: str = "data") -> list[str]:
     if not path:
         raise ValueError(f"{key}.path is empty: give a file, a folder or a hub name")
     files = sorted(glob.glob(path, recursive=True)) if "*" in path else [path]
-    if not files or (_is_local(path) and not all(Path(file).is_file() for file in files)):
+    if not files or (holds_rows(path) and not all(Path(file).is_file() for file in files)):
         raise FileNotFoundError(f"{key}: data file {path!r} does not exist")
-    if not _is_local(path) and any(Path(file).is_file() for file in files):
+    if not holds_rows(path) and any(Path(file).is_file() for file in files):
         raise ValueError(
             f"{key}: data file {path!r}: unknown file extension; use one of {', '.join((*READ_HERE, *BUILDERS))}, "
             f"optionally compressed as {', '.join(OPENERS)}"
@@ -68,18 +69,19 @@ def source_files(source: SourceConfig, key: str = "data") -> list[str]:
     return files
 
 
-def _is_local(path: str) -> bool:
+def holds_rows(path: str) -> bool:
+    """Whether it is the name of a file of rows."""
     return suffix_of(path) in (*READ_HERE, *BUILDERS)
 
 
 def _open(source: SourceConfig) -> tuple[Iterable[Row], int | None]:
     path, suffix, files = source.path, suffix_of(source.path), source_files(source)
-    if _is_local(path):
+    if holds_rows(path):
         _refuse(source, ["subset", "data_dir", "split", *([] if suffix in BUILDERS else ["streaming"])])
     if suffix in READ_HERE:
         read = _read_csv if suffix == ".csv" else read_jsonl
         return ((f"{file}:{line}", row) for file in files for line, row in read(file)), None
-    if _is_local(path) and (empty := [file for file in files if not Path(file).stat().st_size]):
+    if holds_rows(path) and (empty := [file for file in files if not Path(file).stat().st_size]):
         raise DataError(f"{empty[0]}: the file is empty")
     rows = _load(source, files)
     try:
@@ -100,8 +102,9 @@ def _without_others_keys(value: Any, inside: bool = False) -> Any:
     return value
 
 
-def _damaged(path: str, error: BaseException) -> DataError:
+def damaged(path: str, error: BaseException) -> DataError:
     form = "; a .json file must hold a list of objects, or one object per line" if suffix_of(path) == ".json" else ""
+    form = "; save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else form
     return DataError(f"{path}: {error}{form}")
 
 
@@ -125,7 +128,7 @@ def _load(source: SourceConfig, files: list[str]) -> Any:
             return datasets.load_dataset(path, source.subset, data_dir=source.data_dir, **keep)
         saved = datasets.load_from_disk(path)
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise _damaged(path, error.__cause__ or error) from None
+        raise damaged(path, error.__cause__ or error) from None
     _refuse(source, ["subset", "data_dir", "streaming", *([] if isinstance(saved, dict) else ["split"])])
     if isinstance(saved, dict) and source.split not in saved:
         raise ValueError(f"source {path} has no split {source.split!r}; splits: {', '.join(saved)}")
@@ -134,6 +137,7 @@ def _load(source: SourceConfig, files: list[str]) -> Any:
 
 def _read_csv(path: str) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """(line number, row); an empty field is None."""
+    csv.field_size_limit(sys.maxsize)  # by default a field of more than 131,072 characters is an error
     with open_text(path, newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:

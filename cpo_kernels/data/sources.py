@@ -185,6 +185,17 @@ def split_by_prompt(records: Sequence[Record], share: float, seed: int) -> tuple
     )
 
 
+def check_rated(records: Sequence[Record], objectives: Sequence[Objective], name: str) -> None:
+    """Raise ValueError for an objective that no response is rated on, such as one whose name is mistyped."""
+    rated = {objective for record in records for r in record.responses for objective in r.ratings}
+    for o in objectives:
+        if o.name not in rated:
+            raise ValueError(
+                f"{name} has no rating of {o.name!r}; it rates {', '.join(sorted(rated)) or 'nothing'}: correct the "
+                "objective's name, or leave it out"
+            )
+
+
 def overall_objective(records: Sequence[Record]) -> Objective:
     """The objective of pairs if the config names none; its scale is the range of the scores."""
     scores = [score for record in records for response in record.responses for score in response.ratings.values()]

@@ -39,7 +39,11 @@ def parser() -> Parser:
     add(
         "--data", nargs="+", help="rated answers, with the fields of the run's config; default: the run's held-out data"
     )
-    add("--prompts", metavar="FILE", help="prompts only: a text file with one per line, or JSONL with `prompt`")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="prompts only: a text file with one per line, or rows with `prompt` (.jsonl, .json, .csv, .parquet)",
+    )
     add("--questions", type=int, help="use only the first N questions")
     add("--condition", action="append", metavar="honesty=5,helpfulness=1", help="condition to evaluate (repeatable)")
     add(

@@ -64,16 +64,18 @@ def controllability(requested: Sequence[float], achieved: Sequence[float]) -> Co
 
 
 def control_table(controls: Mapping[str, Mapping[str, Control]]) -> str:
-    """{model: {objective: Control}} as one text table per objective: a row per model, a column per level."""
+    """{model: {objective: Control}} as one text table per objective: a row per model, a column per level; - where a
+    model has no score at that level."""
     width = max(map(len, controls))
     blocks = []
     for objective in next(iter(controls.values())):
-        levels = next(iter(controls.values()))[objective].levels
-        head = "".join(f"{f'ask {level.requested:g}':>8}" for level in levels)
+        levels = sorted({level.requested for c in controls.values() for level in c[objective].levels})
+        head = "".join(f"{f'ask {level:g}':>8}" for level in levels)
         rows = [f"{objective:<{max(width, 12)}}{head}{'rank corr.':>13}{'mean error':>12}{'monotone':>10}"]
         for name, by_objective in controls.items():
             control = by_objective[objective]
-            cells = "".join(f"{level.achieved:8.2f}" for level in control.levels)
+            achieved = {level.requested: f"{level.achieved:.2f}" for level in control.levels}
+            cells = "".join(f"{achieved.get(level, '-'):>8}" for level in levels)
             correlation, error, monotone = control.numbers()
             rows.append(f"{name:<{max(width, 12)}}{cells}{correlation:>13}{error:>12}{monotone:>10}")
         blocks.append("\n".join(rows))

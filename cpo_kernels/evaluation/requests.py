@@ -8,9 +8,10 @@ from itertools import product
 from pathlib import Path
 
 from cpo_kernels.data.layouts import row_prompt
-from cpo_kernels.data.records import DataError, Record, check_text, open_text, prompt_text, read_jsonl, suffix_of
+from cpo_kernels.data.records import DataError, Record, check_text, open_text, prompt_text
+from cpo_kernels.data.rows import DAMAGED, damaged, holds_rows, read_rows
 from cpo_kernels.objectives import Objective, TagTemplate
-from cpo_kernels.recipe.keys import FieldMap
+from cpo_kernels.recipe.keys import FieldMap, SourceConfig
 
 MOST = 200  # limit on combinations of a default grid
 
@@ -20,6 +21,8 @@ def parse_condition(text: str, tags: TagTemplate) -> dict[str, float]:
     given = {}
     for part in text.split(","):
         name, equals, level = part.partition("=")
+        if name.strip() in given:
+            raise ValueError(f"--condition {text!r}: {name.strip()} is given twice")
         given[name.strip()] = _number(level, f"--condition {text!r}: write objective=level,objective=level")
     return tags.parse(tags.render(given))[0]
 
@@ -45,6 +48,8 @@ def condition_grid(objectives: Sequence[Objective], chosen: Sequence[str] = ()) 
         name = name.strip()
         if name not in by_name:
             raise ValueError(f"--grid {text!r}: unknown objective {name!r}; known: {', '.join(by_name) or 'none'}")
+        if name in axes:
+            raise ValueError(f"--grid {text!r}: {name} is given twice; write all its levels in one: {name}=1,3,5")
         wrong = f"--grid {text!r}: write objective=level,level,..."
         axes[name] = [_number(level, wrong) for level in given.split(",")]
         low, high = by_name[name].low, by_name[name].high
@@ -83,21 +88,25 @@ def parse_objective(text: str) -> Objective:
 
 
 def read_prompts(path: str | Path) -> list[Record]:
-    """Prompts without rated responses: JSONL with `prompt` (a text or messages), or a text file with one per line."""
-    if suffix_of(path) in (".jsonl", ".ndjson"):
+    """Prompts without rated responses: a file of rows with `prompt` (a text or messages), or a text file with one per
+    line."""
+    if holds_rows(str(path)):
         records = []
-        for number, row in read_jsonl(path):
+        for place, row in read_rows(SourceConfig(str(path))):
             if isinstance(row, DataError):
                 raise row
             try:
-                record = Record(row_prompt(row, FieldMap()), (), f"{path}:{number}")
+                record = Record(row_prompt(row, FieldMap()), (), place)
                 check_text(prompt_text(record.prompt))
                 records.append(record)
             except ValueError as error:
-                raise DataError(f"{path}:{number}: {error}") from None
+                raise DataError(f"{place}: {error}") from None
     else:
-        with open_text(path) as file:
-            lines = enumerate(file.read().split("\n"), 1)
+        try:
+            with open_text(path) as file:
+                lines = enumerate(file.read().split("\n"), 1)
+        except DAMAGED as error:
+            raise damaged(str(path), error) from None
         records = [Record(line.strip(), (), f"{path}:{number}") for number, line in lines if line.strip()]
     if not records:
         raise ValueError(f"{path} has no prompts")

@@ -36,7 +36,7 @@ from cpo_kernels.data.chat_template import level_template
 from cpo_kernels.data.packing import Encoded
 from cpo_kernels.data.preparation import units_of
 from cpo_kernels.data.rows import rows_of
-from cpo_kernels.data.sources import Table, notes, records_of
+from cpo_kernels.data.sources import Table, check_rated, notes, records_of
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.files import atomic_text
 from cpo_kernels.integrations.trl import objective_list
@@ -109,13 +109,7 @@ class RatedData:
         table = Table(NAME, self.config.data.layout, rows)
         self.records = records_of([table], self.config.data, self.objectives, self.report)
         self.template = PromptTemplate(tokenizer, self.config.template, self.objectives)
-        rated = {name for record in self.records for r in record.responses for name in r.ratings}
-        for o in self.objectives:
-            if o.name not in rated:
-                raise ValueError(
-                    f"{NAME} has no rating of {o.name!r}; it rates {', '.join(sorted(rated)) or 'nothing'}: correct "
-                    "the objective's name, or leave it out"
-                )
+        check_rated(self.records, self.objectives, NAME)
         for note in notes(self.report):
             warnings.warn(note, stacklevel=2)
 

@@ -137,6 +137,10 @@ def loss_options(args: Any) -> LossOptions:
         raise ValueError(f"loss_type {', '.join(sorted(foreign))} is not a DPO loss of TRL: use FusedLinearCPOLoss")
     if args.padding_free:
         raise ValueError("padding_free is ignored by TRL 1.16: leave it False; padding costs the head nothing here")
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor is ignored by TRL's DPOTrainer: set it to 0; label_smoothing is that of preferences"
+        )
     objectives = own(args, "objectives")
     options = LossOptions.of(
         {
@@ -275,9 +279,12 @@ class FusedDPOTrainer(trl.DPOTrainer):
             columns.extend(RATING_COLUMNS)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL names the cache by the data and the model, but not by `ld_alpha`, which changes the log-probs too."""
+        """TRL names the cache by the data and the model, but not by what else changes the log-probs: `ld_alpha`, what
+        the collator cuts off, and the precision."""
+        args: Any = self.args
         parameters = self._precompute_model_hash
-        self._precompute_model_hash: Any = (parameters, self.ld_alpha)
+        cut, precision = (args.max_length, args.truncation_mode), self.accelerator.mixed_precision
+        self._precompute_model_hash: Any = (parameters, self.ld_alpha, cut, precision)
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:

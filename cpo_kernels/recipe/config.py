@@ -33,14 +33,14 @@ def read_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     elif isinstance(source, Mapping):
         tree = _copy(source)
     else:
-        tree = _yaml(_recipe(Path(source)).read_text(encoding="utf-8"), str(source)) or {}
+        tree = parse_yaml(_recipe(Path(source)).read_text(encoding="utf-8"), str(source)) or {}
         if not isinstance(tree, dict):
             raise ValueError(f"{source}: a config is a mapping of keys, got {type(tree).__name__}")
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r}: write section.key=value or --section.key value")
-        _set(tree, name.strip().lstrip("-").replace("-", "_"), _yaml(text, f"override {override!r}"))
+        _set(tree, name.strip().lstrip("-").replace("-", "_"), parse_yaml(text, f"override {override!r}"))
     config: Config = _build(Config, tree, "")
     for name, choices in CHOICES.items():
         value = _get(config, name)
@@ -84,7 +84,7 @@ def config_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + f.name, default, f.metadata["help"] + (f"; in {range}" if range else "")
 
 
-def _yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

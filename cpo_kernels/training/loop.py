@@ -53,6 +53,7 @@ from cpo_kernels.training.model_card import CONDITIONED, model_card
 from cpo_kernels.training.models import (
     base_of_adapters,
     check_saving,
+    check_tokens,
     fingerprint,
     load_model,
     save_model,
@@ -152,6 +153,7 @@ def _train(
         loss = StageLoss(model, config, objectives, accelerator.device)
         epochs = epochs_of(config, records, objectives, template, report)
         eval_set = units_of("eval", config, eval_records, objectives, template, report) if eval_records else []
+        check_tokens(model, tokenizer, [group for units in (*epochs, eval_set) for unit in units for group in unit])
     same = {"initial_model": initial, "data": data_hash([*epochs, eval_set])}
     if accelerator.num_processes > 1:
         check_same(accelerator, weights=initial, data=same["data"])
@@ -196,8 +198,9 @@ class Loop:
         if folder is None and self.config.run_dir:
             folder = self.run.folder / "reference"
         if folder:
-            if self.accelerator.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
+            with together(self.accelerator):
+                if self.accelerator.is_main_process:
+                    folder.mkdir(parents=True, exist_ok=True)
             folder = folder / f"{self.same['initial_model']}-{self.training.precision}.json"
         (*epochs, eval_set), report["reference"] = with_reference(
             [*epochs, eval_set], self.loss, folder, self.accelerator, self.quiet, self.used(epochs, eval_set)

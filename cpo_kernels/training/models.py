@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from cpo_kernels.data.packing import Encoded
 from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.hub import check_model_path, model_source
 from cpo_kernels.recipe.keys import ModelConfig, TrainingConfig
@@ -102,6 +105,26 @@ def select_trainable(model: Any, training: TrainingConfig) -> list[tuple[str, nn
         if p.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"trainable parameters must be float32; {name} is {p.dtype}: load the model in float32")
     return named
+
+
+def check_tokens(model: Any, tokenizer: Any, groups: Sequence[Encoded]) -> None:
+    """Raise ValueError for a token or a position that has no embedding: the run would fail at that batch, on a GPU
+    without a reason."""
+    tokens = model.get_input_embeddings()
+    largest = max((max(chain(g.prompt, *g.responses)) for g in groups), default=-1)
+    if largest >= len(tokens.weight):
+        raise ValueError(
+            f"the tokenizer writes token {largest} ({tokenizer.decode([largest])!r}), but the model has "
+            f"{len(tokens.weight)} embeddings: give its own tokenizer (model.tokenizer) or resize them"
+        )
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    longest = max((max(g.rows("packed")) for g in groups), default=0)
+    for table in (m for m in model.base_model.modules() if isinstance(m, nn.Embedding) and m is not tokens):
+        if longest > limit and table.num_embeddings == limit + getattr(table, "offset", 0):
+            raise ValueError(
+                f"a prompt with its response has {longest} tokens, but the model has embeddings of {limit} positions: "
+                f"set data.max_tokens to at most {limit}"
+            )
 
 
 # how the model came about, not what it computes

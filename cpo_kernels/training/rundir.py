@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import yaml
 
 from cpo_kernels.data.records import Record, write_records
-from cpo_kernels.files import atomic_text
-from cpo_kernels.recipe.config import config_keys, config_text
+from cpo_kernels.files import atomic_text, check_folder
+from cpo_kernels.recipe.config import config_keys, config_text, parse_yaml
 from cpo_kernels.recipe.keys import Config
 from cpo_kernels.training.trackers import Trackers, check_trackers
 
@@ -46,6 +45,9 @@ class RunDir:
         self.trackers: Trackers | None = None
         self.lock: TextIO | None = None
         check_trackers(config.training.trackers)
+        for key in ("run_dir", "cache_dir") if is_main else ():
+            if folder := getattr(config, key):
+                check_folder(Path(folder), key)
         if self.path is None:
             if config.training.resume or config.training.checkpoint_every or config.training.trackers:
                 raise ValueError("training.resume, checkpoint_every and trackers need a run_dir")
@@ -92,7 +94,12 @@ class RunDir:
             self.save_data(report, eval_records)
 
     def _check_same(self, config: Config) -> None:
-        old = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        file = self.folder / "config.yaml"
+        old = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+        if not isinstance(old, dict):
+            raise ValueError(
+                f"{file} is damaged: it holds {old!r:.40}, not the keys of the run: restore it, or --overwrite"
+            )
         new = dataclasses.asdict(config)
         for name, default, _ in config_keys():
             *sections, last = name.split(".")
@@ -122,7 +129,10 @@ class RunDir:
         """Drop the metrics of an earlier process after `step`; the run resumes from there."""
         file = self.path and self.path / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file and file.exists() else []
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may truncate the last one
+        try:
+            whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may truncate the last one
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): remove the lines that are not JSON") from None
         self.metrics = [row for row in whole if row["step"] <= step] if step else []
         if self.writes:
             atomic_text("".join(json.dumps(row) + "\n" for row in self.metrics), self.folder / "metrics.jsonl")

@@ -191,6 +191,15 @@ def test_balance_and_class_weights():
         assert abs(count / total - (0.1 if ratings[0] == 1 else 1) / 4.2) < 1 / total
 
 
+def test_weights_of_zero_draw_nothing():
+    """An entry that may draw only classes of weight 0 draws nothing; the other entry draws its share."""
+    mixture = [{"sampler": "attained", "levels": {"honesty": 1}}, {"sampler": "attained"}]
+    draws = draw("cpsft", balance=True, class_weights=[{"honesty": 1, "weight": 0}], mixture=mixture)
+    assert len(draws.units) == 120 and {honesty for honesty, _ in classes(draws)} == {3, 5}
+    with pytest.raises(ValueError, match="stage cpsft: nothing to train on"):
+        draw("cpsft", balance=True, class_weights=[{"weight": 0}])
+
+
 def test_shares_of_a_mixture():
     mixture = [
         {"sampler": "attained", "share": 0.5},

@@ -321,6 +321,46 @@ def test_prompts_are_read_from_packed_files_too(tmp_path):
     assert [r.prompt for r in read_prompts(tmp_path / "p.txt.gz")] == ["a", "b"]
 
 
+@pytest.mark.parametrize("name", ["p.json", "p.json.gz", "p.csv", "p.parquet"])
+def test_prompts_are_read_from_every_file_of_rows(tmp_path, monkeypatch, name):
+    """A .json file is no text with a prompt on every line: the published prompts of the method are JSON arrays."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def write(rows):
+        table = datasets.Dataset.from_list(rows)
+        if name == "p.csv":
+            table.to_csv(tmp_path / name)
+        elif name == "p.parquet":
+            table.to_parquet(tmp_path / name)
+        else:
+            text = json.dumps(rows, indent=1).encode()
+            (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+
+    write([{"prompt": "Sky?", "id": 0}, {"prompt": "Sea,\nwhere?", "id": 1}])
+    assert [record.prompt for record in read_prompts(tmp_path / name)] == ["Sky?", "Sea,\nwhere?"]
+    write([{"user_query": "Sky?", "id": 0}])
+    with pytest.raises(DataError, match=f"{name}:.*no field 'prompt'.*; fields: user_query, id"):
+        read_prompts(tmp_path / name)
+
+
+def test_prompts_in_a_damaged_file_are_named(tmp_path):
+    (tmp_path / "p.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(DataError, match="p.txt: .*save the file as UTF-8"):
+        read_prompts(tmp_path / "p.txt")
+    (tmp_path / "p.jsonl.gz").write_bytes(TEXT)
+    with pytest.raises(DataError, match="p.jsonl.gz: Not a gzipped file"):
+        read_prompts(tmp_path / "p.jsonl.gz")
+
+
+def test_a_long_field_of_a_csv_file(tmp_path):
+    """Python's csv module refuses more than 131,072 characters unless told otherwise."""
+    answer = "so " * 50_000
+    (tmp_path / "r.csv").write_text(f"prompt,response,h\na,{answer},5\nb,c,4\n")
+    sections = {"layout": "answers", "fields": {"ratings": {"honesty": "h"}}}
+    first, second = load_records([tmp_path / "r.csv"], data(**sections), HONESTY, {})
+    assert first.responses[0].text == answer and second.responses[0].text == "c"
+
+
 @pytest.mark.parametrize("name", ["r.jsonl.zst", "r.zip", "r.tsv", "r.txt", "r"])
 def test_other_files_are_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(TEXT)
@@ -371,6 +411,7 @@ def test_a_file_without_a_good_row_is_named(tmp_path):
         ("r.json", b"3", "a .json file must hold a list of objects, or one object per line"),
         ("r.jsonl.gz", TEXT, "Not a gzipped file"),
         ("r.jsonl", TEXT.decode().encode("utf-16"), "save the file as UTF-8"),
+        ("r.csv", "prompt,responses\ncafé,b\n".encode("latin-1"), "save the file as UTF-8"),
     ],
 )
 def test_broken_files_are_named(tmp_path, monkeypatch, name, content, reason):

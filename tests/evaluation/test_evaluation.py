@@ -192,6 +192,15 @@ def test_controllability_by_hand():
     assert table.splitlines()[-1].split() == "other 3.00 3.00 0.00 2.00 100%".split()
 
 
+def test_a_level_without_scores_leaves_its_column_empty():
+    """A judge may refuse all answers of a model at one level."""
+    models = {"some": controllability([1, 5], [2, 4]), "all": controllability([1, 3, 5], [1, 3, 5])}
+    head, some, every = control_table({name: {"honesty": c} for name, c in models.items()}).splitlines()
+    columns = [head.index(f"ask {level}") + len("ask 1") for level in (1, 3, 5)]
+    assert [some[end - 4 : end] for end in columns] == ["2.00", "   -", "4.00"]
+    assert [every[end - 4 : end] for end in columns] == ["1.00", "3.00", "5.00"]
+
+
 def test_plot_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     from cpo_kernels.evaluation.plot import plot_controllability

@@ -13,8 +13,8 @@ from cpo_kernels.demo.world import World
 from cpo_kernels.evaluation.achieved import judged_scores, win_rates
 from cpo_kernels.evaluation.judgements import evaluate, score
 from cpo_kernels.evaluation.report import spread, write_report
-from cpo_kernels.evaluation.requests import condition_grid, levels, parse_objective, read_prompts
-from cpo_kernels.objectives import Objective
+from cpo_kernels.evaluation.requests import condition_grid, levels, parse_condition, parse_objective, read_prompts
+from cpo_kernels.objectives import Objective, TagTemplate
 from tests.evaluation.test_scorers import stub  # noqa: F401
 from tests.support import tiny
 from tests.support.browser import PROGRAM, browser
@@ -43,6 +43,10 @@ def test_grid_is_every_combination_of_levels():
 def test_grid_says_what_is_wrong(chosen, reason):
     with pytest.raises(ValueError, match=reason):
         condition_grid([A, B], [chosen])
+    with pytest.raises(ValueError, match="a is given twice; write all its levels in one"):
+        condition_grid([A, B], ["a=1,2", "b=1", "a=3"])
+    with pytest.raises(ValueError, match="a is given twice"):
+        parse_condition("a=1,b=0, a=3", TagTemplate([A, B]))
     with pytest.raises(ValueError, match="625 combinations"):
         condition_grid([Objective(name, 1, 5) for name in "abcd"])
 

@@ -110,21 +110,34 @@ def test_precomputed_reference(tmp_path):
     assert_same_run(theirs, live)
 
 
-@pytest.mark.parametrize("option, values", [("ld_alpha", (0.5, None)), ("head_scale", (1.0, 0.5))])
-def test_precomputed_references_of_other_options_are_not_taken(tmp_path, monkeypatch, option, values):
-    """TRL names its cache by parameters and data; with `max_length` its filter on the data holds all options."""
+KEEP_END = {"max_length": 8, "truncation_mode": "keep_end"}  # no filter on the data
+
+
+@pytest.mark.parametrize(
+    "one, other, least",
+    [
+        ({"ld_alpha": 0.5}, {}, 0.1),
+        ({"head_scale": 0.5}, {}, 0.1),
+        (KEEP_END, {}, 0.1),
+        (KEEP_END, KEEP_END | {"max_length": 9}, 0.1),
+        ({"bf16": True}, {}, 1e-4),
+    ],
+    ids=["ld_alpha", "head_scale", "keep_end", "max_length", "bf16"],
+)
+def test_precomputed_references_of_other_options_are_not_taken(tmp_path, monkeypatch, one, other, least):
+    """TRL names its cache by parameters and data; with keep_start its filter on the data holds all options."""
     datasets.Dataset.from_dict(DATA).save_to_disk(str(tmp_path / "data"))
 
-    def reference(value):
+    def reference(given):
         data = datasets.load_from_disk(str(tmp_path / "data"))
-        options = {"precompute_ref_log_probs": True, "max_length": None, "head_scale": 1.0, option: value}
+        options = {"precompute_ref_log_probs": True, "max_length": None, "head_scale": 1.0} | given
         trainer = trainer_of(True, tmp_path, options, ref_model=unknown, data=data)
         return torch.tensor(trainer.train_dataset["ref_chosen_logps"])
 
-    first, second = map(reference, values)
-    assert (first - second).abs().max() > 0.1
+    first, second = map(reference, (one, other))
+    assert (first - second).abs().max() > least
     monkeypatch.setattr(FusedDPOTrainer, "compute_ref_log_probs", None)
-    assert torch.equal(reference(values[0]), first)  # from the cache
+    assert torch.equal(reference(one), first)  # from the cache
 
 
 @pytest.mark.parametrize(
@@ -330,6 +343,7 @@ def test_a_dtensor_weight(tmp_path):
         ({"loss_type": "nonsense"}, "unknown loss_type 'nonsense'"),
         ({"label_smoothing": 0.1}, "label_smoothing is ignored by TRL for loss_type sigmoid"),
         ({"loss_type": "exo_pair"}, "needs label_smoothing > 0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is ignored"),
         ({"padding_free": True}, "padding_free is ignored"),
         ({"use_weighting": True, "loss_type": "hinge"}, "use_weighting with loss_type hinge"),
         ({"use_weighting": True, "loss_type": "sft"}, "use_weighting does not apply to loss_type 'sft'"),

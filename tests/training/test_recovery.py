@@ -159,6 +159,15 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
     assert curve(resumed) == curve(run()) and [row["step"] for row in resumed.metrics] == [0, 1, 2, 3, 4, 4]
 
 
+@pytest.mark.parametrize("name, text", [("config.yaml", ""), ("config.yaml", "a: ["), ("metrics.jsonl", "\0\0\n")])
+def test_a_damaged_file_of_the_run_is_named(tmp_path, name, text):
+    keys = {"checkpoint_every": 2}
+    run(run_dir=str(tmp_path), training=keys)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}.*(is damaged|is not valid YAML)"):
+        run(run_dir=str(tmp_path), training=keys | {"resume": True})
+
+
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
     run(**settings(tmp_path))
     for state in (tmp_path / "run/checkpoints").glob("*/state.json"):

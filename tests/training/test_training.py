@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import shutil
 import types
@@ -304,6 +305,19 @@ def test_a_run_that_cannot_start_leaves_nothing_and_deletes_nothing(tmp_path):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("key", ["run_dir", "cache_dir"])
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monkeypatch, key):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(loop_module, "load_model", None)  # the model is not loaded
+    for folder in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(NotADirectoryError, match=f"{key} {folder}: {tmp_path}/file is a file"):
+            run(**{key: str(folder)})
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # a disk that is mounted read-only, also for root
+    with pytest.raises(PermissionError, match=f"{key} {tmp_path}/run: {tmp_path} cannot be written"):
+        run(**{key: str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_deletes_only_what_an_earlier_run_wrote(tmp_path):
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard/events").write_text("of another program")
@@ -324,6 +338,39 @@ def test_class_weights_that_could_not_act_are_refused():
     with pytest.raises(ValueError, match="class_weights only matter when conditions.balance or conditions.responses"):
         run("cpsft", conditions={"class_weights": weights, "responses": None})
     run("cpsft", conditions={"class_weights": weights, "responses": None, "balance": True}, training={"max_steps": 1})
+
+
+def test_an_objective_that_nothing_is_rated_on_is_refused():
+    """Its tag would never be shown; sft needs no ratings."""
+    objectives = [tiny.OBJECTIVES[0], {"name": "helpfullness", "low": 1, "high": 5}]
+    for stage in ("cpsft", "cdpo", "dpo"):
+        with pytest.raises(ValueError, match="no rating of 'helpfullness'; it rates helpfulness, honesty"):
+            run(stage, objectives=objectives)
+    run("sft", objectives=objectives, training={"max_steps": 1})
+
+
+def test_tokens_and_positions_without_an_embedding_are_named():
+    """A tokenizer with added tokens whose model was not resized; learned positions that end before the rows do."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    model = {"model": {"config": {**tiny.MODEL, "vocab_size": len(tokenizer) - 1}}}
+    train(tiny.config("cpsft", **model), tokenizer=tokenizer, records=RECORDS)  # it does not write <new>
+    for place in ("prompt", "answer"):
+        records = [
+            Record(r.prompt + "<new>" * (place == "prompt"), (replace(r.responses[0], text="a<new>"), *r.responses[1:]))
+            for r in RECORDS
+        ]
+        with pytest.raises(ValueError, match="token 102 .'<new>'., but the model has 102 embeddings"):
+            train(tiny.config("cpsft", **model), tokenizer=tokenizer, records=records)
+    for kind, sizes in {
+        "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16},
+        "opt": {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "max_position_embeddings": 16, "word_embed_proj_dim": 32},
+    }.items():  # fmt: skip
+        model = {"model": {"config": {"model_type": kind, **sizes}}, "training": {"max_steps": 1}}
+        with pytest.raises(ValueError, match="has embeddings of 16 positions: set data.max_tokens to at most 16"):
+            run("cpsft", **model)
+        run("sft", **model, data={"max_tokens": 16})
 
 
 @pytest.mark.parametrize("epochs, steps", [(1.1, 3 + 1), (2.0, 6), (0.5, 2), (2.34, 6 + 2)])
