@@ -150,8 +150,8 @@ def head_inputs(
     check_types("a tensor", optional=True, bias=bias)
     hidden, weight, bias, shards = local_head(hidden, weight, bias, vocab_shards)
     check_head_order(hidden, weight, labels)
-    if weight.dim() != 2 or (weight.shape[0] == 0 and shards is None):
-        raise ValueError(f"weight must have shape [V, H] with V >= 1, got {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and shards is None):
+        raise ValueError(f"weight must have shape [V, H] with V and H >= 1, got {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must have shape [..., H] with H = {weight.shape[1]}, the width of weight "
