@@ -152,7 +152,7 @@ def linear_nll(
     config = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget, filter_eps, filter_head_grad)
     inputs = head_inputs(hidden, weight, labels, bias, config, vocab_shards)
     dispatch.resolve_impl(impl, hidden.device)
-    check_index(index, labels)
+    check_index(index, labels, ignore_index)
     check_types("a tensor", optional=True, token_weights=token_weights)
     check_types("a number", optional=True, num_tokens=num_tokens)
     if num_tokens is not None and not 0 < num_tokens < float("inf"):

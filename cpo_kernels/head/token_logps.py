@@ -348,7 +348,7 @@ def linear_token_logps(
     config = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget, filter_eps, filter_head_grad)
     inputs = head_inputs(hidden, weight, labels, bias, config, vocab_shards)
     dispatch.resolve_impl(impl, hidden.device)
-    check_index(index, labels)
+    check_index(index, labels, ignore_index)
     logp, extra, *_ = token_logps_of(inputs, extras, impl, index)
     shape = labels.shape
     return (logp.view(shape), token_extras(extra, shape)) if extras else logp.view(shape)
