@@ -35,7 +35,7 @@ class Chunk:
         needs_dx: bool,
     ) -> None:
         self.head, self.execution = head, execution
-        self.filtered = execution.filter_eps > 0 and needs_dx
+        self.filtered = execution.filter_eps > 0 and needs_dx and inputs[0].shape[0] > 0
         self.waits = inputs[0].dtype == torch.bfloat16
         self.x, self.labels, extras, ref = inputs
         self.pieces: list[tuple[slice, Logits]] = []

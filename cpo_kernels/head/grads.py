@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from cpo_kernels import library
 from cpo_kernels.backends import dispatch
@@ -18,9 +19,14 @@ from cpo_kernels.library import refuse_double_backward
 WEIGHT_TILE = 8192  # rows of dW per product when several 16-bit chunks are accumulated
 
 
+def is_batched(*grads: Tensor) -> bool:
+    """Under is_grads_batched=True, which runs backward once for all incoming gradients: none can be read or written."""
+    return any(is_legacy_batchedtensor(grad) or is_batchedtensor(grad) for grad in grads)
+
+
 def multiply(values: Tensor, factor: Tensor) -> Tensor:
     """values * factor in the dtype of `values`, multiplied in float32 (float64 for float64) and rounded once."""
-    if values.device.type == "cpu" or torch.compiler.is_compiling():
+    if values.device.type == "cpu" or torch.compiler.is_compiling() or is_batched(factor):
         return (values * factor.to(library.acc_dtype(values.dtype))).to(values.dtype)
     return torch.mul(values, factor.view(-1, 1), out=torch.empty_like(values))  # one pass, no float32 copy
 
@@ -32,7 +38,8 @@ def scale_rows(dx: Tensor, coef: Tensor) -> Tensor:
 
 def restore(value: Tensor, factor: Tensor) -> Tensor:
     """value * factor. On a CPU, where reading the factor is free, a factor of 1 skips the pass over V*H elements."""
-    if not torch.compiler.is_compiling() and factor.device.type == "cpu" and float(factor) == 1.0:
+    readable = factor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(factor)
+    if readable and float(factor) == 1.0:
         return value
     return multiply(value, factor)
 
@@ -180,13 +187,16 @@ def fake_head_grads(tensors: HeadTensors, needs: Needs) -> HeadGrads:
 def scaled_grads(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias: the saved `HeadGrads` times the incoming gradient.
 
-    Saved tensors are not modified. If the incoming gradient is 1, the saved dW itself is returned, which autograd
-    copies only if the graph is retained.
+    Saved tensors are not modified. If the incoming gradient is 1, the saved dW itself is returned, or a copy if the
+    graph is retained: the caller may write to what he gets.
     """
     refuse_double_backward()
     grads, needs = HeadGrads(*ctx.saved_tensors), Needs(*ctx.needs_input_grad[:3])
+    dw = restore(grads.dw, grads.power * grad_loss) if needs.dw else None
+    if dw is grads.dw and torch._C._autograd._get_current_graph_task_keep_graph():
+        dw = dw.clone()
     return (
         scale_rows(grads.dx, grads.coef * grad_loss) if needs.dx else None,
-        restore(grads.dw, grads.power * grad_loss) if needs.dw else None,
+        dw,
         (grads.db * grad_loss).to(grads.dw.dtype) if needs.db else None,
     )

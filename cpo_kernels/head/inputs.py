@@ -150,8 +150,8 @@ def head_inputs(
     check_types("a tensor", optional=True, bias=bias)
     hidden, weight, bias, shards = local_head(hidden, weight, bias, vocab_shards)
     check_head_order(hidden, weight, labels)
-    if weight.dim() != 2 or (weight.shape[0] == 0 and shards is None):
-        raise ValueError(f"weight must have shape [V, H] with V >= 1, got {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and shards is None):
+        raise ValueError(f"weight must have shape [V, H] with V and H >= 1, got {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must have shape [..., H] with H = {weight.shape[1]}, the width of weight "
@@ -166,7 +166,7 @@ def head_inputs(
         check_dtype(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: move one of them")
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on meta tensors
         dtype = torch.get_autocast_dtype(device)
         named = {n: t if t.dtype == torch.float64 else t.to(dtype) for n, t in named.items()}
     if len({t.dtype for t in named.values()}) != 1:
@@ -186,7 +186,8 @@ def head_inputs(
     return HeadInputs(tensors, options, rows_at_a_time, width, shards, eps, config.filter_head_grad)
 
 
-def check_index(index: Tensor | None, labels: Tensor) -> None:
+def check_index(index: Tensor | None, labels: Tensor, ignore_index: int) -> None:
+    """A repeated position would count twice in dW, and a labelled one that is missing would drop out of the loss."""
     if index is None:
         return
     check_types("a tensor", index=index)
@@ -199,6 +200,14 @@ def check_index(index: Tensor | None, labels: Tensor) -> None:
         return
     if bool(((index < 0) | (index >= labels.numel())).any()):
         raise ValueError(f"index must lie in [0, {labels.numel()}), got {int(index.min())} to {int(index.max())}")
+    labels, times = labels.flatten(), torch.bincount(index, minlength=labels.numel())
+    if bool((times > 1).any()):
+        p = int(times.argmax())
+        raise ValueError(f"index holds position {p} {int(times[p])} times: give each position once")
+    missing = (times == 0) & (labels != ignore_index)
+    if bool(missing.any()):
+        p = int(missing.nonzero()[0])
+        raise ValueError(f"index lacks position {p}, whose label is {int(labels[p])}: give all positions with a label")
 
 
 @dataclass

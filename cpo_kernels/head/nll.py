@@ -154,11 +154,11 @@ def linear_nll(
     config = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget, filter_eps, filter_head_grad)
     inputs = head_inputs(hidden, weight, labels, bias, config, vocab_shards)
     dispatch.resolve_impl(impl, hidden.device)
-    check_index(index, labels)
+    check_index(index, labels, ignore_index)
     check_types("a tensor", optional=True, token_weights=token_weights)
     check_types("a number", optional=True, num_tokens=num_tokens)
-    if num_tokens is not None and not num_tokens > 0:
-        raise ValueError(f"num_tokens must be positive, got {num_tokens}: omit it to count the labels")
+    if num_tokens is not None and not 0 < num_tokens < float("inf"):
+        raise ValueError(f"num_tokens must be positive and finite, got {num_tokens}: omit it to count the labels")
     if token_weights is not None:
         if token_weights.shape != labels.shape:
             raise ValueError(f"token_weights must have shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")

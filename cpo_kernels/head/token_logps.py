@@ -3,17 +3,14 @@
 Only one chunk of logits exists at a time. `strategy` describes the strategies.
 """
 
-import threading
-from collections import Counter
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import VocabShards
-from cpo_kernels.head.grads import InputGrads, fake_grads, restore, scale_rows
+from cpo_kernels.head.grads import InputGrads, fake_grads, is_batched, restore, scale_rows
 from cpo_kernels.head.inputs import (
     Execution,
     HeadConfig,
@@ -158,36 +155,28 @@ def linear_token_logps_backward_op(tensors: HeadTensors, args: BackwardArgs) -> 
 
 
 class _Kept:
-    """Logits that wait for their backward pass, counted by device until they are taken or the graph is freed.
+    """Logits that wait for their backward pass, until they are taken or the graph is freed.
 
-    They are no saved tensors: what is saved must not depend on the count, or torch.utils.checkpoint would find other
-    tensors when it runs the forward pass again.
+    They are no saved tensors: what is saved must not depend on the bytes held, or torch.utils.checkpoint would find
+    other tensors when it runs the forward pass again. There is no lock: the garbage collector may free a graph, and run
+    `__del__`, between any two instructions, also of a thread that holds one. Each step on the dict is atomic.
     """
 
-    lock = threading.Lock()
-    bytes: Counter[torch.device] = Counter()
+    logits: ClassVar[dict[int, Tensor]] = {}  # by id of their _Kept
 
     def __init__(self, logits: Tensor) -> None:
-        self.logits: Tensor | None = logits
-        self.count(1)
-
-    def count(self, sign: int) -> None:
-        if self.logits is not None:
-            with self.lock:
-                self.bytes[self.logits.device] += sign * self.logits.numel() * self.logits.element_size()
+        self.logits[id(self)] = logits
 
     def take(self) -> Tensor | None:
         """The logits, once."""
-        self.count(-1)
-        logits, self.logits = self.logits, None
-        return logits
+        return self.logits.pop(id(self), None)
 
     __del__ = take
 
-
-def _is_batched(*grads: Tensor) -> bool:
-    """Under is_grads_batched=True, which runs an op once for each gradient."""
-    return any(is_legacy_batchedtensor(grad) or is_batchedtensor(grad) for grad in grads)
+    @classmethod
+    def bytes(cls, device: torch.device) -> int:
+        """Held on the device, over all calls."""
+        return sum(t.numel() * t.element_size() for t in list(cls.logits.values()) if t.device == device)
 
 
 class LinearTokenLogps(torch.autograd.Function):
@@ -237,7 +226,7 @@ class LinearTokenLogps(torch.autograd.Function):
                 index, lse, lacks, grad, entropies, options, needs, LiveTensors(*live), from_live, execution
             )
             tensors = HeadTensors(hidden, weight, bias, labels)
-            kept = ctx.kept.take() if ctx.kept and not _is_batched(grad, entropies) else None
+            kept = ctx.kept.take() if ctx.kept and not is_batched(grad, entropies) else None
             if kept is None:
                 out = linear_token_logps_backward_op(tensors, args)
             else:
@@ -267,7 +256,7 @@ def token_logps_of(
     # torch.compile's graphs cannot know whether kept logits have been overwritten.
     if needs.head and not inputs.keeps_live_sets and not torch.compiler.is_compiling():
         row_bytes = row_stride(inputs.width, weight.dtype, weight.device) * weight.element_size()
-        held = _Kept.bytes[weight.device] if inputs.shards is None else 0  # ranks must agree
+        held = _Kept.bytes(weight.device) if inputs.shards is None else 0  # ranks must agree
         keep_rows = max(0, inputs.limits.budget - -(-held // row_bytes))
     execution = inputs.execution(impl)
     args = TokenArgs(index, ref_hidden, inputs.options, extras, want_dx, keep_rows, inputs.keeps_live_sets, execution)
@@ -359,7 +348,7 @@ def linear_token_logps(
     config = HeadConfig(ignore_index, softcap, scale, vocab_size, memory_budget, filter_eps, filter_head_grad)
     inputs = head_inputs(hidden, weight, labels, bias, config, vocab_shards)
     dispatch.resolve_impl(impl, hidden.device)
-    check_index(index, labels)
+    check_index(index, labels, ignore_index)
     logp, extra, *_ = token_logps_of(inputs, extras, impl, index)
     shape = labels.shape
     return (logp.view(shape), token_extras(extra, shape)) if extras else logp.view(shape)

@@ -88,8 +88,8 @@ def kernel_args(
         needy = [t for t in options.types if LOSS_TYPES[t].needs_lengths]
         raise ValueError(f"loss_type {', '.join(needy)} needs lengths [S], the labelled tokens of each sequence")
     for name, value in divisors.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}: omit it to count what this call contains")
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {value}: omit it to count what this call holds")
     if given.chosen_tokens is not None and not options.averages_tokens:
         raise ValueError(f"chosen_tokens does not apply to loss_type {', '.join(options.types)}")
     return PreferenceArgs(

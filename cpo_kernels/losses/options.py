@@ -61,6 +61,8 @@ class LossOptions:
         object.__setattr__(self, "loss_type", types)
         check_types("a number", **{f.name: getattr(self, f.name) for f in fields(self) if isinstance(f.default, float)})
         check_types("a number", optional=True, tau=self.tau, ld_alpha=self.ld_alpha)
+        if not isinstance(self.use_weighting, bool):
+            raise TypeError(f"use_weighting must be True or False, got {self.use_weighting!r}")
         if self.objectives is not None:
             objectives_tensor(self.objectives)  # Objectives, whose names differ
         check_list("loss_weights", () if self.loss_weights is None else self.loss_weights, (int, float), "numbers")

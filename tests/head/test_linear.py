@@ -1,5 +1,9 @@
 """The head: every strategy against the float64 oracle, its memory, its products and its misuse."""
 
+import gc
+import sys
+import threading
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -425,8 +429,11 @@ def test_retain_graph_and_second_backward_accumulate():
     """The saved dW is handed out as it is: a kept graph must not see what the optimizer does to the gradient."""
     batch = make_batch()
     loss = cpo.linear_nll(batch.hidden, batch.weight, batch.labels, batch.bias)
+    for grad in torch.autograd.grad(loss, batch.leaves, retain_graph=True):
+        grad.zero_()  # belongs to whoever asked for it
     loss.backward(retain_graph=True)
     first = [leaf.grad.clone() for leaf in batch.leaves]
+    assert all(grad.any() for grad in first)
     for leaf in batch.leaves:
         leaf.grad.mul_(-3)  # clipping, or an optimizer that works in place
     loss.backward(retain_graph=True)
@@ -507,6 +514,7 @@ def test_two_runs_give_the_same_bits(dtype):
     [
         ({"hidden": torch.zeros(4, 9, 7)}, r"H = 24.*got \(4, 9, 7\)"),
         ({"weight": torch.zeros(24)}, r"weight must have shape \[V, H\]"),
+        ({"hidden": torch.zeros(4, 9, 0), "weight": torch.zeros(101, 0)}, r"V and H >= 1, got \(101, 0\)"),
         ({"bias": torch.zeros(3)}, r"bias must have shape \[101\], got \(3,\)"),
         ({"labels": torch.zeros(4, 8, dtype=torch.int64)}, r"\(4, 9\).*got \(4, 8\)"),
         ({"labels": torch.zeros(4, 9)}, "labels must be int64, got torch.float32"),
@@ -518,6 +526,9 @@ def test_two_runs_give_the_same_bits(dtype):
         ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
         ({"vocab_size": 102}, r"vocab_size must lie in \[1, 101\].*got 102"),
         ({"memory_budget": 0}, "memory_budget must be a positive number of bytes, got 0"),
+        ({"index": torch.arange(37)}, r"index must lie in \[0, 36\), got 0 to 36"),
+        ({"index": torch.tensor([*range(36), 7, 7])}, "index holds position 7 3 times: give each position once"),
+        ({"index": torch.arange(35)}, "index lacks position 35, whose label is [0-9]+: give all positions"),
         ({"impl": "fast"}, "impl must be one of.*got 'fast'"),
         ({"impl": "cuda"}, "impl='cuda' (is not available|takes GPU tensors)"),
     ],
@@ -631,7 +642,7 @@ def test_kept_logits_serve_every_backward(dtype, filter_eps):
 
 
 def kept_bytes():
-    return head_token_logps._Kept.bytes[torch.device("cpu")]
+    return head_token_logps._Kept.bytes(torch.device("cpu"))
 
 
 def test_logits_are_kept_where_they_fit_and_freed_by_the_first_backward():
@@ -644,6 +655,36 @@ def test_logits_are_kept_where_they_fit_and_freed_by_the_first_backward():
         assert kept_bytes() == before
     logps = cpo.linear_token_logps(batch.hidden, batch.weight, batch.labels)
     del logps  # without a backward pass
+    assert kept_bytes() == before
+
+
+def test_a_graph_is_freed_while_logits_are_counted():
+    """The garbage collector frees a graph in a cycle between any two instructions, here all of those that count."""
+    before, ran = kept_bytes(), []
+
+    def collect(frame, event, arg):
+        if frame.f_code.co_filename == head_token_logps.__file__:
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                sys.settrace(None)
+                cycle = [head_token_logps._Kept(torch.zeros(2, 3))]
+                cycle.append(cycle)
+                del cycle
+                gc.collect()
+                ran.append(event)
+                sys.settrace(collect)
+        return collect
+
+    def run():
+        sys.settrace(collect)
+        kept = head_token_logps._Kept(torch.zeros(4, 5))
+        kept.take()
+        sys.settrace(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and ran
     assert kept_bytes() == before
 
 
@@ -675,6 +716,39 @@ def test_a_trained_head_under_fake_tensors_and_batched_gradients():
     batched = torch.autograd.grad(logps, batch.leaves, upstream, is_grads_batched=True, retain_graph=True)
     for k in range(3):
         want = torch.autograd.grad(logps, batch.leaves, upstream[k], retain_graph=True)
+        assert all(relative_error(b[k], w) < 1e-12 for b, w in zip(batched, want, strict=True))
+
+
+def test_meta_tensors_give_shapes():
+    """There is no autocast for them to ask about."""
+    hidden, weight = (torch.zeros(*shape, device="meta", requires_grad=True) for shape in ((2, 3, 8), (16, 8)))
+    labels, ref_logps = torch.zeros(2, 3, dtype=torch.int64, device="meta"), torch.zeros(2, device="meta")
+    loss = cpo.FusedLinearCPOLoss()(hidden, weight, labels, ref_logps=ref_logps).loss + cpo.linear_nll(
+        hidden, weight, labels
+    )
+    loss.backward()
+    assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("loss_of", ["nll", "preference", "kto"])
+def test_batched_gradients_of_a_loss(loss_of, train_head):
+    """is_grads_batched=True, as in torch.autograd.functional.jacobian(vectorize=True): nothing may be read there."""
+    batch = make_batch(4, 9)
+    weight = batch.weight if train_head else batch.weight.detach()
+    leaves = batch.leaves[: 1 + train_head]
+    head, ref = (batch.hidden, weight, batch.labels), {"ref_logps": batch.ref_logps}
+    if loss_of == "nll":
+        loss = cpo.linear_nll(*head)
+    elif loss_of == "preference":
+        loss = cpo.FusedLinearCPOLoss()(*head, **ref).loss
+    else:
+        desirable = torch.tensor([True, False, True, False])
+        loss = cpo.FusedLinearKTOLoss()(*head, desirable=desirable, kl=0.0, **ref).loss
+    upstream = torch.tensor([1.0, -2.5, 0.0], dtype=torch.float64)
+    batched = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for k in range(3):
+        want = torch.autograd.grad(loss, leaves, upstream[k], retain_graph=True)
         assert all(relative_error(b[k], w) < 1e-12 for b, w in zip(batched, want, strict=True))
 
 

@@ -341,12 +341,13 @@ def test_one_kind_of_responses(kind, train_head):
 
 
 @pytest.mark.parametrize("impl", EVERY_BACKEND)
+@pytest.mark.parametrize("filters", [{}, {"filter_eps": 0.01}, {"filter_eps": 0.01, "filter_head_grad": True}])
 @pytest.mark.parametrize("train_head", [True, False])
 @pytest.mark.parametrize("own", [False, True], ids=["ref_logps", "ref_hidden"])
-def test_no_labels_and_no_sequences(own, train_head, impl):
+def test_no_labels_and_no_sequences(own, train_head, filters, impl):
     batch = sample()
     weight, bias, leaves = head_of(batch, train_head)
-    loss_fn = cpo.FusedLinearKTOLoss(impl=impl)
+    loss_fn = cpo.FusedLinearKTOLoss(impl=impl, **filters)
     for rows, length in ((6, 9), (6, 0), (0, 9)):
         hidden = batch.hidden[:rows, :length]
         labels = torch.full((rows, length), -100)
