@@ -39,7 +39,7 @@ from cpo_kernels.data.rows import rows_of
 from cpo_kernels.data.sources import Table, check_rated, notes, records_of
 from cpo_kernels.data.template import PromptTemplate
 from cpo_kernels.files import atomic_text
-from cpo_kernels.integrations.trl import objective_list
+from cpo_kernels.integrations.trl import NAMES_COLUMN, objective_list
 from cpo_kernels.objectives import Objective, value_gap
 from cpo_kernels.recipe.config import read_config
 from cpo_kernels.recipe.keys import ConditionsConfig, Config
@@ -132,12 +132,13 @@ class RatedData:
         """Stage two: a pair of responses with its prompt under the tags of a drawn condition a row; ties are left out.
 
         Columns: `prompt`, `chosen`, `rejected`, their tokens, `prompt_ids`, `chosen_ids` and `rejected_ids`, and the
-        numbers of the loss, `chosen_scores`, `rejected_scores` and `condition`. `chosen` has the higher value under the
-        condition. `conditions` as in `cpsft`; `per_prompt`, `responses`, `pairs` and `draws` say how many pairs.
+        numbers of the loss, `chosen_scores`, `rejected_scores` and `condition`, of the objectives that `objectives`
+        names. `chosen` has the higher value under the condition. `conditions` as in `cpsft`; `per_prompt`, `responses`, `pairs` and `draws` say how many pairs.
         """
         features = {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}
         features |= {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS}
-        features |= {"chosen_scores": LEVELS, "rejected_scores": LEVELS, "condition": LEVELS}
+        features |= {"chosen_scores": LEVELS, "rejected_scores": LEVELS, "condition": LEVELS, NAMES_COLUMN: List(TEXT)}
+        names = [o.name for o in self.objectives]
         pairs = [(group, *pair) for group in self._draw("cdpo", conditions) for pair in group.pairs]
         first, second, asked = (
             torch.tensor(rows, dtype=torch.float64)
@@ -150,7 +151,7 @@ class RatedData:
             order = (a, b) if gap > 0 else (b, a)
             responses = [group.responses[i] for i in order]
             levels = [_with_nulls(row) for row in (*(group.scores[i] for i in order), group.condition)]
-            rows.append((text(group.prompt), *map(text, responses), group.prompt, *responses, *levels))
+            rows.append((text(group.prompt), *map(text, responses), group.prompt, *responses, *levels, names))
         return _dataset(rows, features)
 
     def save(self, trainer: Any, folder: str | Path | None = None) -> Path:

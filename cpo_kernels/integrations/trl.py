@@ -8,8 +8,8 @@ Without `objectives` TRL computes loss and metrics as before, from our token log
 head (LoRA), 3 with a trainable one (4 if the logits exceed `memory_budget`), only on labelled positions.
 
 With `objectives` the dataset holds `chosen_scores` and `rejected_scores`, K ratings each (None: not rated), and
-optionally `condition`, K levels (None: not conditioned). The prompt must carry the condition's tags
-(`cpo_kernels.TagTemplate`). The response with the higher value under the condition is preferred, whichever column it
+optionally `condition`, K levels (None: not conditioned), and `objectives`, the K names, which are compared with those of
+the config. The prompt must carry the condition's tags (`cpo_kernels.TagTemplate`). The response with the higher value under the condition is preferred, whichever column it
 stands in; ties give no loss. See `cpo_kernels.preference_loss`. `RatedData` makes such rows from rated responses, with
 token ids: a row's `prompt_ids`, `chosen_ids` and `rejected_ids` are taken as they are.
 
@@ -53,6 +53,7 @@ __all__ = [
     "fuse",
 ]  # fmt: skip
 RATING_COLUMNS = ("chosen_scores", "rejected_scores", "condition")
+NAMES_COLUMN = "objectives"
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 NOT_IN_TRL = {"simpo", "orpo", "contrastive_cpo", "alphapo", "modpo"}
 SMOOTHED_BY_TRL = {"robust", "exo_pair", "aot", "aot_unpaired"}
@@ -187,7 +188,14 @@ class RatedPreferences:
 
 
 def rating_rows(example: Mapping[str, Any], objectives: Sequence[Objective]) -> dict[str, list[float]]:
-    """The row of each of RATING_COLUMNS in one example, K numbers; NaN where None. Raises ValueError for others."""
+    """The row of each of RATING_COLUMNS in one example, K numbers; NaN where None. Raises ValueError for others, and
+    where the example names other objectives, or in another order."""
+    names = [o.name for o in objectives]
+    if (named := example.get(NAMES_COLUMN)) is not None and list(named) != names:
+        raise ValueError(
+            f"the numbers are of {', '.join(map(str, named))}, but objectives of FusedDPOConfig are "
+            f"{', '.join(names)}: give them in the order of the data"
+        )
     return {column: _rating_row(example.get(column), column, objectives) for column in RATING_COLUMNS}
 
 
@@ -258,9 +266,8 @@ class FusedDPOTrainer(trl.DPOTrainer):
                 f"{', '.join(sorted(missing))}"
             )
         if self.rated.objectives is not None and hasattr(dataset, "select_columns") and hasattr(dataset, "__len__"):
-            for number, example in enumerate(
-                dataset.select_columns(sorted(columns))
-            ):  # not of a stream, whose rows come
+            read = sorted(columns | first.keys() & {NAMES_COLUMN})
+            for number, example in enumerate(dataset.select_columns(read)):  # not of a stream, whose rows come
                 try:
                     rating_rows(example, self.rated.objectives)
                 except ValueError as error:
@@ -276,7 +283,7 @@ class FusedDPOTrainer(trl.DPOTrainer):
         super()._set_signature_columns_if_needed()
         if first and self.rated.objectives is not None:
             columns: Any = self._signature_columns
-            columns.extend(RATING_COLUMNS)
+            columns.extend((*RATING_COLUMNS, NAMES_COLUMN))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL names the cache by the data and the model, but not by what else changes the log-probs: `ld_alpha`, what

@@ -125,6 +125,7 @@ def test_rows_are_what_a_recipe_trains_on(tmp_path, make_tokenizer, template, so
         swapped += chosen == b
         assert (row["chosen_scores"], row["rejected_scores"]) == (levels[chosen], levels[rejected])
         assert row["condition"] == condition and row["prompt_ids"] == list(prompt)
+        assert row["objectives"] == [o.name for o in OBJECTIVES]
         assert (row["chosen_ids"], row["rejected_ids"]) == (list(responses[chosen]), list(responses[rejected]))
     assert 0 < swapped < len(rows)
     again = RatedData(dataset(records), tokenizer, OBJECTIVES, template=template, seed=4).cdpo(CONDITIONS)

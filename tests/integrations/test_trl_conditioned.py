@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets")
 
 import cpo_kernels as cpo  # noqa: E402
 from cpo_kernels.integrations.trl import FusedDPOConfig, RatedPreferences  # noqa: E402
@@ -206,6 +206,18 @@ def test_ratings_are_checked(row, match):
         collate([{name: row[i] for name, i in SCORES.items()}])
 
 
+def test_a_stream_of_objectives_in_another_order_is_refused(tmp_path):
+    """The column reaches the collator; by name it is that of the config."""
+    named = {"objectives": [["honesty", "helpfulness"]] * 6}
+    collate = RatedPreferences(lambda examples: {}, OBJECTIVES)
+    row = {name: values[0] for name, values in (rated() | named).items()}
+    assert collate([row])["scores"].tolist() == [list(RATED[0][0]), list(RATED[0][1])]
+    stream = datasets.Dataset.from_dict(rated() | {"objectives": [["helpfulness", "honesty"]] * 6}).to_iterable_dataset()
+    trainer = trainer_of(True, tmp_path, {"objectives": OBJECTIVES, "max_steps": 1}, data=stream)
+    with pytest.raises(ValueError, match="the numbers are of helpfulness, honesty"):
+        trainer.train()
+
+
 def test_ratings_may_be_arrays_and_numbers_as_text():
     collate = RatedPreferences(lambda examples: {}, OBJECTIVES)
     rows = ([5, 4], torch.tensor([5.0, 4.0]), torch.tensor([5, 4]).numpy(), (5, 4.0), ["5", "4"])
@@ -222,6 +234,11 @@ def test_ratings_may_be_arrays_and_numbers_as_text():
         ("rejected_scores", [5.0] * 6, "row 0: rejected_scores must hold one number"),
         ("rejected_scores", ["5, 4"] * 6, "row 0: rejected_scores must hold one number"),
         ("chosen_scores", [{"honesty": 5, "helpfulness": 5}] * 6, "row 0: chosen_scores must hold one number"),
+        (
+            "objectives",
+            [["honesty", "helpfulness"]] * 2 + [["helpfulness", "honesty"]] * 4,
+            "row 2: the numbers are of helpfulness, honesty, but objectives of FusedDPOConfig are honesty, helpfulness",
+        ),
     ],
 )
 def test_the_ratings_of_a_dataset_are_checked_before_training(tmp_path, column, value, match):
