@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from cpo_kernels.data.records import Prompt
 from cpo_kernels.data.template import PromptTemplate
+from cpo_kernels.training.models import learned_positions
 
 
 @torch.no_grad()
@@ -34,6 +35,12 @@ def greedy_answers(
     ends = template.end_ids(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     answers = [""] * len(prompts)
+    longest, limit = max(map(len, prompts), default=0), learned_positions(model)
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and an answer of {max_new_tokens} exceed the {limit} positions that the "
+            "model has embeddings of: use shorter prompts, or fewer max_new_tokens"
+        )
     was_training = model.training
     model.eval()
     for start in tqdm(range(0, len(order), batch_size), "generate", disable=not progress, leave=False):

@@ -132,8 +132,9 @@ class RatedData:
         """Stage two: a pair of responses with its prompt under the tags of a drawn condition a row; ties are left out.
 
         Columns: `prompt`, `chosen`, `rejected`, their tokens, `prompt_ids`, `chosen_ids` and `rejected_ids`, and the
-        numbers of the loss, `chosen_scores`, `rejected_scores` and `condition`, of the objectives that `objectives`
-        names. `chosen` has the higher value under the condition. `conditions` as in `cpsft`; `per_prompt`, `responses`, `pairs` and `draws` say how many pairs.
+        numbers of the loss, `chosen_scores`, `rejected_scores` and `condition`, of the objectives named in
+        `objectives`. `chosen` has the higher value under the condition. `conditions` as in `cpsft`; `per_prompt`,
+        `responses`, `pairs` and `draws` say how many pairs.
         """
         features = {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}
         features |= {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS}

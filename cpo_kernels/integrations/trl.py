@@ -8,10 +8,11 @@ Without `objectives` TRL computes loss and metrics as before, from our token log
 head (LoRA), 3 with a trainable one (4 if the logits exceed `memory_budget`), only on labelled positions.
 
 With `objectives` the dataset holds `chosen_scores` and `rejected_scores`, K ratings each (None: not rated), and
-optionally `condition`, K levels (None: not conditioned), and `objectives`, the K names, which are compared with those of
-the config. The prompt must carry the condition's tags (`cpo_kernels.TagTemplate`). The response with the higher value under the condition is preferred, whichever column it
-stands in; ties give no loss. See `cpo_kernels.preference_loss`. `RatedData` makes such rows from rated responses, with
-token ids: a row's `prompt_ids`, `chosen_ids` and `rejected_ids` are taken as they are.
+optionally `condition`, K levels (None: not conditioned), and `objectives`, the K names, which must be the config's, in
+its order. The prompt must carry the condition's tags (`cpo_kernels.TagTemplate`). The response with the higher value
+under the condition is preferred, whichever column it stands in; ties give no loss. See `cpo_kernels.preference_loss`.
+`RatedData` makes such rows from rated responses, with token ids: a row's `prompt_ids`, `chosen_ids` and `rejected_ids`
+are taken as they are.
 
 Written for TRL 1.16.
 """

@@ -117,14 +117,21 @@ def check_tokens(model: Any, tokenizer: Any, groups: Sequence[Encoded]) -> None:
             f"the tokenizer writes token {largest} ({tokenizer.decode([largest])!r}), but the model has "
             f"{len(tokens.weight)} embeddings: give its own tokenizer (model.tokenizer) or resize them"
         )
+    limit, longest = learned_positions(model), max((max(g.rows("packed")) for g in groups), default=0)
+    if longest > limit:
+        raise ValueError(
+            f"a prompt with its response has {longest} tokens, but the model has embeddings of {limit} positions: "
+            f"set data.max_tokens to at most {limit}"
+        )
+
+
+def learned_positions(model: Any) -> float:
+    """Positions that the model has an embedding of; inf if it computes them (RoPE)."""
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    longest = max((max(g.rows("packed")) for g in groups), default=0)
-    for table in (m for m in model.base_model.modules() if isinstance(m, nn.Embedding) and m is not tokens):
-        if longest > limit and table.num_embeddings == limit + getattr(table, "offset", 0):
-            raise ValueError(
-                f"a prompt with its response has {longest} tokens, but the model has embeddings of {limit} positions: "
-                f"set data.max_tokens to at most {limit}"
-            )
+    tables = [m for m in model.base_model.modules() if isinstance(m, nn.Embedding)]
+    of_tokens = model.get_input_embeddings()
+    learned = (t for t in tables if t is not of_tokens and t.num_embeddings == limit + getattr(t, "offset", 0))
+    return limit if any(learned) else math.inf
 
 
 # how the model came about, not what it computes

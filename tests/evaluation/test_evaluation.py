@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cpo_kernels.data.records import Record, Response, write_records
 from cpo_kernels.data.template import PromptTemplate
@@ -152,6 +153,22 @@ def test_greedy_answers_match_argmax_one_by_one(model, template):
             with torch.no_grad():
                 ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
         assert answer == template.tokenizer.decode(ids[length:], skip_special_tokens=True).strip()
+
+
+def test_answers_beyond_learned_positions_are_refused_before_any_is_made(template):
+    """On a GPU the lookup would fail without a reason. Positions that are computed have no end."""
+    requests = [("tell me the home of anna .", HELPFUL), ("tell me the pet and drink of leo .", HELPFUL)]
+    longest = max(len(template.prompt_ids(*request)) for request in requests)
+    sizes = {"vocab_size": len(template.tokenizer), "n_embd": 32, "n_layer": 1, "n_head": 2}
+    learned = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=longest + 4))
+    assert len(greedy_answers(learned, template, requests, 4)) == 2
+    with pytest.raises(
+        ValueError, match=f"a prompt of {longest} tokens and an answer of 5 exceed the {longest + 4} positions"
+    ):
+        greedy_answers(learned, template, requests, 5)
+    computed = build_model(template.tokenizer, hidden_size=32, num_layers=1)
+    computed.config.max_position_embeddings = longest
+    assert len(greedy_answers(computed, template, requests, 5)) == 2
 
 
 def test_greedy_classes_by_hand():

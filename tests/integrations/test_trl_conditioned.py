@@ -212,7 +212,8 @@ def test_a_stream_of_objectives_in_another_order_is_refused(tmp_path):
     collate = RatedPreferences(lambda examples: {}, OBJECTIVES)
     row = {name: values[0] for name, values in (rated() | named).items()}
     assert collate([row])["scores"].tolist() == [list(RATED[0][0]), list(RATED[0][1])]
-    stream = datasets.Dataset.from_dict(rated() | {"objectives": [["helpfulness", "honesty"]] * 6}).to_iterable_dataset()
+    other = {"objectives": [["helpfulness", "honesty"]] * 6}
+    stream = datasets.Dataset.from_dict(rated() | other).to_iterable_dataset()
     trainer = trainer_of(True, tmp_path, {"objectives": OBJECTIVES, "max_steps": 1}, data=stream)
     with pytest.raises(ValueError, match="the numbers are of helpfulness, honesty"):
         trainer.train()
