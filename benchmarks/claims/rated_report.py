@@ -29,7 +29,7 @@ from benchmarks.claims.report import (
     models_steps,
     volume_target,
 )
-from cpo_kernels.evaluation.pareto import hypervolume, pareto_front
+from cpo_kernels.evaluation.pareto import pareto_front
 from cpo_kernels.evaluation.statistics import spearman, summary
 
 NAMES = [o.name for o in OBJECTIVES]
@@ -47,11 +47,23 @@ def scores(content: Result, method: str, judge: str = "by_question", seeds: Sequ
     return (raw - LOW) / SPAN
 
 
+def volumes(points: Tensor) -> Tensor:
+    """Hypervolume above 0 of `[..., points, 2]`, all in [0, 1]: `pareto.hypervolume` of many sets at once."""
+    order = points[..., 0].argsort(dim=-1, descending=True)
+    widths, heights = (points[..., k].gather(-1, order) for k in range(2))
+    ends = torch.cat([widths[..., 1:], torch.zeros_like(widths[..., :1])], -1)
+    return ((widths - ends) * heights.cummax(-1).values).sum(-1)
+
+
+def of_means(means: Tensor) -> Tensor:
+    """`[..., 1 + K]`: hypervolume and the best of every objective, means over seeds, from `[..., seeds, points, K]`."""
+    return torch.cat([volumes(means).mean(-1, keepdim=True), LOW + SPAN * means.amax(-2).mean(-2)], -1)
+
+
 def measures(values: Tensor) -> list[float]:
-    """Hypervolume and the best of every objective, means over seeds; `values` as `scores` gives them."""
-    means = values.mean(2)  # [seeds, points, K]
-    volume = sum(hypervolume(points, [0.0] * len(NAMES)) for points in means) / len(means)
-    return [volume, *(LOW + SPAN * means.amax(1).mean(0)).tolist()]
+    """`of_means`; `values` as `scores` gives them."""
+    made: list[float] = of_means(values.mean(2)).tolist()
+    return made
 
 
 @cache
@@ -61,7 +73,7 @@ def draws(questions: int) -> Tensor:
 
 def resampled(values: Tensor) -> Tensor:
     """`[RESAMPLES, 1 + K]`: the measures on other draws of questions."""
-    return torch.tensor([measures(values[:, :, draw]) for draw in draws(values.shape[2])])
+    return of_means(values[:, :, draws(values.shape[2])].mean(3).permute(2, 0, 1, 3))
 
 
 def interval(samples: Tensor) -> tuple[float, float]:

@@ -1,10 +1,10 @@
 """CPO and its baselines on human ratings: the judge, every method on a very small model, tables and picture."""
 
+import itertools
 import json
 import platform
 import random
 import resource
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ from benchmarks.claims.run import METHODS, Run
 from cpo_kernels.data.records import Record, Response
 from cpo_kernels.demo.model import build_model, build_tokenizer
 from cpo_kernels.demo.world import World
+from cpo_kernels.evaluation.pareto import hypervolume
 
 ROOT = Path(__file__).parents[2]
 
@@ -241,6 +242,17 @@ def test_the_search_shows_what_was_tried():
     assert "2 minutes of one thread" in rated_report.search_table(content)
 
 
+def test_volumes_are_hypervolumes():
+    """Also of points that are equal, dominated, or worth nothing."""
+    points = torch.rand(6, 5, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    points[0, :, 1] = points[0, :, 0]
+    points[1, :, :, 1] = points[1, :, :1, 1]
+    points[2, :, 2] = 0
+    found = rated_report.volumes(points)
+    for i, j in itertools.product(range(6), range(5)):
+        assert found[i, j].item() == pytest.approx(hypervolume(points[i, j], [0.0, 0.0]), abs=1e-12)
+
+
 def test_intervals_draw_questions():
     """One point, every second answer the best of only one objective: its mean is a mean of independent questions."""
     values = torch.zeros(1, 1, 400, 2, dtype=torch.float64)
@@ -355,7 +367,7 @@ def faults(rounds):
     for _ in range(rounds):
         torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    return [after - before for before, after in pairwise(counts)]
+    return [after - before for before, after in itertools.pairwise(counts)]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's malloc")
