@@ -45,6 +45,10 @@ class RunDir:
         self.trackers: Trackers | None = None
         self.lock: TextIO | None = None
         check_trackers(config.training.trackers)
+        if config.training.resume and config.training.overwrite:
+            raise ValueError(
+                "training.resume continues the run in run_dir and training.overwrite deletes it: set only one of them"
+            )
         for key in ("run_dir", "cache_dir") if is_main else ():
             if folder := getattr(config, key):
                 check_folder(Path(folder), key)

@@ -257,6 +257,13 @@ def test_resumed_run_has_the_curve_of_an_unbroken_one(tmp_path, monkeypatch, sta
         run(stage, **settings("broken"))
 
 
+def test_a_run_is_resumed_or_overwritten_not_both(tmp_path):
+    """Given both, `overwrite` was ignored."""
+    with pytest.raises(ValueError, match="resume continues the run in run_dir and training.overwrite deletes it"):
+        run(run_dir=str(tmp_path / "run"), training={"resume": True, "overwrite": True})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path):
     """It was trained anew from its first step, in place of the model that it had."""
     settings = {"run_dir": str(tmp_path / "run"), "training": {"max_steps": 2, "checkpoint_every": 0}}
