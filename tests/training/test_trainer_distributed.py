@@ -134,8 +134,8 @@ def train_tiny_badly(rank):
 def failing_runs(rank, folder):
     """What each rank raises where one of them, or all, cannot go on."""
     errors = {}
-    answers = '[{"text": "a", "ratings": {"honesty": 1}}, {"text": "b", "ratings": {"honesty": 5}}]'
-    lines = [f'{{"prompt": "say {word}", "responses": {answers}}}' for word in ("ab", "cd", "ef")]
+    rated = [{"text": text, "ratings": {"honesty": level, "helpfulness": 3}} for text, level in (("a", 1), ("b", 5))]
+    lines = [json.dumps({"prompt": f"say {word}", "responses": rated}) for word in ("ab", "cd", "ef")]
     file = folder / f"data{rank}.jsonl"
     file.write_text("\n".join([*lines, "{broken" if rank else lines[0]]))
     config = config_of(data={"train": [str(file)]})
