@@ -7,10 +7,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace cpo {
@@ -19,25 +20,50 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
+struct Shape {
+  const Tensor& tensor;
+};
+inline Shape shape_of(const Tensor& t) { return {t}; }
+
+// Messages are built without iostreams: in a process with several copies of libstdc++ their locale may be another
+// copy's. CPU preference on an H200's machine (torch 2.11) ended in std::codecvt, which only streams reach.
+inline void append(std::string& out, const char* text) { out += text; }
+inline void append(std::string& out, const std::string& text) { out += text; }
+template <typename Number, std::enable_if_t<std::is_arithmetic_v<Number>, int> = 0>
+void append(std::string& out, Number number) {
+  if constexpr (std::is_floating_point_v<Number>) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", double(number));
+    out += digits;
+  } else {
+    out += std::to_string(number);
+  }
+}
+inline void append(std::string& out, Shape shape) {
+  out += '[';
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i) {
+    if (i) out += ", ";
+    append(out, shape.tensor.size(i));
+  }
+  out += ']';
+}
+
+template <typename... Parts>
+std::string joined(const Parts&... parts) {
+  std::string out;
+  (append(out, parts), ...);
+  return out;
+}
+
 // Throws with a message concatenated from `parts`; Python gets a RuntimeError.
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  ((message << parts), ...);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error(joined(parts...));
 }
 
 template <typename... Parts>
 void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
-}
-
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream out;
-  out << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << ']';
-  return out.str();
 }
 
 inline const char* name_of(ScalarType type) {

@@ -61,8 +61,8 @@ void with_flags(const Run& run, bool flag, Flags... flags) {
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <sstream>
 #include <stdexcept>
+#include <string>
 
 #define CPO_DEVICE __device__ __forceinline__
 // A kernel of up to `threads` threads per block, with registers for `blocks` blocks on a multiprocessor.
@@ -196,9 +196,8 @@ CPO_DEVICE uint32_t high_bits_of(double x) { return uint32_t(__double2hiint(x));
 inline void check_cuda(cudaError_t status, const char* op, const char* call) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // clears the error, which the next call would report otherwise
-  std::ostringstream message;
-  message << op << ": " << call << " failed: " << cudaGetErrorString(status) << " (" << cudaGetErrorName(status) << ")";
-  throw std::runtime_error(message.str());
+  throw std::runtime_error(std::string(op) + ": " + call + " failed: " + cudaGetErrorString(status) + " (" +
+                           cudaGetErrorName(status) + ")");
 }
 
 // `kernel`: any of those to be launched. If built for an older target (an architecture list without 9.0), it cannot use
@@ -245,10 +244,10 @@ void launch(const char* op, const LaunchShape& shape, void (*kernel)(Parameters.
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (status == cudaSuccess) return;
-  std::ostringstream call;
-  call << "launch (grid " << shape.grid << ", block " << shape.block << ", cluster " << shape.cluster
-       << ", shared memory " << shape.shared_bytes << ")";
-  check_cuda(status, op, call.str().c_str());
+  const std::string call = "launch (grid " + std::to_string(shape.grid) + ", block " + std::to_string(shape.block) +
+                           ", cluster " + std::to_string(shape.cluster) + ", shared memory " +
+                           std::to_string(shape.shared_bytes) + ")";
+  check_cuda(status, op, call.c_str());
 }
 
 }  // namespace cpo::cuda
