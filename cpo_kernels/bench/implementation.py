@@ -21,11 +21,12 @@ def nothing() -> None:
 @dataclass(frozen=True)
 class Step:
     """An implementation's step, which may contain `repeats` runs of what is timed; `prepare` runs before it,
-    untimed."""
+    untimed. held: what `run` reads without a reference to it, as a CUDA graph reads its inputs."""
 
     run: Callable[[], Outcome]
     prepare: Callable[[], None] = nothing
     repeats: int = 1
+    held: Any = None
 
 
 @dataclass(frozen=True)

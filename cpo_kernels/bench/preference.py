@@ -59,7 +59,7 @@ def repeated(run: Callable[[], Outcome], device: torch.device) -> Step:
         graph.replay()
         return last
 
-    return Step(replay, repeats=REPEATS)
+    return Step(replay, repeats=REPEATS, held=run)
 
 
 def kernel(impl: str) -> Callable[[Batch], Step]:

@@ -321,13 +321,14 @@ class Head:
     def anchors(self, x: Tensor, labels: Tensor, lacks: Tensor | None = None) -> Tensor | None:
         """[2, n] for 16-bit logits; None if no constant is subtracted. lacks [n] or [0]: `RowLogps.lacks` of an earlier
         pass over the same rows, to compute the same logits again."""
-        _, first, count = columns_here(self.kernels, self.options.vocab_size)
+        kernels, first, count = columns_here(self.kernels, self.options.vocab_size)
         if not is_relative(x.dtype) or not x.shape[0] or count <= 0:
             return None
         columns = columns_of(labels, self.options.ignore_index, first, count)[0].clamp(min=0)
         if lacks is None:
             assert self.net is not None
-            return make_anchors(x, self.weight, self.bias, columns, self.net, self.options)
+            weights, room = (self.weight, self.bias), self.buffer.reshape(-1)
+            return make_anchors(x, *weights, columns, self.net, self.options, kernels, room)
         return torch.stack([lacks, label_logits(x, self.weight, self.bias, columns)])
 
     def logits(self, x: Tensor, labels: Tensor) -> Logits:

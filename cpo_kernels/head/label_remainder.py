@@ -15,8 +15,7 @@ from torch import Tensor
 from cpo_kernels.backends.vocab_parallel import columns_here, columns_of, logit_and_slope
 from cpo_kernels.head.inputs import Head, Logits
 from cpo_kernels.head.matmul import add_product, product
-
-ROWS = 256  # rows of W at a time, where they are not written to the result itself
+from cpo_kernels.head.relative import rows_at_a_time
 
 
 def label_remainder(
@@ -41,9 +40,9 @@ def add_remainder(head: Head, labels: Tensor, e: Tensor, dx: Tensor) -> None:
     """dx [n, H], in float32, += e_t w_{y_t}."""
     _, start, count = columns_here(head.kernels, head.options.vocab_size)
     column = columns_of(labels, head.options.ignore_index, start, count)[0].clamp(min=0)
-    for low in range(0, len(dx), ROWS):
-        rows = slice(low, low + ROWS)
-        dx[rows].addcmul_(head.weight.index_select(0, column[rows]).to(dx.dtype), e[rows, None].to(dx.dtype))
+    step = rows_at_a_time(dx.shape[1], dx.device)
+    for rows, columns, part in zip(dx.split(step), column.split(step), e.split(step), strict=True):
+        rows.addcmul_(head.weight.index_select(0, columns).to(dx.dtype), part[:, None].to(dx.dtype))
 
 
 def product_dx(head: Head, g: Logits, labels: Tensor, logp: Tensor, coef: Tensor, out: Tensor) -> None:

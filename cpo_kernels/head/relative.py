@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import library
+from cpo_kernels.head.matmul import product
+from cpo_kernels.library import Kernels
 from cpo_kernels.ops.token_logps import HeadOptions
 
 # Columns from which s_t is computed, of a vocabulary of V: the first min(FIRST, max(FEW_FIRST, V / FIRST_SHARE)); at
@@ -34,7 +36,13 @@ from cpo_kernels.ops.token_logps import HeadOptions
 FIRST, FIRST_SHARE, FEW_FIRST = 512, 64, 64
 LABEL_SHARE, FEW_LABELS = 32, 256
 SPREAD = 64
-ROWS = 256  # rows at a time: the logits of 1,024 would be 20 MiB
+# Rows at a time: their logits in those columns, and their labels' rows of the weight, stay in a CPU's cache. A GPU takes
+# as many as fit LABEL_BYTES, as every turn is some 15 launches: 32 turns of 256 rows are the likely reason why 8,192
+# rows (4096 x 128,256) took 6 ms longer than the product on an H200 (benchmarks/results/gpu-first-run; not yet measured
+# without them).
+ROWS = 256
+LABEL_BYTES = 32 << 20
+GPU_ALIGN = 8  # columns: 16 bytes, the alignment of rows that cuBLAS needs for its full rate
 
 
 def is_relative(dtype: torch.dtype) -> bool:
@@ -54,47 +62,67 @@ def make_net(labels: Tensor, weight: Tensor, bias: Tensor, count: int) -> Net:
     return Net(weight.index_select(0, few), bias.index_select(0, few) if bias.numel() else bias)
 
 
-def make_anchors(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, net: Net, options: HeadOptions) -> Tensor:
+def make_anchors(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    net: Net,
+    options: HeadOptions,
+    kernels: Kernels,
+    room: Tensor,
+) -> Tensor:
     """[2, n]: the constant to subtract from each row, representable in the dtype of x, and the logit of its label.
 
-    x [n, H]; labels [n], columns that are not padding.
+    x [n, H]; labels [n], columns that are not padding. room: memory that may be overwritten, flat, in the dtype of x.
     """
-    some = net.weight.t()
-    lacks = torch.empty(x.shape[0], dtype=library.acc_dtype(x.dtype), device=x.device)
-    for low in range(0, x.shape[0], ROWS):
-        rows = slice(low, low + ROWS)
-        u = (x[rows] @ some).to(lacks.dtype).clamp_(max=torch.finfo(x.dtype).max)  # inf in float16, but not NaN
-        lacks[rows] = _mean_logit(u + net.bias if bias.numel() else u, options)
+    some, few = net.weight.t(), net.weight.shape[0]
+    net_bias = net.bias if bias.numel() else None
+    step = max(room.numel() // few, 1) if x.device.type != "cpu" else ROWS
+    parts = []
+    for rows in x.split(step):
+        size = rows.shape[0] * few
+        room = room if size <= room.numel() else room.new_empty(size)
+        u = product(rows, some, room[:size].view(-1, few), net_bias)
+        parts.append(_mean_logit(u, options, kernels))
+    lacks = torch.cat(parts)
     at_label = label_logits(x, weight, bias, labels)
     lacks = torch.where(torch.isfinite(lacks), lacks, 0.0)  # not finite if all of those columns are masked
     most = torch.finfo(x.dtype).max / 2  # leaves half of float16's range for the difference
     return torch.stack([lacks.clamp(-most, most).to(x.dtype).to(lacks.dtype), at_label])
 
 
+def rows_at_a_time(hidden_size: int, device: torch.device) -> int:
+    """Rows of the labels that are gathered from the weight, in its dtype and in float32, at a time."""
+    return ROWS if device.type == "cpu" else max(ROWS, LABEL_BYTES // (6 * hidden_size))
+
+
 def label_logits(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     """x_t . w_{y_t} + b_{y_t} [n] in float32: x [n, H], labels [n]."""
-    out = torch.empty(x.shape[0], dtype=library.acc_dtype(x.dtype), device=x.device)
-    for low in range(0, x.shape[0], ROWS):
-        rows = slice(low, low + ROWS)
-        out[rows] = weight.index_select(0, labels[rows]).to(out.dtype).mul_(x[rows]).sum(1)
+    step, acc = rows_at_a_time(x.shape[1], x.device), library.acc_dtype(x.dtype)
+    turns = zip(x.split(step), labels.split(step), strict=True)
+    out = torch.cat([weight.index_select(0, y).to(acc).mul_(rows).sum(1) for rows, y in turns])
     return out + bias.index_select(0, labels) if bias.numel() else out
 
 
-def anchor_bytes(rows: int, chunk_rows: int, hidden_size: int, count: int, dtype: torch.dtype) -> int:
-    """Copies of the columns; and what is freed before a chunk is written: their logits, rows of the labels."""
+def anchor_bytes(
+    rows: int, chunk_rows: int, hidden_size: int, count: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Copies of the columns; and what is freed before a chunk is written: rows of the labels."""
     if not is_relative(dtype):
         return 0
-    few, rows = _first(count) + SPREAD + min(rows, _most_labels(count)), min(chunk_rows, ROWS)
-    return few * hidden_size * dtype.itemsize + rows * max(few * (dtype.itemsize + 3 * 4), hidden_size * 6)
+    few = _first(count) + SPREAD + min(rows, _most_labels(count))
+    return few * hidden_size * dtype.itemsize + min(chunk_rows, rows_at_a_time(hidden_size, device)) * hidden_size * 6
 
 
 def _few_columns(labels: Tensor, count: int) -> Tensor:
-    """Labels spaced evenly over those given, the first of `count` columns, and some spaced evenly over all of them."""
+    """The first of `count` columns, some spaced evenly over all of them, and labels spaced evenly over those given."""
     labels = labels[:: -(-labels.shape[0] // _most_labels(count))]
     if labels.device.type == "cpu":  # elsewhere their number needs a host-device synchronisation
         labels = labels.unique()
     spread = torch.arange(0, count, -(-count // SPREAD), device=labels.device)
-    return torch.cat([torch.arange(_first(count), device=labels.device), spread, labels])
+    few = torch.cat([torch.arange(_first(count), device=labels.device), spread, labels])
+    return few if labels.device.type == "cpu" else few[: max(len(few) // GPU_ALIGN, 1) * GPU_ALIGN]
 
 
 def _first(count: int) -> int:
@@ -105,13 +133,14 @@ def _most_labels(count: int) -> int:
     return max(FEW_LABELS, count // LABEL_SHARE)
 
 
-def _mean_logit(u: Tensor, options: HeadOptions) -> Tensor:
-    """sum_v p_v z_v over u [n, v], mapped back to u. Masked columns have nonzero p under a softcap."""
-    z = u if options.scale == 1.0 else options.scale * u
-    if options.softcap:
-        z = options.softcap * torch.tanh(z / options.softcap)
-    # In place: with a new matrix for each step, 256 rows and 1,239 columns took 3 times as long (2.2 ms, two cores).
-    mean = z.softmax(1).mul_(z).nan_to_num_(0.0, torch.inf, -torch.inf).sum(1)  # 0 * -inf of a masked column is NaN
+def _mean_logit(u: Tensor, options: HeadOptions, kernels: Kernels) -> Tensor:
+    """sum_v p_v z_v over u [n, v], mapped back to u: logsumexp z less the entropy. Masked columns have nonzero p under
+    a softcap."""
+    if u.dtype == torch.float16:
+        u.clamp_(max=torch.finfo(u.dtype).max)  # of an infinite one the mean would be NaN
+    any_label = torch.zeros(u.shape[0], dtype=torch.int64, device=u.device)
+    _, lse, extra = kernels.token_logps_fwd(u, any_label, -1, options.scale, options.softcap, u.shape[1], True)
+    mean = lse - extra[0]
     if options.softcap:
         mean = options.softcap * torch.atanh((mean / options.softcap).clamp(-0.999, 0.999))
     return mean / options.scale

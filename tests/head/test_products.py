@@ -158,7 +158,7 @@ def test_the_plan_counts_tiles(rows, hidden, vocab, tiles):
             product(a, b, out)
         assert 0.7 * counted <= live.peak <= counted
     layout = cpo.explain(rows, hidden, vocab)
-    looked_at = anchor_bytes(rows, rows, hidden, vocab, x.dtype)
+    looked_at = anchor_bytes(rows, rows, hidden, vocab, x.dtype, x.device)
     assert layout.extra_bytes == 2 * rows * (vocab + hidden) + counted + looked_at
     assert matmul.tile_bytes(rows, hidden, torch.float32, x.device) == 0
 

@@ -1,9 +1,11 @@
 """Relative logits: how much better 16-bit log-probs become, on every path of the head, and what the rows lack."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
 from cpo_kernels import reference
@@ -87,15 +89,33 @@ def test_a_part_of_the_naive_error_on_peaked_logits(path, dtype, labels):
     assert rms(PATHS[path](x, weight, y, None).detach(), truth) <= rms(naive(x, weight, y, None), truth) * share
 
 
-@pytest.mark.parametrize("impl", EVERY_BACKEND)
-@pytest.mark.parametrize("head", [{}, {"scale": 0.5}, {"softcap": 30.0}, {"softcap": 30.0, "scale": 1.5}], ids=str)
+HEADS = pytest.mark.parametrize(
+    "head", [{}, {"scale": 0.5}, {"softcap": 30.0}, {"softcap": 30.0, "scale": 1.5}], ids=str
+)
+
+
+@HEADS
 @pytest.mark.parametrize("bias", [False, True])
-def test_scale_softcap_and_bias(head, bias, impl):
+def test_scale_softcap_and_bias(head, bias):
+    """With a bias what is stored is rounded twice."""
+    ours, torchs = [], []
+    for seed in range(4):  # of one batch, a row or two decide: with a bias the share is 0.17 to 0.52
+        x, weight, b, y = made(torch.float16, bias=bias, seed=seed)
+        wide = None if b is None else b.double()
+        truth = reference.linear_token_logps(x.double(), weight.double(), y, wide, **head)
+        ours.append(rms(cpo.linear_token_logps(x, weight, y, b, **head), truth) ** 2)
+        torchs.append(rms(naive(x, weight, y, b, **head), truth) ** 2)
+    assert sum(ours) ** 0.5 <= sum(torchs) ** 0.5 / (2 if bias else 3)
+
+
+@pytest.mark.parametrize("impl", [i for i in EVERY_BACKEND if i != "cpu"])
+@HEADS
+@pytest.mark.parametrize("bias", [False, True])
+def test_backends_store_the_same_relative_logits(head, bias, impl):
     """float16, as Triton's interpreter has no bfloat16."""
     x, weight, b, y = made(torch.float16, bias=bias)
-    truth = reference.linear_token_logps(x.double(), weight.double(), y, None if b is None else b.double(), **head)
-    logps = cpo.linear_token_logps(x, weight, y, b, impl=impl, **head)
-    assert rms(logps, truth) <= rms(naive(x, weight, y, b, **head), truth) / 3
+    ours, cpus = (cpo.linear_token_logps(x[:24], weight, y[:24], b, impl=i, **head) for i in (impl, "cpu"))
+    torch.testing.assert_close(ours, cpus, rtol=0.0, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
@@ -241,7 +261,8 @@ def test_what_rows_lack():
     x, weight, bias, y = made(torch.bfloat16, bias=True)
     options, columns = HeadOptions(-100, 0.7, 0.0, VOCAB), y.clamp(min=0)
     net = relative.make_net(columns, weight, bias, VOCAB)
-    lacks, at_label = relative.make_anchors(x, weight, bias, columns, net, options)
+    kernels, room = dispatch.kernels("auto", x), x.new_empty(0)
+    lacks, at_label = relative.make_anchors(x, weight, bias, columns, net, options, kernels, room)
     z = x.double() @ weight.double().t() + bias.double()
     assert torch.equal(lacks, lacks.bfloat16().float())
     mean = ((0.7 * z).softmax(1) * z).sum(1)
@@ -249,7 +270,7 @@ def test_what_rows_lack():
     torch.testing.assert_close(at_label.double(), z.gather(1, columns[:, None]).squeeze(1), rtol=1e-6, atol=1e-5)
     masked = torch.full_like(bias, -torch.inf)
     net = relative.make_net(columns, weight, masked, VOCAB)
-    lacks, at_label = relative.make_anchors(x, weight, masked, columns, net, options)
+    lacks, at_label = relative.make_anchors(x, weight, masked, columns, net, options, kernels, room)
     assert not lacks.any() and bool((at_label == -torch.inf).all())
 
 
@@ -322,3 +343,34 @@ def test_the_first_columns_and_labels_may_be_masked():
     leaf = x.clone().requires_grad_()
     got = torch.autograd.grad(cpo.linear_token_logps(leaf, weight, y, bias).sum(), leaf)[0]
     assert float((got.double() - want).norm() / want.norm()) < 2e-2
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations that compute; views cost no launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not op.is_view
+        return op(*args, **(kwargs or {}))
+
+
+def test_launches_do_not_grow_with_rows():
+    """On a GPU each operation is a launch: 32 turns of 256 rows took longer than the matmul let them hide."""
+
+    def scan(u, *_):
+        return u.new_empty(len(u)), u.new_empty(len(u)), u.new_empty(4, len(u))
+
+    kernels, found = SimpleNamespace(token_logps_fwd=scan), []
+    for rows in (256, 8192):
+        shapes = (rows, HIDDEN), (VOCAB, HIDDEN), (0,)
+        x, weight, bias = (torch.empty(*shape, device="meta", dtype=torch.bfloat16) for shape in shapes)
+        labels = torch.empty(rows, dtype=torch.int64, device="meta")
+        options, room = HeadOptions(-100, 1.0, 0.0, VOCAB), x.new_empty(rows * VOCAB)
+        with Counted() as counted:
+            net = relative.make_net(labels, weight, bias, VOCAB)
+            relative.make_anchors(x, weight, bias, labels, net, options, kernels, room)
+        found.append(counted.count)
+    assert found[0] == found[1] < 40
