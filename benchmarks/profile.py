@@ -1,6 +1,8 @@
-"""Where the time of each head strategy goes on a CPU: `python -m benchmarks.profile [--set ci]`.
+"""Where the time of each head strategy goes: `python -m benchmarks.profile [--set ci] [--device cuda]`.
 
-One step in the profiler, the median of several, split into the matrix products, our kernels and the rest by name.
+One step in the profiler, the median of several, split into the matrix products, our kernels and the rest by name. On a
+GPU this is time of its kernels, by the operator that started them; beside it the time of a step without the profiler,
+which is more where the GPU waits for the host, and how many kernels a step starts.
 Writes benchmarks/results/profile-cpu.json; `python -m benchmarks.plot` makes the table of docs/performance.md from it.
 """
 
@@ -8,12 +10,14 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from cpo_kernels.bench.families import HEAD_IMPLEMENTATIONS
@@ -22,7 +26,11 @@ from cpo_kernels.bench.sets import TINY
 from cpo_kernels.bench.workload import Head, head
 from cpo_kernels.environment import describe, processor
 
-RESULTS = Path(__file__).parent / "results" / "profile-cpu.json"
+RESULTS = Path(__file__).parent / "results"
+WORKLOADS = {
+    ("cpu", "default"): head("qwen2.5-0.5b"),
+    ("cuda", "default"): head("llama-3-8b", groups=8, length=1024, prompt=512),
+}
 # strategy -> (implementation, mode)
 STRATEGIES = {
     "forward": ("ours", "forward"),
@@ -43,27 +51,50 @@ def part_of(name: str) -> str:
     return next((part for part, begins in PARTS.items() if inner and name.startswith(begins)), "rest")
 
 
-def shares(step: Callable[[], Any], rounds: int) -> dict[str, Any]:
+def spent(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
+    """Milliseconds by operator; what an operator starts on a GPU counts there, not the time of starting it."""
+    own = [e for e in events if e.device_type == DeviceType.CPU]
+    return {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3 for e in own}
+
+
+def launches(events: Iterable[Any]) -> int:
+    return sum(e.count for e in events if e.device_type == DeviceType.CUDA)
+
+
+def shares(step: Callable[[], Any], rounds: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds of a step by part, and the five longest operators of the rest."""
     step()
+    on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     seen: list[dict[str, float]] = []
+    counts, whole = [], []
     for _ in range(rounds):
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
+        whole.append(1e3 * (time.perf_counter() - start))
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
             step()
-        seen.append({e.key: e.self_cpu_time_total / 1e3 for e in profiler.key_averages()})
+            wait()
+        events = profiler.key_averages()
+        seen.append(spent(events, on_gpu))
+        counts.append(launches(events))
     median = {name: statistics.median(s.get(name, 0.0) for s in seen) for name in seen[0]}
     parts = dict.fromkeys([*PARTS, "rest"], 0.0)
     for name, ms in median.items():
         parts[part_of(name)] += ms
     rest = sorted((item for item in median.items() if part_of(item[0]) == "rest"), key=lambda item: -item[1])
-    return {"ms": parts, "longest_of_the_rest": dict(rest[:5])}
+    of_gpu = {"launches": statistics.median(counts)} if on_gpu else {}
+    return {"ms": parts, "longest_of_the_rest": dict(rest[:5]), "step_ms": statistics.median(whole), **of_gpu}
 
 
-def measure(workload: Head, rounds: int) -> list[dict[str, Any]]:
-    device, rows = torch.device("cpu"), []
+def measure(workload: Head, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    rows = []
     for strategy, (implementation, mode) in STRATEGIES.items():
         batch = Batch(replace(workload, mode=mode), device)
-        rows.append({"strategy": strategy, **shares(HEAD_IMPLEMENTATIONS[implementation].build(batch).run, rounds)})
+        step = HEAD_IMPLEMENTATIONS[implementation].build(batch).run
+        rows.append({"strategy": strategy, **shares(step, rounds, device)})
     return rows
 
 
@@ -78,9 +109,12 @@ def table(content: dict[str, Any]) -> str:
         "|---" * (len(PARTS) + 3) + "|",
     ]
     for row in content["strategies"]:
-        total = sum(row["ms"].values())
-        cells = [f"{ms:.0f} ms, {ms / total:.0%}" for ms in row["ms"].values()]
-        longest = ", ".join(f"`{name}` {ms:.0f} ms" for name, ms in row["longest_of_the_rest"].items() if ms >= 1)
+        total, digits = sum(row["ms"].values()), 1 if "launches" in row else 0
+        cells = [f"{ms:.{digits}f} ms, {ms / total:.0%}" for ms in row["ms"].values()]
+        named = row["longest_of_the_rest"].items()
+        longest = ", ".join(f"`{name}` {ms:.{digits}f} ms" for name, ms in named if ms >= 10**-digits)
+        if digits:
+            longest += f"; a step takes {row['step_ms']:.1f} ms and {row['launches']:.0f} launches"
         lines.append(f"| `{row['strategy']}` | " + " | ".join(cells) + f" | {longest} |")
     return "\n".join(lines)
 
@@ -88,15 +122,19 @@ def table(content: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=("ci", "default"), default="default", help="ci: a tiny head, in seconds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/profile-DEVICE.json")
     args = parser.parse_args(argv)
-    workload = TINY if args.set == "ci" else head("qwen2.5-0.5b")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    workload, device = WORKLOADS.get((args.device, args.set), TINY), torch.device(args.device)
+    args.out = args.out or RESULTS / f"profile-{args.device}.json"
     content = {
-        "environment": describe(torch.device("cpu")),
+        "environment": describe(device),
         "command": " ".join(["python -m benchmarks.profile", *(argv if argv is not None else sys.argv[1:])]).strip(),
         "workload": vars(workload),
-        "strategies": measure(workload, args.rounds),
+        "strategies": measure(workload, args.rounds, device),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -8,9 +8,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import compare, long_pairs, plot, profile, roofline
 from cpo_kernels.bench import arguments, growth, report, run, side_by_side
@@ -501,6 +503,21 @@ def test_the_profile_names_the_parts_of_every_strategy(tmp_path):
     for row in rows.values():
         assert row["ms"]["products"] > 0 and row["ms"]["token kernels"] > 0
     assert rows["pairs"]["ms"]["loss kernels"] > 0
+
+
+def test_the_profile_of_a_gpu_counts_kernels_by_their_operator():
+    """Kernels are rows of their own in the profiler's list too, which would count them twice."""
+
+    def event(key, device_type, on_gpu, count=1):
+        return SimpleNamespace(
+            key=key, device_type=device_type, self_device_time_total=on_gpu, self_cpu_time_total=9e3, count=count
+        )
+
+    cpu, gpu = DeviceType.CPU, DeviceType.CUDA
+    events = [event("aten::mm", cpu, 2e3), event("nvjet", gpu, 2e3, 3), event("cpo_kernels::token_logps_fwd", cpu, 500)]
+    assert profile.spent(events, True) == {"aten::mm": 2.0, "cpo_kernels::token_logps_fwd": 0.5}
+    assert profile.spent(events, False) == {"aten::mm": 9.0, "cpo_kernels::token_logps_fwd": 9.0}
+    assert profile.launches(events) == 3
 
 
 @pytest.mark.parametrize("given, missing", [("--model", "--data"), ("--data", "--model")])

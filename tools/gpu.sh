@@ -2,22 +2,22 @@
 # A quarter of an hour on a GPU, most wanted first: tools/gpu.sh OUT first, then tools/gpu.sh OUT second (or single steps).
 #
 #   first    build  quick-cuda  quick-triton  kernels  head                      TOTAL_S=410
-#   second   check-cuda  check-triton  memcheck  racecheck  baselines  training  growth  cold    TOTAL_S=330
+#   second   profile  check-cuda  check-triton  memcheck  racecheck  baselines  training  growth  cold    TOTAL_S=330
 #
 # build takes the extensions from build/gpu (tools/gpu_pack.sh) where they fit the sources, else compiles them. A step may
 # take its share of TOTAL_S, and never what the later ones need at least. Everything is saved as it comes: OUT/gpu.log, a
-# file of each check, gpu.json (kernels and head) and gpu-more.json (the rest).
+# file of each check, gpu.json (kernels and head), profile.json and gpu-more.json (the rest).
 # PYTHON chooses the interpreter; PROCESSES how many cases are checked at a time (all cores). DEVICE=cpu is a dry run: the
 # same steps on tiny sizes, the CPU kernels in place of CUDA C++ and Triton's interpreter in place of its compiler.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 first=(build quick-cuda quick-triton kernels head)
-second=(check-cuda check-triton memcheck racecheck baselines training growth cold)
+second=(profile check-cuda check-triton memcheck racecheck baselines training growth cold)
 # Percent of TOTAL_S: at most, and at least where time is short.
 declare -A most=([build]=25 [quick-cuda]=15 [quick-triton]=27 [kernels]=27 [head]=40
-  [check-cuda]=15 [check-triton]=30 [memcheck]=12 [racecheck]=12 [baselines]=30 [training]=20 [growth]=15 [cold]=10)
+  [profile]=8 [check-cuda]=15 [check-triton]=30 [memcheck]=12 [racecheck]=12 [baselines]=30 [training]=20 [growth]=15 [cold]=10)
 declare -A least=([build]=1 [quick-cuda]=8 [quick-triton]=15 [kernels]=17 [head]=25
-  [check-cuda]=9 [check-triton]=15 [memcheck]=7 [racecheck]=7 [baselines]=18 [training]=12 [growth]=8 [cold]=5)
+  [profile]=5 [check-cuda]=9 [check-triton]=15 [memcheck]=7 [racecheck]=7 [baselines]=18 [training]=12 [growth]=8 [cold]=5)
 
 usage() {
   echo "usage: tools/gpu.sh OUT first|second|STEP...; steps: ${first[*]} ${second[*]}" >&2
@@ -87,9 +87,11 @@ bench() {  # file, options...
     --time-limit $((limit * 85 / 100 + 1)) --out "$out/$file" "$@"
 }
 
-loads() {  # both extensions, and the kernels of every backend of the device
+loads() {  # both extensions, the kernels of every backend of the device, and a CPU op that once crashed on such a machine
   timed "$1" "$limit" "$python" -W error::RuntimeWarning -c "import torch; from cpo_kernels.backends import dispatch
 for impl in '${impls[*]}'.split(): dispatch.kernels(impl, torch.empty(0, device='$device'))
+from cpo_kernels import preference_loss
+x = torch.zeros(4); preference_loss(x, ref_logps=x)
 print('loaded: ${impls[*]}')"
   return $status
 }
@@ -111,6 +113,13 @@ build() {
   timed compile "$limit" env TORCH_CUDA_ARCH_LIST="$targets" "$python" setup.py build_ext --inplace
   limit=$((until > SECONDS ? until - SECONDS : 1))
   loads build
+}
+
+profile() {  # where the time of a step goes, printed too
+  local set=default
+  [ "$device" = cpu ] && set=ci
+  timed "$name" "$limit" "$python" -m benchmarks.profile --device "$device" --set $set --rounds 3 \
+    --out "$out/profile.json"
 }
 
 # compute-sanitizer is slow: rows of one block and of a cluster, split rows, edges and none, every kind of kernel. CUDA C++
@@ -150,6 +159,7 @@ for i in "${!steps[@]}"; do
     kernels) bench gpu.json --only tokens preference --implementations "${kernels[@]}" ;;
     head) bench gpu.json --only head "${heads[@]}" --implementations products ours ours_triton ours_cuda ours_two_pass \
       naive_unmasked ;;
+    profile) profile ;;
     check-cuda) check cuda --processes $((processes < 4 ? processes : 4)) --out "$out/check-cuda.json" ;;
     check-triton) check triton --processes "$processes" --out "$out/check-triton.json" ;;
     memcheck | racecheck) sanitize ;;

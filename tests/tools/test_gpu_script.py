@@ -59,6 +59,8 @@ def steps(calls):
         parts = call.split()
         if "check" in parts:
             words.append(f"check {parts[parts.index('--impl') + 1]}" + " quick" * ("--quick" in parts))
+        elif "benchmarks.profile" in parts:
+            words.append("profile")
         elif "bench" in parts:
             words.append(f"bench {parts[parts.index('--only') + 1]}")
         else:
@@ -82,10 +84,10 @@ def test_the_second_call_brings_the_rest(tree):
     status, calls, _, _ = run(tree, "second")
     assert status == 0
     assert steps(calls) == [
-        "check cuda", "check triton", "check cuda", "check cuda",
+        "profile", "check cuda", "check triton", "check cuda", "check cuda",
         "bench head", "bench training_step", "bench growth", "bench cold_start",
     ]  # fmt: skip
-    assert [call.split()[1] for call in calls[2:4]] == ["memcheck", "racecheck"]  # CUDA C++ only
+    assert [call.split()[1] for call in calls[3:5]] == ["memcheck", "racecheck"]  # CUDA C++ only
     outs = {call.split("--out ")[1].split()[0] for call in calls}
     assert len(outs) + 1 <= 8  # files, with the log
 
