@@ -39,7 +39,7 @@ AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
     "csrc/cpu/token_logps_avx2.cpp": AVX2,
     "csrc/cpu/token_logps_avx512.cpp": AVX512,
-    "csrc/cpu/token_logps_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "csrc/cpu/token_logps_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 HEADERS = glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)
 CUDA_ARCH_LIST = "8.0 8.6 8.9 9.0 10.0"  # those that nvcc knows, the newest as PTX too

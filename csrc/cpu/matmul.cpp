@@ -6,10 +6,6 @@
 // as it is, and transposed when they are rounded; whole cache lines go past the caches.
 #include "matmul.h"
 
-#ifdef CPO_X86
-#include <cpuid.h>
-#endif
-
 namespace cpo {
 namespace {
 
@@ -23,39 +19,27 @@ struct SumTile {
 constexpr SumTile kOwnB{256, 5}, kSharedB{128, 9};
 constexpr int64_t kSharedRows = 2048, kSharedNumbers = int64_t(4) << 20;
 
-// With AMX, which these kernels do not use, oneDNN computes all matmuls. The processor has AMX_BF16, and the operating
-// system saves its tiles.
-bool has_amx() {
-#ifdef CPO_X86
-  unsigned a = 0, b = 0, c = 0, d = 0, low = 0, high = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1)) return false;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (low >> 17 & 3) == 3;
-#else
-  return false;
-#endif
-}
+// The rows of x as Bf16Matmul::logits takes them, beginning on a cache line.
+struct PackedX {
+  std::vector<uint32_t> room;
+  uint32_t* begin;
 
-// The pairs of neighbours in the rows of x, as the second operand of Bf16Matmul::logits.
-std::vector<uint32_t> pack_columns(const BFloat16* x, int64_t rows, int64_t width) {
-  const int64_t pairs = width / 2, panels = panels_of(rows);
-  std::vector<uint32_t> packed(size_t(panels * pairs * kPanel));
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin * kPanel; t < std::min(rows, end * kPanel); ++t) {
-      uint32_t* to = packed.data() + t / kPanel * pairs * kPanel + t % kPanel;
-      const BFloat16* row = x + t * width;
-      for (int64_t p = 0; p < pairs; ++p) to[p * kPanel] = row[2 * p].bits | uint32_t(row[2 * p + 1].bits) << 16;
-    }
-  });
-  return packed;
-}
+  PackedX(const Bf16Matmul& kernels, const BFloat16* x, int64_t rows, int64_t width) {
+    const int64_t pairs = (width / 2 + kTilePairs - 1) / kTilePairs * kTilePairs;
+    const int64_t panels = panels_of(rows), size = pairs * kPanel;
+    room.resize(size_t(panels * size + 16));
+    begin = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) & ~uintptr_t(63));
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t low, int64_t high) {
+      for (int64_t i = low; i < high; ++i) {
+        kernels.pack_x(x + i * kPanel * width, std::min(kPanel, rows - i * kPanel), width, begin + i * size);
+      }
+    });
+  }
+};
 
 }  // namespace
 
-bool has_bf16_matmuls() {
-  static const bool found = isa_kernels().matmul.add && !has_amx();
-  return found;
-}
+bool has_bf16_matmuls() { return isa_kernels().matmul.add != nullptr; }
 
 const Bf16Matmul& bf16_matmul(const char* op) {
   const Bf16Matmul& found = isa_kernels().matmul;
@@ -76,7 +60,7 @@ void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out) {
   check(rows <= 1 || out.stride(0) >= columns, "logits_: the rows of out must not overlap, got row stride ",
         out.stride(0), " for ", columns, " columns");
   x = dense(x);
-  const std::vector<uint32_t> packed = pack_columns(data_of<BFloat16>(x), rows, width);
+  const PackedX packed(kernels, data_of<BFloat16>(x), rows, width);
   std::vector<float> minus(size_t(panels_of(rows) * kPanel));
   if (given(lacks)) {
     check_dtype("lacks", lacks, ScalarType::Float);
@@ -96,7 +80,7 @@ void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out) {
   const int64_t w_stride = weight.stride(0), stride = out.stride(0);
   torch::stable::parallel_for(0, (columns + kTaskColumns - 1) / kTaskColumns, 1, [&](int64_t begin, int64_t end) {
     const int64_t low = begin * kTaskColumns, high = std::min(columns, end * kTaskColumns);
-    kernels.logits(w + low * w_stride, w_stride, high - low, packed.data(), width / 2, rows,
+    kernels.logits(w + low * w_stride, w_stride, high - low, packed.begin, width / 2, rows,
                    added.empty() ? nullptr : added.data() + low, minus.data(), z + low, stride);
   });
 }

@@ -140,8 +140,16 @@ inline void store_transposed(const float* sums, int64_t rows, int64_t columns, B
   }
 }
 
+// The pairs of neighbours in the rows of x, as the second operand of logits_tile: [pairs, kPanel].
+void pack_x(const BFloat16* x, int64_t rows, int64_t width, uint32_t* out) {
+  for (int64_t t = 0; t < rows; ++t, x += width) {
+    for (int64_t p = 0; p < width / 2; ++p) out[p * kPanel + t] = x[2 * p].bits | uint32_t(x[2 * p + 1].bits) << 16;
+  }
+}
+
 void logits_tile(const BFloat16* weight, int64_t weight_stride, int64_t columns, const uint32_t* x, int64_t pairs,
                  int64_t rows, const float* bias, const float* minus, BFloat16* out, int64_t stride) {
+  const int64_t padded = (pairs + kTilePairs - 1) / kTilePairs * kTilePairs;
   alignas(64) float sums[32 * kPanel];
   float* of_column[32];
   for (int i = 0; i < 32; ++i) of_column[i] = sums + i * kPanel;
@@ -160,7 +168,7 @@ void logits_tile(const BFloat16* weight, int64_t weight_stride, int64_t columns,
       }
       for (int64_t p = 0; p < pairs; p += kLogitPairs) {
         const int64_t n = pairs - p < kLogitPairs ? pairs - p : kLogitPairs;
-        add_matmul(weight + first * weight_stride + 2 * p, 2 * weight_stride, 4, some, x + low * pairs + p * kPanel, n,
+        add_matmul(weight + first * weight_stride + 2 * p, 2 * weight_stride, 4, some, x + low * padded + p * kPanel, n,
                    1, of_column);
       }
       store_transposed(sums, rows - low < kPanel ? rows - low : kPanel, some, out + low * stride + first, stride);

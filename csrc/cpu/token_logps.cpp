@@ -10,9 +10,27 @@
 
 #include "rows.h"
 
+#if defined(CPO_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace cpo {
 namespace {
 constexpr double kLn2 = 0.6931471805599453;
+
+// The processor has AMX_BF16, and the operating system gives this process tile registers.
+bool has_amx() {
+#if defined(CPO_X86) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 const IsaKernels* choose_kernels() {
   const char* wanted = std::getenv("CPO_KERNELS_CPU_ISA");
@@ -24,7 +42,10 @@ const IsaKernels* choose_kernels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (name == "avx512" || name.empty()) {
-    if (avx512) return __builtin_cpu_supports("avx512bf16") ? kernels_avx512bf16() : kernels_avx512();
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+      return name.empty() && has_amx() ? kernels_amx() : kernels_avx512bf16();
+    }
+    if (avx512) return kernels_avx512();
     check(name.empty(), "CPO_KERNELS_CPU_ISA=avx512, but this processor has no AVX-512 (F, BW, DQ, VL)");
   }
   if (name == "avx2" || name.empty()) {

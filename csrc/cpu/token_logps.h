@@ -76,7 +76,8 @@ struct RowKernels {
 
 // Blocks of matmuls of bfloat16 numbers, summed in float32. A pair is two neighbours along the inner dimension in 32
 // bits, the first one in the low half.
-constexpr int64_t kPanel = 64;  // columns
+constexpr int64_t kPanel = 64;      // columns
+constexpr int64_t kTilePairs = 16;  // of a tile of AMX
 
 struct Bf16Matmul {
   // c[r][0 .. kPanel * panels) += a b. Pair p of row r of a is at r * row_stride + p * pair_stride, in bytes; b
@@ -86,8 +87,10 @@ struct Bf16Matmul {
   // The pairs of two rows of n numbers, zeros up to whole panels; a panel begins panel_stride pairs behind the one
   // before. high may be null, for zeros.
   void (*pack_pairs)(const BFloat16* low, const BFloat16* high, int64_t n, uint32_t* out, int64_t panel_stride);
+  // A panel of `rows` rows of x as `logits` takes it: kPanel times `width` / 2 pairs, rounded up to kTilePairs.
+  void (*pack_x)(const BFloat16* x, int64_t rows, int64_t width, uint32_t* out);
   // out[t][v] = sum over pairs of weight[v] x[t], + bias[v] + minus[t], for v in [0, columns) and t in [0, rows). Rows
-  // of weight are 2 * pairs numbers; x [panels of rows, pairs, kPanel], minus with whole panels; bias may be null.
+  // of weight are 2 * pairs numbers; x: panels of rows; minus with whole panels; bias may be null.
   void (*logits)(const BFloat16* weight, int64_t weight_stride, int64_t columns, const uint32_t* x, int64_t pairs,
                  int64_t rows, const float* bias, const float* minus, BFloat16* out, int64_t stride);
   // to[i] = factor * from[i], rounded.
@@ -109,6 +112,7 @@ const IsaKernels* kernels_portable();
 const IsaKernels* kernels_avx2();
 const IsaKernels* kernels_avx512();
 const IsaKernels* kernels_avx512bf16();
+const IsaKernels* kernels_amx();
 #endif
 
 }  // namespace cpo

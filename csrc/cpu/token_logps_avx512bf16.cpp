@@ -1,7 +1,12 @@
-// The row kernels for AVX-512 with the bfloat16 conversions; setup.py gives this file its processor flags.
+// The kernels for AVX-512 with the bfloat16 instructions, with and without AMX; setup.py gives this file its processor
+// flags.
 #include "token_logps.h"
 
 #include <immintrin.h>
+
+#include <cstring>
+#include <vector>
+
 namespace cpo {
 namespace {
 #include "scalar16.h"
@@ -9,12 +14,18 @@ namespace {
 #include "token_logps_rows.h"
 #include "live_columns_rows.h"
 #include "matmul_bf16.h"
+#include "matmul_amx.h"
 
-const IsaKernels kKernels = {
-    {row_kernels<float>(), row_kernels<BFloat16>(), row_kernels<Half>(), row_kernels<double>()},
-    {add_matmul, pack_pairs, logits_tile, scale_row<float>, scale_row<BFloat16>, add_row}};
+constexpr IsaKernels kernels(decltype(Bf16Matmul::add) add, decltype(Bf16Matmul::pack_x) pack,
+                             decltype(Bf16Matmul::logits) logits) {
+  return {{row_kernels<float>(), row_kernels<BFloat16>(), row_kernels<Half>(), row_kernels<double>()},
+          {add, pack_pairs, pack, logits, scale_row<float>, scale_row<BFloat16>, add_row}};
+}
+constexpr IsaKernels kAvx512Bf16 = kernels(add_matmul, pack_x, logits_tile);
+constexpr IsaKernels kAmx = kernels(add_matmul_amx, pack_x_amx, logits_amx);
 }  // namespace
 
-const IsaKernels* kernels_avx512bf16() { return &kKernels; }
+const IsaKernels* kernels_avx512bf16() { return &kAvx512Bf16; }
+const IsaKernels* kernels_amx() { return &kAmx; }
 
 }  // namespace cpo
