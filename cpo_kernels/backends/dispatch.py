@@ -116,8 +116,8 @@ def kernels(impl: str, tensor: Tensor) -> Kernels:
 def own_matmuls(kernels: Kernels, weight: Tensor) -> Any:
     """The matmuls of the CPU kernels for a weight like this, `library.CPU_SCHEMAS`, or None.
 
-    They take bfloat16 with unit stride over the hidden size, on processors with instructions for it (AVX512_BF16) but
-    without AMX, which oneDNN uses.
+    They take bfloat16 with unit stride over the hidden size, on processors with instructions for it (AVX512_BF16, and
+    AMX where the processor has it).
     """
     fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.stride(-1) == 1
     return kernels if fits and hasattr(kernels, "logits_") and cpu_multiplies_bf16() else None

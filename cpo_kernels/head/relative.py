@@ -36,10 +36,10 @@ from cpo_kernels.ops.token_logps import HeadOptions
 FIRST, FIRST_SHARE, FEW_FIRST = 512, 64, 64
 LABEL_SHARE, FEW_LABELS = 32, 256
 SPREAD = 64
-# Rows at a time: their logits in those columns, and their labels' rows of the weight, stay in a CPU's cache. A GPU takes
-# as many as fit LABEL_BYTES, as every turn is some 15 launches: 32 turns of 256 rows are the likely reason why 8,192
-# rows (4096 x 128,256) took 6 ms longer than the product on an H200 (benchmarks/results/gpu-first-run; not yet measured
-# without them).
+# Rows at a time: on a CPU their logits in those columns, and their labels' rows of the weight, stay in the cache. A GPU
+# takes as many as fit LABEL_BYTES, as every turn is some 15 launches: 32 turns of 256 rows are the likely reason why
+# 8,192 rows (4096 x 128,256) took 6 ms longer than the product on an H200 (benchmarks/results/gpu-first-run; not yet
+# measured without them).
 ROWS = 256
 LABEL_BYTES = 32 << 20
 GPU_ALIGN = 8  # columns: 16 bytes, the alignment of rows that cuBLAS needs for its full rate

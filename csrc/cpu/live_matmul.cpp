@@ -89,7 +89,7 @@ const float* row_factors(const char* name, Tensor& factors, int64_t rows) {
 // Rows [0, size) of a set, columns [first, first + width) of dX.
 void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight, int64_t weight_stride,
              const float* tail_row, const float* coef, const Labels& labels, int64_t width, BFloat16* out,
-             int64_t out_stride, std::vector<float>& sums, std::vector<uint32_t>& packed) {
+             int64_t out_stride, Lines<float>& sums, Lines<uint32_t>& packed) {
   const int64_t live = sets.live(k), size = sets.size(k), panels = panels_of(width), stride = panels * kPanel;
   const BFloat16* g = sets.grads(k);
   sums.assign(size_t(size * stride), 0.0f);
@@ -134,9 +134,9 @@ void pack_rows(const Bf16Matmul& matmul, const BFloat16* x, int64_t rows, int64_
 // The operands of dW that all tasks share.
 struct Packed {
   int64_t width, panels;
-  std::vector<uint32_t> x;  // of set k from k * set_stride
+  Lines<uint32_t> x;  // of set k from k * set_stride
   int64_t set_stride;
-  std::vector<uint32_t> tails[2];  // rounded, and the rounding errors: 16 bits of float32's 24
+  Lines<uint32_t> tails[2];  // rounded, and the rounding errors: 16 bits of float32's 24
 };
 
 Packed pack(const Bf16Matmul& matmul, const Sets& sets, const BFloat16* x, const float* coef, const float* tails,
@@ -199,7 +199,7 @@ struct LabelRows {
 // Rows [low, high) of dW, and `panels` panels of its columns from the panel `first`.
 void dw_task(const Bf16Matmul& matmul, const Sets& sets, const Packed& packed, const LabelRows& labels,
              const BFloat16* tail, int64_t tail_stride, int64_t low, int64_t high, int64_t first, int64_t panels,
-             BFloat16* out, std::vector<float>& sums, std::vector<uint32_t>& pairs_of_g) {
+             BFloat16* out, Lines<float>& sums, Lines<uint32_t>& pairs_of_g) {
   const int64_t stride = panels * kPanel;
   sums.assign(size_t((high - low) * stride), 0.0f);
   std::vector<float*> rows(size_t(high - low));
@@ -259,8 +259,8 @@ Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
   const int64_t step = panels_per_task(width, sets.count, kDxPanels) * kPanel, parts = (width + step - 1) / step;
   // Sets change fastest: the part of W that a few of them need may stay in the cache.
   torch::stable::parallel_for(0, parts * sets.count, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums;
-    std::vector<uint32_t> packed;
+    Lines<float> sums;
+    Lines<uint32_t> packed;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t k = task % sets.count, first = task / sets.count * step;
       dx_task(kernels, sets, k, w + first, stride, tails + k * width + first, factors, labels,
@@ -296,8 +296,8 @@ Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
   int64_t jump = std::max<int64_t>(1, tiles * 5 / 8);
   while (std::gcd(jump, tiles) > 1) ++jump;
   torch::stable::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums;
-    std::vector<uint32_t> pairs_of_g;
+    Lines<float> sums;
+    Lines<uint32_t> pairs_of_g;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t low = task / parts * jump % tiles * kDwColumns, first = task % parts * kDwPanels;
       dw_task(kernels, sets, packed, by_label, q, stride, low, std::min(low + kDwColumns, vocab), first,

@@ -19,23 +19,18 @@ struct SumTile {
 constexpr SumTile kOwnB{256, 5}, kSharedB{128, 9};
 constexpr int64_t kSharedRows = 2048, kSharedNumbers = int64_t(4) << 20;
 
-// The rows of x as Bf16Matmul::logits takes them, beginning on a cache line.
-struct PackedX {
-  std::vector<uint32_t> room;
-  uint32_t* begin;
-
-  PackedX(const Bf16Matmul& kernels, const BFloat16* x, int64_t rows, int64_t width) {
-    const int64_t pairs = (width / 2 + kTilePairs - 1) / kTilePairs * kTilePairs;
-    const int64_t panels = panels_of(rows), size = pairs * kPanel;
-    room.resize(size_t(panels * size + 16));
-    begin = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) & ~uintptr_t(63));
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t low, int64_t high) {
-      for (int64_t i = low; i < high; ++i) {
-        kernels.pack_x(x + i * kPanel * width, std::min(kPanel, rows - i * kPanel), width, begin + i * size);
-      }
-    });
-  }
-};
+// The rows of x as Bf16Matmul::logits takes them.
+Lines<uint32_t> pack_rows(const Bf16Matmul& kernels, const BFloat16* x, int64_t rows, int64_t width) {
+  const int64_t pairs = (width / 2 + kTilePairs - 1) / kTilePairs * kTilePairs;
+  const int64_t panels = panels_of(rows), size = pairs * kPanel;
+  Lines<uint32_t> packed(size_t(panels * size));
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t low, int64_t high) {
+    for (int64_t i = low; i < high; ++i) {
+      kernels.pack_x(x + i * kPanel * width, std::min(kPanel, rows - i * kPanel), width, packed.data() + i * size);
+    }
+  });
+  return packed;
+}
 
 }  // namespace
 
@@ -60,7 +55,7 @@ void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out) {
   check(rows <= 1 || out.stride(0) >= columns, "logits_: the rows of out must not overlap, got row stride ",
         out.stride(0), " for ", columns, " columns");
   x = dense(x);
-  const PackedX packed(kernels, data_of<BFloat16>(x), rows, width);
+  const Lines<uint32_t> packed = pack_rows(kernels, data_of<BFloat16>(x), rows, width);
   std::vector<float> minus(size_t(panels_of(rows) * kPanel));
   if (given(lacks)) {
     check_dtype("lacks", lacks, ScalarType::Float);
@@ -80,7 +75,7 @@ void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out) {
   const int64_t w_stride = weight.stride(0), stride = out.stride(0);
   torch::stable::parallel_for(0, (columns + kTaskColumns - 1) / kTaskColumns, 1, [&](int64_t begin, int64_t end) {
     const int64_t low = begin * kTaskColumns, high = std::min(columns, end * kTaskColumns);
-    kernels.logits(w + low * w_stride, w_stride, high - low, packed.begin, width / 2, rows,
+    kernels.logits(w + low * w_stride, w_stride, high - low, packed.data(), width / 2, rows,
                    added.empty() ? nullptr : added.data() + low, minus.data(), z + low, stride);
   });
 }
@@ -95,7 +90,7 @@ struct Left {
 
   // To the sums of rows [low, low + count), numbers [k, k + n) of the inner dimension.
   void add(const Bf16Matmul& kernels, int64_t low, int64_t count, int64_t k, int64_t n, const uint32_t* b,
-           int64_t panels, float* const* lines, std::vector<uint32_t>& pairs_of_a) const {
+           int64_t panels, float* const* lines, Lines<uint32_t>& pairs_of_a) const {
     const int64_t pairs = (n + 1) / 2;
     if (!transposed && n % 2 == 0) {
       kernels.add(a + low * stride + k, 2 * stride, 4, count, b, pairs, panels, lines);
@@ -134,8 +129,8 @@ struct Right {
   }
   // Where the numbers from row k and column `column` are in `packed`.
   int64_t at(int64_t k, int64_t column) const { return k / 2 * panels_of(width) * kPanel + column * pairs_from(k); }
-  std::vector<uint32_t> packed(const Bf16Matmul& kernels) const {
-    std::vector<uint32_t> out(size_t((inner + 1) / 2 * panels_of(width) * kPanel));
+  Lines<uint32_t> packed(const Bf16Matmul& kernels) const {
+    Lines<uint32_t> out(size_t((inner + 1) / 2 * panels_of(width) * kPanel));
     const int64_t steps = (inner + 2 * kPackedPairs - 1) / (2 * kPackedPairs);
     torch::stable::parallel_for(0, steps, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin * 2 * kPackedPairs; k < std::min(inner, end * 2 * kPackedPairs); k += 2 * kPackedPairs) {
@@ -215,11 +210,11 @@ void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool
   const int64_t blocks = (rows + tile.rows - 1) / tile.rows;
   const int64_t step = panels_per_task(width, blocks, tile.panels) * kPanel, parts = (width + step - 1) / step;
   const Right right{data_of<BFloat16>(b), b.stride(0), inner, width};
-  std::vector<uint32_t> all;
+  Lines<uint32_t> all;
   if (shared) all = right.packed(kernels);
   torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> packed(shared ? 0 : size_t(kPackedPairs * step)), pairs_of_a;
-    std::vector<float> own(size_t(tile.rows * step));
+    Lines<uint32_t> packed(shared ? 0 : size_t(kPackedPairs * step)), pairs_of_a;
+    Lines<float> own(size_t(tile.rows * step));
     std::vector<float*> lines(tile.rows);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t begin_row = task / parts * tile.rows, count = std::min(tile.rows, rows - begin_row);

@@ -1,6 +1,7 @@
 // The CPU's own matmuls, of bfloat16 numbers on processors with instructions for them.
 #pragma once
 
+#include "lines.h"
 #include "rows.h"
 
 namespace cpo {

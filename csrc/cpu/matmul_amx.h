@@ -34,15 +34,15 @@ class Tiles {
   TileConfig before_;
 };
 
-// Memory of a thread that keeps its size, on a cache line.
+// Memory of a thread that keeps its size.
 inline uint32_t* tile_room(int64_t numbers) {
-  static thread_local std::vector<uint32_t> room;
-  if (int64_t(room.size()) < numbers + kTile) room.resize(size_t(numbers + kTile));
-  const uintptr_t at = reinterpret_cast<uintptr_t>(room.data());
-  return reinterpret_cast<uint32_t*>((at + 63) & ~uintptr_t(63));
+  static thread_local Lines<uint32_t> room;
+  if (int64_t(room.size()) < numbers) room.resize(size_t(numbers));
+  return room.data();
 }
 
-// a as tiles. Those whose pairs do not lie one behind the other, and those at an edge, are copied, with zeros beyond it.
+// a as tiles. Those whose pairs do not lie one behind the other, and those at an edge, are copied, with zeros beyond
+// it.
 struct TilesOfA {
   const char* a;
   int64_t row_stride, pair_stride, rows, pairs, deep;  // deep: tiles along the inner dimension
@@ -144,7 +144,7 @@ void add_matmul_amx(const void* a, int64_t row_stride, int64_t pair_stride, int6
   const Tiles ours;
   const int64_t deep = (pairs + kTile - 1) / kTile, tail = pairs % kTile, wide = (rows + kTile - 1) / kTile;
   const int64_t copied = wide * deep * kTile * kTile;
-  const TilesOfA left{static_cast<const char*>(a), row_stride, pair_stride, rows, pairs, deep,
+  const TilesOfA left{static_cast<const char*>(a),       row_stride, pair_stride, rows, pairs, deep,
                       tile_room(copied + kTile * kPanel)};
   left.copy();
   uint32_t* rest = left.room + copied;
@@ -197,8 +197,8 @@ void logits_amx(const BFloat16* weight, int64_t weight_stride, int64_t columns, 
   alignas(64) float sums[2 * kTile][2 * kTile];
   for (int64_t first = 0; first < columns; first += 2 * kTile) {
     const int64_t some = columns - first < 2 * kTile ? columns - first : 2 * kTile;
-    const TilesOfA tiles{reinterpret_cast<const char*>(weight + first * weight_stride), 2 * weight_stride, 4, some,
-                         pairs, deep, w};
+    const TilesOfA tiles{
+        reinterpret_cast<const char*>(weight + first * weight_stride), 2 * weight_stride, 4, some, pairs, deep, w};
     for (int64_t i = 0; i < 2; ++i) {
       for (int64_t k = 0; k < deep; ++k) tiles.copy_tile(i, k, true);
     }

@@ -5,7 +5,8 @@
 #include <immintrin.h>
 
 #include <cstring>
-#include <vector>
+
+#include "lines.h"
 
 namespace cpo {
 namespace {
