@@ -347,7 +347,12 @@ def texts() -> dict[Path, str]:
     made[readme] = fill(made[readme], "benchmarks/results/filtered.json", filtered_table(filtered))
     errors = roofline.read(RESULTS / "filtered_gradients.json")
     page = fill(path.read_text(), "filtered errors", filtered_gradients.table(errors) if errors else "not measured")
-    made[path] = fill(page, "filtered head", families_table(filtered, ["head"]) if filtered else "not measured")
+    for name, run in {
+        "filtered head": filtered,
+        "filtered head amx": roofline.read(RESULTS / "filtered-amx.json"),
+    }.items():
+        page = fill(page, name, families_table(run, ["head"]) if run else "not measured")
+    made[path] = page
     relative, path = roofline.read(RESULTS / "relative_logits.json"), ROOT / "docs" / "relative_logits.md"
     table = relative_logits.table(relative) if relative else "not measured"
     made[path] = fill(path.read_text(), "relative logits", table)
