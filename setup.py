@@ -36,10 +36,11 @@ AVX512 = [
     "-mprefer-vector-width=512",
 ]  # gcc 12 warns about its own intrinsics
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AMX = ["-mamx-tile", "-mamx-bf16"]  # gcc 11, clang 11; an older compiler leaves these kernels out
 ISA_FLAGS = {
     "csrc/cpu/token_logps_avx2.cpp": AVX2,
     "csrc/cpu/token_logps_avx512.cpp": AVX512,
-    "csrc/cpu/token_logps_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "csrc/cpu/token_logps_avx512bf16.cpp": [*AVX512, "-mavx512bf16", *AMX],
 }
 HEADERS = glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)
 CUDA_ARCH_LIST = "8.0 8.6 8.9 9.0 10.0"  # those that nvcc knows, the newest as PTX too
@@ -89,6 +90,12 @@ def find_nvcc() -> str | None:
     backend = cpp_extension.CUDA_HOME
     beside = os.path.join(backend, "bin", "nvcc") if backend else ""
     return beside if os.path.exists(beside) else shutil.which("nvcc")
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows the flags."""
+    command = [*compiler, *flags, "-E", "-xc++", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def default_targets() -> list[str]:
@@ -169,7 +176,10 @@ class BuildExtensions(build_ext):
             command = [find_nvcc() or "nvcc", *NVCC_FLAGS, *nvcc_targets()]
         else:
             compiler = os.environ.get("CXX", "c++").split()
-            command = [*compiler, "-fPIC", *CXX_FLAGS, *ISA_FLAGS.get(source, [])]
+            flags = ISA_FLAGS.get(source, [])
+            if AMX[0] in flags and not accepts(compiler, AMX):
+                flags = [flag for flag in flags if flag not in AMX]
+            command = [*compiler, "-fPIC", *CXX_FLAGS, *flags]
         command += [*defines, *includes, "-c", source]
         digest = hashlib.sha256(" ".join([torch.__version__, *command]).encode()).hexdigest()[:12]
         target = os.path.abspath(os.path.join(self.build_temp, f"{os.path.basename(source)}-{digest}.o"))

@@ -42,6 +42,7 @@ preload=""
 for name in libasan.so libubsan.so libstdc++.so; do preload+="$(gcc -print-file-name=$name) "; done
 sets=$(grep -qw avx2 /proc/cpuinfo && echo avx2 || true)
 sets+=$(grep -qw avx512bw /proc/cpuinfo && echo " avx512" || true)
+sets+=$(grep -qw amx_bf16 /proc/cpuinfo && echo " amx" || true)
 for isa in portable $sets; do
   echo "== $isa"
   # Left out: rows gigabytes apart, and what starts from hidden states.

@@ -41,11 +41,13 @@ const IsaKernels* choose_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (name == "amx" || name.empty()) {
+    if (bf16 && has_amx()) return kernels_amx();
+    check(name.empty(), "CPO_KERNELS_CPU_ISA=amx, but this processor has no AMX_BF16 beside AVX-512");
+  }
   if (name == "avx512" || name.empty()) {
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) {
-      return name.empty() && has_amx() ? kernels_amx() : kernels_avx512bf16();
-    }
-    if (avx512) return kernels_avx512();
+    if (avx512) return bf16 ? kernels_avx512bf16() : kernels_avx512();
     check(name.empty(), "CPO_KERNELS_CPU_ISA=avx512, but this processor has no AVX-512 (F, BW, DQ, VL)");
   }
   if (name == "avx2" || name.empty()) {
@@ -54,7 +56,8 @@ const IsaKernels* choose_kernels() {
   }
 #endif
   check(name.empty(),
-        "CPO_KERNELS_CPU_ISA must be portable, avx2 or avx512 (this build and processor permitting), got '", name, "'");
+        "CPO_KERNELS_CPU_ISA must be portable, avx2, avx512 or amx (this build and processor permitting), got '", name,
+        "'");
   return kernels_portable();
 }
 

@@ -15,7 +15,9 @@ namespace {
 #include "token_logps_rows.h"
 #include "live_columns_rows.h"
 #include "matmul_bf16.h"
+#ifdef __AMX_BF16__
 #include "matmul_amx.h"
+#endif
 
 constexpr IsaKernels kernels(decltype(Bf16Matmul::add) add, decltype(Bf16Matmul::pack_x) pack,
                              decltype(Bf16Matmul::logits) logits) {
@@ -23,10 +25,18 @@ constexpr IsaKernels kernels(decltype(Bf16Matmul::add) add, decltype(Bf16Matmul:
           {add, pack_pairs, pack, logits, scale_row<float>, scale_row<BFloat16>, add_row}};
 }
 constexpr IsaKernels kAvx512Bf16 = kernels(add_matmul, pack_x, logits_tile);
+#ifdef __AMX_BF16__
 constexpr IsaKernels kAmx = kernels(add_matmul_amx, pack_x_amx, logits_amx);
+#endif
 }  // namespace
 
 const IsaKernels* kernels_avx512bf16() { return &kAvx512Bf16; }
-const IsaKernels* kernels_amx() { return &kAmx; }
+const IsaKernels* kernels_amx() {
+#ifdef __AMX_BF16__
+  return &kAmx;
+#else
+  return kernels_avx512();  // oneDNN's matmuls have AMX, and this compiler does not
+#endif
+}
 
 }  // namespace cpo

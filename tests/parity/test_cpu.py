@@ -55,9 +55,10 @@ def check_with(isa, *names):
     return subprocess.run([*command, "--only", *names], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
 def test_every_instruction_set(isa):
-    done = check_with(isa, *TOKEN_OPS)
+    """amx differs from avx512 in its matmuls only."""
+    done = check_with(isa, *(() if isa == "amx" else TOKEN_OPS), *OWN_MATMULS)
     if "this processor has no" in done.stdout or (isa != "portable" and "this build" in done.stdout):
         pytest.skip(f"this build or processor has no {isa}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
