@@ -111,8 +111,13 @@ def anchor_bytes(
     """Copies of the columns; and what is freed before a chunk is written: rows of the labels."""
     if not is_relative(dtype):
         return 0
-    few = _first(count) + SPREAD + min(rows, _most_labels(count))
-    return few * hidden_size * dtype.itemsize + min(chunk_rows, rows_at_a_time(hidden_size, device)) * hidden_size * 6
+    few, labelled = net_columns(rows, count), min(chunk_rows, rows_at_a_time(hidden_size, device))
+    return hidden_size * (few * dtype.itemsize + labelled * 6)
+
+
+def net_columns(rows: int, count: int) -> int:
+    """Most columns of a `Net`, for `rows` labels in a vocabulary of `count`."""
+    return _first(count) + SPREAD + min(rows, _most_labels(count))
 
 
 def _few_columns(labels: Tensor, count: int) -> Tensor:
