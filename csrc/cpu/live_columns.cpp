@@ -39,7 +39,7 @@ void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows
     if (counts(rows, lse, i) && label_here(rows, i)) live[i / set_rows * rows.columns + rows.labels[i]] = true;
   }
   std::vector<double> partial(size_t(blocks * rows.count));  // [blocks, N], added in this order
-  torch::stable::parallel_for(0, sets * blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_rows(sets * blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<const void*> x;
     std::vector<double> offset, shift, factor, sums;
     for (int64_t task = begin; task < end; ++task) {
@@ -76,7 +76,7 @@ template <typename Acc>
 void gather_grads(const Rows& rows, const Acc* lse, const Acc* row_sums, const int64_t* columns, const int64_t* offsets,
                   int64_t set_rows, char* out) {
   const int64_t size = rows.element_size;
-  torch::stable::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t set = i / set_rows, first = offsets[set], n = offsets[set + 1] - first;
       // Earlier sets have set_rows rows of n_k + 1 numbers each.
@@ -136,7 +136,7 @@ void sum_all(ElementType type, int64_t size, const Tensor& out, const Tensor& ta
     kernels.in_lane_order(data_of<Acc>(tails) + k * width, ordered.data() + k * width, width);
     terms.push_back(ordered.data() + k * width);
   }
-  torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows, 64, [&](int64_t begin, int64_t end) {
     sum_tile<Acc>(kernels, type, size, begin, end, width, static_cast<char*>(out.data_ptr()),
                   static_cast<const char*>(tail.data_ptr()), tail.stride(0), terms, data_of<int64_t>(columns), offsets,
                   static_cast<const char*>(made.data_ptr()));

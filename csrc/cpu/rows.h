@@ -9,7 +9,35 @@
 #include "../token_logps_checks.h"
 #include "token_logps.h"
 
+#ifdef CPO_X86
+#include <xmmintrin.h>
+#endif
+
 namespace cpo {
+
+// While it lives, this thread takes subnormal numbers for 0, as it does their results. A row whose logits are 87 nats
+// apart has exponentials among them, at some 100 cycles each: 1024 x 1586 bfloat16 logits of deviation 24 took 9.4 ms,
+// those of deviation 3 0.4 ms (two cores).
+class WithoutSubnormals {
+ public:
+#ifdef CPO_X86
+  WithoutSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~WithoutSubnormals() { _mm_setcsr(before_); }
+  WithoutSubnormals(const WithoutSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+#endif
+};
+
+// f(begin, end) over parts of [0, count), on the threads of torch.
+template <typename F>
+void parallel_rows(int64_t count, int64_t grain, const F& f) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const WithoutSubnormals flushed;
+    f(begin, end);
+  });
+}
 
 const IsaKernels& isa_kernels();  // of the chosen instruction set
 

@@ -151,7 +151,7 @@ void write_gradient(const Rows& rows, int64_t i, const RowGradient& g, int64_t b
 template <typename Plan>
 void write_rows(const Rows& rows, const Plan& plan) {
   if (!rows.split_columns()) {
-    torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
+    parallel_rows(rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         rows.ignored(i) ? clear(rows, i, 0) : write_gradient(rows, i, plan(i), 0, rows.columns);
       }
@@ -162,7 +162,7 @@ void write_rows(const Rows& rows, const Plan& plan) {
   for (int64_t i = 0; i < rows.count; ++i) {
     if (!rows.ignored(i)) plans[i] = plan(i);
   }
-  torch::stable::parallel_for(0, rows.count * rows.pieces(), 1, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows.count * rows.pieces(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / rows.pieces(), first = task % rows.pieces() * kPiece;
       const int64_t last = std::min(first + kPiece, rows.columns);
@@ -179,7 +179,7 @@ void write_rows(const Rows& rows, const Plan& plan) {
 std::vector<Partial> scan_pieces(const Rows& rows, bool extras) {
   const int64_t pieces = rows.pieces();
   std::vector<Partial> partials(rows.count * pieces);
-  torch::stable::parallel_for(0, rows.count * pieces, 1, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows.count * pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / pieces, first = task % pieces * kPiece;
       if (rows.ignored(i)) continue;
@@ -225,7 +225,7 @@ void run(const Rows& rows, bool extras, Acc* logp, Acc* lse, Acc* extra_out) {
       return plan_gradient(rows, i, r.shift, r.inverse_sum, r.logp, 1.0);
     });
   } else {
-    torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
+    parallel_rows(rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (!rows.ignored(i)) forward(i);
       }
