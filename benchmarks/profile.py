@@ -3,7 +3,8 @@
 One step in the profiler, the median of several, split into the matrix products, our kernels and the rest by name. On a
 GPU this is time of its kernels, by the operator that started them; beside it the time of a step without the profiler,
 which is more where the GPU waits for the host, and how many kernels a step starts.
-Writes benchmarks/results/profile-cpu.json; `python -m benchmarks.plot` makes the table of docs/performance.md from it.
+Writes benchmarks/results/profile-DEVICE.json; `python -m benchmarks.plot` makes the table of docs/performance.md
+from that of a CPU.
 """
 
 import argparse

@@ -5,6 +5,7 @@
 #include <vector>
 
 namespace cpo {
+namespace {
 
 // A vector that begins on a cache line, as its vectors and tiles of 64 bytes then do.
 template <typename T>
@@ -23,4 +24,5 @@ struct LineAllocator {
 template <typename T>
 using Lines = std::vector<T, LineAllocator<T>>;
 
+}  // namespace
 }  // namespace cpo

@@ -40,7 +40,7 @@ bool has_bf16_matmuls() { return isa_kernels().matmul.add != nullptr; }
 const Bf16Matmul& bf16_matmul(const char* op) {
   const Bf16Matmul& found = isa_kernels().matmul;
   check(found.add, op,
-        ": the CPU's own matmuls need a processor with AVX512_BF16, and CPO_KERNELS_CPU_ISA unset or avx512");
+        ": the CPU's own matmuls need a processor with AVX512_BF16, and CPO_KERNELS_CPU_ISA unset, avx512 or amx");
   return found;
 }
 

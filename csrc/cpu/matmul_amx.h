@@ -10,6 +10,9 @@ struct alignas(64) TileConfig {
   uint8_t rows[16];
 };
 
+// What was written is in memory: gcc 12 does not know that tile instructions read it.
+inline void before_tiles(const void* written) { __asm__ volatile("" : : "r"(written) : "memory"); }
+
 // The tile registers are ours while it lives: 0 to 3 for sums, 4 and 5 for a, 6 and 7 for b. Then they are as they
 // were: oneDNN does not load a configuration again that it believes to be there.
 class Tiles {
@@ -19,10 +22,12 @@ class Tiles {
     ours.palette = 1;
     for (int i = 0; i < 8; ++i) ours.row_bytes[i] = 64, ours.rows[i] = kTile;
     _tile_storeconfig(&before_);
+    before_tiles(&ours);
     _tile_loadconfig(&ours);
   }
   ~Tiles() {
     if (before_.palette) {
+      before_tiles(&before_);
       _tile_loadconfig(&before_);
     } else {
       _tile_release();
@@ -151,6 +156,7 @@ void add_matmul_amx(const void* a, int64_t row_stride, int64_t pair_stride, int6
   if (tail) std::memset(rest, 0, size_t(kTile * kPanel) * 4);
   for (int64_t panel = 0; panel < panels; ++panel, b += pairs * kPanel) {
     if (tail) std::memcpy(rest, b + (pairs - tail) * kPanel, size_t(tail * kPanel) * 4);
+    before_tiles(left.room);
     for (int64_t i = 0; i < wide; i += 2) {
       for (int64_t column = panel * kPanel; column < (panel + 1) * kPanel; column += 2 * kTile) {
         if (i + 1 < wide) {
@@ -188,7 +194,7 @@ inline void store_rounded(const float (*sums)[2 * kTile], int64_t rows, __mmask3
   }
 }
 
-// Rows of W become the second operand: 32 of them stay in the L1 cache while all of x passes by.
+// Rows of W become the second operand: 32 of them stay in the L1 cache (up to H = 768) while all of x passes by.
 void logits_amx(const BFloat16* weight, int64_t weight_stride, int64_t columns, const uint32_t* x, int64_t pairs,
                 int64_t rows, const float* bias, const float* minus, BFloat16* out, int64_t stride) {
   const Tiles ours;
@@ -202,6 +208,7 @@ void logits_amx(const BFloat16* weight, int64_t weight_stride, int64_t columns, 
     for (int64_t i = 0; i < 2; ++i) {
       for (int64_t k = 0; k < deep; ++k) tiles.copy_tile(i, k, true);
     }
+    before_tiles(w);
     const __mmask32 keep = some == 2 * kTile ? 0xffffffffu : (__mmask32)((1u << some) - 1);
     const __m512 low_bias = bias ? _mm512_maskz_loadu_ps((__mmask16)keep, bias + first) : _mm512_setzero_ps();
     const __m512 high_bias =

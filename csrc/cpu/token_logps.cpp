@@ -43,8 +43,10 @@ const IsaKernels* choose_kernels() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (name == "amx" || name.empty()) {
-    if (bf16 && has_amx()) return kernels_amx();
-    check(name.empty(), "CPO_KERNELS_CPU_ISA=amx, but this processor has no AMX_BF16 beside AVX-512");
+    const bool amx = bf16 && has_amx();
+    if (amx && kernels_amx()) return kernels_amx();
+    check(name.empty(), "CPO_KERNELS_CPU_ISA=amx, but this build or processor has no AMX_BF16, or the system no tiles");
+    if (amx) return kernels_avx512();  // without own matmuls, as those of oneDNN have AMX
   }
   if (name == "avx512" || name.empty()) {
     if (avx512) return bf16 ? kernels_avx512bf16() : kernels_avx512();

@@ -112,7 +112,7 @@ const IsaKernels* kernels_portable();
 const IsaKernels* kernels_avx2();
 const IsaKernels* kernels_avx512();
 const IsaKernels* kernels_avx512bf16();
-const IsaKernels* kernels_amx();
+const IsaKernels* kernels_amx();  // null if the compiler did not know AMX
 #endif
 
 }  // namespace cpo

@@ -35,7 +35,7 @@ const IsaKernels* kernels_amx() {
 #ifdef __AMX_BF16__
   return &kAmx;
 #else
-  return kernels_avx512();  // oneDNN's matmuls have AMX, and this compiler does not
+  return nullptr;
 #endif
 }
 

@@ -67,6 +67,38 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+SMALL = """
+import torch
+from cpo_kernels.backends import dispatch
+
+cpu, exact = (dispatch.kernels(impl, torch.empty(0)) for impl in ("cpu", "reference"))
+g = torch.Generator().manual_seed(0)
+z, y = (6e-5 * torch.rand(4, 301, generator=g)).half(), torch.arange(4)
+head = y, -100, 1e5, 0.0, 301, True
+for got, want in zip(cpu.token_logps_fwd(z, *head), exact.token_logps_fwd(z.double(), *head)):
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+q, tails = (4e-5 * torch.rand(2, 100, generator=g)).half(), 100 * torch.randn(2, 64, generator=g)
+none = torch.zeros(0, dtype=torch.int64)
+rest = q.new_empty(0, 64), none, torch.zeros(3, dtype=torch.int64)
+got, want = cpu.live_sum(q, tails, *rest), q.double().t() @ tails.double()
+torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-6)
+z = torch.full((1, 70000), -1.0)
+z[0, 5] = 1e-40
+for op in (cpu.token_logps_fwd, cpu.token_logps_fused_):
+    assert op(z.clone(), torch.tensor([5]), -100, 1.0, 0.0, 70000, True)[2][3] == 1
+print("right")
+"""
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
+def test_subnormal_float16_numbers_keep_their_value(isa):
+    environment = {**os.environ, "CPO_KERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", SMALL], env=environment, capture_output=True, text=True)
+    if isa != "portable" and ("this build" in done.stderr or "this processor has no" in done.stderr):
+        pytest.skip(f"this build or processor has no {isa}")
+    assert done.stdout == "right\n", done.stderr[-2000:]
+
+
 def test_an_unknown_instruction_set_is_refused():
     done = check_with("sse9", "sizes/float32/N=1,V=1")
     assert done.returncode == 1 and "CPO_KERNELS_CPU_ISA" in done.stdout and "'sse9'" in done.stdout
