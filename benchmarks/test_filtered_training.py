@@ -43,7 +43,8 @@ def test_variants(peaked, tmp_path, capsys):
     assert rows[FIXED]["exact_share"] == 0
     off = {name: row["off"]["gradient"] for name, row in rows.items()}
     whole, both, dropped = (off[f"{FIXED}{kind}"] for kind in ("", ", head too", ", head too, tail dropped"))
-    assert 0 < whole["body"] == both["body"] < dropped["body"] < 0.1
+    assert whole["body"] == pytest.approx(both["body"], rel=1e-12)  # the last bit of a norm differs on an Intel Xeon
+    assert 0 < both["body"] < dropped["body"] < 0.1
     assert whole["others"] < 1e-4 < 0.01 < both["others"] < dropped["others"] < 1
     assert off["bfloat16"]["body"] < 0.1
     assert figure(content).axes[1].get_lines()
