@@ -77,13 +77,16 @@ def make_anchors(
     x [n, H]; labels [n], columns that are not padding. room: memory that may be overwritten, flat, in the dtype of x.
     """
     some, few = net.weight.t(), net.weight.shape[0]
-    net_bias = net.bias if bias.numel() else None
     step = max(room.numel() // few, 1) if x.device.type != "cpu" else ROWS
     parts = []
     for rows in x.split(step):
         size = rows.shape[0] * few
         room = room if size <= room.numel() else room.new_empty(size)
-        u = product(rows, some, room[:size].view(-1, few), net_bias)
+        u = product(rows, some, room[:size].view(-1, few))
+        if u.dtype == torch.float16:
+            u.clamp_(max=torch.finfo(u.dtype).max)  # of an infinite one the mean would be NaN
+        if bias.numel():
+            u = u.to(library.acc_dtype(u.dtype)).add_(net.bias)  # rounded to 16 bits it would move the constant
         parts.append(_mean_logit(u, options, kernels))
     lacks = torch.cat(parts)
     at_label = label_logits(x, weight, bias, labels)
@@ -141,8 +144,6 @@ def _most_labels(count: int) -> int:
 def _mean_logit(u: Tensor, options: HeadOptions, kernels: Kernels) -> Tensor:
     """sum_v p_v z_v over u [n, v], mapped back to u: logsumexp z less the entropy. Masked columns have nonzero p under
     a softcap."""
-    if u.dtype == torch.float16:
-        u.clamp_(max=torch.finfo(u.dtype).max)  # of an infinite one the mean would be NaN
     any_label = torch.zeros(u.shape[0], dtype=torch.int64, device=u.device)
     _, lse, extra = kernels.token_logps_fwd(u, any_label, -1, options.scale, options.softcap, u.shape[1], True)
     mean = lse - extra[0]

@@ -234,3 +234,17 @@ def test_the_loss_does_not_notice(strategy, dtype, tiles, monkeypatch):
     assert set(seen) == {dtype}
     for ours, exact in zip(*results, strict=True):
         assert (ours.float() - exact).norm() <= 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "columns, stride, first", [(64, 64, 0), (61, 64, 0), (61, 61, 0), (64, 70, 0), (62, 64, 1), (1, 8, 0)]
+)
+def test_rows_are_filled_with_their_constants(columns, stride, first):
+    """By words of 8 bytes where rows begin on such; else one by one. Nothing but padding is written besides."""
+    flat = torch.full((first + 5 * stride,), torch.nan, dtype=torch.bfloat16)
+    out, values = flat[first:].view(5, stride)[:, :columns], torch.randn(5).bfloat16()
+    matmul._fill_rows(out, values)
+    assert torch.equal(out, values[:, None].expand(5, columns)) and bool(flat[:first].isnan().all())
+    a, b, lacks = torch.randn(5, 8).bfloat16(), torch.randn(8, columns).bfloat16(), values.float()
+    want = a.double() @ b.double() - lacks.double()[:, None]
+    torch.testing.assert_close(product(a, b, out, None, lacks).double(), want, rtol=2.0**-8, atol=1e-4)
