@@ -22,7 +22,7 @@ constexpr int64_t kSharedRows = 2048, kSharedNumbers = int64_t(4) << 20;
 
 // The rows of x as Bf16Matmul::logits takes them.
 Lines<uint32_t> pack_rows(const Bf16Matmul& kernels, const BFloat16* x, int64_t rows, int64_t width) {
-  const int64_t pairs = (width / 2 + kTilePairs - 1) / kTilePairs * kTilePairs;
+  const int64_t pairs = (width / 2 + kTile - 1) / kTile * kTile;
   const int64_t panels = panels_of(rows), size = pairs * kPanel;
   Lines<uint32_t> packed(size_t(panels * size));
   torch::stable::parallel_for(0, panels, 1, [&](int64_t low, int64_t high) {
@@ -178,6 +178,94 @@ struct Sums {
   }
 };
 
+// A product by tiles is cut into tasks of rows and columns of its sums. The sums of a task, and the tiles of a and b of
+// kStep numbers of the inner dimension, stay in the L2 cache.
+constexpr int64_t kStep = 2 * kPackedPairs, kPairOfTiles = 2 * kTile, kMostColumns = 576;
+
+struct Split {
+  int64_t rows, columns;  // of a task
+  int64_t blocks, parts;  // tasks along them
+};
+
+Split split_of(int64_t rows, int64_t columns, int64_t most_rows) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto part = [](int64_t n, int64_t count) {
+    return ((n + count - 1) / count + kPairOfTiles - 1) / kPairOfTiles * kPairOfTiles;
+  };
+  int64_t blocks = std::max<int64_t>(1, (rows + most_rows - 1) / most_rows);
+  int64_t parts = std::max<int64_t>(1, (columns + kMostColumns - 1) / kMostColumns);
+  // As many tasks as threads, or a multiple of that: the longer side is cut.
+  const auto idle = [&] { return blocks * parts < 4 * threads && blocks * parts % threads; };
+  while (idle() && std::max(part(rows, blocks), part(columns, parts)) > kPairOfTiles) {
+    ++(part(rows, blocks) >= part(columns, parts) ? blocks : parts);
+  }
+  const Split split{part(rows, blocks), part(columns, parts)};
+  return {split.rows, split.columns, (rows + split.rows - 1) / split.rows,
+          (columns + split.columns - 1) / split.columns};
+}
+
+inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+
+// Number v of row r of a task's sums, v a multiple of kTile.
+inline float* tile_row(float* sums, int64_t row_tiles, int64_t r, int64_t v) {
+  const int64_t tile = (v / kPairOfTiles * row_tiles + r / kTile) * 2 + v % kPairOfTiles / kTile;
+  return sums + (tile * kTile + r % kTile) * kTile;
+}
+
+void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right& b, const Sums& sums, int64_t rows,
+                          bool first, bool last, float factor) {
+  const int64_t inner = b.inner, width = b.width;
+  const bool shared = rows >= kSharedRows && inner * width <= kSharedNumbers;
+  const Split split = split_of(rows, width, shared ? 256 : 512);
+  const auto pack_b = [&](int64_t k, int64_t column, int64_t n, uint32_t* out) {
+    kernels.tiles_of_b(b.b + k * b.stride + column, b.stride, std::min(kStep, inner - k), n, out);
+  };
+  // All of b: kStep rows of one task's columns after another.
+  const int64_t steps = (inner + kStep - 1) / kStep, packed = split.columns * kPackedPairs;
+  Lines<uint32_t> all(shared ? size_t(steps * split.parts * packed) : 0);
+  if (shared) {
+    torch::stable::parallel_for(0, steps * split.parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t column = i % split.parts * split.columns;
+        pack_b(i / split.parts * kStep, column, std::min(split.columns, width - column), all.data() + i * packed);
+      }
+    });
+  }
+  torch::stable::parallel_for(0, split.blocks * split.parts, 1, [&](int64_t begin, int64_t end) {
+    Lines<uint32_t> left(size_t(split.rows * kPackedPairs)), own_b(shared ? 0 : size_t(packed));
+    Lines<float> own(size_t(split.rows * split.columns)), line(size_t(split.columns), 0.0f);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % split.parts, column = part * split.columns, n = std::min(split.columns, width - column);
+      const int64_t row = task / split.parts * split.rows, count = std::min(split.rows, rows - row);
+      const int64_t row_tiles = tiles_of(count);
+      if (first) {
+        std::fill(own.begin(), own.end(), 0.0f);
+      } else {
+        for (int64_t t = 0; t < count; ++t) {
+          sums.load(row + t, column, n, line.data());
+          for (int64_t v = 0; v < n; v += kTile) std::copy_n(&line[v], kTile, tile_row(own.data(), row_tiles, t, v));
+        }
+      }
+      for (int64_t k = 0; k < inner; k += kStep) {
+        const int64_t some = std::min(kStep, inner - k);
+        const uint32_t* right = shared ? all.data() + (k / kStep * split.parts + part) * packed : own_b.data();
+        if (!shared) pack_b(k, column, n, own_b.data());
+        if (a.transposed) {
+          kernels.tiles_of_columns(a.a + k * a.stride + row, a.stride, count, some, left.data());
+        } else {
+          kernels.tiles_of_rows(a.a + row * a.stride + k, a.stride, count, some, left.data());
+        }
+        kernels.add_tiles(left.data(), right, row_tiles, tiles_of(n), (some + kPairOfTiles - 1) / kPairOfTiles,
+                          own.data());
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        for (int64_t v = 0; v < n; v += kTile) std::copy_n(tile_row(own.data(), row_tiles, t, v), kTile, &line[v]);
+        sums.store(kernels, line.data(), row + t, column, n, last, factor);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool last, double factor) {
@@ -205,6 +293,11 @@ void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool
     sums.low = reinterpret_cast<uint16_t*>(mutable_data_of<int16_t>(low));
   } else {
     sums.whole = mutable_data_of<float>(total);
+  }
+  if (kernels.add_tiles) {
+    const Right right{data_of<BFloat16>(b), b.stride(0), inner, width};
+    add_product_by_tiles(kernels, left, right, sums, rows, first, last, float(factor));
+    return;
   }
   const bool shared = rows >= kSharedRows && inner * width <= kSharedNumbers;
   const SumTile tile = shared ? kSharedB : kOwnB;

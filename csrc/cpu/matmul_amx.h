@@ -2,8 +2,6 @@
 // 16 pairs, and one of 16 pairs and 16 columns, to 16 x 16 sums.
 // Included inside the anonymous namespace of token_logps_avx512bf16.cpp.
 
-constexpr int64_t kTile = 16;
-
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -85,7 +83,7 @@ struct TilesOfA {
 // c[0 .. kRowTiles * kTile) [column .. column + 32) += a b, in rows from the tile i of a. b: of the panel; its last
 // `tail` pairs, if they fill no tile, in `rest`.
 template <int kRowTiles>
-inline void add_tiles(const TilesOfA& a, int64_t i, const uint32_t* b, const uint32_t* rest, float* const* c,
+inline void add_block_in_place(const TilesOfA& a, int64_t i, const uint32_t* b, const uint32_t* rest, float* const* c,
                       int64_t column) {
   const int64_t rows = a.rows - i * kTile < kRowTiles * kTile ? a.rows - i * kTile : kRowTiles * kTile;
   const int64_t stride = rows > 1 ? c[1] - c[0] : 0;
@@ -160,10 +158,124 @@ void add_matmul_amx(const void* a, int64_t row_stride, int64_t pair_stride, int6
     for (int64_t i = 0; i < wide; i += 2) {
       for (int64_t column = panel * kPanel; column < (panel + 1) * kPanel; column += 2 * kTile) {
         if (i + 1 < wide) {
-          add_tiles<2>(left, i, b, rest, c + i * kTile, column);
+          add_block_in_place<2>(left, i, b, rest, c + i * kTile, column);
         } else {
-          add_tiles<1>(left, i, b, rest, c + i * kTile, column);
+          add_block_in_place<1>(left, i, b, rest, c + i * kTile, column);
         }
+      }
+    }
+  }
+}
+
+inline __mmask32 first_numbers_of(int64_t n) { return n >= 32 ? 0xffffffffu : (__mmask32)((1u << n) - 1); }
+
+void tiles_of_rows(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out) {
+  const int64_t deep = (inner + 2 * kTile - 1) / (2 * kTile);
+  for (int64_t i = 0; i < rows; i += kTile) {
+    for (int64_t k = 0; k < deep; ++k, out += kTile * kTile) {
+      const __mmask32 keep = first_numbers_of(inner - 2 * kTile * k);
+      for (int64_t t = 0; t < kTile; ++t) {
+        const BFloat16* from = a + (i + t) * stride + 2 * kTile * k;
+        const bool there = i + t < rows;
+        _mm512_store_si512(out + t * kTile, there ? _mm512_maskz_loadu_epi16(keep, from) : _mm512_setzero_si512());
+      }
+    }
+  }
+}
+
+// Of two rows of 32 numbers, the pairs of the first and of the last 16.
+struct TwoPairs {
+  __m512i first, last;
+};
+inline TwoPairs pairs_of(__m512i low, __m512i high) {
+  const __m512i lower = _mm512_unpacklo_epi16(low, high), upper = _mm512_unpackhi_epi16(low, high);
+  // Quarters of 4 pairs: 0, 2, 4, 6 in `lower` and 1, 3, 5, 7 in `upper`.
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  return {_mm512_permutex2var_epi64(lower, first, upper), _mm512_permutex2var_epi64(lower, last, upper)};
+}
+// Numbers [first, first + 32) of two rows that have n; of rows that are not there, 0.
+inline TwoPairs load_pairs(const BFloat16* low, bool both, int64_t stride, int64_t first, int64_t n) {
+  const __mmask32 keep = first_numbers_of(n - first);
+  const __m512i a = _mm512_maskz_loadu_epi16(keep, low + first);
+  return pairs_of(a, both ? _mm512_maskz_loadu_epi16(keep, low + stride + first) : _mm512_setzero_si512());
+}
+
+void tiles_of_columns(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out) {
+  const int64_t deep = (inner + 2 * kTile - 1) / (2 * kTile), tile = kTile * kTile;
+  for (int64_t k = 0; k < deep; ++k) {
+    for (int64_t i = 0; i < rows; i += 2 * kTile) {
+      __m512i first[kTile], last[kTile];
+      for (int64_t p = 0; p < kTile; ++p) {
+        const int64_t row = 2 * (k * kTile + p);
+        TwoPairs both{_mm512_setzero_si512(), _mm512_setzero_si512()};
+        if (row < inner) both = load_pairs(a + row * stride, row + 1 < inner, stride, i, rows);
+        first[p] = both.first, last[p] = both.last;
+      }
+      transpose16(first);
+      uint32_t* to = out + (i / kTile * deep + k) * tile;
+      for (int64_t t = 0; t < kTile; ++t) _mm512_store_si512(to + t * kTile, first[t]);
+      if (i + kTile >= rows) continue;
+      transpose16(last);
+      for (int64_t t = 0; t < kTile; ++t) _mm512_store_si512(to + deep * tile + t * kTile, last[t]);
+    }
+  }
+}
+
+void tiles_of_b(const BFloat16* b, int64_t stride, int64_t inner, int64_t columns, uint32_t* out) {
+  const int64_t deep = (inner + 2 * kTile - 1) / (2 * kTile), tile = kTile * kTile;
+  for (int64_t p = 0; p < deep * kTile; ++p) {
+    uint32_t* to = out + p * kTile;  // tiles [pairs, columns] follow one another along the pairs
+    for (int64_t v = 0; v < columns; v += 2 * kTile, to += 2 * deep * tile) {
+      TwoPairs both{_mm512_setzero_si512(), _mm512_setzero_si512()};
+      if (2 * p < inner) both = load_pairs(b + 2 * p * stride, 2 * p + 1 < inner, stride, v, columns);
+      _mm512_store_si512(to, both.first);
+      _mm512_store_si512(to + deep * tile, both.last);
+    }
+  }
+}
+
+template <int kRowTiles>
+inline void add_block_of_tiles(const uint32_t* a, const uint32_t* b, int64_t deep, float* sums) {
+  constexpr int64_t kNumbers = kTile * kTile;
+  _tile_loadd(0, sums, 4 * kTile);
+  _tile_loadd(1, sums + kNumbers, 4 * kTile);
+  if (kRowTiles == 2) {
+    _tile_loadd(2, sums + 2 * kNumbers, 4 * kTile);
+    _tile_loadd(3, sums + 3 * kNumbers, 4 * kTile);
+  }
+  for (int64_t k = 0; k < deep * kNumbers; k += kNumbers) {
+    _tile_loadd(6, b + k, 4 * kTile);
+    _tile_loadd(4, a + k, 4 * kTile);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + deep * kNumbers + k, 4 * kTile);
+    _tile_dpbf16ps(1, 4, 7);
+    if (kRowTiles == 2) {
+      _tile_loadd(5, a + deep * kNumbers + k, 4 * kTile);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, 4 * kTile);
+  _tile_stored(1, sums + kNumbers, 4 * kTile);
+  if (kRowTiles == 2) {
+    _tile_stored(2, sums + 2 * kNumbers, 4 * kTile);
+    _tile_stored(3, sums + 3 * kNumbers, 4 * kTile);
+  }
+}
+
+// Two tiles of b stay in the L1 cache while those of a pass by.
+void add_tiles(const uint32_t* a, const uint32_t* b, int64_t row_tiles, int64_t column_tiles, int64_t deep,
+               float* sums) {
+  const Tiles ours;
+  const int64_t tile = kTile * kTile;
+  before_tiles(a);
+  for (int64_t j = 0; j < column_tiles; j += 2, b += 2 * deep * tile) {
+    for (int64_t i = 0; i < row_tiles; i += 2, sums += 4 * tile) {
+      if (i + 1 < row_tiles) {
+        add_block_of_tiles<2>(a + i * deep * tile, b, deep, sums);
+      } else {
+        add_block_of_tiles<1>(a + i * deep * tile, b, deep, sums);
+        sums -= 2 * tile;
       }
     }
   }

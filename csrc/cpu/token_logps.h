@@ -77,7 +77,7 @@ struct RowKernels {
 // Blocks of matmuls of bfloat16 numbers, summed in float32. A pair is two neighbours along the inner dimension in 32
 // bits, the first one in the low half.
 constexpr int64_t kPanel = 64;      // columns
-constexpr int64_t kTilePairs = 16;  // of a tile of AMX
+constexpr int64_t kTile = 16;   // rows, pairs and columns of a tile of AMX
 
 struct Bf16Matmul {
   // c[r][0 .. kPanel * panels) += a b. Pair p of row r of a is at r * row_stride + p * pair_stride, in bytes; b
@@ -87,7 +87,7 @@ struct Bf16Matmul {
   // The pairs of two rows of n numbers, zeros up to whole panels; a panel begins panel_stride pairs behind the one
   // before. high may be null, for zeros.
   void (*pack_pairs)(const BFloat16* low, const BFloat16* high, int64_t n, uint32_t* out, int64_t panel_stride);
-  // A panel of `rows` rows of x as `logits` takes it: kPanel times `width` / 2 pairs, rounded up to kTilePairs.
+  // A panel of `rows` rows of x as `logits` takes it: kPanel times `width` / 2 pairs, rounded up to kTile.
   void (*pack_x)(const BFloat16* x, int64_t rows, int64_t width, uint32_t* out);
   // out[t][v] = sum over pairs of weight[v] x[t], + bias[v] + minus[t], for v in [0, columns) and t in [0, rows). Rows
   // of weight are 2 * pairs numbers; x: panels of rows; minus with whole panels; bias may be null.
@@ -98,6 +98,15 @@ struct Bf16Matmul {
   void (*scale_row)(const BFloat16* from, int64_t n, float factor, BFloat16* to);
   // to[i] += factor * x[i] - rounded * round(scale * x[i])
   void (*add_row)(const BFloat16* x, int64_t n, float factor, float rounded, float scale, float* to);
+
+  // Products of whole blocks with AMX, else null. Operands are tiles [kTile, kTile] of pairs, with zeros beyond their
+  // edges: of a [tiles of rows, tiles of pairs], of b [tiles of columns, tiles of pairs].
+  void (*tiles_of_rows)(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out);
+  void (*tiles_of_columns)(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out);  // of a^T
+  void (*tiles_of_b)(const BFloat16* b, int64_t stride, int64_t inner, int64_t columns, uint32_t* out);
+  // sums [tiles of columns / 2, tiles of rows, 2, kTile, kTile] += a b
+  void (*add_tiles)(const uint32_t* a, const uint32_t* b, int64_t row_tiles, int64_t column_tiles, int64_t pair_tiles,
+                    float* sums);
 };
 
 enum ElementType { kFloat32, kBFloat16, kFloat16, kFloat64, kElementTypes };

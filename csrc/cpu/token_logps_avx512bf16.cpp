@@ -19,14 +19,15 @@ namespace {
 #include "matmul_amx.h"
 #endif
 
-constexpr IsaKernels kernels(decltype(Bf16Matmul::add) add, decltype(Bf16Matmul::pack_x) pack,
-                             decltype(Bf16Matmul::logits) logits) {
-  return {{row_kernels<float>(), row_kernels<BFloat16>(), row_kernels<Half>(), row_kernels<double>()},
-          {add, pack_pairs, pack, logits, scale_row<float>, scale_row<BFloat16>, add_row}};
+constexpr IsaKernels kernels(Bf16Matmul matmul) {
+  return {{row_kernels<float>(), row_kernels<BFloat16>(), row_kernels<Half>(), row_kernels<double>()}, matmul};
 }
-constexpr IsaKernels kAvx512Bf16 = kernels(add_matmul, pack_x, logits_tile);
+constexpr IsaKernels kAvx512Bf16 = kernels({add_matmul, pack_pairs, pack_x, logits_tile, scale_row<float>,
+                                            scale_row<BFloat16>, add_row, nullptr, nullptr, nullptr, nullptr});
 #ifdef __AMX_BF16__
-constexpr IsaKernels kAmx = kernels(add_matmul_amx, pack_x_amx, logits_amx);
+constexpr IsaKernels kAmx =
+    kernels({add_matmul_amx, pack_pairs, pack_x_amx, logits_amx, scale_row<float>, scale_row<BFloat16>, add_row,
+             tiles_of_rows, tiles_of_columns, tiles_of_b, add_tiles});
 #endif
 }  // namespace
 
