@@ -142,25 +142,25 @@ struct Right {
   }
 };
 
-// The sums [rows, width], in float32, or in two halves: `high` and `low` are the upper and lower 16 bits of float32.
+// The sums [rows, width]: in float32; in two halves, `high` and `low`, the upper and lower 16 bits of float32; or in
+// bfloat16, `high` alone, which is rounded once.
 struct Sums {
   float* whole;
   BFloat16* high;
   uint16_t* low;
   int64_t width;
 
-  void load(int64_t row, int64_t column, int64_t n, float* to) const {
+  void load(const Bf16Matmul& kernels, int64_t row, int64_t column, int64_t n, float* to) const {
     const int64_t at = row * width + column;
     if (whole) {
       std::copy_n(whole + at, n, to);
-      return;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t bits = uint32_t(high[at + i].bits) << 16 | low[at + i];
-      std::memcpy(to + i, &bits, sizeof bits);
+    } else if (low) {
+      kernels.join_row(high + at, low + at, n, to);
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = to_float(high[at + i]);
     }
   }
-  // last: of halves, factor times the sums is rounded to `high`.
+  // last: `high` becomes the sums times factor, rounded.
   void store(const Bf16Matmul& kernels, const float* from, int64_t row, int64_t column, int64_t n, bool last,
              float factor) const {
     const int64_t at = row * width + column;
@@ -169,11 +169,7 @@ struct Sums {
     } else if (last) {
       kernels.round_row(from, n, factor, high + at);
     } else {
-      for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, from + i, sizeof bits);
-        high[at + i].bits = uint16_t(bits >> 16), low[at + i] = uint16_t(bits);
-      }
+      kernels.split_row(from, n, high + at, low + at);
     }
   }
 };
@@ -242,7 +238,7 @@ void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right&
         std::fill(own.begin(), own.end(), 0.0f);
       } else {
         for (int64_t t = 0; t < count; ++t) {
-          sums.load(row + t, column, n, line.data());
+          sums.load(kernels, row + t, column, n, line.data());
           for (int64_t v = 0; v < n; v += kTile) std::copy_n(&line[v], kTile, tile_row(own.data(), row_tiles, t, v));
         }
       }
@@ -280,7 +276,9 @@ void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool
   check_matrix("b", b, inner, width);
   check_matrix("total", total, rows, width);
   check(total.is_contiguous(), "add_product_: total must be contiguous");
-  if (halves) {
+  const bool split = halves && low.dim() == 2;  // else [0]
+  check(!halves || split || last, "add_product_: total in bfloat16 without low must be the last sum");
+  if (split) {
     check_dtype("low", low, ScalarType::Short);
     check_matrix("low", low, rows, width);
     check(low.is_contiguous(), "add_product_: low must be contiguous");
@@ -290,7 +288,7 @@ void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool
   Sums sums{nullptr, nullptr, nullptr, width};
   if (halves) {
     sums.high = mutable_data_of<BFloat16>(total);
-    sums.low = reinterpret_cast<uint16_t*>(mutable_data_of<int16_t>(low));
+    if (split) sums.low = reinterpret_cast<uint16_t*>(mutable_data_of<int16_t>(low));
   } else {
     sums.whole = mutable_data_of<float>(total);
   }
@@ -318,7 +316,7 @@ void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool
         if (first) {
           std::fill_n(lines[t], n, 0.0f);
         } else {
-          sums.load(begin_row + t, column, n, lines[t]);
+          sums.load(kernels, begin_row + t, column, n, lines[t]);
         }
       }
       for (int64_t k = 0; k < inner; k += 2 * kPackedPairs) {

@@ -79,6 +79,35 @@ void scale_row(const T* from, int64_t n, float factor, BFloat16* to) {
   }
 }
 
+// Whole cache lines go past the caches: the sums of the next rows are needed there.
+void split_row(const float* from, int64_t n, BFloat16* high, uint16_t* low) {
+  const auto store = [](void* to, __m256i first, __m256i last, __mmask32 keep) {
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), last, 1);
+    if (keep == 0xffffffffu && (reinterpret_cast<uintptr_t>(to) & 63) == 0) {
+      _mm512_stream_si512(static_cast<__m512i*>(to), both);
+    } else {
+      _mm512_mask_storeu_epi16(to, keep, both);
+    }
+  };
+  for (int64_t i = 0; i < n; i += 32) {
+    const __m512i a = _mm512_maskz_loadu_epi32(first_lanes_of(n - i), from + i);
+    const __m512i b = _mm512_maskz_loadu_epi32(first_lanes_of(n - i - 16), from + i + 16);
+    const __mmask32 keep = n - i >= 32 ? 0xffffffffu : (__mmask32)((1u << (n - i)) - 1);
+    store(high + i, _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)), _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)),
+          keep);
+    store(low + i, _mm512_cvtepi32_epi16(a), _mm512_cvtepi32_epi16(b), keep);
+  }
+}
+
+void join_row(const BFloat16* high, const uint16_t* low, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 keep = first_lanes_of(n - i);
+    const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, high + i));
+    const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, low + i));
+    _mm512_mask_storeu_epi32(to + i, keep, _mm512_or_si512(_mm512_slli_epi32(a, 16), b));
+  }
+}
+
 void add_row(const BFloat16* x, int64_t n, float factor, float rounded, float scale, float* to) {
   const __m512 f = _mm512_set1_ps(factor), r = _mm512_set1_ps(rounded), s = _mm512_set1_ps(scale);
   for (int64_t i = 0; i < n; i += 16) {

@@ -95,6 +95,9 @@ struct Bf16Matmul {
                  int64_t rows, const float* bias, const float* minus, BFloat16* out, int64_t stride);
   // to[i] = factor * from[i], rounded.
   void (*round_row)(const float* from, int64_t n, float factor, BFloat16* to);
+  // Float32 as its upper and lower 16 bits.
+  void (*split_row)(const float* from, int64_t n, BFloat16* high, uint16_t* low);
+  void (*join_row)(const BFloat16* high, const uint16_t* low, int64_t n, float* to);
   void (*scale_row)(const BFloat16* from, int64_t n, float factor, BFloat16* to);
   // to[i] += factor * x[i] - rounded * round(scale * x[i])
   void (*add_row)(const BFloat16* x, int64_t n, float factor, float rounded, float scale, float* to);
