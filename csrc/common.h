@@ -132,7 +132,8 @@ Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
                Tensor tails, Tensor label_columns, Tensor label_grads, int64_t rows);
 void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool last, double factor);
 void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out);
-bool has_bf16_matmuls();  // whether logits_, live_dx and live_dw are worth calling here
+bool has_bf16_matmuls();  // whether logits_, live_dx, live_dw, and sums of add_product_ in float32, are worth calling here
+bool has_tiles();         // whether sums of add_product_ in bfloat16 are
 Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference(
     Tensor seq_logps, Tensor ref_logps, Tensor lengths, Tensor pairs, Tensor scores, Tensor conditions,

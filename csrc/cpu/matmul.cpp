@@ -36,6 +36,7 @@ Lines<uint32_t> pack_rows(const Bf16Matmul& kernels, const BFloat16* x, int64_t 
 }  // namespace
 
 bool has_bf16_matmuls() { return isa_kernels().matmul.add != nullptr; }
+bool has_tiles() { return isa_kernels().matmul.add_tiles != nullptr; }
 
 const Bf16Matmul& bf16_matmul(const char* op) {
   const Bf16Matmul& found = isa_kernels().matmul;
