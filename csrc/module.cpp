@@ -28,8 +28,16 @@ static PyObject* answer(PyObject*, PyObject*) {
   }
 }
 
+static PyObject* prefer_huge_pages(PyObject*, PyObject* args) {
+  Py_ssize_t address = 0, bytes = 0;
+  if (!PyArg_ParseTuple(args, "nn", &address, &bytes)) return nullptr;
+  cpo::prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
+  Py_RETURN_NONE;
+}
+
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {{"has_bf16_matmuls", answer<cpo::has_bf16_matmuls>, METH_NOARGS, nullptr},
+                                  {"prefer_huge_pages", prefer_huge_pages, METH_VARARGS, nullptr},
                                   {"has_tiles", answer<cpo::has_tiles>, METH_NOARGS, nullptr},
                                   {}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of cpo_kernels", -1, methods};

@@ -129,6 +129,14 @@ def cpu_multiplies_bf16() -> bool:
     return not missing("cpu") and bool(importlib.import_module("cpo_kernels._C").has_bf16_matmuls())
 
 
+def prefer_huge_pages(tensor: Tensor) -> Tensor:
+    """The tensor, not yet written, for whose memory the system is asked for pages of 2 MB if it is large and on a CPU."""
+    if tensor.device.type == "cpu" and not missing("cpu") and tensor.numel():
+        extension = importlib.import_module("cpo_kernels._C")
+        extension.prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return tensor
+
+
 @cache
 def cpu_has_tiles() -> bool:
     """Whether they compute products of any size faster than torch: with AMX."""

@@ -108,8 +108,8 @@ class WeightGrad:
         own = num_chunks > 1 and dispatch.own_matmuls(head.kernels, weight) is not None
         dtype = self.dtype if num_chunks == 1 or own else acc
         shape = weight.shape if needs.dw else (0,)
-        self.dw = weight.new_empty(shape, dtype=dtype)
-        self.low = weight.new_empty(shape, dtype=torch.int16) if own else None
+        self.dw = dispatch.prefer_huge_pages(weight.new_empty(shape, dtype=dtype))
+        self.low = dispatch.prefer_huge_pages(weight.new_empty(shape, dtype=torch.int16)) if own else None
         if num_chunks == 0:
             self.dw.zero_()
         self.db = weight.new_zeros(weight.shape[0] if needs.db else 0, dtype=acc)

@@ -295,7 +295,8 @@ class Head:
         self, weight: Tensor, bias: Tensor, labels: Tensor, options: HeadOptions, max_rows: int, kernels: Kernels
     ) -> None:
         self.weight, self.bias, self.labels, self.options, self.kernels = weight, bias, labels, options, kernels
-        self.buffer = weight.new_empty(max_rows, row_stride(weight.shape[0], weight.dtype, weight.device))
+        stride = row_stride(weight.shape[0], weight.dtype, weight.device)
+        self.buffer = dispatch.prefer_huge_pages(weight.new_empty(max_rows, stride))
 
     def rows(self, count: int) -> Tensor:
         """[count, V], what the buffer holds of the first rows."""

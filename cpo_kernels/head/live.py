@@ -132,7 +132,8 @@ class KeptSets:
             self.g = sets.g
         else:
             if high > self.g.numel():  # a quarter more than the rows so far need, for all rows; untouched on a CPU
-                larger = self.like.new_empty(max(high, high * self.num_rows // rows * 5 // 4))
+                size = max(high, high * self.num_rows // rows * 5 // 4)
+                larger = dispatch.prefer_huge_pages(self.like.new_empty(size))
                 larger[:low] = self.g[:low]
                 self.g = larger
             self.g[low:high] = sets.g

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import library
+from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here, logit_and_slope
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Head, Logits, Needs
 from cpo_kernels.head.label_remainder import add_remainder, label_remainder, product_dx
-from cpo_kernels.head.matmul import add_product, product
+from cpo_kernels.head.matmul import add_product
 from cpo_kernels.head.strategy import ALIGN, chunks, even_rows
 
 
@@ -67,7 +68,7 @@ def second_pass(
     logp, e = None, x.new_zeros(x.shape[0], dtype=torch.float64)
     if anchors is not None and entropies is None:
         logp = logit_and_slope(anchors[1], options.scale, options.softcap)[0] - lse
-    dw = torch.empty_like(weight) if needs.dw else weight.new_empty(0)
+    dw = dispatch.prefer_huge_pages(torch.empty_like(weight)) if needs.dw else weight.new_empty(0)
     db = weight.new_empty(weight.shape[0] if needs.db else 0, dtype=acc)
     for part in parts:
         g = head.columns(x, part, anchors) if kept is None else kept
@@ -77,7 +78,7 @@ def second_pass(
             first + part.start, width, anchors, entropies,
         )  # fmt: skip
         if needs.dw:
-            product(g.t(), scaled, dw[part])
+            add_product(dw[part], g.t(), scaled, first=True)
         if needs.db:
             db[part] = torch.mv(g.t(), (coef / db_power).to(g.dtype)).to(acc) * db_power
         if needs.dx and width > 0:

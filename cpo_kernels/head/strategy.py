@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from cpo_kernels.backends import dispatch
 from cpo_kernels.checks import check_types
 from cpo_kernels.head.matmul import own_sums, tile_bytes
 from cpo_kernels.head.relative import anchor_bytes
@@ -54,6 +55,9 @@ LOSSES = ("preference", "kto", "nll", "unknown")  # of `explain`
 # 576 x 49,152 in bfloat16, frozen, in two bare products: 1.18 as one chunk, 1.12 in chunks of 512 rows, 1.07 of 256,
 # 1.18 of 128 (one core, AVX-512).
 SMALL = {"cpu": (24 << 20, 256)}
+# The same where the CPU's own matmuls multiply by tiles: a block of its weight, brought into their form, serves as many
+# rows as a chunk has.
+SMALL_TILES = (48 << 20, 256)
 # Rows of a chunk whose dW the CPU's own matmul adds to halves of float32, which it keeps in the cache for all rows of a
 # chunk, and of a piece of its logits. 3,202 rows of 576 x 49,152 (benchmarks/results/filtered.json) took half the
 # memory of one chunk in pieces of 256, in no more time.
@@ -136,12 +140,12 @@ def budget_rows(width: int, dtype: torch.dtype, device: torch.device, memory_bud
     return rows if rows < 16 else rows // 16 * 16
 
 
-def chunk_limit(width: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None) -> int:
-    """Rows of a chunk if no dW is summed over chunks: `budget_rows`, by default fewer."""
+def chunk_limit(width: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None, own: bool) -> int:
+    """Rows of a chunk if no dW is summed over chunks: `budget_rows`, by default fewer. own: see `limits`."""
     limit = budget_rows(width, dtype, device, memory_budget)
     if memory_budget is not None or device.type not in SMALL:
         return limit
-    size, least = SMALL[device.type]
+    size, least = SMALL_TILES if own and dispatch.cpu_has_tiles() else SMALL[device.type]
     return min(limit, max(least, budget_rows(width, dtype, device, size)))
 
 
@@ -174,7 +178,7 @@ def limits(
 ) -> Limits:
     """width: columns of the logits. own: whether the CPU's own matmul computes them and dW (`own_sums`)."""
     rows = budget_rows(width, dtype, device, memory_budget)
-    few = chunk_limit(width, dtype, device, memory_budget)
+    few = chunk_limit(width, dtype, device, memory_budget, own)
     if memory_budget is not None:
         return Limits(rows, few, few, SumLimit(rows, 0))
     more = rows_of_sum(hidden_size, dtype, own)

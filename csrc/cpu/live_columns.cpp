@@ -187,6 +187,7 @@ Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Ten
     total += std::min(set_rows, rows.count - k * set_rows) * (ends[k + 1] - ends[k] + 1);
   }
   Tensor out = torch::stable::new_empty(logits, {total}, logits.scalar_type());
+  prefer_huge_pages(out.data_ptr(), total * rows.element_size);
   char* g = static_cast<char*>(out.mutable_data_ptr());
   if (rows.type == kFloat64) {
     gather_grads(rows, data_of<double>(lse), data_of<double>(row_sums), ids, ends, set_rows, g);

@@ -1,7 +1,5 @@
 // live_dx and live_dw on CPUs with bfloat16 instructions: the matmuls of the live gradients, which read rows of the
 // weight by index and add into rows of dW. Formulas: cpo_kernels/reference/live_columns.py.
-#include <numeric>
-
 #include "matmul.h"
 
 namespace cpo {
@@ -146,9 +144,9 @@ Packed pack(const Bf16Matmul& matmul, const Sets& sets, const BFloat16* x, const
   const int64_t size = packed.panels * kPanel;
   packed.set_stride = (sets.set_rows + 1) / 2 * size;
   packed.x.resize(size_t(sets.count * packed.set_stride));
-  torch::stable::parallel_for(0, sets.count, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(sets.count, [&](const auto& take) {
     std::vector<BFloat16> scaled(size_t(sets.set_rows * width));
-    for (int64_t k = begin; k < end; ++k) {
+    for (int64_t k; (k = take()) >= 0;) {
       for (int64_t t = 0; t < sets.size(k); ++t) {
         const int64_t row = sets.low(k) + t;
         matmul.scale_row(x + row * width, width, coef[row], scaled.data() + t * width);
@@ -258,10 +256,10 @@ Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
   const float* tails = data_of<float>(tail_rows);
   const int64_t step = panels_per_task(width, sets.count, kDxPanels) * kPanel, parts = (width + step - 1) / step;
   // Sets change fastest: the part of W that a few of them need may stay in the cache.
-  torch::stable::parallel_for(0, parts * sets.count, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(parts * sets.count, [&](const auto& take) {
     Lines<float> sums;
     Lines<uint32_t> packed;
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task; (task = take()) >= 0;) {
       const int64_t k = task % sets.count, first = task / sets.count * step;
       dx_task(kernels, sets, k, w + first, stride, tails + k * width + first, factors, labels,
               std::min(step, width - first), out + sets.low(k) * width + first, width, sums, packed);
@@ -288,18 +286,17 @@ Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
   check(rows >= vocab, "live_dw: dW must have at least the ", vocab, " rows of the vocabulary, got ", rows);
   Tensor dw = torch::stable::new_empty(g, {rows, width}, ScalarType::BFloat16);
   BFloat16* out = mutable_data_of<BFloat16>(dw);
+  prefer_huge_pages(out, 2 * rows * width);
   std::fill_n(out + vocab * width, (rows - vocab) * width, BFloat16{0});
   const BFloat16* q = data_of<BFloat16>(tail);
   const int64_t stride = tail.stride(0), parts = (packed.panels + kDwPanels - 1) / kDwPanels;
   const int64_t tiles = (vocab + kDwColumns - 1) / kDwColumns;
-  // Frequent words have small numbers, so every thread takes tiles from the whole vocabulary.
-  int64_t jump = std::max<int64_t>(1, tiles * 5 / 8);
-  while (std::gcd(jump, tiles) > 1) ++jump;
-  torch::stable::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
+  // Frequent words have small numbers: their tiles, which take longest, come first.
+  share_tasks(tiles * parts, [&](const auto& take) {
     Lines<float> sums;
     Lines<uint32_t> pairs_of_g;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t low = task / parts * jump % tiles * kDwColumns, first = task % parts * kDwPanels;
+    for (int64_t task; (task = take()) >= 0;) {
+      const int64_t low = task / parts * kDwColumns, first = task % parts * kDwPanels;
       dw_task(kernels, sets, packed, by_label, q, stride, low, std::min(low + kDwColumns, vocab), first,
               std::min(kDwPanels, packed.panels - first), out, sums, pairs_of_g);
     }

@@ -25,8 +25,8 @@ Lines<uint32_t> pack_rows(const Bf16Matmul& kernels, const BFloat16* x, int64_t 
   const int64_t pairs = (width / 2 + kTile - 1) / kTile * kTile;
   const int64_t panels = panels_of(rows), size = pairs * kPanel;
   Lines<uint32_t> packed(size_t(panels * size));
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t low, int64_t high) {
-    for (int64_t i = low; i < high; ++i) {
+  share_tasks(panels, [&](const auto& take) {
+    for (int64_t i; (i = take()) >= 0;) {
       kernels.pack_x(x + i * kPanel * width, std::min(kPanel, rows - i * kPanel), width, packed.data() + i * size);
     }
   });
@@ -75,10 +75,12 @@ void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out) {
   const BFloat16* w = data_of<BFloat16>(weight);
   BFloat16* z = mutable_data_of<BFloat16>(out);
   const int64_t w_stride = weight.stride(0), stride = out.stride(0);
-  torch::stable::parallel_for(0, (columns + kTaskColumns - 1) / kTaskColumns, 1, [&](int64_t begin, int64_t end) {
-    const int64_t low = begin * kTaskColumns, high = std::min(columns, end * kTaskColumns);
-    kernels.logits(w + low * w_stride, w_stride, high - low, packed.data(), width / 2, rows,
-                   added.empty() ? nullptr : added.data() + low, minus.data(), z + low, stride);
+  share_tasks((columns + kTaskColumns - 1) / kTaskColumns, [&](const auto& take) {
+    for (int64_t task; (task = take()) >= 0;) {
+      const int64_t low = task * kTaskColumns, high = std::min(columns, low + kTaskColumns);
+      kernels.logits(w + low * w_stride, w_stride, high - low, packed.data(), width / 2, rows,
+                     added.empty() ? nullptr : added.data() + low, minus.data(), z + low, stride);
+    }
   });
 }
 
@@ -134,8 +136,9 @@ struct Right {
   Lines<uint32_t> packed(const Bf16Matmul& kernels) const {
     Lines<uint32_t> out(size_t((inner + 1) / 2 * panels_of(width) * kPanel));
     const int64_t steps = (inner + 2 * kPackedPairs - 1) / (2 * kPackedPairs);
-    torch::stable::parallel_for(0, steps, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin * 2 * kPackedPairs; k < std::min(inner, end * 2 * kPackedPairs); k += 2 * kPackedPairs) {
+    share_tasks(steps, [&](const auto& take) {
+      for (int64_t step; (step = take()) >= 0;) {
+        const int64_t k = step * 2 * kPackedPairs;
         pack(kernels, k, 0, width, out.data() + at(k, 0));
       }
     });
@@ -221,17 +224,17 @@ void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right&
   const int64_t steps = (inner + kStep - 1) / kStep, packed = split.columns * kPackedPairs;
   Lines<uint32_t> all(shared ? size_t(steps * split.parts * packed) : 0);
   if (shared) {
-    torch::stable::parallel_for(0, steps * split.parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+    share_tasks(steps * split.parts, [&](const auto& take) {
+      for (int64_t i; (i = take()) >= 0;) {
         const int64_t column = i % split.parts * split.columns;
         pack_b(i / split.parts * kStep, column, std::min(split.columns, width - column), all.data() + i * packed);
       }
     });
   }
-  torch::stable::parallel_for(0, split.blocks * split.parts, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(split.blocks * split.parts, [&](const auto& take) {
     Lines<uint32_t> left(size_t(split.rows * kPackedPairs)), own_b(shared ? 0 : size_t(packed));
     Lines<float> own(size_t(split.rows * split.columns)), line(size_t(split.columns), 0.0f);
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task; (task = take()) >= 0;) {
       const int64_t part = task % split.parts, column = part * split.columns, n = std::min(split.columns, width - column);
       const int64_t row = task / split.parts * split.rows, count = std::min(split.rows, rows - row);
       const int64_t row_tiles = tiles_of(count);
@@ -305,11 +308,11 @@ void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool
   const Right right{data_of<BFloat16>(b), b.stride(0), inner, width};
   Lines<uint32_t> all;
   if (shared) all = right.packed(kernels);
-  torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(blocks * parts, [&](const auto& take) {
     Lines<uint32_t> packed(shared ? 0 : size_t(kPackedPairs * step)), pairs_of_a;
     Lines<float> own(size_t(tile.rows * step));
     std::vector<float*> lines(tile.rows);
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task; (task = take()) >= 0;) {
       const int64_t begin_row = task / parts * tile.rows, count = std::min(tile.rows, rows - begin_row);
       const int64_t column = task % parts * step, n = std::min(step, width - column), panels = panels_of(n);
       for (int64_t t = 0; t < count; ++t) {

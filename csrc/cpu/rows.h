@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -30,12 +31,28 @@ class WithoutSubnormals {
 #endif
 };
 
-// f(begin, end) over parts of [0, count), on the threads of torch.
+// f(take) on the threads of torch: take() gives the next of `count` tasks, then -1. Threads need not be equally fast: on
+// a virtual machine with two cores, one did a third of the work of the other while it shared its core with a neighbour.
+template <typename F>
+void share_tasks(int64_t count, const F& f) {
+  std::atomic<int64_t> next{0};
+  const auto take = [&] {
+    const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+    return task < count ? task : -1;
+  };
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { f(take); });
+}
+
+// f(begin, end) over parts of [0, count), at least `grain` long, which threads take as they get there.
 template <typename F>
 void parallel_rows(int64_t count, int64_t grain, const F& f) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kTurns = 8;  // parts per thread
+  const int64_t turns = kTurns * torch::stable::get_num_threads();
+  const int64_t step = std::max(grain, (count + turns - 1) / turns);
+  share_tasks((count + step - 1) / step, [&](const auto& take) {
     [[maybe_unused]] const WithoutSubnormals flushed;
-    f(begin, end);
+    for (int64_t part; (part = take()) >= 0;) f(part * step, std::min(count, (part + 1) * step));
   });
 }
 
