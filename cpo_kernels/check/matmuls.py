@@ -152,6 +152,7 @@ def check_live(backend: Backend, findings: Findings, shape: Sets) -> None:
 
 SUMMANDS = [(1, 1, 1), (3, 5, 7), (70, 301, 41), (300, 513, 130), (5, 1024, 700), (0, 4, 4), (4, 0, 4)]
 SUMMANDS += [(2100, 601, 650)]  # so many rows that b is packed once
+SUMMANDS += [(601, 300, 1213)]  # several tasks along both
 
 
 def check_add_product(backend: Backend, findings: Findings) -> None:
@@ -186,9 +187,21 @@ def check_add_product(backend: Backend, findings: Findings) -> None:
                 own.add_product_(last, low_before, a, b, first, True, factor)
                 findings.same(f"the last sum in halves times {factor}", last, (got * factor).bfloat16())
 
+                rounded, whole = before.bfloat16(), before.bfloat16().float()
+                own.add_product_(whole, absent, a, b, first, False, 1.0)
+                own.add_product_(rounded, absent, a, b, first, True, factor)
+                findings.same(f"the rounded sum times {factor}", rounded, (whole * factor).bfloat16())
+
+
+def check_rounded_sums_are_last(backend: Backend, findings: Findings) -> None:
+    x = torch.zeros(2, 2, dtype=torch.bfloat16)
+    call = partial(own_matmuls(backend).add_product_, x, x.new_empty(0, dtype=torch.int16), x, x, True, False, 1.0)
+    findings.refuses("a rounded sum that is not the last", call, "total in bfloat16 without low must be the last sum")
+
 
 def matmul_cases() -> Iterator[Case]:
     yield Case("own matmuls/add to float32", check_add_product, quick=True)
+    yield Case("own matmuls/a rounded sum is the last", check_rounded_sums_are_last)
     for name, logits in LOGITS.items():
         yield Case(f"own matmuls/logits, {name}", partial(check_logits, shape=logits), quick=True)
     yield Case("own matmuls/logits, odd hidden size", check_odd_hidden_size)

@@ -1,39 +1,8 @@
-// The CPU's own matmuls in bfloat16 besides those with live columns: logits_, x W^T + bias - lacks, summed in float32
-// and rounded once; and add_product_, which adds a b to float32, also to float32 in two 16-bit halves.
-//
-// logits_: oneDNN computes the same with a matrix to add (torch.addmm), which it reads. Here a row's constant is added
-// in registers: X W^T of 1024 x 576 x 49,152 with constants takes the time of oneDNN's product without them (AMX, two
-// cores; with torch.addmm 1.2 times that). Without AMX the sums of 32 columns and kPanel rows have the rows in the
-// lanes, since that leaves W as it is, and are transposed when they are rounded. Whole cache lines go past the caches.
+// add_product_: adds the product a b of bfloat16 matrices to sums in float32, in float32 kept as two 16-bit halves, or in
+// bfloat16 rounded once.
 #include "matmul.h"
 
 namespace cpo {
-namespace {
-
-constexpr int64_t kTaskColumns = 256;
-// Sums per task, at most 330 kB. b is packed for each task, or, where there are many tasks and all of b stays in a
-// cache, once for all of them: dW of 1024 x 576 x 49,152 takes 77 ms then, and 79 with 256 rows and 5 panels (two
-// cores; torch cannot add to float32: a rounded product and the addition take 130).
-struct SumTile {
-  int64_t rows, panels;
-};
-constexpr SumTile kOwnB{256, 5}, kSharedB{128, 9};
-constexpr int64_t kSharedRows = 2048, kSharedNumbers = int64_t(4) << 20;
-
-// The rows of x as Bf16Matmul::logits takes them.
-Lines<uint32_t> pack_rows(const Bf16Matmul& kernels, const BFloat16* x, int64_t rows, int64_t width) {
-  const int64_t pairs = (width / 2 + kTile - 1) / kTile * kTile;
-  const int64_t panels = panels_of(rows), size = pairs * kPanel;
-  Lines<uint32_t> packed(size_t(panels * size));
-  share_tasks(panels, [&](const auto& take) {
-    for (int64_t i; (i = take()) >= 0;) {
-      kernels.pack_x(x + i * kPanel * width, std::min(kPanel, rows - i * kPanel), width, packed.data() + i * size);
-    }
-  });
-  return packed;
-}
-
-}  // namespace
 
 bool has_bf16_matmuls() { return isa_kernels().matmul.add != nullptr; }
 bool has_tiles() { return isa_kernels().matmul.add_tiles != nullptr; }
@@ -45,46 +14,16 @@ const Bf16Matmul& bf16_matmul(const char* op) {
   return found;
 }
 
-void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out) {
-  const Bf16Matmul& kernels = bf16_matmul("logits_");
-  check_bf16_matrix("logits_", "x", x);
-  check_bf16_matrix("logits_", "weight", weight);
-  check_bf16_matrix("logits_", "out", out);
-  const int64_t rows = x.size(0), width = x.size(1), columns = weight.size(0);
-  check(width % 2 == 0, "logits_: the hidden size must be even, got ", width);
-  check_matrix("weight", weight, columns, width);
-  check_matrix("out", out, rows, columns);
-  check(rows <= 1 || out.stride(0) >= columns, "logits_: the rows of out must not overlap, got row stride ",
-        out.stride(0), " for ", columns, " columns");
-  x = dense(x);
-  const Lines<uint32_t> packed = pack_rows(kernels, data_of<BFloat16>(x), rows, width);
-  std::vector<float> minus(size_t(panels_of(rows) * kPanel));
-  if (given(lacks)) {
-    check_dtype("lacks", lacks, ScalarType::Float);
-    check_vector("lacks", lacks, rows);
-    lacks = dense(lacks);
-    for (int64_t t = 0; t < rows; ++t) minus[t] = -data_of<float>(lacks)[t];
-  }
-  std::vector<float> added;
-  if (given(bias)) {
-    check_dtype("bias", bias, ScalarType::BFloat16);
-    check_vector("bias", bias, columns);
-    bias = dense(bias);
-    for (int64_t v = 0; v < columns; ++v) added.push_back(to_float(data_of<BFloat16>(bias)[v]));
-  }
-  const BFloat16* w = data_of<BFloat16>(weight);
-  BFloat16* z = mutable_data_of<BFloat16>(out);
-  const int64_t w_stride = weight.stride(0), stride = out.stride(0);
-  share_tasks((columns + kTaskColumns - 1) / kTaskColumns, [&](const auto& take) {
-    for (int64_t task; (task = take()) >= 0;) {
-      const int64_t low = task * kTaskColumns, high = std::min(columns, low + kTaskColumns);
-      kernels.logits(w + low * w_stride, w_stride, high - low, packed.data(), width / 2, rows,
-                     added.empty() ? nullptr : added.data() + low, minus.data(), z + low, stride);
-    }
-  });
-}
-
 namespace {
+
+// Sums per task, at most 330 kB. b is packed for each task, or, where there are many tasks and all of b stays in a
+// cache, once for all of them: dW of 1024 x 576 x 49,152 takes 77 ms then, and 79 with 256 rows and 5 panels (two
+// cores; torch cannot add to float32: a rounded product and the addition take 130).
+struct SumTile {
+  int64_t rows, panels;
+};
+constexpr SumTile kOwnB{256, 5}, kSharedB{128, 9};
+constexpr int64_t kSharedRows = 2048, kSharedNumbers = int64_t(4) << 20;
 
 // a [rows, inner] with unit stride in one of its dimensions, as operands of Bf16Matmul::add.
 struct Left {
@@ -178,9 +117,12 @@ struct Sums {
   }
 };
 
-// A product by tiles is cut into tasks of rows and columns of its sums. The sums of a task, and the tiles of a and b of
-// kStep numbers of the inner dimension, stay in the L2 cache.
-constexpr int64_t kStep = 2 * kPackedPairs, kPairOfTiles = 2 * kTile, kMostColumns = 576;
+// A product by tiles is cut into tasks of rows and columns of its sums. The sums of a task, 1.2 MB at most, and the tiles
+// of a and b of kStep numbers of the inner dimension stay in the L2 cache. dX of 1024 x 49,152 x 576 takes 36 ms in
+// tasks of up to 512 rows and 41 in tasks of 256, which bring b into tiles twice as often (least times, two cores). With
+// b shared, 256 rows leave room for it.
+constexpr int64_t kStep = 2 * kPackedPairs, kPairOfTiles = 2 * kTile;
+constexpr int64_t kMostColumns = 576, kMostRows = 512, kMostRowsOfShared = 256;
 
 struct Split {
   int64_t rows, columns;  // of a task
@@ -213,10 +155,9 @@ inline float* tile_row(float* sums, int64_t row_tiles, int64_t r, int64_t v) {
 }
 
 void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right& b, const Sums& sums, int64_t rows,
-                          bool first, bool last, float factor) {
+                          bool shared, bool first, bool last, float factor) {
   const int64_t inner = b.inner, width = b.width;
-  const bool shared = rows >= kSharedRows && inner * width <= kSharedNumbers;
-  const Split split = split_of(rows, width, shared ? 256 : 512);
+  const Split split = split_of(rows, width, shared ? kMostRowsOfShared : kMostRows);
   const auto pack_b = [&](int64_t k, int64_t column, int64_t n, uint32_t* out) {
     kernels.tiles_of_b(b.b + k * b.stride + column, b.stride, std::min(kStep, inner - k), n, out);
   };
@@ -287,6 +228,7 @@ void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool
     check_matrix("low", low, rows, width);
     check(low.is_contiguous(), "add_product_: low must be contiguous");
   }
+  if (rows == 0 || width == 0) return;
   const bool transposed = a.stride(1) != 1;
   const Left left{data_of<BFloat16>(a), a.stride(transposed ? 1 : 0), transposed};
   Sums sums{nullptr, nullptr, nullptr, width};
@@ -296,16 +238,15 @@ void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool
   } else {
     sums.whole = mutable_data_of<float>(total);
   }
+  const Right right{data_of<BFloat16>(b), b.stride(0), inner, width};
+  const bool shared = rows >= kSharedRows && inner * width <= kSharedNumbers;
   if (kernels.add_tiles) {
-    const Right right{data_of<BFloat16>(b), b.stride(0), inner, width};
-    add_product_by_tiles(kernels, left, right, sums, rows, first, last, float(factor));
+    add_product_by_tiles(kernels, left, right, sums, rows, shared, first, last, float(factor));
     return;
   }
-  const bool shared = rows >= kSharedRows && inner * width <= kSharedNumbers;
   const SumTile tile = shared ? kSharedB : kOwnB;
   const int64_t blocks = (rows + tile.rows - 1) / tile.rows;
   const int64_t step = panels_per_task(width, blocks, tile.panels) * kPanel, parts = (width + step - 1) / step;
-  const Right right{data_of<BFloat16>(b), b.stride(0), inner, width};
   Lines<uint32_t> all;
   if (shared) all = right.packed(kernels);
   share_tasks(blocks * parts, [&](const auto& take) {
