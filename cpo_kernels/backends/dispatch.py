@@ -130,7 +130,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def prefer_huge_pages(tensor: Tensor) -> Tensor:
-    """The tensor, not yet written, for whose memory the system is asked for pages of 2 MB if it is large and on a CPU."""
+    """The tensor, not yet written; if it is large and on a CPU, the system is asked for pages of 2 MB."""
     if tensor.device.type == "cpu" and not missing("cpu") and tensor.numel():
         extension = importlib.import_module("cpo_kernels._C")
         extension.prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())

@@ -121,7 +121,7 @@ struct Sums {
 // of a and b of kStep numbers of the inner dimension stay in the L2 cache. dX of 1024 x 49,152 x 576 takes 36 ms in
 // tasks of up to 512 rows and 41 in tasks of 256, which bring b into tiles twice as often (least times, two cores). With
 // b shared, 256 rows leave room for it.
-constexpr int64_t kStep = 2 * kPackedPairs, kPairOfTiles = 2 * kTile;
+constexpr int64_t kStep = 320, kPairOfTiles = 2 * kTile;
 constexpr int64_t kMostColumns = 576, kMostRows = 512, kMostRowsOfShared = 256;
 
 struct Split {
@@ -162,7 +162,7 @@ void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right&
     kernels.tiles_of_b(b.b + k * b.stride + column, b.stride, std::min(kStep, inner - k), n, out);
   };
   // All of b: kStep rows of one task's columns after another.
-  const int64_t steps = (inner + kStep - 1) / kStep, packed = split.columns * kPackedPairs;
+  const int64_t steps = (inner + kStep - 1) / kStep, packed = split.columns * kStep / 2;
   Lines<uint32_t> all(shared ? size_t(steps * split.parts * packed) : 0);
   if (shared) {
     share_tasks(steps * split.parts, [&](const auto& take) {
@@ -173,7 +173,7 @@ void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right&
     });
   }
   share_tasks(split.blocks * split.parts, [&](const auto& take) {
-    Lines<uint32_t> left(size_t(split.rows * kPackedPairs)), own_b(shared ? 0 : size_t(packed));
+    Lines<uint32_t> left(size_t(split.rows * kStep / 2)), own_b(shared ? 0 : size_t(packed));
     Lines<float> own(size_t(split.rows * split.columns)), line(size_t(split.columns), 0.0f);
     for (int64_t task; (task = take()) >= 0;) {
       const int64_t part = task % split.parts, column = part * split.columns, n = std::min(split.columns, width - column);
