@@ -56,9 +56,10 @@ SCHEMAS = {
     ),
 }
 
-# Matmuls of the CPU kernels, see `dispatch.own_matmuls`: logits, and those with live columns, for which Triton has its
-# own kernels.
+# What only the CPU kernels have: live_grads into memory that is there, and matmuls, see `dispatch.own_matmuls`: logits,
+# and those with live columns, for which Triton has its own kernels.
 CPU_SCHEMAS = {
+    "live_grads_": SCHEMAS["live_grads"].replace("=None) -> Tensor", ", Tensor(a!) out) -> ()"),
     "logits_": "(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor(a!) out) -> ()",
     "add_product_": (
         "(Tensor(a!) total, Tensor(b!) low, Tensor a, Tensor b, bool first, bool last, float factor) -> ()"

@@ -125,6 +125,9 @@ std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Te
 Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
                   int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
                   Optional anchors);
+void live_grads_(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
+                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                  Optional anchors, Tensor out);
 Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets);
 Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor tail_rows, Tensor coef,
                Tensor label_columns, Tensor label_grads);

@@ -115,29 +115,32 @@ class LiveSets:
 
 
 class KeptSets:
-    """The live sets of the chunks of `num_rows` rows. Each g goes into one buffer while it is in the cache: a
-    `torch.cat` at the end took 12 of 430 ms on 3,072 rows of SmolLM2 (two cores), and held them twice."""
+    """The live sets of the chunks of `num_rows` rows, with each g behind the one before in one buffer: a `torch.cat` at
+    the end took 12 of 430 ms on 3,072 rows of SmolLM2 (two cores), and held them twice."""
 
     def __init__(self, like: Tensor, num_rows: int) -> None:
-        self.like, self.num_rows = like, num_rows
+        self.like, self.num_rows, self.rows = like, num_rows, 0
         self.parts: list[LiveSets] = []
         self.g, self.used = like.new_empty(0), 0
 
-    def add(self, sets: LiveSets) -> None:
-        """Every chunk but the last has a whole number of sets."""
-        low, high = self.used, self.used + sets.g.numel()
-        self.parts.append(replace(sets, g=sets.g[:0]))
-        rows = sum(part.num_rows for part in self.parts)
-        if rows == sets.num_rows == self.num_rows:
-            self.g = sets.g
-        else:
-            if high > self.g.numel():  # a quarter more than the rows so far need, for all rows; untouched on a CPU
-                size = max(high, high * self.num_rows // rows * 5 // 4)
-                larger = dispatch.prefer_huge_pages(self.like.new_empty(size))
-                larger[:low] = self.g[:low]
-                self.g = larger
-            self.g[low:high] = sets.g
+    def room(self, rows: int, size: int) -> Tensor:
+        """[size] for the g of the next `rows` rows. Every chunk but the last has a whole number of sets."""
+        low, high = self.used, self.used + size
+        self.rows += rows
+        if high > self.g.numel():
+            # What all rows need if they are like those so far, and more for those that are not: memory of a CPU that is
+            # never written costs nothing.
+            more = 2.0 if self.like.device.type == "cpu" else 1.25
+            wanted = high if self.rows == self.num_rows else int(high * self.num_rows / self.rows * more)
+            larger = dispatch.prefer_huge_pages(self.like.new_empty(wanted))
+            larger[:low] = self.g[:low]
+            self.g = larger
         self.used = high
+        return self.g[low:high]
+
+    def add(self, sets: LiveSets) -> None:
+        """sets.g: from `room`."""
+        self.parts.append(replace(sets, g=sets.g[:0]))
 
     def tensors(self) -> LiveTensors:
         parts = self.parts
@@ -163,8 +166,19 @@ def adds_by_index(kernels: Any) -> bool:
     return hasattr(kernels, "live_dw_")
 
 
-def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: float, set_rows: int) -> LiveSets:
-    """Split the gradient of a chunk's logits, without changing them. One host-device synchronisation reads all |A|."""
+def live_sets(
+    head: Head,
+    logits: Logits,
+    labels: Tensor,
+    lse: Tensor,
+    eps: float,
+    set_rows: int,
+    kept: KeptSets | None = None,
+) -> LiveSets:
+    """Split the gradient of a chunk's logits, without changing them. One host-device synchronisation reads all |A|.
+
+    kept: in whose buffer g is to be.
+    """
     options, (z, anchors) = head.options, logits
     live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options, anchors)
     counts = live.sum(1).tolist()
@@ -180,7 +194,18 @@ def live_sets(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: floa
     for count, whole in zip(counts, exact, strict=True):
         offsets.append(offsets[-1] + (0 if whole else count))
     columns = torch.nonzero_static(live, size=offsets[-1])[:, 1].contiguous()
-    g = head.kernels.live_grads(z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options, anchors)
+    args = z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options, anchors
+    kernels: Any = head.kernels
+    if kept is None:
+        g = kernels.live_grads(*args)
+    else:
+        sizes = [min(set_rows, z.shape[0] - k * set_rows) for k in range(len(counts))]
+        widths = [high - low + 1 for low, high in zip(offsets, offsets[1:], strict=False)]
+        g = kept.room(z.shape[0], sum(n * width for n, width in zip(sizes, widths, strict=True)))
+        if hasattr(kernels, "live_grads_"):
+            kernels.live_grads_(*args, g)
+        else:
+            g.copy_(kernels.live_grads(*args))
     total = tail.sum(1, keepdim=True)
     q = (tail / torch.where(total > 0, total, 1.0) * TAIL_UNIT).to(z.dtype)  # 1 / total may not be finite
     return LiveSets(g, columns, offsets, exact, q, *_label_grads(head, anchors, labels, lse), z.shape[0], set_rows)
@@ -271,7 +296,7 @@ def filtered_chunk(
     """
     labels = inputs[1]
     logits, logps = head.forward(*inputs)
-    sets = live_sets(head, logits, labels, logps.lse, execution.filter_eps, execution.set_rows)
+    sets = live_sets(head, logits, labels, logps.lse, execution.filter_eps, execution.set_rows, kept)
     if dx.numel():
         for rows in exact_rows(sets):
             part = logits.rows(rows)

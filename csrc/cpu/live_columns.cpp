@@ -168,11 +168,12 @@ std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Te
   return {live, tail, row_sums};
 }
 
-Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
-                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
-                  Optional anchors) {
-  const Rows rows = describe("live_grads", logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
-  check_sets("live_grads", set_rows);
+// given_out: null if the result is to be made here.
+static Tensor grads_into(const char* op, Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns,
+                         Tensor offsets, int64_t set_rows, int64_t ignore_index, double scale, double softcap,
+                         int64_t vocab_size, Optional anchors, const Tensor* given_out) {
+  const Rows rows = describe(op, logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
+  check_sets(op, set_rows);
   check_row_values(lse, row_sums, rows.count, rows.acc());
   const int64_t sets = (rows.count + set_rows - 1) / set_rows;
   check_dtype("columns", columns, ScalarType::Long);
@@ -180,14 +181,16 @@ Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Ten
   check_vector("offsets", offsets, sets + 1);
   lse = dense(lse), row_sums = dense(row_sums), columns = dense(columns), offsets = dense(offsets);
   const int64_t* ends = data_of<int64_t>(offsets);
-  check_columns("live_grads", data_of<int64_t>(columns), ends, sets, columns.numel(), rows.columns);
+  check_columns(op, data_of<int64_t>(columns), ends, sets, columns.numel(), rows.columns);
   const int64_t* ids = data_of<int64_t>(columns);
   int64_t total = 0;
   for (int64_t k = 0; k < sets; ++k) {
     total += std::min(set_rows, rows.count - k * set_rows) * (ends[k + 1] - ends[k] + 1);
   }
-  Tensor out = torch::stable::new_empty(logits, {total}, logits.scalar_type());
-  prefer_huge_pages(out.data_ptr(), total * rows.element_size);
+  Tensor out = given_out ? *given_out : torch::stable::new_empty(logits, {total}, logits.scalar_type());
+  check_dtype("out", out, logits.scalar_type());
+  check_vector("out", out, total);
+  check(out.is_contiguous(), op, ": out must be contiguous");
   char* g = static_cast<char*>(out.mutable_data_ptr());
   if (rows.type == kFloat64) {
     gather_grads(rows, data_of<double>(lse), data_of<double>(row_sums), ids, ends, set_rows, g);
@@ -195,6 +198,20 @@ Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Ten
     gather_grads(rows, data_of<float>(lse), data_of<float>(row_sums), ids, ends, set_rows, g);
   }
   return out;
+}
+
+Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
+                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                  Optional anchors) {
+  return grads_into("live_grads", logits, labels, lse, row_sums, columns, offsets, set_rows, ignore_index, scale, softcap,
+                    vocab_size, anchors, nullptr);
+}
+
+void live_grads_(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
+                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                  Optional anchors, Tensor out) {
+  grads_into("live_grads_", logits, labels, lse, row_sums, columns, offsets, set_rows, ignore_index, scale, softcap,
+                    vocab_size, anchors, &out);
 }
 
 Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets) {
