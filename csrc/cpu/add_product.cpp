@@ -121,7 +121,6 @@ struct Sums {
 // of a and b of kStep numbers of the inner dimension stay in the L2 cache. dX of 1024 x 49,152 x 576 takes 36 ms in
 // tasks of up to 512 rows and 41 in tasks of 256, which bring b into tiles twice as often (least times, two cores). With
 // b shared, 256 rows leave room for it.
-constexpr int64_t kStep = 320, kPairOfTiles = 2 * kTile;
 constexpr int64_t kMostColumns = 576, kMostRows = 512, kMostRowsOfShared = 256;
 
 struct Split {
@@ -146,20 +145,15 @@ Split split_of(int64_t rows, int64_t columns, int64_t most_rows) {
           (columns + split.columns - 1) / split.columns};
 }
 
-inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
-
-// Number v of row r of a task's sums, v a multiple of kTile.
-inline float* tile_row(float* sums, int64_t row_tiles, int64_t r, int64_t v) {
-  const int64_t tile = (v / kPairOfTiles * row_tiles + r / kTile) * 2 + v % kPairOfTiles / kTile;
-  return sums + (tile * kTile + r % kTile) * kTile;
-}
-
 void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right& b, const Sums& sums, int64_t rows,
                           bool shared, bool first, bool last, float factor) {
   const int64_t inner = b.inner, width = b.width;
   const Split split = split_of(rows, width, shared ? kMostRowsOfShared : kMostRows);
   const auto pack_b = [&](int64_t k, int64_t column, int64_t n, uint32_t* out) {
-    kernels.tiles_of_b(b.b + k * b.stride + column, b.stride, std::min(kStep, inner - k), n, out);
+    const BFloat16* lines[kStep];
+    const int64_t some = std::min(kStep, inner - k);
+    for (int64_t i = 0; i < some; ++i) lines[i] = b.b + (k + i) * b.stride;
+    kernels.tiles_of_b(lines, some, column, n, out);
   };
   // All of b: kStep rows of one task's columns after another.
   const int64_t steps = (inner + kStep - 1) / kStep, packed = split.columns * kStep / 2;
@@ -179,12 +173,13 @@ void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right&
       const int64_t part = task % split.parts, column = part * split.columns, n = std::min(split.columns, width - column);
       const int64_t row = task / split.parts * split.rows, count = std::min(split.rows, rows - row);
       const int64_t row_tiles = tiles_of(count);
+      TileSums tiles{own.data(), row_tiles};
       if (first) {
         std::fill(own.begin(), own.end(), 0.0f);
       } else {
         for (int64_t t = 0; t < count; ++t) {
           sums.load(kernels, row + t, column, n, line.data());
-          for (int64_t v = 0; v < n; v += kTile) std::copy_n(&line[v], kTile, tile_row(own.data(), row_tiles, t, v));
+          tiles.put(line.data(), t, n);
         }
       }
       for (int64_t k = 0; k < inner; k += kStep) {
@@ -196,11 +191,11 @@ void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right&
         } else {
           kernels.tiles_of_rows(a.a + row * a.stride + k, a.stride, count, some, left.data());
         }
-        kernels.add_tiles(left.data(), right, row_tiles, tiles_of(n), (some + kPairOfTiles - 1) / kPairOfTiles,
+        kernels.add_tiles(left.data(), right, row_tiles, tiles_of(n), steps_of(some),
                           own.data());
       }
       for (int64_t t = 0; t < count; ++t) {
-        for (int64_t v = 0; v < n; v += kTile) std::copy_n(tile_row(own.data(), row_tiles, t, v), kTile, &line[v]);
+        tiles.get(t, n, line.data());
         sums.store(kernels, line.data(), row + t, column, n, last, factor);
       }
     }

@@ -5,7 +5,7 @@
 namespace cpo {
 namespace {
 
-constexpr int64_t kDxPanels = 5;     // of H per task, at most
+constexpr int64_t kDxPanels = 5, kDxPanelsByTiles = 9;  // of H per task, at most
 constexpr int64_t kDwPanels = 9;     // of H per task
 constexpr int64_t kDwColumns = 256;  // of the vocabulary per task: their sums take 590 kB of the L2 cache
 constexpr int64_t kAhead = 4;  // pairs of rows of W to prefetch: 26 sets of SmolLM2 took 1.2 times as long without
@@ -84,7 +84,48 @@ const float* row_factors(const char* name, Tensor& factors, int64_t rows) {
   return data_of<float>(factors);
 }
 
+// Row t of a set, columns [first, first + width) of dX, before the product with the live columns.
+void begin_dx(const Bf16Matmul& matmul, const Sets& sets, int64_t k, int64_t t, const BFloat16* weight,
+              int64_t weight_stride, const float* tail_row, const Labels& labels, int64_t width, float* sums) {
+  const int64_t live = sets.live(k), row = sets.low(k) + t;
+  const float tau = to_float(sets.grads(k)[t * (live + 1) + live]);
+  for (int64_t i = 0; i < width; ++i) sums[i] = tau * tail_row[i];
+  if (!labels.here(row)) return;
+  const float error = labels.value[row] - labels.rounded(row);
+  matmul.add_row(weight + labels.column[row] * weight_stride, width, error, 0.0f, 0.0f, sums);
+}
+
 // Rows [0, size) of a set, columns [first, first + width) of dX.
+void dx_task_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight,
+                      int64_t weight_stride, const float* tail_row, const float* coef, const Labels& labels,
+                      int64_t width, BFloat16* out, int64_t out_stride, Lines<float>& sums, Lines<uint32_t>& packed) {
+  const int64_t live = sets.live(k), size = sets.size(k), row_tiles = tiles_of(size), wide = steps_of(width);
+  const int64_t of_sums = row_tiles * wide * 2 * kTile * kTile, of_b = wide * kPairOfTiles * kStep / 2;
+  sums.resize(size_t(of_sums + wide * kPairOfTiles));
+  packed.resize(size_t(of_b + row_tiles * kTile * kStep / 2));
+  const TileSums tiles{sums.data(), row_tiles};
+  float* line = sums.data() + of_sums;
+  uint32_t *b = packed.data(), *a = b + of_b;
+  std::fill(sums.begin(), sums.end(), 0.0f);
+  for (int64_t t = 0; t < size; ++t) {
+    begin_dx(matmul, sets, k, t, weight, weight_stride, tail_row, labels, width, line);
+    tiles.put(line, t, width);
+  }
+  const BFloat16* lines[kStep];
+  for (int64_t j = 0; j < live; j += kStep) {
+    const int64_t some = std::min(kStep, live - j);
+    const int64_t* columns = sets.columns + sets.offsets[k] + j;
+    for (int64_t i = 0; i < some; ++i) lines[i] = weight + columns[i] * weight_stride;
+    matmul.tiles_of_b(lines, some, 0, width, b);
+    matmul.tiles_of_rows(sets.grads(k) + j, live + 1, size, some, a);
+    matmul.add_tiles(a, b, row_tiles, tiles_of(width), steps_of(some), sums.data());
+  }
+  for (int64_t t = 0; t < size; ++t) {
+    tiles.get(t, width, line);
+    matmul.round_row(line, width, coef[sets.low(k) + t], out + t * out_stride);
+  }
+}
+
 void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight, int64_t weight_stride,
              const float* tail_row, const float* coef, const Labels& labels, int64_t width, BFloat16* out,
              int64_t out_stride, Lines<float>& sums, Lines<uint32_t>& packed) {
@@ -95,12 +136,7 @@ void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat
   std::vector<float*> rows(size);
   for (int64_t t = 0; t < size; ++t) {
     rows[t] = sums.data() + t * stride;
-    const float tau = to_float(g[t * (live + 1) + live]);
-    for (int64_t i = 0; i < width; ++i) rows[t][i] = tau * tail_row[i];
-    const int64_t row = sets.low(k) + t;
-    if (!labels.here(row)) continue;
-    const float error = labels.value[row] - labels.rounded(row);
-    matmul.add_row(weight + labels.column[row] * weight_stride, width, error, 0.0f, 0.0f, rows[t]);
+    begin_dx(matmul, sets, k, t, weight, weight_stride, tail_row, labels, width, rows[t]);
   }
   for (int64_t j = 0; j < live; j += 2 * kPackedPairs) {
     const int64_t pairs = (std::min(2 * kPackedPairs, live - j) + 1) / 2;
@@ -254,14 +290,16 @@ Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
   BFloat16* out = mutable_data_of<BFloat16>(dx);
   const BFloat16* w = data_of<BFloat16>(weight);
   const float* tails = data_of<float>(tail_rows);
-  const int64_t step = panels_per_task(width, sets.count, kDxPanels) * kPanel, parts = (width + step - 1) / step;
+  const bool by_tiles = kernels.add_tiles;
+  const int64_t most = by_tiles ? kDxPanelsByTiles : kDxPanels;
+  const int64_t step = panels_per_task(width, sets.count, most) * kPanel, parts = (width + step - 1) / step;
   // Sets change fastest: the part of W that a few of them need may stay in the cache.
   share_tasks(parts * sets.count, [&](const auto& take) {
     Lines<float> sums;
     Lines<uint32_t> packed;
     for (int64_t task; (task = take()) >= 0;) {
       const int64_t k = task % sets.count, first = task / sets.count * step;
-      dx_task(kernels, sets, k, w + first, stride, tails + k * width + first, factors, labels,
+      (by_tiles ? dx_task_by_tiles : dx_task)(kernels, sets, k, w + first, stride, tails + k * width + first, factors, labels,
               std::min(step, width - first), out + sets.low(k) * width + first, width, sums, packed);
     }
   });

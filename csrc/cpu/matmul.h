@@ -24,6 +24,29 @@ inline int64_t panels_per_task(int64_t width, int64_t blocks, int64_t most) {
   return (panels + parts - 1) / parts;
 }
 
+// Products by tiles (Bf16Matmul::add_tiles): of the inner dimension at a time. 256 numbers took 1.03 times as long.
+constexpr int64_t kStep = 320, kPairOfTiles = 2 * kTile;
+
+inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+inline int64_t steps_of(int64_t n) { return (n + kPairOfTiles - 1) / kPairOfTiles; }
+
+// The sums of add_tiles, a row at a time. Rows of n numbers are read and written up to whole tiles.
+struct TileSums {
+  float* sums;
+  int64_t row_tiles;
+
+  float* at(int64_t row, int64_t v) const {
+    const int64_t tile = (v / kPairOfTiles * row_tiles + row / kTile) * 2 + v % kPairOfTiles / kTile;
+    return sums + (tile * kTile + row % kTile) * kTile;
+  }
+  void put(const float* from, int64_t row, int64_t n) const {
+    for (int64_t v = 0; v < n; v += kTile) std::copy_n(from + v, kTile, at(row, v));
+  }
+  void get(int64_t row, int64_t n, float* to) const {
+    for (int64_t v = 0; v < n; v += kTile) std::copy_n(at(row, v), kTile, to + v);
+  }
+};
+
 inline void prefetch(const BFloat16* x, int64_t n) {
   for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(x + i);
 }

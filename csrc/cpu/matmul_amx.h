@@ -183,6 +183,8 @@ void tiles_of_rows(const BFloat16* a, int64_t stride, int64_t rows, int64_t inne
   }
 }
 
+constexpr int64_t kRowsAhead = 8;  // of b to prefetch: rows of the weight by index lie anywhere
+
 // Of two rows of 32 numbers, the pairs of the first and of the last 16.
 struct TwoPairs {
   __m512i first, last;
@@ -193,11 +195,12 @@ inline TwoPairs pairs_of(__m512i low, __m512i high) {
   const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   return {_mm512_permutex2var_epi64(lower, first, upper), _mm512_permutex2var_epi64(lower, last, upper)};
 }
-// Numbers [first, first + 32) of two rows that have n; of rows that are not there, 0.
-inline TwoPairs load_pairs(const BFloat16* low, bool both, int64_t stride, int64_t first, int64_t n) {
+// Numbers [first, first + 32) of two rows that have n; a row that is not there counts as zeros.
+inline TwoPairs load_pairs(const BFloat16* low, const BFloat16* high, int64_t first, int64_t n) {
   const __mmask32 keep = first_numbers_of(n - first);
-  const __m512i a = _mm512_maskz_loadu_epi16(keep, low + first);
-  return pairs_of(a, both ? _mm512_maskz_loadu_epi16(keep, low + stride + first) : _mm512_setzero_si512());
+  const __m512i zeros = _mm512_setzero_si512();
+  return pairs_of(low ? _mm512_maskz_loadu_epi16(keep, low + first) : zeros,
+                  high ? _mm512_maskz_loadu_epi16(keep, high + first) : zeros);
 }
 
 void tiles_of_columns(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out) {
@@ -207,8 +210,8 @@ void tiles_of_columns(const BFloat16* a, int64_t stride, int64_t rows, int64_t i
       __m512i first[kTile], last[kTile];
       for (int64_t p = 0; p < kTile; ++p) {
         const int64_t row = 2 * (k * kTile + p);
-        TwoPairs both{_mm512_setzero_si512(), _mm512_setzero_si512()};
-        if (row < inner) both = load_pairs(a + row * stride, row + 1 < inner, stride, i, rows);
+        const TwoPairs both = load_pairs(row < inner ? a + row * stride : nullptr,
+                                         row + 1 < inner ? a + (row + 1) * stride : nullptr, i, rows);
         first[p] = both.first, last[p] = both.last;
       }
       transpose16(first);
@@ -221,13 +224,17 @@ void tiles_of_columns(const BFloat16* a, int64_t stride, int64_t rows, int64_t i
   }
 }
 
-void tiles_of_b(const BFloat16* b, int64_t stride, int64_t inner, int64_t columns, uint32_t* out) {
+void tiles_of_b(const BFloat16* const* b, int64_t inner, int64_t first, int64_t columns, uint32_t* out) {
   const int64_t deep = (inner + 2 * kTile - 1) / (2 * kTile), tile = kTile * kTile;
   for (int64_t p = 0; p < deep * kTile; ++p) {
+    for (int64_t next = 2 * p + kRowsAhead; next < 2 * p + kRowsAhead + 2 && next < inner; ++next) {
+      for (int64_t v = 0; v < columns; v += 2 * kTile) __builtin_prefetch(b[next] + first + v);
+    }
+    const BFloat16* low = 2 * p < inner ? b[2 * p] + first : nullptr;
+    const BFloat16* high = 2 * p + 1 < inner ? b[2 * p + 1] + first : nullptr;
     uint32_t* to = out + p * kTile;  // tiles [pairs, columns] follow one another along the pairs
     for (int64_t v = 0; v < columns; v += 2 * kTile, to += 2 * deep * tile) {
-      TwoPairs both{_mm512_setzero_si512(), _mm512_setzero_si512()};
-      if (2 * p < inner) both = load_pairs(b + 2 * p * stride, 2 * p + 1 < inner, stride, v, columns);
+      const TwoPairs both = load_pairs(low, high, v, columns);
       _mm512_store_si512(to, both.first);
       _mm512_store_si512(to + deep * tile, both.last);
     }

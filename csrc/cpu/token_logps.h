@@ -106,7 +106,8 @@ struct Bf16Matmul {
   // edges: of a [tiles of rows, tiles of pairs], of b [tiles of columns, tiles of pairs].
   void (*tiles_of_rows)(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out);
   void (*tiles_of_columns)(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out);  // of a^T
-  void (*tiles_of_b)(const BFloat16* b, int64_t stride, int64_t inner, int64_t columns, uint32_t* out);
+  // Numbers [first, first + columns) of the rows b[0 .. inner).
+  void (*tiles_of_b)(const BFloat16* const* b, int64_t inner, int64_t first, int64_t columns, uint32_t* out);
   // sums [tiles of columns / 2, tiles of rows, 2, kTile, kTile] += a b
   void (*add_tiles)(const uint32_t* a, const uint32_t* b, int64_t row_tiles, int64_t column_tiles, int64_t pair_tiles,
                     float* sums);
