@@ -4,12 +4,12 @@
 
 namespace cpo {
 
-bool has_bf16_matmuls() { return isa_kernels().matmul.add != nullptr; }
+bool has_bf16_matmuls() { return isa_kernels().matmul.logits != nullptr; }
 bool has_tiles() { return isa_kernels().matmul.add_tiles != nullptr; }
 
 const Bf16Matmul& bf16_matmul(const char* op) {
   const Bf16Matmul& found = isa_kernels().matmul;
-  check(found.add, op,
+  check(found.logits, op,
         ": the CPU's own matmuls need a processor with AVX512_BF16, and CPO_KERNELS_CPU_ISA unset, avx512 or amx");
   return found;
 }
@@ -187,7 +187,9 @@ void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right&
         const uint32_t* right = shared ? all.data() + (k / kStep * split.parts + part) * packed : own_b.data();
         if (!shared) pack_b(k, column, n, own_b.data());
         if (a.transposed) {
-          kernels.tiles_of_columns(a.a + k * a.stride + row, a.stride, count, some, left.data());
+          const BFloat16* lines[kStep];
+          for (int64_t i = 0; i < some; ++i) lines[i] = a.a + (k + i) * a.stride;
+          kernels.tiles_of_columns(lines, some, row, count, left.data());
         } else {
           kernels.tiles_of_rows(a.a + row * a.stride + k, a.stride, count, some, left.data());
         }

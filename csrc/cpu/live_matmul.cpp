@@ -156,49 +156,58 @@ void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat
   for (int64_t t = 0; t < size; ++t) matmul.round_row(rows[t], width, coef[sets.low(k) + t], out + t * out_stride);
 }
 
-// Rows of a matrix in pairs, as the second operand of Bf16Matmul::add: [panels, pairs, kPanel].
-void pack_rows(const Bf16Matmul& matmul, const BFloat16* x, int64_t rows, int64_t width, uint32_t* out) {
-  const int64_t pairs = (rows + 1) / 2;
+// Rows of a matrix in pairs, as the second operand of Bf16Matmul::add: [panels, pairs, kPanel]; or in tiles.
+void pack_rows(const Bf16Matmul& matmul, const std::vector<const BFloat16*>& rows, int64_t width, uint32_t* out) {
+  const int64_t count = int64_t(rows.size()), pairs = (count + 1) / 2;
+  if (matmul.tiles_of_b) {
+    matmul.tiles_of_b(rows.data(), count, 0, width, out);
+    return;
+  }
   for (int64_t p = 0; p < pairs; ++p) {
-    const BFloat16* low = x + 2 * p * width;
-    matmul.pack_pairs(low, 2 * p + 1 < rows ? low + width : nullptr, width, out + p * kPanel, pairs * kPanel);
+    matmul.pack_pairs(rows[2 * p], 2 * p + 1 < count ? rows[2 * p + 1] : nullptr, width, out + p * kPanel,
+                      pairs * kPanel);
   }
 }
+
+// Numbers of `pack_rows` for a panel.
+int64_t panel_size(int64_t rows) { return steps_of(rows) * kTile * kPanel; }
 
 // The operands of dW that all tasks share.
 struct Packed {
   int64_t width, panels;
   Lines<uint32_t> x;  // of set k from k * set_stride
   int64_t set_stride;
-  Lines<uint32_t> tails[2];  // rounded, and the rounding errors: 16 bits of float32's 24
+  Lines<uint32_t> tails;  // rounded, then the rounding errors: 16 bits of float32's 24
 };
 
 Packed pack(const Bf16Matmul& matmul, const Sets& sets, const BFloat16* x, const float* coef, const float* tails,
             int64_t width) {
   Packed packed;
   packed.width = width, packed.panels = panels_of(width);
-  const int64_t size = packed.panels * kPanel;
-  packed.set_stride = (sets.set_rows + 1) / 2 * size;
+  packed.set_stride = packed.panels * panel_size(sets.set_rows);
   packed.x.resize(size_t(sets.count * packed.set_stride));
   share_tasks(sets.count, [&](const auto& take) {
     std::vector<BFloat16> scaled(size_t(sets.set_rows * width));
     for (int64_t k; (k = take()) >= 0;) {
+      std::vector<const BFloat16*> rows;
       for (int64_t t = 0; t < sets.size(k); ++t) {
         const int64_t row = sets.low(k) + t;
+        rows.push_back(scaled.data() + t * width);
         matmul.scale_row(x + row * width, width, coef[row], scaled.data() + t * width);
       }
-      pack_rows(matmul, scaled.data(), sets.size(k), width, packed.x.data() + k * packed.set_stride);
+      pack_rows(matmul, rows, width, packed.x.data() + k * packed.set_stride);
     }
   });
-  std::vector<BFloat16> high(size_t(sets.count * width)), low(high.size());
-  for (size_t i = 0; i < high.size(); ++i) {
-    from_float(high[i], tails[i]);
-    from_float(low[i], tails[i] - to_float(high[i]));
+  const int64_t numbers = sets.count * width;
+  std::vector<BFloat16> parts(size_t(2 * numbers));
+  for (int64_t i = 0; i < numbers; ++i) {
+    from_float(parts[i], tails[i]);
+    from_float(parts[numbers + i], tails[i] - to_float(parts[i]));
   }
-  for (int part = 0; part < 2; ++part) {
-    packed.tails[part].resize(size_t((sets.count + 1) / 2 * size));
-    pack_rows(matmul, (part ? low : high).data(), sets.count, width, packed.tails[part].data());
-  }
+  std::vector<const BFloat16*> rows;
+  for (int64_t k = 0; k < 2 * sets.count; ++k) rows.push_back(parts.data() + k * width);
+  packed.tails.resize(size_t(packed.panels * panel_size(2 * sets.count)));
+  pack_rows(matmul, rows, width, packed.tails.data());
   return packed;
 }
 
@@ -237,22 +246,27 @@ void dw_task(const Bf16Matmul& matmul, const Sets& sets, const Packed& packed, c
   const int64_t stride = panels * kPanel;
   sums.assign(size_t((high - low) * stride), 0.0f);
   std::vector<float*> rows(size_t(high - low));
-  const auto add = [&](const BFloat16* g, int64_t g_stride, int64_t g_rows, int64_t n, const uint32_t* const* operands,
-                       int count) {
+  std::vector<const BFloat16*> lines;
+  // Columns [from, from + n) of the lines, turned, times x: rows of dW.
+  const auto add = [&](int64_t from, int64_t n, const uint32_t* x) {
     if (!n) return;
-    const int64_t pairs = (g_rows + 1) / 2, row = panels_of(n) * kPanel;
-    pairs_of_g.resize(size_t(pairs * row));
+    const int64_t count = int64_t(lines.size()), pairs = (count + 1) / 2, row = panels_of(n) * kPanel;
+    pairs_of_g.resize(size_t(steps_of(count) * kTile * row));
+    if (matmul.add_tiles_to_rows) {
+      matmul.tiles_of_columns(lines.data(), count, from, n, pairs_of_g.data());
+      matmul.add_tiles_to_rows(pairs_of_g.data(), x + first * kPanel * steps_of(count) * kTile, n,
+                               tiles_of(std::min(stride, packed.width - first * kPanel)), steps_of(count), rows.data());
+      return;
+    }
     for (int64_t p = 0; p < pairs; ++p) {
-      const BFloat16* one = g + 2 * p * g_stride;
-      matmul.pack_pairs(one, 2 * p + 1 < g_rows ? one + g_stride : nullptr, n, pairs_of_g.data() + p * row, kPanel);
+      const BFloat16* odd = 2 * p + 1 < count ? lines[2 * p + 1] + from : nullptr;
+      matmul.pack_pairs(lines[2 * p] + from, odd, n, pairs_of_g.data() + p * row, kPanel);
     }
-    for (int i = 0; i < count; ++i) {
-      matmul.add(pairs_of_g.data(), 4, 4 * row, n, operands[i] + first * pairs * kPanel, pairs, panels, rows.data());
-    }
+    matmul.add(pairs_of_g.data(), 4, 4 * row, n, x + first * pairs * kPanel, pairs, panels, rows.data());
   };
   for (int64_t v = low; v < high; ++v) rows[v - low] = sums.data() + (v - low) * stride;
-  const uint32_t* tails[] = {packed.tails[0].data(), packed.tails[1].data()};
-  add(tail + low, tail_stride, sets.count, high - low, tails, 2);
+  for (int64_t k = 0; k < 2 * sets.count; ++k) lines.push_back(tail + k % sets.count * tail_stride);
+  add(low, high - low, packed.tails.data());
   Span span = sets.span(0, low, high);
   for (int64_t k = 0; k < sets.count; ++k) {
     const Span next = sets.span(k + 1, low, high);  // its rows of g are 1.4 to 4 cache lines each, far apart
@@ -261,8 +275,9 @@ void dw_task(const Bf16Matmul& matmul, const Sets& sets, const Packed& packed, c
     }
     const int64_t* columns = sets.columns + sets.offsets[k] + span.first;
     for (int64_t i = 0; i < span.count; ++i) rows[i] = sums.data() + (columns[i] - low) * stride;
-    const uint32_t* x = packed.x.data() + k * packed.set_stride;
-    add(sets.grads(k) + span.first, sets.live(k) + 1, sets.size(k), span.count, &x, 1);
+    lines.clear();
+    for (int64_t t = 0; t < sets.size(k); ++t) lines.push_back(sets.grads(k) + t * (sets.live(k) + 1));
+    add(span.first, span.count, packed.x.data() + k * packed.set_stride);
     span = next;
   }
   const int64_t column = first * kPanel, n = std::min(stride, packed.width - column);

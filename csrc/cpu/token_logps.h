@@ -80,7 +80,7 @@ constexpr int64_t kPanel = 64;      // columns
 constexpr int64_t kTile = 16;   // rows, pairs and columns of a tile of AMX
 
 struct Bf16Matmul {
-  // c[r][0 .. kPanel * panels) += a b. Pair p of row r of a is at r * row_stride + p * pair_stride, in bytes; b
+  // Without AMX, else null: c[r][0 .. kPanel * panels) += a b. Pair p of row r of a is at r * row_stride + p * pair_stride, in bytes; b
   // [panels, pairs, kPanel] holds pairs.
   void (*add)(const void* a, int64_t row_stride, int64_t pair_stride, int64_t rows, const uint32_t* b, int64_t pairs,
               int64_t panels, float* const* c);
@@ -105,12 +105,15 @@ struct Bf16Matmul {
   // Products of whole blocks with AMX, else null. Operands are tiles [kTile, kTile] of pairs, with zeros beyond their
   // edges: of a [tiles of rows, tiles of pairs], of b [tiles of columns, tiles of pairs].
   void (*tiles_of_rows)(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out);
-  void (*tiles_of_columns)(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out);  // of a^T
-  // Numbers [first, first + columns) of the rows b[0 .. inner).
-  void (*tiles_of_b)(const BFloat16* const* b, int64_t inner, int64_t first, int64_t columns, uint32_t* out);
+  // Numbers [first, first + n) of `inner` rows: as the rows of a, and as the columns of b.
+  void (*tiles_of_columns)(const BFloat16* const* rows, int64_t inner, int64_t first, int64_t n, uint32_t* out);
+  void (*tiles_of_b)(const BFloat16* const* rows, int64_t inner, int64_t first, int64_t n, uint32_t* out);
   // sums [tiles of columns / 2, tiles of rows, 2, kTile, kTile] += a b
   void (*add_tiles)(const uint32_t* a, const uint32_t* b, int64_t row_tiles, int64_t column_tiles, int64_t pair_tiles,
                     float* sums);
+  // The same where row i of the sums, i in [0, rows), is at sums[i].
+  void (*add_tiles_to_rows)(const uint32_t* a, const uint32_t* b, int64_t rows, int64_t column_tiles,
+                            int64_t pair_tiles, float* const* sums);
 };
 
 enum ElementType { kFloat32, kBFloat16, kFloat16, kFloat64, kElementTypes };
