@@ -64,9 +64,9 @@ CPU_SCHEMAS = {
     "add_product_": (
         "(Tensor(a!) total, Tensor(b!) low, Tensor a, Tensor b, bool first, bool last, float factor) -> ()"
     ),
-    "live_dx": (
-        "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor weight, Tensor tail_rows, Tensor coef,"
-        " Tensor label_columns, Tensor label_grads) -> Tensor"
+    "live_sums": (
+        "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor weight, Tensor label_columns,"
+        " Tensor label_grads, int rows) -> Tensor"
     ),
     "live_dw": (
         "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor x, Tensor coef, Tensor tail, Tensor tails,"

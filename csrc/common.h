@@ -129,13 +129,13 @@ void live_grads_(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tens
                   int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
                   Optional anchors, Tensor out);
 Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets);
-Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor tail_rows, Tensor coef,
-               Tensor label_columns, Tensor label_grads);
+Tensor live_sums(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor label_columns,
+                 Tensor label_grads, int64_t rows);
 Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor x, Tensor coef, Tensor tail,
                Tensor tails, Tensor label_columns, Tensor label_grads, int64_t rows);
 void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool last, double factor);
 void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out);
-bool has_bf16_matmuls();  // whether logits_, live_dx, live_dw, and sums of add_product_ in float32, are worth calling here
+bool has_bf16_matmuls();  // whether logits_, live_sums, live_dw, and sums of add_product_ in float32, are worth calling
 // Asks the system for pages of 2 MB in memory that is not yet written, if there are kHugeBytes of it. By default Linux
 // gives them only where they are asked for, and writing 96 MiB of new memory for the first time takes 37 to 47 ms in
 // pages of 4 kB and 13 in those (two cores; 8 ms again).

@@ -223,35 +223,69 @@ def _label_grads(head: Head, anchors: Tensor | None, labels: Tensor, lse: Tensor
     return torch.where(here, column, -1), torch.where(here, value, 0.0).to(lse.dtype)
 
 
+class DxPart(NamedTuple):
+    """Rows of dX that lack the product with their sets' tails."""
+
+    sets: LiveSets
+    dx: Tensor  # [n, H], where they go
+    coef: Tensor | None  # [n], factors of the rows; None for 1
+    sums: Tensor | None = None  # [n, H] in float32, the products with the live columns, if they are computed by then
+    tau: Tensor | None = None  # [n]; sets.g is then empty
+
+    @property
+    def held(self) -> int:
+        """Elements of 16 bit."""
+        return self.sets.g.numel() + self.sets.tail.numel() + (0 if self.sums is None else 2 * self.sums.numel())
+
+
 class LiveDx:
     """Computes dX [n, H] of the sum of the log-probs for all sets given to `add`, except for rows of exact sets.
 
     q^T W reads the whole weight: it takes 6 ms for 2 sets and 7 ms for 11 (V = 49,152, H = 576, one core). So `write`
-    runs once for several chunks, when the live gradients held are as large as a chunk of logits, or HELD.
+    runs once for several chunks, when what is held for it is as large as a chunk of logits, or HELD. The CPU's own
+    matmul computes the products with the live columns at once, and what is held is their sums.
     """
 
     def __init__(self, head: Head) -> None:
         self.head = head
-        self.parts: list[tuple[LiveSets, Tensor, Tensor | None]] = []
+        self.parts: list[DxPart] = []
 
     def add(self, sets: LiveSets, dx: Tensor, coef: Tensor | None = None) -> None:
         """coef [n]: factors of the rows of dX; None for 1."""
-        self.parts.append((sets, dx, coef))
-        if sum(s.g.numel() + s.tail.numel() for s, *_ in self.parts) > min(self.head.buffer.numel(), HELD):
+        part, own = DxPart(sets, dx, coef), dispatch.own_matmuls(self.head.kernels, self.head.weight)
+        if own and sets.exact:
+            args = *sets.places, sets.set_rows, self.head.weight, sets.label_columns, sets.label_grads
+            sums = own.live_sums(*args, sets.num_rows)
+            tau = torch.cat([g[:, -1] for g in sets.grads()]).to(sums.dtype)
+            part = DxPart(replace(sets, g=sets.g[:0]), dx, coef, sums, tau)
+        self.parts.append(part)
+        if sum(part.held for part in self.parts) > min(self.head.buffer.numel(), HELD):
             self.write()
 
     def write(self) -> None:
         parts, self.parts = self.parts, []
         if not parts:
             return
-        tails = [sets.tail for sets, *_ in parts]
+        tails = [part.sets.tail for part in parts]
         weight = self.head.weight[: tails[0].shape[1]]
         q = tails[0] if len(tails) == 1 else torch.cat(tails)
         means = product(q, weight, weight.new_empty(len(q), weight.shape[1])) / TAIL_UNIT  # [sets, H]
-        indexed = adds_by_index(self.head.kernels) or dispatch.own_matmuls(self.head.kernels, weight)
-        compute = self.by_index if indexed else self.by_copies
-        for (sets, dx, coef), mean in zip(parts, means.split([len(tail) for tail in tails]), strict=True):
-            compute(sets, mean, dx, coef)
+        for part, mean in zip(parts, means.split([len(tail) for tail in tails]), strict=True):
+            if part.sums is not None:
+                self.finish(part, mean)
+            elif adds_by_index(self.head.kernels):
+                self.by_index(part.sets, mean, part.dx, part.coef)
+            else:
+                self.by_copies(part.sets, mean, part.dx, part.coef)
+
+    def finish(self, part: DxPart, means: Tensor) -> None:
+        assert part.sums is not None and part.tau is not None
+        for k, exact in enumerate(part.sets.exact):
+            if exact:
+                continue
+            rows = part.sets.rows(k)
+            dx = part.sums[rows].addr_(part.tau[rows], means[k].to(part.sums.dtype))
+            part.dx[rows] = dx if part.coef is None else dx.mul_(part.coef[rows, None])
 
     def by_index(self, sets: LiveSets, means: Tensor, dx: Tensor, coef: Tensor | None) -> None:
         kernels: Any = self.head.kernels

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels import library
+from cpo_kernels.backends import dispatch
 from cpo_kernels.head.matmul import product
 from cpo_kernels.library import Kernels
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -76,13 +77,17 @@ def make_anchors(
 
     x [n, H]; labels [n], columns that are not padding. room: memory that may be overwritten, flat, in the dtype of x.
     """
-    some, few = net.weight.t(), net.weight.shape[0]
+    few, own = net.weight.shape[0], dispatch.own_matmuls(kernels, net.weight)
     step = max(room.numel() // few, 1) if x.device.type != "cpu" else ROWS
     parts = []
     for rows in x.split(step):
         size = rows.shape[0] * few
         room = room if size <= room.numel() else room.new_empty(size)
-        u = product(rows, some, room[:size].view(-1, few))
+        u = room[:size].view(-1, few)
+        if own and x.shape[1] % 2 == 0:
+            own.logits_(rows, net.weight, x.new_empty(0), x.new_empty(0, dtype=torch.float32), u)
+        else:
+            product(rows, net.weight.t(), u)
         if u.dtype == torch.float16:
             u.clamp_(max=torch.finfo(u.dtype).max)  # of an infinite one the mean would be NaN
         if bias.numel():

@@ -298,15 +298,16 @@ def explain(
     sizes = row_bytes, sum_itemsize(dtype, own)
     plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, *steps, *sizes, train_hidden, train_head)
     if eps and (strategy == "live" or train_hidden):
-        per_row = vocab_size * (live_share + 1 / set_rows)  # elements of live gradients, and of q of its set
-        products, held = plan.products - 1 + live_share, num_tokens * per_row
+        live, q = vocab_size * live_share, vocab_size / set_rows  # elements of live gradients, and of q, for a row
+        products, held = plan.products - 1 + live_share, num_tokens * (live + q)
         if strategy == "live":
             products = 1 + live_share * (1 + train_hidden)
         else:  # dX of several pieces is computed together
             waits = strategy in ("pairs", "nll", "kto", "deferred")  # see `Chunk`
             waiting = plan.chunk_rows if waits else num_tokens
             turn = whole_sets(plan.chunk_rows, piece if waits else few, set_rows)
-            held = min(waiting * per_row, min(plan.chunk_rows * vocab_size, HELD) + turn * per_row)
+            wait = q + (2 * hidden_size if own else live)  # see `DxPart`
+            held = min(waiting * wait, min(plan.chunk_rows * vocab_size, HELD) + turn * wait) + own * turn * live
         plan = replace(plan, products=products, extra_bytes=plan.extra_bytes + round(held * dtype.itemsize))
     if strategy == "kto" and group > limit:
         plan = replace(plan, products=plan.products + 1)

@@ -1,4 +1,4 @@
-// live_dx and live_dw on CPUs with bfloat16 instructions: the matmuls of the live gradients, which read rows of the
+// live_sums, of which dX is made, and live_dw on CPUs with bfloat16 instructions: the matmuls of the live gradients, which read rows of the
 // weight by index and add into rows of dW. Formulas: cpo_kernels/reference/live_columns.py.
 #include "matmul.h"
 
@@ -84,31 +84,29 @@ const float* row_factors(const char* name, Tensor& factors, int64_t rows) {
   return data_of<float>(factors);
 }
 
-// Row t of a set, columns [first, first + width) of dX, before the product with the live columns.
-void begin_dx(const Bf16Matmul& matmul, const Sets& sets, int64_t k, int64_t t, const BFloat16* weight,
-              int64_t weight_stride, const float* tail_row, const Labels& labels, int64_t width, float* sums) {
-  const int64_t live = sets.live(k), row = sets.low(k) + t;
-  const float tau = to_float(sets.grads(k)[t * (live + 1) + live]);
-  for (int64_t i = 0; i < width; ++i) sums[i] = tau * tail_row[i];
+// What the rounded gradient of the label of row t of a set takes away, times its row of the weight.
+void begin_row(const Bf16Matmul& matmul, const Sets& sets, int64_t k, int64_t t, const BFloat16* weight,
+               int64_t weight_stride, const Labels& labels, int64_t width, float* sums) {
+  const int64_t row = sets.low(k) + t;
+  std::fill_n(sums, width, 0.0f);
   if (!labels.here(row)) return;
   const float error = labels.value[row] - labels.rounded(row);
   matmul.add_row(weight + labels.column[row] * weight_stride, width, error, 0.0f, 0.0f, sums);
 }
 
-// Rows [0, size) of a set, columns [first, first + width) of dX.
-void dx_task_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight,
-                      int64_t weight_stride, const float* tail_row, const float* coef, const Labels& labels,
-                      int64_t width, BFloat16* out, int64_t out_stride, Lines<float>& sums, Lines<uint32_t>& packed) {
+// g_A W_A of the rows of a set, in `width` columns.
+void sums_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight,
+                   int64_t weight_stride, const Labels& labels, int64_t width, float* out, int64_t out_stride,
+                   Lines<float>& sums, Lines<uint32_t>& packed) {
   const int64_t live = sets.live(k), size = sets.size(k), row_tiles = tiles_of(size), wide = steps_of(width);
   const int64_t of_sums = row_tiles * wide * 2 * kTile * kTile, of_b = wide * kPairOfTiles * kStep / 2;
-  sums.resize(size_t(of_sums + wide * kPairOfTiles));
+  sums.assign(size_t(of_sums + wide * kPairOfTiles), 0.0f);
   packed.resize(size_t(of_b + row_tiles * kTile * kStep / 2));
   const TileSums tiles{sums.data(), row_tiles};
   float* line = sums.data() + of_sums;
   uint32_t *b = packed.data(), *a = b + of_b;
-  std::fill(sums.begin(), sums.end(), 0.0f);
   for (int64_t t = 0; t < size; ++t) {
-    begin_dx(matmul, sets, k, t, weight, weight_stride, tail_row, labels, width, line);
+    begin_row(matmul, sets, k, t, weight, weight_stride, labels, width, line);
     tiles.put(line, t, width);
   }
   const BFloat16* lines[kStep];
@@ -122,13 +120,13 @@ void dx_task_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, con
   }
   for (int64_t t = 0; t < size; ++t) {
     tiles.get(t, width, line);
-    matmul.round_row(line, width, coef[sets.low(k) + t], out + t * out_stride);
+    std::copy_n(line, width, out + t * out_stride);
   }
 }
 
-void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight, int64_t weight_stride,
-             const float* tail_row, const float* coef, const Labels& labels, int64_t width, BFloat16* out,
-             int64_t out_stride, Lines<float>& sums, Lines<uint32_t>& packed) {
+void sums_by_panels(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight,
+                    int64_t weight_stride, const Labels& labels, int64_t width, float* out, int64_t out_stride,
+                    Lines<float>& sums, Lines<uint32_t>& packed) {
   const int64_t live = sets.live(k), size = sets.size(k), panels = panels_of(width), stride = panels * kPanel;
   const BFloat16* g = sets.grads(k);
   sums.assign(size_t(size * stride), 0.0f);
@@ -136,7 +134,7 @@ void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat
   std::vector<float*> rows(size);
   for (int64_t t = 0; t < size; ++t) {
     rows[t] = sums.data() + t * stride;
-    begin_dx(matmul, sets, k, t, weight, weight_stride, tail_row, labels, width, rows[t]);
+    begin_row(matmul, sets, k, t, weight, weight_stride, labels, width, rows[t]);
   }
   for (int64_t j = 0; j < live; j += 2 * kPackedPairs) {
     const int64_t pairs = (std::min(2 * kPackedPairs, live - j) + 1) / 2;
@@ -153,7 +151,7 @@ void dx_task(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat
     }
     matmul.add(g + j, 2 * (live + 1), 4, size, packed.data(), pairs, panels, rows.data());
   }
-  for (int64_t t = 0; t < size; ++t) matmul.round_row(rows[t], width, coef[sets.low(k) + t], out + t * out_stride);
+  for (int64_t t = 0; t < size; ++t) std::copy_n(rows[t], width, out + t * out_stride);
 }
 
 // Rows of a matrix in pairs, as the second operand of Bf16Matmul::add: [panels, pairs, kPanel]; or in tiles.
@@ -289,36 +287,31 @@ void dw_task(const Bf16Matmul& matmul, const Sets& sets, const Packed& packed, c
 
 }  // namespace
 
-Tensor live_dx(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor tail_rows, Tensor coef,
-               Tensor label_columns, Tensor label_grads) {
-  const Bf16Matmul& kernels = bf16_matmul("live_dx");
-  check_bf16_matrix("live_dx", "weight", weight);
-  const int64_t rows = coef.numel();
-  const float* factors = row_factors("coef", coef, rows);
-  const Sets sets = describe_sets("live_dx", g, columns, offsets, set_rows, rows, weight.size(0));
-  const Labels labels("live_dx", label_columns, label_grads, rows, weight.size(0));
+Tensor live_sums(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor label_columns,
+                 Tensor label_grads, int64_t rows) {
+  const Bf16Matmul& kernels = bf16_matmul("live_sums");
+  check_bf16_matrix("live_sums", "weight", weight);
+  check(rows >= 0, "live_sums: rows must be at least 0, got ", rows);
+  const Sets sets = describe_sets("live_sums", g, columns, offsets, set_rows, rows, weight.size(0));
+  const Labels labels("live_sums", label_columns, label_grads, rows, weight.size(0));
   const int64_t width = weight.size(1), stride = weight.stride(0);
-  check_dtype("tail_rows", tail_rows, ScalarType::Float);
-  check_matrix("tail_rows", tail_rows, sets.count, width);
-  tail_rows = dense(tail_rows);
-  Tensor dx = torch::stable::new_empty(g, {rows, width}, ScalarType::BFloat16);
-  BFloat16* out = mutable_data_of<BFloat16>(dx);
+  Tensor sums = torch::stable::new_empty(g, {rows, width}, ScalarType::Float);
+  float* out = mutable_data_of<float>(sums);
   const BFloat16* w = data_of<BFloat16>(weight);
-  const float* tails = data_of<float>(tail_rows);
-  const bool by_tiles = kernels.add_tiles;
-  const int64_t most = by_tiles ? kDxPanelsByTiles : kDxPanels;
+  const auto compute = kernels.add_tiles ? sums_by_tiles : sums_by_panels;
+  const int64_t most = kernels.add_tiles ? kDxPanelsByTiles : kDxPanels;
   const int64_t step = panels_per_task(width, sets.count, most) * kPanel, parts = (width + step - 1) / step;
   // Sets change fastest: the part of W that a few of them need may stay in the cache.
   share_tasks(parts * sets.count, [&](const auto& take) {
-    Lines<float> sums;
+    Lines<float> own;
     Lines<uint32_t> packed;
     for (int64_t task; (task = take()) >= 0;) {
       const int64_t k = task % sets.count, first = task / sets.count * step;
-      (by_tiles ? dx_task_by_tiles : dx_task)(kernels, sets, k, w + first, stride, tails + k * width + first, factors, labels,
-              std::min(step, width - first), out + sets.low(k) * width + first, width, sums, packed);
+      compute(kernels, sets, k, w + first, stride, labels, std::min(step, width - first),
+              out + sets.low(k) * width + first, width, own, packed);
     }
   });
-  return dx;
+  return sums;
 }
 
 Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor x, Tensor coef, Tensor tail,
