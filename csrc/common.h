@@ -126,8 +126,8 @@ Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Ten
                   int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
                   Optional anchors);
 void live_grads_(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
-                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
-                  Optional anchors, Tensor out);
+                 int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                 Optional anchors, Tensor out);
 Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets);
 Tensor live_sums(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor label_columns,
                  Tensor label_grads, int64_t rows);
@@ -141,7 +141,7 @@ bool has_bf16_matmuls();  // whether logits_, live_sums, live_dw, and sums of ad
 // pages of 4 kB and 13 in those (two cores; 8 ms again).
 constexpr int64_t kHugeBytes = int64_t(32) << 20;
 void prefer_huge_pages(void* data, int64_t bytes);
-bool has_tiles();         // whether sums of add_product_ in bfloat16 are
+bool has_tiles();  // whether sums of add_product_ in bfloat16 are
 Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference(
     Tensor seq_logps, Tensor ref_logps, Tensor lengths, Tensor pairs, Tensor scores, Tensor conditions,

@@ -1,5 +1,5 @@
-// add_product_: adds the product a b of bfloat16 matrices to sums in float32, in float32 kept as two 16-bit halves, or in
-// bfloat16 rounded once.
+// add_product_: adds the product a b of bfloat16 matrices to sums in float32, in float32 kept as two 16-bit halves, or
+// in bfloat16 rounded once.
 #include "matmul.h"
 
 namespace cpo {
@@ -117,10 +117,10 @@ struct Sums {
   }
 };
 
-// A product by tiles is cut into tasks of rows and columns of its sums. The sums of a task, 1.2 MB at most, and the tiles
-// of a and b of kStep numbers of the inner dimension stay in the L2 cache. dX of 1024 x 49,152 x 576 takes 36 ms in
-// tasks of up to 512 rows and 41 in tasks of 256, which bring b into tiles twice as often (least times, two cores). With
-// b shared, 256 rows leave room for it.
+// A product by tiles is cut into tasks of rows and columns of its sums. The sums of a task, 1.2 MB at most, and the
+// tiles of a and b of kStep numbers of the inner dimension stay in the L2 cache. dX of 1024 x 49,152 x 576 takes 36 ms
+// in tasks of up to 512 rows and 41 in tasks of 256, which bring b into tiles twice as often (least times, two cores).
+// With b shared, 256 rows leave room for it.
 constexpr int64_t kMostColumns = 576, kMostRows = 512, kMostRowsOfShared = 256;
 
 struct Split {
@@ -170,7 +170,8 @@ void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right&
     Lines<uint32_t> left(size_t(split.rows * kStep / 2)), own_b(shared ? 0 : size_t(packed));
     Lines<float> own(size_t(split.rows * split.columns)), line(size_t(split.columns), 0.0f);
     for (int64_t task; (task = take()) >= 0;) {
-      const int64_t part = task % split.parts, column = part * split.columns, n = std::min(split.columns, width - column);
+      const int64_t part = task % split.parts, column = part * split.columns,
+                    n = std::min(split.columns, width - column);
       const int64_t row = task / split.parts * split.rows, count = std::min(split.rows, rows - row);
       const int64_t row_tiles = tiles_of(count);
       TileSums tiles{own.data(), row_tiles};
@@ -193,8 +194,7 @@ void add_product_by_tiles(const Bf16Matmul& kernels, const Left& a, const Right&
         } else {
           kernels.tiles_of_rows(a.a + row * a.stride + k, a.stride, count, some, left.data());
         }
-        kernels.add_tiles(left.data(), right, row_tiles, tiles_of(n), steps_of(some),
-                          own.data());
+        kernels.add_tiles(left.data(), right, row_tiles, tiles_of(n), steps_of(some), own.data());
       }
       for (int64_t t = 0; t < count; ++t) {
         tiles.get(t, n, line.data());

@@ -203,15 +203,15 @@ static Tensor grads_into(const char* op, Tensor logits, Tensor labels, Tensor ls
 Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
                   int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
                   Optional anchors) {
-  return grads_into("live_grads", logits, labels, lse, row_sums, columns, offsets, set_rows, ignore_index, scale, softcap,
-                    vocab_size, anchors, nullptr);
+  return grads_into("live_grads", logits, labels, lse, row_sums, columns, offsets, set_rows, ignore_index, scale,
+                    softcap, vocab_size, anchors, nullptr);
 }
 
 void live_grads_(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
-                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
-                  Optional anchors, Tensor out) {
+                 int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                 Optional anchors, Tensor out) {
   grads_into("live_grads_", logits, labels, lse, row_sums, columns, offsets, set_rows, ignore_index, scale, softcap,
-                    vocab_size, anchors, &out);
+             vocab_size, anchors, &out);
 }
 
 Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets) {

@@ -1,12 +1,12 @@
-// live_sums, of which dX is made, and live_dw on CPUs with bfloat16 instructions: the matmuls of the live gradients, which read rows of the
-// weight by index and add into rows of dW. Formulas: cpo_kernels/reference/live_columns.py.
+// live_sums, of which dX is made, and live_dw on CPUs with bfloat16 instructions: the matmuls of the live gradients,
+// which read rows of the weight by index and add into rows of dW. Formulas: cpo_kernels/reference/live_columns.py.
 #include "matmul.h"
 
 namespace cpo {
 namespace {
 
 constexpr int64_t kDxPanels = 5, kDxPanelsByTiles = 9;  // of H per task, at most
-constexpr int64_t kDwPanels = 9;     // of H per task
+constexpr int64_t kDwPanels = 9;                        // of H per task
 constexpr int64_t kDwColumns = 256;  // of the vocabulary per task: their sums take 590 kB of the L2 cache
 constexpr int64_t kAhead = 4;  // pairs of rows of W to prefetch: 26 sets of SmolLM2 took 1.2 times as long without
 
@@ -95,9 +95,9 @@ void begin_row(const Bf16Matmul& matmul, const Sets& sets, int64_t k, int64_t t,
 }
 
 // g_A W_A of the rows of a set, in `width` columns.
-void sums_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight,
-                   int64_t weight_stride, const Labels& labels, int64_t width, float* out, int64_t out_stride,
-                   Lines<float>& sums, Lines<uint32_t>& packed) {
+void sums_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight, int64_t weight_stride,
+                   const Labels& labels, int64_t width, float* out, int64_t out_stride, Lines<float>& sums,
+                   Lines<uint32_t>& packed) {
   const int64_t live = sets.live(k), size = sets.size(k), row_tiles = tiles_of(size), wide = steps_of(width);
   const int64_t of_sums = row_tiles * wide * 2 * kTile * kTile, of_b = wide * kPairOfTiles * kStep / 2;
   sums.assign(size_t(of_sums + wide * kPairOfTiles), 0.0f);

@@ -69,7 +69,8 @@ struct TwoPairs {
 inline TwoPairs pairs_of(__m512i low, __m512i high) {
   const __m512i lower = _mm512_unpacklo_epi16(low, high), upper = _mm512_unpackhi_epi16(low, high);
   // Quarters of 4 pairs: 0, 2, 4, 6 in `lower` and 1, 3, 5, 7 in `upper`.
-  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   return {_mm512_permutex2var_epi64(lower, first, upper), _mm512_permutex2var_epi64(lower, last, upper)};
 }
 // Numbers [first, first + 32) of two rows that have n; a row that is not there counts as zeros.

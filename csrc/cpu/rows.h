@@ -31,8 +31,9 @@ class WithoutSubnormals {
 #endif
 };
 
-// f(take) on the threads of torch: take() gives the next of `count` tasks, then -1. Threads need not be equally fast: on
-// a virtual machine with two cores, one did a third of the work of the other while it shared its core with a neighbour.
+// f(take) on the threads of torch: take() gives the next of `count` tasks, then -1. Threads need not be equally fast:
+// on a virtual machine with two cores, one did a third of the work of the other while it shared its core with a
+// neighbour.
 template <typename F>
 void share_tasks(int64_t count, const F& f) {
   std::atomic<int64_t> next{0};

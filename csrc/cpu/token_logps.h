@@ -76,12 +76,12 @@ struct RowKernels {
 
 // Blocks of matmuls of bfloat16 numbers, summed in float32. A pair is two neighbours along the inner dimension in 32
 // bits, the first one in the low half.
-constexpr int64_t kPanel = 64;      // columns
+constexpr int64_t kPanel = 64;  // columns
 constexpr int64_t kTile = 16;   // rows, pairs and columns of a tile of AMX
 
 struct Bf16Matmul {
-  // Without AMX, else null: c[r][0 .. kPanel * panels) += a b. Pair p of row r of a is at r * row_stride + p * pair_stride, in bytes; b
-  // [panels, pairs, kPanel] holds pairs.
+  // Without AMX, else null: c[r][0 .. kPanel * panels) += a b. Pair p of row r of a is at r * row_stride + p *
+  // pair_stride, in bytes; b [panels, pairs, kPanel] holds pairs.
   void (*add)(const void* a, int64_t row_stride, int64_t pair_stride, int64_t rows, const uint32_t* b, int64_t pairs,
               int64_t panels, float* const* c);
   // The pairs of two rows of n numbers, zeros up to whole panels; a panel begins panel_stride pairs behind the one

@@ -22,9 +22,9 @@ namespace {
 constexpr IsaKernels kernels(Bf16Matmul matmul) {
   return {{row_kernels<float>(), row_kernels<BFloat16>(), row_kernels<Half>(), row_kernels<double>()}, matmul};
 }
-constexpr IsaKernels kAvx512Bf16 = kernels({add_matmul, pack_pairs, pack_x, logits_tile, scale_row<float>, split_row,
-                                            join_row, scale_row<BFloat16>, add_row, nullptr, nullptr, nullptr, nullptr,
-                                            nullptr});
+constexpr IsaKernels kAvx512Bf16 =
+    kernels({add_matmul, pack_pairs, pack_x, logits_tile, scale_row<float>, split_row, join_row, scale_row<BFloat16>,
+             add_row, nullptr, nullptr, nullptr, nullptr, nullptr});
 #ifdef __AMX_BF16__
 constexpr IsaKernels kAmx =
     kernels({nullptr, pack_pairs, pack_x_amx, logits_amx, scale_row<float>, split_row, join_row, scale_row<BFloat16>,
