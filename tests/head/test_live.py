@@ -576,7 +576,11 @@ def test_kernels_refuse_what_does_not_fit():
     logits, labels, lse = torch.randn(4, 9), torch.zeros(4, dtype=torch.long), torch.randn(4)
     ops, options = torch.ops.cpo_kernels, (-100, 1.0, 0.0, 9)
     columns, offsets = torch.tensor([0, 3]), torch.tensor([0, 2, 2])
+    kept = logits, labels, lse, lse, columns, offsets, 2, *options, None  # 2 * (2 + 1) + 2 * (0 + 1) numbers
     for call, message in (
+        (lambda: ops.live_grads_(*kept, logits.new_empty(7)), r"out must have shape \[8\]"),
+        (lambda: ops.live_grads_(*kept, logits.new_empty(8).double()), "out must be"),
+        (lambda: ops.live_grads_(*kept, logits.new_empty(16)[::2]), "out must be contiguous"),
         (lambda: ops.live_columns(logits, labels, lse, 0.1, 0, *options), "set_rows must be at least 1, got 0"),
         (lambda: ops.live_columns(logits, labels, lse[:3], 0.1, 2, *options), r"lse must have shape \[4\]"),
         (lambda: ops.live_columns(logits, labels, lse.double(), 0.1, 2, *options), "lse must be"),
@@ -593,6 +597,17 @@ def test_kernels_refuse_what_does_not_fit():
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+def test_kept_gradients_stay_while_their_buffer_grows():
+    """More than twice what the first rows foretell."""
+    kept = KeptSets(torch.empty(0), 30)
+    kept.room(10, 5).fill_(1.0)
+    first = kept.g
+    kept.room(10, 100).fill_(2.0)
+    assert kept.g is not first
+    kept.room(10, 7).fill_(3.0)
+    assert kept.g[: kept.used].tolist() == [1.0] * 5 + [2.0] * 100 + [3.0] * 7
 
 
 # --------------------------------------------------------------------------------------------------------- the options

@@ -27,6 +27,8 @@ DTYPES = [torch.bfloat16, torch.float16]
 def tiles(monkeypatch):
     """As if this CPU had no 16-bit products: torch's are an error."""
     monkeypatch.setattr(matmul, "cpu_multiplies", lambda dtype: dtype not in DTYPES)
+    for own in ("cpu_multiplies_bf16", "cpu_has_tiles"):
+        monkeypatch.setattr(dispatch, own, lambda: False)
 
     def guarded(torchs):
         @wraps(torchs)

@@ -2,9 +2,11 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +122,23 @@ def test_other_operations_keep_subnormal_numbers():
     with torch.inference_mode(), threads(1):
         cpo.token_logps(24 * torch.randn(8, 512), torch.zeros(8, dtype=torch.int64))
         assert float(torch.tensor([1e-39]) * 0.5) > 0
+
+
+def huge_pages_wanted(tensor):
+    """Whether the system was asked for pages of 2 MB in the middle of a tensor."""
+    middle, inside = tensor.data_ptr() + tensor.numel() * tensor.element_size() // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= middle < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("memory without a mapping")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages on this system")
+def test_large_results_ask_for_huge_pages():
+    large, small = torch.empty(48 << 20, dtype=torch.uint8), torch.empty(24 << 20, dtype=torch.uint8)
+    assert not huge_pages_wanted(large)
+    assert huge_pages_wanted(dispatch.prefer_huge_pages(large))
+    assert not huge_pages_wanted(dispatch.prefer_huge_pages(small))
+    assert dispatch.prefer_huge_pages(small[:0]).numel() == 0
