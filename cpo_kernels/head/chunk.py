@@ -63,7 +63,7 @@ class Chunk:
         for rows, logits in self.pieces:
             labels, logp, lse = self.labels[rows], self.logps.logp[rows], self.logps.lse[rows]
             if filtered:
-                sets = live_sets(head, logits, labels, lse, execution.filter_eps, execution.set_rows)
+                sets = live_sets(head, logits, labels, lse, execution.filter_eps, execution.set_rows, live_dx.room)
             if self.waits or filtered:
                 head.kernels.token_logps_bwd_(logits.z, labels, lse, of_g[rows], *head.options, logits.anchors)
             if filtered:
