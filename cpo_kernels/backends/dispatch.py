@@ -129,6 +129,11 @@ def cpu_multiplies_bf16() -> bool:
     return not missing("cpu") and bool(importlib.import_module("cpo_kernels._C").has_bf16_matmuls())
 
 
+def writes_live_grads(kernels: Kernels, logits: Tensor) -> bool:
+    """Whether they have `live_grads_` for logits like these: `torch.ops` has a name for it on every device."""
+    return logits.device.type == "cpu" and hasattr(kernels, "live_grads_")
+
+
 def prefer_huge_pages(tensor: Tensor) -> Tensor:
     """The tensor, not yet written; if it is large and on a CPU, the system is asked for pages of 2 MB."""
     if tensor.device.type == "cpu" and not missing("cpu") and tensor.numel():
@@ -139,7 +144,7 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
 
 @cache
 def cpu_has_tiles() -> bool:
-    """Whether they compute products of any size faster than torch: with AMX."""
+    """Whether they multiply by tiles: with AMX."""
     return not missing("cpu") and bool(importlib.import_module("cpo_kernels._C").has_tiles())
 
 

@@ -73,6 +73,7 @@ class Chunk:
                     product_dx(head, *own, dx_rows[exact])
                 live_dx.add(sets, dx_rows, coef[rows] if self.waits else None)
                 live_sums += sets.sums(labels, head.options)
+                del sets  # its g, before the next one is made
         live_dx.write()
         if dx.numel() and not filtered:
             product_dx(head, self._whole(), self.labels, self.logps.logp, of_g, dx)

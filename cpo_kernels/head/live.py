@@ -141,7 +141,7 @@ class KeptSets:
 
     def add(self, sets: LiveSets) -> None:
         """sets.g: from `room`."""
-        self.parts.append(replace(sets, g=sets.g[:0]))
+        self.parts.append(replace(sets, g=sets.g.new_empty(0)))  # a view would keep a buffer that has been outgrown
 
     def tensors(self) -> LiveTensors:
         parts = self.parts
@@ -203,7 +203,7 @@ def live_sets(
         sizes = [min(set_rows, z.shape[0] - k * set_rows) for k in range(len(counts))]
         widths = [high - low + 1 for low, high in zip(offsets, offsets[1:], strict=False)]
         g = room(z.shape[0], sum(n * width for n, width in zip(sizes, widths, strict=True)))
-        if hasattr(kernels, "live_grads_"):
+        if dispatch.writes_live_grads(kernels, z):
             kernels.live_grads_(*args, g)
         else:
             g.copy_(kernels.live_grads(*args))
@@ -255,19 +255,22 @@ class LiveDx:
     @property
     def room(self) -> Callable[[int, int], Tensor] | None:
         """For `live_sets`, if g is not needed after `add`: one buffer for all chunks. With blocks of their own, of
-        different sizes and with sums between them, 3,202 rows of 576 x 49,152 needed 125 MiB in place of 91."""
+        different sizes and with sums between them, a frozen head needed 125 MiB for 3,202 rows of 576 x 49,152 in place
+        of 91 to 98."""
         return self._room if self.own else None
 
     def _room(self, rows: int, size: int) -> Tensor:
         if size > self.g.numel():
-            self.g = self.g[:0]  # freed first
+            self.g = self.g.new_empty(0)  # freed first
             self.g = self.head.weight.new_empty(size * 5 // 4)
         return self.g[:size]
 
     def add(self, sets: LiveSets, dx: Tensor, coef: Tensor | None = None) -> None:
         """coef [n]: factors of the rows of dX; None for 1."""
+        if not sets.exact:  # no rows
+            return
         part = DxPart(sets, dx, coef)
-        if self.own and sets.exact:
+        if self.own:
             args = *sets.places, sets.set_rows, self.head.weight, sets.label_columns, sets.label_grads
             sums = self.own.live_sums(*args, sets.num_rows)
             tau = torch.cat([g[:, -1] for g in sets.grads()]).to(sums.dtype)

@@ -16,9 +16,9 @@ const Bf16Matmul& bf16_matmul(const char* op) {
 
 namespace {
 
-// Sums per task, at most 330 kB. b is packed for each task, or, where there are many tasks and all of b stays in a
-// cache, once for all of them: dW of 1024 x 576 x 49,152 takes 77 ms then, and 79 with 256 rows and 5 panels (two
-// cores; torch cannot add to float32: a rounded product and the addition take 130).
+// Without AMX: sums per task, at most 330 kB. b is packed for each task, or, where there are many tasks and all of b
+// stays in a cache, once for all of them: dW of 1024 x 576 x 49,152 takes 77 ms then, and 79 with 256 rows and 5 panels
+// (two cores; torch cannot add to float32: a rounded product and the addition take 130).
 struct SumTile {
   int64_t rows, panels;
 };

@@ -296,6 +296,7 @@ Tensor live_sums(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Ten
   const Labels labels("live_sums", label_columns, label_grads, rows, weight.size(0));
   const int64_t width = weight.size(1), stride = weight.stride(0);
   Tensor sums = torch::stable::new_empty(g, {rows, width}, ScalarType::Float);
+  if (rows == 0 || width == 0) return sums;
   float* out = mutable_data_of<float>(sums);
   const BFloat16* w = data_of<BFloat16>(weight);
   const auto compute = kernels.add_tiles ? sums_by_tiles : sums_by_panels;

@@ -45,7 +45,7 @@ void share_tasks(int64_t count, const F& f) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { f(take); });
 }
 
-// f(begin, end) over parts of [0, count), at least `grain` long, which threads take as they get there.
+// f(begin, end) over parts of [0, count), at least `grain` long but for the last, which threads take as they get there.
 template <typename F>
 void parallel_rows(int64_t count, int64_t grain, const F& f) {
   constexpr int64_t kTurns = 8;  // parts per thread

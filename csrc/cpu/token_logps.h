@@ -103,7 +103,8 @@ struct Bf16Matmul {
   void (*add_row)(const BFloat16* x, int64_t n, float factor, float rounded, float scale, float* to);
 
   // Products of whole blocks with AMX, else null. Operands are tiles [kTile, kTile] of pairs, with zeros beyond their
-  // edges: of a [tiles of rows, tiles of pairs], of b [tiles of columns, tiles of pairs].
+  // edges: of a [tiles of rows, tiles of pairs], of b [tiles of columns, tiles of pairs]. Tiles of columns are
+  // multiplied in twos: b and the sums have one more where their number is odd.
   void (*tiles_of_rows)(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out);
   // Numbers [first, first + n) of `inner` rows: as the rows of a, and as the columns of b.
   void (*tiles_of_columns)(const BFloat16* const* rows, int64_t inner, int64_t first, int64_t n, uint32_t* out);

@@ -599,6 +599,14 @@ def test_kernels_refuse_what_does_not_fit():
             call()
 
 
+def test_only_a_cpu_writes_gradients_where_they_are_kept():
+    """torch.ops, which are the kernels of impl="cuda" too, have a name for every op on every device."""
+    ops = torch.ops.cpo_kernels
+    assert dispatch.writes_live_grads(ops, torch.empty(1))
+    assert not dispatch.writes_live_grads(ops, torch.empty(1, device="meta"))
+    assert not dispatch.writes_live_grads(dispatch.kernels("reference", torch.empty(1)), torch.empty(1))
+
+
 def test_kept_gradients_stay_while_their_buffer_grows():
     """More than twice what the first rows foretell."""
     kept = KeptSets(torch.empty(0), 30)

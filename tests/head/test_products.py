@@ -179,6 +179,16 @@ def test_what_the_cpu_multiplies_is_left_to_torch(monkeypatch):
     assert torch.equal(product(a, b, torch.empty(5, 9, dtype=a.dtype)), a @ b)
 
 
+@pytest.mark.skipif(not dispatch.cpu_has_tiles(), reason="this processor has no AMX")
+@pytest.mark.parametrize("width, turned, own", [(1024, True, True), (1025, True, False), (1025, False, True)])
+def test_a_wide_dw_is_left_to_torch(width, turned, own):
+    a = torch.ones(3, 4, dtype=torch.bfloat16)
+    total, b = torch.empty(3, width, dtype=torch.bfloat16), torch.ones(4, width, dtype=torch.bfloat16)
+    assert matmul._own_adds(total, a.t().contiguous().t() if turned else a, b) is own
+    add_product(total, a, b, first=True)
+    assert bool((total == 4.0).all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_nll_does_not_notice(dtype, tiles):
     generator = torch.Generator().manual_seed(0)
