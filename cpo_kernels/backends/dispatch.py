@@ -129,6 +129,12 @@ def cpu_multiplies_bf16() -> bool:
     return not missing("cpu") and bool(importlib.import_module("cpo_kernels._C").has_bf16_matmuls())
 
 
+@cache
+def cpu_has_tiles() -> bool:
+    """Whether those matmuls multiply tiles, with AMX: then add_product_ is worth calling for sums in bfloat16 too."""
+    return not missing("cpu") and bool(importlib.import_module("cpo_kernels._C").has_tiles())
+
+
 def writes_live_grads(kernels: Kernels, logits: Tensor) -> bool:
     """Whether they have `live_grads_` for logits like these: `torch.ops` has a name for it on every device."""
     return logits.device.type == "cpu" and hasattr(kernels, "live_grads_")
@@ -140,12 +146,6 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
         extension = importlib.import_module("cpo_kernels._C")
         extension.prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
     return tensor
-
-
-@cache
-def cpu_has_tiles() -> bool:
-    """Whether they multiply by tiles: with AMX."""
-    return not missing("cpu") and bool(importlib.import_module("cpo_kernels._C").has_tiles())
 
 
 @cache

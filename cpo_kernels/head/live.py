@@ -61,6 +61,11 @@ def fake_live_tensors(like: Tensor) -> LiveTensors:
     return LiveTensors(like.new_empty(elements), columns, host, exact, like.new_empty(sets, width), *labels)
 
 
+def set_sizes(num_rows: int, set_rows: int, count: int) -> list[int]:
+    """Rows of each of `count` sets."""
+    return [min(set_rows, num_rows - k * set_rows) for k in range(count)]
+
+
 @dataclass(frozen=True)
 class LiveSets:
     """The gradients of some rows, set by set."""
@@ -90,7 +95,7 @@ class LiveSets:
         return slice(k * self.set_rows, min((k + 1) * self.set_rows, self.num_rows))
 
     def sizes(self) -> list[int]:
-        return [min(self.set_rows, self.num_rows - k * self.set_rows) for k in range(len(self.exact))]
+        return set_sizes(self.num_rows, self.set_rows, len(self.exact))
 
     def columns_of(self) -> list[Tensor]:
         """[a_k] of every set."""
@@ -200,7 +205,7 @@ def live_sets(
     if room is None:
         g = kernels.live_grads(*args)
     else:
-        sizes = [min(set_rows, z.shape[0] - k * set_rows) for k in range(len(counts))]
+        sizes = set_sizes(z.shape[0], set_rows, len(counts))
         widths = [high - low + 1 for low, high in zip(offsets, offsets[1:], strict=False)]
         g = room(z.shape[0], sum(n * width for n, width in zip(sizes, widths, strict=True)))
         if dispatch.writes_live_grads(kernels, z):

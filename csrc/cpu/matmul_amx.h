@@ -44,10 +44,11 @@ inline uint32_t* tile_room(int64_t numbers) {
   return room.data();
 }
 
-inline __mmask32 first_numbers_of(int64_t n) { return n >= 32 ? 0xffffffffu : (__mmask32)((1u << n) - 1); }
+// Tiles along `inner` numbers.
+inline int64_t pair_tiles_of(int64_t inner) { return (inner + 2 * kTile - 1) / (2 * kTile); }
 
 void tiles_of_rows(const BFloat16* a, int64_t stride, int64_t rows, int64_t inner, uint32_t* out) {
-  const int64_t deep = (inner + 2 * kTile - 1) / (2 * kTile);
+  const int64_t deep = pair_tiles_of(inner);
   for (int64_t i = 0; i < rows; i += kTile) {
     for (int64_t k = 0; k < deep; ++k, out += kTile * kTile) {
       const __mmask32 keep = first_numbers_of(inner - 2 * kTile * k);
@@ -82,7 +83,7 @@ inline TwoPairs load_pairs(const BFloat16* low, const BFloat16* high, int64_t fi
 }
 
 void tiles_of_columns(const BFloat16* const* rows, int64_t inner, int64_t from, int64_t n, uint32_t* out) {
-  const int64_t deep = (inner + 2 * kTile - 1) / (2 * kTile), tile = kTile * kTile;
+  const int64_t deep = pair_tiles_of(inner), tile = kTile * kTile;
   for (int64_t k = 0; k < deep; ++k) {
     for (int64_t i = 0; i < n; i += 2 * kTile) {
       __m512i first[kTile], last[kTile];
@@ -103,7 +104,7 @@ void tiles_of_columns(const BFloat16* const* rows, int64_t inner, int64_t from, 
 }
 
 void tiles_of_b(const BFloat16* const* rows, int64_t inner, int64_t first, int64_t n, uint32_t* out) {
-  const int64_t deep = (inner + 2 * kTile - 1) / (2 * kTile), tile = kTile * kTile;
+  const int64_t deep = pair_tiles_of(inner), tile = kTile * kTile;
   for (int64_t p = 0; p < deep * kTile; ++p) {
     for (int64_t next = 2 * p + kRowsAhead; next < 2 * p + kRowsAhead + 2 && next < inner; ++next) {
       for (int64_t v = 0; v < n; v += 2 * kTile) __builtin_prefetch(rows[next] + first + v);
@@ -266,7 +267,7 @@ void logits_amx(const BFloat16* weight, int64_t weight_stride, int64_t columns, 
                    w + i * deep * tile);
     }
     before_tiles(w);
-    const __mmask32 keep = some == 2 * kTile ? 0xffffffffu : (__mmask32)((1u << some) - 1);
+    const __mmask32 keep = first_numbers_of(some);
     const __m512 low_bias = bias ? _mm512_maskz_loadu_ps((__mmask16)keep, bias + first) : _mm512_setzero_ps();
     const __m512 high_bias =
         bias ? _mm512_maskz_loadu_ps((__mmask16)(keep >> kTile), bias + first + kTile) : _mm512_setzero_ps();

@@ -51,6 +51,7 @@ void add_matmul(const void* a, int64_t row_stride, int64_t pair_stride, int64_t 
 }
 
 inline __mmask16 first_lanes_of(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+inline __mmask32 first_numbers_of(int64_t n) { return n >= 32 ? 0xffffffffu : (__mmask32)((1u << n) - 1); }  // n > 0
 
 void pack_pairs(const BFloat16* low, const BFloat16* high, int64_t n, uint32_t* out, int64_t panel_stride) {
   for (int64_t i = 0; i < n; i += kPanel, out += panel_stride) {
@@ -79,7 +80,8 @@ void scale_row(const T* from, int64_t n, float factor, BFloat16* to) {
   }
 }
 
-// Whole cache lines go past the caches: the sums of the next rows are needed there.
+// Whole cache lines go past the caches: the sums of the next rows are needed there. The atomic addition with which a
+// thread asks for its next task orders them before what follows.
 void split_row(const float* from, int64_t n, BFloat16* high, uint16_t* low) {
   const auto store = [](void* to, __m256i first, __m256i last, __mmask32 keep) {
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), last, 1);
@@ -92,7 +94,7 @@ void split_row(const float* from, int64_t n, BFloat16* high, uint16_t* low) {
   for (int64_t i = 0; i < n; i += 32) {
     const __m512i a = _mm512_maskz_loadu_epi32(first_lanes_of(n - i), from + i);
     const __m512i b = _mm512_maskz_loadu_epi32(first_lanes_of(n - i - 16), from + i + 16);
-    const __mmask32 keep = n - i >= 32 ? 0xffffffffu : (__mmask32)((1u << (n - i)) - 1);
+    const __mmask32 keep = first_numbers_of(n - i);
     store(high + i, _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)), _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)),
           keep);
     store(low + i, _mm512_cvtepi32_epi16(a), _mm512_cvtepi32_epi16(b), keep);
@@ -149,7 +151,7 @@ inline void transpose16(__m512i* a) {
 
 // Rounds sums [32 columns, kPanel rows] to 32 columns of `rows` rows of out.
 inline void store_transposed(const float* sums, int64_t rows, int64_t columns, BFloat16* out, int64_t stride) {
-  const __mmask32 keep = columns >= 32 ? 0xffffffffu : (__mmask32)((1u << columns) - 1);
+  const __mmask32 keep = first_numbers_of(columns);
   for (int64_t low = 0; low < rows; low += 16) {
     __m512i pairs[16];
     for (int i = 0; i < 16; ++i) {
