@@ -201,13 +201,13 @@ class Run:
 
 def tail_dropped() -> Any:
     """The live columns only, as Cut Cross Entropy's filter keeps them: q is 0."""
-    whole = live.live_sets
+    whole = live.live_columns
 
-    def without(*args: Any) -> live.LiveSets:
-        sets = whole(*args)
-        return replace(sets, tail=torch.zeros_like(sets.tail))
+    def without(*args: Any) -> tuple[live.LiveColumns, Tensor]:
+        found, row_sums = whole(*args)
+        return replace(found, tail=torch.zeros_like(found.tail)), row_sums
 
-    return patch.object(live, "live_sets", without)
+    return patch.object(live, "live_columns", without)
 
 
 def results(file: Path) -> Result:

@@ -64,9 +64,9 @@ CPU_SCHEMAS = {
     "add_product_": (
         "(Tensor(a!) total, Tensor(b!) low, Tensor a, Tensor b, bool first, bool last, float factor) -> ()"
     ),
-    "live_sums": (
+    "live_sums_": (
         "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor weight, Tensor label_columns,"
-        " Tensor label_grads, int rows) -> Tensor"
+        " Tensor label_grads, Tensor(a!) out) -> ()"
     ),
     "live_dw": (
         "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor x, Tensor coef, Tensor tail, Tensor tails,"

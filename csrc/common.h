@@ -129,13 +129,13 @@ void live_grads_(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tens
                  int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
                  Optional anchors, Tensor out);
 Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets);
-Tensor live_sums(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor label_columns,
-                 Tensor label_grads, int64_t rows);
+void live_sums_(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor label_columns,
+                Tensor label_grads, Tensor out);
 Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor x, Tensor coef, Tensor tail,
                Tensor tails, Tensor label_columns, Tensor label_grads, int64_t rows);
 void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool last, double factor);
 void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out);
-bool has_bf16_matmuls();  // whether logits_, live_sums, live_dw, and sums of add_product_ in float32, are worth calling
+bool has_bf16_matmuls();  // for logits_, live_sums_, live_dw, and sums of add_product_ in float32
 bool has_tiles();         // whether sums of add_product_ in bfloat16 are
 
 // Asks the system for pages of 2 MB in memory that is not yet written, if there are kHugeBytes of it. Where the system

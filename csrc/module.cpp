@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CPU, m) {
   m.impl("live_sum", TORCH_BOX(&cpo::live_sum));
   m.impl("logits_", TORCH_BOX(&cpo::logits_));
   m.impl("add_product_", TORCH_BOX(&cpo::add_product_));
-  m.impl("live_sums", TORCH_BOX(&cpo::live_sums));
+  m.impl("live_sums_", TORCH_BOX(&cpo::live_sums_));
   m.impl("live_dw", TORCH_BOX(&cpo::live_dw));
   m.impl("sequence_sum", TORCH_BOX(&cpo::sequence_sum));
   m.impl("preference", TORCH_BOX(&cpo::preference));

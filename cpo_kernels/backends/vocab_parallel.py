@@ -113,7 +113,7 @@ class ShardedKernels:
         self.rows = shards.rows
         self.sequence_sum, self.preference = kernels.sequence_sum, kernels.preference
         self.live_sum = kernels.live_sum  # acts on this rank's rows, as do the matmuls
-        for name in ("logits_", "live_sums", "live_dx", "live_dw", "live_dw_"):
+        for name in ("logits_", "live_sums_", "live_dx", "live_dw", "live_dw_"):
             if hasattr(kernels, name):
                 setattr(self, name, getattr(kernels, name))
 

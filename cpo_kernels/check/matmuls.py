@@ -142,7 +142,13 @@ def check_live(backend: Backend, findings: Findings, shape: Sets) -> None:
         lost -= stored[here, labels[here]][:, None].double() * scaled[here]
         want_dw.index_add_(0, labels[here], lost)
     want_sums, sets = exact @ weight.double(), (g, columns, offsets, shape.set_rows)
-    sums = same_on_any_threads(findings, "sums", lambda: own.live_sums(*sets, weight, *given, rows))
+
+    def sums_of() -> Tensor:
+        out = torch.full((rows, shape.hidden), math.nan)
+        own.live_sums_(*sets, weight, *given, out)
+        return out
+
+    sums = same_on_any_threads(findings, "sums", sums_of)
     findings.close("sums", sums, want_sums, SUMS, exact.abs() @ weight.double().abs() + 1e-3)
     dw = same_on_any_threads(findings, "dW", lambda: own.live_dw(*sets, x, coef, tail, tails, *given, vocab + 3))
     want_dw = torch.nn.functional.pad(want_dw, (0, 0, 0, 3))  # padding

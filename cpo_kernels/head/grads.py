@@ -14,8 +14,12 @@ from cpo_kernels import library
 from cpo_kernels.backends import dispatch
 from cpo_kernels.head.inputs import Head, HeadTensors, Needs, Rows
 from cpo_kernels.head.matmul import add_product, add_to_halves, adds_products, product
+from cpo_kernels.head.strategy import chunks
 from cpo_kernels.library import refuse_double_backward
 
+# Elements that a CPU multiplies at a time: torch holds the products in float32 before it rounds them. 8,176 rows of 576
+# in bfloat16 took 3 ms, as one product 34 (two cores).
+BLOCK = 2**20
 WEIGHT_TILE = 8192  # rows of dW per product when several 16-bit chunks are accumulated
 
 
@@ -26,9 +30,15 @@ def is_batched(*grads: Tensor) -> bool:
 
 def multiply(values: Tensor, factor: Tensor) -> Tensor:
     """values * factor in the dtype of `values`, multiplied in float32 (float64 for float64) and rounded once."""
-    if values.device.type == "cpu" or torch.compiler.is_compiling() or is_batched(factor):
+    if torch.compiler.is_compiling() or is_batched(factor):
         return (values * factor.to(library.acc_dtype(values.dtype))).to(values.dtype)
-    return torch.mul(values, factor.view(-1, 1), out=torch.empty_like(values))  # one pass, no float32 copy
+    made, factors = torch.empty_like(values), factor.view(-1, 1)
+    if values.device.type != "cpu":
+        return torch.mul(values, factors, out=made)  # one pass, no float32 copy
+    for low, high in chunks(len(values), max(1, BLOCK * len(values) // max(1, values.numel()))):
+        rows = slice(low, high)
+        torch.mul(values[rows], factors[rows] if len(factors) > 1 else factors, out=made[rows])
+    return made
 
 
 def scale_rows(dx: Tensor, coef: Tensor) -> Tensor:

@@ -181,8 +181,9 @@ def head_inputs(
     rows = named["hidden"].reshape(-1, weight.shape[1])
     tensors = HeadTensors(rows, weight, named.get("bias", weight.new_empty(0)), labels.reshape(-1))
     own = shards is None and own_sums(weight.device, weight.dtype)  # ranks whose CPUs differ take the same chunks
-    rows_at_a_time = limits(width, weight.shape[1], weight.dtype, weight.device, config.memory_budget, own)
     eps = resolve_filter(config.filter_eps, config.filter_head_grad, weight.dtype)
+    place = weight.dtype, weight.device, config.memory_budget
+    rows_at_a_time = limits(width, weight.shape[1], *place, own, eps > 0)
     return HeadInputs(tensors, options, rows_at_a_time, width, shards, eps, config.filter_head_grad)
 
 

@@ -10,7 +10,7 @@ complete: log-probs are exact. A set with too many live columns is exact: all it
 are recomputed in backward if dW is filtered too. That pass is in `live_backward`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from cpo_kernels.head.grads import scale_rows
 from cpo_kernels.head.inputs import Execution, Head, HeadInputs, Logits, RowLogps
 from cpo_kernels.head.label_remainder import product_dx, product_from
 from cpo_kernels.head.matmul import product
-from cpo_kernels.head.strategy import HELD
+from cpo_kernels.head.strategy import HELD, chunks, sets_at_a_time
 from cpo_kernels.ops.token_logps import HeadOptions
 
 LIVE_LIMIT = 0.5  # share of live columns beyond which a set is exact
@@ -61,45 +61,65 @@ def fake_live_tensors(like: Tensor) -> LiveTensors:
     return LiveTensors(like.new_empty(elements), columns, host, exact, like.new_empty(sets, width), *labels)
 
 
-def set_sizes(num_rows: int, set_rows: int, count: int) -> list[int]:
-    """Rows of each of `count` sets."""
-    return [min(set_rows, num_rows - k * set_rows) for k in range(count)]
-
-
 @dataclass(frozen=True)
-class LiveSets:
-    """The gradients of some rows, set by set."""
+class LiveColumns:
+    """The live columns of some rows, set by set."""
 
-    g: Tensor  # [g_A, tau] of all sets, concatenated, [n_k, a_k + 1] each
     columns: Tensor  # [sum a_k], ascending within a set
     offsets: list[int]  # set k has columns[offsets[k] : offsets[k + 1]]
     exact: list[bool]  # sets with too many live columns: they have none here
     tail: Tensor  # [sets, V] TAIL_UNIT * q
-    label_columns: Tensor  # [n], -1 for a row without a label here; [0] unless logits are relative
-    label_grads: Tensor  # [n] g of the labels before rounding, or [0]
     num_rows: int
     set_rows: int
-
-    @classmethod
-    def of(cls, tensors: LiveTensors, num_rows: int, set_rows: int) -> "LiveSets":
-        g, columns, offsets, exact, tail, label_columns, label_grads = tensors
-        labels = label_columns, label_grads
-        return cls(g, columns, offsets.tolist(), exact.tolist(), tail, *labels, num_rows, set_rows)
-
-    @property
-    def places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """g, columns and offsets, as arguments of Triton's matmuls."""
-        return self.g, self.columns, torch.tensor(self.offsets)
 
     def rows(self, k: int) -> slice:
         return slice(k * self.set_rows, min((k + 1) * self.set_rows, self.num_rows))
 
     def sizes(self) -> list[int]:
-        return set_sizes(self.num_rows, self.set_rows, len(self.exact))
+        return [self.rows(k).stop - self.rows(k).start for k in range(len(self.exact))]
 
     def columns_of(self) -> list[Tensor]:
         """[a_k] of every set."""
         return list(self.columns.split([high - low for low, high in zip(self.offsets, self.offsets[1:], strict=False)]))
+
+    def exact_rows(self) -> list[slice]:
+        """The rows of exact sets, adjacent sets merged."""
+        runs: list[slice] = []
+        for k, exact in enumerate(self.exact):
+            rows = self.rows(k)
+            if exact and runs and runs[-1].stop == rows.start:
+                runs[-1] = slice(runs[-1].start, rows.stop)
+            elif exact:
+                runs.append(rows)
+        return runs
+
+    def part(self, low: int, high: int) -> "tuple[slice, LiveColumns]":
+        """Sets [low, high), and their rows."""
+        rows = slice(low * self.set_rows, min(high * self.set_rows, self.num_rows))
+        first, last = self.offsets[low], self.offsets[high]
+        offsets = [offset - first for offset in self.offsets[low : high + 1]]
+        sets = self.columns[first:last], offsets, self.exact[low:high], self.tail[low:high]
+        return rows, LiveColumns(*sets, rows.stop - rows.start, self.set_rows)
+
+
+@dataclass(frozen=True)
+class LiveSets(LiveColumns):
+    """The gradients of the rows there."""
+
+    g: Tensor  # [g_A, tau] of all sets, concatenated, [n_k, a_k + 1] each
+    label_columns: Tensor  # [n], -1 for a row without a label here; [0] unless logits are relative
+    label_grads: Tensor  # [n] g of the labels before rounding, or [0]
+
+    @classmethod
+    def of(cls, tensors: LiveTensors, num_rows: int, set_rows: int) -> "LiveSets":
+        g, columns, offsets, exact, tail, label_columns, label_grads = tensors
+        sets = columns, offsets.tolist(), exact.tolist(), tail, num_rows, set_rows
+        return cls(*sets, g, label_columns, label_grads)
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """g, columns and offsets, as arguments of Triton's matmuls."""
+        return self.g, self.columns, torch.tensor(self.offsets)
 
     def grads(self) -> list[Tensor]:
         """[n_k, a_k + 1] of every set."""
@@ -172,21 +192,12 @@ def adds_by_index(kernels: Any) -> bool:
     return hasattr(kernels, "live_dw_")
 
 
-def live_sets(
-    head: Head,
-    logits: Logits,
-    labels: Tensor,
-    lse: Tensor,
-    eps: float,
-    set_rows: int,
-    room: Callable[[int, int], Tensor] | None = None,
-) -> LiveSets:
-    """Split the gradient of a chunk's logits, without changing them. One host-device synchronisation reads all |A|.
-
-    room(rows, size): [size], where g is to be.
-    """
-    options, (z, anchors) = head.options, logits
-    live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options, anchors)
+def live_columns(
+    head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: float, set_rows: int
+) -> tuple[LiveColumns, Tensor]:
+    """Of a chunk's logits, and the sums of s over their rows [n]. One host-device synchronisation reads all |A|."""
+    z, anchors = logits
+    live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *head.options, anchors)
     counts = live.sum(1).tolist()
     exact = [count > LIVE_LIMIT * live.shape[1] for count in counts]
     if adds_by_index(head.kernels) and z.element_size() == 2:  # 7 modulo 8 columns, and tau: 16-byte rows of g
@@ -200,33 +211,60 @@ def live_sets(
     for count, whole in zip(counts, exact, strict=True):
         offsets.append(offsets[-1] + (0 if whole else count))
     columns = torch.nonzero_static(live, size=offsets[-1])[:, 1].contiguous()
-    args = z, labels, lse, row_sums, columns, torch.tensor(offsets), set_rows, *options, anchors
-    kernels: Any = head.kernels
-    if room is None:
-        g = kernels.live_grads(*args)
-    else:
-        sizes = set_sizes(z.shape[0], set_rows, len(counts))
-        widths = [high - low + 1 for low, high in zip(offsets, offsets[1:], strict=False)]
-        g = room(z.shape[0], sum(n * width for n, width in zip(sizes, widths, strict=True)))
-        if dispatch.writes_live_grads(kernels, z):
-            kernels.live_grads_(*args, g)
-        else:
-            g.copy_(kernels.live_grads(*args))
     total = tail.sum(1, keepdim=True)
-    q = (tail / torch.where(total > 0, total, 1.0) * TAIL_UNIT).to(z.dtype)  # 1 / total may not be finite
-    return LiveSets(g, columns, offsets, exact, q, *_label_grads(head, anchors, labels, lse), z.shape[0], set_rows)
+    total = torch.where(total > 0, total, 1.0)
+    q = tail.div_(total).mul_(TAIL_UNIT).to(z.dtype)  # 1 / total may not be finite
+    return LiveColumns(columns, offsets, exact, q, z.shape[0], set_rows), row_sums
 
 
-def _label_grads(head: Head, anchors: Tensor | None, labels: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """`label_columns` and `label_grads` of a chunk. g of a row's label is (1 - p) dz/du."""
+def live_sets(
+    head: Head,
+    logits: Logits,
+    labels: Tensor,
+    lse: Tensor,
+    found: LiveColumns,
+    row_sums: Tensor,
+    room: Callable[[int, int], Tensor] | None = None,
+    most: int | None = None,
+) -> Iterator[tuple[slice, LiveSets]]:
+    """The gradients of a chunk's logits, which are not changed: some of its rows and their sets after the other.
+
+    found, row_sums: from `live_columns`. room(rows, size): [size], where g is to be. most: sets at a time, or all.
+    """
+    kernels: Any = head.kernels
+    count = len(found.exact)
+    for low, high in chunks(count, most or count) if count else [(0, 0)]:
+        rows, sets = found.part(low, high)
+        (z, anchors), targets = logits.rows(rows), (labels[rows], lse[rows])
+        places = sets.columns, torch.tensor(sets.offsets), sets.set_rows
+        args = z, *targets, row_sums[rows], *places, *head.options, anchors
+        if room is None:
+            g = kernels.live_grads(*args)
+        else:
+            widths = [end - begin + 1 for begin, end in zip(sets.offsets, sets.offsets[1:], strict=False)]
+            g = room(sets.num_rows, sum(n * width for n, width in zip(sets.sizes(), widths, strict=True)))
+            if dispatch.writes_live_grads(kernels, z):
+                kernels.live_grads_(*args, g)
+            else:
+                g.copy_(kernels.live_grads(*args))
+        yield rows, LiveSets(**vars(sets), g=g, **_label_grads(head, anchors, *targets)._asdict())
+
+
+class LabelGrads(NamedTuple):
+    label_columns: Tensor
+    label_grads: Tensor
+
+
+def _label_grads(head: Head, anchors: Tensor | None, labels: Tensor, lse: Tensor) -> LabelGrads:
+    """As in `LiveSets`. g of a row's label is (1 - p) dz/du."""
     if anchors is None:
-        return labels.new_empty(0), lse.new_empty(0)
+        return LabelGrads(labels.new_empty(0), lse.new_empty(0))
     options = head.options
     column, here = columns_of(labels, options.ignore_index, *columns_here(head.kernels, options.vocab_size)[1:])
     z, slope = logit_and_slope(anchors[1], options.scale, options.softcap)
     value = -torch.expm1(z - lse.double()) * slope
     here = here & torch.isfinite(value)
-    return torch.where(here, column, -1), torch.where(here, value, 0.0).to(lse.dtype)
+    return LabelGrads(torch.where(here, column, -1), torch.where(here, value, 0.0).to(lse.dtype))
 
 
 class DxPart(NamedTuple):
@@ -236,7 +274,7 @@ class DxPart(NamedTuple):
     dx: Tensor  # [n, H], where they go
     coef: Tensor | None  # [n], factors of the rows; None for 1
     sums: Tensor | None = None  # [n, H] in float32, the products with the live columns, if they are computed by then
-    tau: Tensor | None = None  # [n]; sets.g is then empty
+    tau: Tensor | None = None  # [n]; sets.g and sets.columns are then empty
 
     @property
     def held(self) -> int:
@@ -246,28 +284,36 @@ class DxPart(NamedTuple):
 
 class LiveDx:
     """Computes dX [n, H] of the sum of the log-probs for all sets given to `add`, except for rows of exact sets.
+    num_rows: n, or more.
 
     q^T W reads the whole weight: it takes 6 ms for 2 sets and 7 ms for 11 (V = 49,152, H = 576, one core). So `write`
     runs once for several chunks, when what is held for it is as large as a chunk of logits, or HELD. The CPU's own
     matmul computes the products with the live columns at once, and what is held is their sums.
     """
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, num_rows: int) -> None:
         self.head, self.own = head, dispatch.own_matmuls(head.kernels, head.weight)
         self.parts: list[DxPart] = []
+        shape = num_rows if self.own else 0, head.weight.shape[1]
+        # One block: among smaller ones that come and go, some for each chunk left gaps of 10 to 20 MiB.
+        self.sums, self.used = head.weight.new_empty(shape, dtype=library.acc_dtype(head.weight.dtype)), 0
         self.g = head.weight.new_empty(0)
 
     @property
+    def most(self) -> int | None:
+        """For `live_sets`."""
+        return sets_at_a_time() if self.own else None
+
+    @property
     def room(self) -> Callable[[int, int], Tensor] | None:
-        """For `live_sets`, if g is not needed after `add`: one buffer for all chunks. With blocks of their own, of
-        different sizes and with sums between them, a frozen head needed 125 MiB for 3,202 rows of 576 x 49,152 in place
-        of 91 to 98."""
+        """For `live_sets`, if g is not needed after `add`: one buffer for all chunks. With one for each, of different
+        sizes, a frozen head needed 125 MiB for 3,202 rows of 576 x 49,152 in place of 91 to 98."""
         return self._room if self.own else None
 
     def _room(self, rows: int, size: int) -> Tensor:
-        if size > self.g.numel():
-            self.g = self.g.new_empty(0)  # freed first
-            self.g = self.head.weight.new_empty(size * 5 // 4)
+        if size > self.g.numel():  # the largest possible at once: what is never written costs nothing
+            limit = rows * (int(LIVE_LIMIT * self.head.weight.shape[0]) + 1)
+            self.g = self.head.weight.new_empty(max(size, limit))
         return self.g[:size]
 
     def add(self, sets: LiveSets, dx: Tensor, coef: Tensor | None = None) -> None:
@@ -277,15 +323,18 @@ class LiveDx:
         part = DxPart(sets, dx, coef)
         if self.own:
             args = *sets.places, sets.set_rows, self.head.weight, sets.label_columns, sets.label_grads
-            sums = self.own.live_sums(*args, sets.num_rows)
+            sums = self.sums[self.used : self.used + sets.num_rows]
+            self.own.live_sums_(*args, sums)
+            self.used += sets.num_rows
             tau = torch.cat([g[:, -1] for g in sets.grads()]).to(sums.dtype)
-            part = DxPart(replace(sets, g=sets.g.new_empty(0)), dx, coef, sums, tau)
+            none = {"g": sets.g.new_empty(0), "columns": sets.columns.new_empty(0)}  # no longer needed
+            part = DxPart(replace(sets, **none), dx, coef, sums, tau)
         self.parts.append(part)
         if sum(part.held for part in self.parts) > min(self.head.buffer.numel(), HELD):
             self.write()
 
     def write(self) -> None:
-        parts, self.parts = self.parts, []
+        parts, self.parts, self.used = self.parts, [], 0
         if not parts:
             return
         tails = [part.sets.tail for part in parts]
@@ -315,7 +364,7 @@ class LiveDx:
         coef = weight.new_ones(sets.num_rows, dtype=acc) if coef is None else coef
         args = *sets.places, sets.set_rows, weight, means.to(acc), coef, sets.label_columns, sets.label_grads
         made = kernels.live_dx(*args)
-        for rows in exact_rows(sets):
+        for rows in sets.exact_rows():
             made[rows] = dx[rows]
         dx.copy_(made)
 
@@ -350,20 +399,23 @@ def filtered_chunk(
 
     inputs: the arguments of `Head.forward`. kept: receives the live sets.
     """
-    labels, room = inputs[1], live_dx.room if kept is None else kept.room
+    labels, sums = inputs[1], no_sums(dx)
     logits, logps = head.forward(*inputs)
-    sets = live_sets(head, logits, labels, logps.lse, execution.filter_eps, execution.set_rows, room)
-    if dx.numel():
-        for rows in exact_rows(sets):
-            part = logits.rows(rows)
-            g, lse = part.z.clone(), logps.lse[rows]  # the logits may be kept for backward
-            ones = torch.ones_like(lse)
-            head.kernels.token_logps_bwd_(g, labels[rows], lse, ones, *head.options, part.anchors)
-            product_dx(head, part._replace(z=g), labels[rows], logps.logp[rows], ones, dx[rows])
-        live_dx.add(sets, dx)
-    if kept is not None:
-        kept.add(sets)
-    return logps, sets.sums(labels, head.options)
+    found = live_columns(head, logits, labels, logps.lse, execution.filter_eps, execution.set_rows)
+    turns = (live_dx.room, live_dx.most) if kept is None else (kept.room, None)
+    for rows, sets in live_sets(head, logits, labels, logps.lse, *found, *turns):
+        if dx.numel():
+            live_dx.add(sets, dx[rows])
+        if kept is not None:
+            kept.add(sets)
+        sums += sets.sums(labels[rows], head.options)
+    for rows in found[0].exact_rows() if dx.numel() else ():
+        part = logits.rows(rows)
+        g, lse = part.z.clone(), logps.lse[rows]  # the logits may be kept for backward
+        ones = torch.ones_like(lse)
+        head.kernels.token_logps_bwd_(g, labels[rows], lse, ones, *head.options, part.anchors)
+        product_dx(head, part._replace(z=g), labels[rows], logps.logp[rows], ones, dx[rows])
+    return logps, sums
 
 
 def no_sums(like: Tensor) -> Tensor:
@@ -394,15 +446,3 @@ def over_shards(head: Head, sums: Tensor) -> Tensor:
     shares = [columns / head.options.vocab_size for columns in kernels.columns(head.options.vocab_size)]
     weights = torch.tensor([[share, 1.0, share] for share in shares], dtype=sums.dtype)
     return (all_gather(sums, kernels.group) * weights.to(sums.device, non_blocking=True)).sum(0)
-
-
-def exact_rows(sets: LiveSets) -> list[slice]:
-    """The rows of exact sets, adjacent sets merged."""
-    runs: list[slice] = []
-    for k, exact in enumerate(sets.exact):
-        rows = sets.rows(k)
-        if exact and runs and runs[-1].stop == rows.start:
-            runs[-1] = slice(runs[-1].start, rows.stop)
-        elif exact:
-            runs.append(rows)
-    return runs

@@ -11,7 +11,7 @@ from cpo_kernels.backends.vocab_parallel import columns_bwd_, columns_here, logi
 from cpo_kernels.head.grads import HeadGrads, scale_rows, sum_powers
 from cpo_kernels.head.inputs import Head, Logits, Needs
 from cpo_kernels.head.label_remainder import add_remainder, label_remainder, product_dx
-from cpo_kernels.head.live import TAIL_UNIT, LiveDx, LiveSets, adds_by_index, exact_rows
+from cpo_kernels.head.live import TAIL_UNIT, LiveDx, LiveSets, adds_by_index
 from cpo_kernels.head.matmul import add_product, product
 from cpo_kernels.head.strategy import chunks, even_rows
 
@@ -40,7 +40,7 @@ def live_backward(
     tau = torch.cat([g[:, -1].to(acc) * (not e) for g, e in zip(sets.grads(), sets.exact, strict=True)]) / TAIL_UNIT
     bias_coef = coef / db_power
     if needs.dx:
-        live_dx = LiveDx(head)
+        live_dx = LiveDx(head, x.shape[0])
         live_dx.add(sets, dx, of_dx)
         live_dx.write()
     if needs.db:
@@ -184,7 +184,7 @@ class _ExactRows:
     def __init__(
         self, head: Head, x: Tensor, labels: Tensor, lse: Tensor, lacks: Tensor, coef: Tensor, sets: LiveSets
     ) -> None:
-        index = torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in exact_rows(sets))])
+        index = torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in sets.exact_rows())])
         self.head, self.index = head, index.to(x.device)
         self.x, self.labels, self.lse, coef = (t.index_select(0, self.index) for t in (x, labels, lse, coef))
         ones = torch.ones_like(coef)

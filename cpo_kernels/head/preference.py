@@ -232,7 +232,7 @@ def _two_pass(batch: _Batch) -> LinearPreference:
     filtered, filter_sums = execution.filter_eps > 0 and batch.needs.dx, no_sums(rows.x)
     dx = torch.empty_like(rows.x) if filtered else rows.x.new_empty(0)
     chunks: list[RowLogps] = []
-    live_dx = LiveDx(batch.head)
+    live_dx = LiveDx(batch.head, rows.x.shape[0])
     for p in parts:
         if filtered:  # dX is computed here, and the second pass computes only dW
             logps, sums = filtered_chunk(batch.head, batch.inputs(p), execution, dx[p], live_dx)

@@ -59,6 +59,9 @@ SMALL = {"cpu": (24 << 20, 256)}
 # rows as a chunk has. 1,383 and 3,202 rows of 576 x 49,152, frozen, took 0.85 to 0.91 of the time of 24 MiB (medians of
 # nine and of five turns, two cores; chunks of 32 MiB and more are in pages of 2 MB now).
 SMALL_TILES = (48 << 20, 256)
+# The same if gradients are filtered: what waits for `LiveDx.write` takes the rest. It took 1.00 to 1.05 of the time of
+# 48 MiB.
+SMALL_FILTERED = (36 << 20, 256)
 # Rows of a chunk whose dW the CPU's own matmul adds to halves of float32, which it keeps in the cache for all rows of a
 # chunk, and of a piece of its logits. 3,202 rows of 576 x 49,152 (benchmarks/results/filtered.json) took half the
 # memory of one chunk in pieces of 256, in no more time.
@@ -141,12 +144,16 @@ def budget_rows(width: int, dtype: torch.dtype, device: torch.device, memory_bud
     return rows if rows < 16 else rows // 16 * 16
 
 
-def chunk_limit(width: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None, own: bool) -> int:
-    """Rows of a chunk if no dW is summed over chunks: `budget_rows`, by default fewer. own: see `limits`."""
+def chunk_limit(
+    width: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None, own: bool, filtered: bool
+) -> int:
+    """Rows of a chunk if no dW is summed over chunks: `budget_rows`, by default fewer. own, filtered: see `limits`."""
     limit = budget_rows(width, dtype, device, memory_budget)
     if memory_budget is not None or device.type not in SMALL:
         return limit
-    size, least = SMALL_TILES if own and dispatch.cpu_has_tiles() else SMALL[device.type]
+    size, least = SMALL[device.type]
+    if own and dispatch.cpu_has_tiles():
+        size, least = SMALL_FILTERED if filtered else SMALL_TILES
     return min(limit, max(least, budget_rows(width, dtype, device, size)))
 
 
@@ -175,11 +182,13 @@ class Limits(NamedTuple):
 
 
 def limits(
-    width: int, hidden_size: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None, own: bool
-) -> Limits:
-    """width: columns of the logits. own: whether the CPU's own matmul computes them and dW (`own_sums`)."""
+    width: int, hidden_size: int, dtype: torch.dtype, device: torch.device, memory_budget: int | None, own: bool,
+    filtered: bool,
+) -> Limits:  # fmt: skip
+    """width: columns of the logits. own: whether the CPU's own matmul computes them and dW (`own_sums`). filtered:
+    whether gradients are."""
     rows = budget_rows(width, dtype, device, memory_budget)
-    few = chunk_limit(width, dtype, device, memory_budget, own)
+    few = chunk_limit(width, dtype, device, memory_budget, own, filtered)
     if memory_budget is not None:
         return Limits(rows, few, few, SumLimit(rows, 0))
     more = rows_of_sum(hidden_size, dtype, own)
@@ -209,6 +218,11 @@ def whole_sets(num_tokens: int, limit: int, set_rows: int) -> int:
     if not set_rows or step == num_tokens:
         return step
     return min(-(-step // set_rows), limit // set_rows) * set_rows
+
+
+def sets_at_a_time() -> int:
+    """Sets whose gradients the CPU's own matmul takes at a time: one for each thread. The fewer, the less memory."""
+    return max(2, torch.get_num_threads())
 
 
 def chunks(num_rows: int, step: int) -> list[tuple[int, int]]:
@@ -272,7 +286,7 @@ def explain(
     eps = resolve_filter(filter_eps, filter_head_grad, dtype)
     place = torch.device(device)
     own = own_sums(place, dtype)
-    limit, few, piece, summed = limits(vocab_size, hidden_size, dtype, place, memory_budget, own)
+    limit, few, piece, summed = limits(vocab_size, hidden_size, dtype, place, memory_budget, own, eps > 0)
     set_rows = min(SET_ROWS, limit) if eps else 0
     group = num_tokens if couples_pairs or group_tokens is None else group_tokens
     if not (train_hidden or train_head):
@@ -309,7 +323,8 @@ def explain(
             waiting = plan.chunk_rows if waits else num_tokens
             turn = whole_sets(plan.chunk_rows, piece if waits else few, set_rows)
             wait = q + (2 * hidden_size if own else live)  # see `DxPart`
-            held = min(waiting * wait, min(plan.chunk_rows * vocab_size, HELD) + turn * wait) + own * turn * live
+            held = min(waiting * wait, min(plan.chunk_rows * vocab_size, HELD) + turn * wait)
+            held += own * min(turn, set_rows * sets_at_a_time()) * live
         plan = replace(plan, products=products, extra_bytes=plan.extra_bytes + round(held * dtype.itemsize))
     if strategy == "kto" and group > limit:
         plan = replace(plan, products=plan.products + 1)

@@ -88,7 +88,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
     parts: list[RowLogps] = []
     filtered = execution.filter_eps > 0 and (args.want_dx or args.keep_live)
-    filter_sums, live, live_dx = no_sums(rows.x), KeptSets(rows.x, count), LiveDx(whole)
+    filter_sums, live, live_dx = no_sums(rows.x), KeptSets(rows.x, count), LiveDx(whole, count)
     for part in pieces:
         inputs = rows.x[part], rows.labels[part], args.extras, None if ref_x is None else ref_x[part]
         head = whole.at(part) if keep and len(pieces) > 1 else whole

@@ -261,7 +261,7 @@ class FusedLinearCPOLoss(nn.Module):
         check_labels(labels, labels.shape, "labels", labels.device)
         place = torch.device(device)
         budget = self.head.memory_budget
-        most = limits(vocab_size, hidden_size or 0, dtype, place, budget, own_sums(place, dtype))
+        most = limits(vocab_size, hidden_size or 0, dtype, place, budget, own_sums(place, dtype), False)
         offsets = sequence_offsets(labels, labels, cu_seqlens)
         flat = labels.reshape(-1)
         lengths = label_counts(flat, offsets, self.head.ignore_index)

@@ -1,4 +1,4 @@
-// live_sums, of which dX is made, and live_dw on CPUs with bfloat16 instructions: the matmuls of the live gradients,
+// live_sums_, of which dX is made, and live_dw on CPUs with bfloat16 instructions: the matmuls of the live gradients,
 // which read rows of the weight by index and add into rows of dW. Formulas: cpo_kernels/reference/live_columns.py.
 #include "matmul.h"
 
@@ -287,17 +287,18 @@ void dw_task(const Bf16Matmul& matmul, const Sets& sets, const Packed& packed, c
 
 }  // namespace
 
-Tensor live_sums(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor label_columns,
-                 Tensor label_grads, int64_t rows) {
-  const Bf16Matmul& kernels = bf16_matmul("live_sums");
-  check_bf16_matrix("live_sums", "weight", weight);
-  check(rows >= 0, "live_sums: rows must be at least 0, got ", rows);
-  const Sets sets = describe_sets("live_sums", g, columns, offsets, set_rows, rows, weight.size(0));
-  const Labels labels("live_sums", label_columns, label_grads, rows, weight.size(0));
-  const int64_t width = weight.size(1), stride = weight.stride(0);
-  Tensor sums = torch::stable::new_empty(g, {rows, width}, ScalarType::Float);
-  if (rows == 0 || width == 0) return sums;
-  float* out = mutable_data_of<float>(sums);
+void live_sums_(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor label_columns,
+                Tensor label_grads, Tensor out) {
+  const Bf16Matmul& kernels = bf16_matmul("live_sums_");
+  check_bf16_matrix("live_sums_", "weight", weight);
+  const int64_t rows = out.dim() ? out.size(0) : 0, width = weight.size(1), stride = weight.stride(0);
+  check_dtype("out", out, ScalarType::Float);
+  check_matrix("out", out, rows, width);
+  check(out.is_contiguous(), "live_sums_: out must be contiguous");
+  const Sets sets = describe_sets("live_sums_", g, columns, offsets, set_rows, rows, weight.size(0));
+  const Labels labels("live_sums_", label_columns, label_grads, rows, weight.size(0));
+  if (rows == 0 || width == 0) return;
+  float* sums = mutable_data_of<float>(out);
   const BFloat16* w = data_of<BFloat16>(weight);
   const auto compute = kernels.add_tiles ? sums_by_tiles : sums_by_panels;
   const int64_t most = kernels.add_tiles ? kDxPanelsByTiles : kDxPanels;
@@ -309,10 +310,9 @@ Tensor live_sums(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Ten
     for (int64_t task; (task = take()) >= 0;) {
       const int64_t k = task % sets.count, first = task / sets.count * step;
       compute(kernels, sets, k, w + first, stride, labels, std::min(step, width - first),
-              out + sets.low(k) * width + first, width, own, packed);
+              sums + sets.low(k) * width + first, width, own, packed);
     }
   });
-  return sums;
 }
 
 Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor x, Tensor coef, Tensor tail,

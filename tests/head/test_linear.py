@@ -586,7 +586,7 @@ def test_rows_of_logits_begin_on_16_bytes_on_a_gpu():
 def own_limits(vocab, hidden, dtype):
     """Of this CPU: fewer rows in a chunk where its own matmul sums dW."""
     cpu = torch.device("cpu")
-    return strategy.limits(vocab, hidden, dtype, cpu, None, own_sums(cpu, dtype))
+    return strategy.limits(vocab, hidden, dtype, cpu, None, own_sums(cpu, dtype), False)
 
 
 def test_explain_follows_the_budget():

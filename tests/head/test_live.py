@@ -130,6 +130,36 @@ def test_dx_in_bfloat16_has_its_tail(filter_head_grad):
     assert relative_error(dx, want) < 0.01
 
 
+@pytest.mark.parametrize("train_head", [True, False])
+def test_sets_are_taken_some_at_a_time(train_head, monkeypatch):
+    """And dX is the same to the bit, beside exact sets that reach over several turns."""
+    (hidden, weight, bias), labels = rows(400, torch.bfloat16, flat=slice(100, 200))
+    weight = weight.detach().requires_grad_(train_head)
+    monkeypatch.setattr("cpo_kernels.head.inputs.SET_ROWS", 16)
+    taken = []
+    add = LiveDx.add
+
+    def watched(self, sets, *rest):
+        taken.append(len(sets.exact))
+        add(self, sets, *rest)
+
+    monkeypatch.setattr(LiveDx, "add", watched)
+
+    def dx_of(most):
+        taken.clear()
+        monkeypatch.setattr("cpo_kernels.head.live.sets_at_a_time", lambda: most)
+        loss_fn, given = cpo.FusedLinearCPOLoss(filter_eps=1e-3), (hidden.view(4, 100, -1), weight, labels.view(4, 100))
+        out = loss_fn(*given, bias, ref_logps=torch.zeros(4))
+        return torch.autograd.grad(out.loss, hidden)[0], out.exact_share, max(taken)
+
+    dx, exact_share, most = dx_of(3)
+    whole, whole_share, all_sets = dx_of(100)
+    assert torch.equal(dx, whole) and exact_share == whole_share
+    assert 0.1 < exact_share < 0.9
+    if dispatch.own_matmuls(dispatch.kernels("auto", hidden), weight):
+        assert most == 3 < all_sets
+
+
 @pytest.mark.parametrize("words", [VOCAB, 7])
 def test_dw_of_16_bit_rows_in_triton_lacks_the_rounding_of_the_labels(words, monkeypatch):
     """As that of the CPU's own matmuls does: rows with a label each, and many with one of seven."""
@@ -273,7 +303,7 @@ def test_head_gradients_join_no_tensors_of_the_host():
     x, labels = x[labels != -100], labels[labels != -100]
     head = Head(weight, bias, labels, HeadOptions(-100, 1.0, 0.0, VOCAB), len(x), dispatch.kernels("cpu", weight))
     execution, kept = Execution(limits_of(16, 1000), Backend.of("cpu"), 1e-3, True), KeptSets(x, len(x))
-    logps, _ = filtered_chunk(head, (x, labels, False, None), execution, x[:0], LiveDx(head), kept)
+    logps, _ = filtered_chunk(head, (x, labels, False, None), execution, x[:0], LiveDx(head, 0), kept)
     sets = LiveSets.of(kept.tensors(), len(x), execution.set_rows)
     assert any(sets.exact) and not all(sets.exact)
     with HostTensors() as seen:

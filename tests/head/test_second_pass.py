@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cpo_kernels as cpo
 from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
-from cpo_kernels.head import inputs, live_backward
+from cpo_kernels.head import grads, inputs, live_backward
 from cpo_kernels.head.matmul import cpu_multiplies
 from cpo_kernels.head.recompute import ALIGN, second_pass, vocab_tiles
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -123,6 +123,19 @@ def test_dw_has_no_float32_copy():
     with Largest() as seen:
         loss_fn(hidden.view(2, 32, 16), weight, labels.view(2, 32), ref_logps=torch.zeros(2)).loss.backward()
     assert 0 < seen.bytes < 4001 * 16 * 4
+
+
+@pytest.mark.parametrize("factor_of", ["all", "row"])
+@pytest.mark.parametrize("shape", [(0, 7), (1700, 0), (1700, 7), (700, 3001), (2, 2**20 + 3)])
+def test_a_cpu_multiplies_in_blocks_of_rows(shape, factor_of):
+    """To the same numbers, without a float32 copy. A row may be longer than a block."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator).bfloat16()
+    factor = torch.rand(shape[0], 1, generator=generator) if factor_of == "row" else torch.tensor(0.3)
+    with Largest() as seen:
+        made = grads.multiply(values, factor)
+    assert torch.equal(made, (values * factor.view(-1, 1)).to(values.dtype))
+    assert seen.bytes <= factor.numel() * 4
 
 
 def test_only_a_row_without_log_sum_exp_is_nan():
