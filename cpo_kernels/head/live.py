@@ -327,8 +327,8 @@ class LiveDx:
             self.own.live_sums_(*args, sums)
             self.used += sets.num_rows
             tau = torch.cat([g[:, -1] for g in sets.grads()]).to(sums.dtype)
-            none = {"g": sets.g.new_empty(0), "columns": sets.columns.new_empty(0)}  # no longer needed
-            part = DxPart(replace(sets, **none), dx, coef, sums, tau)
+            rest = replace(sets, g=sets.g.new_empty(0), columns=sets.columns.new_empty(0))
+            part = DxPart(rest, dx, coef, sums, tau)
         self.parts.append(part)
         if sum(part.held for part in self.parts) > min(self.head.buffer.numel(), HELD):
             self.write()
