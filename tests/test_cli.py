@@ -29,6 +29,7 @@ from cpo_kernels.cli import main
 from cpo_kernels.data import command as data_command
 from cpo_kernels.data.records import write_records
 from cpo_kernels.data.tokenizer import load_tokenizer
+from cpo_kernels.demo.model import build_tokenizer
 from cpo_kernels.hub import check_model_path
 from cpo_kernels.recipe.aliases import ALIASES
 from cpo_kernels.recipe.arguments import split_overrides
@@ -673,6 +674,17 @@ def test_a_run_that_keeps_nothing_says_so(tmp_path, capsys):
     assert main(["train", str(recipe)]) == 2 and note in capsys.readouterr().err
     assert main(["train", str(recipe), "--run_dir", str(tmp_path / "run")]) == 2
     assert note not in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_an_installed_package(tmp_path, monkeypatch):
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "words_of_a_package")
+    (tmp_path / "words_of_a_package" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = load_tokenizer(ModelConfig("gone", tokenizer="package:words_of_a_package"))
+    assert found.get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(ValueError, match="model.tokenizer package:no_such_one: no package 'no_such_one'"):
+        load_tokenizer(ModelConfig("gone", tokenizer="package:no_such_one"))
 
 
 def test_a_gguf_model_without_its_package(tmp_path, monkeypatch):

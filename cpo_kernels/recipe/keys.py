@@ -34,7 +34,7 @@ class ModelConfig:
     name: str | None = key(None, "folder or hub name; package:NAME is the folder of an installed package")
     gguf_file: str | None = key(None, "GGUF file in that folder; found automatically if it is the only model there")
     config: dict[str, Any] | None = key(None, "build from scratch instead: {model_type: llama, hidden_size: 64, ...}")
-    tokenizer: str | None = key(None, "folder or hub name of the tokenizer; default: the model's")
+    tokenizer: str | None = key(None, "folder, hub name or package:NAME of the tokenizer; default: the model's")
     quantize: str | None = key(None, "4bit: NF4 weights under adapters (QLoRA; bitsandbytes)")
     attention: str | None = key(
         None, "sdpa | segments | flex_attention | flash_attention_2 | eager; default: the model's choice"
