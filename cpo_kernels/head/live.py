@@ -295,7 +295,8 @@ class LiveDx:
         self.head, self.own = head, dispatch.own_matmuls(head.kernels, head.weight)
         self.parts: list[DxPart] = []
         shape = num_rows if self.own else 0, head.weight.shape[1]
-        # One block: among smaller ones that come and go, some for each chunk left gaps of 10 to 20 MiB.
+        # One block, of which what is not written costs nothing: blocks of the chunks, among others that come and go, took
+        # 2 MiB more of 80 for 3,202 rows of 576 x 49,152.
         self.sums, self.used = head.weight.new_empty(shape, dtype=library.acc_dtype(head.weight.dtype)), 0
         self.g = head.weight.new_empty(0)
 

@@ -1,5 +1,6 @@
 """Relative logits: how much better 16-bit log-probs become, on every path of the head, and what the rows lack."""
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -39,6 +40,12 @@ def made(dtype, labels="true", bias=False, kind="peaked", seed=0):
     y[::7] = -100
     b = torch.randn(VOCAB, generator=g).to(dtype) if bias else None
     return x.to(dtype), weight.to(dtype), b, y
+
+
+def fewer(impl, x, y):
+    """Triton's interpreter takes 50 ms for a row."""
+    step = 3 if impl == "triton" else 1
+    return x[::step], y[::step]
 
 
 def rms(actual, truth):
@@ -89,10 +96,19 @@ def test_a_part_of_the_naive_error_on_peaked_logits(path, dtype, labels):
     assert rms(PATHS[path](x, weight, y, None).detach(), truth) <= rms(naive(x, weight, y, None), truth) * share
 
 
-@pytest.mark.parametrize("impl", EVERY_BACKEND)
-@pytest.mark.parametrize("head", [{}, {"scale": 0.5}, {"softcap": 30.0}, {"softcap": 30.0, "scale": 1.5}], ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-def test_scale_softcap_and_bias(head, bias, impl):
+HEADS = ({}, {"scale": 0.5}, {"softcap": 30.0}, {"softcap": 30.0, "scale": 1.5})
+
+
+@pytest.mark.parametrize(
+    "impl, head, bias",
+    [
+        (impl, head, bias)
+        for impl, head, bias in itertools.product(EVERY_BACKEND, HEADS, (False, True))
+        if impl != "triton" or bias == ("softcap" in head)  # 12 s each in its interpreter
+    ],
+    ids=str,
+)
+def test_scale_softcap_and_bias(impl, head, bias):
     """float16, as Triton's interpreter has no bfloat16."""
     x, weight, b, y = made(torch.float16, bias=bias)
     truth = reference.linear_token_logps(x.double(), weight.double(), y, None if b is None else b.double(), **head)
@@ -290,6 +306,7 @@ def test_float16_logits_beyond_its_range():
 def test_masked_columns(impl):
     """Unused words at -inf, among them labels: their log-prob is -inf, gradients of the others are finite."""
     x, weight, bias, y = made(torch.float16, bias=True)
+    x, y = fewer(impl, x, y)
     bias[100:200] = -torch.inf
     y[1] = 150
     truth = reference.linear_token_logps(x.double(), weight.double(), y, bias.double())
@@ -307,6 +324,7 @@ def test_masked_columns(impl):
 def test_columns_that_a_finite_bias_masks_under_a_softcap(mask, impl):
     """tanh leaves them e^-cap of probability each: their logits may not decide what rows lack."""
     x, weight, _, y = made(torch.float16)
+    x, y = fewer(impl, x, y)
     bias = torch.zeros(VOCAB, dtype=torch.float16)
     bias[:256] = mask
     y[y < 256] = -100
