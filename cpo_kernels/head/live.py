@@ -295,8 +295,8 @@ class LiveDx:
         self.head, self.own = head, dispatch.own_matmuls(head.kernels, head.weight)
         self.parts: list[DxPart] = []
         shape = num_rows if self.own else 0, head.weight.shape[1]
-        # One block, of which what is not written costs nothing: blocks of the chunks, among others that come and go, took
-        # 2 MiB more of 80 for 3,202 rows of 576 x 49,152.
+        # One block, of which what is not written costs nothing: a block for each chunk took 2 MiB of 80 more for 3,202
+        # rows of 576 x 49,152.
         self.sums, self.used = head.weight.new_empty(shape, dtype=library.acc_dtype(head.weight.dtype)), 0
         self.g = head.weight.new_empty(0)
 
