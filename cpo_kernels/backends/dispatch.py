@@ -123,16 +123,21 @@ def own_matmuls(kernels: Kernels, weight: Tensor) -> Any:
     return kernels if fits and hasattr(kernels, "logits_") and cpu_multiplies_bf16() else None
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it cannot trace the import
 def cpu_multiplies_bf16() -> bool:
     """Whether the CPU kernels' own matmuls are worth calling here."""
-    return not missing("cpu") and bool(importlib.import_module("cpo_kernels._C").has_bf16_matmuls())
+    return _extension_says("has_bf16_matmuls")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cpu_has_tiles() -> bool:
+    """Whether those matmuls multiply tiles, with AMX: then add_product_ is worth calling for sums in bfloat16 too."""
+    return _extension_says("has_tiles")
 
 
 @cache
-def cpu_has_tiles() -> bool:
-    """Whether those matmuls multiply tiles, with AMX: then add_product_ is worth calling for sums in bfloat16 too."""
-    return not missing("cpu") and bool(importlib.import_module("cpo_kernels._C").has_tiles())
+def _extension_says(question: str) -> bool:
+    return not missing("cpu") and bool(getattr(importlib.import_module("cpo_kernels._C"), question)())
 
 
 def writes_live_grads(kernels: Kernels, logits: Tensor) -> bool:

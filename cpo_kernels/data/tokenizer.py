@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from cpo_kernels.hub import check_exists, check_model_path, model_source, source
+from cpo_kernels.hub import check_model_path, model_source, tokenizer_source
 from cpo_kernels.recipe.keys import ModelConfig
 
 
@@ -15,10 +15,7 @@ def load_tokenizer(config: ModelConfig, option: str = "--model.tokenizer FOLDER"
 
     folder: str | None
     if config.tokenizer:
-        folder, gguf = config.tokenizer, None
-        if folder.startswith("package:"):
-            folder, gguf = source(folder, "model.tokenizer")
-        check_exists(folder, "model.tokenizer")
+        folder, gguf = tokenizer_source(config.tokenizer)
     elif config.name:
         check_model_path(config.name)
         folder, gguf = model_source(config)

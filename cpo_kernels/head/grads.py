@@ -29,7 +29,8 @@ def is_batched(*grads: Tensor) -> bool:
 
 
 def multiply(values: Tensor, factor: Tensor) -> Tensor:
-    """values * factor in the dtype of `values`, multiplied in float32 (float64 for float64) and rounded once."""
+    """values [n, H] * factor, [n, 1] or a single number, in the dtype of `values`: multiplied in float32 (float64 for
+    float64) and rounded once. Not differentiable."""
     if torch.compiler.is_compiling() or is_batched(factor):
         return (values * factor.to(library.acc_dtype(values.dtype))).to(values.dtype)
     made, factors = torch.empty_like(values), factor.view(-1, 1)

@@ -227,7 +227,7 @@ def live_sets(
     room: Callable[[int, int], Tensor] | None = None,
     most: int | None = None,
 ) -> Iterator[tuple[slice, LiveSets]]:
-    """The gradients of a chunk's logits, which are not changed: some of its rows and their sets after the other.
+    """The gradients of a chunk's logits, which are not changed: a few sets after another, each time with their rows.
 
     found, row_sums: from `live_columns`. room(rows, size): [size], where g is to be. most: sets at a time, or all.
     """
@@ -251,12 +251,14 @@ def live_sets(
 
 
 class LabelGrads(NamedTuple):
+    """The fields of `LiveSets` with these names."""
+
     label_columns: Tensor
     label_grads: Tensor
 
 
 def _label_grads(head: Head, anchors: Tensor | None, labels: Tensor, lse: Tensor) -> LabelGrads:
-    """As in `LiveSets`. g of a row's label is (1 - p) dz/du."""
+    """g of a row's label is (1 - p) dz/du."""
     if anchors is None:
         return LabelGrads(labels.new_empty(0), lse.new_empty(0))
     options = head.options
@@ -292,17 +294,14 @@ class LiveDx:
     """
 
     def __init__(self, head: Head, num_rows: int) -> None:
-        self.head, self.own = head, dispatch.own_matmuls(head.kernels, head.weight)
+        self.head, self.own, self.num_rows = head, dispatch.own_matmuls(head.kernels, head.weight), num_rows
         self.parts: list[DxPart] = []
-        shape = num_rows if self.own else 0, head.weight.shape[1]
-        # One block, of which what is not written costs nothing: a block for each chunk took 2 MiB of 80 more for 3,202
-        # rows of 576 x 49,152.
-        self.sums, self.used = head.weight.new_empty(shape, dtype=library.acc_dtype(head.weight.dtype)), 0
+        self.sums, self.used = head.weight.new_empty(0), 0  # of the parts, and their rows
         self.g = head.weight.new_empty(0)
 
     @property
     def most(self) -> int | None:
-        """For `live_sets`."""
+        """Sets at a time, for `live_sets`."""
         return sets_at_a_time() if self.own else None
 
     @property
@@ -324,6 +323,10 @@ class LiveDx:
         part = DxPart(sets, dx, coef)
         if self.own:
             args = *sets.places, sets.set_rows, self.head.weight, sets.label_columns, sets.label_grads
+            if not self.sums.numel():
+                # One block, of which what is not written costs nothing: a block for each chunk took 2 MiB of 80 more
+                # for 3,202 rows of 576 x 49,152.
+                self.sums = dx.new_empty((self.num_rows, dx.shape[1]), dtype=library.acc_dtype(dx.dtype))
             sums = self.sums[self.used : self.used + sets.num_rows]
             self.own.live_sums_(*args, sums)
             self.used += sets.num_rows

@@ -221,7 +221,8 @@ def whole_sets(num_tokens: int, limit: int, set_rows: int) -> int:
 
 
 def sets_at_a_time() -> int:
-    """Sets whose gradients the CPU's own matmul takes at a time: one for each thread. The fewer, the less memory."""
+    """Sets whose gradients the CPU's own matmul takes at a time: one for each thread, but two at least, as each has a
+    product of its own. The fewer, the less memory."""
     return max(2, torch.get_num_threads())
 
 
