@@ -52,15 +52,15 @@ def figure(content: Result) -> Any:
     """For each part the loss of every step, and how far it is from the exact one's."""
     from matplotlib import pyplot as plt
 
-    made, axes = plt.subplots(len(content), 2, figsize=(10, 3 * len(content)), squeeze=False)
+    made, axes = plt.subplots(len(content), 2, figsize=(12.5, 3 * len(content)), squeeze=False)
     for (left, right), (name, part) in zip(axes, content.items(), strict=True):
         exact = part["variants"][0]["losses"]
         for row in part["variants"]:
             steps = range(1, len(exact) + 1)
             gaps = [abs(a - b) or math.nan for a, b in zip(row["losses"], exact, strict=True)]
-            left.plot(steps, row["losses"], linewidth=1, label=row["variant"])
-            right.semilogy(steps, gaps, linewidth=1)
+            left.plot(steps, row["losses"], linewidth=1)
+            right.semilogy(steps, gaps, linewidth=1, label=row["variant"])
         left.set(xlabel="step", ylabel=f"{name}: loss")
         right.set(xlabel="step", ylabel="distance from the loss of float32")
-    axes[0, 0].legend(frameon=False, fontsize=7)
+        right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))  # eps may differ
     return made
