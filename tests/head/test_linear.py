@@ -73,13 +73,18 @@ def test_token_logps_give_the_true_vjp(impl, budget, head):
 
 @pytest.mark.parametrize("impl", EVERY_BACKEND)
 def test_gradcheck(impl):
-    batch = make_batch(2, 2, 3, 7) if impl == "triton" else make_batch(2, 4, 5, 11)
+    """In Triton's interpreter along random directions, not for each element."""
+    batch, fast = make_batch(2, 4, 5, 11), impl == "triton"
 
     def run(*leaves):
         return cpo.linear_token_logps(leaves[0], leaves[1], batch.labels, leaves[2], softcap=4.0, impl=impl)
 
-    torch.autograd.gradcheck(run, batch.leaves)
-    torch.autograd.gradcheck(lambda *t: cpo.linear_nll(t[0], t[1], batch.labels, t[2], impl=impl), batch.leaves)
+    torch.autograd.gradcheck(run, batch.leaves, fast_mode=fast)
+
+    def nll(hidden, weight, bias):
+        return cpo.linear_nll(hidden, weight, batch.labels, bias, impl=impl)
+
+    torch.autograd.gradcheck(nll, batch.leaves, fast_mode=fast)
 
 
 @pytest.mark.parametrize("impl", BACKENDS)

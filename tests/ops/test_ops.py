@@ -162,8 +162,9 @@ def test_gradcheck_of_the_entropy(impl, softcap):
         logps, extras = cpo.token_logps(x, labels, softcap=softcap, scale=1.5, vocab_size=7, extras=True, impl=impl)
         return logps, extras.entropy
 
-    torch.autograd.gradcheck(run, logits)
-    torch.autograd.gradcheck(lambda x: run(x)[1], logits)
+    fast = impl == "triton"  # in its interpreter along random directions, not for each element
+    torch.autograd.gradcheck(run, logits, fast_mode=fast)
+    torch.autograd.gradcheck(lambda x: run(x)[1], logits, fast_mode=fast)
     extras = cpo.token_logps(logits, labels, extras=True, impl=impl)[1]
     assert not any(t.requires_grad for t in extras[1:])
 
