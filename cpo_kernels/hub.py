@@ -101,7 +101,7 @@ def tokenizer_source(name: str) -> tuple[str, str | None]:
     """(folder or hub name, None or the GGUF file that holds it) of `model.tokenizer`."""
     folder = package_folder(name, "model.tokenizer") if name.startswith("package:") else name
     check_exists(folder, "model.tokenizer")
-    if any([*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")]):
+    if any(file for pattern in ("tokenizer*", "vocab*", "*.model") for file in Path(folder).glob(pattern)):
         return folder, None
     files = gguf_files(folder)
     if len(files) > 1:

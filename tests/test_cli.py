@@ -695,6 +695,10 @@ def test_a_tokenizer_in_a_gguf_file(tmp_path):
     (tmp_path / "b.gguf").touch()
     with pytest.raises(ValueError, match="holds no tokenizer but 2 GGUF files: give a folder with one of"):
         load_tokenizer(ModelConfig("gone", tokenizer=str(tmp_path)))
+    for name in ("spiece.model", "vocab.txt", "tokenizer_config.json"):
+        (tmp_path / name).touch()
+        assert tokenizer_source(str(tmp_path)) == (str(tmp_path), None)
+        (tmp_path / name).unlink()
 
 
 def test_a_gguf_model_without_its_package(tmp_path, monkeypatch):

@@ -64,11 +64,12 @@ class Chunk:
             labels, logp, lse = self.labels[rows], self.logps.logp[rows], self.logps.lse[rows]
             own_dx, factors, exact = dx[rows], coef[rows], []
             if filtered:
-                found = live_columns(head, logits, labels, lse, execution.filter_eps, execution.set_rows)
-                for part, sets in live_sets(head, logits, labels, lse, *found, live_dx.room, live_dx.most):
+                found, row_sums = live_columns(head, logits, labels, lse, execution.filter_eps, execution.set_rows)
+                turns = live_dx.room, live_dx.most
+                for part, sets in live_sets(head, logits, labels, lse, found, row_sums, *turns):
                     live_dx.add(sets, own_dx[part], factors[part] if self.waits else None)
                     filter_sums += sets.sums(labels[part], head.options)
-                exact = found[0].exact_rows()
+                exact = found.exact_rows()
             if self.waits or filtered:
                 head.kernels.token_logps_bwd_(logits.z, labels, lse, of_g[rows], *head.options, logits.anchors)
             for part in exact:

@@ -405,15 +405,15 @@ def filtered_chunk(
     """
     labels, sums = inputs[1], no_sums(dx)
     logits, logps = head.forward(*inputs)
-    found = live_columns(head, logits, labels, logps.lse, execution.filter_eps, execution.set_rows)
+    found, row_sums = live_columns(head, logits, labels, logps.lse, execution.filter_eps, execution.set_rows)
     turns = (live_dx.room, live_dx.most) if kept is None else (kept.room, None)
-    for rows, sets in live_sets(head, logits, labels, logps.lse, *found, *turns):
+    for rows, sets in live_sets(head, logits, labels, logps.lse, found, row_sums, *turns):
         if dx.numel():
             live_dx.add(sets, dx[rows])
         if kept is not None:
             kept.add(sets)
         sums += sets.sums(labels[rows], head.options)
-    for rows in found[0].exact_rows() if dx.numel() else ():
+    for rows in found.exact_rows() if dx.numel() else ():
         part = logits.rows(rows)
         g, lse = part.z.clone(), logps.lse[rows]  # the logits may be kept for backward
         ones = torch.ones_like(lse)
