@@ -6,6 +6,7 @@ Does not import Triton; imports the CUDA extension on its first use.
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
@@ -123,13 +124,19 @@ def own_matmuls(kernels: Kernels, weight: Tensor) -> Any:
     return kernels if fits and hasattr(kernels, "logits_") and cpu_multiplies_bf16() else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it cannot trace the import
+def _constant_when_traced(function: Callable[[], bool]) -> Callable[[], bool]:
+    """torch.compiler.assume_constant_result, without its import of torch._dynamo, which takes 1.4 s (torch 2.13)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_traced  # torch.compile cannot trace the import
 def cpu_multiplies_bf16() -> bool:
     """Whether the CPU kernels' own matmuls are worth calling here."""
     return _extension_says("has_bf16_matmuls")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant_when_traced
 def cpu_has_tiles() -> bool:
     """Whether those matmuls multiply tiles, with AMX: then add_product_ is worth calling for sums in bfloat16 too."""
     return _extension_says("has_tiles")
