@@ -52,7 +52,21 @@ def linked_groups(pairs: Sequence[Sequence[int]], lengths: Sequence[int]) -> lis
 
 
 def pack_groups(groups: Sequence[Group], limit: int) -> list[Group]:
-    """Fill chunks with whole groups, in order, up to `limit` rows each."""
+    """Fill chunks with whole groups, in order, up to `limit` rows each; as many as that takes, the largest as small as
+    possible."""
+    packed = _fill(groups, limit)
+    low, high = max((group.num_rows for group in groups), default=0), limit
+    while low < high:  # the least limit that takes as many chunks
+        middle = (low + high) // 2
+        smaller = _fill(groups, middle)
+        if len(smaller) > len(packed):
+            low = middle + 1
+        else:
+            packed, high = smaller, middle
+    return packed
+
+
+def _fill(groups: Sequence[Group], limit: int) -> list[Group]:
     packed: list[Group] = []
     for group in groups:
         if not packed or packed[-1].num_rows + group.num_rows > limit:
@@ -166,9 +180,9 @@ class Layout:
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Layout:
-        row_limit, couples_pairs, opposite, rows, more, num_sequences, *rest = packed.tolist()
+        row_limit, couples_pairs, opposite, rows, more, less, num_sequences, *rest = packed.tolist()
         flags = bool(couples_pairs), bool(opposite)
-        return cls.of(rest[:num_sequences], rest[num_sequences:], row_limit, *flags, SumLimit(rows, more))
+        return cls.of(rest[:num_sequences], rest[num_sequences:], row_limit, *flags, SumLimit(rows, more, less))
 
     @classmethod
     def of(

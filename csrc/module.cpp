@@ -30,9 +30,9 @@ static PyObject* answer(PyObject*, PyObject*) {
 }
 
 static PyObject* prefer_huge_pages(PyObject*, PyObject* args) {
-  Py_ssize_t address = 0, bytes = 0;
-  if (!PyArg_ParseTuple(args, "nn", &address, &bytes)) return nullptr;
-  cpo::prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
+  Py_ssize_t address = 0, bytes = 0, bytes_of_block = 0;
+  if (!PyArg_ParseTuple(args, "nnn", &address, &bytes, &bytes_of_block)) return nullptr;
+  cpo::prefer_huge_pages(reinterpret_cast<void*>(address), bytes, bytes_of_block);
   Py_RETURN_NONE;
 }
 

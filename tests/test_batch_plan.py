@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels as cpo
 from cpo_kernels import checks, library
-from cpo_kernels.batch_plan import Layout, Tables, linked_groups
+from cpo_kernels.batch_plan import Group, Layout, Tables, linked_groups, pack_groups
 from cpo_kernels.head import kto, nll
 from cpo_kernels.head import preference as head_preference
 from cpo_kernels.head import token_logps as head_token_logps
@@ -226,6 +226,29 @@ def test_a_reference_with_the_same_head_shares_the_product(monkeypatch, budget, 
         assert (
             relative_error(loss_fn(batch.hidden, weight, batch.labels, ref_hidden=ref.hidden).loss, want.loss) < 1e-12
         )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chunks_of_groups_are_as_even_as_their_order_allows(seed):
+    """As many chunks as if each were filled to the limit, and none smaller by a limit one lower."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(0, 30, (int(torch.randint(0, 40, (), generator=g)),), generator=g).tolist()
+    limit = int(torch.randint(1, 80, (), generator=g))
+
+    def count(limit):
+        chunks, room = 0, -1
+        for size in sizes:
+            if not chunks or size > room:
+                chunks, room = chunks + 1, limit
+            room -= size
+        return chunks
+
+    packed = pack_groups([Group([i], [i], size) for i, size in enumerate(sizes)], limit)
+    assert [s for c in packed for s in c.sequences] == [p for c in packed for p in c.pairs] == [*range(len(sizes))]
+    assert [c.num_rows for c in packed] == [sum(sizes[s] for s in c.sequences) for c in packed]
+    most, largest = max((c.num_rows for c in packed), default=0), max(sizes, default=0)
+    assert len(packed) == count(limit) and most <= max(limit, largest)
+    assert most <= largest or count(most - 1) > len(packed)
 
 
 def test_layout_orders_whole_groups():

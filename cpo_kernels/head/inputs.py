@@ -297,7 +297,7 @@ class Head:
     ) -> None:
         self.weight, self.bias, self.labels, self.options, self.kernels = weight, bias, labels, options, kernels
         stride = row_stride(weight.shape[0], weight.dtype, weight.device)
-        self.buffer = dispatch.prefer_huge_pages(weight.new_empty(max_rows, stride))
+        self.buffer = dispatch.new_buffer(weight, max_rows, stride)
 
     def rows(self, count: int) -> Tensor:
         """[count, V], what the buffer holds of the first rows."""

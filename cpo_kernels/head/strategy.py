@@ -44,7 +44,10 @@ from cpo_kernels.head.relative import anchor_bytes
 DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
 SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12; with 64, 4.4%, but twice the terms q
-HELD = 2**23  # elements of live gradients that wait for `LiveDx.write`
+# Elements of 16 bit that wait for `LiveDx.write`: live gradients; where the CPU's own matmul has multiplied them, sums.
+# More of those would save time: 3,202 rows of 576 x 49,152 in one turn took 0.94 to 1.00 of the time of two.
+HELD = 2**23
+HELD_SUMS = 5 * 2**19
 PRODUCTS = {
     "forward": 1, "frozen": 2, "pairs": 3, "nll": 3, "kto": 3, "deferred": 3, "two_pass": 4, "kept": 3, "recompute": 4,
     "live": 3,
@@ -57,11 +60,9 @@ LOSSES = ("preference", "kto", "nll", "unknown")  # of `explain`
 SMALL = {"cpu": (24 << 20, 256)}
 # The same where the CPU's own matmuls multiply by tiles: a block of its weight, brought into their form, serves as many
 # rows as a chunk has. 1,383 and 3,202 rows of 576 x 49,152, frozen, took 0.85 to 0.91 of the time of 24 MiB (medians of
-# nine and of five turns, two cores; chunks of 32 MiB and more are in pages of 2 MB now).
+# nine and of five turns, two cores; chunks of 32 MiB and more are in pages of 2 MB now). Not if gradients are filtered:
+# they need the rest of that memory, and 48 MiB took 0.95 to 1.00 of the time of 24.
 SMALL_TILES = (48 << 20, 256)
-# The same if gradients are filtered: what waits for `LiveDx.write` takes the rest. It took 1.00 to 1.05 of the time of
-# 48 MiB.
-SMALL_FILTERED = (36 << 20, 256)
 # Rows of a chunk whose dW the CPU's own matmul adds to halves of float32, which it keeps in the cache for all rows of a
 # chunk, and of a piece of its logits. 3,202 rows of 576 x 49,152 (benchmarks/results/filtered.json) took half the
 # memory of one chunk in pieces of 256, in no more time.
@@ -152,8 +153,8 @@ def chunk_limit(
     if memory_budget is not None or device.type not in SMALL:
         return limit
     size, least = SMALL[device.type]
-    if own and dispatch.cpu_has_tiles():
-        size, least = SMALL_FILTERED if filtered else SMALL_TILES
+    if own and not filtered and dispatch.cpu_has_tiles():
+        size, least = SMALL_TILES
     return min(limit, max(least, budget_rows(width, dtype, device, size)))
 
 
@@ -165,11 +166,15 @@ class SumLimit(NamedTuple):
     # float32, so one chunk may have that many rows more and need no more memory. 0 if the user gives a budget, which
     # limits the logits.
     more: int
+    # Rows of logits that are as large as what a filter holds beside a chunk: one of several chunks has so many less.
+    less: int = 0
 
     def of(self, num_tokens: int, group: int = 0) -> int:
         """Rows of a chunk: all of them if that needs no more memory. group: at least so many."""
-        rows = max(self.rows, group)
-        return max(rows, num_tokens) if num_tokens <= max(even_rows(num_tokens, self.rows), group) + self.more else rows
+        even = even_rows(num_tokens, self.rows)
+        if num_tokens <= max(even, group) + self.more:
+            return max(self.rows, group, num_tokens)
+        return max(even - self.less if self.less else self.rows, group)
 
 
 class Limits(NamedTuple):
@@ -192,7 +197,9 @@ def limits(
     if memory_budget is not None:
         return Limits(rows, few, few, SumLimit(rows, 0))
     more = rows_of_sum(hidden_size, dtype, own)
-    return Limits(rows, few, max(few, OWN_ROWS) if own else few, SumLimit(min(rows, OWN_ROWS) if own else rows, more))
+    if not own:
+        return Limits(rows, few, few, SumLimit(rows, more))
+    return Limits(rows, few, max(few, OWN_ROWS), SumLimit(min(rows, OWN_ROWS), more, SET_ROWS if filtered else 0))
 
 
 def rows_of_sum(hidden_size: int, dtype: torch.dtype, own: bool) -> int:
@@ -324,7 +331,7 @@ def explain(
             waiting = plan.chunk_rows if waits else num_tokens
             turn = whole_sets(plan.chunk_rows, piece if waits else few, set_rows)
             wait = q + (2 * hidden_size if own else live)  # see `DxPart`
-            held = min(waiting * wait, min(plan.chunk_rows * vocab_size, HELD) + turn * wait)
+            held = min(waiting * wait, min(plan.chunk_rows * vocab_size, HELD_SUMS if own else HELD) + turn * wait)
             held += own * min(turn, set_rows * sets_at_a_time()) * live
         plan = replace(plan, products=products, extra_bytes=plan.extra_bytes + round(held * dtype.itemsize))
     if strategy == "kto" and group > limit:

@@ -333,7 +333,7 @@ Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
   check(rows >= vocab, "live_dw: dW must have at least the ", vocab, " rows of the vocabulary, got ", rows);
   Tensor dw = torch::stable::new_empty(g, {rows, width}, ScalarType::BFloat16);
   BFloat16* out = mutable_data_of<BFloat16>(dw);
-  prefer_huge_pages(out, 2 * rows * width);
+  prefer_huge_pages(out, 2 * rows * width, 2 * rows * width);
   std::fill_n(out + vocab * width, (rows - vocab) * width, BFloat16{0});
   const BFloat16* q = data_of<BFloat16>(tail);
   const int64_t stride = tail.stride(0), parts = (packed.panels + kDwPanels - 1) / kDwPanels;

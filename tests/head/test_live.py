@@ -130,6 +130,26 @@ def test_dx_in_bfloat16_has_its_tail(filter_head_grad):
     assert relative_error(dx, want) < 0.01
 
 
+def test_dx_of_chunks_that_are_no_whole_number_of_sets():
+    """Four sets in two chunks of 167 rows, where 333 rows in a row would be three. Without tails 0.057 as well."""
+    (hidden, weight, bias), labels = rows(400, torch.bfloat16, flat=slice(100, 120))
+    hidden = (0.6 * hidden.detach()).requires_grad_()
+    where = {"loss_type": "aot", "beta": 0.05, "memory_budget": budget(192, torch.bfloat16, 0)}
+    loss_fn, ref_logps = cpo.FusedLinearCPOLoss(filter_eps=0.02, **where), torch.zeros(4)
+    of_labels = labels.view(4, 100)
+    out = loss_fn(hidden.view(4, 100, -1), weight, of_labels, bias, ref_logps=ref_logps)
+    (dx,) = torch.autograd.grad(out.loss, [hidden])
+    doubles = [t.detach().double() for t in (hidden.view(4, 100, -1), weight)]
+    logp = reference.linear_token_logps(*doubles, of_labels, bias.detach().double()).requires_grad_()
+    loss = cpo.preference_loss(logp.sum(1), ref_logps=ref_logps.double(), loss_type="aot", beta=0.05).loss
+    (coef,) = torch.autograd.grad(loss, logp)
+    layout = loss_fn.plan(of_labels, VOCAB, torch.bfloat16, device="cpu").layout
+    assert layout.strategy == "two_pass" and [c.stop - c.start for c in layout.row_chunks] == [167, 166]
+    sets = [slice(low, min(low + 128, c.stop)) for c in layout.row_chunks for low in range(c.start, c.stop, 128)]
+    want = formula((hidden, weight, bias), labels, coef.flatten(), 0.02, sets)[0]
+    assert relative_error(dx, want) < 0.01
+
+
 @pytest.mark.parametrize("all_positions", [True, False])
 @pytest.mark.parametrize("train_head", [True, False])
 def test_sets_are_taken_some_at_a_time(train_head, all_positions, monkeypatch):

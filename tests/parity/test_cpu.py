@@ -142,3 +142,13 @@ def test_large_results_ask_for_huge_pages():
     assert huge_pages_wanted(dispatch.prefer_huge_pages(large))
     assert not huge_pages_wanted(dispatch.prefer_huge_pages(small))
     assert dispatch.prefer_huge_pages(small[:0]).numel() == 0
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages on this system")
+def test_a_buffer_of_a_fair_size_is_the_beginning_of_a_block_of_its_own():
+    """Of which only whole pages of 2 MB within the buffer are asked for: the rest is never written."""
+    small, fair, large = (dispatch.new_buffer(torch.empty(0, dtype=torch.bfloat16), n, 49152) for n in (64, 256, 512))
+    assert [len(b) for b in (small, fair, large)] == [64, 256, 512] and fair.is_contiguous()
+    assert [b.untyped_storage().nbytes() >> 20 for b in (small, fair, large)] == [6, 32, 48]
+    assert [huge_pages_wanted(b) for b in (small, fair, large)] == [False, True, True]
+    assert not huge_pages_wanted(torch.as_strided(fair, (256 << 10,), (1,), fair.numel() + (256 << 10)))
