@@ -5,7 +5,7 @@ own (`dispatch.own_matmuls`); between them the kernels of a backend work in plac
 """
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -183,8 +183,11 @@ def head_inputs(
     own = shards is None and own_sums(weight.device, weight.dtype)  # ranks whose CPUs differ take the same chunks
     eps = resolve_filter(config.filter_eps, config.filter_head_grad, weight.dtype)
     place = weight.dtype, weight.device, config.memory_budget
-    rows_at_a_time = limits(width, weight.shape[1], *place, own, eps > 0)
-    return HeadInputs(tensors, options, rows_at_a_time, width, shards, eps, config.filter_head_grad)
+    rows_at_a_time = limits(width, weight.shape[1], *place, own, False)
+    inputs = HeadInputs(tensors, options, rows_at_a_time, width, shards, eps, config.filter_head_grad)
+    if eps and inputs.needs.dx and not inputs.keeps_live_sets:
+        return replace(inputs, limits=limits(width, weight.shape[1], *place, own, True))
+    return inputs
 
 
 def check_index(index: Tensor | None, labels: Tensor, ignore_index: int) -> None:

@@ -60,8 +60,8 @@ LOSSES = ("preference", "kto", "nll", "unknown")  # of `explain`
 SMALL = {"cpu": (24 << 20, 256)}
 # The same where the CPU's own matmuls multiply by tiles: a block of its weight, brought into their form, serves as many
 # rows as a chunk has. 1,383 and 3,202 rows of 576 x 49,152, frozen, took 0.85 to 0.91 of the time of 24 MiB (medians of
-# nine and of five turns, two cores; chunks of 32 MiB and more are in pages of 2 MB now). Not if gradients are filtered:
-# they need the rest of that memory, and 48 MiB took 0.95 to 1.00 of the time of 24.
+# nine and of five turns, two cores; chunks of 32 MiB and more are in pages of 2 MB now). Both are halved if only dX is
+# filtered, where what waits for `LiveDx.write` takes the rest: 1.00 to 1.02 of the time with AMX, 1.01 to 1.04 without.
 SMALL_TILES = (48 << 20, 256)
 # Rows of a chunk whose dW the CPU's own matmul adds to halves of float32, which it keeps in the cache for all rows of a
 # chunk, and of a piece of its logits. 3,202 rows of 576 x 49,152 (benchmarks/results/filtered.json) took half the
@@ -152,9 +152,9 @@ def chunk_limit(
     limit = budget_rows(width, dtype, device, memory_budget)
     if memory_budget is not None or device.type not in SMALL:
         return limit
-    size, least = SMALL[device.type]
-    if own and not filtered and dispatch.cpu_has_tiles():
-        size, least = SMALL_TILES
+    size, least = SMALL_TILES if own and dispatch.cpu_has_tiles() else SMALL[device.type]
+    if own and filtered:
+        size, least = size // 2, least // 2
     return min(limit, max(least, budget_rows(width, dtype, device, size)))
 
 
@@ -191,7 +191,7 @@ def limits(
     filtered: bool,
 ) -> Limits:  # fmt: skip
     """width: columns of the logits. own: whether the CPU's own matmul computes them and dW (`own_sums`). filtered:
-    whether gradients are."""
+    whether dX is, and dW is exact or not needed."""
     rows = budget_rows(width, dtype, device, memory_budget)
     few = chunk_limit(width, dtype, device, memory_budget, own, filtered)
     if memory_budget is not None:
@@ -294,7 +294,8 @@ def explain(
     eps = resolve_filter(filter_eps, filter_head_grad, dtype)
     place = torch.device(device)
     own = own_sums(place, dtype)
-    limit, few, piece, summed = limits(vocab_size, hidden_size, dtype, place, memory_budget, own, eps > 0)
+    filtered = eps > 0 and train_hidden and not (filter_head_grad and train_head)
+    limit, few, piece, summed = limits(vocab_size, hidden_size, dtype, place, memory_budget, own, filtered)
     set_rows = min(SET_ROWS, limit) if eps else 0
     group = num_tokens if couples_pairs or group_tokens is None else group_tokens
     if not (train_hidden or train_head):

@@ -261,7 +261,7 @@ class FusedLinearCPOLoss(nn.Module):
         check_labels(labels, labels.shape, "labels", labels.device)
         place = torch.device(device)
         head = self.head
-        filtered = resolve_filter(head.filter_eps, head.filter_head_grad, dtype) > 0
+        filtered = resolve_filter(head.filter_eps, head.filter_head_grad, dtype) > 0 and not head.filter_head_grad
         own = own_sums(place, dtype)
         most = limits(vocab_size, hidden_size or 0, dtype, place, head.memory_budget, own, filtered)
         offsets = sequence_offsets(labels, labels, cu_seqlens)
