@@ -101,6 +101,14 @@ void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& m
   }
 }
 
+// Elements columns[0 .. 2 * kLanes) of x, in the order of load2.
+template <typename T, typename V>
+inline void gather2(const T* x, const int64_t* columns, V& a, V& b) {
+  T part[2 * V::kLanes];
+  for (int k = 0; k < 2 * V::kLanes; ++k) part[k] = x[columns[k]];
+  load2(part, a, b);
+}
+
 // out[i] = -s of column columns[i]; returns the sum of the unrounded s.
 template <typename T, bool kSoftcap>
 double gather_row(const T* x, const int64_t* columns, int64_t n, const RowMap& map, double shift, double factor_d,
@@ -114,10 +122,8 @@ double gather_row(const T* x, const int64_t* columns, int64_t n, const RowMap& m
   V total = set1(V{}, S(0));
   const long whole = n - n % kStep;
   for (long i = 0; i < whole; i += kStep) {
-    T part[kStep];
-    for (long k = 0; k < kStep; ++k) part[k] = x[columns[i + k]];
     V a, b;
-    load2(part, a, b);
+    gather2(x, columns + i, a, b);
     a = gradient_of<kSoftcap>(a, inner, offset, c, minus_shift, factor);
     b = gradient_of<kSoftcap>(b, inner, offset, c, minus_shift, factor);
     total = total + (a + b);

@@ -91,6 +91,24 @@ inline void load2(const BFloat16* p, VecF& a, VecF& b) {
   a.v = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
   b.v = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(int(0xffff0000u))));
 }
+// Elements columns[0 .. 32) of x, in the order of load2. Lane c of a gather holds elements c - 1 and c, so that it stays
+// within the row; but for c = 0.
+inline void gather2(const BFloat16* x, const int64_t* columns, VecF& a, VecF& b) {
+  const __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(2));
+  __m512i ids[4];
+  for (int k = 0; k < 4; ++k) ids[k] = _mm512_loadu_si512(columns + 8 * k);
+  const __m512i first = _mm512_castps_si512(_mm512_set1_ps(to_float(*x))), high = _mm512_set1_epi32(int(0xffff0000u));
+  const auto of = [&](__m512i which) {
+    const __m512i low = _mm512_permutex2var_epi32(ids[0], which, ids[1]);
+    const __m512i at =
+        _mm512_inserti32x8(low, _mm512_castsi512_si256(_mm512_permutex2var_epi32(ids[2], which, ids[3])), 1);
+    const void* before = reinterpret_cast<const char*>(x) - 2;
+    const __m512i found = _mm512_mask_i32gather_epi32(first, _mm512_test_epi32_mask(at, at), at, before, 2);
+    return VecF{_mm512_castsi512_ps(_mm512_and_si512(found, high))};
+  };
+  a = of(even), b = of(odd);
+}
 #ifdef __AVX512BF16__
 inline void store2(BFloat16* p, VecF a, VecF b) {
   alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
