@@ -18,7 +18,7 @@ from torch import Tensor
 from cpo_kernels.head.grads import WeightGrad
 from cpo_kernels.head.inputs import Execution, Head, Logits, RowLogps
 from cpo_kernels.head.label_remainder import product_dx
-from cpo_kernels.head.live import LiveDx, live_columns, live_sets, no_sums
+from cpo_kernels.head.live import LiveDx, no_sums, take_sets
 
 
 class Chunk:
@@ -72,17 +72,12 @@ class Chunk:
     def _live_dx(self, coef: Tensor | None, dx: Tensor) -> tuple[list[tuple[Logits, slice]], Tensor]:
         """Writes dX but for the rows of exact sets, which it returns with their logits, and `LiveSets.sums`."""
         live_dx, filter_sums, exact = LiveDx(self.head, self.x.shape[0]), no_sums(self.x), []
-        for piece, logits in self.pieces:
-            labels, lse, first = self.labels[piece], self.logps.lse[piece], piece.start
-            found, row_sums = live_columns(
-                self.head, logits, labels, lse, self.execution.filter_eps, self.execution.set_rows
-            )
-            turns = live_dx.room, live_dx.most
-            for part, sets in live_sets(self.head, logits, labels, lse, found, row_sums, *turns):
-                rows = slice(first + part.start, first + part.stop)
-                live_dx.add(sets, dx[rows], None if coef is None else coef[rows])
-                filter_sums += sets.sums(labels[part], self.head.options)
-            exact += [(logits.rows(p), slice(first + p.start, first + p.stop)) for p in found.exact_rows()]
+        for rows, logits in self.pieces:
+            factors = None if coef is None else coef[rows]
+            given = logits, self.labels[rows], self.logps.lse[rows], self.execution, live_dx, dx[rows], factors
+            parts, sums = take_sets(self.head, *given)
+            exact += [(logits.rows(p), slice(rows.start + p.start, rows.start + p.stop)) for p in parts]
+            filter_sums += sums
         live_dx.write()
         return exact, filter_sums
 

@@ -398,6 +398,34 @@ class LiveDx:
                 dx[rows] = scale_rows(dx[rows], coef[rows])
 
 
+def take_sets(
+    head: Head,
+    logits: Logits,
+    labels: Tensor,
+    lse: Tensor,
+    execution: Execution,
+    live_dx: LiveDx,
+    dx: Tensor,
+    coef: Tensor | None = None,
+    kept: KeptSets | None = None,
+) -> tuple[list[slice], Tensor]:
+    """Gives the live sets of a chunk's logits to `live_dx`, unless dx is [0], and to `kept`. Returns the rows of exact
+    sets, whose dX is not written, and `LiveSets.sums` of all [3].
+
+    coef [n]: factors of the rows of dX; None for 1.
+    """
+    sums = no_sums(dx)
+    found, row_sums = live_columns(head, logits, labels, lse, execution.filter_eps, execution.set_rows)
+    turns = (live_dx.room, live_dx.most) if kept is None else (kept.room, None)
+    for rows, sets in live_sets(head, logits, labels, lse, found, row_sums, *turns):
+        if dx.numel():
+            live_dx.add(sets, dx[rows], None if coef is None else coef[rows])
+        if kept is not None:
+            kept.add(sets)
+        sums += sets.sums(labels[rows], head.options)
+    return found.exact_rows(), sums
+
+
 def filtered_chunk(
     head: Head,
     inputs: tuple[Tensor, Tensor, bool, Tensor | None],
@@ -411,17 +439,10 @@ def filtered_chunk(
 
     inputs: the arguments of `Head.forward`. kept: receives the live sets.
     """
-    labels, sums = inputs[1], no_sums(dx)
+    labels = inputs[1]
     logits, logps = head.forward(*inputs)
-    found, row_sums = live_columns(head, logits, labels, logps.lse, execution.filter_eps, execution.set_rows)
-    turns = (live_dx.room, live_dx.most) if kept is None else (kept.room, None)
-    for rows, sets in live_sets(head, logits, labels, logps.lse, found, row_sums, *turns):
-        if dx.numel():
-            live_dx.add(sets, dx[rows])
-        if kept is not None:
-            kept.add(sets)
-        sums += sets.sums(labels[rows], head.options)
-    for rows in found.exact_rows() if dx.numel() else ():
+    exact, sums = take_sets(head, logits, labels, logps.lse, execution, live_dx, dx, kept=kept)
+    for rows in exact if dx.numel() else ():
         part = logits.rows(rows)
         g, lse = part.z.clone(), logps.lse[rows]  # the logits may be kept for backward
         ones = torch.ones_like(lse)
