@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -52,30 +53,34 @@ def linked_groups(pairs: Sequence[Sequence[int]], lengths: Sequence[int]) -> lis
 
 
 def pack_groups(groups: Sequence[Group], limit: int) -> list[Group]:
-    """Fill chunks with whole groups, in order, up to `limit` rows each; as many as that takes, the largest as small as
-    possible."""
-    packed = _fill(groups, limit)
-    low, high = max((group.num_rows for group in groups), default=0), limit
+    """Fill chunks with whole groups, in order, up to `limit` rows each (a larger group is one); as many as that takes,
+    the largest as small as possible."""
+    sizes = [group.num_rows for group in groups]
+    count = len(_starts(sizes, limit))
+    low, high = max((size for size in sizes if size <= limit), default=0), limit
     while low < high:  # the least limit that takes as many chunks
         middle = (low + high) // 2
-        smaller = _fill(groups, middle)
-        if len(smaller) > len(packed):
-            low = middle + 1
-        else:
-            packed, high = smaller, middle
+        low, high = (middle + 1, high) if len(_starts(sizes, middle)) > count else (low, middle)
+    packed = []
+    for start, end in pairwise([*_starts(sizes, high), len(sizes)]):
+        chunk = Group([], [])
+        for group in groups[start:end]:
+            chunk.sequences += group.sequences
+            chunk.pairs += group.pairs
+            chunk.num_rows += group.num_rows
+        packed.append(chunk)
     return packed
 
 
-def _fill(groups: Sequence[Group], limit: int) -> list[Group]:
-    packed: list[Group] = []
-    for group in groups:
-        if not packed or packed[-1].num_rows + group.num_rows > limit:
-            packed.append(Group([], []))
-        last = packed[-1]
-        last.sequences += group.sequences
-        last.pairs += group.pairs
-        last.num_rows += group.num_rows
-    return packed
+def _starts(sizes: Sequence[int], limit: int) -> list[int]:
+    """The first group of each chunk."""
+    starts, room = [], -1
+    for index, size in enumerate(sizes):
+        if room < size:
+            starts.append(index)
+            room = limit
+        room -= size
+    return starts
 
 
 @dataclass(frozen=True)
@@ -180,9 +185,9 @@ class Layout:
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Layout:
-        row_limit, couples_pairs, opposite, rows, more, less, num_sequences, *rest = packed.tolist()
+        row_limit, couples_pairs, opposite, rows, more, num_sequences, *rest = packed.tolist()
         flags = bool(couples_pairs), bool(opposite)
-        return cls.of(rest[:num_sequences], rest[num_sequences:], row_limit, *flags, SumLimit(rows, more, less))
+        return cls.of(rest[:num_sequences], rest[num_sequences:], row_limit, *flags, SumLimit(rows, more))
 
     @classmethod
     def of(

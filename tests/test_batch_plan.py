@@ -246,9 +246,10 @@ def test_chunks_of_groups_are_as_even_as_their_order_allows(seed):
     packed = pack_groups([Group([i], [i], size) for i, size in enumerate(sizes)], limit)
     assert [s for c in packed for s in c.sequences] == [p for c in packed for p in c.pairs] == [*range(len(sizes))]
     assert [c.num_rows for c in packed] == [sum(sizes[s] for s in c.sequences) for c in packed]
-    most, largest = max((c.num_rows for c in packed), default=0), max(sizes, default=0)
-    assert len(packed) == count(limit) and most <= max(limit, largest)
-    assert most <= largest or count(most - 1) > len(packed)
+    several = [c.num_rows for c in packed if len(c.sequences) > 1]
+    assert len(packed) == count(limit) and all(rows <= limit for rows in several)
+    most = max((c.num_rows for c in packed if c.num_rows <= limit), default=0)
+    assert most in sizes or count(most - 1) > len(packed)
 
 
 def test_layout_orders_whole_groups():

@@ -26,7 +26,7 @@ IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 PREFERRED = {("token_logps_fused_", (9, 0)): "cuda"}
 
 MAPPED_BYTES = 32 << 20  # from which glibc maps every block on its own, and pages of 2 MB are asked for (common.h)
-FAIR_BYTES = 8 << 20
+LEAST_BLOCK = 8 << 20  # bytes for which a block of its own is worth the system call
 
 
 def _load_extension(name: str) -> str:
@@ -165,13 +165,16 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def new_buffer(like: Tensor, rows: int, width: int) -> Tensor:
-    """[rows, width], not written. On a CPU, one of a fair size is the beginning of a block that glibc maps; the rest of
-    the block costs nothing. From the heap, its memory would stay after it is freed, and what comes next often be taken
-    from elsewhere: 3,202 x 576 x 49,152, frozen and filtered, in chunks of 24 MiB needed 75 to 80 MiB in place of 66.
+def new_block(like: Tensor, rows: int, width: int) -> Tensor:
+    """[rows, width], not written, of a block that is returned to the system when it is freed. On a CPU, glibc maps only
+    large blocks on their own: a smaller one is made so large, and what is beyond the rows is never written.
+
+    From the heap, a chunk of 24 MiB would leave its memory there, where what is allocated next often does not fit:
+    3,202 x 576 x 49,152, frozen and filtered, needed 75 to 80 MiB in place of 66. But a block is new to every call,
+    and its first writing takes 3 ms in pages of 2 MB and up to 15 in others (24 MiB, two cores).
     """
-    row_bytes = width * like.element_size()
-    if like.device.type != "cpu" or not FAIR_BYTES <= rows * row_bytes < MAPPED_BYTES:
+    row_bytes, fills = width * like.element_size(), torch.are_deterministic_algorithms_enabled()  # all that is new
+    if like.device.type != "cpu" or fills or not LEAST_BLOCK <= rows * row_bytes < MAPPED_BYTES:
         return prefer_huge_pages(like.new_empty(rows, width))
     return prefer_huge_pages(like.new_empty(-(-MAPPED_BYTES // row_bytes), width)[:rows])
 

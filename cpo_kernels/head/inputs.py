@@ -97,7 +97,8 @@ class Execution(NamedTuple):
 
     def head(self, tensors: HeadTensors, labels: Tensor, options: HeadOptions, max_rows: int) -> "Head":
         """labels: of all rows, of which chunks are computed."""
-        return Head(tensors.weight, tensors.bias, labels, options, max_rows, self.backend.kernels(tensors.weight))
+        kernels = self.backend.kernels(tensors.weight)
+        return Head(tensors.weight, tensors.bias, labels, options, max_rows, kernels, self.filter_eps > 0)
 
 
 @dataclass(frozen=True)
@@ -293,14 +294,18 @@ class Logits(NamedTuple):
 
 class Head:
     """One head during one op. It computes the logits of each chunk in one buffer of `max_rows` rows. labels: of all
-    rows of the op."""
+    rows of the op. filtered: live gradients are held beside the buffer."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, labels: Tensor, options: HeadOptions, max_rows: int, kernels: Kernels
-    ) -> None:
+        self, weight: Tensor, bias: Tensor, labels: Tensor, options: HeadOptions, max_rows: int, kernels: Kernels,
+        filtered: bool = False,
+    ) -> None:  # fmt: skip
         self.weight, self.bias, self.labels, self.options, self.kernels = weight, bias, labels, options, kernels
         stride = row_stride(weight.shape[0], weight.dtype, weight.device)
-        self.buffer = dispatch.new_buffer(weight, max_rows, stride)
+        size = max_rows, stride
+        self.buffer = (
+            dispatch.new_block(weight, *size) if filtered else dispatch.prefer_huge_pages(weight.new_empty(size))
+        )
 
     def rows(self, count: int) -> Tensor:
         """[count, V], what the buffer holds of the first rows."""

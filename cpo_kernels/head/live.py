@@ -333,8 +333,8 @@ class LiveDx:
             if self.sets + count > len(self.tails):  # chunks that are no whole number of sets have more sets in all
                 self.write()
             sums = self.sums[self.rows : self.rows + sets.num_rows]
-            whole = sets.num_rows == self.num_rows
-            tail = sets.tail if whole else self.tails[self.sets : self.sets + count].copy_(sets.tail)
+            all_rows = sets.num_rows == self.num_rows  # then the part's own tails are one block
+            tail = sets.tail if all_rows else self.tails[self.sets : self.sets + count].copy_(sets.tail)
             self.own.live_sums_(*args, sums)
             self.rows, self.sets = self.rows + sets.num_rows, self.sets + count
             tau = torch.cat([g[:, -1] for g in sets.grads()]).to(sums.dtype)

@@ -92,7 +92,7 @@ def linear_preference_op(tensors: HeadTensors, args: LinearPreferenceArgs) -> Li
     max_rows = layout.max_rows
     if ref is not None:
         max_rows = args.execution.rows_with_reference(max_rows)
-    head = Head(tensors.weight, tensors.bias, rows.labels, args.options, max_rows, kernels)
+    head = args.execution.head(tensors, rows.labels, args.options, max_rows)
     batch = _Batch(head, rows, ref, weights, loss, layout, tables, args.use_weighting, args.needs, args.execution)
     out = STRATEGIES[layout.strategy](batch)
     filtered = args.execution.filter_eps > 0 and args.needs.dx

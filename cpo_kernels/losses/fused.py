@@ -16,7 +16,7 @@ from cpo_kernels.head.inputs import HeadConfig, HeadInputs, head_inputs
 from cpo_kernels.head.live import filter_shares
 from cpo_kernels.head.matmul import own_sums
 from cpo_kernels.head.preference import LinearPreferenceArgs, linear_preference
-from cpo_kernels.head.strategy import check_filter, limits, resolve_filter, rows_of_sum
+from cpo_kernels.head.strategy import check_filter, limits, rows_of_sum
 from cpo_kernels.head.token_logps import token_logps_of
 from cpo_kernels.library import PreferenceResult, acc_dtype, functional_op
 from cpo_kernels.losses.inputs import PairInputs, check_pairs, default_pairs, kernel_args
@@ -260,10 +260,8 @@ class FusedLinearCPOLoss(nn.Module):
                 raise ValueError(f"a plan is made from CPU tensors, got {name} on {tensor.device}")
         check_labels(labels, labels.shape, "labels", labels.device)
         place = torch.device(device)
-        head = self.head
-        filtered = resolve_filter(head.filter_eps, head.filter_head_grad, dtype) > 0 and not head.filter_head_grad
-        own = own_sums(place, dtype)
-        most = limits(vocab_size, hidden_size or 0, dtype, place, head.memory_budget, own, filtered)
+        budget = self.head.memory_budget
+        most = limits(vocab_size, hidden_size or 0, dtype, place, budget, own_sums(place, dtype), False)
         offsets = sequence_offsets(labels, labels, cu_seqlens)
         flat = labels.reshape(-1)
         lengths = label_counts(flat, offsets, self.head.ignore_index)

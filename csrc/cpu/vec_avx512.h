@@ -91,8 +91,8 @@ inline void load2(const BFloat16* p, VecF& a, VecF& b) {
   a.v = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
   b.v = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(int(0xffff0000u))));
 }
-// Elements columns[0 .. 32) of x, in the order of load2. Lane c of a gather holds elements c - 1 and c, so that it
-// stays within the row; but for c = 0.
+// Elements columns[0 .. 32) of x, in the order of load2. A lane gathers 4 bytes, elements c - 1 and c for a column c:
+// with c and c + 1 it would reach beyond the row. Column 0 is not gathered.
 inline void gather2(const BFloat16* x, const int64_t* columns, VecF& a, VecF& b) {
   const __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 28, 24, 20, 16, 12, 8, 4, 0);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(2));

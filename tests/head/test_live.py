@@ -779,6 +779,38 @@ def test_explain():
         cpo.explain(8, 8, 8, live_share=2.0)
 
 
+@pytest.mark.parametrize(
+    ("train_hidden", "train_head", "filter_head_grad", "want"),
+    [
+        (True, False, False, 128),
+        (True, False, True, 128),
+        (True, True, True, 256),
+        (False, True, True, 256),
+        (False, False, True, 256),
+    ],
+)
+def test_chunks_are_half_as_large_where_only_dx_is_filtered(
+    train_hidden, train_head, filter_head_grad, want, monkeypatch
+):
+    """24 MiB are 256 rows of 49,152 words."""
+    monkeypatch.setattr("cpo_kernels.head.inputs.own_sums", lambda *_: True)
+    monkeypatch.setattr("cpo_kernels.head.strategy.own_sums", lambda *_: True)
+    monkeypatch.setattr(dispatch, "cpu_has_tiles", lambda: False)
+    made, head = [], Head.__init__
+
+    def watched(self, *args):
+        head(self, *args)
+        made.append(self.buffer.shape[0])
+
+    monkeypatch.setattr(Head, "__init__", watched)
+    hidden = torch.randn(600, 2).bfloat16().requires_grad_(train_hidden)
+    weight = (9 * torch.randn(49152, 2)).bfloat16().requires_grad_(train_head)
+    options = {"filter_eps": "auto", "filter_head_grad": filter_head_grad}
+    cpo.linear_token_logps(hidden, weight, torch.arange(600), **options)
+    given = {"loss": "unknown", "train_hidden": train_hidden, "train_head": train_head}
+    assert made == [cpo.explain(600, 2, 49152, **given, **options).chunk_rows] == [want]
+
+
 EXPLAINED = {  # loss, train_head, filter_head_grad
     "nll": ("nll", True, False),
     "pairs": ("preference", True, False),

@@ -1,6 +1,8 @@
 """The C++ kernels of the CPU: every case of `cpo-kernels check`, and those of the ops on each instruction set."""
 
+import ctypes
 import math
+import mmap
 import os
 import re
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import cpo_kernels as cpo
+from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
 from cpo_kernels.check.compare import Backend, threads
 from cpo_kernels.check.run import all_cases
@@ -71,6 +74,7 @@ def test_every_instruction_set(isa):
 
 SMALL = """
 import torch
+from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
 
 cpu, exact = (dispatch.kernels(impl, torch.empty(0)) for impl in ("cpu", "reference"))
@@ -145,10 +149,52 @@ def test_large_results_ask_for_huge_pages():
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages on this system")
-def test_a_buffer_of_a_fair_size_is_the_beginning_of_a_block_of_its_own():
-    """Of which only whole pages of 2 MB within the buffer are asked for: the rest is never written."""
-    small, fair, large = (dispatch.new_buffer(torch.empty(0, dtype=torch.bfloat16), n, 49152) for n in (64, 256, 512))
-    assert [len(b) for b in (small, fair, large)] == [64, 256, 512] and fair.is_contiguous()
-    assert [b.untyped_storage().nbytes() >> 20 for b in (small, fair, large)] == [6, 32, 48]
-    assert [huge_pages_wanted(b) for b in (small, fair, large)] == [False, True, True]
-    assert not huge_pages_wanted(torch.as_strided(fair, (256 << 10,), (1,), fair.numel() + (256 << 10)))
+def test_a_new_block_is_one_that_glibc_maps():
+    """Of which only whole pages of 2 MB within its rows are asked for: the rest is never written."""
+    like = torch.empty(0, dtype=torch.bfloat16)
+    small, medium, large = (dispatch.new_block(like, rows, 49152) for rows in (64, 256, 512))
+    assert [len(b) for b in (small, medium, large)] == [64, 256, 512] and medium.is_contiguous()
+    assert [b.untyped_storage().nbytes() >> 20 for b in (small, medium, large)] == [6, 32, 48]
+    assert [huge_pages_wanted(b) for b in (small, medium, large)] == [False, True, True]
+    assert not huge_pages_wanted(torch.as_strided(medium, (256 << 10,), (1,), medium.numel() + (256 << 10)))
+    torch.use_deterministic_algorithms(True)
+    try:  # torch fills new memory
+        assert dispatch.new_block(like, 256, 49152).untyped_storage().nbytes() >> 20 == 24
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def between_pages_that_nobody_may_read(values, at_start):
+    """The same values, at the start or the end of memory between two such pages."""
+    size = values.numel() * values.element_size()
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, pages + 1):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    offset = mmap.PAGESIZE if at_start else (pages + 1) * mmap.PAGESIZE - size
+    found = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset).view(values.shape)
+    return found.copy_(values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect of Linux")
+@pytest.mark.parametrize("at_start", [True, False])
+@pytest.mark.parametrize("columns", [1, 2, 31, 32, 33, 64, 97])
+def test_gathered_gradients_read_only_their_rows(columns, at_start):
+    """A wrong read ends the process. All columns are live; numbers against the reference."""
+    logits = torch.randn(3, columns, generator=torch.Generator().manual_seed(columns)).bfloat16()
+    labels, lse = torch.tensor([0, -100, columns - 1]), torch.logsumexp(logits.float(), 1)
+    rest = (
+        labels,
+        lse,
+        torch.tensor([1.0, 0.0, 1.0]),
+        torch.arange(columns),
+        torch.tensor([0, columns]),
+        3,
+        -100,
+        1.0,
+        0.0,
+        columns,
+    )
+    seen = torch.ops.cpo_kernels.live_grads(between_pages_that_nobody_may_read(logits, at_start), *rest)
+    torch.testing.assert_close(seen, reference.live_grads(logits, *rest), rtol=0.01, atol=1e-3)
