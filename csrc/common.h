@@ -139,9 +139,9 @@ bool has_bf16_matmuls();  // for logits_, live_sums_, live_dw, and sums of add_p
 bool has_tiles();         // whether sums of add_product_ in bfloat16 are
 
 // Asks the system for pages of 2 MB in memory that is not yet written, of a block of at least kHugeBytes: glibc maps
-// such a block on its own, and unmaps it when it is freed. Where the system gives them only if asked (`madvise`),
-// writing 96 MiB of new memory for the first time takes 37 to 47 ms in pages of 4 kB and 13 in those (two cores; 8 ms
-// again).
+// such a block on its own and unmaps it when it is freed, unless a place of that size is free in the heap. Where the
+// system gives them only if asked (`madvise`), writing 96 MiB of new memory for the first time takes 37 to 47 ms in
+// pages of 4 kB and 13 in those (two cores; 8 ms again).
 constexpr int64_t kHugeBytes = int64_t(32) << 20;
 void prefer_huge_pages(void* data, int64_t bytes, int64_t bytes_of_block);
 Tensor sequence_sum(Tensor token_logps, Tensor cu_seqlens, Tensor token_weights, bool average);

@@ -30,6 +30,7 @@ from tests.support.parity import (
     parametrize,
     passes,
 )
+from tests.support.processes import run_processes
 
 pytestmark = pytest.mark.skipif(bool(dispatch.missing("cpu")), reason="the C++ extension is not built")
 
@@ -151,17 +152,18 @@ def test_large_results_ask_for_huge_pages():
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages on this system")
 def test_a_new_block_is_one_that_glibc_maps():
     """Of which only whole pages of 2 MB within its rows are asked for: the rest is never written."""
+    run_processes(_takes_blocks, 1)
+
+
+def _takes_blocks(rank):  # in a new process, whose heap has no room for 32 MiB
     like = torch.empty(0, dtype=torch.bfloat16)
     small, medium, large = (dispatch.new_block(like, rows, 49152) for rows in (64, 256, 512))
     assert [len(b) for b in (small, medium, large)] == [64, 256, 512] and medium.is_contiguous()
     assert [b.untyped_storage().nbytes() >> 20 for b in (small, medium, large)] == [6, 32, 48]
     assert [huge_pages_wanted(b) for b in (small, medium, large)] == [False, True, True]
     assert not huge_pages_wanted(torch.as_strided(medium, (256 << 10,), (1,), medium.numel() + (256 << 10)))
-    torch.use_deterministic_algorithms(True)
-    try:  # torch fills new memory
-        assert dispatch.new_block(like, 256, 49152).untyped_storage().nbytes() >> 20 == 24
-    finally:
-        torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(True)  # torch fills new memory
+    assert dispatch.new_block(like, 256, 49152).untyped_storage().nbytes() >> 20 == 24
 
 
 def between_pages_that_nobody_may_read(values, at_start):
