@@ -302,10 +302,10 @@ class Head:
     ) -> None:  # fmt: skip
         self.weight, self.bias, self.labels, self.options, self.kernels = weight, bias, labels, options, kernels
         stride = row_stride(weight.shape[0], weight.dtype, weight.device)
-        size = max_rows, stride
-        self.buffer = (
-            dispatch.new_block(weight, *size) if filtered else dispatch.prefer_huge_pages(weight.new_empty(size))
-        )
+        if filtered:
+            self.buffer = dispatch.new_block(weight, max_rows, stride)
+        else:
+            self.buffer = dispatch.prefer_huge_pages(weight.new_empty(max_rows, stride))
 
     def rows(self, count: int) -> Tensor:
         """[count, V], what the buffer holds of the first rows."""

@@ -299,8 +299,11 @@ class LiveDx:
         # Of the parts: blocks, of which what is not written costs nothing. Tensors of each chunk, and the parts of the
         # heap that they left empty, took 5 to 15 MiB of 75 more for 3,202 rows of 576 x 49,152.
         self.sums, self.tails = head.weight.new_empty(0), head.weight.new_empty(0)
-        self.rows, self.sets = 0, 0  # that are used
         self.g = head.weight.new_empty(0)
+
+    @property
+    def held_sets(self) -> int:
+        return sum(len(part.sets.exact) for part in self.parts)
 
     @property
     def most(self) -> int | None:
@@ -330,13 +333,13 @@ class LiveDx:
             if not self.sums.numel():
                 self.sums = dx.new_empty((self.num_rows, dx.shape[1]), dtype=library.acc_dtype(dx.dtype))
                 self.tails = dx.new_empty((-(-self.num_rows // sets.set_rows), width))
-            if self.sets + count > len(self.tails):  # chunks that are no whole number of sets have more sets in all
+            if self.held_sets + count > len(self.tails):  # chunks that are no whole number of sets have more in all
                 self.write()
-            sums = self.sums[self.rows : self.rows + sets.num_rows]
+            low, first = sum(part.sets.num_rows for part in self.parts), self.held_sets
+            sums = self.sums[low : low + sets.num_rows]
             all_rows = sets.num_rows == self.num_rows  # then the part's own tails are one block
-            tail = sets.tail if all_rows else self.tails[self.sets : self.sets + count].copy_(sets.tail)
+            tail = sets.tail if all_rows else self.tails[first : first + count].copy_(sets.tail)
             self.own.live_sums_(*args, sums)
-            self.rows, self.sets = self.rows + sets.num_rows, self.sets + count
             tau = torch.cat([g[:, -1] for g in sets.grads()]).to(sums.dtype)
             rest = replace(sets, g=sets.g.new_empty(0), columns=sets.columns.new_empty(0), tail=tail)
             part = DxPart(rest, dx, coef, sums, tau)
@@ -345,8 +348,7 @@ class LiveDx:
             self.write()
 
     def write(self) -> None:
-        parts, self.parts, count = self.parts, [], self.sets
-        self.rows, self.sets = 0, 0
+        count, parts, self.parts = self.held_sets, self.parts, []
         if not parts:
             return
         tails = [part.sets.tail for part in parts]

@@ -45,7 +45,7 @@ DEFAULT_BUDGET = {"cpu": 320 << 20, "cuda": 1 << 30}
 MAX_ROWS = {"cuda": 8192}
 SET_ROWS = 128  # rows that share live columns: 6.8% of them at eps = 2^-12; with 64, 4.4%, but twice the terms q
 # Elements of 16 bit that wait for `LiveDx.write`: live gradients; where the CPU's own matmul has multiplied them, sums.
-# All 3,202 rows of 576 x 49,152 in one turn took 0.94 to 1.00 of the time of two turns, and 3 MiB more.
+# All 3,202 rows of 576 x 49,152 in one turn took 0.93 to 1.00 of the time of two to four turns, and 3 MiB more.
 HELD = 2**23
 HELD_SUMS = 5 * 2**19
 PRODUCTS = {
@@ -61,7 +61,8 @@ SMALL = {"cpu": (24 << 20, 256)}
 # The same where the CPU's own matmuls multiply by tiles: a block of its weight, brought into their form, serves as many
 # rows as a chunk has. 1,383 and 3,202 rows of 576 x 49,152, frozen, took 0.85 to 0.91 of the time of 24 MiB (medians of
 # nine and of five turns, two cores; chunks of 32 MiB and more are in pages of 2 MB now). Both are halved if only dX is
-# filtered, where what waits for `LiveDx.write` takes the rest: 1.00 to 1.02 of the time with AMX, 1.01 to 1.04 without.
+# filtered, where what waits for `LiveDx.write` takes the rest: with AMX 24 MiB took 1.00 to 1.02 of the time of 36,
+# without it 12 MiB 1.01 to 1.04 of the time of 24.
 SMALL_TILES = (48 << 20, 256)
 # Rows of a chunk whose dW the CPU's own matmul adds to halves of float32, which it keeps in the cache for all rows of a
 # chunk, and of a piece of its logits. 3,202 rows of 576 x 49,152 (benchmarks/results/filtered.json) took half the

@@ -75,7 +75,6 @@ def test_every_instruction_set(isa):
 
 SMALL = """
 import torch
-from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
 
 cpu, exact = (dispatch.kernels(impl, torch.empty(0)) for impl in ("cpu", "reference"))
@@ -186,17 +185,7 @@ def test_gathered_gradients_read_only_their_rows(columns, at_start):
     """A wrong read ends the process. All columns are live; numbers against the reference."""
     logits = torch.randn(3, columns, generator=torch.Generator().manual_seed(columns)).bfloat16()
     labels, lse = torch.tensor([0, -100, columns - 1]), torch.logsumexp(logits.float(), 1)
-    rest = (
-        labels,
-        lse,
-        torch.tensor([1.0, 0.0, 1.0]),
-        torch.arange(columns),
-        torch.tensor([0, columns]),
-        3,
-        -100,
-        1.0,
-        0.0,
-        columns,
-    )
+    live, options = (torch.arange(columns), torch.tensor([0, columns])), (-100, 1.0, 0.0, columns)
+    rest = labels, lse, torch.tensor([1.0, 0.0, 1.0]), *live, 3, *options
     seen = torch.ops.cpo_kernels.live_grads(between_pages_that_nobody_may_read(logits, at_start), *rest)
     torch.testing.assert_close(seen, reference.live_grads(logits, *rest), rtol=0.01, atol=1e-3)
