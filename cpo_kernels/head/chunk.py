@@ -54,7 +54,7 @@ class Chunk:
         """The gradients of sum_t coef_t logp_t, coef [n]: dW and db are added to `sums`, and dX [n, H] is written to
         dx, unless that is [0]. Overwrites the logits.
 
-        Returns the factors [n] by which the rows of dx are yet to be multiplied, and `LiveSets.sums` [3].
+        Returns the factors [n] by which the rows of dx are yet to be multiplied, and `Found.filter_sums` [3].
         """
         head, ones = self.head, torch.ones_like(coef)
         of_g, left = (coef, ones) if self.waits else (ones, coef)
@@ -70,7 +70,7 @@ class Chunk:
         return left, filter_sums
 
     def _live_dx(self, coef: Tensor | None, dx: Tensor) -> tuple[list[tuple[Logits, slice]], Tensor]:
-        """Writes dX but for the rows of exact sets, which it returns with their logits, and `LiveSets.sums`."""
+        """Writes dX but for the rows of exact sets, which it returns with their logits, and `Found.filter_sums`."""
         live_dx, filter_sums, exact = LiveDx(self.head, self.x.shape[0]), no_sums(self.x), []
         for rows, logits in self.pieces:
             factors = None if coef is None else coef[rows]

@@ -65,7 +65,7 @@ class LinearKTO(NamedTuple):
     losses: Tensor  # [S]
     seq_logps: Tensor  # [S]
     rewards: Tensor  # [S]
-    filter_sums: Tensor  # [3] of `LiveSets.sums`; 0 without a filter
+    filter_sums: Tensor  # [3] of `Found.filter_sums`; 0 without a filter
     grads: HeadGrads
 
 

@@ -41,7 +41,7 @@ class NLLArgs(NamedTuple):
 
 class NLL(NamedTuple):
     loss: Tensor  # []
-    filter_sums: Tensor  # [3] of `LiveSets.sums`; 0 without a filter
+    filter_sums: Tensor  # [3] of `Found.filter_sums`; 0 without a filter
     grads: HeadGrads
 
 

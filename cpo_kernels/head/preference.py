@@ -46,7 +46,7 @@ class LinearPreferenceArgs(NamedTuple):
 class LinearPreference(NamedTuple):
     result: PreferenceResult
     seq_logps: Tensor  # [S]
-    filter_sums: Tensor  # [3] of `LiveSets.sums`; 0 without a filter
+    filter_sums: Tensor  # [3] of `Found.filter_sums`; 0 without a filter
     grads: HeadGrads
 
 

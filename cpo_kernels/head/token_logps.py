@@ -58,7 +58,7 @@ class TokenArgs(NamedTuple):
 class HeadLogps(NamedTuple):
     logps: RowLogps  # at all positions
     dx: Tensor  # [M, H] for an incoming gradient of 1, or [0]
-    filter_sums: Tensor  # [3] of `LiveSets.sums`; 0 without a filter
+    filter_sums: Tensor  # [3] of `Found.filter_sums`; 0 without a filter
     kept: Tensor  # [n, V] the logits of all rows, or [0, V]
     live: LiveTensors
 
