@@ -505,6 +505,11 @@ def test_the_profile_names_the_parts_of_every_strategy(tmp_path):
     assert rows["pairs"]["ms"]["loss kernels"] > 0
 
 
+def test_the_profile_counts_the_matmuls_of_the_cpu_as_products():
+    parts = ("cpo_kernels::logits_", "cpo_kernels::add_product_", "aten::addmm", "cpo_kernels::linear_preference")
+    assert [profile.part_of(name) for name in parts] == ["products"] * 3 + ["rest"]
+
+
 def test_the_profile_of_a_gpu_counts_kernels_by_their_operator():
     """Kernels are rows of their own in the profiler's list too, which would count them twice."""
 
