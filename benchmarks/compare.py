@@ -19,7 +19,8 @@ WORKLOAD = (
     "family", "head", "hidden", "vocab", "softcap", "groups", "responses", "length", "prompt", "dtype", "mode",
     "reference", "rows", "pairs", "objectives", "model",
 )  # fmt: skip
-HARDWARE = ("cpu", "cpu_capability", "gpu", "threads")
+INSTRUCTIONS = ("cpu_capability", "cpu_limits")
+HARDWARE = ("cpu", *INSTRUCTIONS, "gpu", "threads")
 
 
 class Change(NamedTuple):
@@ -50,8 +51,9 @@ def measure(row: dict[str, Any], by_ratio: bool) -> tuple[float, float, float]:
 def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], int]:
     """Changes beyond noise, the largest first, and how many rows were compared."""
     before, after = rows(old), rows(new)
-    same = all(old["environment"].get(k) == new["environment"].get(k) for k in HARDWARE)
-    same_cpu = old["environment"].get("cpu_capability") == new["environment"].get("cpu_capability")
+    same, same_cpu = (
+        all(old["environment"].get(k) == new["environment"].get(k) for k in keys) for keys in (HARDWARE, INSTRUCTIONS)
+    )
     found, compared = [], 0
     for key in before.keys() & after.keys():
         what, implementation, row = after[key]

@@ -163,20 +163,19 @@ def trainers_table(content: Result) -> str:
 def filtered_table(content: Result) -> str:
     """Exact and filtered gradients on rows of a trained model, as multiples of the exact products."""
     if not content:
-        return "With gradients on the live columns only: not measured."
+        return "not measured"
     loads = head_results(content)
     rows = "rows of a model on text" if loads[0]["rows"] == "real" else "generated rows"
     lines = [
         "| " + " | ".join([rows, *(f"{r['labelled']} tokens, {r['mode']}" for r in loads)]) + " |",
         "|---" * (len(loads) + 1) + "|",
     ]
-    for name in FILTERED_ROWS:
+    for name in (n for n in FILTERED_ROWS if n in loads[0]["subjects"]):
         cells = [cell(r["subjects"].get(name, {"why": "not asked for"})) for r in loads]
         lines.append(f"| {HEAD_IMPLEMENTATIONS[name].label} | " + " | ".join(cells) + " |")
     note = (
         f"Head {loads[0]['head']}, bfloat16: time as a multiple of the bare exact products, then peak memory. "
-        f"{machine(content['environment'])}; {dates_and_commits(content, loads)}. Errors, ranges, versions and the "
-        "command: [docs/filtered_gradients.md](docs/filtered_gradients.md)."
+        f"{machine(content['environment'])}; {dates_and_commits(content, loads)}."
     )
     return "\n".join([*lines, "", note])
 
@@ -256,8 +255,9 @@ def sections() -> dict[str, str]:
     profiled = roofline.read(RESULTS / "profile-cpu.json")
     made = {"roofline": roofline.tables(gpu), "cpu profile": profile.table(profiled) if profiled else "not measured"}
     pairs = roofline.read(RESULTS / "long-pairs-cpu.json")
-    older = roofline.read(RESULTS / "cpu-avx2.json")
-    made["cpu avx2 head"] = families_table(older, ["head"]) if older else "not measured"
+    for name in ("amx", "avx2"):
+        other = roofline.read(RESULTS / f"cpu-{name}.json")
+        made[f"cpu {name} head"] = families_table(other, ["head"]) if other else "not measured"
     made["cpu long pairs"] = long_pairs.table(pairs) if pairs else "not measured"
     for device, content in (("cpu", cpu), ("gpu", gpu)):
         for name, families in (("head", ["head"]), ("kernels", ["tokens", "preference"]), ("step", ["training_step"])):
@@ -344,14 +344,15 @@ def texts() -> dict[Path, str]:
     path = ROOT / "docs" / "loss_types.md"
     made[path] = fill(made[path], "unpaired losses", unpaired_table())
     filtered, path = roofline.read(RESULTS / "filtered.json"), ROOT / "docs" / "filtered_gradients.md"
-    made[readme] = fill(made[readme], "benchmarks/results/filtered.json", filtered_table(filtered))
+    more = " Errors, ranges, versions and the command: [docs/filtered_gradients.md](docs/filtered_gradients.md)."
+    made[readme] = fill(made[readme], "benchmarks/results/filtered.json", filtered_table(filtered) + more)
     errors = roofline.read(RESULTS / "filtered_gradients.json")
     page = fill(path.read_text(), "filtered errors", filtered_gradients.table(errors) if errors else "not measured")
-    for name, run in {
-        "filtered head": filtered,
-        "filtered head amx": roofline.read(RESULTS / "filtered-amx.json"),
-    }.items():
-        page = fill(page, name, families_table(run, ["head"]) if run else "not measured")
+    page = fill(page, "filtered head", families_table(filtered, ["head"]) if filtered else "not measured")
+    for name in ("amx", "avx512"):
+        one = roofline.read(RESULTS / f"filtered-{name}.json")
+        page = fill(page, f"filtered {name}", filtered_table(one))
+        page = fill(page, f"filtered head {name}", families_table(one, ["head"]) if one else "not measured")
     made[path] = page
     relative, path = roofline.read(RESULTS / "relative_logits.json"), ROOT / "docs" / "relative_logits.md"
     table = relative_logits.table(relative) if relative else "not measured"

@@ -15,6 +15,7 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks import compare, long_pairs, plot, profile, roofline
+from cpo_kernels import environment
 from cpo_kernels.bench import arguments, growth, report, run, side_by_side
 from cpo_kernels.bench.arguments import PARTS
 from cpo_kernels.bench.families import FAMILIES
@@ -124,7 +125,19 @@ def test_texts_are_checked_against_results():
         plot.fill(text, "y", "new")
 
 
-def test_compare_sees_what_is_beyond_noise(results):
+def test_a_result_names_the_limits_of_its_cpu(monkeypatch):
+    for name in environment.LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    whole = environment.describe(CPU)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    limited = environment.describe(CPU)
+    assert "cpu_limits" not in whole and limited["cpu_limits"] == {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+    assert "=" not in environment.processor(whole)
+    assert ", ONEDNN_MAX_CPU_ISA=AVX512_CORE), " in environment.processor(limited)
+
+
+@pytest.mark.parametrize("instructions", ["cpu_capability", "cpu_limits"])
+def test_compare_sees_what_is_beyond_noise(instructions, results):
     assert compare.changes(results, results)[0] == []
     slower = copy.deepcopy(results)
     first = slower["workloads"][0]["subjects"]
@@ -140,7 +153,7 @@ def test_compare_sees_what_is_beyond_noise(results):
     elsewhere, fewer = compare.changes(results, slower)
     assert [c.implementation for c in elsewhere] == ["ours"] and fewer < compared
     # Other vector instructions: the floor of 16-bit workloads is another.
-    slower["environment"]["cpu_capability"] = "another"
+    slower["environment"][instructions] = "another"
     assert compare.changes(results, slower)[0] == elsewhere  # float32
     before = copy.deepcopy(results)
     for one in (before, slower):

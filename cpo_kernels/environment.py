@@ -1,6 +1,7 @@
 """Hardware, versions, date and commit that a result was measured with, for the files of `check` and `bench`."""
 
 import datetime
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# Variables by which a user keeps the kernels, oneDNN and torch from instructions that the CPU has.
+LIMITS = ("CPO_KERNELS_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 def installed(package: str) -> str:
@@ -95,10 +99,13 @@ def describe(device: torch.device, packages: Sequence[str] = (), threads: int | 
         "cuda": torch.version.cuda or "",
         "versions": {name: installed(name) or "not installed" for name in names},
     }
+    limits = {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
+    described |= {"cpu_limits": limits} if limits else {}
     return described | (gpu(device) if device.type == "cuda" else {})
 
 
 def processor(described: dict[str, Any]) -> str:
     """The CPU of `describe`, with the vector instructions that torch uses: CPUs of one name may differ in them."""
-    count = described["threads"]
-    return f"{described['cpu']} ({described['cpu_capability']}), {count} thread{'s' * (count != 1)}"
+    count, limits = described["threads"], described.get("cpu_limits", {})
+    used = ", ".join([described["cpu_capability"], *(f"{name}={value}" for name, value in limits.items())])
+    return f"{described['cpu']} ({used}), {count} thread{'s' * (count != 1)}"

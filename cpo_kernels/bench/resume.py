@@ -16,6 +16,7 @@ from cpo_kernels.bench.side_by_side import TIME_LIMIT, described
 SAME = (
     "cpu",
     "cpu_capability",
+    "cpu_limits",
     "gpu",
     "threads",
     "python",
