@@ -19,7 +19,7 @@ WORKLOAD = (
     "family", "head", "hidden", "vocab", "softcap", "groups", "responses", "length", "prompt", "dtype", "mode",
     "reference", "rows", "pairs", "objectives", "model",
 )  # fmt: skip
-INSTRUCTIONS = ("cpu_capability", "cpu_limits")
+INSTRUCTIONS = ("cpu_capability", "cpu_amx", "cpu_limits")
 HARDWARE = ("cpu", *INSTRUCTIONS, "gpu", "threads")
 
 
@@ -52,7 +52,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], int
     """Changes beyond noise, the largest first, and how many rows were compared."""
     before, after = rows(old), rows(new)
     same, same_cpu = (
-        all(old["environment"].get(k) == new["environment"].get(k) for k in keys) for keys in (HARDWARE, INSTRUCTIONS)
+        all((old["environment"].get(k) or None) == (new["environment"].get(k) or None) for k in keys)
+        for keys in (HARDWARE, INSTRUCTIONS)
     )
     found, compared = [], 0
     for key in before.keys() & after.keys():

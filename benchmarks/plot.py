@@ -170,7 +170,7 @@ def filtered_table(content: Result) -> str:
         "| " + " | ".join([rows, *(f"{r['labelled']} tokens, {r['mode']}" for r in loads)]) + " |",
         "|---" * (len(loads) + 1) + "|",
     ]
-    for name in (n for n in FILTERED_ROWS if n in loads[0]["subjects"]):
+    for name in (n for n in FILTERED_ROWS if any(n in r["subjects"] for r in loads)):
         cells = [cell(r["subjects"].get(name, {"why": "not asked for"})) for r in loads]
         lines.append(f"| {HEAD_IMPLEMENTATIONS[name].label} | " + " | ".join(cells) + " |")
     note = (
@@ -345,7 +345,8 @@ def texts() -> dict[Path, str]:
     made[path] = fill(made[path], "unpaired losses", unpaired_table())
     filtered, path = roofline.read(RESULTS / "filtered.json"), ROOT / "docs" / "filtered_gradients.md"
     more = " Errors, ranges, versions and the command: [docs/filtered_gradients.md](docs/filtered_gradients.md)."
-    made[readme] = fill(made[readme], "benchmarks/results/filtered.json", filtered_table(filtered) + more)
+    table = filtered_table(filtered) + more * bool(filtered)
+    made[readme] = fill(made[readme], "benchmarks/results/filtered.json", table)
     errors = roofline.read(RESULTS / "filtered_gradients.json")
     page = fill(path.read_text(), "filtered errors", filtered_gradients.table(errors) if errors else "not measured")
     page = fill(page, "filtered head", families_table(filtered, ["head"]) if filtered else "not measured")

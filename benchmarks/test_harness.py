@@ -132,11 +132,11 @@ def test_a_result_names_the_limits_of_its_cpu(monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
     limited = environment.describe(CPU)
     assert "cpu_limits" not in whole and limited["cpu_limits"] == {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
-    assert "=" not in environment.processor(whole)
+    assert "=" not in environment.processor(whole) and ("AMX" in environment.processor(whole)) == whole["cpu_amx"]
     assert ", ONEDNN_MAX_CPU_ISA=AVX512_CORE), " in environment.processor(limited)
 
 
-@pytest.mark.parametrize("instructions", ["cpu_capability", "cpu_limits"])
+@pytest.mark.parametrize("instructions", ["cpu_capability", "cpu_amx", "cpu_limits"])
 def test_compare_sees_what_is_beyond_noise(instructions, results):
     assert compare.changes(results, results)[0] == []
     slower = copy.deepcopy(results)

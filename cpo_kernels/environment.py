@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-# Variables by which a user keeps the kernels, oneDNN and torch from instructions that the CPU has.
-LIMITS = ("CPO_KERNELS_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+# Variables by which a user chooses the instructions of the kernels, of oneDNN (two names) and of torch.
+LIMITS = ("CPO_KERNELS_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 def installed(package: str) -> str:
@@ -65,12 +65,13 @@ def commit() -> str:
     return output_of("git", "rev-parse", "--short", "HEAD", cwd=root) + ("+" if changed else "")
 
 
-def cpu_name() -> str:
+def of_cpu(name: str) -> str:
+    """A line of /proc/cpuinfo; '' where there is none."""
     try:
         with open("/proc/cpuinfo") as info:
-            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+            return next(line.split(":")[1].strip() for line in info if line.startswith(name))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return ""
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
@@ -91,8 +92,9 @@ def describe(device: torch.device, packages: Sequence[str] = (), threads: int | 
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit() or "unknown",
         "device": device.type,
-        "cpu": cpu_name(),
+        "cpu": of_cpu("model name") or platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_amx": "amx_bf16" in of_cpu("flags").split(),
         "threads": threads or torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -107,5 +109,6 @@ def describe(device: torch.device, packages: Sequence[str] = (), threads: int | 
 def processor(described: dict[str, Any]) -> str:
     """The CPU of `describe`, with the vector instructions that torch uses: CPUs of one name may differ in them."""
     count, limits = described["threads"], described.get("cpu_limits", {})
-    used = ", ".join([described["cpu_capability"], *(f"{name}={value}" for name, value in limits.items())])
-    return f"{described['cpu']} ({used}), {count} thread{'s' * (count != 1)}"
+    used = [described["cpu_capability"], *(["AMX"] if described.get("cpu_amx") else [])]
+    used += [f"{name}={value}" for name, value in limits.items()]
+    return f"{described['cpu']} ({', '.join(used)}), {count} thread{'s' * (count != 1)}"

@@ -16,6 +16,7 @@ from cpo_kernels.bench.side_by_side import TIME_LIMIT, described
 SAME = (
     "cpu",
     "cpu_capability",
+    "cpu_amx",
     "cpu_limits",
     "gpu",
     "threads",
@@ -39,7 +40,7 @@ class Kept:
         content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
         for name in SAME if content else ():
             there, here = content["environment"].get(name), environment.get(name)
-            if there != here:
+            if (there or None) != (here or None):  # older files lack names that are false
                 raise ValueError(
                     f"--resume: {out} was measured with {name} {there}, but this is {here}: start a new file"
                 )

@@ -192,9 +192,9 @@ def live_columns(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: f
     (z, anchors), options = logits, head.options
     live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options, anchors)
     width = live.shape[1]
-    of_sets = live.sum(1)
-    counts, is_exact = of_sets.tolist(), of_sets > LIVE_LIMIT * width
-    exact = [count > LIVE_LIMIT * width for count in counts]
+    of_sets, most = live.sum(1), int(LIVE_LIMIT * width)  # compared with a float they would be rounded
+    counts, is_exact = of_sets.tolist(), of_sets > most
+    exact = [count > most for count in counts]
     if adds_by_index(head.kernels) and z.element_size() == 2:  # 7 modulo 8 columns, and tau: 16-byte rows of g
         missing = [min((7 - count) % 8, width - count) for count in counts]
         added = torch.tensor(missing, device=live.device)
@@ -211,19 +211,14 @@ def live_columns(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: f
     total = tail.sum(1)
     q = tail.div_(torch.where(total > 0, total, 1.0)[:, None]).mul_(TAIL_UNIT).to(z.dtype)  # 1 / total may be infinite
     columns = LiveColumns(places[:, 1].contiguous(), offsets, exact, q, z.shape[0], set_rows)
-    return Found(columns, row_sums, _filter_sums(head, labels, of_sets, is_exact, total, set_rows, width))
-
-
-def _filter_sums(
-    head: Head, labels: Tensor, counts: Tensor, exact: Tensor, tails: Tensor, set_rows: int, width: int
-) -> Tensor:
-    """`Found.filter_sums` from the sets' numbers of live columns, and the sums of their tails [sets]."""
-    labelled = labels.new_zeros(len(exact) * set_rows, dtype=torch.float32)
-    labelled[: len(labels)] = labels != head.options.ignore_index
-    rows = labelled.view(-1, set_rows).sum(1)
-    live = torch.where(exact, rows, rows * counts / max(1, width))
-    tail = tails.float().masked_fill(exact, 0.0) / head.options.scale
-    return torch.stack([live, tail, rows * exact]).sum(1)
+    # A row whose log-sum-exp is not finite has no part in its set's tail; its sum is NaN.
+    rows = torch.stack([(labels != options.ignore_index).to(torch.float32), (row_sums - row_sums).to(torch.float32)])
+    padded = rows.new_zeros(2, len(exact) * set_rows)
+    padded[:, : len(labels)] = rows
+    labelled, nothing = padded.view(2, -1, set_rows).sum(2)  # [sets]
+    share = torch.where(is_exact, labelled, labelled * of_sets / max(1, width))
+    tails = (total.to(torch.float32) + nothing).masked_fill(is_exact, 0.0) / options.scale
+    return Found(columns, row_sums, torch.stack([share, tails, labelled * is_exact]).sum(1))
 
 
 def live_sets(

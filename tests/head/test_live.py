@@ -442,6 +442,43 @@ def test_shares_are_means_over_labelled_rows(filter_head_grad, train_head):
     assert live.double().mean() < LIVE_LIMIT and got == pytest.approx([float(w) for w in want], rel=1e-4)
 
 
+@pytest.mark.parametrize("filter_head_grad", [True, False])
+def test_the_default_dtype_does_not_count(filter_head_grad):
+    """301 columns of 600 are too many; as a bfloat16 number they would be 300."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.05 * torch.randn(600, 16, generator=generator)
+    weight[:, :2], weight[:301, 0], weight[5, 1] = 0.0, 3.0, 3.0
+    hidden = 0.1 * torch.randn(256, 16, generator=generator)
+    hidden[:, :2] = 0.0
+    hidden[:128, 0], hidden[128:, 1] = 2.0, 6.0
+    labels = torch.full((256,), 5)
+    labels[:128] = 0
+    made = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        loss_fn = cpo.FusedLinearCPOLoss(filter_eps=1e-3, filter_head_grad=filter_head_grad)
+        torch.set_default_dtype(dtype)
+        try:
+            out = loss_fn(leaves[0].view(2, 128, 16), leaves[1], labels.view(2, 128), ref_logps=torch.zeros(2).float())
+            out.loss.backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        made.append((shares(out), *(leaf.grad for leaf in leaves)))
+    assert made[0][0] == made[1][0] and made[0][0][2] == 0.5
+    assert all(torch.equal(a, b) for a, b in zip(made[0][1:], made[1][1:], strict=True))
+
+
+def test_the_tail_of_a_row_that_is_not_finite():
+    leaves, labels = rows(64)
+    hidden = leaves[0].detach().clone()
+    hidden[40, 0] = torch.nan
+    loss_fn = cpo.FusedLinearCPOLoss(filter_eps=0.02)
+    hidden = hidden.requires_grad_().view(2, 32, HIDDEN)
+    out = loss_fn(hidden, leaves[1].detach(), labels.view(2, 32), ref_logps=torch.zeros(2))
+    live, tail, exact = shares(out)
+    assert out.loss.isnan() and math.isnan(tail) and 0 < live < 1 and exact == 0
+
+
 def test_no_shares_where_nothing_is_filtered():
     leaves, labels = rows(20)
     hidden, weight, labels = leaves[0].view(2, 10, HIDDEN), leaves[1], labels.view(2, 10)
