@@ -83,6 +83,8 @@ def test_pairs_of_a_file_pass_through_the_tokenizer(tmp_path, monkeypatch):
     groups = training_step.token_groups(workload)
     assert [(len(prompt), [len(r) for r in responses]) for prompt, responses in groups] == [(2, [2, 2]), (1, [3, 2])]
     assert (workload.prompt_tokens, workload.completion_tokens) == (3, 9)
+    rows = Head("given", 8, 16, groups=2, length=4, prompt=3, rows="real", model="given", data=str(file))
+    assert (rows.labelled, rows.largest_group) == (9, 5) and replace(rows, rows="random").largest_group == 2
     with pytest.raises(ValueError, match="has 3 pairs with a prompt of at most 3 tokens, but 4 are needed"):
         training_step.token_groups(replace(workload, groups=4))
     with pytest.raises(ValueError, match="needs a model with a tokenizer, and responses=2"):

@@ -19,9 +19,8 @@ from cpo_kernels.bench.workload import Head
 
 def plan(w: Head, device: torch.device) -> str:
     """The plan of `FusedLinearCPOLoss` for it."""
-    group, trains = w.labelled // w.groups, w.mode == "trainable"
-    dtype, wants_dx = getattr(torch, w.dtype), w.mode != "forward"
-    keys: dict[str, Any] = dict(train_hidden=wants_dx, train_head=trains, group_tokens=group)
+    dtype, wants_dx, trains = getattr(torch, w.dtype), w.mode != "forward", w.mode == "trainable"
+    keys: dict[str, Any] = dict(train_hidden=wants_dx, train_head=trains, group_tokens=w.largest_group)
     return str(cpo.explain(w.labelled, w.hidden, w.vocab, dtype, device, **keys))
 
 

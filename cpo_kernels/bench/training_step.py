@@ -56,6 +56,11 @@ class TrainingStep:
         return sum(len(r) for _, responses in token_groups(self) for r in responses)
 
     @property
+    def largest_group(self) -> int:
+        """Tokens of the responses to one prompt, at most."""
+        return max(sum(len(r) for r in responses) for _, responses in token_groups(self))
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of distinct prompts."""
         return sum(len(prompt) for prompt, _ in token_groups(self))

@@ -59,6 +59,13 @@ class Head:
         return self.sequences * (self.length - self.prompt)
 
     @property
+    def largest_group(self) -> int:
+        """Labelled tokens of one prompt's responses, at most."""
+        if self.rows == "real":
+            return self.text.largest_group
+        return self.responses * (self.length - self.prompt)
+
+    @property
     def text(self) -> TrainingStep:
         """The pairs of real rows."""
         return TrainingStep(self.model, self.groups, 2, self.length, self.prompt, "float32", self.data)
