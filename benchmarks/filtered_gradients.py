@@ -8,6 +8,7 @@ two of a pair. Errors are norms of differences over norms, rms over the batches.
 
     exact            the library's exact gradients in that dtype: logits, g and results are rounded. Logits made again
                      (trainable) take the upstream gradients into g; dX of a frozen head is rounded with them once more
+    auto             filter_eps="auto" with exact dW, and with a frozen head
     filtered         filter_eps=2^-k, filter_head_grad=True; 2^-15.25 is "auto" in bfloat16
     kept, dropped    what a threshold costs by itself: g rounded to the dtype, in float32 products, sets of so many
                      rows; the tail as one rank-one term a set, or left out as Cut Cross Entropy leaves out tiles
@@ -117,6 +118,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, progress: Callable[[in
         add("exact", {}, library_grads(x, w, labels, upstream), truth, tokens=len(labels))
         add("exact, frozen", {}, library_grads(x, w, labels, upstream, train=False), truth)
         add("auto, frozen", {}, library_grads(x, w, labels, upstream, train=False, filter_eps="auto"), truth)
+        add("auto", {}, library_grads(x, w, labels, upstream, filter_eps="auto"), truth)
         for power in OF_LIBRARY:
             options = {"filter_eps": 2.0**-power, "filter_head_grad": True}
             add(f"filtered, 2^-{power}", {}, library_grads(x, w, labels, upstream, **options), truth)
@@ -150,6 +152,7 @@ def table(content: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|",
             f"| exact, trainable head | 100% | | {exact['dx']:.2e} | {exact['dw']:.2e} | | |",
             f"| exact, frozen head | 100% | | {named['exact, frozen']['dx']:.2e} | | | |",
+            f'| `filter_eps="auto"`, trainable head | | | {named["auto"]["dx"]:.2e} | {named["auto"]["dw"]:.2e} | | |',
             f'| `filter_eps="auto"`, frozen head | | | {named["auto, frozen"]["dx"]:.2e} | | | |',
         ]
         for power in OF_LIBRARY:

@@ -28,12 +28,13 @@ def is_batched(*grads: Tensor) -> bool:
     return any(is_legacy_batchedtensor(grad) or is_batchedtensor(grad) for grad in grads)
 
 
-def multiply(values: Tensor, factor: Tensor) -> Tensor:
-    """values [n, H] * factor, [n, 1] or a single number, in the dtype of `values`: multiplied in float32 (float64 for
-    float64) and rounded once. Not differentiable."""
+def multiply(values: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """values [n, H] * factor, [n, 1] or a single number, in `dtype`, by default that of `values`: multiplied in float32
+    (float64 for float64) and rounded once. Not differentiable."""
+    dtype = dtype or values.dtype
     if torch.compiler.is_compiling() or is_batched(factor):
-        return (values * factor.to(library.acc_dtype(values.dtype))).to(values.dtype)
-    made, factors = torch.empty_like(values), factor.view(-1, 1)
+        return (values * factor.to(library.acc_dtype(values.dtype))).to(dtype)
+    made, factors = torch.empty_like(values, dtype=dtype), factor.view(-1, 1)
     if values.device.type != "cpu":
         return torch.mul(values, factors, out=made)  # one pass, no float32 copy
     for low, high in chunks(len(values), max(1, BLOCK * len(values) // max(1, values.numel()))):
@@ -42,9 +43,9 @@ def multiply(values: Tensor, factor: Tensor) -> Tensor:
     return made
 
 
-def scale_rows(dx: Tensor, coef: Tensor) -> Tensor:
-    """Row t of dx times coef_t."""
-    return multiply(dx, coef[:, None])
+def scale_rows(dx: Tensor, coef: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Row t of dx times coef_t, in `dtype`, by default that of dx."""
+    return multiply(dx, coef[:, None], dtype)
 
 
 def restore(value: Tensor, factor: Tensor) -> Tensor:

@@ -95,6 +95,12 @@ class Execution(NamedTuple):
         limit = self.limits.sum.of(count) if adds_dw else self.limits.chunk
         return whole_sets(count, limit, self.set_rows if self.filter_eps else 0)
 
+    def dx_dtype(self, weight: Tensor) -> torch.dtype:
+        """Of a filtered dX whose coefficients are not known yet: float32 where the CPU's own matmuls compute it, so
+        that it is rounded once, after the multiplication by them."""
+        own = self.filter_eps > 0 and dispatch.own_matmuls(self.backend.kernels(weight), weight) is not None
+        return library.acc_dtype(weight.dtype) if own else weight.dtype
+
     def head(self, tensors: HeadTensors, labels: Tensor, options: HeadOptions, max_rows: int) -> "Head":
         """labels: of all rows, of which chunks are computed."""
         kernels = self.backend.kernels(tensors.weight)

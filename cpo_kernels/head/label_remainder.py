@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cpo_kernels.backends.vocab_parallel import columns_here, columns_of, logit_and_slope
 from cpo_kernels.head.inputs import Head, Logits
-from cpo_kernels.head.matmul import add_product, product
+from cpo_kernels.head.matmul import add_product
 from cpo_kernels.head.relative import rows_at_a_time
 
 
@@ -46,20 +46,24 @@ def add_remainder(head: Head, labels: Tensor, e: Tensor, dx: Tensor) -> None:
 
 
 def product_dx(head: Head, g: Logits, labels: Tensor, logp: Tensor, coef: Tensor, out: Tensor) -> None:
-    """out [n, H] = the gradient of sum_t coef_t logp_t over one chunk, rounded once; arguments as above.
+    """out [n, H] = the gradient of sum_t coef_t logp_t over one chunk, rounded once, if to 16 bit; arguments as above.
 
     Rows of the weight that are padding may hold anything.
     """
     _, _, count = columns_here(head.kernels, head.options.vocab_size)
     z, weight = g.z[:, :count], head.weight[:count]
     if g.anchors is None:
-        product(z, weight, out)
+        add_product(out, z, weight, first=True)
         return
     e, column = label_remainder(head, g, labels, logp, coef)
     product_from(weight, column, e, z, weight, out)
 
 
 def product_from(weight: Tensor, column: Tensor, e: Tensor, a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out [n, H] = e_t w_{column_t} + a b, rounded once; e and column [n]."""
-    torch.index_select(weight, 0, column, out=out).mul_(e[:, None].to(out.dtype))
+    """out [n, H], in the dtype of a or in float32, = e_t w_{column_t} + a b, rounded once; e and column [n]."""
+    if out.dtype == weight.dtype:
+        torch.index_select(weight, 0, column, out=out)
+    else:
+        out.copy_(weight.index_select(0, column))
+    out.mul_(e[:, None].to(out.dtype))
     add_product(out, a, b, first=False)

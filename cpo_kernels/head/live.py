@@ -282,18 +282,19 @@ class DxPart(NamedTuple):
     sets: LiveSets
     dx: Tensor  # [n, H], where they go
     coef: Tensor | None  # [n], factors of the rows; None for 1
-    sums: Tensor | None = None  # [n, H] in float32, the products with the live columns, if they are computed by then
+    sums: Tensor | None = None  # [n, H] in float32, the products with the live columns, if they are computed; or dx
     tau: Tensor | None = None  # [n]; sets.g and sets.columns are then empty
 
     @property
     def held(self) -> int:
         """Elements of 16 bit."""
-        return self.sets.g.numel() + self.sets.tail.numel() + (0 if self.sums is None else 2 * self.sums.numel())
+        apart = self.sums is not None and self.sums is not self.dx
+        return self.sets.g.numel() + self.sets.tail.numel() + 2 * apart * self.dx.numel()
 
 
 class LiveDx:
-    """Computes dX [n, H] of the sum of the log-probs for all sets given to `add`, except for rows of exact sets.
-    num_rows: n, or more.
+    """Computes dX [n, H] of the sum of the log-probs for all sets given to `add`, except for rows of exact sets, in the
+    head's dtype or in `Execution.dx_dtype`. num_rows: n, or more.
 
     q^T W reads the whole weight: it takes 6 ms for 2 sets and 7 ms for 11 (V = 49,152, H = 576, one core). So `write`
     runs once for several chunks, when what is held for it is as large as a chunk of logits, or HELD. The CPU's own
@@ -337,13 +338,14 @@ class LiveDx:
         if self.own:
             args = *sets.places, sets.set_rows, self.head.weight, sets.label_columns, sets.label_grads
             count, width = sets.tail.shape
-            if not self.sums.numel():
-                self.sums = dx.new_empty((self.num_rows, dx.shape[1]), dtype=library.acc_dtype(dx.dtype))
-                self.tails = dx.new_empty((-(-self.num_rows // sets.set_rows), width))
+            if not self.tails.numel():
+                self.tails = sets.tail.new_empty((-(-self.num_rows // sets.set_rows), width))
+            if not self.sums.numel() and dx.dtype != torch.float32:
+                self.sums = dx.new_empty((self.num_rows, dx.shape[1]), dtype=torch.float32)
             if self.held_sets + count > len(self.tails):  # chunks that are no whole number of sets have more in all
                 self.write()
             low, first = sum(part.sets.num_rows for part in self.parts), self.held_sets
-            sums = self.sums[low : low + sets.num_rows]
+            sums = dx if dx.dtype == torch.float32 else self.sums[low : low + sets.num_rows]
             all_rows = sets.num_rows == self.num_rows  # then the part's own tails are one block
             tail = sets.tail if all_rows else self.tails[first : first + count].copy_(sets.tail)
             self.own.live_sums_(*args, sums)
@@ -382,7 +384,10 @@ class LiveDx:
                 continue
             rows = part.sets.rows(k)
             dx = part.sums[rows].addr_(part.tau[rows], means[k].to(part.sums.dtype))
-            part.dx[rows] = dx if part.coef is None else dx.mul_(part.coef[rows, None])
+            if part.coef is not None:
+                dx.mul_(part.coef[rows, None])
+            if part.sums is not part.dx:
+                part.dx[rows] = dx
 
     def by_index(self, sets: LiveSets, means: Tensor, dx: Tensor, coef: Tensor | None) -> None:
         kernels: Any = self.head.kernels

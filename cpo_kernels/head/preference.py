@@ -18,7 +18,7 @@ from torch import Tensor
 from cpo_kernels import library
 from cpo_kernels.batch_plan import Layout, Part, PlanTensors, Tables, to_device
 from cpo_kernels.head.chunk import Chunk
-from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scaled_grads
+from cpo_kernels.head.grads import HeadGrads, WeightGrad, fake_head_grads, scale_rows, scaled_grads
 from cpo_kernels.head.inputs import Execution, Head, HeadTensors, Needs, RowLogps, Rows, gather_rows, labelled_index
 from cpo_kernels.head.live import LiveDx, filtered_chunk, no_sums, over_shards
 from cpo_kernels.head.recompute import second_pass
@@ -230,7 +230,9 @@ def _deferred(batch: _Batch) -> LinearPreference:
 def _two_pass(batch: _Batch) -> LinearPreference:
     rows, execution, parts = batch.rows, batch.execution, batch.layout.row_chunks
     filtered, filter_sums = execution.filter_eps > 0 and batch.needs.dx, no_sums(rows.x)
-    dx = torch.empty_like(rows.x) if filtered else rows.x.new_empty(0)
+    dx = rows.x.new_empty(0)
+    if filtered:
+        dx = torch.empty_like(rows.x, dtype=execution.dx_dtype(batch.head.weight))
     chunks: list[RowLogps] = []
     live_dx = LiveDx(batch.head, rows.x.shape[0])
     for p in parts:
@@ -245,6 +247,8 @@ def _two_pass(batch: _Batch) -> LinearPreference:
     result, seq_logps, coef = batch.loss(0, logps)
     needs = batch.needs._replace(dx=batch.needs.dx and not filtered)
     grads = second_pass(batch.head, rows.x, rows.labels, logps.lse, logps.lacks, coef, needs)
+    if filtered and dx.dtype != rows.x.dtype:
+        dx, coef = scale_rows(dx, coef, rows.x.dtype), torch.ones_like(coef)
     grads = grads._replace(dx=dx, coef=coef) if filtered else grads
     return LinearPreference(result, seq_logps, filter_sums, grads)
 

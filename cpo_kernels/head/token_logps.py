@@ -57,7 +57,7 @@ class TokenArgs(NamedTuple):
 
 class HeadLogps(NamedTuple):
     logps: RowLogps  # at all positions
-    dx: Tensor  # [M, H] for an incoming gradient of 1, or [0]
+    dx: Tensor  # [M, H] for an incoming gradient of 1, in `Execution.dx_dtype`, or [0]
     filter_sums: Tensor  # [3] of `Found.filter_sums`; 0 without a filter
     kept: Tensor  # [n, V] the logits of all rows, or [0, V]
     live: LiveTensors
@@ -66,7 +66,9 @@ class HeadLogps(NamedTuple):
 def _fake_forward(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     hidden = tensors.hidden
     logp, lse, extra = fake_token_logps(hidden, args.extras)
-    dx = hidden.new_empty(hidden.shape if args.want_dx else 0)
+    dx = hidden.new_empty(0)
+    if args.want_dx:
+        dx = torch.empty_like(hidden, dtype=args.execution.dx_dtype(tensors.weight))
     live = fake_live_tensors(hidden) if args.keep_live else no_live_tensors(hidden)
     lacks = logp.new_empty(logp.shape if is_relative(hidden.dtype) else 0)
     logps = RowLogps(logp, lse, extra, logp.new_empty(args.ref_hidden.shape[0]), lacks)
@@ -85,7 +87,9 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
         max_rows = max(max_rows, min(2 * count, execution.limits.chunk))
     whole = args.execution.head(tensors, rows.labels, args.options, max_rows)
     ref_x = rows.gather(args.ref_hidden) if shared else None
-    dx = torch.empty_like(rows.x) if args.want_dx else rows.x.new_empty(0)
+    dx = rows.x.new_empty(0)
+    if args.want_dx:
+        dx = torch.empty_like(rows.x, dtype=execution.dx_dtype(tensors.weight))
     parts: list[RowLogps] = []
     filtered = execution.filter_eps > 0 and (args.want_dx or args.keep_live)
     filter_sums, live, live_dx = no_sums(rows.x), KeptSets(rows.x, count), LiveDx(whole, count)
@@ -191,7 +195,7 @@ class LinearTokenLogps(torch.autograd.Function):
         tensors = HeadTensors(hidden, weight, bias, labels)
         logps, dx, filter_sums, kept, live = linear_token_logps_op(tensors, args)
         ctx.args = args.options, args.execution, args.keep_live
-        ctx.made_dx, ctx.extras = args.want_dx, args.extras
+        ctx.made_dx, ctx.extras, ctx.dtype = args.want_dx, args.extras, hidden.dtype
         ctx.kept = _Kept(kept) if kept.shape[0] else None
         entropy, extra = split_entropy(logps.extra)
         for_head = (hidden, weight, bias, args.row_index, logps.lse, logps.lacks, entropy, *live)
@@ -215,7 +219,7 @@ class LinearTokenLogps(torch.autograd.Function):
         needs, made = Needs(*ctx.needs_input_grad[:3]), ctx.made_dx and of_entropy is None
         grads: list[Tensor | None] = [None, None, None]
         if needs.dx and made and grad is not None:
-            grads[0] = scale_rows(made_dx, grad)
+            grads[0] = scale_rows(made_dx, grad, ctx.dtype)
         if needs.head or not made:
             options, execution, from_live = ctx.args
             needs = needs._replace(dx=needs.dx and not made)
