@@ -203,9 +203,9 @@ def tail_dropped() -> Any:
     """The live columns only, as Cut Cross Entropy's filter keeps them: q is 0."""
     whole = live.live_columns
 
-    def without(*args: Any) -> tuple[live.LiveColumns, Tensor]:
-        found, row_sums = whole(*args)
-        return replace(found, tail=torch.zeros_like(found.tail)), row_sums
+    def without(*args: Any) -> live.Found:
+        found = whole(*args)
+        return found._replace(columns=replace(found.columns, tail=torch.zeros_like(found.columns.tail)))
 
     return patch.object(live, "live_columns", without)
 

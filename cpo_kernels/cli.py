@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
 from cpo_kernels import __version__
@@ -122,15 +122,16 @@ def parser() -> Parser:
     )
     add("--filter-eps", type=eps, metavar="EPS", help="threshold of filtered gradients: a number or auto")
     add("--filter-head-grad", action="store_true", help="with --filter-eps: also filter the gradient of the head")
-    add(
-        "--live-share", type=float, default=0.19, metavar="L", help="assumed share of live columns; default %(default)s"
-    )
+    add("--live-share", type=float, metavar="L", help="with --filter-eps: assumed share of live columns; default 0.19")
     add("--memory-budget", type=float, metavar="MIB", help="memory of one chunk of logits; default: by device")
     return made
 
 
 def eps(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"must be auto or a number in (0, 1), such as 6e-5, got {text!r}") from None
 
 
 def run(args: Namespace) -> int:
@@ -143,8 +144,10 @@ def run(args: Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     shape = args.rows, args.hidden, args.vocab
     keys = {"loss": args.loss, "group_tokens": args.group_tokens, "memory_budget": budget}
-    filters = {name: getattr(args, name) for name in ("filter_eps", "filter_head_grad", "live_share")}
-    keys |= {**filters, **trained}
+    if args.live_share is not None and args.filter_eps is None:
+        raise ValueError(f"--live-share {args.live_share:g} counts only with --filter-eps: also give that")
+    share = {} if args.live_share is None else {"live_share": args.live_share}
+    keys |= {"filter_eps": args.filter_eps, "filter_head_grad": args.filter_head_grad, **share, **trained}
     print(explain(*shape, dtype, args.device, **keys))
     return 0
 

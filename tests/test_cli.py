@@ -468,6 +468,11 @@ def test_explain(flags, capsys):
     assert main(["explain", "512", "896", "0"]) == 2 and "vocab_size >= 1" in capsys.readouterr().err
     assert main(["explain", "512", "896", "9", "--filter-head-grad"]) == 2
     assert "filter_head_grad=True requires filter_eps" in capsys.readouterr().err
+    assert main(["explain", "512", "896", "9", "--live-share", "0.3"]) == 2
+    assert "--live-share 0.3 counts only with --filter-eps: also give that" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["explain", "512", "896", "9", "--filter-eps", "2**-14"])
+    assert "must be auto or a number in (0, 1), such as 6e-5, got '2**-14'" in capsys.readouterr().err
 
 
 def test_warnings_of_other_packages_are_quiet(monkeypatch, recwarn):

@@ -83,11 +83,10 @@ def check_filter(filter_eps: float | str | None, filter_head_grad: bool) -> None
         raise ValueError("filter_head_grad=True requires filter_eps: set it to a number or 'auto'")
     if filter_eps is None or filter_eps == "auto":
         return
-    if isinstance(filter_eps, str):
-        raise ValueError(f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps!r}")
-    check_types("a number", filter_eps=filter_eps)
-    if not 0.0 < filter_eps < 1.0:
-        raise ValueError(f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps}")
+    is_number = isinstance(filter_eps, (int, float)) and not isinstance(filter_eps, bool)
+    if not is_number or not 0.0 < filter_eps < 1.0:
+        kind = ValueError if is_number or isinstance(filter_eps, str) else TypeError
+        raise kind(f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps!r}")
 
 
 def resolve_filter(filter_eps: float | str | None, filter_head_grad: bool, dtype: torch.dtype) -> float:
