@@ -327,10 +327,11 @@ def explain(
             waiting = plan.chunk_rows if waits else num_tokens
             turn = whole_sets(plan.chunk_rows, piece if waits else few, set_rows)
             turn = min(turn, set_rows * sets_at_a_time()) if own else turn
-            apart = 2 * hidden_size * waits
+            in_place = strategy in ("kept", "recompute", "two_pass")  # sums of dX: see `Execution.dx_dtype`
+            apart = 0 if in_place else 2 * hidden_size
             wait = q + (apart if own else live)  # see `DxPart`
             held = min(waiting * wait, min(plan.chunk_rows * vocab_size, HELD_SUMS if own else HELD) + turn * wait)
-            held += own * (turn * live + num_tokens * hidden_size * (not waits))  # `Execution.dx_dtype`
+            held += own * (turn * live + num_tokens * hidden_size * in_place)
         plan = replace(plan, products=products, extra_bytes=plan.extra_bytes + round(held * dtype.itemsize))
     if strategy == "kto" and group > limit:
         plan = replace(plan, products=plan.products + 1)
