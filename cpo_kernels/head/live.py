@@ -408,13 +408,15 @@ class LiveDx:
             rows, weights = sets.rows(k), buffer[: len(columns) + 1]  # W_A, and the mean of the other rows
             torch.index_select(weight, 0, columns, out=weights[:-1])
             weights[-1] = means[k]
+            # With coefficients in float32 until they are multiplied, so that it is rounded once.
+            out = dx[rows] if coef is None else dx.new_empty(dx[rows].shape, dtype=library.acc_dtype(dx.dtype))
             if sets.label_grads.numel():  # with what the rounding of the labels' g takes away
                 lost = sets.label_grads[rows] - sets.label_grads[rows].to(weight.dtype)
-                product_from(weight, sets.label_columns[rows].clamp(min=0), lost, live, weights, dx[rows])
+                product_from(weight, sets.label_columns[rows].clamp(min=0), lost, live, weights, out)
             else:
-                product(live, weights, dx[rows])
+                add_product(out, live, weights, first=True)
             if coef is not None:
-                dx[rows] = scale_rows(dx[rows], coef[rows])
+                dx[rows] = scale_rows(out, coef[rows], dx.dtype)
 
 
 def take_sets(

@@ -63,7 +63,7 @@ def op_samples(impl):
     yield preference.preference_op, (torch.randn(4), *preference_args(batch, torch.float32), impl)
     for filtered in (False, True):
         where = execution(16)._replace(filter_eps=0.05 * filtered, filter_head_grad=filtered)
-        args = head_token_logps.TokenArgs(none, hidden + 1, options, True, True, 0, filtered, where)
+        args = head_token_logps.TokenArgs(none, hidden + 1, options, True, True, True, 0, filtered, where)
         yield head_token_logps.linear_token_logps_op, (tensors, args)
         out = head_token_logps.linear_token_logps_op(tensors, args)
         grad = torch.randn_like(lse)
@@ -85,16 +85,20 @@ def op_samples(impl):
     for limit in (1000, 4):
         args = kto.LinearKTOArgs(unpaired, batch.lengths(), empty, True, -1.0, options, needs, execution(limit))
         yield kto.linear_kto_op, (tensors, args)
+    rounded = tensors._replace(**{name: getattr(tensors, name).bfloat16() for name in ("hidden", "weight", "bias")})
+    where = execution(16)._replace(filter_eps=0.05)  # dX may wait in float32
+    args = head_token_logps.TokenArgs(none, rounded.hidden[:0, 0], options, False, True, True, 0, False, where)
+    yield head_token_logps.linear_token_logps_op, (rounded, args)
 
 
 @pytest.mark.parametrize("impl", EVERY_BACKEND)
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(15))
 def test_opcheck(index, impl):
     op, args = list(op_samples(impl))[index]
     opcheck(op.overload, library.flatten(args))
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(15))
 def test_a_fake_has_the_bundles_of_the_op(index):
     """Arguments and results are the same NamedTuples through the op, its fake and torch.compile."""
     op, args = list(op_samples("cpu"))[index]
