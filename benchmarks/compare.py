@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpo_kernels.bench.report import title
+from cpo_kernels.environment import differing
 
 LEAST = 1.03
 WORKLOAD = (
@@ -51,10 +52,7 @@ def measure(row: dict[str, Any], by_ratio: bool) -> tuple[float, float, float]:
 def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], int]:
     """Changes beyond noise, the largest first, and how many rows were compared."""
     before, after = rows(old), rows(new)
-    same, same_cpu = (
-        all((old["environment"].get(k) or None) == (new["environment"].get(k) or None) for k in keys)
-        for keys in (HARDWARE, INSTRUCTIONS)
-    )
+    same, same_cpu = (not differing(old["environment"], new["environment"], k) for k in (HARDWARE, INSTRUCTIONS))
     found, compared = [], 0
     for key in before.keys() & after.keys():
         what, implementation, row = after[key]

@@ -249,6 +249,10 @@ def measured_growth(content: Result) -> list[Result]:
     return [g for g in content.get("growth", ()) if any(seen["time"] for seen in g["seen"].values())]
 
 
+def head_table(content: Result) -> str:
+    return families_table(content, ["head"]) if content else "not measured"
+
+
 def sections() -> dict[str, str]:
     """Name of a table in docs/performance.md -> its text."""
     cpu, gpu = roofline.read(RESULTS / "cpu.json"), gpu_results()
@@ -256,8 +260,7 @@ def sections() -> dict[str, str]:
     made = {"roofline": roofline.tables(gpu), "cpu profile": profile.table(profiled) if profiled else "not measured"}
     pairs = roofline.read(RESULTS / "long-pairs-cpu.json")
     for name in ("amx", "avx2"):
-        other = roofline.read(RESULTS / f"cpu-{name}.json")
-        made[f"cpu {name} head"] = families_table(other, ["head"]) if other else "not measured"
+        made[f"cpu {name} head"] = head_table(roofline.read(RESULTS / f"cpu-{name}.json"))
     made["cpu long pairs"] = long_pairs.table(pairs) if pairs else "not measured"
     for device, content in (("cpu", cpu), ("gpu", gpu)):
         for name, families in (("head", ["head"]), ("kernels", ["tokens", "preference"]), ("step", ["training_step"])):
@@ -349,11 +352,11 @@ def texts() -> dict[Path, str]:
     made[readme] = fill(made[readme], "benchmarks/results/filtered.json", table)
     errors = roofline.read(RESULTS / "filtered_gradients.json")
     page = fill(path.read_text(), "filtered errors", filtered_gradients.table(errors) if errors else "not measured")
-    page = fill(page, "filtered head", families_table(filtered, ["head"]) if filtered else "not measured")
+    page = fill(page, "filtered head", head_table(filtered))
     for name in ("amx", "avx512"):
         one = roofline.read(RESULTS / f"filtered-{name}.json")
         page = fill(page, f"filtered {name}", filtered_table(one))
-        page = fill(page, f"filtered head {name}", families_table(one, ["head"]) if one else "not measured")
+        page = fill(page, f"filtered head {name}", head_table(one))
     made[path] = page
     relative, path = roofline.read(RESULTS / "relative_logits.json"), ROOT / "docs" / "relative_logits.md"
     table = relative_logits.table(relative) if relative else "not measured"

@@ -106,6 +106,11 @@ def describe(device: torch.device, packages: Sequence[str] = (), threads: int | 
     return described | (gpu(device) if device.type == "cuda" else {})
 
 
+def differing(a: dict[str, Any], b: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of `names` that differ between two of `describe`. Older files lack some that are false."""
+    return [name for name in names if (a.get(name) or None) != (b.get(name) or None)]
+
+
 def processor(described: dict[str, Any]) -> str:
     """The CPU of `describe`, with the vector instructions that torch uses: CPUs of one name may differ in them."""
     count, limits = described["threads"], described.get("cpu_limits", {})

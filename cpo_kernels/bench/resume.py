@@ -12,6 +12,7 @@ import torch
 from cpo_kernels.bench import growth
 from cpo_kernels.bench.growth import Growth
 from cpo_kernels.bench.side_by_side import TIME_LIMIT, described
+from cpo_kernels.environment import differing
 
 SAME = (
     "cpu",
@@ -38,12 +39,9 @@ class Kept:
         if out is None:
             raise ValueError("--resume continues a file: give --out FILE")
         content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-        for name in SAME if content else ():
+        for name in differing(content["environment"], environment, SAME) if content else ():
             there, here = content["environment"].get(name), environment.get(name)
-            if (there or None) != (here or None):  # older files lack names that are false
-                raise ValueError(
-                    f"--resume: {out} was measured with {name} {there}, but this is {here}: start a new file"
-                )
+            raise ValueError(f"--resume: {out} was measured with {name} {there}, but this is {here}: start a new file")
         return cls(content)
 
     def workload(self, wanted: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:

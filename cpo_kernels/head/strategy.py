@@ -83,11 +83,11 @@ def check_filter(filter_eps: float | str | None, filter_head_grad: bool) -> None
         raise ValueError("filter_head_grad=True requires filter_eps: set it to a number or 'auto'")
     if filter_eps is None or filter_eps == "auto":
         return
-    is_text = isinstance(filter_eps, str)
-    number = None if is_text or isinstance(filter_eps, bool) or not isinstance(filter_eps, (int, float)) else filter_eps
-    if number is None or not 0.0 < number < 1.0:
-        kind = TypeError if number is None and not is_text else ValueError
-        raise kind(f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps!r}")
+    message = f"filter_eps must be None, 'auto' or a number in (0, 1), got {filter_eps!r}"
+    if isinstance(filter_eps, bool) or not isinstance(filter_eps, (int, float, str)):
+        raise TypeError(message)
+    if isinstance(filter_eps, str) or not 0.0 < filter_eps < 1.0:
+        raise ValueError(message)
 
 
 def resolve_filter(filter_eps: float | str | None, filter_head_grad: bool, dtype: torch.dtype) -> float:

@@ -58,24 +58,27 @@ class TokenArgs(NamedTuple):
 
 class HeadLogps(NamedTuple):
     logps: RowLogps  # at all positions
-    dx: Tensor  # [M, H] for an incoming gradient of 1, or [0]; see `_dx_dtype`
+    dx: Tensor  # [M, H] for an incoming gradient of 1, or [0]; see `_empty_dx`
     filter_sums: Tensor  # [3] of `Found.filter_sums`; 0 without a filter
     kept: Tensor  # [n, V] the logits of all rows, or [0, V]
     live: LiveTensors
 
 
-def _dx_dtype(tensors: HeadTensors, args: TokenArgs) -> torch.dtype:
-    """Beside a frozen head, whose exact dX is rounded twice too, float32 at all positions would be most of the memory:
-    3,202 labelled rows of 8,192 took 69 MiB beyond gradients in place of 58 (exact 63)."""
-    return args.execution.dx_dtype(tensors.weight) if args.trains_head else tensors.hidden.dtype
+def _empty_dx(x: Tensor, weight: Tensor, args: TokenArgs) -> Tensor:
+    """dX of the rows x [n, H], not yet written, or [0].
+
+    In `Execution.dx_dtype`, but beside a frozen head in 16 bit: its exact dX is rounded twice too, and float32 at all
+    positions would be most of the memory (3,202 labelled rows of 8,192 took 69 MiB beyond gradients in place of 58).
+    """
+    if not args.want_dx:
+        return x.new_empty(0)
+    return torch.empty_like(x, dtype=args.execution.dx_dtype(weight) if args.trains_head else x.dtype)
 
 
 def _fake_forward(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     hidden = tensors.hidden
     logp, lse, extra = fake_token_logps(hidden, args.extras)
-    dx = hidden.new_empty(0)
-    if args.want_dx:
-        dx = torch.empty_like(hidden, dtype=_dx_dtype(tensors, args))
+    dx = _empty_dx(hidden, tensors.weight, args)
     live = fake_live_tensors(hidden) if args.keep_live else no_live_tensors(hidden)
     lacks = logp.new_empty(logp.shape if is_relative(hidden.dtype) else 0)
     logps = RowLogps(logp, lse, extra, logp.new_empty(args.ref_hidden.shape[0]), lacks)
@@ -94,9 +97,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
         max_rows = max(max_rows, min(2 * count, execution.limits.chunk))
     whole = args.execution.head(tensors, rows.labels, args.options, max_rows)
     ref_x = rows.gather(args.ref_hidden) if shared else None
-    dx = rows.x.new_empty(0)
-    if args.want_dx:
-        dx = torch.empty_like(rows.x, dtype=_dx_dtype(tensors, args))
+    dx = _empty_dx(rows.x, tensors.weight, args)
     parts: list[RowLogps] = []
     filtered = execution.filter_eps > 0 and (args.want_dx or args.keep_live)
     filter_sums, live, live_dx = no_sums(rows.x), KeptSets(rows.x, count), LiveDx(whole, count)

@@ -461,6 +461,38 @@ def test_a_filtered_dx_is_rounded_once(flat):
     assert relative_error(made[0].float(), made[1].float()) < 3e-3
 
 
+@pytest.mark.skipif(not dispatch.cpu_multiplies_bf16(), reason="needs a CPU with AVX512_BF16")
+def test_a_filtered_dx_of_linked_pairs_is_rounded_once():
+    """`two_pass` knows the coefficients only after dX: it is that of log-probs whose gradient are these."""
+    leaves, labels = rows(96, flat=slice(0))
+    labels = torch.where(labels == -100, 1, labels).view(3, 32)
+    hidden, weight = (leaf.detach().bfloat16() for leaf in leaves[:2])
+    pairs, ref_logps = torch.tensor([[0, 1], [0, 2]]), torch.tensor([-100.0, -90.0, -120.0])
+    options = {"filter_eps": 0.02, "memory_budget": budget(32, torch.bfloat16, 0)}
+    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = cpo.FusedLinearCPOLoss(**options)(x.view(3, 32, -1), w, labels, pairs=pairs, ref_logps=ref_logps).loss
+    (seen,) = torch.autograd.grad(loss, x)
+    logp = cpo.linear_token_logps(x, w, labels.flatten(), filter_head_grad=True, **options)
+    loss = cpo.CPOLoss()(logp.view(3, 32).sum(1), ref_logps=ref_logps, pairs=pairs).loss
+    (want,) = torch.autograd.grad(loss, x)
+    assert cpo.explain(96, HIDDEN, VOCAB, group_tokens=96, **options).strategy == "two_pass"
+    assert (seen == want).double().mean() > 0.99
+
+
+@pytest.mark.skipif(not dispatch.cpu_multiplies_bf16(), reason="needs a CPU with AVX512_BF16")
+def test_dx_on_copies_of_live_rows_is_rounded_once():
+    """The CPU's kernels multiply by index, the reference copies of W_A, as CUDA C++ does."""
+    leaves, labels = rows(150, flat=slice(0))
+    hidden, weight = (leaf.detach().bfloat16() for leaf in leaves[:2])
+    coef = torch.randn(len(labels), generator=torch.Generator().manual_seed(1)) / 3
+    made = []
+    for impl in ("cpu", "reference"):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        options = {"filter_eps": 0.02, "filter_head_grad": True, "impl": impl}
+        made += torch.autograd.grad(cpo.linear_token_logps(x, w, labels, **options), x, coef)
+    assert (made[0] == made[1]).double().mean() > 0.8  # 0.86; rounded twice 0.70
+
+
 @pytest.mark.parametrize("filter_head_grad", [True, False])
 def test_the_default_dtype_does_not_count(filter_head_grad):
     """301 columns of 600 are too many; as a bfloat16 number they would be 300."""
