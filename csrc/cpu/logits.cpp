@@ -9,7 +9,7 @@
 namespace cpo {
 namespace {
 
-constexpr int64_t kTaskColumns = 256;
+constexpr int64_t kTaskColumns = 512;
 
 // The rows of x as Bf16Matmul::logits takes them.
 Lines<uint32_t> pack_rows(const Bf16Matmul& kernels, const BFloat16* x, int64_t rows, int64_t width) {
