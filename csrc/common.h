@@ -135,8 +135,10 @@ Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
                Tensor tails, Tensor label_columns, Tensor label_grads, int64_t rows);
 void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool last, double factor);
 void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out);
+std::tuple<Tensor, Tensor> linear_token_logps_fwd(Tensor x, Tensor weight, Tensor bias, Tensor labels,
+                                                  int64_t ignore_index, double scale, int64_t vocab_size);
 bool has_bf16_matmuls();  // for logits_, live_sums_, live_dw, and sums of add_product_ in float32
-bool has_tiles();         // whether sums of add_product_ in bfloat16 are
+bool has_tiles();         // for linear_..., and sums of add_product_ in bfloat16
 
 // Asks the system for pages of 2 MB in memory that is not yet written, of a block of at least kHugeBytes: glibc maps
 // such a block on its own and unmaps it when it is freed, unless a place of that size is free in the heap. Where the

@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CPU, m) {
   m.impl("live_grads_", TORCH_BOX(&cpo::live_grads_));
   m.impl("live_sum", TORCH_BOX(&cpo::live_sum));
   m.impl("logits_", TORCH_BOX(&cpo::logits_));
+  m.impl("linear_token_logps_fwd", TORCH_BOX(&cpo::linear_token_logps_fwd));
   m.impl("add_product_", TORCH_BOX(&cpo::add_product_));
   m.impl("live_sums_", TORCH_BOX(&cpo::live_sums_));
   m.impl("live_dw", TORCH_BOX(&cpo::live_dw));

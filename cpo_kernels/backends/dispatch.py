@@ -127,6 +127,14 @@ def own_matmuls(kernels: Kernels, weight: Tensor) -> Any:
     return kernels if fits and hasattr(kernels, "logits_") and cpu_multiplies_bf16() else None
 
 
+def unstored_logps(kernels: Kernels, weight: Tensor, softcap: float) -> Any:
+    """The CPU kernels if they have `linear_token_logps_fwd` for a weight like this, or None: with AMX, for an even
+    hidden size and no softcap. It takes 0.77 of the time of `logits_` and `token_logps_fwd`, and its logits, which are
+    never stored, are float32."""
+    own = own_matmuls(kernels, weight) if softcap == 0 and weight.shape[1] % 2 == 0 else None
+    return own if own and hasattr(own, "linear_token_logps_fwd") and cpu_has_tiles() else None
+
+
 def _constant_when_traced(function: Callable[[], bool]) -> Callable[[], bool]:
     """torch.compiler.assume_constant_result, without its import of torch._dynamo, which takes 1.4 s (torch 2.13)."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -141,7 +149,8 @@ def cpu_multiplies_bf16() -> bool:
 
 @_constant_when_traced
 def cpu_has_tiles() -> bool:
-    """Whether those matmuls multiply tiles, with AMX: then add_product_ is worth calling for sums in bfloat16 too."""
+    """Whether those matmuls multiply tiles, with AMX: then add_product_ is worth calling for sums in bfloat16 too, and
+    there is `linear_token_logps_fwd`."""
     return _extension_says("has_tiles")
 
 

@@ -37,7 +37,7 @@ from cpo_kernels.head.live import (
 from cpo_kernels.head.live_backward import live_backward
 from cpo_kernels.head.recompute import second_pass
 from cpo_kernels.head.relative import is_relative
-from cpo_kernels.head.strategy import even_rows, row_stride
+from cpo_kernels.head.strategy import UNSTORED_ROWS, even_rows, row_stride
 from cpo_kernels.library import fake_token_logps, functional_op, refuse_double_backward
 from cpo_kernels.ops.token_logps import HeadOptions, TokenExtras, entropy_grads, split_entropy, token_extras
 
@@ -100,6 +100,9 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     dx = _empty_dx(rows.x, tensors.weight, args)
     parts: list[RowLogps] = []
     filtered = execution.filter_eps > 0 and (args.want_dx or args.keep_live)
+    only_logps = not (args.want_dx or args.trains_head or args.extras or keep)
+    if only_logps and whole.skips_logits:
+        pieces = execution.pieces(count, UNSTORED_ROWS)
     filter_sums, live, live_dx = no_sums(rows.x), KeptSets(rows.x, count), LiveDx(whole, count)
     for part in pieces:
         inputs = rows.x[part], rows.labels[part], args.extras, None if ref_x is None else ref_x[part]
@@ -111,6 +114,8 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
         elif args.want_dx:
             g, logps = head.fused(*inputs)
             product_dx(head, g, inputs[1], logps.logp, torch.ones_like(logps.logp), dx[part])
+        elif only_logps:
+            logps = head.logps(*inputs[:2], inputs[3])
         else:
             _, logps = head.forward(*inputs)
         parts.append(logps)

@@ -235,65 +235,22 @@ void pack_x_amx(const BFloat16* x, int64_t rows, int64_t width, uint32_t* out) {
   }
 }
 
-// A block of logits in the making: sums [32 columns, 32 rows], whose rows of out begin at `out`.
+// ---- logits, and what is made of them in registers
+// ---------------------------------------------------------------------------------------
+
+constexpr int64_t kWide = 2 * kTile;  // columns and rows of a block of logits
+
+// A block [32 columns, 32 rows] of products; the first of its columns and rows, and how many there are.
 struct LogitBlock {
-  const float (*sums)[2 * kTile];
-  const float *bias, *minus;  // of 32 columns and 32 rows
-  BFloat16* out;
-  int64_t stride, rows;
-  __mmask32 keep;  // of the columns
+  float (*sums)[kWide];
+  const float* bias;  // of the columns, or null
+  int64_t column, row, columns, rows;
+
+  __m512 at(int64_t v, int64_t t) const {
+    const __m512 sum = _mm512_load_ps(sums[v] + t);
+    return bias ? _mm512_add_ps(sum, _mm512_set1_ps(bias[v])) : sum;
+  }
 };
-
-constexpr int kPieces = 16;
-
-// Adds, rounds, transposes and stores a block in pieces, in the order of their numbers, which are executed while the
-// next block is multiplied. `turned` [2, 16] keeps the pairs of columns of 16 rows in between.
-inline __attribute__((always_inline)) void store_piece(const LogitBlock& block, int piece, __m512i* turned) {
-  const int64_t first = piece % 2 * kTile;  // of the rows
-  const int quarter = piece / 2 % 4;
-  if (first >= block.rows) return;
-  __m512i* lines = turned + first;
-  if (piece < kPieces / 2) {  // 8 columns
-    alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i interleave = _mm512_load_si512(kInterleave);
-    const __m512 minus = _mm512_loadu_ps(block.minus + first);
-    const auto rounded = [&](int v) {
-      const float (*sums)[2 * kTile] = block.sums + 8 * quarter + v;
-      const __m512 even = _mm512_add_ps(_mm512_load_ps(sums[0] + first), minus);
-      const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums[1] + first), minus);
-      const float* bias = block.bias + 8 * quarter + v;
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_add_ps(odd, _mm512_set1_ps(bias[1])),
-                                                        _mm512_add_ps(even, _mm512_set1_ps(bias[0])));
-      return _mm512_permutexvar_epi16(interleave, both);
-    };
-    const __m512i a = rounded(0), b = rounded(2), c = rounded(4), d = rounded(6);
-    const __m512i low = _mm512_unpacklo_epi32(a, b), high = _mm512_unpacklo_epi32(c, d);
-    const __m512i low2 = _mm512_unpackhi_epi32(a, b), high2 = _mm512_unpackhi_epi32(c, d);
-    lines[4 * quarter] = _mm512_unpacklo_epi64(low, high);
-    lines[4 * quarter + 1] = _mm512_unpackhi_epi64(low, high);
-    lines[4 * quarter + 2] = _mm512_unpacklo_epi64(low2, high2);
-    lines[4 * quarter + 3] = _mm512_unpackhi_epi64(low2, high2);
-    return;
-  }
-  // lines[4 i + j] holds columns 8 i to 8 i + 7 of row 4 q + j in its quarter q.
-  const __m512i a = lines[quarter], b = lines[4 + quarter], c = lines[8 + quarter], d = lines[12 + quarter];
-  const __m512i even_low = _mm512_shuffle_i32x4(a, b, 0x88), odd_low = _mm512_shuffle_i32x4(a, b, 0xdd);
-  const __m512i even_high = _mm512_shuffle_i32x4(c, d, 0x88), odd_high = _mm512_shuffle_i32x4(c, d, 0xdd);
-  const __m512i rows[4] = {
-      _mm512_shuffle_i32x4(even_low, even_high, 0x88), _mm512_shuffle_i32x4(odd_low, odd_high, 0x88),
-      _mm512_shuffle_i32x4(even_low, even_high, 0xdd), _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd)};
-  for (int q = 0; q < 4; ++q) {
-    const int64_t t = first + 4 * q + quarter;
-    if (t >= block.rows) return;
-    BFloat16* to = block.out + t * block.stride;
-    if (block.keep == 0xffffffffu && (reinterpret_cast<uintptr_t>(to) & 63) == 0) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), rows[q]);
-    } else {
-      _mm512_mask_storeu_epi16(to, block.keep, rows[q]);
-    }
-  }
-}
 
 // 32 rows of the weight, `deep` tiles of each, as the first operand: tile k of 16 rows i is at first + i * row_tile +
 // k * pair_tile, in bytes, its rows `line` apart. `next`: such rows to prefetch.
@@ -304,10 +261,11 @@ struct WeightTiles {
   int64_t next_line;
 };
 
-// The products with 32 rows of x, added to the registers 0 to 3, while `before` is stored; prefetches rows
+// The products with 32 rows of x, added to the registers 0 to 3, while `use` works on the block before; prefetches rows
 // [from, to) of w.next.
-inline void multiply_logits(const WeightTiles& w, const uint32_t* x, int64_t x_row_tile, const LogitBlock& before,
-                            __m512i* turned, int64_t from, int64_t to) {
+template <typename Use>
+inline void multiply_logits(const WeightTiles& w, const uint32_t* x, int64_t x_row_tile, Use& use,
+                            const LogitBlock& before, int64_t from, int64_t to) {
   constexpr int64_t kNumbers = kTile * kTile;
   int piece = 0;
   for (int64_t k = 0; k < w.deep; ++k) {
@@ -321,43 +279,47 @@ inline void multiply_logits(const WeightTiles& w, const uint32_t* x, int64_t x_r
     _tile_dpbf16ps(2, 7, 4);
     _tile_dpbf16ps(3, 7, 5);
     for (int64_t v = from; v < to; ++v) __builtin_prefetch(w.next + v * w.next_line + k * 4 * kTile, 0, 2);
-    for (; piece * w.deep < kPieces * (k + 1); ++piece) store_piece(before, piece, turned);
+    for (; piece * w.deep < Use::kPieces * (k + 1); ++piece) {
+      if (before.rows > 0) use.piece(before, piece);
+    }
   }
 }
 
 constexpr int64_t kDeep = 20;       // tiles along H at a time: 32 rows of them take 40 of 48 kB of the L1 cache
 constexpr int64_t kSameSet = 2048;  // bytes: lines that are a multiple of them apart share two sets of the L1 cache
 
-// Rows of W stay in the L1 cache while all of x passes by. What is to be done with a block when it is multiplied is
-// done during the next one: one core took 8.2 ms for 246 rows of 576 x 49,152 if nothing was stored, 8.4 if blocks were
-// stored to the same place, and 10.4 with all stores (oneDNN 24).
-void logits_amx(const BFloat16* weight, int64_t weight_stride, int64_t columns, const uint32_t* x, int64_t pairs,
-                int64_t rows, const float* bias, const float* minus, BFloat16* out, int64_t stride) {
+// All blocks of X W^T, for `use`, which does with a block what is to be done, in Use::kPieces pieces, while the next
+// one is multiplied. Rows of W stay in the L1 cache while all of x passes by: one core took 8.2 ms for 246 rows of 576
+// x 49,152 if nothing was done with them, 8.4 if they were rounded and stored to the same place, and 10.4 with all
+// stores (oneDNN 24).
+template <typename Use>
+void for_logits(const HeadBlocks& head, Use& use) {
   const Tiles ours;
-  constexpr int64_t kWide = 2 * kTile, kNumbers = kTile * kTile, kBlock = kWide * kWide;
-  const int64_t deep = (pairs + kTile - 1) / kTile, blocks = (rows + kWide - 1) / kWide;
-  const int64_t parts = (deep + kDeep - 1) / kDeep, kept = parts > 1 ? blocks : 1, line = 2 * weight_stride;
+  constexpr int64_t kNumbers = kTile * kTile, kBlock = kWide * kWide;
+  const int64_t deep = (head.pairs + kTile - 1) / kTile, blocks = (head.rows + kWide - 1) / kWide;
+  const int64_t parts = (deep + kDeep - 1) / kDeep, kept = parts > 1 ? blocks : 1;
+  const int64_t line = 2 * head.weight_stride;
   uint32_t* const room = tile_room(kept * kBlock + 2 * kDeep * kNumbers);
   float (*const sums)[kWide] = reinterpret_cast<float (*)[kWide]>(room);  // [kept, 32 columns, 32 rows]
   uint32_t* const copied = room + kept * kBlock;
-  const bool copies = pairs % kTile || line % kSameSet == 0;
+  const bool copies = head.pairs % kTile || line % kSameSet == 0;
   alignas(64) float biases[2][kWide] = {};  // in turns: those of the columns before are still needed
-  __m512i turned[kWide];
   LogitBlock made{};
-  for (int64_t first = 0; first < columns; first += kWide) {
-    const int64_t some = columns - first < kWide ? columns - first : kWide;
-    float* added = biases[first / kWide % 2];
-    for (int64_t v = 0; bias && v < kWide; ++v) added[v] = v < some ? bias[first + v] : 0.0f;
+  for (int64_t first = 0; first < head.columns; first += kWide) {
+    const int64_t some = head.columns - first < kWide ? head.columns - first : kWide;
+    float* bias = biases[first / kWide % 2];
+    for (int64_t v = 0; head.bias && v < kWide; ++v) bias[v] = v < some ? head.bias[first + v] : 0.0f;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t low = deep * part / parts, count = deep * (part + 1) / parts - low, number = low * kWide;
-      const BFloat16* from = weight + first * weight_stride + number;
-      const BFloat16* next = part + 1 < parts ? from + count * kWide : weight + (first + kWide) * weight_stride;
+      const BFloat16* from = head.weight + first * head.weight_stride + number;
+      const BFloat16* next =
+          part + 1 < parts ? from + count * kWide : head.weight + (first + kWide) * head.weight_stride;
       WeightTiles w{reinterpret_cast<const char*>(from), kTile * line, 4 * kTile, line, count,
                     reinterpret_cast<const char*>(next), line};
       if (copies || some < kWide) {
-        const int64_t numbers = 2 * pairs - number < count * kWide ? 2 * pairs - number : count * kWide;
+        const int64_t left = 2 * head.pairs - number, numbers = left < count * kWide ? left : count * kWide;
         for (int64_t i = 0; i < kWide; i += kTile) {
-          tiles_of_rows(from + i * weight_stride, weight_stride, some - i < kTile ? some - i : kTile, numbers,
+          tiles_of_rows(from + i * head.weight_stride, head.weight_stride, some - i < kTile ? some - i : kTile, numbers,
                         copied + i * kTile * count);
         }
         w.first = reinterpret_cast<const char*>(copied);
@@ -365,7 +327,7 @@ void logits_amx(const BFloat16* weight, int64_t weight_stride, int64_t columns, 
       }
       before_tiles(copied);
       for (int64_t i = 0; i < blocks; ++i) {
-        float (*block)[kWide] = sums + (parts > 1 ? i * kWide : 0);
+        float (*block)[kWide] = sums + i % kept * kWide;
         if (part == 0) {
           _tile_zero(0);
           _tile_zero(1);
@@ -377,20 +339,131 @@ void logits_amx(const BFloat16* weight, int64_t weight_stride, int64_t columns, 
           _tile_loadd(2, block[kTile], 8 * kTile);
           _tile_loadd(3, block[kTile] + kTile, 8 * kTile);
         }
-        multiply_logits(w, x + (2 * i * deep + low) * kNumbers, deep * kNumbers, made, turned, i * kWide / blocks,
+        multiply_logits(w, head.x + (2 * i * deep + low) * kNumbers, deep * kNumbers, use, made, i * kWide / blocks,
                         (i + 1) * kWide / blocks);
         _tile_stored(0, block[0], 8 * kTile);
         _tile_stored(1, block[0] + kTile, 8 * kTile);
         _tile_stored(2, block[kTile], 8 * kTile);
         _tile_stored(3, block[kTile] + kTile, 8 * kTile);
         before_tiles(block);  // what they stored is read next
-        made.rows = 0;
-        if (part + 1 < parts) continue;
-        const int64_t t = i * kWide;
-        made = {block, added, minus + t, out + t * stride + first, stride, rows - t, first_numbers_of(some)};
+        made = {
+            block, head.bias ? bias : nullptr, first, i * kWide, some, part + 1 < parts ? 0 : head.rows - i * kWide};
       }
     }
   }
-  for (int piece = 0; piece < kPieces; ++piece) store_piece(made, piece, turned);
+  for (int piece = 0; made.rows > 0 && piece < Use::kPieces; ++piece) use.piece(made, piece);
+}
+
+// Subtracts constants of the rows, rounds, transposes and stores.
+struct StoreLogits {
+  static constexpr int kPieces = 16;
+  const float* minus;
+  BFloat16* out;
+  int64_t stride;
+  __m512i turned[kWide];  // pairs of columns, of rows in the quarters of a vector
+
+  inline __attribute__((always_inline)) void piece(const LogitBlock& block, int piece) {
+    const int64_t first = piece % 2 * kTile;  // of the rows
+    const int quarter = piece / 2 % 4;
+    if (first >= block.rows) return;
+    __m512i* lines = turned + first;
+    if (piece < kPieces / 2) {  // 8 columns
+      alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+      const __m512i interleave = _mm512_load_si512(kInterleave);
+      const __m512 lacks = _mm512_loadu_ps(minus + block.row + first);
+      const auto rounded = [&](int v) {
+        const __m512 even = _mm512_add_ps(block.at(8 * quarter + v, first), lacks);
+        const __m512 odd = _mm512_add_ps(block.at(8 * quarter + v + 1, first), lacks);
+        return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+      };
+      const __m512i a = rounded(0), b = rounded(2), c = rounded(4), d = rounded(6);
+      const __m512i low = _mm512_unpacklo_epi32(a, b), high = _mm512_unpacklo_epi32(c, d);
+      const __m512i low2 = _mm512_unpackhi_epi32(a, b), high2 = _mm512_unpackhi_epi32(c, d);
+      lines[4 * quarter] = _mm512_unpacklo_epi64(low, high);
+      lines[4 * quarter + 1] = _mm512_unpackhi_epi64(low, high);
+      lines[4 * quarter + 2] = _mm512_unpacklo_epi64(low2, high2);
+      lines[4 * quarter + 3] = _mm512_unpackhi_epi64(low2, high2);
+      return;
+    }
+    // lines[4 i + j] holds columns 8 i to 8 i + 7 of row 4 q + j in its quarter q.
+    const __m512i a = lines[quarter], b = lines[4 + quarter], c = lines[8 + quarter], d = lines[12 + quarter];
+    const __m512i even_low = _mm512_shuffle_i32x4(a, b, 0x88), odd_low = _mm512_shuffle_i32x4(a, b, 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(c, d, 0x88), odd_high = _mm512_shuffle_i32x4(c, d, 0xdd);
+    const __m512i rows[4] = {
+        _mm512_shuffle_i32x4(even_low, even_high, 0x88), _mm512_shuffle_i32x4(odd_low, odd_high, 0x88),
+        _mm512_shuffle_i32x4(even_low, even_high, 0xdd), _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd)};
+    for (int q = 0; q < 4; ++q) {
+      const int64_t t = first + 4 * q + quarter;
+      if (t >= block.rows) return;
+      BFloat16* to = out + (block.row + t) * stride + block.column;
+      if (block.columns == kWide && (reinterpret_cast<uintptr_t>(to) & 63) == 0) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), rows[q]);
+      } else {
+        _mm512_mask_storeu_epi16(to, first_numbers_of(block.columns), rows[q]);
+      }
+    }
+  }
+};
+
+// E^t, or 0 where `keep` is not set.
+inline __m512 power_where(__mmask16 keep, __m512 t) {
+  return _mm512_maskz_scalef_ps(keep, exp2_polynomial(exp2_floor_fraction(VecF{t})).v, t);
+}
+
+// The sums of E^(c y - shift) of every row, its largest y, and shift = c times that.
+struct ScanLogits {
+  static constexpr int kPieces = 18;  // of 16 rows each: their largest, then 8 times the sums of 4 columns
+  float c;
+  float *tops, *shifts, *sums;  // [rows], whole blocks
+
+  inline __attribute__((always_inline)) void piece(const LogitBlock& block, int piece) {
+    const int64_t first = piece / 9 * kTile;
+    if (first >= block.rows) return;
+    float *top = tops + block.row + first, *shift = shifts + block.row + first, *sum = sums + block.row + first;
+    const auto y = [&](int64_t v) { return block.at(v, first); };
+    const __m512 factor = _mm512_set1_ps(c);
+    if (piece % 9 == 0) {
+      const __m512 lowest = _mm512_set1_ps(-kInfinity);
+      __m512 largest[4] = {lowest, lowest, lowest, lowest};
+      for (int64_t v = 0; v + 4 <= block.columns; v += 4) {
+        for (int k = 0; k < 4; ++k) largest[k] = _mm512_max_ps(y(v + k), largest[k]);
+      }
+      for (int64_t v = block.columns & ~3; v < block.columns; ++v) largest[0] = _mm512_max_ps(y(v), largest[0]);
+      const __m512 found = _mm512_max_ps(_mm512_max_ps(largest[0], largest[1]), _mm512_max_ps(largest[2], largest[3]));
+      const __m512 before = _mm512_loadu_ps(top);
+      const __mmask16 higher = _mm512_cmp_ps_mask(found, before, _CMP_GT_OQ);
+      if (!higher) return;
+      const __m512 old = _mm512_loadu_ps(shift), raised = _mm512_mul_ps(factor, found);
+      // Where nothing but -inf came before, the sum is 0 (or NaN) and has no shift.
+      const __mmask16 any = _mm512_mask_cmp_ps_mask(higher, before, lowest, _CMP_GT_OQ);
+      const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(sum), power_where(0xffff, _mm512_sub_ps(old, raised)));
+      _mm512_mask_storeu_ps(sum, any, scaled);
+      _mm512_mask_storeu_ps(shift, higher, raised);
+      _mm512_mask_storeu_ps(top, higher, found);
+      return;
+    }
+    const __m512 minus_shift = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(shift));
+    const int64_t column = (piece % 9 - 1) * 4;
+    __m512 parts[4];
+    for (int k = 0; k < 4; ++k) {
+      const __mmask16 keep = column + k < block.columns ? 0xffff : 0;
+      parts[k] = power_where(keep, _mm512_fmadd_ps(y(column + k), factor, minus_shift));
+    }
+    const __m512 added = _mm512_add_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3]));
+    _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), added));
+  }
+};
+
+void logits_amx(const HeadBlocks& head, const float* minus, BFloat16* out, int64_t stride) {
+  StoreLogits store{minus, out, stride, {}};
+  for_logits(head, store);
   _mm_sfence();
+}
+
+void scan_logits(const HeadBlocks& head, float c, float* tops, float* shifts, float* sums) {
+  for (int64_t t = 0; t < (head.rows + kWide - 1) / kWide * kWide; ++t) tops[t] = -kInfinity, shifts[t] = sums[t] = 0;
+  ScanLogits scan{c, tops, shifts, sums};
+  for_logits(head, scan);
 }

@@ -178,8 +178,8 @@ void pack_x(const BFloat16* x, int64_t rows, int64_t width, uint32_t* out) {
   }
 }
 
-void logits_tile(const BFloat16* weight, int64_t weight_stride, int64_t columns, const uint32_t* x, int64_t pairs,
-                 int64_t rows, const float* bias, const float* minus, BFloat16* out, int64_t stride) {
+void logits_tile(const HeadBlocks& head, const float* minus, BFloat16* out, int64_t stride) {
+  const auto& [weight, weight_stride, columns, x, pairs, rows, bias] = head;
   const int64_t padded = (pairs + kTile - 1) / kTile * kTile;
   alignas(64) float sums[32 * kPanel];
   float* of_column[32];

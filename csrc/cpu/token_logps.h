@@ -79,6 +79,15 @@ struct RowKernels {
 constexpr int64_t kPanel = 64;  // columns
 constexpr int64_t kTile = 16;   // rows, pairs and columns of a tile of AMX
 
+// Some rows of a head's weight, the columns of its logits, and rows of x.
+struct HeadBlocks {
+  const BFloat16* weight;
+  int64_t weight_stride, columns;
+  const uint32_t* x;  // as from pack_x, panels of rows
+  int64_t pairs, rows;
+  const float* bias;  // of the columns, or null
+};
+
 struct Bf16Matmul {
   // Without AMX, else null: c[r][0 .. kPanel * panels) += a b. Pair p of row r of a is at r * row_stride + p *
   // pair_stride, in bytes; b [panels, pairs, kPanel] holds pairs.
@@ -89,10 +98,9 @@ struct Bf16Matmul {
   void (*pack_pairs)(const BFloat16* low, const BFloat16* high, int64_t n, uint32_t* out, int64_t panel_stride);
   // A panel of `rows` rows of x as `logits` takes it: kPanel times `width` / 2 pairs, rounded up to kTile.
   void (*pack_x)(const BFloat16* x, int64_t rows, int64_t width, uint32_t* out);
-  // out[t][v] = sum over pairs of weight[v] x[t], + bias[v] + minus[t], for v in [0, columns) and t in [0, rows). Rows
-  // of weight are 2 * pairs numbers; x: panels of rows; minus with whole panels; bias may be null.
-  void (*logits)(const BFloat16* weight, int64_t weight_stride, int64_t columns, const uint32_t* x, int64_t pairs,
-                 int64_t rows, const float* bias, const float* minus, BFloat16* out, int64_t stride);
+  // out[t][v] = sum over pairs of weight[v] x[t], + bias[v] + minus[t]. Rows of weight are 2 * pairs numbers; minus
+  // with whole panels.
+  void (*logits)(const HeadBlocks& head, const float* minus, BFloat16* out, int64_t stride);
   // to[i] = factor * from[i], rounded.
   void (*round_row)(const float* from, int64_t n, float factor, BFloat16* to);
   // Float32 as its upper and lower 16 bits.
@@ -115,6 +123,9 @@ struct Bf16Matmul {
   // The same where row i of the sums, i in [0, rows), is at sums[i].
   void (*add_tiles_to_rows)(const uint32_t* a, const uint32_t* b, int64_t rows, int64_t column_tiles,
                             int64_t pair_tiles, float* const* sums);
+  // With AMX, else null: of logits that are not stored, the largest y of each row, its shift, c times that, and the sum
+  // of E^(c y - shift); whole panels.
+  void (*scan_logits)(const HeadBlocks& head, float c, float* tops, float* shifts, float* sums);
 };
 
 enum ElementType { kFloat32, kBFloat16, kFloat16, kFloat64, kElementTypes };

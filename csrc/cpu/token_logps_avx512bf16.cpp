@@ -24,11 +24,11 @@ constexpr IsaKernels kernels(Bf16Matmul matmul) {
 }
 constexpr IsaKernels kAvx512Bf16 =
     kernels({add_matmul, pack_pairs, pack_x, logits_tile, scale_row<float>, split_row, join_row, scale_row<BFloat16>,
-             add_row, nullptr, nullptr, nullptr, nullptr, nullptr});
+             add_row, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr});
 #ifdef __AMX_BF16__
 constexpr IsaKernels kAmx =
     kernels({nullptr, pack_pairs, pack_x_amx, logits_amx, scale_row<float>, split_row, join_row, scale_row<BFloat16>,
-             add_row, tiles_of_rows, tiles_of_columns, tiles_of_b, add_tiles, add_tiles_to_rows});
+             add_row, tiles_of_rows, tiles_of_columns, tiles_of_b, add_tiles, add_tiles_to_rows, scan_logits});
 #endif
 }  // namespace
 
