@@ -18,10 +18,11 @@ struct LaneOrder {
 };
 
 // Adds s of kRows rows to the sums of n columns and updates their maxima; n is a multiple of 2 * kLanes.
+// Prefetches the rows `next`.
 template <typename T, bool kSoftcap, int kRows>
-inline void add_rows(const T* const* x, long n, const RowMap& map, const double* offset, const double* shift,
-                     const double* factor, typename AccOf<T>::Scalar* sums, typename AccOf<T>::Scalar* tops,
-                     double* row_sums) {
+inline void add_rows(const T* const* x, const T* const* next, long n, const RowMap& map, const double* offset,
+                     const double* shift, const double* factor, typename AccOf<T>::Scalar* sums,
+                     typename AccOf<T>::Scalar* tops, double* row_sums) {
   using V = typename AccOf<T>::Vec;
   using S = typename AccOf<T>::Scalar;
   constexpr long W = V::kLanes;
@@ -39,6 +40,9 @@ inline void add_rows(const T* const* x, long n, const RowMap& map, const double*
     for (int r = 0; r < kRows; ++r) {
       V a, b;
       load2(x[r] + i, a, b);
+      for (unsigned k = 0; k < 2 * W * sizeof(T); k += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(next[r] + i) + k, 0, 2);
+      }
       a = gradient_of<kSoftcap>(a, inner, S(offset[r]), c, minus_shift[r], scale[r]);
       b = gradient_of<kSoftcap>(b, inner, S(offset[r]), c, minus_shift[r], scale[r]);
       sum_a = sum_a + a;
@@ -68,16 +72,13 @@ void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& m
   const long whole = n - n % kStep;
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
-    for (int k = 0; k < 4; ++k) {  // the next rows: 2,048 columns are too short for the hardware prefetcher
-      if (r + 4 + k >= rows) break;
-      for (unsigned b = 0; b < whole * sizeof(T); b += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(x[r + 4 + k]) + b, 0, 2);
-      }
-    }
-    add_rows<T, kSoftcap, 4>(x + r, whole, map, offset + r, shift + r, factor + r, sums, tops, row_sums + r);
+    // 2,048 columns are too short for the hardware prefetcher.
+    const T* next[4];
+    for (int k = 0; k < 4; ++k) next[k] = x[r + 4 + k < rows ? r + 4 + k : rows - 1];
+    add_rows<T, kSoftcap, 4>(x + r, next, whole, map, offset + r, shift + r, factor + r, sums, tops, row_sums + r);
   }
   for (; r < rows; ++r)
-    add_rows<T, kSoftcap, 1>(x + r, whole, map, offset + r, shift + r, factor + r, sums, tops, row_sums + r);
+    add_rows<T, kSoftcap, 1>(x + r, x + r, whole, map, offset + r, shift + r, factor + r, sums, tops, row_sums + r);
   if (whole < n) {  // the last columns, in their own order
     const S lowest = -S(kInfinity);
     for (r = 0; r < rows; ++r) {
@@ -85,7 +86,7 @@ void columns_of_rows(const T* const* x, int64_t rows, int64_t n, const RowMap& m
       double row_sum = 0;
       for (long i = 0; i < kStep; ++i) part[i] = whole + i < n ? S(to_acc(x[r][whole + i])) : lowest;
       const S* p = part;
-      add_rows<S, kSoftcap, 1>(&p, kStep, map, offset + r, shift + r, factor + r, size, top, &row_sum);
+      add_rows<S, kSoftcap, 1>(&p, &p, kStep, map, offset + r, shift + r, factor + r, size, top, &row_sum);
       for (long i = 0; whole + i < n; ++i) {
         sums[whole + i] += size[i];
         tops[whole + i] = top[i] > tops[whole + i] ? top[i] : tops[whole + i];

@@ -123,9 +123,13 @@ void tiles_of_b(const BFloat16* const* rows, int64_t inner, int64_t first, int64
 // The products of two tiles of columns and kRowTiles of rows, in the registers 0 to 3. Loads of `a`, which lies in the
 // L2 cache, leave b in L1: 424 ns for 72 products in place of 550 (5.9 each from registers alone).
 template <int kRowTiles>
-inline void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t deep) {
+inline void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t deep, const float* ahead = nullptr) {
   constexpr int64_t kNumbers = kTile * kTile;
+  int64_t line = 0;
   for (int64_t k = 0; k < deep * kNumbers; k += kNumbers) {
+    if (ahead) {
+      for (; line * deep * kNumbers < 4 * kTile * (k + kNumbers); ++line) __builtin_prefetch(ahead + line * kTile, 1, 3);
+    }
     _tile_stream_loadd(4, a + k, 4 * kTile);
     if (kRowTiles == 2) _tile_stream_loadd(5, a + deep * kNumbers + k, 4 * kTile);
     _tile_loadd(6, b + k, 4 * kTile);
@@ -146,7 +150,7 @@ inline void add_block_of_tiles(const uint32_t* a, const uint32_t* b, int64_t dee
     _tile_loadd(2, sums + 2 * kNumbers, 4 * kTile);
     _tile_loadd(3, sums + 3 * kNumbers, 4 * kTile);
   }
-  multiply_tiles<kRowTiles>(a, b, deep);
+  multiply_tiles<kRowTiles>(a, b, deep, sums + 2 * kRowTiles * kNumbers);
   _tile_stored(0, sums, 4 * kTile);
   _tile_stored(1, sums + kNumbers, 4 * kTile);
   if (kRowTiles == 2) {
