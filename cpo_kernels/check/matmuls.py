@@ -54,6 +54,8 @@ LOGITS = {
     "rows off 64 bytes": Logits(70, 16, 300, gap=3),
     "a long sum": Logits(5, 2090, 70, gap=32),
     "nothing to add": Logits(9, 16, 33, bias=False, lacks=False),
+    "rows of the weight 2 kB apart": Logits(40, 1024, 70),
+    "three parts of the sum": Logits(97, 1500, 600),
 }
 
 
@@ -89,6 +91,104 @@ def check_overlapping_rows(backend: Backend, findings: Findings) -> None:
     nothing = x.new_empty(0)
     call = partial(own_matmuls(backend).logits_, x, x, nothing, nothing.float(), x.new_empty(1, 2).expand(2, 2))
     findings.refuses("overlapping rows", call, "rows of out must not overlap, got row stride 0 for 2 columns")
+
+
+def unstored(backend: Backend) -> Any:
+    own_matmuls(backend)
+    if not dispatch.cpu_has_tiles():
+        raise Skip("log-probs without stored logits need AMX")
+    return backend.kernels
+
+
+class Unstored(NamedTuple):
+    rows: int
+    hidden: int
+    columns: int
+    padding: int = 0  # columns beyond the vocabulary
+    bias: bool = False
+    scale: float = 1.0
+    size: float = 1.0  # of the logits
+    gap: int = 0  # numbers between rows of the weight, and before the first
+
+
+UNSTORED = {
+    "one number": Unstored(1, 2, 1),
+    "no rows": Unstored(0, 8, 40),
+    "one block": Unstored(32, 64, 32),
+    "odd sizes": Unstored(67, 38, 101, padding=7, bias=True, scale=0.7),
+    "several tasks": Unstored(130, 576, 2100, bias=True, size=8.0),
+    "extreme logits": Unstored(40, 64, 700, size=3e4, scale=2.0),
+    "a row of the weight off 64 bytes": Unstored(33, 66, 130, gap=3),
+    "rows of the weight 2 kB apart": Unstored(40, 1024, 70, size=4.0),
+    "three parts of the sum": Unstored(97, 1500, 600, bias=True, size=4.0),
+}
+
+
+def check_unstored(backend: Backend, findings: Findings, shape: Unstored) -> None:
+    """Log-probs whose errors are those of float32: of the sums, and of the exponent."""
+    kernels, generator = unstored(backend), torch.Generator().manual_seed(3)
+    rows, columns = shape.rows, shape.columns
+    x = random(generator, rows, shape.hidden)
+    numbers = torch.full((columns + shape.padding, shape.hidden + shape.gap), math.nan, dtype=torch.bfloat16)
+    weight = numbers[:, shape.gap :]
+    weight[:columns] = random(generator, columns, shape.hidden) * (shape.size / shape.hidden**0.5)
+    bias = random(generator, columns + shape.padding) if shape.bias else x.new_empty(0)
+    bias[: columns // 3] = -math.inf  # masked
+    labels = torch.randint(columns // 3, columns, (rows,), generator=generator)
+    labels[2::5] = -7  # ignored
+    options = -7, shape.scale, columns
+
+    def compute() -> Tensor:
+        return torch.stack(kernels.linear_token_logps_fwd(x, weight, bias, labels, *options))
+
+    got = same_on_any_threads(findings, "log-probs and log-sum-exp", compute)
+    z, size = x.double() @ weight[:columns].double().T, x.double().abs() @ weight[:columns].double().abs().T
+    z = shape.scale * (z + (bias[:columns].double() if shape.bias else 0))
+    lse, ignored = torch.logsumexp(z, 1), labels == -7
+    logp = z.gather(1, labels.clamp(min=0)[:, None])[:, 0] - lse
+    tolerance = SUMS * (1 + shape.scale * (size.amax(1) if columns else size.sum(1)))
+    for name, values, want in zip(("log-probs", "log-sum-exp"), got, (logp, lse), strict=True):
+        findings.close(name, values, want.masked_fill(ignored, 0.0), 1.0, tolerance)
+        findings.same(f"{name} of ignored rows", values[ignored], torch.zeros_like(values[ignored]))
+    findings.require("no log-prob is positive", not bool((got[0] > 0).any()))
+
+
+def check_unstored_infinities(backend: Backend, findings: Findings) -> None:
+    """As `token_logps_fwd` on the same logits, which bfloat16 represents."""
+    kernels = unstored(backend)
+    x = torch.zeros(6, 32, dtype=torch.bfloat16)
+    x[:, 0] = torch.tensor([1.0, 1.0, math.nan, -1.0, 0.5, 1.0])
+    weight = torch.zeros(600, 32, dtype=torch.bfloat16)
+    weight[:, 0] = torch.arange(600) % 3
+    labels = torch.tensor([2, 1, 2, 5, 599, 3])
+    for name, masked in (("none", 0), ("some", 590), ("all", 600)):
+        for infinite in (False, True):
+            bias = torch.zeros(600, dtype=torch.bfloat16)
+            bias[:masked] = -math.inf
+            bias[599] = math.inf if infinite else bias[599]
+            u = (x.float() @ weight.float().T + bias.float()).bfloat16()
+            got = kernels.linear_token_logps_fwd(x, weight, bias, labels, -100, 1.0, 600)
+            want = kernels.token_logps_fwd(u, labels, -100, 1.0, 0.0, 600, False)
+            what = f"{name} masked{', one infinite' if infinite else ''}"
+            for k, of in enumerate(("log-probs", "log-sum-exp")):
+                findings.close(
+                    f"{of}, {what}", got[k].nan_to_num(7.5, 8.5, 9.5), want[k].nan_to_num(7.5, 8.5, 9.5), 1e-6
+                )
+
+
+def check_unstored_refusals(backend: Backend, findings: Findings) -> None:
+    call, x = unstored(backend).linear_token_logps_fwd, torch.zeros(2, 4, dtype=torch.bfloat16)
+    none, labels = x.new_empty(0), torch.zeros(2, dtype=torch.int64)
+    refusals: dict[str, tuple[tuple[Any, ...], str]] = {
+        "an odd hidden size": ((x[:, :3], x[:, :3], none, labels, -1, 1.0, 2), "hidden size must be even, got 3"),
+        "float32": ((x.float(), x, none, labels, -1, 1.0, 2), "x must be bfloat16, got float32"),
+        "a label beyond the vocabulary": ((x, x, none, labels + 1, -1, 1.0, 1), "label 1 at row 0 is out of range"),
+        "a vocabulary larger than the head": ((x, x, none, labels, -1, 1.0, 3), r"vocab_size must be in \[1, 2\]"),
+        "a scale of 0": ((x, x, none, labels, -1, 0.0, 2), "scale must be a positive number, got 0"),
+        "a bias of another size": ((x, x, x[0], labels, -1, 1.0, 2), r"bias must have shape \[2\], got \[4\]"),
+    }
+    for what, (args, pattern) in refusals.items():
+        findings.refuses(what, partial(call, *args), pattern)
 
 
 class Sets(NamedTuple):
@@ -211,5 +311,9 @@ def matmul_cases() -> Iterator[Case]:
         yield Case(f"own matmuls/logits, {name}", partial(check_logits, shape=logits), quick=True)
     yield Case("own matmuls/logits, odd hidden size", check_odd_hidden_size)
     yield Case("own matmuls/logits, overlapping rows", check_overlapping_rows)
+    for name, head in UNSTORED.items():
+        yield Case(f"own matmuls/unstored logits, {name}", partial(check_unstored, shape=head), quick=True)
+    yield Case("own matmuls/unstored logits, infinities", check_unstored_infinities, quick=True)
+    yield Case("own matmuls/unstored logits, refusals", check_unstored_refusals)
     for name, sets in SETS.items():
         yield Case(f"own matmuls/live, {name}", partial(check_live, shape=sets), quick=True)

@@ -7,7 +7,7 @@ own (`dispatch.own_matmuls`); between them the kernels of a backend work in plac
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +100,10 @@ class Execution(NamedTuple):
         that it is rounded once, after the multiplication by them."""
         own = self.filter_eps > 0 and dispatch.own_matmuls(self.backend.kernels(weight), weight) is not None
         return library.acc_dtype(weight.dtype) if own else weight.dtype
+
+    def skips_logits(self, weight: Tensor, options: HeadOptions) -> bool:
+        """Whether log-probs alone are computed without storing logits."""
+        return dispatch.unstored_logps(self.backend.kernels(weight), weight, options.softcap) is not None
 
     def head(self, tensors: HeadTensors, labels: Tensor, options: HeadOptions, max_rows: int) -> "Head":
         """labels: of all rows, of which chunks are computed."""
@@ -355,14 +359,12 @@ class Head:
     def with_reference(self, x: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Logits, Tensor]:
         """Logits of x, and log-probs [n] of a reference model's rows through the same head ([0] without ref).
 
-        One matmul computes both if the buffer holds them: a few rows do not fill the device, many rows do. Those of
-        the reference need not be stored where `unstored` can do without.
+        One matmul computes both if the buffer holds them: a few rows do not fill the device, many rows do.
+        The rounding of both is the same, so that equal rows have equal log-probs.
         """
         n = x.shape[0]
         if ref is None:
             return self.logits(x, labels), self.weight.new_empty(0, dtype=library.acc_dtype(self.weight.dtype))
-        if self.skips_logits:
-            return self.logits(x, labels), self.unstored(ref, labels)[0]
         if 2 * n <= self.buffer.shape[0]:
             z, anchors = self.logits(torch.cat([x, ref]), torch.cat([labels, labels]))
             own, others = (None, None) if anchors is None else (part.contiguous() for part in anchors.split(n, 1))
@@ -371,26 +373,24 @@ class Head:
         ref_logp = self.kernels.token_logps_fwd(z, labels, *self.options, False, anchors)[0]
         return self.logits(x, labels), ref_logp
 
-    @property
-    def skips_logits(self) -> bool:
-        return dispatch.unstored_logps(self.kernels, self.weight, self.options.softcap) is not None
-
-    def unstored(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs and log-sum-exp [n] without storing logits, where `skips_logits`."""
-        kernels: Any = self.kernels
-        ignore_index, scale, _, vocab_size = self.options
-        logp, lse = kernels.linear_token_logps_fwd(x, self.weight, self.bias, labels, ignore_index, scale, vocab_size)
+    def unstored(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Log-probs and log-sum-exp [n] without storing logits, or None if they must be stored."""
+        ignore_index, scale, softcap, vocab_size = self.options
+        own = dispatch.unstored_logps(self.kernels, self.weight, softcap)
+        if own is None:
+            return None
+        logp, lse = own.linear_token_logps_fwd(x, self.weight, self.bias, labels, ignore_index, scale, vocab_size)
         return logp, lse
 
     def logps(self, x: Tensor, labels: Tensor, ref: Tensor | None = None) -> RowLogps:
         """As `forward`, if no logits will be needed, now or later."""
-        if not self.skips_logits:
+        unstored = self.unstored(x, labels)
+        if unstored is None:
             return self.forward(x, labels, False, ref)[1]
-        logp, lse = self.unstored(x, labels)
+        logp, lse = unstored
+        of_ref = None if ref is None else self.unstored(ref, labels)
         nothing = lse.new_empty(0)
-        return RowLogps(
-            logp, lse, nothing, nothing if ref is None else self.unstored(ref, labels)[0], torch.zeros_like(lse)
-        )
+        return RowLogps(logp, lse, nothing, nothing if of_ref is None else of_ref[0], torch.zeros_like(lse))
 
     def forward(
         self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None

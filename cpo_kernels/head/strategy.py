@@ -69,7 +69,7 @@ SMALL_TILES = (48 << 20, 256)
 # memory of one chunk in pieces of 256, in no more time.
 OWN_ROWS = 1024
 # Rows at a time of which only log-probs are computed, without storing logits (`dispatch.unstored_logps`).
-UNSTORED_ROWS = 1024
+UNSTORED_ROWS, UNSTORED_COLUMNS = 1024, 512
 
 
 # The error of dX on real rows grows to at most 1.1 times that of exact gradients in bfloat16
@@ -107,7 +107,7 @@ class Plan:
     chunk_rows: int
     num_chunks: int
     products: float
-    logits_bytes: int  # one chunk
+    logits_bytes: int  # one chunk; 0 if they are not stored
     # Beyond inputs and gradients: chunk, dX, the sum of dW over chunks (or of dX by columns), float32 tiles on CPUs
     # without 16-bit matmuls, the columns from which relative logits are computed, and live gradients.
     extra_bytes: int
@@ -318,7 +318,13 @@ def explain(
     steps = limit, set_rows
     sizes = row_bytes, sum_itemsize(dtype, own)
     plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, *steps, *sizes, train_hidden, train_head)
-    if eps and (strategy == "live" or train_hidden):
+    if strategy == "forward" and own and dispatch.cpu_has_tiles() and hidden_size % 2 == 0:
+        rows = even_rows(num_tokens, UNSTORED_ROWS)  # in tiles, and what is found of them in UNSTORED_COLUMNS at a time
+        found = rows * (hidden_size * dtype.itemsize + 12 * -(-vocab_size // UNSTORED_COLUMNS))
+        plan = replace(
+            plan, chunk_rows=rows, num_chunks=max(1, -(-num_tokens // rows)), logits_bytes=0, extra_bytes=found
+        )
+    elif eps and (strategy == "live" or train_hidden):
         live, q = vocab_size * live_share, vocab_size / set_rows  # elements of live gradients, and of q, for a row
         products, held = plan.products - 1 + live_share, num_tokens * (live + q)
         if strategy == "live":
@@ -338,7 +344,11 @@ def explain(
     if strategy == "kto" and group > limit:
         plan = replace(plan, products=plan.products + 1)
     tiles = tile_bytes(plan.chunk_rows, hidden_size, dtype, place)
-    looks = anchor_bytes(num_tokens, plan.chunk_rows, hidden_size, vocab_size, dtype, place)
+    looks = (
+        0
+        if plan.logits_bytes == 0
+        else anchor_bytes(num_tokens, plan.chunk_rows, hidden_size, vocab_size, dtype, place)
+    )
     return replace(plan, extra_bytes=plan.extra_bytes + tiles + looks)
 
 

@@ -93,16 +93,16 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     count = rows.x.shape[0]
     keep, pieces = count <= args.keep_rows, execution.pieces(count)
     max_rows = count if keep else pieces[0].stop
-    if shared:
+    only_logps = not (keep or args.want_dx or args.trains_head or args.extras)
+    if only_logps and execution.skips_logits(tensors.weight, args.options):
+        pieces, max_rows = execution.pieces(count, UNSTORED_ROWS), 0
+    elif shared:
         max_rows = max(max_rows, min(2 * count, execution.limits.chunk))
     whole = args.execution.head(tensors, rows.labels, args.options, max_rows)
     ref_x = rows.gather(args.ref_hidden) if shared else None
     dx = _empty_dx(rows.x, tensors.weight, args)
     parts: list[RowLogps] = []
     filtered = execution.filter_eps > 0 and (args.want_dx or args.keep_live)
-    only_logps = not (args.want_dx or args.trains_head or args.extras or keep)
-    if only_logps and whole.skips_logits:
-        pieces = execution.pieces(count, UNSTORED_ROWS)
     filter_sums, live, live_dx = no_sums(rows.x), KeptSets(rows.x, count), LiveDx(whole, count)
     for part in pieces:
         inputs = rows.x[part], rows.labels[part], args.extras, None if ref_x is None else ref_x[part]
