@@ -52,6 +52,8 @@ def test_case(case, backend):
 def test_own_matmuls(case, backend):
     if dispatch.own_matmuls(backend.kernels, torch.empty(0, dtype=torch.bfloat16)) is None:
         pytest.skip("this processor has no AVX512_BF16")
+    if matches(case, ("own matmuls/unstored*",)) and not dispatch.cpu_has_tiles():
+        pytest.skip("this processor has no AMX")
     passes(backend, case)
 
 
