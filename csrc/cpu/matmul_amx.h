@@ -128,7 +128,8 @@ inline void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t deep, c
   int64_t line = 0;
   for (int64_t k = 0; k < deep * kNumbers; k += kNumbers) {
     if (ahead) {
-      for (; line * deep * kNumbers < 4 * kTile * (k + kNumbers); ++line) __builtin_prefetch(ahead + line * kTile, 1, 3);
+      for (; line * deep * kNumbers < 4 * kTile * (k + kNumbers); ++line)
+        __builtin_prefetch(ahead + line * kTile, 1, 3);
     }
     _tile_stream_loadd(4, a + k, 4 * kTile);
     if (kRowTiles == 2) _tile_stream_loadd(5, a + deep * kNumbers + k, 4 * kTile);
