@@ -154,22 +154,22 @@ def check_unstored(backend: Backend, findings: Findings, shape: Unstored) -> Non
 
 
 def check_unstored_infinities(backend: Backend, findings: Findings) -> None:
-    """As `token_logps_fwd` on the same logits, which bfloat16 represents."""
+    """As `token_logps_fwd` on the same logits, which float32 represents."""
     kernels = unstored(backend)
     x = torch.zeros(6, 32, dtype=torch.bfloat16)
     x[:, 0] = torch.tensor([1.0, 1.0, math.nan, -1.0, 0.5, 1.0])
     weight = torch.zeros(600, 32, dtype=torch.bfloat16)
     weight[:, 0] = torch.arange(600) % 3
     labels = torch.tensor([2, 1, 2, 5, 599, 3])
-    for name, masked in (("none", 0), ("some", 590), ("all", 600)):
+    for name, masked, others in (("none", 0, 0.0), ("some", 590, 0.0), ("some", 590, -2e3), ("all", 600, 0.0)):
         for infinite in (False, True):
-            bias = torch.zeros(600, dtype=torch.bfloat16)
+            bias = torch.full((600,), others, dtype=torch.bfloat16)
             bias[:masked] = -math.inf
             bias[599] = math.inf if infinite else bias[599]
-            u = (x.float() @ weight.float().T + bias.float()).bfloat16()
+            u = x.float() @ weight.float().T + bias.float()
             got = kernels.linear_token_logps_fwd(x, weight, bias, labels, -100, 1.0, 600)
             want = kernels.token_logps_fwd(u, labels, -100, 1.0, 0.0, 600, False)
-            what = f"{name} masked{', one infinite' if infinite else ''}"
+            what = f"{name} masked, the others {others}{', one infinite' if infinite else ''}"
             for k, of in enumerate(("log-probs", "log-sum-exp")):
                 findings.close(
                     f"{of}, {what}", got[k].nan_to_num(7.5, 8.5, 9.5), want[k].nan_to_num(7.5, 8.5, 9.5), 1e-6

@@ -2,7 +2,7 @@
 
 Costs in matrix products of N*H*V multiply-adds, for N labelled rows:
 
-    forward    1  no gradient needed
+    forward    1  no gradient needed; with AMX no logits are stored
     frozen     2  weight and bias need no gradient: unscaled dX is computed while the chunk is in memory
     pairs      3  loss known, chunks are whole groups of linked pairs: dX and dW are computed in the forward pass, from
                    logits that wait for the loss of their chunk

@@ -125,7 +125,9 @@ std::tuple<Tensor, Tensor> linear_token_logps_fwd(Tensor x, Tensor weight, Tenso
         if (tops[i] > top) top = tops[i], shift = shifts[i];
       }
       double sum = 0;
-      for (int64_t i = t; i < tasks * p.padded; i += p.padded) sum += sums[i] * std::exp2(double(shifts[i]) - shift);
+      for (int64_t i = t; i < tasks * p.padded; i += p.padded) {
+        if (sums[i] != 0) sum += sums[i] * std::exp2(double(shifts[i]) - shift);  // one of -inf alone has no shift
+      }
       // Relative to the largest term. A sum of nothing but -inf is 0.
       const double log_sum = std::log(sum) - (top == -INFINITY ? 0.0 : kLn2 * (double(c) * top - shift));
       own_lse[t] = float(scale * top + log_sum);
