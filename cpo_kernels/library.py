@@ -62,8 +62,8 @@ CPU_SCHEMAS = {
     "live_grads_": SCHEMAS["live_grads"].replace("=None) -> Tensor", ", Tensor(a!) out) -> ()"),
     "logits_": "(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor(a!) out) -> ()",
     "linear_token_logps_fwd": (
-        "(Tensor x, Tensor weight, Tensor bias, Tensor labels, int ignore_index, float scale, int vocab_size)"
-        " -> (Tensor, Tensor)"
+        "(Tensor x, Tensor weight, Tensor bias, Tensor labels, int ignore_index, float scale, int vocab_size,"
+        " Tensor anchors) -> (Tensor, Tensor)"
     ),
     "add_product_": (
         "(Tensor(a!) total, Tensor(b!) low, Tensor a, Tensor b, bool first, bool last, float factor) -> ()"

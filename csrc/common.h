@@ -136,7 +136,8 @@ Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tenso
 void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool last, double factor);
 void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out);
 std::tuple<Tensor, Tensor> linear_token_logps_fwd(Tensor x, Tensor weight, Tensor bias, Tensor labels,
-                                                  int64_t ignore_index, double scale, int64_t vocab_size);
+                                                  int64_t ignore_index, double scale, int64_t vocab_size,
+                                                  Tensor anchors);
 bool has_bf16_matmuls();  // for logits_, live_sums_, live_dw, and sums of add_product_ in float32
 bool has_tiles();         // for linear_..., and sums of add_product_ in bfloat16
 

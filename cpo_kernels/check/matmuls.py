@@ -1,9 +1,9 @@
 """Cases of `cpo-kernels check`: the CPU's own matmuls in bfloat16, against float64. Each result is rounded once."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ def check_odd_hidden_size(backend: Backend, findings: Findings) -> None:
     x = torch.zeros(2, 3, dtype=torch.bfloat16)
     nothing = x.new_empty(0)
     call = partial(own_matmuls(backend).logits_, x, x, nothing, nothing.float(), x.new_empty(2, 2))
-    findings.refuses("an odd hidden size", call, "hidden size must be even, got 3")
+    findings.refuses("an odd hidden size", call, "hidden size must be even and positive, got 3")
 
 
 def check_overlapping_rows(backend: Backend, findings: Findings) -> None:
@@ -125,7 +125,7 @@ UNSTORED = {
 
 
 def check_unstored(backend: Backend, findings: Findings, shape: Unstored) -> None:
-    """Log-probs whose errors are those of float32: of the sums, and of the exponent."""
+    """As `token_logps_fwd` on stored logits, but for the order of sums."""
     kernels, generator = unstored(backend), torch.Generator().manual_seed(3)
     rows, columns = shape.rows, shape.columns
     x = random(generator, rows, shape.hidden)
@@ -135,52 +135,54 @@ def check_unstored(backend: Backend, findings: Findings, shape: Unstored) -> Non
     bias = random(generator, columns + shape.padding) if shape.bias else x.new_empty(0)
     bias[: columns // 3] = -math.inf  # masked
     labels = torch.randint(columns // 3, columns, (rows,), generator=generator)
+    lacks = (shape.size * torch.randn(rows, generator=generator)).bfloat16().float()
+    exact = (x.float() * weight[labels].float()).sum(1) + (bias[labels].float() if shape.bias else 0.0)
     labels[2::5] = -7  # ignored
-    options = -7, shape.scale, columns
+    options = -7, shape.scale
+    compare_unstored(findings, kernels, (x, weight, bias, labels, *options, columns), torch.stack([lacks, exact]))
+
+
+def compare_unstored(findings: Findings, kernels: Any, head: tuple[Any, ...], anchors: Tensor, what: str = "") -> None:
+    x, weight, bias, labels, ignore_index, scale, columns = head
 
     def compute() -> Tensor:
-        return torch.stack(kernels.linear_token_logps_fwd(x, weight, bias, labels, *options))
+        return torch.stack(kernels.linear_token_logps_fwd(*head, anchors))
 
-    got = same_on_any_threads(findings, "log-probs and log-sum-exp", compute)
-    z, size = x.double() @ weight[:columns].double().T, x.double().abs() @ weight[:columns].double().abs().T
-    z = shape.scale * (z + (bias[:columns].double() if shape.bias else 0))
-    lse, ignored = torch.logsumexp(z, 1), labels == -7
-    logp = z.gather(1, labels.clamp(min=0)[:, None])[:, 0] - lse
-    tolerance = SUMS * (1 + shape.scale * (size.amax(1) if columns else size.sum(1)))
-    for name, values, want in zip(("log-probs", "log-sum-exp"), got, (logp, lse), strict=True):
-        findings.close(name, values, want.masked_fill(ignored, 0.0), 1.0, tolerance)
-        findings.same(f"{name} of ignored rows", values[ignored], torch.zeros_like(values[ignored]))
-    findings.require("no log-prob is positive", not bool((got[0] > 0).any()))
+    got = same_on_any_threads(findings, f"log-probs and log-sum-exp{what}", compute)
+    stored = torch.empty(len(x), len(weight), dtype=torch.bfloat16)
+    kernels.logits_(x, weight, bias, anchors[0], stored)
+    want = kernels.token_logps_fwd(stored, labels, ignore_index, scale, 0.0, columns, False, anchors)
+    for name, values, wanted in zip(("log-probs", "log-sum-exp"), got, want, strict=False):
+        findings.close(f"{name}{what}", values.nan_to_num(1.5, 2.5, 3.5), wanted.nan_to_num(1.5, 2.5, 3.5), 1e-6)
+        findings.same(f"{name}{what}, finite", values.isfinite(), wanted.isfinite())
 
 
 def check_unstored_infinities(backend: Backend, findings: Findings) -> None:
-    """As `token_logps_fwd` on the same logits, which float32 represents."""
     kernels = unstored(backend)
     x = torch.zeros(6, 32, dtype=torch.bfloat16)
     x[:, 0] = torch.tensor([1.0, 1.0, math.nan, -1.0, 0.5, 1.0])
     weight = torch.zeros(600, 32, dtype=torch.bfloat16)
     weight[:, 0] = torch.arange(600) % 3
     labels = torch.tensor([2, 1, 2, 5, 599, 3])
-    for name, masked, others in (("none", 0, 0.0), ("some", 590, 0.0), ("some", 590, -2e3), ("all", 600, 0.0)):
-        for infinite in (False, True):
-            bias = torch.full((600,), others, dtype=torch.bfloat16)
-            bias[:masked] = -math.inf
-            bias[599] = math.inf if infinite else bias[599]
-            u = x.float() @ weight.float().T + bias.float()
-            got = kernels.linear_token_logps_fwd(x, weight, bias, labels, -100, 1.0, 600)
-            want = kernels.token_logps_fwd(u, labels, -100, 1.0, 0.0, 600, False)
-            what = f"{name} masked, the others {others}{', one infinite' if infinite else ''}"
-            for k, of in enumerate(("log-probs", "log-sum-exp")):
-                findings.close(
-                    f"{of}, {what}", got[k].nan_to_num(7.5, 8.5, 9.5), want[k].nan_to_num(7.5, 8.5, 9.5), 1e-6
-                )
+    # columns that are masked, the bias of the others, and of one that is no label
+    for masked, others, one in itertools.product((0, 590, 600), (0.0, -2e3, 1e10), (0.0, math.inf, 1e30, -1e30)):
+        bias = torch.full((600,), others, dtype=torch.bfloat16)
+        bias[:masked] = -math.inf
+        bias[598] += one
+        exact = x[:, 0].float() * weight[labels, 0].float() + bias[labels].float()
+        anchors = torch.stack([torch.tensor([0.0, 1.0, 0.0, -2.0, 0.5, 8.0]), exact])
+        what = f", {masked} masked, others {others}, one {one}"
+        compare_unstored(findings, kernels, (x, weight, bias, labels, -100, 1.0, 600), anchors, what)
 
 
 def check_unstored_refusals(backend: Backend, findings: Findings) -> None:
-    call, x = unstored(backend).linear_token_logps_fwd, torch.zeros(2, 4, dtype=torch.bfloat16)
+    op, x = unstored(backend).linear_token_logps_fwd, torch.zeros(2, 4, dtype=torch.bfloat16)
     none, labels = x.new_empty(0), torch.zeros(2, dtype=torch.int64)
     refusals: dict[str, tuple[tuple[Any, ...], str]] = {
-        "an odd hidden size": ((x[:, :3], x[:, :3], none, labels, -1, 1.0, 2), "hidden size must be even, got 3"),
+        "an odd hidden size": (
+            (x[:, :3], x[:, :3], none, labels, -1, 1.0, 2),
+            "hidden size must be even and positive, got 3",
+        ),
         "float32": ((x.float(), x, none, labels, -1, 1.0, 2), "x must be bfloat16, got float32"),
         "a label beyond the vocabulary": ((x, x, none, labels + 1, -1, 1.0, 1), "label 1 at row 0 is out of range"),
         "a vocabulary larger than the head": ((x, x, none, labels, -1, 1.0, 3), r"vocab_size must be in \[1, 2\]"),
@@ -188,7 +190,9 @@ def check_unstored_refusals(backend: Backend, findings: Findings) -> None:
         "a bias of another size": ((x, x, x[0], labels, -1, 1.0, 2), r"bias must have shape \[2\], got \[4\]"),
     }
     for what, (args, pattern) in refusals.items():
-        findings.refuses(what, partial(call, *args), pattern)
+        findings.refuses(what, partial(op, *args, torch.zeros(2, 2)), pattern)
+    call = partial(op, x, x, none, labels, -1, 1.0, 2, torch.zeros(2, 3))
+    findings.refuses("anchors of other rows", call, r"anchors must have shape \[2, 2\], got \[2, 3\]")
 
 
 class Sets(NamedTuple):
@@ -269,7 +273,7 @@ def check_add_product(backend: Backend, findings: Findings) -> None:
         by_rows = random(generator, rows, inner + 3)[:, 1 : inner + 1]
         by_columns = random(generator, inner, rows + 3)[:, 1 : rows + 1].t()
         b = random(generator, inner, width + 5)[:, 2 : width + 2]
-        for a, first in product((by_rows, by_columns), (False, True)):
+        for a, first in itertools.product((by_rows, by_columns), (False, True)):
             before = torch.full_like(total, math.nan) if first else total
 
             def compute(a: Tensor = a, b: Tensor = b, before: Tensor = before, first: bool = first) -> Tensor:

@@ -373,24 +373,24 @@ class Head:
         ref_logp = self.kernels.token_logps_fwd(z, labels, *self.options, False, anchors)[0]
         return self.logits(x, labels), ref_logp
 
-    def unstored(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Log-probs and log-sum-exp [n] without storing logits, or None if they must be stored."""
+    def unstored(self, x: Tensor, labels: Tensor) -> RowLogps | None:
+        """Log-probs as from `forward`, to the order of sums, without storing logits; None if they must be stored."""
         ignore_index, scale, softcap, vocab_size = self.options
         own = dispatch.unstored_logps(self.kernels, self.weight, softcap)
-        if own is None:
+        anchors = self.anchors(x, labels) if own else None
+        if own is None or anchors is None:  # no AMX, or no rows
             return None
-        logp, lse = own.linear_token_logps_fwd(x, self.weight, self.bias, labels, ignore_index, scale, vocab_size)
-        return logp, lse
+        head = self.weight, self.bias, labels, ignore_index, scale, vocab_size
+        logp, lse = own.linear_token_logps_fwd(x, *head, anchors)
+        return RowLogps(logp, lse, lse.new_empty(0), lse.new_empty(0), anchors[0].clone())
 
     def logps(self, x: Tensor, labels: Tensor, ref: Tensor | None = None) -> RowLogps:
-        """As `forward`, if no logits will be needed, now or later."""
-        unstored = self.unstored(x, labels)
-        if unstored is None:
+        """As `forward`, if nothing will read the logits in the buffer."""
+        own = self.unstored(x, labels)
+        if own is None:
             return self.forward(x, labels, False, ref)[1]
-        logp, lse = unstored
         of_ref = None if ref is None else self.unstored(ref, labels)
-        nothing = lse.new_empty(0)
-        return RowLogps(logp, lse, nothing, nothing if of_ref is None else of_ref[0], torch.zeros_like(lse))
+        return own if of_ref is None else own._replace(ref_logp=of_ref.logp)
 
     def forward(
         self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None

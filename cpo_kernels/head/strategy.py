@@ -68,7 +68,8 @@ SMALL_TILES = (48 << 20, 256)
 # chunk, and of a piece of its logits. 3,202 rows of 576 x 49,152 (benchmarks/results/filtered.json) took half the
 # memory of one chunk in pieces of 256, in no more time.
 OWN_ROWS = 1024
-# Rows at a time of which only log-probs are computed, without storing logits (`dispatch.unstored_logps`).
+# Rows at a time of which only log-probs are computed, without storing logits (`dispatch.unstored_logps`), and the columns
+# of a task there (kTaskColumns of csrc/cpu/logits.cpp).
 UNSTORED_ROWS, UNSTORED_COLUMNS = 1024, 512
 
 
@@ -251,7 +252,7 @@ def explain(
     filter_head_grad: bool = False,
     live_share: float = 0.19,
 ) -> Plan:
-    """The plan for a head of this shape: strategy, chunks, products and bytes.
+    """The plan for a head of this shape, without softcap and extras and not sharded: strategy, chunks, products, bytes.
 
     Args:
         num_tokens: labelled positions; prompts and padding do not count.
@@ -319,8 +320,8 @@ def explain(
     sizes = row_bytes, sum_itemsize(dtype, own)
     plan = _plan(strategy, num_tokens, hidden_size, vocab_size, dtype, *steps, *sizes, train_hidden, train_head)
     if strategy == "forward" and own and dispatch.cpu_has_tiles() and hidden_size % 2 == 0:
-        rows = even_rows(num_tokens, UNSTORED_ROWS)  # in tiles, and what is found of them in UNSTORED_COLUMNS at a time
-        found = rows * (hidden_size * dtype.itemsize + 12 * -(-vocab_size // UNSTORED_COLUMNS))
+        rows = whole_sets(num_tokens, UNSTORED_ROWS, set_rows)  # in tiles, and what is found in UNSTORED_COLUMNS each
+        found = rows * (hidden_size * dtype.itemsize + 16 * -(-vocab_size // UNSTORED_COLUMNS))
         plan = replace(
             plan, chunk_rows=rows, num_chunks=max(1, -(-num_tokens // rows)), logits_bytes=0, extra_bytes=found
         )

@@ -93,7 +93,7 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
     count = rows.x.shape[0]
     keep, pieces = count <= args.keep_rows, execution.pieces(count)
     max_rows = count if keep else pieces[0].stop
-    only_logps = not (keep or args.want_dx or args.trains_head or args.extras)
+    only_logps = not (keep or args.want_dx or args.keep_live or args.extras)
     if only_logps and execution.skips_logits(tensors.weight, args.options):
         pieces, max_rows = execution.pieces(count, UNSTORED_ROWS), 0
     elif shared:

@@ -1,5 +1,5 @@
 // logits_: x W^T + bias - lacks in bfloat16, summed in float32 and rounded once. linear_token_logps_fwd: log-probs of
-// logits that are not stored, nor rounded.
+// the same logits, which are not stored.
 //
 // oneDNN computes the first with a matrix to add (torch.addmm), which it reads; here a row's constant is added in
 // registers. With AMX a block of logits is rounded and stored, or scanned, while the next one is multiplied
@@ -13,7 +13,6 @@ namespace cpo {
 namespace {
 
 constexpr int64_t kTaskColumns = 512;
-constexpr double kLn2 = 0.6931471805599453;
 
 // A head and its rows, checked.
 struct Problem {
@@ -29,7 +28,7 @@ struct Problem {
     check_bf16_matrix(op, "x", x_in);
     check_bf16_matrix(op, "weight", weight_in);
     rows = x_in.size(0), width = x_in.size(1), columns = weight_in.size(0), weight_stride = weight_in.stride(0);
-    check(width % 2 == 0, op, ": the hidden size must be even, got ", width);
+    check(width > 0 && width % 2 == 0, op, ": the hidden size must be even and positive, got ", width);
     check_matrix("weight", weight_in, columns, width);
     if (given(bias_in)) {
       check_dtype("bias", bias_in, ScalarType::BFloat16);
@@ -55,14 +54,6 @@ struct Problem {
     const int64_t low = task * kTaskColumns, count = std::min(kTaskColumns, limit - low);
     const float* own_bias = bias.empty() ? nullptr : bias.data() + low;
     return {weight + low * weight_stride, weight_stride, count, packed.data(), width / 2, rows, own_bias};
-  }
-
-  // The logit of row t in a column, without scale.
-  double logit(int64_t t, int64_t column) const {
-    const BFloat16 *a = x + t * width, *b = weight + column * weight_stride;
-    double sum = bias.empty() ? 0.0 : bias[column];
-    for (int64_t h = 0; h < width; ++h) sum += double(to_float(a[h])) * to_float(b[h]);
-    return sum;
   }
 };
 
@@ -92,50 +83,43 @@ void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out) {
 }
 
 std::tuple<Tensor, Tensor> linear_token_logps_fwd(Tensor x, Tensor weight, Tensor bias, Tensor labels,
-                                                  int64_t ignore_index, double scale, int64_t vocab_size) {
+                                                  int64_t ignore_index, double scale, int64_t vocab_size,
+                                                  Tensor anchors) {
   const char* op = "linear_token_logps_fwd";
+  check(bf16_matmul(op).scan_logits, op, " needs a processor with AMX, and CPO_KERNELS_CPU_ISA unset or amx");
   const Problem p(op, x, weight, bias);
-  check(p.kernels.scan_logits, op, " needs a processor with AMX, and CPO_KERNELS_CPU_ISA unset or amx");
   check(scale > 0 && std::isfinite(scale), op, ": scale must be a positive number, got ", scale);
   check(vocab_size >= 1 && vocab_size <= p.columns, op, ": vocab_size must be in [1, ", p.columns,
         "] (the rows of weight), got ", vocab_size);
   check_dtype("labels", labels, ScalarType::Long);
   check_vector("labels", labels, p.rows);
-  labels = dense(labels);
+  check_row_pairs(op, "anchors", anchors, p.rows, ScalarType::Float);
+  labels = dense(labels), anchors = dense(anchors);
   const int64_t* ids = data_of<int64_t>(labels);
   check_labels(op, ids, p.rows, ignore_index, vocab_size);
   const int64_t tasks = p.tasks(vocab_size);
-  const float c = float(scale * kLog2E);
-  std::vector<float> tops(size_t(tasks * p.padded)), shifts(tops.size()), sums(tops.size());
+  std::vector<float> minus(size_t(p.padded)), at_label(size_t(p.padded));
+  std::vector<int32_t> columns(size_t(p.padded), -1);
+  for (int64_t t = 0; t < p.rows; ++t) {
+    minus[t] = -data_of<float>(anchors)[t];
+    columns[t] = ids[t] == ignore_index ? -1 : int32_t(ids[t]);
+  }
+  std::vector<float> found(size_t(tasks * 4 * p.padded));
+  const auto of_task = [&](int64_t task) { return found.data() + task * 4 * p.padded; };
   share_tasks(tasks, [&](const auto& take) {
     const WithoutSubnormals flushed;
     for (int64_t task; (task = take()) >= 0;) {
-      const int64_t at = task * p.padded;
-      p.kernels.scan_logits(p.blocks(task, vocab_size), c, tops.data() + at, shifts.data() + at, sums.data() + at);
+      float *tops = of_task(task), *shifts = tops + p.padded, *powers = shifts + p.padded, *sums = powers + p.padded;
+      p.kernels.scan_logits(p.blocks(task, vocab_size),
+                            {float(scale * kLog2E), minus.data(), columns.data(), task * kTaskColumns, tops, shifts,
+                             powers, sums, at_label.data()});
     }
   });
-  Tensor logp = new_vector(x, p.rows, ScalarType::Float), lse = new_vector(x, p.rows, ScalarType::Float);
-  float *own_logp = mutable_data_of<float>(logp), *own_lse = mutable_data_of<float>(lse);
-  parallel_rows(p.rows, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      own_logp[t] = own_lse[t] = 0;
-      if (ids[t] == ignore_index) continue;
-      float top = -INFINITY, shift = 0;
-      for (int64_t i = t; i < tasks * p.padded; i += p.padded) {
-        if (tops[i] > top) top = tops[i], shift = shifts[i];
-      }
-      double sum = 0;
-      for (int64_t i = t; i < tasks * p.padded; i += p.padded) {
-        if (sums[i] != 0) sum += sums[i] * std::exp2(double(shifts[i]) - shift);  // one of -inf alone has no shift
-      }
-      // Relative to the largest term. A sum of nothing but -inf is 0.
-      const double log_sum = std::log(sum) - (top == -INFINITY ? 0.0 : kLn2 * (double(c) * top - shift));
-      own_lse[t] = float(scale * top + log_sum);
-      const double logp_t = scale * (p.logit(t, ids[t]) - top) - log_sum;
-      own_logp[t] = float(logp_t > 0 ? 0.0 : logp_t);  // its label's logit is more exact than that in the sum
-    }
-  });
-  return {logp, lse};
+  const auto part = [&](int64_t task, int64_t t) {
+    const float* at = of_task(task) + t;
+    return Partial{at[p.padded], at[0], at[2 * p.padded], at[3 * p.padded], 0, 0, 0};
+  };
+  return logps_of_partials(labels, ignore_index, scale, vocab_size, anchors, tasks, part, at_label);
 }
 
 }  // namespace cpo

@@ -1,6 +1,8 @@
 // The CPU's own matmuls, of bfloat16 numbers on processors with instructions for them.
 #pragma once
 
+#include <functional>
+
 #include "lines.h"
 #include "rows.h"
 
@@ -8,6 +10,14 @@ namespace cpo {
 
 // Raises if there are none here.
 const Bf16Matmul& bf16_matmul(const char* op);
+
+// Log-probs and log-sum-exp of bfloat16 logits of which only sums are known, part(k, row) in the k-th part of
+// the columns. anchors [2, rows],
+// and at_label, y of the labels as they would be stored.
+std::tuple<Tensor, Tensor> logps_of_partials(const Tensor& labels, int64_t ignore_index, double scale,
+                                             int64_t vocab_size, const Tensor& anchors, int64_t parts,
+                                             const std::function<Partial(int64_t, int64_t)>& part,
+                                             const std::vector<float>& at_label);
 
 namespace {
 

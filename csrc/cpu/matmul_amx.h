@@ -240,12 +240,12 @@ void pack_x_amx(const BFloat16* x, int64_t rows, int64_t width, uint32_t* out) {
   }
 }
 
-// ---- logits, and what is made of them in registers
-// ---------------------------------------------------------------------------------------
+// ---- logits
 
 constexpr int64_t kWide = 2 * kTile;  // columns and rows of a block of logits
 
-// A block [32 columns, 32 rows] of products; the first of its columns and rows, and how many there are.
+// A block [32 columns, 32 rows] of products: its first column and row, its columns, and the rows from there on, none if
+// its sums are not complete.
 struct LogitBlock {
   float (*sums)[kWide];
   const float* bias;  // of the columns, or null
@@ -359,6 +359,13 @@ void for_logits(const HeadBlocks& head, Use& use) {
   for (int piece = 0; made.rows > 0 && piece < Use::kPieces; ++piece) use.piece(made, piece);
 }
 
+// Rounded, in pairs.
+inline __m512i interleaved(__m512 even, __m512 odd) {
+  alignas(64) static const uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
 // Subtracts constants of the rows, rounds, transposes and stores.
 struct StoreLogits {
   static constexpr int kPieces = 16;
@@ -373,15 +380,11 @@ struct StoreLogits {
     if (first >= block.rows) return;
     __m512i* lines = turned + first;
     if (piece < kPieces / 2) {  // 8 columns
-      alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-      const __m512i interleave = _mm512_load_si512(kInterleave);
       const __m512 lacks = _mm512_loadu_ps(minus + block.row + first);
       const auto rounded = [&](int v) {
         const __m512 even = _mm512_add_ps(block.at(8 * quarter + v, first), lacks);
         const __m512 odd = _mm512_add_ps(block.at(8 * quarter + v + 1, first), lacks);
-        return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+        return interleaved(even, odd);
       };
       const __m512i a = rounded(0), b = rounded(2), c = rounded(4), d = rounded(6);
       const __m512i low = _mm512_unpacklo_epi32(a, b), high = _mm512_unpacklo_epi32(c, d);
@@ -417,30 +420,33 @@ inline __m512 power_where(__mmask16 keep, __m512 t) {
   return _mm512_maskz_scalef_ps(keep, exp2_polynomial(exp2_floor_fraction(VecF{t})).v, t);
 }
 
-// The sums of E^(c y - shift) of every row, its largest y, and shift = c times that.
+// Of the rounded logits of every row: the sums of E^(c y - shift), the largest y, shift = c times that, and the
+// label's.
 struct ScanLogits {
   static constexpr int kPieces = 18;  // of 16 rows each: their largest, then 8 times the sums of 4 columns
-  float c;
-  float *tops, *shifts, *sums;  // [rows], whole blocks
+  const LogitScan& to;
 
   inline __attribute__((always_inline)) void piece(const LogitBlock& block, int piece) {
-    const int64_t first = piece / 9 * kTile;
+    const int64_t first = piece / 9 * kTile, t = block.row + first;
     if (first >= block.rows) return;
-    float *top = tops + block.row + first, *shift = shifts + block.row + first, *sum = sums + block.row + first;
-    const auto y = [&](int64_t v) { return block.at(v, first); };
-    const __m512 factor = _mm512_set1_ps(c);
+    float *top = to.tops + t, *shift = to.shifts + t, *sum = to.sums + t;
+    const __m512 c = _mm512_set1_ps(to.c), minus = _mm512_loadu_ps(to.minus + t);
+    const auto y = [&](int64_t v) { return _mm512_add_ps(block.at(v, first), minus); };
+    const __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
     if (piece % 9 == 0) {
+      find_labels(block, first);
       const __m512 lowest = _mm512_set1_ps(-kInfinity);
       __m512 largest[4] = {lowest, lowest, lowest, lowest};
       for (int64_t v = 0; v + 4 <= block.columns; v += 4) {
         for (int k = 0; k < 4; ++k) largest[k] = _mm512_max_ps(y(v + k), largest[k]);
       }
       for (int64_t v = block.columns & ~3; v < block.columns; ++v) largest[0] = _mm512_max_ps(y(v), largest[0]);
-      const __m512 found = _mm512_max_ps(_mm512_max_ps(largest[0], largest[1]), _mm512_max_ps(largest[2], largest[3]));
+      __m512 found = _mm512_max_ps(_mm512_max_ps(largest[0], largest[1]), _mm512_max_ps(largest[2], largest[3]));
+      found = rounded_pairs(found, found, upper).even;
       const __m512 before = _mm512_loadu_ps(top);
       const __mmask16 higher = _mm512_cmp_ps_mask(found, before, _CMP_GT_OQ);
       if (!higher) return;
-      const __m512 old = _mm512_loadu_ps(shift), raised = _mm512_mul_ps(factor, found);
+      const __m512 old = _mm512_loadu_ps(shift), raised = _mm512_mul_ps(c, found);
       // Where nothing but -inf came before, the sum is 0 (or NaN) and has no shift.
       const __mmask16 any = _mm512_mask_cmp_ps_mask(higher, before, lowest, _CMP_GT_OQ);
       const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(sum), power_where(0xffff, _mm512_sub_ps(old, raised)));
@@ -452,12 +458,36 @@ struct ScanLogits {
     const __m512 minus_shift = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(shift));
     const int64_t column = (piece % 9 - 1) * 4;
     __m512 parts[4];
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 4; k += 2) {
+      const TwoRounded both = rounded_pairs(y(column + k), y(column + k + 1), upper);
       const __mmask16 keep = column + k < block.columns ? 0xffff : 0;
-      parts[k] = power_where(keep, _mm512_fmadd_ps(y(column + k), factor, minus_shift));
+      const __mmask16 keep_odd = column + k + 1 < block.columns ? 0xffff : 0;
+      parts[k] = power_where(keep, _mm512_fmadd_ps(both.even, c, minus_shift));
+      parts[k + 1] = power_where(keep_odd, _mm512_fmadd_ps(both.odd, c, minus_shift));
     }
     const __m512 added = _mm512_add_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3]));
     _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), added));
+  }
+
+  struct TwoRounded {
+    __m512 even, odd;
+  };
+  static inline __attribute__((always_inline)) TwoRounded rounded_pairs(__m512 even, __m512 odd, __m512i upper) {
+    const __m512i both = interleaved(even, odd);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(_mm512_and_si512(both, upper))};
+  }
+
+  void find_labels(const LogitBlock& block, int64_t first) const {
+    const __m512i labels = _mm512_loadu_si512(to.labels + block.row + first);
+    const __m512i at = _mm512_sub_epi32(labels, _mm512_set1_epi32(int(to.first_column + block.column)));
+    unsigned here = _mm512_cmplt_epu32_mask(at, _mm512_set1_epi32(int(block.columns)));
+    for (; here; here &= here - 1) {
+      const int64_t t = first + __builtin_ctz(here), v = to.labels[block.row + t] - to.first_column - block.column;
+      const float sum = block.bias ? block.sums[v][t] + block.bias[v] : block.sums[v][t];
+      BFloat16 stored;
+      from_float(stored, sum + to.minus[block.row + t]);
+      to.at_label[block.row + t] = to_float(stored);
+    }
   }
 };
 
@@ -467,8 +497,14 @@ void logits_amx(const HeadBlocks& head, const float* minus, BFloat16* out, int64
   _mm_sfence();
 }
 
-void scan_logits(const HeadBlocks& head, float c, float* tops, float* shifts, float* sums) {
-  for (int64_t t = 0; t < (head.rows + kWide - 1) / kWide * kWide; ++t) tops[t] = -kInfinity, shifts[t] = sums[t] = 0;
-  ScanLogits scan{c, tops, shifts, sums};
+void scan_logits(const HeadBlocks& head, const LogitScan& to) {
+  const int64_t whole = (head.rows + kWide - 1) / kWide * kWide;
+  for (int64_t t = 0; t < whole; ++t) to.tops[t] = -kInfinity, to.shifts[t] = to.sums[t] = 0;
+  ScanLogits scan{to};
   for_logits(head, scan);
+  for (int64_t t = 0; t < whole; t += kTile) {
+    const __m512 minus_shift = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(to.shifts + t));
+    const __m512 top = _mm512_fmadd_ps(_mm512_loadu_ps(to.tops + t), _mm512_set1_ps(to.c), minus_shift);
+    _mm512_storeu_ps(to.powers + t, power_where(0xffff, top));
+  }
 }

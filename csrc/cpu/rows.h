@@ -151,35 +151,42 @@ struct Rows {
   int64_t pieces() const { return (columns + kPiece - 1) / kPiece; }
 };
 
-inline Rows describe(const char* op, const Tensor& logits, const Tensor& labels, int64_t ignore_index, double scale,
-                     double softcap, int64_t vocab_size, const Optional& anchors) {
-  check_token_arguments(op, logits, labels, scale, softcap, vocab_size);
-  check(logits.is_cpu() && labels.is_cpu(), op, ": logits and labels must be CPU tensors");
+// Without logits.
+inline Rows problem(ElementType type, const Tensor& labels, int64_t ignore_index, double scale, double softcap,
+                    int64_t vocab_size) {
   Rows rows{};
-  rows.type = element_type(op, logits.scalar_type());
-  rows.element_size = rows.type == kFloat64 ? 8 : rows.type == kFloat32 ? 4 : 2;
-  rows.count = logits.size(0);
-  rows.width = logits.size(1);
+  rows.type = type;
+  rows.element_size = type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2;
+  rows.count = labels.size(0);
   rows.columns = vocab_size;
-  rows.stride = logits.stride(0) * rows.element_size;
-  rows.logits = static_cast<char*>(logits.data_ptr());
   rows.labels_tensor = dense(labels);
   rows.labels = data_of<int64_t>(rows.labels_tensor);
   rows.ignore_index = ignore_index;
   rows.scale = scale;
   rows.map.softcap = softcap > 0;
   rows.map.nat = softcap > 0 ? softcap : scale;
-  rows.map.c = rows.type == kFloat64 ? rows.map.nat : double(float(rows.map.nat * kLog2E));
+  rows.map.c = type == kFloat64 ? rows.map.nat : double(float(rows.map.nat * kLog2E));
   rows.map.inner = softcap > 0 ? scale / softcap : 0.0;
   rows.map.offset = 0.0;
+  rows.kernels = &isa_kernels().rows[type];
+  rows.threads = torch::stable::get_num_threads();
+  return rows;
+}
+
+inline Rows describe(const char* op, const Tensor& logits, const Tensor& labels, int64_t ignore_index, double scale,
+                     double softcap, int64_t vocab_size, const Optional& anchors) {
+  check_token_arguments(op, logits, labels, scale, softcap, vocab_size);
+  check(logits.is_cpu() && labels.is_cpu(), op, ": logits and labels must be CPU tensors");
+  Rows rows = problem(element_type(op, logits.scalar_type()), labels, ignore_index, scale, softcap, vocab_size);
+  rows.width = logits.size(1);
+  rows.stride = logits.stride(0) * rows.element_size;
+  rows.logits = static_cast<char*>(logits.data_ptr());
   check_row_pairs(op, "anchors", anchors, rows.count, rows.acc());
   if (anchors) {
     check(anchors->is_cpu(), op, ": anchors must be a CPU tensor");
     rows.anchors_tensor = dense(*anchors);
     rows.anchors = rows.anchors_tensor.const_data_ptr();
   }
-  rows.kernels = &isa_kernels().rows[rows.type];
-  rows.threads = torch::stable::get_num_threads();
   return rows;
 }
 

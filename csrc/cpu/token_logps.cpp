@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "rows.h"
+#include "matmul.h"
 
 #if defined(CPO_X86) && defined(__linux__)
 #include <cpuid.h>
@@ -101,8 +101,8 @@ void replace_label(const Rows& rows, Partial& sums, double stored, double y_labe
 
 // All results of a row, from its sums. Sums are taken relative to their largest term as rounded: if it is the only
 // term, the logarithm is exactly 0.
-RowResult finish(const Rows& rows, int64_t i, Partial sums, double* extra) {
-  const double stored = stored_label_y(rows, i);
+// stored: y of its label as stored.
+RowResult finish(const Rows& rows, int64_t i, Partial sums, double stored, double* extra) {
   const bool all_masked = sums.max_y == -INFINITY;
   const double y_label = all_masked ? stored : label_y(rows, i);
   if (rows.anchors && !all_masked) replace_label(rows, sums, stored, y_label);
@@ -214,7 +214,7 @@ void run(const Rows& rows, bool extras, Acc* logp, Acc* lse, Acc* extra_out) {
   const auto forward = [&](int64_t i) {
     const Partial sums = split ? totals[i] : rows.kernels->scan(rows.row(i), rows.columns, rows.map_of(i), extras);
     double extra[4];
-    const RowResult r = finish(rows, i, sums, extras ? extra : nullptr);
+    const RowResult r = finish(rows, i, sums, stored_label_y(rows, i), extras ? extra : nullptr);
     store_row(rows, i, &r, extra, logp, lse, extra_out);
     return r;
   };
@@ -285,6 +285,27 @@ const IsaKernels& isa_kernels() {
 std::tuple<Tensor, Tensor, Tensor> token_logps_fwd(Tensor logits, Tensor labels, int64_t ignore_index, double scale,
                                                    double softcap, int64_t vocab_size, bool extras, Optional anchors) {
   return forward<false>("token_logps_fwd", logits, labels, ignore_index, scale, softcap, vocab_size, extras, anchors);
+}
+
+std::tuple<Tensor, Tensor> logps_of_partials(const Tensor& labels, int64_t ignore_index, double scale,
+                                             int64_t vocab_size, const Tensor& anchors, int64_t parts,
+                                             const std::function<Partial(int64_t, int64_t)>& part,
+                                             const std::vector<float>& at_label) {
+  Rows rows = problem(kBFloat16, labels, ignore_index, scale, 0.0, vocab_size);
+  rows.anchors = data_of<float>(anchors);
+  Tensor logp = new_vector(anchors, rows.count, rows.acc()), lse = new_vector(anchors, rows.count, rows.acc());
+  float *own_logp = mutable_data_of<float>(logp), *own_lse = mutable_data_of<float>(lse);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (rows.ignored(i)) {
+      store_row<float>(rows, i, nullptr, nullptr, own_logp, own_lse, nullptr);
+      continue;
+    }
+    Partial total = part(0, i);
+    for (int64_t k = 1; k < parts; ++k) combine(rows, total, part(k, i));
+    const RowResult r = finish(rows, i, total, at_label[i], nullptr);
+    store_row<float>(rows, i, &r, nullptr, own_logp, own_lse, nullptr);
+  }
+  return {logp, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logps_fused_(Tensor logits, Tensor labels, int64_t ignore_index, double scale,

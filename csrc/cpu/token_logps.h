@@ -88,6 +88,17 @@ struct HeadBlocks {
   const float* bias;  // of the columns, or null
 };
 
+// What to find of the rows' logits in some columns, as they would be stored: c y as in RowMap, from columns beginning
+// with first_column. Whole panels of rows.
+struct LogitScan {
+  float c;
+  const float* minus;     // added before rounding
+  const int32_t* labels;  // column of the head, or -1
+  int64_t first_column;
+  float *tops, *shifts, *powers, *sums;  // as in Partial
+  float* at_label;                       // y of the label, if it is here
+};
+
 struct Bf16Matmul {
   // Without AMX, else null: c[r][0 .. kPanel * panels) += a b. Pair p of row r of a is at r * row_stride + p *
   // pair_stride, in bytes; b [panels, pairs, kPanel] holds pairs.
@@ -123,9 +134,8 @@ struct Bf16Matmul {
   // The same where row i of the sums, i in [0, rows), is at sums[i].
   void (*add_tiles_to_rows)(const uint32_t* a, const uint32_t* b, int64_t rows, int64_t column_tiles,
                             int64_t pair_tiles, float* const* sums);
-  // With AMX, else null: of logits that are not stored, the largest y of each row, its shift, c times that, and the sum
-  // of E^(c y - shift); whole panels.
-  void (*scan_logits)(const HeadBlocks& head, float c, float* tops, float* shifts, float* sums);
+  // With AMX, else null.
+  void (*scan_logits)(const HeadBlocks& head, const LogitScan& to);
 };
 
 enum ElementType { kFloat32, kBFloat16, kFloat16, kFloat64, kElementTypes };

@@ -89,16 +89,21 @@ def op_samples(impl):
     where = execution(16)._replace(filter_eps=0.05)  # dX may wait in float32
     args = head_token_logps.TokenArgs(none, rounded.hidden[:0, 0], options, False, True, True, 0, False, where)
     yield head_token_logps.linear_token_logps_op, (rounded, args)
+    even = rounded._replace(hidden=rounded.hidden.repeat(1, 2), weight=rounded.weight.repeat(1, 2))
+    args = args._replace(
+        want_dx=False, trains_head=False, options=options._replace(softcap=0.0), execution=execution(16)
+    )
+    yield head_token_logps.linear_token_logps_op, (even, args)  # its logits need not be stored
 
 
 @pytest.mark.parametrize("impl", EVERY_BACKEND)
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(16))
 def test_opcheck(index, impl):
     op, args = list(op_samples(impl))[index]
     opcheck(op.overload, library.flatten(args))
 
 
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(16))
 def test_a_fake_has_the_bundles_of_the_op(index):
     """Arguments and results are the same NamedTuples through the op, its fake and torch.compile."""
     op, args = list(op_samples("cpu"))[index]
