@@ -129,8 +129,7 @@ def own_matmuls(kernels: Kernels, weight: Tensor) -> Any:
 
 def unstored_logps(kernels: Kernels, weight: Tensor, softcap: float) -> Any:
     """The CPU kernels if they have `linear_token_logps_fwd` for a weight like this, or None: with AMX, for an even
-    hidden size and no softcap. It takes 0.77 of the time of `logits_` and `token_logps_fwd`, and its logits, which are
-    never stored, are float32."""
+    hidden size and no softcap."""
     own = own_matmuls(kernels, weight) if softcap == 0 and weight.shape[1] % 2 == 0 else None
     return own if own and hasattr(own, "linear_token_logps_fwd") and cpu_has_tiles() else None
 

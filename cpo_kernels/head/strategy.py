@@ -68,8 +68,8 @@ SMALL_TILES = (48 << 20, 256)
 # chunk, and of a piece of its logits. 3,202 rows of 576 x 49,152 (benchmarks/results/filtered.json) took half the
 # memory of one chunk in pieces of 256, in no more time.
 OWN_ROWS = 1024
-# Rows at a time of which only log-probs are computed, without storing logits (`dispatch.unstored_logps`), and the columns
-# of a task there (kTaskColumns of csrc/cpu/logits.cpp).
+# Rows at a time of which only log-probs are computed, without storing logits (`dispatch.unstored_logps`), and the
+# columns of a task there (kTaskColumns of csrc/cpu/logits.cpp).
 UNSTORED_ROWS, UNSTORED_COLUMNS = 1024, 512
 
 
