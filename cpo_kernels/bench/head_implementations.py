@@ -2,6 +2,7 @@
 loss."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ FLOOR_ROWS = 4096  # rows of a chunk of `products`: there the products of these 
 # ------------------------------------------------------------------------------------------------------------ the floor
 
 
-def products(b: Batch) -> Step:
+def products(b: Batch, large: Callable[[Tensor], Tensor] = lambda result: result) -> Step:
     """Z = X W^T, dX = G W and dW = G^T X on the labelled rows, through one buffer of at most FLOOR_ROWS rows.
 
-    dW of several chunks adds up in float32 where a product can (GPU), else in the dtype of the weight.
+    dW of several chunks adds up in float32 where a product can (GPU), else in the dtype of the weight. large: applied to what
+    is written for the first time.
     """
     x, weight = b.hidden.detach()[b.labels != -100], b.weight.detach()
     ref = None if b.ref_hidden is None else (b.ref_hidden[b.labels != -100], b.ref_weight.detach())
@@ -32,9 +34,11 @@ def products(b: Batch) -> Step:
     mode = b.workload.mode
 
     def run() -> Outcome:
-        z = x.new_empty(min(x.shape[0], FLOOR_ROWS), weight.shape[0])
-        dx = torch.empty_like(x) if mode != "forward" else None
-        dw = weight.new_empty(weight.shape, dtype=torch.float32 if wide else b.dtype) if mode == "trainable" else None
+        z = large(x.new_empty(min(x.shape[0], FLOOR_ROWS), weight.shape[0]))
+        dx = large(torch.empty_like(x)) if mode != "forward" else None
+        dw = None
+        if mode == "trainable":
+            dw = large(weight.new_empty(weight.shape, dtype=torch.float32 if wide else b.dtype))
         for low in range(0, x.shape[0], FLOOR_ROWS):
             rows = x[low : low + FLOOR_ROWS]
             g = z[: rows.shape[0]]
@@ -123,6 +127,9 @@ def naive(labelled_only: bool, compiled: bool) -> Callable[[Batch], Step]:
 
 IMPLEMENTATIONS = {
     "products": Implementation("bare matrix products (the floor)", products),
+    "products_huge_pages": Implementation(
+        "bare matrix products, results in pages of 2 MB", partial(products, large=dispatch.prefer_huge_pages)
+    ),
     "ours": Implementation("**cpo-kernels**", fused_loss()),
     "ours_triton": Implementation("cpo-kernels, Triton", fused_loss("triton"), refuses=needs_backend("triton")),
     "ours_cuda": Implementation("cpo-kernels, CUDA C++", fused_loss("cuda"), refuses=needs_backend("cuda")),
