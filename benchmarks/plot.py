@@ -44,8 +44,8 @@ README_ROWS = (
     "trl_unmasked", "trl",
 )  # fmt: skip
 FILTERED_ROWS = (
-    "products", "ours", "ours_filtered", "ours_filtered_head", "ours_token_logps", "ours_token_logps_filtered", "cce",
-    "naive_unmasked",
+    "products", "products_huge_pages", "ours", "ours_filtered", "ours_filtered_head", "ours_token_logps",
+    "ours_token_logps_filtered", "cce", "naive_unmasked",
 )  # fmt: skip
 GPU_ROWS = (*README_ROWS[:2], "ours_triton", "ours_cuda", "ours_two_pass", "cce_exact", *README_ROWS[2:])
 INK, FAINT, OURS, THEIRS = "#30343b", "#c9ccd1", "#1f5fa8", "#a9b4c2"

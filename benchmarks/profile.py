@@ -41,7 +41,14 @@ STRATEGIES = {
     "kept": ("ours_token_logps", "trainable"),
 }
 PARTS = {  # part -> what the names of its operators begin with
-    "products": ("aten::mm", "aten::addmm", "aten::mv", "cpo_kernels::logits_", "cpo_kernels::add_product_"),
+    "products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::mv",
+        "cpo_kernels::logits_",
+        "cpo_kernels::add_product_",
+        "cpo_kernels::linear_token_logps_fwd",
+    ),
     "token kernels": ("cpo_kernels::token_logps_",),
     "loss kernels": ("cpo_kernels::preference", "cpo_kernels::sequence_sum"),
 }

@@ -24,8 +24,8 @@ FLOOR_ROWS = 4096  # rows of a chunk of `products`: there the products of these 
 def products(b: Batch, large: Callable[[Tensor], Tensor] = lambda result: result) -> Step:
     """Z = X W^T, dX = G W and dW = G^T X on the labelled rows, through one buffer of at most FLOOR_ROWS rows.
 
-    dW of several chunks adds up in float32 where a product can (GPU), else in the dtype of the weight. large: applied to what
-    is written for the first time.
+    dW of several chunks adds up in float32 where a product can (GPU), else in the dtype of the weight. large: applied
+    to what is written for the first time.
     """
     x, weight = b.hidden.detach()[b.labels != -100], b.weight.detach()
     ref = None if b.ref_hidden is None else (b.ref_hidden[b.labels != -100], b.ref_weight.detach())
