@@ -345,11 +345,7 @@ def explain(
     if strategy == "kto" and group > limit:
         plan = replace(plan, products=plan.products + 1)
     tiles = tile_bytes(plan.chunk_rows, hidden_size, dtype, place)
-    looks = (
-        0
-        if plan.logits_bytes == 0
-        else anchor_bytes(num_tokens, plan.chunk_rows, hidden_size, vocab_size, dtype, place)
-    )
+    looks = anchor_bytes(num_tokens, plan.chunk_rows, hidden_size, vocab_size, dtype, place)
     return replace(plan, extra_bytes=plan.extra_bytes + tiles + looks)
 
 

@@ -163,7 +163,7 @@ def test_a_policy_that_is_its_reference_has_no_reward(frozen, grad):
 def test_explain():
     plan = cpo.explain(5000, 896, 151936, train_hidden=False, train_head=False)
     assert (plan.strategy, plan.logits_bytes, plan.num_chunks) == ("forward", 0, 5)
-    assert plan.extra_bytes < 8 << 20
+    assert plan.extra_bytes < 20 << 20  # the columns from which the rows' constants come
     assert cpo.explain(5000, 897, 151936, train_hidden=False, train_head=False).logits_bytes > 0
 
 
