@@ -384,11 +384,11 @@ class Head:
         logp, lse = own.linear_token_logps_fwd(x, *head, anchors)
         return RowLogps(logp, lse, lse.new_empty(0), lse.new_empty(0), anchors[0].clone())
 
-    def logps(self, x: Tensor, labels: Tensor, ref: Tensor | None = None) -> RowLogps:
+    def logps(self, x: Tensor, labels: Tensor, extras: bool = False, ref: Tensor | None = None) -> RowLogps:
         """As `forward`, if nothing will read the logits in the buffer."""
-        own = self.unstored(x, labels)
+        own = None if extras else self.unstored(x, labels)
         if own is None:
-            return self.forward(x, labels, False, ref)[1]
+            return self.forward(x, labels, extras, ref)[1]
         of_ref = None if ref is None else self.unstored(ref, labels)
         return own if of_ref is None else own._replace(ref_logp=of_ref.logp)
 

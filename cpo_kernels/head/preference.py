@@ -239,11 +239,8 @@ def _two_pass(batch: _Batch) -> LinearPreference:
         if filtered:  # dX is computed here, and the second pass computes only dW
             logps, sums = filtered_chunk(batch.head, batch.inputs(p), execution, dx[p], live_dx)
             filter_sums += sums
-        elif batch.use_weighting:
-            _, logps = batch.head.forward(*batch.inputs(p))
         else:
-            x, labels, _, ref = batch.inputs(p)
-            logps = batch.head.logps(x, labels, ref)
+            logps = batch.head.logps(*batch.inputs(p))
         chunks.append(logps)
     live_dx.write()
     logps = RowLogps.joined(chunks)

@@ -114,10 +114,10 @@ def linear_token_logps_op(tensors: HeadTensors, args: TokenArgs) -> HeadLogps:
         elif args.want_dx:
             g, logps = head.fused(*inputs)
             product_dx(head, g, inputs[1], logps.logp, torch.ones_like(logps.logp), dx[part])
-        elif only_logps:
-            logps = head.logps(*inputs[:2], inputs[3])
-        else:
+        elif keep:
             _, logps = head.forward(*inputs)
+        else:
+            logps = head.logps(*inputs)
         parts.append(logps)
     live_dx.write()
     logp, lse, extra, ref_logp, lacks = RowLogps.joined(parts)

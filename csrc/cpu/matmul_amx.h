@@ -122,6 +122,7 @@ void tiles_of_b(const BFloat16* const* rows, int64_t inner, int64_t first, int64
 
 // The products of two tiles of columns and kRowTiles of rows, in the registers 0 to 3. Loads of `a`, which lies in the
 // L2 cache, leave b in L1: 424 ns for 72 products in place of 550 (5.9 each from registers alone).
+// ahead: the sums of the next block, to prefetch, or null.
 template <int kRowTiles>
 inline void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t deep, const float* ahead = nullptr) {
   constexpr int64_t kNumbers = kTile * kTile;

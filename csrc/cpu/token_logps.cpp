@@ -295,16 +295,18 @@ std::tuple<Tensor, Tensor> logps_of_partials(const Tensor& labels, int64_t ignor
   rows.anchors = data_of<float>(anchors);
   Tensor logp = new_vector(anchors, rows.count, rows.acc()), lse = new_vector(anchors, rows.count, rows.acc());
   float *own_logp = mutable_data_of<float>(logp), *own_lse = mutable_data_of<float>(lse);
-  for (int64_t i = 0; i < rows.count; ++i) {
-    if (rows.ignored(i)) {
-      store_row<float>(rows, i, nullptr, nullptr, own_logp, own_lse, nullptr);
-      continue;
+  parallel_rows(rows.count, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (rows.ignored(i)) {
+        store_row<float>(rows, i, nullptr, nullptr, own_logp, own_lse, nullptr);
+        continue;
+      }
+      Partial total = part(0, i);
+      for (int64_t k = 1; k < parts; ++k) combine(rows, total, part(k, i));
+      const RowResult r = finish(rows, i, total, at_label[i], nullptr);
+      store_row<float>(rows, i, &r, nullptr, own_logp, own_lse, nullptr);
     }
-    Partial total = part(0, i);
-    for (int64_t k = 1; k < parts; ++k) combine(rows, total, part(k, i));
-    const RowResult r = finish(rows, i, total, at_label[i], nullptr);
-    store_row<float>(rows, i, &r, nullptr, own_logp, own_lse, nullptr);
-  }
+  });
   return {logp, lse};
 }
 
