@@ -126,9 +126,11 @@ def naive(labelled_only: bool, compiled: bool) -> Callable[[Batch], Step]:
 
 
 IMPLEMENTATIONS = {
-    "products": Implementation("bare matrix products (the floor)", products),
+    "products": Implementation("bare matrix products (the floor)", products, bare=True),
     "products_huge_pages": Implementation(
-        "bare matrix products, results in pages of 2 MB", partial(products, large=dispatch.prefer_huge_pages)
+        "bare matrix products, results in pages of 2 MB",
+        partial(products, large=dispatch.prefer_huge_pages),
+        bare=True,
     ),
     "ours": Implementation("**cpo-kernels**", fused_loss()),
     "ours_triton": Implementation("cpo-kernels, Triton", fused_loss("triton"), refuses=needs_backend("triton")),

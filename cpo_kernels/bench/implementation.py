@@ -34,6 +34,7 @@ class Implementation:
     """`build` makes the step from the family's tensors; `refuses` says why it cannot run a workload, '' if it can.
 
     traffic: logits that it reads and writes, in multiples of N * V; 0 if the family does not count them.
+    bare: whether it is a part of the work alone, whose outcome is empty; every other one is compared with the truth.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Implementation:
     package: str = ""
     refuses: Callable[[Any, torch.device], str] = lambda workload, device: ""
     traffic: float = 0.0
+    bare: bool = False
 
     def why_not(self, workload: Any, device: torch.device) -> str:
         if self.package and not installed(self.package):

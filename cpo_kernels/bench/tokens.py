@@ -148,7 +148,7 @@ def runs_on(impl: str) -> Callable[[Tokens, torch.device], str]:
 
 
 IMPLEMENTATIONS = {
-    "copy": Implementation("device copy (the floor)", copy, traffic=2),
+    "copy": Implementation("device copy (the floor)", copy, traffic=2, bare=True),
     **{
         f"forward_{i}": Implementation(f"token_logps_fwd, {i}", forward(i), refuses=runs_on(i), traffic=1)
         for i in BACKENDS
