@@ -56,11 +56,18 @@ SCHEMAS = {
     ),
 }
 
-# What only the CPU kernels have: live_grads into memory that is there, and matmuls, see `dispatch.own_matmuls`: logits,
-# and those with live columns, for which Triton has its own kernels.
+# What only the CPU kernels have: what `head.live` makes of live_columns, live_grads into memory that is there, and
+# matmuls, see `dispatch.own_matmuls`: logits, and those with live columns, for which Triton has its own kernels.
 CPU_SCHEMAS = {
+    "list_live_columns": (
+        f"(Tensor logits, Tensor labels, Tensor lse, float eps, int set_rows, {_LOGIT_ARGS}, int most,"
+        f" float tail_unit, {_ANCHORS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
     "live_grads_": SCHEMAS["live_grads"].replace("=None) -> Tensor", ", Tensor(a!) out) -> ()"),
     "logits_": "(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor(a!) out) -> ()",
+    "relative_anchors": (
+        "(Tensor x, Tensor weight, Tensor labels, Tensor few, float scale, float softcap, Tensor(a!) room) -> Tensor"
+    ),
     "linear_token_logps_fwd": (
         "(Tensor x, Tensor weight, Tensor bias, Tensor labels, int ignore_index, float scale, int vocab_size,"
         " Tensor anchors) -> (Tensor, Tensor)"

@@ -122,6 +122,9 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_fused_(Tensor logits, Tensor labe
 std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
                                                 int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
                                                 Optional anchors);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> list_live_columns(
+    Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows, int64_t ignore_index, double scale,
+    double softcap, int64_t vocab_size, int64_t most, double tail_unit, Optional anchors);
 Tensor live_grads(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
                   int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
                   Optional anchors);
@@ -138,7 +141,8 @@ void logits_(Tensor x, Tensor weight, Tensor bias, Tensor lacks, Tensor out);
 std::tuple<Tensor, Tensor> linear_token_logps_fwd(Tensor x, Tensor weight, Tensor bias, Tensor labels,
                                                   int64_t ignore_index, double scale, int64_t vocab_size,
                                                   Tensor anchors);
-bool has_bf16_matmuls();  // for logits_, live_sums_, live_dw, and sums of add_product_ in float32
+Tensor relative_anchors(Tensor x, Tensor weight, Tensor labels, Tensor few, double scale, double softcap, Tensor room);
+bool has_bf16_matmuls();  // for logits_, relative_anchors, live_sums_, live_dw, and sums of add_product_ in float32
 bool has_tiles();         // for linear_..., and sums of add_product_ in bfloat16
 
 // Asks the system for pages of 2 MB in memory that is not yet written, of a block of at least kHugeBytes: glibc maps

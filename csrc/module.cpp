@@ -8,10 +8,12 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CPU, m) {
   m.impl("token_logps_bwd_", TORCH_BOX(&cpo::token_logps_bwd_));
   m.impl("token_logps_fused_", TORCH_BOX(&cpo::token_logps_fused_));
   m.impl("live_columns", TORCH_BOX(&cpo::live_columns));
+  m.impl("list_live_columns", TORCH_BOX(&cpo::list_live_columns));
   m.impl("live_grads", TORCH_BOX(&cpo::live_grads));
   m.impl("live_grads_", TORCH_BOX(&cpo::live_grads_));
   m.impl("live_sum", TORCH_BOX(&cpo::live_sum));
   m.impl("logits_", TORCH_BOX(&cpo::logits_));
+  m.impl("relative_anchors", TORCH_BOX(&cpo::relative_anchors));
   m.impl("linear_token_logps_fwd", TORCH_BOX(&cpo::linear_token_logps_fwd));
   m.impl("add_product_", TORCH_BOX(&cpo::add_product_));
   m.impl("live_sums_", TORCH_BOX(&cpo::live_sums_));

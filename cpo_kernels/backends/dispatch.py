@@ -158,9 +158,10 @@ def _extension_says(question: str) -> bool:
     return not missing("cpu") and bool(getattr(importlib.import_module("cpo_kernels._C"), question)())
 
 
-def writes_live_grads(kernels: Kernels, logits: Tensor) -> bool:
-    """Whether they have `live_grads_` for logits like these: `torch.ops` has a name for it on every device."""
-    return logits.device.type == "cpu" and hasattr(kernels, "live_grads_")
+def lists_live_columns(kernels: Kernels, logits: Tensor) -> bool:
+    """Whether they have `list_live_columns` and `live_grads_` for logits like these: `torch.ops` has names for them on
+    every device."""
+    return logits.device.type == "cpu" and hasattr(kernels, "list_live_columns")
 
 
 def prefer_huge_pages(tensor: Tensor) -> Tensor:

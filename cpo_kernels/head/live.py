@@ -179,23 +179,42 @@ def adds_by_index(kernels: Any) -> bool:
     return hasattr(kernels, "live_dw_")
 
 
+class LabelGrads(NamedTuple):
+    """The fields of `LiveSets` with these names."""
+
+    label_columns: Tensor
+    label_grads: Tensor
+
+    def rows(self, part: slice) -> "LabelGrads":
+        return LabelGrads(self.label_columns[part], self.label_grads[part])
+
+
 class Found(NamedTuple):
     """What the sets of a chunk are."""
 
     columns: LiveColumns
     row_sums: Tensor  # [n] sums of s over the rows
     filter_sums: Tensor  # [3] over labelled rows: share of live columns (1 in exact sets), tail's probability, exact
+    labels: LabelGrads
 
 
 def live_columns(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: float, set_rows: int) -> Found:
     """Of a chunk's logits. One host-device synchronisation reads all |A|."""
-    (z, anchors), options = logits, head.options
-    live, tail, row_sums = head.kernels.live_columns(z, labels, lse, eps, set_rows, *options, anchors)
+    (z, anchors), options, kernels = logits, head.options, head.kernels
+    # What follows in one op: 2.2 ms for 2 sets of 49,152 columns in place of 3.0 (two cores).
+    if dispatch.lists_live_columns(kernels, z):
+        own: Any = kernels
+        most = int(LIVE_LIMIT * options.vocab_size)
+        listed = own.list_live_columns(z, labels, lse, eps, set_rows, *options, most, TAIL_UNIT, anchors)
+        ids, ends, exact_sets, q, row_sums, sums, *of_labels = listed
+        columns = LiveColumns(ids, ends.tolist(), exact_sets.tolist(), q, z.shape[0], set_rows)
+        return Found(columns, row_sums, sums, LabelGrads(*of_labels))
+    live, tail, row_sums = kernels.live_columns(z, labels, lse, eps, set_rows, *options, anchors)
     width = live.shape[1]
     of_sets, most = live.sum(1), int(LIVE_LIMIT * width)  # compared with a float they would be rounded
     counts, is_exact = of_sets.tolist(), of_sets > most
     exact = [count > most for count in counts]
-    if adds_by_index(head.kernels) and z.element_size() == 2:  # 7 modulo 8 columns, and tau: 16-byte rows of g
+    if adds_by_index(kernels) and z.element_size() == 2:  # 7 modulo 8 columns, and tau: 16-byte rows of g
         missing = [min((7 - count) % 8, width - count) for count in counts]
         added = torch.tensor(missing, device=live.device)
         more = ~live & ((~live).cumsum(1) <= added[:, None])
@@ -218,7 +237,20 @@ def live_columns(head: Head, logits: Logits, labels: Tensor, lse: Tensor, eps: f
     labelled, nothing = padded.view(2, -1, set_rows).sum(2)  # [sets]
     share = torch.where(is_exact, labelled, labelled * of_sets / max(1, width))
     tails = (total.to(torch.float32) + nothing).masked_fill(is_exact, 0.0) / options.scale
-    return Found(columns, row_sums, torch.stack([share, tails, labelled * is_exact]).sum(1))
+    sums = torch.stack([share, tails, labelled * is_exact]).sum(1)
+    return Found(columns, row_sums, sums, _label_grads(head, anchors, labels, lse))
+
+
+def _label_grads(head: Head, anchors: Tensor | None, labels: Tensor, lse: Tensor) -> LabelGrads:
+    """g of a row's label is (1 - p) dz/du."""
+    if anchors is None:
+        return LabelGrads(labels.new_empty(0), lse.new_empty(0))
+    options = head.options
+    column, here = columns_of(labels, options.ignore_index, *columns_here(head.kernels, options.vocab_size)[1:])
+    z, slope = logit_and_slope(anchors[1], options.scale, options.softcap)
+    value = -torch.expm1(z - lse.double()) * slope
+    here = here & torch.isfinite(value) & torch.isfinite(lse)
+    return LabelGrads(torch.where(here, column, -1), torch.where(here, value, 0.0).to(lse.dtype))
 
 
 def live_sets(
@@ -235,8 +267,8 @@ def live_sets(
     room(rows, size): [size], where g is to be. most: sets at a time, or all.
     """
     kernels: Any = head.kernels
-    columns, row_sums, _ = found
-    count, label_grads = len(columns.exact), _label_grads(head, logits.anchors, labels, lse)
+    columns, row_sums, _, label_grads = found
+    count = len(columns.exact)
     for low, high in chunks(count, most or count) if count else [(0, 0)]:
         rows, sets = columns.part(low, high)
         (z, anchors), targets = logits.rows(rows), (labels[rows], lse[rows])
@@ -247,33 +279,11 @@ def live_sets(
         else:
             widths = [end - begin + 1 for begin, end in zip(sets.offsets, sets.offsets[1:], strict=False)]
             g = room(sets.num_rows, sum(n * width for n, width in zip(sets.sizes(), widths, strict=True)))
-            if dispatch.writes_live_grads(kernels, z):
+            if dispatch.lists_live_columns(kernels, z):
                 kernels.live_grads_(*args, g)
             else:
                 g.copy_(kernels.live_grads(*args))
         yield rows, LiveSets(**vars(sets), g=g, **label_grads.rows(rows)._asdict())
-
-
-class LabelGrads(NamedTuple):
-    """The fields of `LiveSets` with these names."""
-
-    label_columns: Tensor
-    label_grads: Tensor
-
-    def rows(self, part: slice) -> "LabelGrads":
-        return LabelGrads(self.label_columns[part], self.label_grads[part])
-
-
-def _label_grads(head: Head, anchors: Tensor | None, labels: Tensor, lse: Tensor) -> LabelGrads:
-    """g of a row's label is (1 - p) dz/du."""
-    if anchors is None:
-        return LabelGrads(labels.new_empty(0), lse.new_empty(0))
-    options = head.options
-    column, here = columns_of(labels, options.ignore_index, *columns_here(head.kernels, options.vocab_size)[1:])
-    z, slope = logit_and_slope(anchors[1], options.scale, options.softcap)
-    value = -torch.expm1(z - lse.double()) * slope
-    here = here & torch.isfinite(value)
-    return LabelGrads(torch.where(here, column, -1), torch.where(here, value, 0.0).to(lse.dtype))
 
 
 class DxPart(NamedTuple):

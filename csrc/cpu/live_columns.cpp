@@ -1,6 +1,8 @@
 // live_columns, live_grads and live_sum on the CPU: the columns of the vocabulary in which a set of rows has a
 // significant gradient, the gradient there, and dW. Formulas: cpo_kernels/reference/live_columns.py.
 #include <limits>
+#include <memory>
+#include <numeric>
 
 #include "rows.h"
 
@@ -29,47 +31,173 @@ double label_excess(const Rows& rows, int64_t i, double lse) {
   return size(label_y(rows, i), label_slope(rows, i)) - size(stored_label_y(rows, i), slope_at(rows, stored));
 }
 
+// (1 - p) dz/du of row i's label.
+double label_grad(const Rows& rows, int64_t i, double lse) {
+  const double logp = rows.map.nat * label_y(rows, i) - (lse - rows.z_lacks(i));
+  return -std::expm1(logp) * label_slope(rows, i);
+}
+
+// Blocks of kColumnBlock columns of each set, which threads take one by one.
+struct Blocks {
+  int64_t sets, of_set, columns;
+  Blocks(const Rows& rows, int64_t set_rows)
+      : sets((rows.count + set_rows - 1) / set_rows),
+        of_set((rows.columns + kColumnBlock - 1) / kColumnBlock),
+        columns(rows.columns) {}
+  // f(set, block, first, n): columns [first, first + n).
+  template <typename F>
+  void each(const F& f) const {
+    parallel_rows(sets * of_set, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t block = task % of_set, first = block * kColumnBlock;
+        f(task / of_set, block, first, std::min(kColumnBlock, columns - first));
+      }
+    });
+  }
+};
+
 template <typename Acc>
 void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows, bool* live, Acc* tail,
                   Acc* row_sums) {
-  const int64_t sets = (rows.count + set_rows - 1) / set_rows;
-  const int64_t blocks = (rows.columns + kColumnBlock - 1) / kColumnBlock;
-  std::fill_n(live, sets * rows.columns, false);
+  const Blocks blocks(rows, set_rows);
+  std::fill_n(live, blocks.sets * rows.columns, false);
   for (int64_t i = 0; i < rows.count; ++i) {
     if (counts(rows, lse, i) && label_here(rows, i)) live[i / set_rows * rows.columns + rows.labels[i]] = true;
   }
-  std::vector<double> partial(size_t(blocks * rows.count));  // [blocks, N], added in this order
-  parallel_rows(sets * blocks, 1, [&](int64_t begin, int64_t end) {
+  std::vector<double> partial(size_t(blocks.of_set * rows.count));  // [blocks, N], added in this order
+  blocks.each([&](int64_t set, int64_t block, int64_t first, int64_t n) {
+    const int64_t low = set * set_rows, high = std::min(low + set_rows, rows.count);
     std::vector<const void*> x;
-    std::vector<double> offset, shift, factor, sums;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t set = task / blocks, block = task % blocks, first = block * kColumnBlock;
-      const int64_t low = set * set_rows, high = std::min(low + set_rows, rows.count);
-      x.clear(), offset.clear(), shift.clear(), factor.clear();
-      for (int64_t i = low; i < high; ++i) {
-        if (!counts(rows, lse, i)) continue;
-        const Shift s = shift_of(rows, double(lse[i]) - rows.z_lacks(i));
-        offset.push_back(rows.map_of(i).offset);
-        x.push_back(rows.row(i) + first * rows.element_size);
-        shift.push_back(s.shift);
-        factor.push_back(s.factor * rows.scale);
-      }
-      sums.assign(x.size(), 0.0);
-      const int64_t at = set * rows.columns + first;
-      rows.kernels->columns(x.data(), int64_t(x.size()), std::min(kColumnBlock, rows.columns - first), rows.map,
-                            offset.data(), shift.data(), factor.data(), eps * rows.scale,
-                            reinterpret_cast<uint8_t*>(live + at), tail + at, sums.data());
-      for (int64_t i = low, k = 0; i < high; ++i) {
-        if (counts(rows, lse, i)) partial[block * rows.count + i] = sums[k++];
-      }
+    std::vector<double> offset, shift, factor;
+    for (int64_t i = low; i < high; ++i) {
+      if (!counts(rows, lse, i)) continue;
+      const Shift s = shift_of(rows, double(lse[i]) - rows.z_lacks(i));
+      offset.push_back(rows.map_of(i).offset);
+      x.push_back(rows.row(i) + first * rows.element_size);
+      shift.push_back(s.shift);
+      factor.push_back(s.factor * rows.scale);
+    }
+    std::vector<double> sums(x.size());
+    const int64_t at = set * rows.columns + first;
+    rows.kernels->columns(x.data(), int64_t(x.size()), n, rows.map, offset.data(), shift.data(), factor.data(),
+                          eps * rows.scale, reinterpret_cast<uint8_t*>(live + at), tail + at, sums.data());
+    for (int64_t i = low, k = 0; i < high; ++i) {
+      if (counts(rows, lse, i)) partial[block * rows.count + i] = sums[k++];
     }
   });
   for (int64_t i = 0; i < rows.count; ++i) {
     double total = counts(rows, lse, i) || rows.ignored(i) ? 0.0 : std::numeric_limits<double>::quiet_NaN();
-    for (int64_t block = 0; block < blocks; ++block) total += partial[block * rows.count + i];
+    for (int64_t block = 0; block < blocks.of_set; ++block) total += partial[block * rows.count + i];
     if (counts(rows, lse, i) && label_here(rows, i)) total += label_excess(rows, i, double(lse[i]));
     row_sums[i] = Acc(total);
   }
+}
+
+// unit * tail / total, rounded.
+template <typename Acc, typename T>
+void store_means(const Acc* tail, int64_t n, Acc total, Acc unit, T* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Acc mean = tail[i] / total * unit;
+    if constexpr (sizeof(T) == 2) {
+      from_float(out[i], float(mean));
+    } else {
+      out[i] = T(mean);
+    }
+  }
+}
+
+template <typename Acc>
+void store_means(ElementType type, const Acc* tail, int64_t n, Acc total, Acc unit, void* out, int64_t at) {
+  switch (type) {
+    case kFloat32: return store_means(tail, n, total, unit, static_cast<float*>(out) + at);
+    case kFloat64: return store_means(tail, n, total, unit, static_cast<double*>(out) + at);
+    case kBFloat16: return store_means(tail, n, total, unit, static_cast<BFloat16*>(out) + at);
+    default: return store_means(tail, n, total, unit, static_cast<Half*>(out) + at);
+  }
+}
+
+using Listed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// most: live columns of a set; those with more are exact. unit: of q.
+template <typename Acc>
+Listed list_columns(const Rows& rows, const Tensor& logits, const Acc* lse, double eps, int64_t set_rows, int64_t most,
+                    double unit) {
+  const Blocks blocks(rows, set_rows);
+  const int64_t sets = blocks.sets, width = rows.columns;
+  const std::unique_ptr<bool[]> live(new bool[size_t(sets * width)]);
+  const std::unique_ptr<Acc[]> tail(new Acc[size_t(sets * width)]);
+  Tensor row_sums = new_vector(logits, rows.count, rows.acc());
+  find_columns(rows, lse, eps, set_rows, live.get(), tail.get(), mutable_data_of<Acc>(row_sums));
+
+  std::vector<int64_t> found(size_t(sets * blocks.of_set));
+  std::vector<double> parts(found.size());
+  blocks.each([&](int64_t set, int64_t block, int64_t first, int64_t n) {
+    const int64_t at = set * width + first, task = set * blocks.of_set + block;
+    double sums[8] = {};  // one would wait for itself
+    int32_t count = 0;
+    for (int64_t v = 0; v < n; ++v) {
+      sums[v % 8] += tail[at + v];
+      count += live[at + v];
+    }
+    found[task] = count;
+    parts[task] = std::accumulate(sums, sums + 8, 0.0);
+  });
+
+  Tensor offsets = new_vector(logits, sets + 1, ScalarType::Long), exact = new_vector(logits, sets, ScalarType::Bool);
+  Tensor filter_sums = new_vector(logits, 3, ScalarType::Float);
+  int64_t* ends = mutable_data_of<int64_t>(offsets);
+  bool* is_exact = mutable_data_of<bool>(exact);
+  std::vector<double> totals(exact.numel(), 0.0);
+  std::vector<int64_t> places(found.size());
+  double shares[3] = {0.0, 0.0, 0.0};
+  ends[0] = 0;
+  for (int64_t k = 0; k < sets; ++k) {
+    int64_t count = 0, labelled = 0;
+    for (int64_t task = k * blocks.of_set; task < (k + 1) * blocks.of_set; ++task) {
+      places[task] = ends[k] + count;
+      count += found[task], totals[k] += parts[task];
+    }
+    is_exact[k] = count > most;
+    ends[k + 1] = ends[k] + (is_exact[k] ? 0 : count);
+    double nothing = 0.0;  // NaN if a row's log-sum-exp is not finite: it has no part in its set's tail
+    for (int64_t i = k * set_rows; i < std::min((k + 1) * set_rows, rows.count); ++i) {
+      labelled += !rows.ignored(i);
+      if (!rows.ignored(i) && !std::isfinite(lse[i])) nothing = std::numeric_limits<double>::quiet_NaN();
+    }
+    shares[0] +=
+        is_exact[k] ? double(labelled) : double(labelled) * double(count) / double(std::max<int64_t>(1, width));
+    shares[1] += is_exact[k] ? 0.0 : (totals[k] + nothing) / rows.scale;
+    shares[2] += is_exact[k] ? double(labelled) : 0.0;
+  }
+  std::copy_n(shares, 3, mutable_data_of<float>(filter_sums));
+
+  Tensor columns = new_vector(logits, ends[sets], ScalarType::Long);
+  Tensor q = torch::stable::new_empty(logits, {sets, width}, logits.scalar_type());
+  int64_t* ids = mutable_data_of<int64_t>(columns);
+  void* means = q.mutable_data_ptr();
+  blocks.each([&](int64_t set, int64_t block, int64_t first, int64_t n) {
+    const int64_t at = set * width + first;
+    const Acc total = Acc(totals[set]);  // 1 / total may be infinite
+    store_means(rows.type, tail.get() + at, n, total > 0 ? total : Acc(1), Acc(unit), means, at);
+    if (is_exact[set]) return;
+    int64_t here[kColumnBlock], count = 0;
+    for (int64_t v = 0; v < n; ++v) {  // without branches, which would be mispredicted
+      here[count] = first + v;
+      count += live[at + v];
+    }
+    std::copy_n(here, count, ids + places[set * blocks.of_set + block]);
+  });
+
+  const int64_t labels = rows.anchors ? rows.count : 0;
+  Tensor label_columns = new_vector(logits, labels, ScalarType::Long);
+  Tensor label_grads = new_vector(logits, labels, rows.acc());
+  for (int64_t i = 0; i < labels; ++i) {
+    const bool here = counts(rows, lse, i) && label_here(rows, i);
+    const double g = here ? label_grad(rows, i, double(lse[i])) : 0.0;
+    mutable_data_of<int64_t>(label_columns)[i] = std::isfinite(g) && here ? rows.labels[i] : -1;
+    mutable_data_of<Acc>(label_grads)[i] = std::isfinite(g) ? Acc(g) : Acc(0);
+  }
+  return {columns, offsets, exact, q, row_sums, filter_sums, label_columns, label_grads};
 }
 
 template <typename Acc>
@@ -93,9 +221,8 @@ void gather_grads(const Rows& rows, const Acc* lse, const Acc* row_sums, const i
       const int64_t* last = columns + first + n;
       const int64_t* at = label_here(rows, i) ? std::lower_bound(columns + first, last, rows.labels[i]) : last;
       if (at < last && *at == rows.labels[i]) {
-        const double logp = rows.map.nat * label_y(rows, i) - own_lse;
         live += label_excess(rows, i, double(lse[i]));
-        store_element(rows.type, g + (at - columns - first) * size, -std::expm1(logp) * label_slope(rows, i));
+        store_element(rows.type, g + (at - columns - first) * size, label_grad(rows, i, double(lse[i])));
       }
       store_element(rows.type, g + n * size, std::min(0.0, live - double(row_sums[i])));
     }
@@ -145,27 +272,42 @@ void sum_all(ElementType type, int64_t size, const Tensor& out, const Tensor& ta
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
-                                                int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
-                                                Optional anchors) {
-  const Rows rows = describe("live_columns", logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
-  check_sets("live_columns", set_rows);
+static Rows rows_of_sets(const char* op, const Tensor& logits, const Tensor& labels, Tensor& lse, int64_t set_rows,
+                         int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                         const Optional& anchors) {
+  const Rows rows = describe(op, logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
+  check_sets(op, set_rows);
   check_dtype("lse", lse, rows.acc());
   check_vector("lse", lse, rows.count);
   lse = dense(lse);
-  const int64_t sets = (rows.count + set_rows - 1) / set_rows;
+  return rows;
+}
+
+std::tuple<Tensor, Tensor, Tensor> live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows,
+                                                int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                                                Optional anchors) {
+  const Rows rows =
+      rows_of_sets("live_columns", logits, labels, lse, set_rows, ignore_index, scale, softcap, vocab_size, anchors);
+  const int64_t sets = Blocks(rows, set_rows).sets;
   Tensor live = torch::stable::new_empty(logits, {sets, rows.columns}, ScalarType::Bool);
   Tensor tail = torch::stable::new_empty(logits, {sets, rows.columns}, rows.acc());
   Tensor row_sums = new_vector(logits, rows.count, rows.acc());
-  bool* flags = mutable_data_of<bool>(live);
-  if (rows.type == kFloat64) {
-    find_columns(rows, data_of<double>(lse), eps, set_rows, flags, mutable_data_of<double>(tail),
-                 mutable_data_of<double>(row_sums));
-  } else {
-    find_columns(rows, data_of<float>(lse), eps, set_rows, flags, mutable_data_of<float>(tail),
-                 mutable_data_of<float>(row_sums));
-  }
+  const auto find = [&](auto acc) {
+    using Acc = decltype(acc);
+    find_columns(rows, data_of<Acc>(lse), eps, set_rows, mutable_data_of<bool>(live), mutable_data_of<Acc>(tail),
+                 mutable_data_of<Acc>(row_sums));
+  };
+  rows.type == kFloat64 ? find(double{}) : find(float{});
   return {live, tail, row_sums};
+}
+
+Listed list_live_columns(Tensor logits, Tensor labels, Tensor lse, double eps, int64_t set_rows, int64_t ignore_index,
+                         double scale, double softcap, int64_t vocab_size, int64_t most, double tail_unit,
+                         Optional anchors) {
+  const Rows rows = rows_of_sets("list_live_columns", logits, labels, lse, set_rows, ignore_index, scale, softcap,
+                                 vocab_size, anchors);
+  if (rows.type == kFloat64) return list_columns(rows, logits, data_of<double>(lse), eps, set_rows, most, tail_unit);
+  return list_columns(rows, logits, data_of<float>(lse), eps, set_rows, most, tail_unit);
 }
 
 // given_out: null if the result is to be made here.

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend
 from cpo_kernels.head import live_backward as backward_of_sets
 from cpo_kernels.head import strategy
-from cpo_kernels.head.inputs import Execution, Head, HeadConfig, Needs, head_inputs
-from cpo_kernels.head.live import LIVE_LIMIT, KeptSets, LiveDx, LiveSets, filter_shares, filtered_chunk
+from cpo_kernels.head.inputs import Execution, Head, HeadConfig, Logits, Needs, head_inputs
+from cpo_kernels.head.live import LIVE_LIMIT, KeptSets, LiveDx, LiveSets, filter_shares, filtered_chunk, live_columns
 from cpo_kernels.head.live_backward import live_backward
 from cpo_kernels.head.nll import nll_of
 from cpo_kernels.ops.token_logps import HeadOptions
@@ -740,6 +741,8 @@ def test_kernels_refuse_what_does_not_fit():
         (lambda: ops.live_columns(logits, labels, lse, 0.1, 0, *options), "set_rows must be at least 1, got 0"),
         (lambda: ops.live_columns(logits, labels, lse[:3], 0.1, 2, *options), r"lse must have shape \[4\]"),
         (lambda: ops.live_columns(logits, labels, lse.double(), 0.1, 2, *options), "lse must be"),
+        (lambda: ops.list_live_columns(logits, labels, lse, 0.1, 0, *options, 4, 1.0), "set_rows must be at least 1"),
+        (lambda: ops.list_live_columns(logits, labels, lse[:3], 0.1, 2, *options, 4, 1.0), "lse must have shape"),
         (
             lambda: ops.live_grads(logits, labels, lse, lse, columns, offsets[:2], 2, *options),
             "offsets must have shape",
@@ -755,12 +758,69 @@ def test_kernels_refuse_what_does_not_fit():
             call()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("with_anchors", [True, False])
+def test_lists_of_live_columns(name, dtype, with_anchors):
+    """The CPU's op makes of the live columns what the operations in `live_columns` make of them: sets of 7 rows, the
+    last of 3, one of them flat and so exact, one without a label, one with a row whose log-sum-exp is not finite."""
+    options, kernels, g = HEADS[name], torch.ops.cpo_kernels, torch.Generator().manual_seed(1)
+    width = 2 * 2048 + 37
+    logits = (5 * torch.randn(38, width + 9, generator=g)).to(dtype)
+    logits[7:14] *= 0.01
+    labels = torch.randint(width, (38,), generator=g)
+    labels[3], labels[14:21], labels[9] = -100, -100, width - 1
+    head = HeadOptions(-100, options.get("scale", 1.0), options.get("softcap", 0.0), width)
+    acc = torch.promote_types(dtype, torch.float32)
+    lacks = torch.randn(38, generator=g).to(acc)
+    given = torch.stack([lacks, logits.gather(1, labels.clamp(min=0)[:, None])[:, 0] + lacks]) if with_anchors else None
+    _, lse, _ = kernels.token_logps_fwd(logits, labels, *head, False, given)
+    lse[22], lse[30] = torch.inf, torch.nan
+    labels[30] = -100
+    own = Head(logits.new_empty(0, 1), logits.new_empty(0), labels, head, 0, kernels)
+    plain = Head(
+        logits.new_empty(0, 1), logits.new_empty(0), labels, head, 0, SimpleNamespace(live_columns=kernels.live_columns)
+    )
+    got, want = (live_columns(h, Logits(logits, given), labels, lse, 2.0**-13, 7) for h in (own, plain))
+    assert got.columns.exact == want.columns.exact == [False, True, False, False, False, False]
+    assert got.columns.offsets == want.columns.offsets and torch.equal(got.columns.columns, want.columns.columns)
+    assert got.columns.offsets[1] > 20 and got.columns.offsets[3] == got.columns.offsets[1]
+    assert got.columns.tail.dtype == dtype and got.columns.num_rows == 38 and got.columns.set_rows == 7
+    tail = got.columns.tail.double(), want.columns.tail.double()
+    assert bool(tail[0][0].any()) and not tail[0][2].any()
+    unit = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(dtype, 1e-6)  # rounded from sums in another order
+    torch.testing.assert_close(*tail, rtol=unit, atol=2.0**-24)
+    assert torch.equal(got.row_sums.nan_to_num(7.0), want.row_sums.nan_to_num(7.0)) and bool(got.row_sums[22].isnan())
+    torch.testing.assert_close(got.filter_sums, want.filter_sums, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert bool(got.filter_sums[1].isnan()) and float(got.filter_sums[2]) == 7.0
+    assert torch.equal(got.labels.label_columns, want.labels.label_columns)
+    assert got.labels.label_columns.numel() == (38 if with_anchors else 0)
+    torch.testing.assert_close(got.labels.label_grads, want.labels.label_grads, rtol=1e-6, atol=1e-7)
+
+
+def test_lists_of_no_columns():
+    """No rows; and no sets whose tail has a sum, which nothing divides by."""
+    kernels, head = torch.ops.cpo_kernels, (-100, 1.0, 0.0, 9)
+    logits, none = torch.full((3, 9), -torch.inf), torch.empty(0, dtype=torch.int64)
+    columns, offsets, exact, tail, *_ = kernels.list_live_columns(
+        logits[:0], none, torch.empty(0), 0.1, 2, *head, 4, 1.0
+    )
+    assert columns.numel() == exact.numel() == 0 and offsets.tolist() == [0] and tail.shape == (0, 9)
+    logits[:, 4] = 0.0
+    labels = torch.tensor([4, 4, 4])
+    columns, offsets, _, tail, row_sums, sums, *_ = kernels.list_live_columns(
+        logits, labels, torch.zeros(3), 0.1, 2, *head, 4, 1.0
+    )
+    assert columns.tolist() == [4, 4] and offsets.tolist() == [0, 1, 2] and not tail.any()
+    assert row_sums.tolist() == [1.0] * 3 and sums.tolist() == pytest.approx([3 / 9, 0.0, 0.0])
+
+
 def test_only_a_cpu_writes_gradients_where_they_are_kept():
     """torch.ops, which are the kernels of impl="cuda" too, have a name for every op on every device."""
     ops = torch.ops.cpo_kernels
-    assert dispatch.writes_live_grads(ops, torch.empty(1))
-    assert not dispatch.writes_live_grads(ops, torch.empty(1, device="meta"))
-    assert not dispatch.writes_live_grads(dispatch.kernels("reference", torch.empty(1)), torch.empty(1))
+    assert dispatch.lists_live_columns(ops, torch.empty(1))
+    assert not dispatch.lists_live_columns(ops, torch.empty(1, device="meta"))
+    assert not dispatch.lists_live_columns(dispatch.kernels("reference", torch.empty(1)), torch.empty(1))
 
 
 def test_kept_gradients_stay_while_their_buffer_grows():

@@ -272,6 +272,49 @@ def test_what_rows_lack():
     assert not lacks.any() and bool((at_label == -torch.inf).all())
 
 
+@pytest.mark.parametrize("softcap, scale", [(0.0, 1.0), (0.0, 0.7), (20.0, 1.3)])
+def test_what_rows_lack_in_one_op(softcap, scale):
+    """`relative_anchors` of the CPU's own matmuls: as the operations of the other backends, also for an odd number of
+    rows and for logits that are not finite."""
+    x, weight, _, y = made(torch.bfloat16)
+    x, columns, none = x[:131].clone(), y[:131].clamp(min=0), weight.new_empty(0)
+    x[3], x[5], x[7] = 0.0, 3e38, torch.nan
+    kernels, options = dispatch.kernels("auto", x), HeadOptions(-100, scale, softcap, VOCAB)
+    if not dispatch.own_matmuls(kernels, weight):
+        pytest.skip("the CPU kernels' own matmuls need AVX512_BF16")
+    net, room = relative.make_net(columns, weight, none, VOCAB), x.new_empty(0)
+    got = relative.make_anchors(x, weight, none, columns, net, options, kernels, room)
+    want = relative.make_anchors(x, weight, none, columns, net, options, reference, room)
+    assert torch.equal(got[0], got[0].bfloat16().float()) and got.isfinite().all(1).tolist() == [True, False]
+    rows = torch.arange(131) != 5  # there float32 sums of products near 1e38 depend on their order
+    torch.testing.assert_close(got[0, rows], want[0, rows], rtol=2.0**-7, atol=1e-2)  # of logits rounded to bfloat16
+    torch.testing.assert_close(got[1, rows], want[1, rows], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_relative_anchors_refuse_what_does_not_fit():
+    x, few, labels = (torch.zeros(3, 4).bfloat16(), torch.zeros(2, 4).bfloat16(), torch.tensor([0, 5, 1]))
+    weight, room = torch.zeros(6, 4).bfloat16(), torch.zeros(3, 2).bfloat16()
+    if not dispatch.own_matmuls(dispatch.kernels("auto", x), weight):
+        pytest.skip("the CPU kernels' own matmuls need AVX512_BF16")
+
+    def call(x=x, weight=weight, labels=labels, few=few, room=room):
+        return torch.ops.cpo_kernels.relative_anchors(x, weight, labels, few, 1.0, 0.0, room)
+
+    assert call().shape == (2, 3) and call(x[:0], labels=labels[:0]).shape == (2, 0)
+    for given, message in (
+        ({"labels": labels + 1}, r"labels must lie in \[0, 6\), got 6 at row 1"),
+        ({"labels": labels - 1}, "got -1 at row 0"),
+        ({"labels": labels[:2]}, r"labels must have shape \[3\]"),
+        ({"room": room[:, :1]}, r"room must have shape"),
+        ({"room": room[:0]}, "few and room must have rows, got 2 and 0"),
+        ({"few": few[:0], "room": room[:, :0]}, "few and room must have rows, got 0 and 3"),
+        ({"x": x.float()}, "x must be"),
+        ({"weight": torch.zeros(6, 6).bfloat16()}, "weight must have shape"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(**given)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_small_chunks_take_the_labels_of_all(train):
     """Shuffled labels: the logits of a row's likely tokens are known from the labels of other chunks."""
