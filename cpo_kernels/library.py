@@ -79,6 +79,11 @@ CPU_SCHEMAS = {
         "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor weight, Tensor label_columns,"
         " Tensor label_grads, Tensor(a!) out) -> ()"
     ),
+    "live_sums_of_logits_": (
+        "(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets, int set_rows,"
+        f" {_LOGIT_ARGS}, Tensor? anchors, Tensor weight, Tensor label_columns, Tensor label_grads, Tensor means,"
+        " Tensor coef, Tensor(a!) room, Tensor(b!) out, Tensor(c!) tau) -> ()"
+    ),
     "live_dw": (
         "(Tensor g, Tensor columns, Tensor offsets, int set_rows, Tensor x, Tensor coef, Tensor tail, Tensor tails,"
         " Tensor label_columns, Tensor label_grads, int rows) -> Tensor"

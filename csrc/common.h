@@ -134,6 +134,10 @@ void live_grads_(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tens
 Tensor live_sum(Tensor tail, Tensor tails, Tensor made, Tensor columns, Tensor offsets);
 void live_sums_(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor label_columns,
                 Tensor label_grads, Tensor out);
+void live_sums_of_logits_(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
+                          int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                          Optional anchors, Tensor weight, Tensor label_columns, Tensor label_grads, Tensor means,
+                          Tensor coef, Tensor room, Tensor out, Tensor tau);
 Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor x, Tensor coef, Tensor tail,
                Tensor tails, Tensor label_columns, Tensor label_grads, int64_t rows);
 void add_product_(Tensor total, Tensor low, Tensor a, Tensor b, bool first, bool last, double factor);

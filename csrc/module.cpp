@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpo_kernels, CPU, m) {
   m.impl("linear_token_logps_fwd", TORCH_BOX(&cpo::linear_token_logps_fwd));
   m.impl("add_product_", TORCH_BOX(&cpo::add_product_));
   m.impl("live_sums_", TORCH_BOX(&cpo::live_sums_));
+  m.impl("live_sums_of_logits_", TORCH_BOX(&cpo::live_sums_of_logits_));
   m.impl("live_dw", TORCH_BOX(&cpo::live_dw));
   m.impl("sequence_sum", TORCH_BOX(&cpo::sequence_sum));
   m.impl("preference", TORCH_BOX(&cpo::preference));

@@ -259,6 +259,82 @@ def check_live(backend: Backend, findings: Findings, shape: Sets) -> None:
     findings.close("dW", dw, want_dw, ROUNDING, 30 * SUMS / ROUNDING * float(want_dw.abs().max()) if rows else 1.0)
 
 
+def check_live_of_logits(backend: Backend, findings: Findings, shape: Sets) -> None:
+    """live_sums_of_logits_: what live_grads and live_sums_ make of the same logits, to the bit, for any number of
+    threads and any number of sets in `room`; and dX."""
+    own, generator = own_matmuls(backend), torch.Generator().manual_seed(4)
+    rows, vocab = shape.rows, shape.vocab
+    logits, weight = 3 * random(generator, rows, vocab + 3), random(generator, vocab, shape.hidden)
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    labels[1::7] = -100
+    set_of, counted = torch.arange(rows) // shape.set_rows, labels != -100
+    live = torch.rand(-(-rows // shape.set_rows), vocab, generator=generator) < shape.share
+    if shape.labels:
+        live[set_of[counted], labels[counted]] = True
+    columns, offsets = places(live)
+    head = -100, 0.7, 0.0, vocab
+    anchors = torch.stack([torch.zeros(rows), logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float() + 1e-3])
+    _, lse, _ = own.token_logps_fwd(logits, labels, *head, False, anchors)
+    lse[2::9] = math.nan
+    row_sums = torch.rand(rows, generator=generator) + 0.3
+    of_labels = torch.where(counted & lse.isfinite(), labels, -1), torch.rand(rows, generator=generator)
+    if not shape.labels:
+        of_labels = of_labels[0][:0], of_labels[1][:0]
+    sets = columns, offsets, shape.set_rows
+    g = own.live_grads(logits, labels, lse, row_sums, *sets, *head, anchors)
+    want = torch.full((rows, shape.hidden), math.nan)
+    own.live_sums_(g, *sets, weight, *of_labels, want)
+    ends = (live.sum(1)[set_of] + 1).cumsum(0) - 1
+    taus, none = g[ends].float(), torch.empty(0)
+    means, coef = torch.randn(len(live), shape.hidden, generator=generator), torch.randn(rows, generator=generator)
+    size = int(live.sum(1).max()) + 1 if rows else 1
+    for some in (1, 2, 100):
+        room = torch.empty(some * shape.set_rows * size, dtype=torch.bfloat16)
+
+        def compute(
+            given: Tensor = none, factors: Tensor = none, dtype: torch.dtype = torch.float32, room: Tensor = room
+        ) -> Tensor:
+            out, tau = torch.full((rows, shape.hidden), math.nan, dtype=dtype), torch.full((rows,), math.inf)
+            args = logits, labels, lse, row_sums, *sets, *head, anchors, weight, *of_labels
+            own.live_sums_of_logits_(*args, given, factors, room, out, tau)
+            return torch.cat([out, tau[:, None].to(dtype)], 1).nan_to_num(7.0)
+
+        sums = same_on_any_threads(findings, f"sums, {some} sets in room", compute)
+        findings.same(f"sums, {some} sets in room", sums, torch.cat([want, taus[:, None]], 1).nan_to_num(7.0))
+        if not rows:
+            continue
+        whole = want.double() + taus[:, None].double() * means[set_of].double()
+        for factors in (none, coef):
+            scaled = whole * factors[:, None].double() if factors.numel() else whole
+            for dtype, unit in ((torch.float32, SUMS), (torch.bfloat16, ROUNDING)):
+                dx = same_on_any_threads(findings, "dX", partial(compute, means, factors, dtype))[:, :-1]
+                findings.close(f"dX in {dtype}", dx, scaled.nan_to_num(7.0), unit, SUMS / unit * 30)
+
+
+def check_live_of_logits_refusals(backend: Backend, findings: Findings) -> None:
+    own = own_matmuls(backend)
+    x, labels, ones = torch.zeros(4, 6, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    sets = torch.tensor([0, 1, 0, 5]), torch.tensor([0, 2, 4]), 2
+    none, room, out = torch.empty(0), torch.empty(5, dtype=torch.bfloat16), torch.empty(4, 6)
+    weight, of_labels = torch.zeros(6, 6, dtype=torch.bfloat16), (labels[:0], none)
+
+    def call(weight: Tensor = weight, means: Tensor = none, coef: Tensor = none, out: Tensor = out) -> None:
+        head = -100, 1.0, 0.0, 6, None
+        with threads(64):  # more than sets: their gradients are stored
+            own.live_sums_of_logits_(
+                x, labels, ones, ones, *sets, *head, weight, *of_labels, means, coef, room, out, torch.empty(4)
+            )
+
+    for what, wrong, message in (
+        ("too little room", call, "room must hold the gradients of a set, 6 numbers, got 5"),
+        ("sums in bfloat16", partial(call, out=out.bfloat16()), "out must be"),
+        ("coefficients without means", partial(call, coef=ones), "coef needs means"),
+        ("means of other sets", partial(call, means=torch.ones(3, 6)), r"means must have shape \[2, 6\]"),
+        ("a weight of fewer words", partial(call, weight=weight[:5]), "weight must have the 6 rows of the vocabulary"),
+    ):
+        findings.refuses(what, wrong, message)
+
+
 SUMMANDS = [(1, 1, 1), (3, 5, 7), (70, 301, 41), (300, 513, 130), (5, 1024, 700), (0, 4, 4), (4, 0, 4)]
 SUMMANDS += [(2100, 601, 650)]  # so many rows that b is packed once
 SUMMANDS += [(601, 300, 1213)]  # several tasks along both
@@ -321,3 +397,5 @@ def matmul_cases() -> Iterator[Case]:
     yield Case("own matmuls/unstored logits, refusals", check_unstored_refusals)
     for name, sets in SETS.items():
         yield Case(f"own matmuls/live, {name}", partial(check_live, shape=sets), quick=True)
+        yield Case(f"own matmuls/live of logits, {name}", partial(check_live_of_logits, shape=sets), quick=True)
+    yield Case("own matmuls/live of logits, refusals", check_live_of_logits_refusals)

@@ -1,41 +1,12 @@
 // live_columns, live_grads and live_sum on the CPU: the columns of the vocabulary in which a set of rows has a
 // significant gradient, the gradient there, and dW. Formulas: cpo_kernels/reference/live_columns.py.
-#include <limits>
 #include <memory>
 #include <numeric>
 
-#include "rows.h"
+#include "live_grads.h"
 
 namespace cpo {
 namespace {
-
-void check_sets(const char* op, int64_t set_rows) {
-  check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
-}
-
-// Row i counts if it has a label and its log-sum-exp is finite.
-template <typename Acc>
-bool counts(const Rows& rows, const Acc* lse, int64_t i) {
-  return !rows.ignored(i) && std::isfinite(lse[i]);
-}
-
-bool label_here(const Rows& rows, int64_t i) { return rows.labels[i] >= 0 && rows.labels[i] < rows.columns; }
-
-// The exact s of row i's label, less that of its stored logit.
-double label_excess(const Rows& rows, int64_t i, double lse) {
-  if (!rows.anchors) return 0.0;
-  const auto size = [&](double y, double slope) {
-    return slope * std::exp(rows.map.nat * y - (lse - rows.z_lacks(i)));
-  };
-  const double stored = load_element(rows.type, rows.row(i) + rows.labels[i] * rows.element_size) + rows.lacks(i);
-  return size(label_y(rows, i), label_slope(rows, i)) - size(stored_label_y(rows, i), slope_at(rows, stored));
-}
-
-// (1 - p) dz/du of row i's label.
-double label_grad(const Rows& rows, int64_t i, double lse) {
-  const double logp = rows.map.nat * label_y(rows, i) - (lse - rows.z_lacks(i));
-  return -std::expm1(logp) * label_slope(rows, i);
-}
 
 // Blocks of kColumnBlock columns of each set, which threads take one by one.
 struct Blocks {
@@ -62,7 +33,7 @@ void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows
   const Blocks blocks(rows, set_rows);
   std::fill_n(live, blocks.sets * rows.columns, false);
   for (int64_t i = 0; i < rows.count; ++i) {
-    if (counts(rows, lse, i) && label_here(rows, i)) live[i / set_rows * rows.columns + rows.labels[i]] = true;
+    if (counts(rows, i, lse[i]) && label_here(rows, i)) live[i / set_rows * rows.columns + rows.labels[i]] = true;
   }
   std::vector<double> partial(size_t(blocks.of_set * rows.count));  // [blocks, N], added in this order
   blocks.each([&](int64_t set, int64_t block, int64_t first, int64_t n) {
@@ -70,7 +41,7 @@ void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows
     std::vector<const void*> x;
     std::vector<double> offset, shift, factor;
     for (int64_t i = low; i < high; ++i) {
-      if (!counts(rows, lse, i)) continue;
+      if (!counts(rows, i, lse[i])) continue;
       const Shift s = shift_of(rows, double(lse[i]) - rows.z_lacks(i));
       offset.push_back(rows.map_of(i).offset);
       x.push_back(rows.row(i) + first * rows.element_size);
@@ -82,13 +53,13 @@ void find_columns(const Rows& rows, const Acc* lse, double eps, int64_t set_rows
     rows.kernels->columns(x.data(), int64_t(x.size()), n, rows.map, offset.data(), shift.data(), factor.data(),
                           eps * rows.scale, reinterpret_cast<uint8_t*>(live + at), tail + at, sums.data());
     for (int64_t i = low, k = 0; i < high; ++i) {
-      if (counts(rows, lse, i)) partial[block * rows.count + i] = sums[k++];
+      if (counts(rows, i, lse[i])) partial[block * rows.count + i] = sums[k++];
     }
   });
   for (int64_t i = 0; i < rows.count; ++i) {
-    double total = counts(rows, lse, i) || rows.ignored(i) ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+    double total = counts(rows, i, lse[i]) || rows.ignored(i) ? 0.0 : std::numeric_limits<double>::quiet_NaN();
     for (int64_t block = 0; block < blocks.of_set; ++block) total += partial[block * rows.count + i];
-    if (counts(rows, lse, i) && label_here(rows, i)) total += label_excess(rows, i, double(lse[i]));
+    if (counts(rows, i, lse[i]) && label_here(rows, i)) total += label_excess(rows, i, double(lse[i]));
     row_sums[i] = Acc(total);
   }
 }
@@ -192,7 +163,7 @@ Listed list_columns(const Rows& rows, const Tensor& logits, const Acc* lse, doub
   Tensor label_columns = new_vector(logits, labels, ScalarType::Long);
   Tensor label_grads = new_vector(logits, labels, rows.acc());
   for (int64_t i = 0; i < labels; ++i) {
-    const bool here = counts(rows, lse, i) && label_here(rows, i);
+    const bool here = counts(rows, i, lse[i]) && label_here(rows, i);
     const double g = here ? label_grad(rows, i, double(lse[i])) : 0.0;
     mutable_data_of<int64_t>(label_columns)[i] = std::isfinite(g) && here ? rows.labels[i] : -1;
     mutable_data_of<Acc>(label_grads)[i] = std::isfinite(g) ? Acc(g) : Acc(0);
@@ -209,22 +180,9 @@ void gather_grads(const Rows& rows, const Acc* lse, const Acc* row_sums, const i
       const int64_t set = i / set_rows, first = offsets[set], n = offsets[set + 1] - first;
       // Earlier sets have set_rows rows of n_k + 1 numbers each.
       char* g = out + size * (set_rows * (first + set) + (i - set * set_rows) * (n + 1));
-      if (!counts(rows, lse, i)) {
-        std::memset(g, 0, size_t(n * size));
-        store_element(rows.type, g + n * size, rows.ignored(i) ? 0.0 : std::numeric_limits<double>::quiet_NaN());
-        continue;
-      }
-      const double own_lse = double(lse[i]) - rows.z_lacks(i);
-      const Shift s = shift_of(rows, own_lse);
-      double live =
-          rows.kernels->gather(rows.row(i), columns + first, n, rows.map_of(i), s.shift, s.factor * rows.scale, g);
-      const int64_t* last = columns + first + n;
-      const int64_t* at = label_here(rows, i) ? std::lower_bound(columns + first, last, rows.labels[i]) : last;
-      if (at < last && *at == rows.labels[i]) {
-        live += label_excess(rows, i, double(lse[i]));
-        store_element(rows.type, g + (at - columns - first) * size, label_grad(rows, i, double(lse[i])));
-      }
-      store_element(rows.type, g + n * size, std::min(0.0, live - double(row_sums[i])));
+      RowGrads row(rows, i, double(lse[i]), columns + first, n);
+      for (int64_t j = 0; j < n; j += kGather) row.write(j, std::min(kGather, n - j), g + j * size);
+      store_element(rows.type, g + n * size, row.tau(double(row_sums[i])));
     }
   });
 }

@@ -1,5 +1,7 @@
-// live_sums_, of which dX is made, and live_dw on CPUs with bfloat16 instructions: the matmuls of the live gradients,
-// which read rows of the weight by index and add into rows of dW. Formulas: cpo_kernels/reference/live_columns.py.
+// live_sums_ and live_sums_of_logits_, of which dX is made, and live_dw on CPUs with bfloat16 instructions: the matmuls
+// of the live gradients, which read rows of the weight by index and add into rows of dW. Formulas:
+// cpo_kernels/reference/live_columns.py.
+#include "live_grads.h"
 #include "matmul.h"
 
 namespace cpo {
@@ -8,6 +10,7 @@ namespace {
 constexpr int64_t kDxPanels = 5, kDxPanelsByTiles = 9;  // of H per task, at most
 constexpr int64_t kDwPanels = 9;                        // of H per task
 constexpr int64_t kDwColumns = 256;  // of the vocabulary per task: their sums take 590 kB of the L2 cache
+static_assert(kStep == kGather);
 constexpr int64_t kAhead = 4;  // pairs of rows of W to prefetch: 26 sets of SmolLM2 took 1.2 times as long without
 
 // Some of the live columns of a set.
@@ -33,19 +36,27 @@ struct Sets {
   const BFloat16* grads(int64_t k) const { return g + set_rows * (offsets[k] + k); }  // [size(k), live(k) + 1]
 };
 
-// Checks what both ops take; makes g, columns and offsets dense.
-Sets describe_sets(const char* op, Tensor& g, Tensor& columns, Tensor& offsets, int64_t set_rows, int64_t rows,
-                   int64_t width) {
-  check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
+// Checks where the sets lie; makes columns and offsets dense.
+Sets describe_places(const char* op, Tensor& columns, Tensor& offsets, int64_t set_rows, int64_t rows, int64_t width) {
+  check_sets(op, set_rows);
   set_rows = std::min(set_rows, std::max<int64_t>(rows, 1));
-  check_dtype("g", g, ScalarType::BFloat16);
   check_dtype("columns", columns, ScalarType::Long);
   check_dtype("offsets", offsets, ScalarType::Long);
   Sets sets{(rows + set_rows - 1) / set_rows, rows, set_rows};
   check_vector("offsets", offsets, sets.count + 1);
-  g = dense(g), columns = dense(columns), offsets = dense(offsets);
-  sets.g = data_of<BFloat16>(g), sets.columns = data_of<int64_t>(columns), sets.offsets = data_of<int64_t>(offsets);
+  columns = dense(columns), offsets = dense(offsets);
+  sets.columns = data_of<int64_t>(columns), sets.offsets = data_of<int64_t>(offsets);
   check_columns(op, sets.columns, sets.offsets, sets.count, columns.numel(), width);
+  return sets;
+}
+
+// The same, and their gradients.
+Sets describe_sets(const char* op, Tensor& g, Tensor& columns, Tensor& offsets, int64_t set_rows, int64_t rows,
+                   int64_t width) {
+  Sets sets = describe_places(op, columns, offsets, set_rows, rows, width);
+  check_dtype("g", g, ScalarType::BFloat16);
+  g = dense(g);
+  sets.g = data_of<BFloat16>(g);
   int64_t total = 0;
   for (int64_t k = 0; k < sets.count; ++k) total += sets.size(k) * (sets.live(k) + 1);
   check_vector("g", g, total);
@@ -94,9 +105,58 @@ void begin_row(const Bf16Matmul& matmul, const Sets& sets, int64_t k, int64_t t,
   matmul.add_row(weight + labels.column[row] * weight_stride, width, error, 0.0f, 0.0f, sums);
 }
 
-// g_A W_A of the rows of a set, in `width` columns.
-void sums_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight, int64_t weight_stride,
-                   const Labels& labels, int64_t width, float* out, int64_t out_stride, Lines<float>& sums,
+// Gradients of a set's rows in some of its live columns: the first, and the numbers from row to row. Behind the last
+// column stands tau.
+struct Block {
+  const BFloat16* g;
+  int64_t stride;
+};
+
+struct Kept {
+  const BFloat16* g;  // [size, live + 1]
+  int64_t live;
+
+  Block operator()(int64_t first, int64_t) const { return {g + first, live + 1}; }
+  float tau(int64_t t) const { return to_float(g[t * (live + 1) + live]); }
+};
+
+// Made of the logits, and nowhere else: written and read in the cache.
+class Made {
+ public:
+  Made(const Rows& rows, const Sets& sets, int64_t k, const float* lse, const float* row_sums)
+      : block_(size_t(sets.size(k) * kStride)), row_sums_(row_sums + sets.low(k)) {
+    for (int64_t row = sets.low(k); row < sets.low(k) + sets.size(k); ++row) {
+      rows_.emplace_back(rows, row, double(lse[row]), sets.columns + sets.offsets[k], sets.live(k));
+    }
+  }
+  Block operator()(int64_t first, int64_t n) {
+    [[maybe_unused]] const WithoutSubnormals flushed;  // as in live_grads
+    for (size_t t = 0; t < rows_.size(); ++t) {
+      BFloat16* g = block_.data() + int64_t(t) * kStride;
+      rows_[t].write(first, n, g);
+      g[n] = stored_tau(t);
+    }
+    return {block_.data(), kStride};
+  }
+  float tau(int64_t t) const { return to_float(stored_tau(size_t(t))); }
+
+ private:
+  BFloat16 stored_tau(size_t t) const {  // as live_grads stores it
+    BFloat16 stored;
+    from_float(stored, float(rows_[t].tau(double(row_sums_[t]))));
+    return stored;
+  }
+  static constexpr int64_t kStride = kStep + 64;  // 17 cache lines
+  std::vector<RowGrads> rows_;
+  Lines<BFloat16> block_;
+  const float* row_sums_;
+};
+
+// g_A W_A of the rows of a set, in `width` columns. grads(first, n): a Block, of kStep columns or what is left.
+// store(t, sums): of a row, which may be overwritten.
+template <typename Grads, typename Store>
+void sums_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, Grads& grads, const BFloat16* weight,
+                   int64_t weight_stride, const Labels& labels, int64_t width, const Store& store, Lines<float>& sums,
                    Lines<uint32_t>& packed) {
   const int64_t live = sets.live(k), size = sets.size(k), row_tiles = tiles_of(size), wide = steps_of(width);
   const int64_t of_sums = row_tiles * wide * 2 * kTile * kTile, of_b = wide * kPairOfTiles * kStep / 2;
@@ -114,21 +174,22 @@ void sums_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const 
     const int64_t some = std::min(kStep, live - j);
     const int64_t* columns = sets.columns + sets.offsets[k] + j;
     for (int64_t i = 0; i < some; ++i) lines[i] = weight + columns[i] * weight_stride;
+    const Block g = grads(j, some);
     matmul.tiles_of_b(lines, some, 0, width, b);
-    matmul.tiles_of_rows(sets.grads(k) + j, live + 1, size, some, a);
+    matmul.tiles_of_rows(g.g, g.stride, size, some, a);
     matmul.add_tiles(a, b, row_tiles, tiles_of(width), steps_of(some), sums.data());
   }
   for (int64_t t = 0; t < size; ++t) {
     tiles.get(t, width, line);
-    std::copy_n(line, width, out + t * out_stride);
+    store(t, line);
   }
 }
 
-void sums_by_panels(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const BFloat16* weight,
-                    int64_t weight_stride, const Labels& labels, int64_t width, float* out, int64_t out_stride,
-                    Lines<float>& sums, Lines<uint32_t>& packed) {
+template <typename Grads, typename Store>
+void sums_by_panels(const Bf16Matmul& matmul, const Sets& sets, int64_t k, Grads& grads, const BFloat16* weight,
+                    int64_t weight_stride, const Labels& labels, int64_t width, const Store& store, Lines<float>& sums,
+                    Lines<uint32_t>& packed) {
   const int64_t live = sets.live(k), size = sets.size(k), panels = panels_of(width), stride = panels * kPanel;
-  const BFloat16* g = sets.grads(k);
   sums.assign(size_t(size * stride), 0.0f);
   packed.resize(size_t(kPackedPairs * stride));
   std::vector<float*> rows(size);
@@ -136,22 +197,65 @@ void sums_by_panels(const Bf16Matmul& matmul, const Sets& sets, int64_t k, const
     rows[t] = sums.data() + t * stride;
     begin_row(matmul, sets, k, t, weight, weight_stride, labels, width, rows[t]);
   }
-  for (int64_t j = 0; j < live; j += 2 * kPackedPairs) {
-    const int64_t pairs = (std::min(2 * kPackedPairs, live - j) + 1) / 2;
+  Block g{};
+  for (int64_t j = 0, end = 0; j < live; j = end) {
+    if (j % kStep == 0) g = grads(j, std::min(kStep, live - j));
+    end = std::min({j + 2 * kPackedPairs, j - j % kStep + kStep, live});
+    const int64_t pairs = (end - j + 1) / 2;
     const int64_t* columns = sets.columns + sets.offsets[k] + j;
     for (int64_t p = 0; p < pairs; ++p) {
       for (int64_t i = 2 * (p + kAhead); i < std::min(2 * (p + kAhead + 1), live - j); ++i) {
         prefetch(weight + columns[i] * weight_stride, width);
       }
-      // Behind an odd number of columns comes tau, which is multiplied by a row of zeros.
+      // Behind an odd number of columns comes a number that is multiplied by a row of zeros.
       const bool both = j + 2 * p + 1 < live;
       matmul.pack_pairs(weight + columns[2 * p] * weight_stride,
                         both ? weight + columns[2 * p + 1] * weight_stride : nullptr, width, packed.data() + p * kPanel,
                         pairs * kPanel);
     }
-    matmul.add(g + j, 2 * (live + 1), 4, size, packed.data(), pairs, panels, rows.data());
+    matmul.add(g.g + j % kStep, 2 * g.stride, 4, size, packed.data(), pairs, panels, rows.data());
   }
-  for (int64_t t = 0; t < size; ++t) std::copy_n(rows[t], width, out + t * out_stride);
+  for (int64_t t = 0; t < size; ++t) store(t, rows[t]);
+}
+
+// Columns [first, first + n) of H, of a set.
+struct DxTask {
+  int64_t k, first, n;
+};
+
+// Columns of H per task if all sets have the same.
+int64_t dx_columns(const Bf16Matmul& kernels, int64_t width, int64_t sets) {
+  return panels_per_task(width, sets, kernels.add_tiles ? kDxPanelsByTiles : kDxPanels) * kPanel;
+}
+
+// Sets [low, high) in parts of `step` columns. Sets change fastest: the part of W that a few of them need may stay in
+// the cache.
+void add_tasks(std::vector<DxTask>& tasks, int64_t low, int64_t high, int64_t width, int64_t step) {
+  for (int64_t first = 0; first < width; first += step) {
+    for (int64_t k = low; k < high; ++k) tasks.push_back({k, first, std::min(step, width - first)});
+  }
+}
+
+// grads_of(k): Kept or Made. store(row, first, n, sums, tau): columns of g_A W_A of a row, which may be overwritten.
+template <typename GradsOf, typename Store>
+void dx_tasks(const Bf16Matmul& kernels, const Sets& sets, const std::vector<DxTask>& tasks, const Tensor& weight,
+              const Labels& labels, const GradsOf& grads_of, const Store& store) {
+  const BFloat16* w = data_of<BFloat16>(weight);
+  const int64_t stride = weight.stride(0);
+  share_tasks(int64_t(tasks.size()), [&](const auto& take) {
+    Lines<float> sums;
+    Lines<uint32_t> packed;
+    for (int64_t i; (i = take()) >= 0;) {
+      const auto [k, first, n] = tasks[i];
+      auto grads = grads_of(k);
+      const auto store_row = [&, k = k, first = first, n = n](int64_t t, float* line) {
+        store(sets.low(k) + t, first, n, line, grads.tau(t));
+      };
+      kernels.add_tiles
+          ? sums_by_tiles(kernels, sets, k, grads, w + first, stride, labels, n, store_row, sums, packed)
+          : sums_by_panels(kernels, sets, k, grads, w + first, stride, labels, n, store_row, sums, packed);
+    }
+  });
 }
 
 // Rows of a matrix in pairs, as the second operand of Bf16Matmul::add: [panels, pairs, kPanel]; or in tiles.
@@ -289,30 +393,115 @@ void dw_task(const Bf16Matmul& matmul, const Sets& sets, const Packed& packed, c
 
 void live_sums_(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor weight, Tensor label_columns,
                 Tensor label_grads, Tensor out) {
-  const Bf16Matmul& kernels = bf16_matmul("live_sums_");
-  check_bf16_matrix("live_sums_", "weight", weight);
-  const int64_t rows = out.dim() ? out.size(0) : 0, width = weight.size(1), stride = weight.stride(0);
+  const char* op = "live_sums_";
+  const Bf16Matmul& kernels = bf16_matmul(op);
+  check_bf16_matrix(op, "weight", weight);
+  const int64_t rows = out.dim() ? out.size(0) : 0, width = weight.size(1);
   check_dtype("out", out, ScalarType::Float);
   check_matrix("out", out, rows, width);
-  check(out.is_contiguous(), "live_sums_: out must be contiguous");
-  const Sets sets = describe_sets("live_sums_", g, columns, offsets, set_rows, rows, weight.size(0));
-  const Labels labels("live_sums_", label_columns, label_grads, rows, weight.size(0));
+  check(out.is_contiguous(), op, ": out must be contiguous");
+  const Sets sets = describe_sets(op, g, columns, offsets, set_rows, rows, weight.size(0));
+  const Labels labels(op, label_columns, label_grads, rows, weight.size(0));
   if (rows == 0 || width == 0) return;
   float* sums = mutable_data_of<float>(out);
-  const BFloat16* w = data_of<BFloat16>(weight);
-  const auto compute = kernels.add_tiles ? sums_by_tiles : sums_by_panels;
-  const int64_t most = kernels.add_tiles ? kDxPanelsByTiles : kDxPanels;
-  const int64_t step = panels_per_task(width, sets.count, most) * kPanel, parts = (width + step - 1) / step;
-  // Sets change fastest: the part of W that a few of them need may stay in the cache.
-  share_tasks(parts * sets.count, [&](const auto& take) {
-    Lines<float> own;
-    Lines<uint32_t> packed;
-    for (int64_t task; (task = take()) >= 0;) {
-      const int64_t k = task % sets.count, first = task / sets.count * step;
-      compute(kernels, sets, k, w + first, stride, labels, std::min(step, width - first),
-              sums + sets.low(k) * width + first, width, own, packed);
+  std::vector<DxTask> tasks;
+  add_tasks(tasks, 0, sets.count, width, dx_columns(kernels, width, sets.count));
+  dx_tasks(
+      kernels, sets, tasks, weight, labels, [&](int64_t k) { return Kept{sets.grads(k), sets.live(k)}; },
+      [&](int64_t row, int64_t first, int64_t n, const float* line, float) {
+        std::copy_n(line, n, sums + row * width + first);
+      });
+}
+
+void live_sums_of_logits_(Tensor logits, Tensor labels, Tensor lse, Tensor row_sums, Tensor columns, Tensor offsets,
+                          int64_t set_rows, int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
+                          Optional anchors, Tensor weight, Tensor label_columns, Tensor label_grads, Tensor means,
+                          Tensor coef, Tensor room, Tensor out, Tensor tau) {
+  const char* op = "live_sums_of_logits_";
+  const Bf16Matmul& kernels = bf16_matmul(op);
+  check_bf16_matrix(op, "weight", weight);
+  check_bf16_matrix(op, "logits", logits);
+  const Rows rows = describe(op, logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
+  const int64_t width = weight.size(1);
+  check(weight.size(0) >= vocab_size, op, ": weight must have the ", vocab_size, " rows of the vocabulary, got ",
+        weight.size(0));
+  const Sets sets = describe_places(op, columns, offsets, set_rows, rows.count, vocab_size);
+  const Labels of_labels(op, label_columns, label_grads, rows.count, vocab_size);
+  check_row_values(lse, row_sums, rows.count, ScalarType::Float);
+  lse = dense(lse), row_sums = dense(row_sums);
+  const bool whole = given(means), rounds = out.scalar_type() == ScalarType::BFloat16;
+  if (whole) {
+    check_dtype("means", means, ScalarType::Float);
+    check_matrix("means", means, sets.count, width);
+    means = dense(means);
+  }
+  check(whole || !given(coef), op, ": coef needs means");
+  const float* factors = given(coef) ? row_factors("coef", coef, rows.count) : nullptr;
+  check_dtype("out", out, rounds && whole ? ScalarType::BFloat16 : ScalarType::Float);
+  check_matrix("out", out, rows.count, width);
+  check_dtype("tau", tau, ScalarType::Float);
+  check_vector("tau", tau, rows.count);
+  check(out.is_contiguous() && tau.is_contiguous(), op, ": out and tau must be contiguous");
+  check_dtype("room", room, ScalarType::BFloat16);
+  if (rows.count == 0 || width == 0) return;
+  const float *given_lse = data_of<float>(lse), *totals = data_of<float>(row_sums);
+  const float* mean_rows = whole ? data_of<float>(means) : nullptr;
+  float* taus = mutable_data_of<float>(tau);
+  const auto store = [&](int64_t row, int64_t first, int64_t n, float* line, float of_tail) {
+    if (first == 0) taus[row] = of_tail;
+    const float factor = factors ? factors[row] : 1.0f;
+    if (whole) {
+      const float* mean = mean_rows + row / sets.set_rows * width + first;
+      for (int64_t i = 0; i < n; ++i) line[i] += of_tail * mean[i];
     }
-  });
+    if (rounds) {
+      kernels.round_row(line, n, factor, mutable_data_of<BFloat16>(out) + row * width + first);
+    } else {
+      float* to = mutable_data_of<float>(out) + row * width + first;
+      for (int64_t i = 0; i < n; ++i) to[i] = factor * line[i];
+    }
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  std::vector<DxTask> tasks;
+  if (sets.count >= threads && dx_columns(kernels, width, threads) >= width) {
+    // A task for each set, and two or more for each of the last ones, which make its gradients twice or more.
+    const int64_t last = sets.count - sets.count % threads;
+    add_tasks(tasks, 0, last, width, width);
+    add_tasks(tasks, last, sets.count, width, dx_columns(kernels, width, sets.count - last));
+    const auto made = [&](int64_t k) { return Made(rows, sets, k, given_lse, totals); };
+    dx_tasks(kernels, sets, tasks, weight, of_labels, made, store);
+    return;
+  }
+  // As many sets at a time as `room` holds.
+  const int64_t* ends = sets.offsets;
+  for (int64_t low = 0, high = 0; low < sets.count; low = high) {
+    int64_t size = 0;
+    for (; high < sets.count; ++high) {
+      const int64_t more = sets.size(high) * (sets.live(high) + 1);
+      if (size + more > room.numel()) break;
+      size += more;
+    }
+    check(high > low, op, ": room must hold the gradients of a set, ", sets.size(low) * (sets.live(low) + 1),
+          " numbers, got ", room.numel());
+    const int64_t first = sets.low(low), some = std::min(sets.low(high), rows.count) - first;
+    const auto part = [&](const Tensor& t, int64_t begin, int64_t n) {
+      Tensor whole_tensor = t;
+      return torch::stable::narrow(whole_tensor, 0, begin, n);
+    };
+    Tensor own_ends = new_vector(logits, high - low + 1, ScalarType::Long);
+    for (int64_t k = low; k <= high; ++k) mutable_data_of<int64_t>(own_ends)[k - low] = ends[k] - ends[low];
+    Optional own_anchors;
+    if (anchors) own_anchors = torch::stable::narrow(*anchors, 1, first, some);
+    live_grads_(part(logits, first, some), part(labels, first, some), part(lse, first, some),
+                part(row_sums, first, some), part(columns, ends[low], ends[high] - ends[low]), own_ends, sets.set_rows,
+                ignore_index, scale, softcap, vocab_size, own_anchors, part(room, 0, size));
+    const auto kept = [&, low = low](int64_t k) {
+      return Kept{data_of<BFloat16>(room) + sets.set_rows * (ends[k] - ends[low] + k - low), sets.live(k)};
+    };
+    tasks.clear();
+    add_tasks(tasks, low, high, width, dx_columns(kernels, width, high - low));
+    dx_tasks(kernels, sets, tasks, weight, of_labels, kept, store);
+  }
 }
 
 Tensor live_dw(Tensor g, Tensor columns, Tensor offsets, int64_t set_rows, Tensor x, Tensor coef, Tensor tail,

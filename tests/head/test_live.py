@@ -14,6 +14,7 @@ import cpo_kernels as cpo
 from cpo_kernels import reference
 from cpo_kernels.backends import dispatch
 from cpo_kernels.backends.vocab_parallel import Backend
+from cpo_kernels.check.compare import threads
 from cpo_kernels.head import live_backward as backward_of_sets
 from cpo_kernels.head import strategy
 from cpo_kernels.head.inputs import Execution, Head, HeadConfig, Logits, Needs, head_inputs
@@ -153,36 +154,34 @@ def test_dx_of_chunks_that_are_no_whole_number_of_sets():
 
 @pytest.mark.parametrize("all_positions", [True, False])
 @pytest.mark.parametrize("train_head", [True, False])
-def test_sets_are_taken_some_at_a_time(train_head, all_positions, monkeypatch):
-    """And dX is the same to the bit, beside exact sets that reach over several turns and rows without a label."""
+def test_dx_does_not_depend_on_how_sets_are_taken(train_head, all_positions, monkeypatch):
+    """To the bit: a set for each thread; or, with more threads than sets, some sets after another whose gradients are
+    stored. Beside exact sets that reach over several turns and rows without a label."""
     (hidden, weight, bias), labels = rows(400, torch.bfloat16, flat=slice(100, 200))
     labels[230:330] = -100
     weight = weight.detach().requires_grad_(train_head)
     monkeypatch.setattr("cpo_kernels.head.inputs.SET_ROWS", 16)
-    taken = []
-    add = LiveDx.add
+    of_a_set, given = 16 * (int(LIVE_LIMIT * VOCAB) + 1), []
 
-    def watched(self, sets, *rest):
-        taken.append(len(sets.exact))
-        add(self, sets, *rest)
-
-    monkeypatch.setattr(LiveDx, "add", watched)
-
-    def dx_of(most):
-        taken.clear()
-        monkeypatch.setattr("cpo_kernels.head.live.sets_at_a_time", lambda: most)
+    def dx_of(count, sets):
+        room = torch.full((sets * of_a_set,), torch.nan, dtype=torch.bfloat16)
+        given.append(room)
+        monkeypatch.setattr(LiveDx, "_largest_room", lambda *_: room)
         loss_fn, of_labels = cpo.FusedLinearCPOLoss(filter_eps=1e-3), labels.view(4, 100)
         places = {"device": "cpu", "all_positions": all_positions}
         plan = loss_fn.plan(of_labels, VOCAB, torch.bfloat16, hidden_size=HIDDEN, **places)
-        out = loss_fn(hidden.view(4, 100, -1), weight, of_labels, bias, ref_logps=torch.zeros(4), plan=plan)
-        return torch.autograd.grad(out.loss, hidden)[0], shares(out), max(taken)
+        with threads(count):
+            out = loss_fn(hidden.view(4, 100, -1), weight, of_labels, bias, ref_logps=torch.zeros(4), plan=plan)
+        return torch.autograd.grad(out.loss, hidden)[0], shares(out)
 
-    dx, found, most = dx_of(3)
-    whole, whole_found, all_sets = dx_of(100)
-    assert torch.equal(dx, whole) and found == pytest.approx(whole_found, rel=1e-5)
+    dx, found = dx_of(1, 1)
     assert 0.1 < found[2] < 0.9
+    for count, sets in ((3, 1), (64, 1), (64, 3), (64, 40)):
+        other, other_found = dx_of(count, sets)
+        assert torch.equal(dx, other) and found == pytest.approx(other_found, rel=1e-5)
     if dispatch.own_matmuls(dispatch.kernels("auto", hidden), weight):
-        assert most == 3 < all_sets
+        written = [not room.isnan().all() for room in given]
+        assert written == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("words", [VOCAB, 7])
