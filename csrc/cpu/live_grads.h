@@ -9,7 +9,7 @@ namespace cpo {
 namespace {
 
 // Columns at a time: sums over a row do not depend on who adds them up.
-constexpr int64_t kGather = 480;
+constexpr int64_t kGather = 960;
 
 inline void check_sets(const char* op, int64_t set_rows) {
   check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
@@ -59,6 +59,13 @@ class RowGrads {
     if (label_ < first || label_ >= first + n) return;
     live_ += label_excess(*rows_, i_, lse_);
     store_element(rows_->type, static_cast<char*>(g) + (label_ - first) * size, label_grad(*rows_, i_, lse_));
+  }
+  // What `write` will read.
+  void prefetch(int64_t first, int64_t n) const {
+    if (!counts_ || !n) return;
+    const char *from = rows_->row(i_) + columns_[first] * rows_->element_size,
+               *to = rows_->row(i_) + columns_[first + n - 1] * rows_->element_size;
+    for (; from <= to; from += 64) __builtin_prefetch(from);
   }
   // Once all columns are written.
   double tau(double row_sum) const {

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kDxPanels = 5, kDxPanelsByTiles = 9;  // of H per task, at most
 constexpr int64_t kDwPanels = 9;                        // of H per task
 constexpr int64_t kDwColumns = 256;  // of the vocabulary per task: their sums take 590 kB of the L2 cache
-static_assert(kStep == kGather);
+static_assert(kGather % kStep == 0);
 constexpr int64_t kAhead = 4;  // pairs of rows of W to prefetch: 26 sets of SmolLM2 took 1.2 times as long without
 
 // Some of the live columns of a set.
@@ -133,6 +133,7 @@ class Made {
     [[maybe_unused]] const WithoutSubnormals flushed;  // as in live_grads
     for (size_t t = 0; t < rows_.size(); ++t) {
       BFloat16* g = block_.data() + int64_t(t) * kStride;
+      if (t + kRowsAhead < rows_.size()) rows_[t + kRowsAhead].prefetch(first, n);
       rows_[t].write(first, n, g);
       g[n] = stored_tau(t);
     }
@@ -146,13 +147,14 @@ class Made {
     from_float(stored, float(rows_[t].tau(double(row_sums_[t]))));
     return stored;
   }
-  static constexpr int64_t kStride = kStep + 64;  // 17 cache lines
+  static constexpr size_t kRowsAhead = 2;
+  static constexpr int64_t kStride = kGather + 32;  // 31 cache lines
   std::vector<RowGrads> rows_;
   Lines<BFloat16> block_;
   const float* row_sums_;
 };
 
-// g_A W_A of the rows of a set, in `width` columns. grads(first, n): a Block, of kStep columns or what is left.
+// g_A W_A of the rows of a set, in `width` columns. grads(first, n): a Block, of kGather columns or what is left.
 // store(t, sums): of a row, which may be overwritten.
 template <typename Grads, typename Store>
 void sums_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, Grads& grads, const BFloat16* weight,
@@ -170,13 +172,14 @@ void sums_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, Grads&
     tiles.put(line, t, width);
   }
   const BFloat16* lines[kStep];
+  Block g{};
   for (int64_t j = 0; j < live; j += kStep) {
     const int64_t some = std::min(kStep, live - j);
     const int64_t* columns = sets.columns + sets.offsets[k] + j;
     for (int64_t i = 0; i < some; ++i) lines[i] = weight + columns[i] * weight_stride;
-    const Block g = grads(j, some);
+    if (j % kGather == 0) g = grads(j, std::min(kGather, live - j));
     matmul.tiles_of_b(lines, some, 0, width, b);
-    matmul.tiles_of_rows(g.g, g.stride, size, some, a);
+    matmul.tiles_of_rows(g.g + j % kGather, g.stride, size, some, a);
     matmul.add_tiles(a, b, row_tiles, tiles_of(width), steps_of(some), sums.data());
   }
   for (int64_t t = 0; t < size; ++t) {
@@ -199,8 +202,8 @@ void sums_by_panels(const Bf16Matmul& matmul, const Sets& sets, int64_t k, Grads
   }
   Block g{};
   for (int64_t j = 0, end = 0; j < live; j = end) {
-    if (j % kStep == 0) g = grads(j, std::min(kStep, live - j));
-    end = std::min({j + 2 * kPackedPairs, j - j % kStep + kStep, live});
+    if (j % kGather == 0) g = grads(j, std::min(kGather, live - j));
+    end = std::min({j + 2 * kPackedPairs, j - j % kGather + kGather, live});
     const int64_t pairs = (end - j + 1) / 2;
     const int64_t* columns = sets.columns + sets.offsets[k] + j;
     for (int64_t p = 0; p < pairs; ++p) {
@@ -213,7 +216,7 @@ void sums_by_panels(const Bf16Matmul& matmul, const Sets& sets, int64_t k, Grads
                         both ? weight + columns[2 * p + 1] * weight_stride : nullptr, width, packed.data() + p * kPanel,
                         pairs * kPanel);
     }
-    matmul.add(g.g + j % kStep, 2 * g.stride, 4, size, packed.data(), pairs, panels, rows.data());
+    matmul.add(g.g + j % kGather, 2 * g.stride, 4, size, packed.data(), pairs, panels, rows.data());
   }
   for (int64_t t = 0; t < size; ++t) store(t, rows[t]);
 }
