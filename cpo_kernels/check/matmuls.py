@@ -214,6 +214,7 @@ SETS = {
     "everything is live": Sets(10, 200, 330, 4, 1.0),
     "no rows": Sets(0, 40, 16, 4, 0.5),
     "several tasks": Sets(131, 1300, 700, 64, 0.5),
+    "a wide head": Sets(70, 2100, 1090, 32, 0.6),
 }
 
 

@@ -68,6 +68,9 @@ SMALL_TILES = (48 << 20, 256)
 # chunk, and of a piece of its logits. 3,202 rows of 576 x 49,152 (benchmarks/results/filtered.json) took half the
 # memory of one chunk in pieces of 256, in no more time.
 OWN_ROWS = 1024
+# Hidden size up to which the CPU's own matmul need not store live gradients, if there is a set for each thread
+# (kMadeColumns of csrc/cpu/live_matmul.cpp).
+MADE_COLUMNS = 1024
 # Rows at a time of which only log-probs are computed, without storing logits (`dispatch.unstored_logps`), and the
 # columns of a task there (kTaskColumns of csrc/cpu/logits.cpp).
 UNSTORED_ROWS, UNSTORED_COLUMNS = 1024, 512
@@ -231,6 +234,11 @@ def sets_at_a_time() -> int:
     return max(2, torch.get_num_threads())
 
 
+def stores_live_grads(hidden_size: int, sets: int) -> bool:
+    """Whether the CPU's own matmul stores the live gradients that it makes of a chunk's logits."""
+    return hidden_size > MADE_COLUMNS or sets < torch.get_num_threads()
+
+
 def chunks(num_rows: int, step: int) -> list[tuple[int, int]]:
     return [(low, min(low + step, num_rows)) for low in range(0, num_rows, step)]
 
@@ -335,12 +343,14 @@ def explain(
             waits = strategy in ("pairs", "nll", "kto", "deferred")  # see `Chunk`
             waiting = plan.chunk_rows if waits else num_tokens
             turn = whole_sets(plan.chunk_rows, piece if waits else few, set_rows)
-            turn = min(turn, set_rows * sets_at_a_time()) if own else turn
+            stored = stores_live_grads(hidden_size, -(-turn // set_rows)) if own else True
             in_place = strategy in ("kept", "recompute", "two_pass")  # sums of dX: see `Execution.dx_dtype`
-            apart = 0 if in_place else 2 * hidden_size
+            at_once = own and waits and turn == plan.chunk_rows  # see `LiveDx.add_logits`
+            apart = 0 if in_place or at_once else 2 * hidden_size
             wait = q + (apart if own else live)  # see `DxPart`
             held = min(waiting * wait, min(plan.chunk_rows * vocab_size, HELD_SUMS if own else HELD) + turn * wait)
-            held += own * (turn * live + num_tokens * hidden_size * in_place)
+            if own:
+                held += stored * min(turn, set_rows * sets_at_a_time()) * live + num_tokens * hidden_size * in_place
         plan = replace(plan, products=products, extra_bytes=plan.extra_bytes + round(held * dtype.itemsize))
     if strategy == "kto" and group > limit:
         plan = replace(plan, products=plan.products + 1)

@@ -8,6 +8,7 @@ namespace cpo {
 namespace {
 
 constexpr int64_t kDxPanels = 5, kDxPanelsByTiles = 9;  // of H per task, at most
+constexpr int64_t kMadeColumns = 1024;                  // of H: the sums of a set, in the L2 cache
 constexpr int64_t kDwPanels = 9;                        // of H per task
 constexpr int64_t kDwColumns = 256;  // of the vocabulary per task: their sums take 590 kB of the L2 cache
 static_assert(kGather % kStep == 0);
@@ -161,7 +162,8 @@ void sums_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, Grads&
                    int64_t weight_stride, const Labels& labels, int64_t width, const Store& store, Lines<float>& sums,
                    Lines<uint32_t>& packed) {
   const int64_t live = sets.live(k), size = sets.size(k), row_tiles = tiles_of(size), wide = steps_of(width);
-  const int64_t of_sums = row_tiles * wide * 2 * kTile * kTile, of_b = wide * kPairOfTiles * kStep / 2;
+  const int64_t of_pair = row_tiles * 2 * kTile * kTile, part = std::min(width, kDxPanelsByTiles * kPanel);
+  const int64_t of_sums = wide * of_pair, of_b = steps_of(part) * kPairOfTiles * kStep / 2;
   sums.assign(size_t(of_sums + wide * kPairOfTiles), 0.0f);
   packed.resize(size_t(of_b + row_tiles * kTile * kStep / 2));
   const TileSums tiles{sums.data(), row_tiles};
@@ -178,9 +180,12 @@ void sums_by_tiles(const Bf16Matmul& matmul, const Sets& sets, int64_t k, Grads&
     const int64_t* columns = sets.columns + sets.offsets[k] + j;
     for (int64_t i = 0; i < some; ++i) lines[i] = weight + columns[i] * weight_stride;
     if (j % kGather == 0) g = grads(j, std::min(kGather, live - j));
-    matmul.tiles_of_b(lines, some, 0, width, b);
     matmul.tiles_of_rows(g.g + j % kGather, g.stride, size, some, a);
-    matmul.add_tiles(a, b, row_tiles, tiles_of(width), steps_of(some), sums.data());
+    for (int64_t first = 0; first < width; first += part) {
+      const int64_t n = std::min(part, width - first);
+      matmul.tiles_of_b(lines, some, first, n, b);
+      matmul.add_tiles(a, b, row_tiles, tiles_of(n), steps_of(some), sums.data() + first / kPairOfTiles * of_pair);
+    }
   }
   for (int64_t t = 0; t < size; ++t) {
     tiles.get(t, width, line);
@@ -192,10 +197,11 @@ template <typename Grads, typename Store>
 void sums_by_panels(const Bf16Matmul& matmul, const Sets& sets, int64_t k, Grads& grads, const BFloat16* weight,
                     int64_t weight_stride, const Labels& labels, int64_t width, const Store& store, Lines<float>& sums,
                     Lines<uint32_t>& packed) {
-  const int64_t live = sets.live(k), size = sets.size(k), panels = panels_of(width), stride = panels * kPanel;
+  const int64_t live = sets.live(k), size = sets.size(k), stride = panels_of(width) * kPanel;
+  const int64_t part = std::min(stride, kDxPanels * kPanel);
   sums.assign(size_t(size * stride), 0.0f);
-  packed.resize(size_t(kPackedPairs * stride));
-  std::vector<float*> rows(size);
+  packed.resize(size_t(kPackedPairs * part));
+  std::vector<float*> rows(size), of_part(size);
   for (int64_t t = 0; t < size; ++t) {
     rows[t] = sums.data() + t * stride;
     begin_row(matmul, sets, k, t, weight, weight_stride, labels, width, rows[t]);
@@ -206,17 +212,21 @@ void sums_by_panels(const Bf16Matmul& matmul, const Sets& sets, int64_t k, Grads
     end = std::min({j + 2 * kPackedPairs, j - j % kGather + kGather, live});
     const int64_t pairs = (end - j + 1) / 2;
     const int64_t* columns = sets.columns + sets.offsets[k] + j;
-    for (int64_t p = 0; p < pairs; ++p) {
-      for (int64_t i = 2 * (p + kAhead); i < std::min(2 * (p + kAhead + 1), live - j); ++i) {
-        prefetch(weight + columns[i] * weight_stride, width);
+    for (int64_t first = 0; first < width; first += part) {
+      const int64_t n = std::min(part, width - first);
+      for (int64_t p = 0; p < pairs; ++p) {
+        for (int64_t i = 2 * (p + kAhead); i < std::min(2 * (p + kAhead + 1), live - j); ++i) {
+          prefetch(weight + columns[i] * weight_stride + first, n);
+        }
+        // Behind an odd number of columns comes tau, which is multiplied by a row of zeros.
+        const bool both = j + 2 * p + 1 < live;
+        matmul.pack_pairs(weight + columns[2 * p] * weight_stride + first,
+                          both ? weight + columns[2 * p + 1] * weight_stride + first : nullptr, n,
+                          packed.data() + p * kPanel, pairs * kPanel);
       }
-      // Behind an odd number of columns comes a number that is multiplied by a row of zeros.
-      const bool both = j + 2 * p + 1 < live;
-      matmul.pack_pairs(weight + columns[2 * p] * weight_stride,
-                        both ? weight + columns[2 * p + 1] * weight_stride : nullptr, width, packed.data() + p * kPanel,
-                        pairs * kPanel);
+      for (int64_t t = 0; t < size; ++t) of_part[t] = rows[t] + first;
+      matmul.add(g.g + j % kGather, 2 * g.stride, 4, size, packed.data(), pairs, panels_of(n), of_part.data());
     }
-    matmul.add(g.g + j % kGather, 2 * g.stride, 4, size, packed.data(), pairs, panels, rows.data());
   }
   for (int64_t t = 0; t < size; ++t) store(t, rows[t]);
 }
@@ -466,7 +476,7 @@ void live_sums_of_logits_(Tensor logits, Tensor labels, Tensor lse, Tensor row_s
   };
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<DxTask> tasks;
-  if (sets.count >= threads && dx_columns(kernels, width, threads) >= width) {
+  if (sets.count >= threads && width <= kMadeColumns) {
     // A task for each set, and two or more for each of the last ones, which make its gradients twice or more.
     const int64_t last = sets.count - sets.count % threads;
     add_tasks(tasks, 0, last, width, width);
