@@ -346,13 +346,13 @@ def texts() -> dict[Path, str]:
         made[path] = fill(path.read_text(), name, table)
     path = ROOT / "docs" / "loss_types.md"
     made[path] = fill(made[path], "unpaired losses", unpaired_table())
-    filtered, path = roofline.read(RESULTS / "filtered.json"), ROOT / "docs" / "filtered_gradients.md"
+    newest, path = roofline.read(RESULTS / "filtered-amx.json"), ROOT / "docs" / "filtered_gradients.md"
     more = " Errors, ranges, versions and the command: [docs/filtered_gradients.md](docs/filtered_gradients.md)."
-    table = filtered_table(filtered) + more * bool(filtered)
-    made[readme] = fill(made[readme], "benchmarks/results/filtered.json", table)
+    table = filtered_table(newest) + more * bool(newest)
+    made[readme] = fill(made[readme], "benchmarks/results/filtered-amx.json", table)
     errors = roofline.read(RESULTS / "filtered_gradients.json")
     page = fill(path.read_text(), "filtered errors", filtered_gradients.table(errors) if errors else "not measured")
-    page = fill(page, "filtered head", head_table(filtered))
+    page = fill(page, "filtered head", head_table(roofline.read(RESULTS / "filtered.json")))
     for name in ("amx", "avx512"):
         one = roofline.read(RESULTS / f"filtered-{name}.json")
         page = fill(page, f"filtered {name}", filtered_table(one))
