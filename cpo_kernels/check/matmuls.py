@@ -215,6 +215,7 @@ SETS = {
     "no rows": Sets(0, 40, 16, 4, 0.5),
     "several tasks": Sets(131, 1300, 700, 64, 0.5),
     "a wide head": Sets(70, 2100, 1090, 32, 0.6),
+    "several blocks": Sets(131, 2600, 700, 64, 0.6),
 }
 
 
@@ -260,12 +261,14 @@ def check_live(backend: Backend, findings: Findings, shape: Sets) -> None:
     findings.close("dW", dw, want_dw, ROUNDING, 30 * SUMS / ROUNDING * float(want_dw.abs().max()) if rows else 1.0)
 
 
-def check_live_of_logits(backend: Backend, findings: Findings, shape: Sets) -> None:
+def check_live_of_logits(
+    backend: Backend, findings: Findings, shape: Sets, softcap: float = 0.0, relative: bool = True
+) -> None:
     """live_sums_of_logits_: what live_grads and live_sums_ make of the same logits, to the bit, for any number of
-    threads and any number of sets in `room`; and dX."""
+    threads and any number of sets in `room`; and dX. relative: with anchors."""
     own, generator = own_matmuls(backend), torch.Generator().manual_seed(4)
     rows, vocab = shape.rows, shape.vocab
-    logits, weight = 3 * random(generator, rows, vocab + 3), random(generator, vocab, shape.hidden)
+    logits, weight = 3 * random(generator, rows, vocab + 3), random(generator, vocab, shape.hidden + 2)[:, 2:]
     labels = torch.randint(vocab, (rows,), generator=generator)
     labels[1::7] = -100
     set_of, counted = torch.arange(rows) // shape.set_rows, labels != -100
@@ -273,8 +276,9 @@ def check_live_of_logits(backend: Backend, findings: Findings, shape: Sets) -> N
     if shape.labels:
         live[set_of[counted], labels[counted]] = True
     columns, offsets = places(live)
-    head = -100, 0.7, 0.0, vocab
-    anchors = torch.stack([torch.zeros(rows), logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float() + 1e-3])
+    head, anchors = (-100, 0.7, softcap, vocab), None
+    if relative:
+        anchors = torch.stack([torch.zeros(rows), logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float() + 1e-3])
     _, lse, _ = own.token_logps_fwd(logits, labels, *head, False, anchors)
     lse[2::9] = math.nan
     row_sums = torch.rand(rows, generator=generator) + 0.3
@@ -399,4 +403,6 @@ def matmul_cases() -> Iterator[Case]:
     for name, sets in SETS.items():
         yield Case(f"own matmuls/live, {name}", partial(check_live, shape=sets), quick=True)
         yield Case(f"own matmuls/live of logits, {name}", partial(check_live_of_logits, shape=sets), quick=True)
+    capped = partial(check_live_of_logits, shape=SETS["odd sizes"], softcap=5.0, relative=False)
+    yield Case("own matmuls/live of logits, softcap", capped)
     yield Case("own matmuls/live of logits, refusals", check_live_of_logits_refusals)

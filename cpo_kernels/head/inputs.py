@@ -340,7 +340,7 @@ class Head:
 
     def anchors(self, x: Tensor, labels: Tensor, lacks: Tensor | None = None) -> Tensor | None:
         """[2, n] for 16-bit logits; None if no constant is subtracted. lacks [n] or [0]: `RowLogps.lacks` of an earlier
-        pass over the same rows, to compute the same logits again."""
+        pass over the same rows, to compute the same logits again (those of the labels but for the order of sums)."""
         kernels, first, count = columns_here(self.kernels, self.options.vocab_size)
         if not is_relative(x.dtype) or not x.shape[0] or count <= 0:
             return None

@@ -24,7 +24,7 @@ from cpo_kernels.head.grads import scale_rows
 from cpo_kernels.head.inputs import Execution, Head, HeadInputs, Logits, RowLogps
 from cpo_kernels.head.label_remainder import product_dx, product_from
 from cpo_kernels.head.matmul import add_product
-from cpo_kernels.head.strategy import HELD, HELD_SUMS, chunks, sets_at_a_time
+from cpo_kernels.head.strategy import HELD, HELD_SUMS, chunks, sets_at_a_time, stores_live_grads
 
 LIVE_LIMIT = 0.5  # share of live columns beyond which a set is exact
 TAIL_UNIT = 1024.0  # q is stored as 1024 q: float16 keeps its small elements, and 1024 q W is finite if |q W| < 64
@@ -303,12 +303,13 @@ class DxPart(NamedTuple):
 
 
 class LiveDx:
-    """Computes dX [n, H] of the sum of the log-probs for all sets given to `add`, except for rows of exact sets, in the
-    head's dtype or in `Execution.dx_dtype`. num_rows: n, or more.
+    """Computes dX [n, H] of the sum of the log-probs for all sets given to `add` or `add_logits`, except for rows of
+    exact sets, in the head's dtype or in `Execution.dx_dtype`. num_rows: n, or more.
 
     q^T W reads the whole weight: it takes 6 ms for 2 sets and 7 ms for 11 (V = 49,152, H = 576, one core). So `write`
     runs once for several chunks, when what is held for it is as large as a chunk of logits, or HELD. The CPU's own
-    matmul computes the products with the live columns at once, and what is held is their sums.
+    matmul computes the products with the live columns at once, and what is held is their sums; nothing, if all rows
+    are given in one call of `add_logits`.
     """
 
     def __init__(self, head: Head, num_rows: int) -> None:
@@ -325,24 +326,21 @@ class LiveDx:
 
     @property
     def most(self) -> int | None:
-        """Sets at a time, for `live_sets`."""
+        """Sets at a time, for `live_sets` of a sharded head."""
         return sets_at_a_time() if self.own else None
 
     @property
     def room(self) -> Callable[[int, int], Tensor] | None:
-        """For `live_sets`, if g is not needed after `add`: one buffer for all chunks. With one for each, of different
-        sizes, a frozen head needed 125 MiB for 3,202 rows of 576 x 49,152 in place of 91 to 98."""
+        """For `live_sets` of a sharded head, if g is not needed after `add`."""
         return self._room if self.own else None
 
     def _room(self, rows: int, size: int) -> Tensor:
-        return self._largest_room(rows, size)[:size]
-
-    def _largest_room(self, rows: int, size: int = 0) -> Tensor:
-        """For all that `rows` rows may have live: what is never written costs nothing."""
-        limit = max(size, rows * (int(LIVE_LIMIT * self.head.weight.shape[0]) + 1))
-        if limit > self.g.numel():
-            self.g = self.head.weight.new_empty(limit)
-        return self.g
+        """[size], for what `rows` rows have live. One buffer for all chunks: with one for each, of different sizes, a
+        frozen head needed 125 MiB for 3,202 rows of 576 x 49,152 in place of 91 to 98."""
+        if size > self.g.numel():  # the largest possible at once: what is never written costs nothing
+            limit = rows * (int(LIVE_LIMIT * self.head.weight.shape[0]) + 1)
+            self.g = self.head.weight.new_empty(max(size, limit))
+        return self.g[:size]
 
     def add(self, sets: LiveSets, dx: Tensor, coef: Tensor | None = None) -> None:
         """coef [n]: factors of the rows of dX; None for 1."""
@@ -360,8 +358,9 @@ class LiveDx:
     def add_logits(
         self, logits: Logits, labels: Tensor, lse: Tensor, found: Found, dx: Tensor, coef: Tensor | None = None
     ) -> None:
-        """As `add` of the live sets of a chunk's logits, by the CPU's own matmul. With a set for each thread it stores
-        no gradients: 3,202 rows of 576 x 49,152 need 51 MiB in place of 59 with a frozen head (two cores)."""
+        """As `add` of the live sets of a chunk's logits, by the CPU's own matmul. Unless `stores_live_grads`, their
+        gradients are nowhere in memory: 3,202 rows of 576 x 49,152 need 51 MiB in place of 59 with a frozen head (two
+        cores)."""
         columns, weight = found.columns, self.head.weight
         if not columns.exact:  # no rows
             return
@@ -371,19 +370,16 @@ class LiveDx:
         means, factors = (self._means(sets.tail), coef) if whole else (none.float(), None)
         factors = none.float() if factors is None else factors
         out = dx if whole else self._sums_of(sets, dx)
-        # For a few sets at a time, if there are fewer sets than threads or H is large.
-        room = self._largest_room(min(len(lse), sets_at_a_time() * sets.set_rows))
-        args = (
-            logits.z,
-            labels,
-            lse,
-            found.row_sums,
-            *sets.places[1:],
-            sets.set_rows,
-            *self.head.options,
-            logits.anchors,
-        )
-        self.own.live_sums_of_logits_(*args, weight, *found.labels, means, factors, room, out, tau)
+        room = none
+        if stores_live_grads(weight.shape[1], len(sets.exact)):
+            counts = [high - low + 1 for low, high in zip(sets.offsets, sets.offsets[1:], strict=False)]
+            sizes = [n * count for n, count in zip(sets.sizes(), counts, strict=True)]
+            most = sets_at_a_time()
+            size = max(sum(sizes[low:high]) for low, high in chunks(len(sizes), most))
+            room = self._room(min(len(lse), most * sets.set_rows), size)
+        places, of_rows = (*sets.places[1:], sets.set_rows), (logits.z, labels, lse, found.row_sums)
+        head = *self.head.options, logits.anchors, weight, *found.labels
+        self.own.live_sums_of_logits_(*of_rows, *places, *head, means, factors, room, out, tau)
         if not whole:
             self._hold(sets, dx, coef, out, tau)
 
@@ -514,7 +510,7 @@ def filtered_chunk(
     kept: KeptSets | None = None,
 ) -> tuple[RowLogps, Tensor]:
     """The log-probs of a chunk and the sums [3] of its live sets. Unless dx is [0], dX [n, H] of the log-probs' sum is
-    written to it: rows of exact sets here, all others by `live_dx.write`.
+    written to it: rows of exact sets here, all others by `live_dx`, once it is told to `write`.
 
     inputs: the arguments of `Head.forward`. kept: receives the live sets.
     """

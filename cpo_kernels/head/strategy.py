@@ -343,9 +343,9 @@ def explain(
             waits = strategy in ("pairs", "nll", "kto", "deferred")  # see `Chunk`
             waiting = plan.chunk_rows if waits else num_tokens
             turn = whole_sets(plan.chunk_rows, piece if waits else few, set_rows)
-            stored = stores_live_grads(hidden_size, -(-turn // set_rows)) if own else True
+            stored = stores_live_grads(hidden_size, -(-turn // set_rows))
             in_place = strategy in ("kept", "recompute", "two_pass")  # sums of dX: see `Execution.dx_dtype`
-            at_once = own and waits and turn == plan.chunk_rows  # see `LiveDx.add_logits`
+            at_once = own and turn == waiting  # see `LiveDx.add_logits`
             apart = 0 if in_place or at_once else 2 * hidden_size
             wait = q + (apart if own else live)  # see `DxPart`
             held = min(waiting * wait, min(plan.chunk_rows * vocab_size, HELD_SUMS if own else HELD) + turn * wait)

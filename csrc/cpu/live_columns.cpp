@@ -1,5 +1,5 @@
-// live_columns, live_grads and live_sum on the CPU: the columns of the vocabulary in which a set of rows has a
-// significant gradient, the gradient there, and dW. Formulas: cpo_kernels/reference/live_columns.py.
+// live_columns, list_live_columns, live_grads and live_sum on the CPU: the columns of the vocabulary in which a set of
+// rows has a significant gradient, the gradient there, and dW. Formulas: cpo_kernels/reference/live_columns.py.
 #include <memory>
 #include <numeric>
 
@@ -87,6 +87,8 @@ void store_means(ElementType type, const Acc* tail, int64_t n, Acc total, Acc un
   }
 }
 
+// The live columns of all sets, their offsets, which sets are exact, q, row_sums, filter_sums, label_columns and
+// label_grads: cpo_kernels/head/live.py.
 using Listed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // most: live columns of a set; those with more are exact. unit: of q.
@@ -230,11 +232,11 @@ void sum_all(ElementType type, int64_t size, const Tensor& out, const Tensor& ta
 
 }  // namespace
 
-static Rows rows_of_sets(const char* op, const Tensor& logits, const Tensor& labels, Tensor& lse, int64_t set_rows,
+static Rows rows_of_sets(const char* op, const Tensor& logits, const Tensor& labels, Tensor& lse, int64_t& set_rows,
                          int64_t ignore_index, double scale, double softcap, int64_t vocab_size,
                          const Optional& anchors) {
   const Rows rows = describe(op, logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
-  check_sets(op, set_rows);
+  set_rows = check_sets(op, set_rows, rows.count);
   check_dtype("lse", lse, rows.acc());
   check_vector("lse", lse, rows.count);
   lse = dense(lse);
@@ -273,7 +275,7 @@ static Tensor grads_into(const char* op, Tensor logits, Tensor labels, Tensor ls
                          Tensor offsets, int64_t set_rows, int64_t ignore_index, double scale, double softcap,
                          int64_t vocab_size, Optional anchors, const Tensor* given_out) {
   const Rows rows = describe(op, logits, labels, ignore_index, scale, softcap, vocab_size, anchors);
-  check_sets(op, set_rows);
+  set_rows = check_sets(op, set_rows, rows.count);
   check_row_values(lse, row_sums, rows.count, rows.acc());
   const int64_t sets = (rows.count + set_rows - 1) / set_rows;
   check_dtype("columns", columns, ScalarType::Long);

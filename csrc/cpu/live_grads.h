@@ -8,11 +8,14 @@
 namespace cpo {
 namespace {
 
-// Columns at a time: sums over a row do not depend on who adds them up.
+// Columns that are written, and whose sum is added to tau, at a time: the same bits in live_grads, which stores the
+// gradients of all rows, and in live_sums_of_logits_, which does not.
 constexpr int64_t kGather = 960;
 
-inline void check_sets(const char* op, int64_t set_rows) {
+// set_rows, at most all rows.
+inline int64_t check_sets(const char* op, int64_t set_rows, int64_t rows) {
   check(set_rows >= 1, op, ": set_rows must be at least 1, got ", set_rows);
+  return std::min(set_rows, std::max<int64_t>(rows, 1));
 }
 
 // Row i counts if it has a label and its log-sum-exp is finite.

@@ -39,8 +39,7 @@ struct Sets {
 
 // Checks where the sets lie; makes columns and offsets dense.
 Sets describe_places(const char* op, Tensor& columns, Tensor& offsets, int64_t set_rows, int64_t rows, int64_t width) {
-  check_sets(op, set_rows);
-  set_rows = std::min(set_rows, std::max<int64_t>(rows, 1));
+  set_rows = check_sets(op, set_rows, rows);
   check_dtype("columns", columns, ScalarType::Long);
   check_dtype("offsets", offsets, ScalarType::Long);
   Sets sets{(rows + set_rows - 1) / set_rows, rows, set_rows};
@@ -144,6 +143,7 @@ class Made {
 
  private:
   BFloat16 stored_tau(size_t t) const {  // as live_grads stores it
+    [[maybe_unused]] const WithoutSubnormals flushed;
     BFloat16 stored;
     from_float(stored, float(rows_[t].tau(double(row_sums_[t]))));
     return stored;

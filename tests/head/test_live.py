@@ -166,7 +166,7 @@ def test_dx_does_not_depend_on_how_sets_are_taken(train_head, all_positions, mon
     def dx_of(count, sets):
         room = torch.full((sets * of_a_set,), torch.nan, dtype=torch.bfloat16)
         given.append(room)
-        monkeypatch.setattr(LiveDx, "_largest_room", lambda *_: room)
+        monkeypatch.setattr(LiveDx, "_room", lambda *_: room)
         loss_fn, of_labels = cpo.FusedLinearCPOLoss(filter_eps=1e-3), labels.view(4, 100)
         places = {"device": "cpu", "all_positions": all_positions}
         plan = loss_fn.plan(of_labels, VOCAB, torch.bfloat16, hidden_size=HIDDEN, **places)
@@ -798,7 +798,7 @@ def test_lists_of_live_columns(name, dtype, with_anchors):
 
 
 def test_lists_of_no_columns():
-    """No rows; and no sets whose tail has a sum, which nothing divides by."""
+    """No rows; then sets whose tails are 0, which nothing may divide by; the second time a set longer than the rows."""
     kernels, head = torch.ops.cpo_kernels, (-100, 1.0, 0.0, 9)
     logits, none = torch.full((3, 9), -torch.inf), torch.empty(0, dtype=torch.int64)
     columns, offsets, exact, tail, *_ = kernels.list_live_columns(
@@ -807,14 +807,15 @@ def test_lists_of_no_columns():
     assert columns.numel() == exact.numel() == 0 and offsets.tolist() == [0] and tail.shape == (0, 9)
     logits[:, 4] = 0.0
     labels = torch.tensor([4, 4, 4])
-    columns, offsets, _, tail, row_sums, sums, *_ = kernels.list_live_columns(
-        logits, labels, torch.zeros(3), 0.1, 2, *head, 4, 1.0
-    )
-    assert columns.tolist() == [4, 4] and offsets.tolist() == [0, 1, 2] and not tail.any()
+    for set_rows, ends in ((2, [0, 1, 2]), (2**63 - 1, [0, 1])):
+        columns, offsets, _, tail, row_sums, sums, *_ = kernels.list_live_columns(
+            logits, labels, torch.zeros(3), 0.1, set_rows, *head, 4, 1.0
+        )
+        assert columns.tolist() == [4] * (len(ends) - 1) and offsets.tolist() == ends and not tail.any()
     assert row_sums.tolist() == [1.0] * 3 and sums.tolist() == pytest.approx([3 / 9, 0.0, 0.0])
 
 
-def test_only_a_cpu_writes_gradients_where_they_are_kept():
+def test_only_a_cpu_lists_live_columns():
     """torch.ops, which are the kernels of impl="cuda" too, have a name for every op on every device."""
     ops = torch.ops.cpo_kernels
     assert dispatch.lists_live_columns(ops, torch.empty(1))
@@ -956,6 +957,37 @@ def test_chunks_are_half_as_large_where_only_dx_is_filtered(
     cpo.linear_token_logps(hidden, weight, torch.arange(600), **options)
     given = {"loss": "unknown", "train_hidden": train_hidden, "train_head": train_head}
     assert made == [cpo.explain(600, 2, 49152, **given, **options).chunk_rows] == [want]
+
+
+@pytest.mark.parametrize("hidden_size", [strategy.MADE_COLUMNS, strategy.MADE_COLUMNS + 2])
+@pytest.mark.parametrize("count", [1, 3])
+def test_explain_knows_whether_live_gradients_are_stored(hidden_size, count, monkeypatch):
+    """Two sets of a frozen head in one chunk: they are stored if threads share a set, or H is large."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(VOCAB, hidden_size, generator=g).bfloat16()
+    if not dispatch.own_matmuls(dispatch.kernels("auto", weight), weight):
+        pytest.skip("the CPU kernels' own matmuls need AVX512_BF16")
+    labels = torch.randint(VOCAB, (256,), generator=g)
+    noise = torch.randn(256, hidden_size, generator=g)
+    hidden = (0.01 * weight[labels] + 0.05 * noise).bfloat16().requires_grad_()
+    room, given = LiveDx._room, []
+
+    def watched(self, rows, size):
+        given.append(room(self, rows, size).fill_(torch.nan))
+        return given[-1]
+
+    monkeypatch.setattr(LiveDx, "_room", watched)
+    with threads(count):
+        out = nll_shares(hidden, weight, labels, filter_eps=0.02)
+        args = {"loss": "nll", "train_head": False, "filter_eps": 0.02}
+        live, none = (
+            cpo.explain(256, hidden_size, VOCAB, live_share=share, **args) for share in (float(out.live_share), 0.0)
+        )
+    assert 0.1 < float(out.live_share) < 0.5 and float(out.exact_share) == 0.0
+    assert len(given) == (hidden_size > strategy.MADE_COLUMNS or count > 2)
+    assert all(not room.isnan().any() for room in given)
+    planned = live.extra_bytes - none.extra_bytes
+    assert planned == pytest.approx(2 * sum(room.numel() for room in given), rel=0.05)
 
 
 EXPLAINED = {  # loss, train_head, filter_head_grad
