@@ -182,9 +182,7 @@ void gather_grads(const Rows& rows, const Acc* lse, const Acc* row_sums, const i
       const int64_t set = i / set_rows, first = offsets[set], n = offsets[set + 1] - first;
       // Earlier sets have set_rows rows of n_k + 1 numbers each.
       char* g = out + size * (set_rows * (first + set) + (i - set * set_rows) * (n + 1));
-      RowGrads row(rows, i, double(lse[i]), columns + first, n);
-      for (int64_t j = 0; j < n; j += kGather) row.write(j, std::min(kGather, n - j), g + j * size);
-      store_element(rows.type, g + n * size, row.tau(double(row_sums[i])));
+      write_row(rows, i, double(lse[i]), double(row_sums[i]), columns + first, n, g);
     }
   });
 }

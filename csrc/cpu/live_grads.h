@@ -84,5 +84,15 @@ class RowGrads {
   bool counts_;
 };
 
+// [g_A, tau] of row i: n + 1 numbers.
+inline void write_row(const Rows& rows, int64_t i, double lse, double row_sum, const int64_t* columns, int64_t n,
+                      void* to) {
+  const int64_t size = rows.element_size;
+  char* g = static_cast<char*>(to);
+  RowGrads row(rows, i, lse, columns, n);
+  for (int64_t j = 0; j < n; j += kGather) row.write(j, std::min(kGather, n - j), g + j * size);
+  store_element(rows.type, g + n * size, row.tau(row_sum));
+}
+
 }  // namespace
 }  // namespace cpo

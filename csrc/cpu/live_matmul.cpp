@@ -496,24 +496,20 @@ void live_sums_of_logits_(Tensor logits, Tensor labels, Tensor lse, Tensor row_s
     }
     check(high > low, op, ": room must hold the gradients of a set, ", sets.size(low) * (sets.live(low) + 1),
           " numbers, got ", room.numel());
+    const auto place = [&, low = low](int64_t k) {
+      return mutable_data_of<BFloat16>(room) + sets.set_rows * (ends[k] - ends[low] + k - low);
+    };
     const int64_t first = sets.low(low), some = std::min(sets.low(high), rows.count) - first;
-    const auto part = [&](const Tensor& t, int64_t begin, int64_t n) {
-      Tensor whole_tensor = t;
-      return torch::stable::narrow(whole_tensor, 0, begin, n);
-    };
-    Tensor own_ends = new_vector(logits, high - low + 1, ScalarType::Long);
-    for (int64_t k = low; k <= high; ++k) mutable_data_of<int64_t>(own_ends)[k - low] = ends[k] - ends[low];
-    Optional own_anchors;
-    if (anchors) own_anchors = torch::stable::narrow(*anchors, 1, first, some);
-    live_grads_(part(logits, first, some), part(labels, first, some), part(lse, first, some),
-                part(row_sums, first, some), part(columns, ends[low], ends[high] - ends[low]), own_ends, sets.set_rows,
-                ignore_index, scale, softcap, vocab_size, own_anchors, part(room, 0, size));
-    const auto kept = [&, low = low](int64_t k) {
-      return Kept{data_of<BFloat16>(room) + sets.set_rows * (ends[k] - ends[low] + k - low), sets.live(k)};
-    };
+    parallel_rows(some, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = first + begin; row < first + end; ++row) {
+        const int64_t k = row / sets.set_rows, n = sets.live(k);
+        write_row(rows, row, double(given_lse[row]), double(totals[row]), sets.columns + ends[k], n,
+                  place(k) + (row - sets.low(k)) * (n + 1));
+      }
+    });
     tasks.clear();
     add_tasks(tasks, low, high, width, dx_columns(kernels, width, high - low));
-    dx_tasks(kernels, sets, tasks, weight, of_labels, kept, store);
+    dx_tasks(kernels, sets, tasks, weight, of_labels, [&](int64_t k) { return Kept{place(k), sets.live(k)}; }, store);
   }
 }
 

@@ -58,7 +58,14 @@ Tensor relative_anchors(Tensor x, Tensor weight, Tensor labels, Tensor few, doub
   const Tensor none = new_vector(x, 0, ScalarType::BFloat16), no_lacks = new_vector(x, 0, ScalarType::Float);
   for (int64_t low = 0; low < n; low += step) {
     const int64_t rows = std::min(step, n - low);
-    Tensor part = torch::stable::narrow(x, 0, low, rows), u = torch::stable::narrow(room, 0, 0, rows);
+    Tensor part = x, u = room;
+    if (rows < n) {  // a copy: parts of tensors are not in the stable ABI of torch 2.10
+      part = torch::stable::new_empty(x, {rows, width});
+      for (int64_t t = 0; t < rows; ++t) {
+        std::copy_n(data_of<BFloat16>(x) + (low + t) * x.stride(0), width, mutable_data_of<BFloat16>(part) + t * width);
+      }
+    }
+    if (rows < step) u = torch::stable::new_empty(x, {rows, count});
     logits_(part, few, none, no_lacks, u);
     Tensor any_label = new_vector(x, rows, ScalarType::Long);
     std::fill_n(mutable_data_of<int64_t>(any_label), rows, 0);

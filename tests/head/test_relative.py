@@ -274,10 +274,10 @@ def test_what_rows_lack():
 
 @pytest.mark.parametrize("softcap, scale", [(0.0, 1.0), (0.0, 0.7), (20.0, 1.3)])
 def test_what_rows_lack_in_one_op(softcap, scale):
-    """`relative_anchors` of the CPU's own matmuls: as the operations of the other backends, also for an odd number of
-    rows and for logits that are not finite."""
+    """`relative_anchors` of the CPU's own matmuls: as the operations of the other backends, also for more
+    rows than it takes at a time and for logits that are not finite."""
     x, weight, _, y = made(torch.bfloat16)
-    x, columns, none = x[:131].clone(), y[:131].clamp(min=0), weight.new_empty(0)
+    x, columns, none = x.repeat(2, 1)[:387], y.repeat(2)[:387].clamp(min=0), weight.new_empty(0)
     x[3], x[5], x[7] = 0.0, 3e38, torch.nan
     kernels, options = dispatch.kernels("auto", x), HeadOptions(-100, scale, softcap, VOCAB)
     if not dispatch.own_matmuls(kernels, weight):
@@ -286,7 +286,7 @@ def test_what_rows_lack_in_one_op(softcap, scale):
     got = relative.make_anchors(x, weight, none, columns, net, options, kernels, room)
     want = relative.make_anchors(x, weight, none, columns, net, options, reference, room)
     assert torch.equal(got[0], got[0].bfloat16().float()) and got.isfinite().all(1).tolist() == [True, False]
-    rows = torch.arange(131) != 5  # there float32 sums of products near 1e38 depend on their order
+    rows = torch.arange(387) != 5  # there float32 sums of products near 1e38 depend on their order
     torch.testing.assert_close(got[0, rows], want[0, rows], rtol=2.0**-7, atol=1e-2)  # of logits rounded to bfloat16
     torch.testing.assert_close(got[1, rows], want[1, rows], rtol=1e-5, atol=1e-5, equal_nan=True)
 
