@@ -77,6 +77,11 @@ class LiveColumns:
     def sizes(self) -> list[int]:
         return [self.rows(k).stop - self.rows(k).start for k in range(len(self.exact))]
 
+    def shapes(self) -> list[tuple[int, int]]:
+        """[n_k, a_k + 1] of every set: of its gradients and tau."""
+        widths = [high - low + 1 for low, high in zip(self.offsets, self.offsets[1:], strict=False)]
+        return list(zip(self.sizes(), widths, strict=True))
+
     def columns_of(self) -> list[Tensor]:
         """[a_k] of every set."""
         return list(self.columns.split([high - low for low, high in zip(self.offsets, self.offsets[1:], strict=False)]))
@@ -122,7 +127,7 @@ class LiveSets(LiveColumns):
 
     def grads(self) -> list[Tensor]:
         """[n_k, a_k + 1] of every set."""
-        shapes = [(n, len(columns) + 1) for n, columns in zip(self.sizes(), self.columns_of(), strict=True)]
+        shapes = self.shapes()
         parts = self.g.split([n * width for n, width in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -277,8 +282,7 @@ def live_sets(
         if room is None:
             g = kernels.live_grads(*args)
         else:
-            widths = [end - begin + 1 for begin, end in zip(sets.offsets, sets.offsets[1:], strict=False)]
-            g = room(sets.num_rows, sum(n * width for n, width in zip(sets.sizes(), widths, strict=True)))
+            g = room(sets.num_rows, sum(n * width for n, width in sets.shapes()))
             if dispatch.lists_live_columns(kernels, z):
                 kernels.live_grads_(*args, g)
             else:
@@ -360,7 +364,7 @@ class LiveDx:
     ) -> None:
         """As `add` of the live sets of a chunk's logits, by the CPU's own matmul. Unless `stores_live_grads`, their
         gradients are nowhere in memory: 3,202 rows of 576 x 49,152 need 51 MiB in place of 59 with a frozen head (two
-        cores)."""
+        cores). Rows of exact sets may be written too: the caller computes them afterwards."""
         columns, weight = found.columns, self.head.weight
         if not columns.exact:  # no rows
             return
@@ -372,9 +376,7 @@ class LiveDx:
         out = dx if whole else self._sums_of(sets, dx)
         room = none
         if stores_live_grads(weight.shape[1], len(sets.exact)):
-            counts = [high - low + 1 for low, high in zip(sets.offsets, sets.offsets[1:], strict=False)]
-            sizes = [n * count for n, count in zip(sets.sizes(), counts, strict=True)]
-            most = sets_at_a_time()
+            sizes, most = [n * width for n, width in sets.shapes()], sets_at_a_time()
             size = max(sum(sizes[low:high]) for low, high in chunks(len(sizes), most))
             room = self._room(min(len(lse), most * sets.set_rows), size)
         places, of_rows = (*sets.places[1:], sets.set_rows), (logits.z, labels, lse, found.row_sums)

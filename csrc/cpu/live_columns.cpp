@@ -137,10 +137,12 @@ Listed list_columns(const Rows& rows, const Tensor& logits, const Acc* lse, doub
       labelled += !rows.ignored(i);
       if (!rows.ignored(i) && !std::isfinite(lse[i])) nothing = std::numeric_limits<double>::quiet_NaN();
     }
-    shares[0] +=
-        is_exact[k] ? double(labelled) : double(labelled) * double(count) / double(std::max<int64_t>(1, width));
-    shares[1] += is_exact[k] ? 0.0 : (totals[k] + nothing) / rows.scale;
-    shares[2] += is_exact[k] ? double(labelled) : 0.0;
+    if (is_exact[k]) {
+      shares[0] += double(labelled), shares[2] += double(labelled);
+    } else {
+      shares[0] += double(labelled) * double(count) / double(std::max<int64_t>(1, width));
+      shares[1] += (totals[k] + nothing) / rows.scale;
+    }
   }
   std::copy_n(shares, 3, mutable_data_of<float>(filter_sums));
 
